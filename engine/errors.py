@@ -1,0 +1,9 @@
+"""The one base class of everything a user can cause.
+
+Whatever raises an `EngineError` says in one line what was expected and what came; the command
+line prints that line and exits with status 1. Any other exception is a bug of ours.
+"""
+
+
+class EngineError(Exception):
+    """A mistake in the input (file, prompt, option), told in one line."""

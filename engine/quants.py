@@ -1,0 +1,103 @@
+"""Element types of tensors: the GGML types that GGUF files store, and how to decode them.
+
+A type is a block of `block_elems` consecutive elements of a row, stored in `block_bytes` bytes;
+plain types have blocks of one. Decoding is done by the `gguf` package, imported when first used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class DType:
+    """One element type; `ggml_id` is its number in a GGUF file."""
+
+    name: str
+    ggml_id: int
+    block_elems: int
+    block_bytes: int
+
+    @property
+    def is_float(self) -> bool:
+        """Whether numpy can hold it as a float without decoding blocks (BF16 cannot)."""
+        return self.name in ("F32", "F16")
+
+    def row_bytes(self, n_elems: int) -> int:
+        """Bytes of a row of `n_elems` elements, which must be whole blocks."""
+        assert n_elems % self.block_elems == 0, f"{n_elems} is no multiple of {self.block_elems}"
+        return n_elems // self.block_elems * self.block_bytes
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+F32 = DType("F32", 0, 1, 4)
+F16 = DType("F16", 1, 1, 2)
+BF16 = DType("BF16", 30, 1, 2)
+I32 = DType("I32", 26, 1, 4)
+
+# Every weight type that gguf.quants can decode (its NVFP4 needs no `.scale` tensor of its own).
+_WEIGHT_TYPES = (
+    F32,
+    F16,
+    BF16,
+    DType("Q4_0", 2, 32, 18),
+    DType("Q4_1", 3, 32, 20),
+    DType("Q5_0", 6, 32, 22),
+    DType("Q5_1", 7, 32, 24),
+    DType("Q8_0", 8, 32, 34),
+    DType("Q2_K", 10, 256, 84),
+    DType("Q3_K", 11, 256, 110),
+    DType("Q4_K", 12, 256, 144),
+    DType("Q5_K", 13, 256, 176),
+    DType("Q6_K", 14, 256, 210),
+    DType("IQ2_XXS", 16, 256, 66),
+    DType("IQ2_XS", 17, 256, 74),
+    DType("IQ3_XXS", 18, 256, 98),
+    DType("IQ1_S", 19, 256, 50),
+    DType("IQ4_NL", 20, 32, 18),
+    DType("IQ3_S", 21, 256, 110),
+    DType("IQ2_S", 22, 256, 82),
+    DType("IQ4_XS", 23, 256, 136),
+    DType("IQ1_M", 29, 256, 56),
+    DType("TQ1_0", 34, 256, 54),
+    DType("TQ2_0", 35, 256, 66),
+    DType("MXFP4", 39, 32, 17),
+    DType("NVFP4", 40, 64, 36),
+)
+WEIGHT_TYPES: dict[str, DType] = {t.name: t for t in _WEIGHT_TYPES}
+BY_GGML_ID: dict[int, DType] = {t.ggml_id: t for t in _WEIGHT_TYPES}
+
+_NUMPY = {"F32": np.float32, "F16": np.float16, "I32": np.int32}
+
+
+def numpy_dtype(dtype: DType) -> np.dtype[Any]:
+    """The numpy type of a plain type: F32, F16 or I32."""
+    return np.dtype(_NUMPY[dtype.name])
+
+
+def names(types: Iterable[DType]) -> str:
+    """The types' names for a message: `F32, F16, …`."""
+    return ", ".join(t.name for t in types)
+
+
+def dequantize(dtype: DType, raw: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Decode stored bytes to float32.
+
+    `raw`: uint8, the rows of a tensor of `shape` one after another. Returns float32 of `shape`.
+    The values are those of `gguf.quants.dequantize`, which follows ggml's own.
+    """
+    if dtype.is_float:
+        return raw.view(_NUMPY[dtype.name]).reshape(shape).astype(np.float32)
+    from gguf import GGMLQuantizationType
+    from gguf import quants as gguf_quants
+
+    rows = raw.reshape(-1, dtype.row_bytes(shape[-1]))
+    decoded = gguf_quants.dequantize(rows, GGMLQuantizationType(dtype.ggml_id))
+    return np.ascontiguousarray(decoded, dtype=np.float32).reshape(shape)
