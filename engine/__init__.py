@@ -1,0 +1,7 @@
+"""A minimal inference engine for hybrid language models: gated delta nets with full attention."""
+
+from engine.engine import Engine
+from engine.errors import EngineError
+from engine.sampler import SamplingParams
+
+__all__ = ["Engine", "EngineError", "SamplingParams"]

@@ -24,11 +24,12 @@ from engine.quants import BY_GGML_ID, WEIGHT_TYPES, DType, names
 
 MAGIC = b"GGUF"
 MAX_DIMS = 4
+MAX_NAME = 256
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 _STRING, _ARRAY = 8, 9
 # Value type numbers of the format, except string (8) and array (9).
-_SCALARS = {
+_SCALARS: dict[int, np.dtype[Any]] = {
     0: np.dtype("<u1"),
     1: np.dtype("<i1"),
     2: np.dtype("<u2"),
@@ -96,8 +97,9 @@ class GGUFFile:
             path = self.path.with_name(f"{match[1]}-{i + 1:05d}-of-{n_split:05d}.gguf")
             part = _Parser(path, i)
             for key, expected in (("split.no", i), ("split.count", n_split)):
-                if (came := part.metadata.get(key)) != expected:
-                    raise GGUFError(f"{path}: expected {key} = {expected}, got {came}")
+                came = part.metadata.get(key)
+                if not isinstance(came, int) or came != expected:
+                    raise GGUFError(f"{path}: expected {key} = {expected}, got {_shown(came)}")
             if doubled := self.tensors.keys() & part.tensors.keys():
                 raise GGUFError(f"{path}: tensor {min(doubled)} is in another split file too")
             self.tensors.update(part.tensors)
@@ -120,7 +122,9 @@ class GGUFFile:
         """An integer of the metadata; without `default` a missing key is an error."""
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise GGUFError(f"{self.path}: metadata {key}: expected an integer, got {value!r}")
+            raise GGUFError(
+                f"{self.path}: metadata {key}: expected an integer, got {_shown(value)}"
+            )
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -128,21 +132,23 @@ class GGUFFile:
         value = self._value(key, default)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not math.isfinite(value):
-            raise GGUFError(f"{self.path}: metadata {key}: expected a number, got {value!r}")
+            raise GGUFError(f"{self.path}: metadata {key}: expected a number, got {_shown(value)}")
         return float(value)
 
     def string(self, key: str, default: str | None = None) -> str:
         """A string of the metadata; without `default` a missing key is an error."""
         value = self._value(key, default)
         if not isinstance(value, str):
-            raise GGUFError(f"{self.path}: metadata {key}: expected a string, got {value!r}")
+            raise GGUFError(f"{self.path}: metadata {key}: expected a string, got {_shown(value)}")
         return value
 
     def boolean(self, key: str, default: bool | None = None) -> bool:
         """A boolean of the metadata; without `default` a missing key is an error."""
         value = self._value(key, default)
         if not isinstance(value, bool):
-            raise GGUFError(f"{self.path}: metadata {key}: expected true or false, got {value!r}")
+            raise GGUFError(
+                f"{self.path}: metadata {key}: expected true or false, got {_shown(value)}"
+            )
         return value
 
     def _value(self, key: str, default: Any) -> Any:
@@ -207,6 +213,15 @@ class _Parser:
         self.pos = pos
         return out
 
+    def _name(self, what: str) -> str:
+        """A key or a tensor's name: short and printable, so that every message may quote it."""
+        (name,) = self._strings(1, what)
+        if len(name) > MAX_NAME or not name.isprintable():
+            raise self._fail(
+                f"{what}: expected at most {MAX_NAME} printable characters, got {_shown(name)}"
+            )
+        return name
+
     def _header(self) -> tuple[int, int]:
         magic = self.data[:4]
         if magic != MAGIC[: len(magic)]:
@@ -230,7 +245,7 @@ class _Parser:
     def _metadata(self, n_kv: int) -> dict[str, Any]:
         metadata: dict[str, Any] = {}
         for i in range(n_kv):
-            (key,) = self._strings(1, f"the key of metadata entry {i}")
+            key = self._name(f"the key of metadata entry {i}")
             if key in metadata:
                 raise self._fail(f"metadata key {key} appears twice")
             metadata[key] = self._metadata_value(self._u32(key), key)
@@ -257,8 +272,10 @@ class _Parser:
 
     def _tensor_table(self, n_tensors: int) -> dict[str, TensorInfo]:
         alignment = self.metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise self._fail(f"general.alignment: expected a power of two, got {alignment!r}")
+        power = type(alignment) is int and alignment > 0 and not alignment & (alignment - 1)
+        if not power:
+            shown = _shown(alignment)
+            raise self._fail(f"general.alignment: expected a power of two, got {shown}")
         entries = [self._tensor_entry(i) for i in range(n_tensors)]
         base = -(-self.pos // alignment) * alignment
         tensors: dict[str, TensorInfo] = {}
@@ -277,7 +294,7 @@ class _Parser:
         return tensors
 
     def _tensor_entry(self, i: int) -> tuple[str, tuple[int, ...], DType, int]:
-        (name,) = self._strings(1, f"the name of tensor {i}")
+        name = self._name(f"the name of tensor {i}")
         what = f"tensor {name}"
         n_dims = self._u32(what)
         if not 1 <= n_dims <= MAX_DIMS:
@@ -297,6 +314,14 @@ class _Parser:
                 f"{dtype.block_elems}"
             )
         return name, shape, dtype, self._u64(what)
+
+
+def _shown(value: Any) -> str:
+    """A metadata value for a message: short, and on one line whatever the file holds."""
+    if isinstance(value, list | np.ndarray):
+        return f"an array of {len(value)}"
+    text = repr(value)
+    return text if len(text) <= 64 else f"{text[:61]}..."
 
 
 def _map(path: Path) -> mmap.mmap:

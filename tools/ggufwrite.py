@@ -39,7 +39,9 @@ def f32_tensor(name: str, values: np.ndarray) -> TensorSpec:
 
 def write_gguf(path: str | Path, metadata: dict[str, Any], tensors: list[TensorSpec]) -> None:
     """Write `path`. Metadata values: bool, int (u32, or i64 where it doesn't fit), float (f32),
-    str, list of str, or a numpy scalar or 1-D array, whose type is kept."""
+    str, list of str, or a numpy scalar or 1-D array, whose type is kept. `general.alignment`,
+    if it is there, is obeyed."""
+    alignment = int(metadata.get("general.alignment", ALIGNMENT))
     with open(path, "wb") as file:
         file.write(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
         for key, value in metadata.items():
@@ -49,8 +51,8 @@ def write_gguf(path: str | Path, metadata: dict[str, Any], tensors: list[TensorS
             dims = t.shape[::-1]
             file.write(_string(t.name) + struct.pack(f"<I{len(dims)}Q", len(dims), *dims))
             file.write(struct.pack("<IQ", t.ggml_id, offset))
-            offset += -(-t.nbytes // ALIGNMENT) * ALIGNMENT
-        _pad(file)
+            offset += -(-t.nbytes // alignment) * alignment
+        _pad(file, alignment)
         for t in tensors:
             start = file.tell()
             for piece in t.data():
@@ -58,11 +60,50 @@ def write_gguf(path: str | Path, metadata: dict[str, Any], tensors: list[TensorS
             written = file.tell() - start
             if written != t.nbytes:
                 raise ValueError(f"{t.name}: expected {t.nbytes} bytes of data, got {written}")
-            _pad(file)
+            _pad(file, alignment)
 
 
-def _pad(file: IO[bytes]) -> None:
-    file.write(bytes(-file.tell() % ALIGNMENT))
+def split_path(path: str | Path, i: int, n: int) -> Path:
+    """The name of file `i` (from 0) of the `n` files that `path` is split into."""
+    path = Path(path)
+    return path.with_name(f"{path.name.removesuffix('.gguf')}-{i + 1:05d}-of-{n:05d}.gguf")
+
+
+def write_split(
+    path: str | Path, metadata: dict[str, Any], tensors: list[TensorSpec], n: int
+) -> list[Path]:
+    """Write the model as `n` files of about the same size; returns their paths.
+
+    As llama.cpp's gguf-split does: all metadata is in the first file, `split.*` in each.
+    """
+    if not 1 <= n <= len(tensors):
+        raise ValueError(f"cannot split {len(tensors)} tensors over {n} files")
+    starts, paths = _split_starts([t.nbytes for t in tensors], n), []
+    for i, (start, stop) in enumerate(zip(starts, [*starts[1:], len(tensors)], strict=True)):
+        own = metadata if i == 0 else {}
+        own = {k: v for k, v in metadata.items() if k == "general.alignment"} | own
+        own |= {
+            "split.no": np.uint16(i),
+            "split.count": np.uint16(n),
+            "split.tensors.count": np.int32(len(tensors)),
+        }
+        paths.append(split_path(path, i, n))
+        write_gguf(paths[-1], own, tensors[start:stop])
+    return paths
+
+
+def _split_starts(sizes: list[int], n: int) -> list[int]:
+    """The first tensor of each of `n` groups, none of them empty."""
+    ends = np.cumsum(sizes)
+    starts = [0]
+    for i in range(1, n):
+        start = int(np.searchsorted(ends, ends[-1] * i // n))
+        starts.append(min(max(start, starts[-1] + 1), len(sizes) - (n - i)))
+    return starts
+
+
+def _pad(file: IO[bytes], alignment: int) -> None:
+    file.write(bytes(-file.tell() % alignment))
 
 
 def _string(text: str) -> bytes:

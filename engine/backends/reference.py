@@ -1,0 +1,178 @@
+"""The reference backend: every op by its numpy definition.
+
+It defines what the other backends must compute. Stored types are decoded to float32 (or float64,
+for tests) before an op sees them, with decoded weights cached up to a byte limit; states keep their
+stored type, so that writing to them rounds.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
+
+from engine.gguf import GGUFFile
+from engine.graph import Kind, Live, Node, Tensor, dim_name
+from engine.planner import Split, Support
+from engine.quants import dequantize, numpy_dtype
+
+Array = NDArray[Any]
+# Decoded weights kept between steps; above it they are decoded again at each use.
+DEFAULT_CACHE_BYTES = 16 << 30
+
+
+class ReferenceBackend:
+    """Runs everything. `dtype`: float32, or float64 for tests against a higher precision."""
+
+    name = "reference"
+
+    def __init__(self, dtype: type = np.float32, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
+        self.dtype = np.dtype(dtype)
+        self._weights = _WeightCache(self.dtype, cache_bytes)
+        self.states = ReferenceStates()
+        self._values: dict[Tensor, Array] = {}
+
+    def supports(self, node: Node) -> Support:
+        """Always yes."""
+        return Support(True)
+
+    def load_weights(self, weights: Sequence[Tensor], file: GGUFFile) -> None:
+        """Nothing is read before a node needs it."""
+        for tensor in weights:
+            self._weights.add(tensor, file.raw(tensor.name))
+
+    def set_weight(self, tensor: Tensor, raw: NDArray[np.uint8]) -> None:
+        """Give a weight's stored bytes directly (tests of single ops)."""
+        self._weights.add(tensor, raw)
+
+    def allocate_states(self, states: Sequence[Tensor]) -> None:
+        """States as numpy arrays of their stored type."""
+        self.states.allocate(states)
+
+    def compile(self, split: Split) -> ReferenceProgram:
+        """A list of nodes, and after each the tensors that nobody needs any more."""
+        return ReferenceProgram(self, split)
+
+    def write(self, tensor: Tensor, values: Array) -> None:
+        """Set a tensor's live rows."""
+        dtype = self.dtype if tensor.kind is Kind.ACTIVATION else np.int32
+        self._values[tensor] = np.ascontiguousarray(values, dtype)
+
+    def read(self, tensor: Tensor) -> Array:
+        """A tensor's live rows."""
+        return self._values[tensor]
+
+    def array(self, tensor: Tensor, live: Live) -> Array:
+        """The live part of an operand as ops see it, views resolved."""
+        if tensor.kind is Kind.WEIGHT:
+            base = self._weights.get(tensor.base)
+        elif tensor.kind is Kind.STATE:
+            base = self.states.arrays[tensor.base]
+        else:
+            base = self._values[tensor.base]
+        if tensor.view_of is None:
+            return base
+        assert base.flags.c_contiguous, tensor
+        strides = tuple(s * base.itemsize for s in tensor.strides)
+        return as_strided(base.reshape(-1)[tensor.offset :], live.shape(tensor.shape), strides)
+
+    def keep(self, tensor: Tensor, values: Array, live: Live) -> None:
+        """Store an output of a node."""
+        assert values.shape == live.shape(tensor.shape), (tensor, values.shape)
+        self._values[tensor] = np.ascontiguousarray(values, self.dtype)
+
+    def forget(self, tensors: Sequence[Tensor]) -> None:
+        """Release activations."""
+        for tensor in tensors:
+            self._values.pop(tensor, None)
+
+
+class ReferenceProgram:
+    """Runs a split node by node."""
+
+    def __init__(self, backend: ReferenceBackend, split: Split) -> None:
+        self._backend, self._nodes = backend, split.nodes
+        passing = {t for node in split.nodes for t in node.outputs} - set(split.keeps)
+        passing |= set(split.copies)
+        last_use: dict[Tensor, Node] = {}
+        for node in split.nodes:
+            used = (*node.outputs, *(t.base for t in node.inputs.values()))
+            last_use |= dict.fromkeys(used, node)
+        self._release: dict[Node, list[Tensor]] = {}
+        for tensor in passing:
+            self._release.setdefault(last_use[tensor], []).append(tensor)
+
+    def run(self, live: Live) -> None:
+        """Run the nodes on the live rows of their operands."""
+        backend = self._backend
+        for node in self._nodes:
+            operands = {name: backend.array(t, live) for name, t in node.inputs.items()}
+            outputs = node.op.reference(**operands, **node.attrs)
+            for tensor, values in zip(node.outputs, outputs, strict=True):
+                backend.keep(tensor, values, live)
+            backend.forget(self._release.get(node, ()))
+
+
+class ReferenceStates:
+    """State tensors as numpy arrays; see StateStore."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[Tensor, Array] = {}
+
+    def allocate(self, states: Sequence[Tensor]) -> None:
+        """Memory that the system provides when it is first written."""
+        for t in states:
+            self.arrays[t] = np.zeros(t.shape, numpy_dtype(t.dtype))
+
+    def _of(self, dim: str) -> list[tuple[Tensor, Array]]:
+        return [(t, a) for t, a in self.arrays.items() if dim_name(t) == dim]
+
+    def zero(self, dim: str, index: int) -> None:
+        """Assign zeros to a slot or block of every layer."""
+        for _, array in self._of(dim):
+            array[index] = 0
+
+    def copy(self, dim: str, source: int, target: int) -> None:
+        """Copy a slot or block of every layer."""
+        for _, array in self._of(dim):
+            array[target] = array[source]
+
+    def save(self, dim: str, index: int) -> dict[str, Array]:
+        """Copies of a slot's or block's contents, by state tensor name."""
+        return {t.name: array[index].copy() for t, array in self._of(dim)}
+
+    def load(self, dim: str, index: int, contents: Mapping[str, Array]) -> None:
+        """The reverse of `save`."""
+        for t, array in self._of(dim):
+            array[index] = contents[t.name]
+
+
+class _WeightCache:
+    """Stored weights by tensor, decoded on demand; the least recently used go first."""
+
+    def __init__(self, dtype: np.dtype[Any], limit: int) -> None:
+        self._dtype, self._limit, self._size = dtype, limit, 0
+        self._raw: dict[Tensor, NDArray[np.uint8]] = {}
+        self._decoded: OrderedDict[Tensor, Array] = OrderedDict()
+
+    def add(self, tensor: Tensor, raw: NDArray[np.uint8]) -> None:
+        self._raw[tensor] = raw
+        if (stale := self._decoded.pop(tensor, None)) is not None:
+            self._size -= stale.nbytes
+
+    def get(self, tensor: Tensor) -> Array:
+        if tensor in self._decoded:
+            self._decoded.move_to_end(tensor)
+            return self._decoded[tensor]
+        values = dequantize(tensor.dtype, self._raw[tensor], tensor.shape)
+        decoded: Array = values.astype(self._dtype, copy=False)
+        self._size += decoded.nbytes
+        self._decoded[tensor] = decoded
+        while self._size > self._limit and self._decoded:
+            _, dropped = self._decoded.popitem(last=False)
+            self._size -= dropped.nbytes
+        return decoded

@@ -1,0 +1,23 @@
+"""Architectures by the name that a GGUF file gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from engine.gguf import GGUFFile
+from engine.models.hparams import ModelError
+from engine.models.layers import BuildOptions, Model
+from engine.models.qwen35 import Qwen35
+
+ARCHITECTURES: dict[str, Callable[[GGUFFile], Model]] = {"qwen35": Qwen35}
+
+__all__ = ["ARCHITECTURES", "BuildOptions", "Model", "ModelError", "load_model"]
+
+
+def load_model(file: GGUFFile) -> Model:
+    """The model of a file; raises ModelError if its architecture or tensors are not known."""
+    arch = file.string("general.architecture")
+    if arch not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ModelError(f"{file.path}: unknown architecture {arch!r}; known are {known}")
+    return ARCHITECTURES[arch](file)

@@ -1,0 +1,74 @@
+"""Hyper-parameters from a GGUF's metadata, checked as they are read.
+
+Keys carry the architecture's name as a prefix. A value may be a scalar or one per layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from engine.errors import EngineError
+from engine.gguf import GGUFFile
+
+
+class ModelError(EngineError):
+    """The file's hyper-parameters or tensors are not those of its architecture."""
+
+
+class HParams:
+    """Typed access to `<architecture>.<key>`."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self.file = file
+        self.arch = file.string("general.architecture")
+
+    def fail(self, key: str, expected: str, came: Any) -> ModelError:
+        """The error for a key with an unusable value."""
+        return ModelError(f"{self.file.path}: {self.arch}.{key}: expected {expected}, got {came}")
+
+    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
+        """An integer of at least `minimum`."""
+        value = self.file.integer(f"{self.arch}.{key}", default)
+        if value < minimum:
+            raise self.fail(key, f"at least {minimum}", value)
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive number."""
+        value = self.file.number(f"{self.arch}.{key}", default)
+        if value <= 0:
+            raise self.fail(key, "a positive number", value)
+        return value
+
+    def per_layer(self, key: str, n_entries: int, default: int | None = None) -> list[int]:
+        """One integer per layer (MTP layers too), from an array or a scalar."""
+        value = self.file.metadata.get(f"{self.arch}.{key}", default)
+        if not isinstance(value, np.ndarray):
+            return [self.integer(key, default)] * n_entries
+        if len(value) != n_entries or value.dtype.kind not in "iu":
+            raise self.fail(key, f"{n_entries} integers", f"{len(value)} of {value.dtype}")
+        return [int(v) for v in value]
+
+    def flags(self, key: str, n_entries: int) -> list[bool] | None:
+        """One boolean per layer, from an array or a scalar; None if the key is missing."""
+        value = self.file.metadata.get(f"{self.arch}.{key}")
+        if value is None:
+            return None
+        if isinstance(value, np.ndarray):
+            if len(value) != n_entries:
+                raise self.fail(key, f"{n_entries} booleans", len(value))
+            return [bool(v) for v in value]
+        return [self.file.boolean(f"{self.arch}.{key}")] * n_entries
+
+    def divides(self, key: str, divisor: int, number: int) -> None:
+        """Raise unless `key`'s value `divisor` divides `number`."""
+        if number % divisor:
+            raise self.fail(key, f"a divisor of {number}", divisor)
+
+    def refuse_rope_scaling(self) -> None:
+        """Raise if the file asks for rope scaling, which is not implemented."""
+        kind = self.file.metadata.get(f"{self.arch}.rope.scaling.type", "none")
+        if kind != "none":
+            raise self.fail("rope.scaling.type", "none (scaling is not implemented)", kind)

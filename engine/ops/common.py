@@ -1,0 +1,108 @@
+"""What several ops share: activation functions, ragged sequences, paged rows, costs.
+
+Sequences of a batch are the spans between neighbours in `seq_starts`. A recurrent state starts from
+slot `state_src` (-1: zeros) and ends in slot `state_dst`; `snapshot_dst[s, j]` gets the state after
+token n - K + j of sequence s, K being its length (-1: nowhere).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.graph import Cost, Inputs, Kind, Live, Node, ShapeError, Tensor, match_shapes
+
+Array = NDArray[Any]
+
+RECURRENT_OPERANDS = {
+    "seq_starts": "S1",
+    "state_src": "S",
+    "state_dst": "S",
+    "snapshot_dst": "S N",
+}
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)), without overflow."""
+    return np.asarray(1 / (1 + np.exp(-np.maximum(x, -80))))
+
+
+def silu(x: Array) -> Array:
+    """x · sigmoid(x)."""
+    return x * sigmoid(x)
+
+
+def softplus(x: Array) -> Array:
+    """log(1 + exp(x)); x itself above 20, as PyTorch has it."""
+    return np.where(x > 20, x, np.log1p(np.exp(np.minimum(x, 20))))
+
+
+def rms_norm(x: Array, eps: float) -> Array:
+    """x / sqrt(mean(x²) + eps) over the last axis."""
+    return np.asarray(x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + eps))
+
+
+def check_recurrent(inputs: Inputs) -> None:
+    """Shapes of the four operands that place sequences in slots."""
+    dims = match_shapes(inputs, None, **RECURRENT_OPERANDS)
+    if dims.S1 != dims.S + 1:
+        raise ShapeError(f"operand seq_starts: expected [{dims.S + 1}], got [{int(dims.S1)}]")
+
+
+def require_contiguous_rows(inputs: Inputs, *operands: str) -> None:
+    """Only the token dimension of an operand may be strided, unless its op says otherwise."""
+    for operand in operands:
+        tensor = inputs[operand]
+        if not tensor.is_contiguous(1):
+            raise ShapeError(f"operand {operand}: rows must be contiguous, got {tensor.strides}")
+
+
+def spans(seq_starts: Array) -> Iterator[tuple[int, slice]]:
+    """(sequence, its rows) for every sequence of the batch that has rows."""
+    for s, (start, stop) in enumerate(pairwise(seq_starts)):
+        if start < stop:
+            yield s, slice(int(start), int(stop))
+
+
+def initial_state(state: Array, slot: int, dtype: Any) -> Array:
+    """A copy of a slot's state, or zeros for slot -1."""
+    if slot < 0:
+        return np.zeros(state.shape[1:], dtype)
+    return np.asarray(state[slot], dtype).copy()
+
+
+def paged_index(block_table: Array, positions: Array, block_size: int) -> tuple[Array, Array]:
+    """(block, row in the block) of a sequence's positions."""
+    return block_table[positions // block_size], positions % block_size
+
+
+def live_bytes(tensor: Tensor, live: Live) -> int:
+    """Bytes of a tensor's live part; a weight's are its bytes in the file."""
+    shape = live.shape(tensor.shape)
+    return math.prod(shape[:-1]) * tensor.dtype.row_bytes(shape[-1])
+
+
+def bytes_moved(node: Node, live: Live) -> int:
+    """Live bytes of all operands and outputs but states, of which each op counts its own part."""
+    inputs = [t for t in node.inputs.values() if t.kind is not Kind.STATE]
+    return sum(live_bytes(t, live) for t in (*inputs, *node.outputs))
+
+
+def elementwise_cost(flops: int) -> Any:
+    """Cost function of an op that does `flops` operations an element of its outputs."""
+
+    def cost(node: Node, live: Live) -> Cost:
+        elems = sum(math.prod(live.shape(t.shape)) for t in node.outputs)
+        return Cost(flops * elems, bytes_moved(node, live))
+
+    return cost
+
+
+def state_bytes(state: Tensor, live: Live) -> int:
+    """Bytes of the live sequences' states, each read once and written once."""
+    return 2 * live.n_seqs * math.prod(state.shape[1:]) * state.dtype.row_bytes(1)

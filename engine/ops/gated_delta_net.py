@@ -1,0 +1,247 @@
+"""GATED_DELTA_NET: the gated delta rule, a linear-attention layer's recurrence as one node.
+
+Per sequence and value head, for each token, with a state S [Dk, Dv]:
+
+    S <- diag(exp(g)) S;  d <- beta (v - Sᵀk);  S <- S + k dᵀ;  o <- Sᵀq · scale
+
+Two algorithms give the same result: `scan` goes token by token and is the definition; `chunk` turns
+blocks of tokens into matrix products (Yang et al., "Gated Delta Networks", arXiv:2412.06464; its
+per-row form is Kimi Delta Attention, arXiv:2510.26692). Exponents are differences of cumulated
+decays and never positive, so strong gates underflow to exact zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from engine.graph import (
+    Attrs,
+    Cost,
+    Graph,
+    Inputs,
+    Live,
+    Node,
+    Op,
+    Out,
+    ShapeError,
+    Tensor,
+    match_shapes,
+)
+from engine.ops.cases import Case, Operand, Rng, activation, case, recurrent_operands, slots
+from engine.ops.common import (
+    Array,
+    bytes_moved,
+    check_recurrent,
+    initial_state,
+    require_contiguous_rows,
+    spans,
+    state_bytes,
+)
+from engine.quants import F32
+
+ALGORITHMS = ("auto", "scan", "chunk")
+HEAD_MAPS = ("tiled", "grouped")
+# KDA's decays differ by key row, which makes a block's pairwise terms Dk times as many.
+CHUNK_GDA, CHUNK_KDA = 64, 16
+# Where the reference's chunks of numpy products overtake its loop over tokens.
+_AUTO_CHUNK_FROM = 16
+
+
+def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
+    dims = match_shapes(inputs, q="T Hk Dk", k="T Hk Dk", v="T Hv Dv", beta="T Hv")
+    per_row = len(inputs["g"].shape) == 3
+    match_shapes(
+        inputs,
+        {name: dims[name] for name in ("T", "Hv", "Dk", "Dv")},
+        g="T Hv Dk" if per_row else "T Hv",
+        state="N Hv Dv Dk",
+    )
+    check_recurrent(inputs)
+    require_contiguous_rows(inputs, "q", "k", "v", "g", "beta")
+    if dims.Hv % dims.Hk:
+        raise ShapeError(f"operand v: expected a multiple of {dims.Hk} heads, got {dims.Hv}")
+    assert attrs["head_map"] in HEAD_MAPS, attrs
+    assert attrs["algorithm"] in ALGORITHMS, attrs
+    return [((dims.T, dims.Hv, dims.Dv), F32)]
+
+
+def key_heads(n_k_heads: int, n_v_heads: int, head_map: str) -> Array:
+    """The key head that each value head reads."""
+    heads = np.arange(n_v_heads)
+    return heads % n_k_heads if head_map == "tiled" else heads // (n_v_heads // n_k_heads)
+
+
+def _reference(
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array,
+    beta: Array,
+    state: Array,
+    seq_starts: Array,
+    state_src: Array,
+    state_dst: Array,
+    snapshot_dst: Array,
+    *,
+    head_map: str,
+    scale: float,
+    algorithm: str,
+) -> tuple[Array]:
+    heads = key_heads(q.shape[1], v.shape[1], head_map)
+    out, n_snapshots = np.empty_like(v), snapshot_dst.shape[1]
+    for s, rows in spans(seq_starts):
+        n = rows.stop - rows.start
+        # Head-major operands of this sequence: [Hv, n, …].
+        operands = [np.moveaxis(x[rows], 1, 0) for x in (q[:, heads], k[:, heads], v, g, beta)]
+        carried = initial_state(state, state_src[s], v.dtype)  # [Hv, Dv, Dk]
+        run = _scan if algorithm == "scan" else _chunk
+        if algorithm == "auto" and n < _AUTO_CHUNK_FROM:
+            run = _scan
+        # States inside a chunk don't exist: the tokens that need snapshots are scanned.
+        first = max(0, n - n_snapshots)
+        result = np.empty((v.shape[1], n, v.shape[2]), v.dtype)
+        carried = run(carried, [x[:, :first] for x in operands], result[:, :first])
+        for t in range(first, n):
+            token = slice(t, t + 1)
+            carried = _scan(carried, [x[:, token] for x in operands], result[:, token])
+            if (slot := snapshot_dst[s, t - n + n_snapshots]) >= 0:
+                state[slot] = carried
+        state[state_dst[s]] = carried
+        out[rows] = np.moveaxis(result, 0, 1) * scale
+    return (out,)
+
+
+def _scan(state: Array, operands: list[Array], out: Array) -> Array:
+    """Token by token: q, k [H, n, Dk], v [H, n, Dv], g [H, n(, Dk)], state [H, Dv, Dk]."""
+    q, k, v, g, beta = operands
+    for t in range(q.shape[1]):
+        decay = np.exp(g[:, t])
+        state = state * (decay[:, np.newaxis] if g.ndim == 3 else decay[:, np.newaxis, np.newaxis])
+        predicted = np.einsum("hvk,hk->hv", state, k[:, t])
+        delta = beta[:, t, np.newaxis] * (v[:, t] - predicted)
+        state = state + delta[:, :, np.newaxis] * k[:, t, np.newaxis]
+        out[:, t] = np.einsum("hvk,hk->hv", state, q[:, t])
+    return state
+
+
+def _chunk(state: Array, operands: list[Array], out: Array) -> Array:
+    """Block by block; a block's updates are the solution D of a unit lower triangular system.
+
+    (I + tril(beta k kᵀ ⊙ decay, -1)) D = beta (v - (k ⊙ exp G) S)
+    """
+    q, k, v, g, beta = operands
+    size = CHUNK_KDA if g.ndim == 3 else CHUNK_GDA
+    for start in range(0, q.shape[1], size):
+        part = slice(start, start + size)
+        qc, kc, vc, bc = q[:, part], k[:, part], v[:, part], beta[:, part, np.newaxis]
+        cumulated = np.cumsum(g[:, part], axis=1)
+        kk, qk = _decayed_products(qc, kc, cumulated)
+        if g.ndim == 2:
+            cumulated = cumulated[..., np.newaxis]
+        grown = np.exp(cumulated)
+        transposed = np.swapaxes(state, 1, 2)  # [H, Dk, Dv]
+        rhs = bc * (vc - (kc * grown) @ transposed)
+        system = np.eye(kc.shape[1], dtype=v.dtype) + np.tril(bc * kk, -1)
+        delta = np.linalg.solve(system, rhs)
+        out[:, part] = (qc * grown) @ transposed + qk @ delta
+        last = cumulated[:, -1:]
+        state = state * np.exp(last) + np.swapaxes(delta, 1, 2) @ (kc * np.exp(last - cumulated))
+    return state
+
+
+def _decayed_products(q: Array, k: Array, cumulated: Array) -> tuple[Array, Array]:
+    """k kᵀ and q kᵀ of a block, [H, C, C], pair (i, j) decayed from j to i; zero above."""
+    lower = np.tri(k.shape[1], dtype=bool)
+    if cumulated.ndim == 2:
+        exponent = cumulated[:, :, np.newaxis] - cumulated[:, np.newaxis]
+        decay = np.exp(np.where(lower, exponent, -np.inf))
+        keys = np.swapaxes(k, 1, 2)
+        return k @ keys * decay, q @ keys * decay
+    exponent = cumulated[:, :, np.newaxis] - cumulated[:, np.newaxis]  # [H, C, C, Dk]
+    decay = np.exp(np.where(lower[..., np.newaxis], exponent, -np.inf))
+    products = (np.einsum("hid,hijd,hjd->hij", x, decay, k, optimize=True) for x in (k, q))
+    kk, qk = products
+    return kk, qk
+
+
+def _cost(node: Node, live: Live) -> Cost:
+    dims = node.inputs["state"].shape
+    flops = live.n_tokens * 7 * math.prod(dims[1:])
+    return Cost(flops, bytes_moved(node, live) + state_bytes(node.inputs["state"], live))
+
+
+def random_operands(
+    rng: Rng,
+    lengths: list[int],
+    heads: tuple[int, int],
+    sizes: tuple[int, int],
+    gate: float = -0.1,
+    kda: bool = False,
+    fresh: tuple[int, ...] = (),
+    n_snapshots: int = 0,
+) -> dict[str, Operand]:
+    """Operands at the scales of real models: unit keys, decays around `gate` (0: no decay)."""
+    (n_k, n_v), (d_k, d_v), n = heads, sizes, sum(lengths)
+    q, k = rng.normal(size=(2, n, n_k, d_k))
+    q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    g = gate * rng.uniform(0.2, 2, size=(n, n_v, d_k) if kda else (n, n_v))
+    n_slots = (2 + n_snapshots) * len(lengths)
+    return {
+        "q": activation(q),
+        "k": activation(k),
+        "v": activation(rng.normal(size=(n, n_v, d_v))),
+        "g": activation(g),
+        "beta": activation(rng.uniform(0, 1, size=(n, n_v))),
+        "state": slots(rng.normal(size=(n_slots, n_v, d_v, d_k))),
+        **recurrent_operands(lengths, fresh, n_snapshots),
+    }
+
+
+def _cases() -> Iterable[Case]:
+    shapes: list[dict[str, Any]] = [
+        {"lengths": [1], "heads": (2, 2), "sizes": (16, 16)},
+        {"lengths": [3, 1, 70], "heads": (2, 4), "sizes": (32, 16), "fresh": (1,)},
+        {"lengths": [200], "heads": (1, 3), "sizes": (64, 128), "n_snapshots": 2},
+        {"lengths": [65, 64], "heads": (4, 4), "sizes": (128, 128), "fresh": (0, 1)},
+        {"lengths": [2, 130], "heads": (1, 2), "sizes": (40, 24), "n_snapshots": 4},
+        {"lengths": [1, 1, 1], "heads": (2, 4), "sizes": (256, 256)},
+    ]
+    for i, shape in enumerate(shapes):
+        for algorithm in ("scan", "chunk"):
+            for kda in (False, True):
+                gate = (-0.1, 0.0, -20.0, -100.0)[(i + kda) % 4]
+                head_map = HEAD_MAPS[i % 2]
+                attrs = {"head_map": head_map, "scale": 0.1, "algorithm": algorithm}
+                yield case(random_operands, attrs, **shape, gate=gate, kda=kda)
+
+
+GATED_DELTA_NET = Op("GATED_DELTA_NET", _infer, _reference, _cost, _cases, writes=("state",))
+
+
+def gated_delta_net(
+    graph: Graph,
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    batch: Mapping[str, Tensor],
+    *,
+    head_map: str,
+    algorithm: str = "auto",
+) -> Tensor:
+    """q, k [T, Hk, Dk] (L2-normalised), v [T, Hv, Dv], g [T, Hv(, Dk)], beta [T, Hv],
+    state [n_slots, Hv, Dv, Dk] f32 -> [T, Hv, Dv].
+
+    `head_map`: value head h reads key head h mod Hk ("tiled") or h div (Hv / Hk) ("grouped").
+    `batch`: seq_starts, state_src, state_dst, snapshot_dst (see engine.ops.common).
+    """
+    inputs = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": state, **batch}
+    attrs = {"head_map": head_map, "scale": q.shape[-1] ** -0.5, "algorithm": algorithm}
+    return graph.add(GATED_DELTA_NET, name, inputs, **attrs)[0]

@@ -1,0 +1,59 @@
+"""GDN_GATE: decay and step size of the delta rule from their projections.
+
+    g = a · softplus(alpha + dt)      beta' = sigmoid(beta)
+
+`a` is -exp(A_log), one per head; g is a log decay per head (GDA) or per head and key row (KDA).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from engine.graph import Attrs, Graph, Inputs, Op, Out, Tensor, match_shapes
+from engine.ops.cases import Case, Operand, Rng, activation, case, weight
+from engine.ops.common import (
+    Array,
+    elementwise_cost,
+    require_contiguous_rows,
+    sigmoid,
+    softplus,
+)
+from engine.quants import F32
+
+
+def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
+    heads = "H D" if len(inputs["alpha"].shape) == 3 else "H"
+    dims = match_shapes(inputs, alpha=f"T {heads}", beta="T H", a="H", dt=heads)
+    require_contiguous_rows(inputs, "alpha", "beta")
+    return [(inputs["alpha"].shape, F32), ((dims.T, dims.H), F32)]
+
+
+def _reference(alpha: Array, beta: Array, a: Array, dt: Array) -> tuple[Array, Array]:
+    a = a[:, np.newaxis] if alpha.ndim == 3 else a
+    return a * softplus(alpha + dt), sigmoid(beta)
+
+
+def _cases() -> Iterable[Case]:
+    def make(rng: Rng, heads: tuple[int, ...]) -> dict[str, Operand]:
+        return {
+            "alpha": activation(rng.normal(size=(6, *heads)) * 15),
+            "beta": activation(rng.normal(size=(6, heads[0])) * 10),
+            "a": weight(-np.exp(rng.normal(size=heads[0]))),
+            "dt": weight(rng.normal(size=heads)),
+        }
+
+    for heads in ((4,), (3, 16)):  # GDA, KDA
+        yield case(make, {}, heads=heads)
+
+
+GDN_GATE = Op("GDN_GATE", _infer, _reference, elementwise_cost(8), _cases)
+
+
+def gdn_gate(
+    graph: Graph, name: str, alpha: Tensor, beta: Tensor, a: Tensor, dt: Tensor
+) -> tuple[Tensor, Tensor]:
+    """alpha [T, H] or [T, H, Dk], beta [T, H], a [H], dt [H] or [H, Dk] -> (g, beta')."""
+    g, step = graph.add(GDN_GATE, name, {"alpha": alpha, "beta": beta, "a": a, "dt": dt})
+    return g, step

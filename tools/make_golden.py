@@ -1,0 +1,73 @@
+"""Write tests/golden/*.npz: what transformers answers for the parity cases.
+
+    python tools/make_golden.py [CASE ...]
+
+Needs the parity extra. A case is named as its file is (qwen35-ratio2); without names all are
+written. Seeds are tried in order until the greedy run is a fair test (tests/parity/live.py), so
+the same torch and transformers give the same files. A file is checked before it is written.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+if not __package__:  # run as a script, so Python looks for modules in tools/ only
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tests.parity import CASES
+from tests.parity.common import (
+    GOLDEN_DIR,
+    LENGTHS,
+    MAX_ERROR,
+    N_GREEDY,
+    N_IDS,
+    Case,
+    Golden,
+    case_id,
+    golden_path,
+    relative_error,
+)
+from tests.parity.live import Live, first_fair, is_fair, logits
+
+SEEDS = range(1000)
+
+
+def main(names: list[str]) -> int:
+    known = {case_id(case): case for case in CASES}
+    if unknown := sorted(set(names) - known.keys()):
+        print(f"no such case: {', '.join(unknown)}; known are {', '.join(known)}", file=sys.stderr)
+        return 2
+    GOLDEN_DIR.mkdir(exist_ok=True)
+    print("case                     seed   margin distinct    rms    noise   bytes")
+    for case in [known[name] for name in names] or CASES:
+        live = first_fair(case, SEEDS)
+        noise = _checked_noise(case, live)
+        golden, path = live.golden, golden_path(case)
+        golden.save(path)
+        rms = float(np.sqrt(np.mean(golden.logits**2)))
+        print(
+            f"{case_id(case):24} {golden.seed:4} {golden.margin:8.1e} {len(set(golden.greedy)):8}"
+            f" {rms:6.3f} {noise:8.1e} {path.stat().st_size:7}"
+        )
+    return 0
+
+
+def _checked_noise(case: Case, live: Live) -> float:
+    """The largest relative difference between a prefix run alone and within the whole sequence."""
+    golden: Golden = live.golden
+    assert golden.logits.shape == (N_IDS, case.n_vocab)
+    assert golden.logits.dtype == np.float32
+    assert np.isfinite(golden.logits).all()
+    assert len(golden.greedy) == N_GREEDY
+    assert is_fair(case, golden.greedy, golden.margin)
+    noise = max(
+        relative_error(logits(live.model, golden.ids[:n]), golden.logits[:n]) for n in LENGTHS
+    )
+    assert noise <= MAX_ERROR / 3, f"{case_id(case)}: transformers' own noise is {noise:.1e}"
+    return noise
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
