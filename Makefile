@@ -1,0 +1,48 @@
+# make demo: a small random model, its graph, and text from it.   make test: everything CI needs.
+# Both set up .venv here first. make parity: compare with transformers (installs torch, .venv-parity).
+
+PYTHON ?= python3
+VENV := .venv
+DEMO := build/demo.gguf
+
+.PHONY: demo test lint parity lines clean
+
+demo: $(VENV)/.run
+	@mkdir -p build
+	$(VENV)/bin/python tools/synth.py tiny-untied --type Q8_0 --std 0.1 -o $(DEMO)
+	$(VENV)/bin/python cli.py graph -m $(DEMO)
+	$(VENV)/bin/python cli.py -m $(DEMO) -p "Once upon a time" -n 64 --seed 1
+
+test: lint
+	$(VENV)/bin/python -m pytest -q
+
+lint: $(VENV)/.test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+parity: $(VENV)-parity/.parity
+	$(VENV)-parity/bin/python -m pytest -q tests/parity
+
+lines:
+	@echo "lines of Python:  $$(git ls-files engine cli.py | grep '\.py$$' | xargs cat | wc -l)"
+	@echo "lines of kernels: $$(git ls-files engine | grep -E '\.(h|cpp|cuh|cu)$$' | xargs -r cat | wc -l)"
+
+clean:
+	rm -rf build $(VENV) $(VENV)-parity
+
+# The stamps say which extra an environment has; pip is asked again only when pyproject changes.
+$(VENV)/.run: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[test]'
+	@touch $@ $(VENV)/.run
+
+$(VENV)-parity/.parity: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-parity
+	$(VENV)-parity/bin/pip install -q --disable-pip-version-check -e '.[parity]'
+	@touch $@
