@@ -15,10 +15,15 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from engine.errors import EngineError
+
+if TYPE_CHECKING:
+    from engine import Engine, SamplingParams
+    from engine.request import Completion
 
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "'": "'", '"': '"', "\\": "\\"}
 
@@ -74,24 +79,6 @@ def _about(command: str) -> str:
     }[command]
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
-    return value
-
-
-def _at_least(low: int) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        value = int(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"expected at least {low}, got {text}")
-        return value
-
-    convert.__name__ = "integer"
-    return convert
-
-
 def _common_options(p: _Parser) -> None:
     p.add_argument("-m", "--model", required=True, metavar="FILE", help="GGUF file")
     p.add_argument("-v", "--verbose", action="store_true", help="more detail; tracebacks of errors")
@@ -109,8 +96,12 @@ def _backend_options(p: _Parser) -> None:
     )
 
 
-def _prompt_options(p: _Parser) -> None:
+def _prompt_options(p: _Parser, many: bool = False) -> None:
     source = p.add_mutually_exclusive_group()
+    if many:
+        source.add_argument(
+            "--prompts", metavar="FILE", help="one prompt a line, text or JSON; prints JSON lines"
+        )
     source.add_argument("-p", "--prompt", metavar="TEXT", help="prompt (default: standard input)")
     source.add_argument("-f", "--file", metavar="FILE", help="file with the prompt")
     p.add_argument(
@@ -120,78 +111,168 @@ def _prompt_options(p: _Parser) -> None:
     )
 
 
+# Options of a run: names, the field of SamplingParams or EngineConfig that they set, and the rest.
+# Those that are not given are left to the field's default.
+_OPTIONS: dict[str, list[tuple[str, str, Any, str]]] = {
+    "engine": [
+        ("-c --ctx-size", "n_ctx", int, "context size (4096 or the model's; 0: the model's)"),
+        ("-b --batch-size", "n_batch", int, "most tokens of a batch (2048)"),
+        ("-ub --ubatch-size", "n_ubatch", int, "most tokens of a step (512)"),
+        ("-t --threads", "n_threads", int, "threads (all cores)"),
+        ("-np --parallel", "n_parallel", int, "sequences that run together (1)"),
+    ],
+    "sampling": [
+        (
+            "-n --predict --n-predict",
+            "max_tokens",
+            int,
+            "most tokens (-1: till the context is full)",
+        ),
+        ("-s --seed", "seed", int, "seed (-1: a random one)"),
+        ("--temp", "temperature", float, "temperature (0.8; 0: greedy)"),
+        ("--dynatemp-range", "dynatemp_range", float, "temperature ± this, by entropy (0)"),
+        ("--dynatemp-exp", "dynatemp_exponent", float, "exponent of that (1)"),
+        ("--top-k", "top_k", int, "keep the N likeliest (40; 0: all)"),
+        ("--top-p", "top_p", float, "keep the likeliest up to this probability (0.95)"),
+        ("--min-p", "min_p", float, "keep what has this share of the highest probability (0.05)"),
+        ("--typical", "typical_p", float, "keep the most typical up to this probability (1)"),
+        ("--top-nsigma", "top_n_sigma", float, "keep what is within N sigma of the best (-1: off)"),
+        ("--xtc-probability", "xtc_probability", float, "chance to drop the likeliest (0)"),
+        ("--xtc-threshold", "xtc_threshold", float, "probability from which that applies (0.1)"),
+        ("--repeat-penalty", "repeat_penalty", float, "divides logits of recent tokens (1: off)"),
+        ("--repeat-last-n", "repeat_last_n", int, "how many are recent (64; 0: none, -1: all)"),
+        ("--presence-penalty", "presence_penalty", float, "lowers logits of recent tokens (0)"),
+        ("--frequency-penalty", "frequency_penalty", float, "the same, for each occurrence (0)"),
+        ("--dry-multiplier", "dry_multiplier", float, "strength of the repetition penalty DRY (0)"),
+        ("--dry-base", "dry_base", float, "its growth with the length (1.75)"),
+        ("--dry-allowed-length", "dry_allowed_length", int, "repetitions up to this are free (2)"),
+        ("--dry-penalty-last-n", "dry_penalty_last_n", int, "how far back it looks (-1: all)"),
+        ("--mirostat", "mirostat", int, "2: mirostat 2.0 instead of the samplers (0)"),
+        ("--mirostat-ent", "mirostat_tau", float, "its target surprise in bits (5)"),
+        ("--mirostat-lr", "mirostat_eta", float, "its learning rate (0.1)"),
+    ],
+}
+
+
 def _run_options(p: _Parser) -> None:
     from engine.version import version_line
 
     p.add_argument("--version", action="version", version=version_line())
     _common_options(p)
-    _prompt_options(p)
+    _prompt_options(p, many=True)
     _backend_options(p)
+    for title, rows in _OPTIONS.items():
+        group = p.add_argument_group(title)
+        for names, field, convert, about in rows:
+            group.add_argument(
+                *names.split(),
+                dest=field,
+                type=convert,
+                default=argparse.SUPPRESS,
+                metavar="N",
+                help=about,
+            )
+    given: Any = {"default": argparse.SUPPRESS}
     add = p.add_argument
-    add("-n", "--predict", "--n-predict", type=_at_least(-1), default=-1, metavar="N",
-        help="most tokens to generate (default: -1, until the context is full)")  # fmt: skip
-    add("-c", "--ctx-size", type=_at_least(0), metavar="N",
-        help="context size (default: 4096 or the model's, 0: the model's)")  # fmt: skip
-    add("-b", "--batch-size", type=_positive, default=2048, metavar="N",
-        help="most tokens of a batch (default: 2048)")  # fmt: skip
-    add("-ub", "--ubatch-size", type=_positive, default=512, metavar="N",
-        help="most tokens of a step (default: 512)")  # fmt: skip
-    add("-t", "--threads", type=_positive, metavar="N", help="threads (default: all cores)")
-    add("-s", "--seed", type=_at_least(-1), default=-1, metavar="N",
-        help="seed of the sampler (default: -1, a random one)")  # fmt: skip
-    add("--temp", type=float, metavar="X", help="temperature (default: 0.8, 0: greedy)")
-    add("--top-k", type=int, metavar="N", help="keep the N likeliest (default: 40, 0: all)")
-    add("--top-p", type=float, metavar="X", help="keep the likeliest up to X (default: 0.95)")
-    add("--min-p", type=float, metavar="X",
-        help="keep what has X times the highest probability (default: 0.05)")  # fmt: skip
-    add("--repeat-penalty", type=float, metavar="X", help="penalty (default: 1.0, none)")
-    add("--repeat-last-n", type=_at_least(-1), metavar="N",
-        help="tokens to penalize (default: 64, 0: none, -1: all)")  # fmt: skip
-    add("--ignore-eos", action="store_true", help="never end before -n")
+    add("-ctk", "--cache-type-k", dest="type_k", help="type of cached keys: f32, f16", **given)
+    add("-ctv", "--cache-type-v", dest="type_v", help="type of cached values: f32, f16", **given)
+    add("--gdn", choices=("auto", "scan", "chunk"), help="algorithm of the delta net", **given)
+    add("--check", action="store_true", help="look for non-finite values after every node", **given)
+    add("--samplers", type=_names, metavar="A;B;…", help="the samplers, in order", **given)
+    add("--dry-sequence-breaker", dest="dry_sequence_breakers", action="append", metavar="TEXT",
+        help="text that ends a repetition, or none (default: newline : \" *)", **given)  # fmt: skip
+    add("-l", "--logit-bias", type=_bias, action="append", metavar="ID±X",
+        help="add X to a token's logit: 15043+1, 15043-inf", **given)  # fmt: skip
+    add("-r", "--reverse-prompt", dest="stop", action="append", metavar="TEXT",
+        help="text that ends the output", **given)  # fmt: skip
+    add("--ignore-eos", action="store_true", help="never end before -n", **given)
     add("--no-display-prompt", action="store_true", help="print the completion only")
-    add("-ctk", "--cache-type-k", choices=("f32", "f16"), help="type of cached keys")
-    add("-ctv", "--cache-type-v", choices=("f32", "f16"), help="type of cached values")
-    add("--gdn", choices=("auto", "scan", "chunk"), default="auto",
-        help="algorithm of the gated delta net (default: auto, by length)")  # fmt: skip
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(";") if name)
+
+
+def _bias(text: str) -> tuple[int, float]:
+    match = re.fullmatch(r"(\d+)([+-].+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected a token id and a signed number, got {text}")
+    return int(match[1]), float(match[2])
+
+
+def _given(args: argparse.Namespace, options: type) -> dict[str, Any]:
+    """The fields of a dataclass that the command line sets."""
+    given = {f.name: getattr(args, f.name) for f in fields(options) if hasattr(args, f.name)}
+    if breakers := given.get("dry_sequence_breakers"):
+        given["dry_sequence_breakers"] = tuple(b for b in breakers if b != "none")
+    if "stop" in given:
+        given["stop"] = tuple(given["stop"])
+    if "logit_bias" in given:
+        given["logit_bias"] = dict(given["logit_bias"])
+    return given
 
 
 def _run(parser: _Parser, args: argparse.Namespace) -> int:
-    prompt = _prompt(parser, args)
+    prompts = None if args.prompts is None else _read(args.prompts).splitlines()
+    prompt = _prompt(parser, args) if prompts is None else ""
     from engine import Engine, SamplingParams
+    from engine.config import EngineConfig
 
-    params = SamplingParams(
-        temperature=args.temp,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repeat_penalty=args.repeat_penalty,
-        repeat_last_n=args.repeat_last_n,
-        seed=args.seed,
-        max_tokens=args.predict,
-        ignore_eos=args.ignore_eos,
-    )
-    options = {
-        "n_batch": args.batch_size,
-        "n_ubatch": args.ubatch_size,
-        "n_threads": args.threads,
-        "type_k": args.cache_type_k,
-        "type_v": args.cache_type_v,
-        "gdn": args.gdn,
-        "strict_backend": args.strict_backend,
-    }
-    with Engine.load(args.model, backend=args.backend, n_ctx=args.ctx_size, **options) as engine:
-        tokens = engine.generate(prompt, params)
+    params = SamplingParams(**_given(args, SamplingParams))
+    with Engine.load(args.model, **_given(args, EngineConfig)) as engine:
+        if prompts is not None:
+            return _run_many(engine, prompts, params)
+        completion = engine.generate(prompt, params)
         if not args.no_display_prompt:
             _write(prompt)
         status = 0
         try:
-            for token in tokens:
+            for token in completion:
                 _write(token.text)
         except KeyboardInterrupt:
+            completion.cancel()
             status = 130
-        _write("\n")
-        print(_timings(engine.timings), file=sys.stderr)
+        finally:
+            _write("\n")
+            print(_timings(engine.load_s, completion), file=sys.stderr)
     return status
+
+
+def _run_many(engine: Engine, lines: list[str], params: SamplingParams) -> int:
+    """Complete every line; results in order as soon as they are there."""
+    from tqdm import tqdm
+
+    from engine.prompts import read_prompts, result_line
+
+    prompts = list(read_prompts(lines, params))
+    good = [p for p in prompts if not p.error]
+    finished: dict[int, str] = {p.number: result_line(p, None) for p in prompts if p.error}
+    n_failed = len(finished)
+    order = iter(p.number for p in prompts)
+    following = next(order, None)
+
+    def flush() -> None:
+        nonlocal following
+        while following in finished:
+            print(finished.pop(following), flush=True)
+            following = next(order, None)
+
+    def done(index: int, completion: Completion) -> None:
+        nonlocal n_failed
+        if completion.finish_reason == "error":
+            print(f"error: line {good[index].number}: {completion.detail}", file=sys.stderr)
+            n_failed += 1
+        finished[good[index].number] = result_line(good[index], completion)
+        flush()
+        bar.update()
+
+    for line in prompts:
+        if line.error:
+            print(f"error: {line.error}", file=sys.stderr)
+    flush()
+    with tqdm(total=len(good), unit="prompt", disable=None) as bar:
+        engine.generate_batch([p.prompt for p in good], [p.params for p in good], done)
+    return 1 if n_failed else 0
 
 
 def _write(text: str) -> None:
@@ -199,19 +280,22 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _timings(t: Any) -> str:
+def _timings(load_s: float, completion: Completion) -> str:
     def rate(seconds: float, n: int, unit: str) -> str:
         if not n or not seconds:
             return ""
         each = f"{seconds / n * 1e3:9.2f} ms per token, {n / seconds:9.2f} tokens per second"
         return f" / {n:5d} {unit} ({each})"
 
+    t = completion.timings
     rows = (
-        ("load time", t.load_s, ""),
+        ("load time", load_s, ""),
         ("prompt eval time", t.prompt_s, rate(t.prompt_s, t.n_prompt, "tokens")),
         ("eval time", t.eval_s, rate(t.eval_s, t.n_eval, "runs  ")),
     )
-    return "\n".join(f"{name:>17} = {s * 1e3:10.2f} ms{more}" for name, s, more in rows)
+    lines = [f"{name:>17} = {s * 1e3:10.2f} ms{more}" for name, s, more in rows]
+    reason = completion.finish_reason or "stopped"
+    return "\n".join([*lines, f"{'ended':>17} : {reason} ({completion.detail})"])
 
 
 def _prompt(parser: _Parser, args: argparse.Namespace) -> str:
@@ -219,17 +303,20 @@ def _prompt(parser: _Parser, args: argparse.Namespace) -> str:
         return args.prompt if args.no_escape else _unescape(args.prompt)
     if args.file is None and sys.stdin.isatty():
         parser.error("a prompt is needed: -p TEXT, -f FILE, or standard input")
-    name = args.file or "standard input"
+    return _read(args.file).removesuffix("\n")
+
+
+def _read(path: str | None) -> str:
+    """The text of a file, of standard input for None or `-`."""
+    name = "standard input" if path in (None, "-") else path
     try:
-        data = Path(args.file).read_bytes() if args.file else sys.stdin.buffer.read()
-        text = data.decode()
-    except OSError as error:
-        raise InputError(f"{name}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{name}: expected UTF-8, got byte 0x{data[error.start]:02x} at offset {error.start}"
-        ) from None
-    return text.removesuffix("\n")
+        data = sys.stdin.buffer.read() if path in (None, "-") else Path(str(path)).read_bytes()
+        return data.decode()
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            came = f"byte 0x{data[error.start]:02x} at offset {error.start}"
+            raise InputError(f"{name}: expected UTF-8, got {came}") from None
+        raise InputError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _unescape(text: str) -> str:
@@ -237,7 +324,10 @@ def _unescape(text: str) -> str:
 
 
 def _sizes(text: str) -> list[int]:
-    return [_positive(part) for part in text.split(",")]
+    sizes = [int(part) for part in text.split(",")]
+    if min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"expected positive integers, got {text}")
+    return sizes
 
 
 def _graph_options(p: _Parser) -> None:

@@ -7,10 +7,8 @@ tokens. A step runs one batch of pieces and keeps every sequence's memory in lin
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,108 +16,42 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine import backends
+from engine.batch import Logits, Piece, begin, check_fits, pack
+from engine.config import ConfigError, EngineConfig, capacity_of, context_size
 from engine.errors import EngineError
 from engine.gguf import GGUFFile
 from engine.graph import Capacity, Graph
+from engine.guard import Guard, NonFiniteError
 from engine.kvcache.memory import SequenceMemory
 from engine.models import BuildOptions, load_model
 from engine.planner import Executable, Plan, place
-from engine.quants import F16, F32, DType
-from engine.sampler import Sampler, SamplingParams
-from engine.scheduler import Logits, Piece, begin, cut, pack
+from engine.request import Completion, FinishReason, Request
+from engine.sampler import Sampler, SamplingError, SamplingParams, sequence_breakers
+from engine.samplers import Breakers
+from engine.scheduler import Scheduler, cut
 from engine.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
-DEFAULT_CTX = 4096
-CACHE_TYPES = {"f32": F32, "f16": F16}
-GDN_MODES = ("auto", "scan", "chunk", "decomposed")
 
 
 class PromptError(EngineError):
     """A prompt that can't be run."""
 
 
-class ConfigError(EngineError):
-    """An engine option out of its range."""
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Options of an engine; see Engine.load. Raises ConfigError for values out of range."""
-
-    backend: str = "auto"
-    n_ctx: int | None = None
-    n_batch: int = 2048
-    n_ubatch: int = 512
-    n_parallel: int = 1
-    n_checkpoints: int = 4
-    n_threads: int | None = None
-    type_k: str | None = None
-    type_v: str | None = None
-    gdn: str = "auto"
-    strict_backend: bool = False
-
-    def __post_init__(self) -> None:
-        for name, low in (
-            ("n_ctx", 0),
-            ("n_batch", 1),
-            ("n_ubatch", 1),
-            ("n_parallel", 1),
-            ("n_checkpoints", 0),
-            ("n_threads", 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ConfigError(f"{name}: expected at least {low}, got {value}")
-        for name, known in (
-            ("backend", backends.NAMES),
-            ("gdn", GDN_MODES),
-            ("type_k", (None, *CACHE_TYPES)),
-            ("type_v", (None, *CACHE_TYPES)),
-        ):
-            if (value := getattr(self, name)) not in known:
-                choices = ", ".join(k for k in known if k)
-                raise ConfigError(f"{name}: expected one of {choices}, got {value}")
-
-    def cache_types(self) -> tuple[DType, DType]:
-        """Types of the K and V cache. The reference backend keeps float32 unless told."""
-        default = "f32" if self.backend in ("auto", "reference") else "f16"
-        return CACHE_TYPES[self.type_k or default], CACHE_TYPES[self.type_v or default]
-
-
-@dataclass
-class Timings:
-    """Seconds and token counts of the last `generate`, and of loading."""
-
-    load_s: float = 0.0
-    n_prompt: int = 0
-    prompt_s: float = 0.0
-    n_eval: int = 0
-    eval_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class Token:
-    """A generated token and the text it completes (empty inside a character)."""
-
-    text: str
-    token: int
-
-
 class Engine:
     """A loaded model. Make one with `Engine.load`; use it as a context manager, or `close` it.
 
     `tokenizer`, `model`, `memory` (of sequences) and `plan` (the placed graph) are there to be
-    looked at; so are `n_ctx` (positions of memory), `capacity` (of one step) and `timings` (of the
-    last generation).
+    looked at; so are `n_ctx` (positions of memory), `capacity` (of one step) and `load_s` (seconds
+    that loading took).
     """
 
     def __init__(self, file: GGUFFile, config: EngineConfig) -> None:
-        self.file, self.config, self.timings = file, config, Timings()
+        self.file, self.config, self.load_s = file, config, 0.0
         self.tokenizer = Tokenizer.from_gguf(file)
         self.model = load_model(file)
-        self.n_ctx = _context_size(config.n_ctx, self.model.n_ctx_train)
-        self.capacity = _capacity(config, self.n_ctx)
+        self.n_ctx = context_size(config.n_ctx, self.model.n_ctx_train)
+        self.capacity = capacity_of(config, self.n_ctx)
         graph = self._build(self.capacity, config.gdn)
         self.plan = place(graph, backends.create(config.backend), config.strict_backend)
         if config.n_threads and all(b.name == "reference" for b in self.plan.backends):
@@ -127,6 +59,7 @@ class Engine:
         self._executable: Executable | None = Executable(self.plan, file)
         cap = self.capacity
         self.memory = SequenceMemory(cap.n_blocks, cap.n_slots, cap.block_size, self._copy_block)
+        self._scheduler = Scheduler(self.memory, cap)
 
     @classmethod
     def load(
@@ -147,7 +80,7 @@ class Engine:
             raise ConfigError(f"unknown option {min(unknown)}")
         config = EngineConfig(backend=backend, n_ctx=n_ctx, **options)
         engine = cls(GGUFFile(path), config)
-        engine.timings.load_s = time.perf_counter() - start
+        engine.load_s = time.perf_counter() - start
         return engine
 
     def close(self) -> None:
@@ -167,7 +100,7 @@ class Engine:
 
     def graph(self, n_tokens: int = 512, gdn: str = "fused") -> Graph:
         """The compute graph for batches of up to `n_tokens`; gdn: fused or decomposed."""
-        capacity = _capacity(self.config, self.n_ctx, n_tokens)
+        capacity = capacity_of(self.config, self.n_ctx, n_tokens)
         return self._build(capacity, "auto" if gdn == "fused" else gdn)
 
     def _build(self, capacity: Capacity, gdn: str) -> Graph:
@@ -175,31 +108,56 @@ class Engine:
         return self.model.build(BuildOptions(capacity, type_k, type_v, gdn))
 
     def _copy_block(self, source: int, target: int) -> None:
-        self._running().each_store(lambda store: store.copy("n_blocks", source, target))
+        for store in self._running().stores:
+            store.copy("n_blocks", source, target)
 
-    def step(self, pieces: Sequence[Piece]) -> NDArray[np.float32]:
-        """Run one batch; returns the logits [n_outputs, n_vocab] of the rows that asked for them.
+    def run(self, pieces: Sequence[Piece]) -> tuple[NDArray[np.float32], dict[int, str]]:
+        """Run one batch.
 
-        Raises MemoryFullError, with nothing changed, if a sequence finds no room.
+        Returns the logits [n_outputs, n_vocab] of the rows that asked for them, and for each piece
+        (by index) whose values were not finite the reason; the memory of such a sequence is zeroed
+        and empty. Raises BatchError or MemoryFullError, with nothing changed, if the pieces don't
+        fit the graph or the memory.
         """
+        check_fits(pieces, self.capacity)
         batch = pack(pieces, begin(pieces, self.memory), self.capacity)
+        guard = Guard(batch, [piece.seq for piece in pieces])
+        watch = guard.watch if self.config.check else None
         try:
-            logits = self._running().run(batch.inputs, batch.live)["logits"]
+            logits = self._running().run(batch.inputs, batch.live, watch)["logits"]
         except BaseException:
             # States are updated in place: what a broken-off step left is no state at all.
             for piece in pieces:
                 self.memory.reset(piece.seq)
             raise
-        for piece in pieces:
+        guard.check_logits(logits)
+        for i, piece in enumerate(pieces):
             self.memory.finish(piece.seq, len(piece.tokens))
-        return np.asarray(logits, np.float32)
+            if i in guard.failures:
+                self._wipe(piece.seq)
+        return np.asarray(logits, np.float32), guard.failures
+
+    def _wipe(self, seq: int) -> None:
+        """Assign zeros to what a sequence holds (NaN · 0 is NaN) and empty it."""
+        slot, blocks = self.memory.holds(seq)
+        for store in self._running().stores:
+            store.zero("n_slots", slot)
+            for block in blocks:
+                store.zero("n_blocks", block)
+        self.memory.reset(seq)
+
+    def step(self, pieces: Sequence[Piece]) -> NDArray[np.float32]:
+        """As `run`, but values that are not finite raise NonFiniteError."""
+        logits, failures = self.run(pieces)
+        if failures:
+            raise NonFiniteError("; ".join(failures.values()))
+        return logits
 
     def prefill(
         self, seq: int, tokens: Sequence[int], logits: Logits = Logits.LAST
     ) -> NDArray[np.float32]:
         """Append tokens to a sequence in pieces; returns the logits asked for."""
-        limit = min(self.config.n_batch, self.config.n_ubatch)
-        pieces = list(cut(self.memory.n_tokens(seq), len(tokens), limit))
+        pieces = list(cut(self.memory.n_tokens(seq), len(tokens), self.capacity.n_tokens))
         out = []
         for part in pieces:
             wanted = Logits.NONE if logits is Logits.LAST and part != pieces[-1] else logits
@@ -215,53 +173,112 @@ class Engine:
         finally:
             self.memory.free(seq)
 
-    def encode_prompt(self, prompt: str) -> list[int]:
-        """Ids of a prompt as llama.cpp makes them: special tokens added and parsed."""
-        return self.tokenizer.encode(prompt, add_special=True, parse_special=True)
-
     def generate(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None
-    ) -> Iterator[Token]:
-        """Stream a completion, token by token, until its end, `max_tokens` or a full context.
+    ) -> Completion:
+        """Stream a completion: an iterator of pieces with `.text` and `.token`.
 
-        Raises PromptError at once for a prompt that is empty, too long or has unknown ids.
+        It runs together with whatever else was started and not finished. See Completion for why it
+        ended, and for how to cancel it. A str is encoded with special tokens added and parsed.
+        Raises PromptError for a prompt that is empty, too long or has unknown ids, SamplingError
+        for parameters that don't go together with the model.
         """
-        ids = self.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
-        self._check_prompt(ids)
-        params = (params or SamplingParams()).resolved(self.file.metadata)
-        return self._generate(ids, params)
+        return Completion(self, self._submit(prompt, params))
 
-    def _generate(self, ids: list[int], params: SamplingParams) -> Iterator[Token]:
-        ends = self.tokenizer.eog_ids
-        sampler = Sampler(params, ends if params.ignore_eos else ())
-        for token in ids:
-            sampler.accept(token)
-        decoder = self.tokenizer.stream(at_start=False)
-        room = self.n_ctx - len(ids) + 1
-        n_max = room if params.max_tokens < 0 else min(params.max_tokens, room)
-        t = self.timings = Timings(self.timings.load_s, n_prompt=len(ids))
-        seq = self.memory.create()
+    def generate_batch(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        on_done: Callable[[int, Completion], None] | None = None,
+    ) -> list[Completion]:
+        """Complete many prompts, `n_parallel` at a time; params: one for all, or one for each.
+
+        Returns the finished completions in order, with `.text`, `.tokens`, `.finish_reason`; one
+        whose prompt can't be run ends with the reason `error`. `on_done(index, completion)` is
+        called when one ends.
+        """
+        each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
+        done = [self._submit_or_fail(prompt, p) for prompt, p in zip(prompts, each, strict=True)]
+        pending = dict(enumerate(done))
         try:
-            start = time.perf_counter()
-            logits = self.prefill(seq, ids)[-1] if n_max else np.empty(0, np.float32)
-            t.prompt_s = time.perf_counter() - start
-            for n in range(n_max):
-                token = sampler.sample(logits)
-                sampler.accept(token)
-                if token in ends:
-                    if rest := decoder.finish():
-                        yield Token(rest, token)
-                    break
-                last = n + 1 == n_max
-                yield Token(decoder.push(token) + (decoder.finish() if last else ""), token)
-                if last:
-                    break
-                start = time.perf_counter()
-                logits = self.step([Piece(seq, [token])])[-1]
-                t.eval_s += time.perf_counter() - start
-                t.n_eval += 1
+            while pending:
+                for i, completion in list(pending.items()):
+                    if completion.finish_reason:
+                        del pending[i]
+                        if on_done:
+                            on_done(i, completion)
+                if pending:
+                    self.advance()
         finally:
-            self.memory.free(seq)
+            for completion in pending.values():
+                completion.close()
+        return done
+
+    def _submit_or_fail(
+        self, prompt: str | Sequence[int], params: SamplingParams | None
+    ) -> Completion:
+        try:
+            return Completion(self, self._submit(prompt, params))
+        except EngineError as error:
+            ids = [] if isinstance(prompt, str) else prompt
+            request = self._request(ids, SamplingParams())
+            request.finish(FinishReason.ERROR, str(error))
+            return Completion(self, request)
+
+    def _submit(self, prompt: str | Sequence[int], params: SamplingParams | None) -> Request:
+        if isinstance(prompt, str):
+            prompt = self.tokenizer.encode(prompt, add_special=True, parse_special=True)
+        self._check_prompt(prompt)
+        request = self._request(prompt, params or SamplingParams())
+        self._scheduler.add(request)
+        return request
+
+    def _request(self, ids: Sequence[int], params: SamplingParams) -> Request:
+        params = params.resolved(self.file.metadata)
+        for token in params.logit_bias:
+            if not 0 <= token < self.model.n_vocab:
+                raise SamplingError(f"logit_bias: {self._unknown_id(token)}")
+        ends = self.tokenizer.eog_ids
+        breakers: Breakers = {}
+        if params.dry_multiplier:
+            breakers = sequence_breakers(self.tokenizer, params.dry_sequence_breakers)
+        sampler = Sampler(params, ends if params.ignore_eos else (), breakers)
+        # Without a limit of its own, a completion gets its share of the context, as in llama.cpp.
+        share = max(self.n_ctx // self.config.n_parallel, len(ids))
+        limit = len(ids) + params.max_tokens if params.max_tokens >= 0 else share
+        decoder = self.tokenizer.stream(at_start=False)
+        return Request(ids, params, sampler, decoder, ends, min(limit, self.n_ctx))
+
+    def advance(self) -> bool:
+        """Run one step of everything that was started; False if there was nothing to do."""
+        work = self._scheduler.schedule()
+        if not work:
+            return False
+        start = time.perf_counter()
+        try:
+            logits, failures = self.run([piece for _, piece in work])
+        except BaseException as error:
+            for request, _ in work:
+                request.finish(FinishReason.ERROR, f"its step broke off: {error!r}")
+                self._scheduler.remove(request)
+            raise
+        seconds = time.perf_counter() - start
+        rows = iter(logits)
+        for i, (request, piece) in enumerate(work):
+            row = next(rows) if piece.n_outputs else None
+            request.count(len(piece.tokens), seconds)
+            if i in failures:
+                request.finish(FinishReason.ERROR, failures[i])
+            elif row is not None:
+                request.receive(row)
+            if request.finish_reason:
+                self._scheduler.remove(request)
+        return True
+
+    def cancel(self, request: Request) -> None:
+        """End a request now and free its memory."""
+        request.finish(FinishReason.CANCELLED, "by its user")
+        self._scheduler.remove(request)
 
     def _check_prompt(self, ids: Sequence[int]) -> None:
         if not len(ids):
@@ -272,28 +289,12 @@ class Engine:
                 "shorten it or raise n_ctx (-c)"
             )
         if not 0 <= min(ids) <= max(ids) < self.model.n_vocab:
-            bad = next(i for i in ids if not 0 <= i < self.model.n_vocab)
-            raise PromptError(f"token id {bad}: expected 0 to {self.model.n_vocab - 1}")
+            raise PromptError(
+                self._unknown_id(next(i for i in ids if not 0 <= i < self.model.n_vocab))
+            )
 
-
-def _context_size(n_ctx: int | None, n_ctx_train: int) -> int:
-    if n_ctx is None:
-        return min(DEFAULT_CTX, n_ctx_train)
-    return n_ctx or n_ctx_train
-
-
-def _capacity(config: EngineConfig, n_ctx: int, n_tokens: int | None = None) -> Capacity:
-    n_tokens = n_tokens or min(config.n_batch, config.n_ubatch)
-    block_size = Capacity.block_size
-    # Every holder of a sequence may keep one partly filled block of its own.
-    n_blocks = math.ceil(n_ctx / block_size) + config.n_parallel + config.n_checkpoints
-    return Capacity(
-        n_tokens=n_tokens,
-        n_seqs=min(config.n_parallel, n_tokens),
-        n_outputs=n_tokens,
-        n_slots=config.n_parallel + config.n_checkpoints,
-        n_blocks=n_blocks,
-    )
+    def _unknown_id(self, token: int) -> str:
+        return f"token id {token}: expected 0 to {self.model.n_vocab - 1}"
 
 
 def plan_only(
@@ -302,6 +303,6 @@ def plan_only(
     """The placed graph of a file for batches of `n_tokens`, from the file's header alone."""
     config = EngineConfig(backend=backend, n_ubatch=n_tokens, n_batch=n_tokens)
     model = load_model(GGUFFile(path))
-    capacity = _capacity(config, _context_size(None, model.n_ctx_train))
+    capacity = capacity_of(config, context_size(None, model.n_ctx_train))
     options = BuildOptions(capacity, *config.cache_types(), "auto" if gdn == "fused" else gdn)
     return place(model.build(options), backends.create(backend), strict)

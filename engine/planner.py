@@ -33,10 +33,14 @@ class Support:
     reason: str = ""
 
 
+# Looks at a node's outputs (live rows, in the order of `node.outputs`) right after it ran.
+Watch = Callable[[Node, Sequence[Array]], None]
+
+
 class Program(Protocol):
     """A compiled split."""
 
-    def run(self, live: Live) -> None:
+    def run(self, live: Live, watch: Watch | None = None) -> None:
         """Run its nodes on the live rows of what was written to their inputs."""
 
 
@@ -269,7 +273,9 @@ class Executable:
         self._sources = {t: made[t].backend for s in plan.splits for t in s.copies}
         self._outputs = {k: (made[t.base].backend, t) for k, t in plan.graph.outputs.items()}
 
-    def run(self, inputs: Mapping[str, Array], live: Live) -> dict[str, Array]:
+    def run(
+        self, inputs: Mapping[str, Array], live: Live, watch: Watch | None = None
+    ) -> dict[str, Array]:
         """One step: `inputs` by name, at their live sizes. Returns the graph's outputs by name."""
         for backend, tensors in self._inputs:
             for t in tensors:
@@ -277,10 +283,10 @@ class Executable:
         for split, program in self._programs:
             for t in split.copies:
                 split.backend.write(t, self._sources[t].read(t))
-            program.run(live)
+            program.run(live, watch)
         return {name: backend.read(t) for name, (backend, t) in self._outputs.items()}
 
-    def each_store(self, action: Callable[[StateStore], None]) -> None:
-        """Do something with the state store of every backend in use."""
-        for backend in self.plan.backends:
-            action(backend.states)
+    @property
+    def stores(self) -> list[StateStore]:
+        """The state store of every backend in use."""
+        return [backend.states for backend in self.plan.backends]

@@ -1,65 +1,101 @@
-"""From logits to a token: penalties, truncations, temperature, draw.
+"""Sampling parameters, and the sampler that draws one sequence's tokens.
 
-Order and defaults are llama.cpp's: repeat penalty over the last 64 tokens, top-k 40, top-p 0.95,
-min-p 0.05, temperature 0.8. Each step takes and gives candidates in order of falling logits.
+Names, order and defaults are llama.cpp's: logit bias, then penalties, dry, top-n-sigma, top-k 40,
+typical, top-p 0.95, min-p 0.05, xtc, temperature 0.8, draw. With mirostat 2: temperature, mirostat.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine import samplers
 from engine.errors import EngineError
-
-Floats = NDArray[np.float64]
-Ids = NDArray[np.intp]
+from engine.samplers import Breakers, Candidates
+from engine.tokenizer import Tokenizer
 
 
 class SamplingError(EngineError):
     """A sampling parameter out of its range."""
 
 
+SAMPLERS = (
+    "penalties",
+    "dry",
+    "top_n_sigma",
+    "top_k",
+    "typ_p",
+    "top_p",
+    "min_p",
+    "xtc",
+    "temperature",
+)
+
+
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample. None means: what the model's file says, else llama.cpp's default.
+    """How to sample, and when to stop. None means: what the model's file says, else the default.
 
-    temperature: at most 0 is greedy. top_k: at most 0 is all. repeat_last_n: window of the repeat
-    penalty, 0 none, -1 the whole context. seed: None or -1 for a random one. max_tokens: -1 for
-    until the context is full. ignore_eos: end-of-generation tokens are never drawn.
+    temperature: at most 0 is greedy; dynatemp_range makes it follow the entropy. top_k: at most 0
+    is all. repeat_last_n: window of the penalties, 0 none, -1 all (so with dry_penalty_last_n).
+    mirostat: 0 or 2. logit_bias: token -> what to add, -inf to ban. samplers: their order.
+    seed: None or -1 for a random one. max_tokens: -1 for until the context is full. stop: texts
+    that end the output. ignore_eos: end-of-generation tokens are never drawn.
     Raises SamplingError for values out of range.
     """
 
     temperature: float | None = None
+    dynatemp_range: float = 0.0
+    dynatemp_exponent: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    typical_p: float = 1.0
+    top_n_sigma: float = -1.0
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
     repeat_penalty: float | None = None
     repeat_last_n: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    mirostat: int | None = None
+    mirostat_tau: float | None = None
+    mirostat_eta: float | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    samplers: tuple[str, ...] = SAMPLERS
     seed: int | None = None
     max_tokens: int = -1
+    stop: tuple[str, ...] = ()
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("temperature", -math.inf, math.inf),
-            ("top_p", 0, 1),
-            ("min_p", 0, 1),
-            ("repeat_penalty", 0, math.inf),
-            ("repeat_last_n", -1, math.inf),
-            ("seed", -1, 2**64 - 1),
-            ("max_tokens", -1, math.inf),
-        ):
+        for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:
+            if value is None:
+                continue
+            whole = name in _WHOLE
+            if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+                kind = "an integer" if whole else "a number"
+                raise SamplingError(f"{name}: expected {kind}, got {value!r}")
+            if not low <= value <= high:
                 raise SamplingError(f"{name}: expected {_range(low, high)}, got {value}")
-        if self.repeat_penalty == 0:
-            raise SamplingError("repeat_penalty: expected more than 0, got 0")
+        if self.mirostat not in (None, 0, 2):
+            raise SamplingError(f"mirostat: expected 0 or 2, got {self.mirostat}")
+        for name in self.samplers:
+            if name not in SAMPLERS:
+                raise SamplingError(f"samplers: expected any of {', '.join(SAMPLERS)}, got {name}")
+        if "" in self.stop:
+            raise SamplingError("stop: expected texts that are not empty")
 
     def resolved(self, metadata: Mapping[str, Any]) -> SamplingParams:
         """These parameters with every None replaced, by `general.sampling.*` or by the default."""
@@ -79,27 +115,82 @@ _DEFAULTS: dict[str, tuple[str, float]] = {
     "top_k": ("top_k", 40),
     "top_p": ("top_p", 0.95),
     "min_p": ("min_p", 0.05),
+    "xtc_probability": ("xtc_probability", 0.0),
+    "xtc_threshold": ("xtc_threshold", 0.1),
     "repeat_penalty": ("penalty_repeat", 1.0),
     "repeat_last_n": ("penalty_last_n", 64),
+    "mirostat": ("mirostat", 0),
+    "mirostat_tau": ("mirostat_tau", 5.0),
+    "mirostat_eta": ("mirostat_eta", 0.1),
+}
+_INF = math.inf
+_FINITE = 1e30
+_TINY = 1e-6
+# A breaker's tail is cut to this many tokens, as in llama.cpp.
+_MAX_TAIL = 20
+_RANGES: dict[str, tuple[float, float]] = {
+    "temperature": (-_FINITE, _FINITE),
+    "dynatemp_range": (0, _FINITE),
+    "dynatemp_exponent": (0, _FINITE),
+    "top_k": (-_FINITE, _INF),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "typical_p": (0, 1),
+    "top_n_sigma": (-_FINITE, _FINITE),
+    "xtc_probability": (0, 1),
+    "xtc_threshold": (0, 1),
+    "repeat_penalty": (_TINY, _FINITE),
+    "repeat_last_n": (-1, _INF),
+    "presence_penalty": (-_FINITE, _FINITE),
+    "frequency_penalty": (-_FINITE, _FINITE),
+    "dry_multiplier": (0, _FINITE),
+    "dry_base": (1, _FINITE),
+    "dry_allowed_length": (0, _INF),
+    "dry_penalty_last_n": (-1, _INF),
+    "mirostat": (0, 2),
+    "mirostat_tau": (0, _FINITE),
+    "mirostat_eta": (0, _FINITE),
+    "seed": (-1, 2**64 - 1),
+    "max_tokens": (-1, _INF),
+}
+_WHOLE = {
+    "top_k",
+    "repeat_last_n",
+    "dry_allowed_length",
+    "dry_penalty_last_n",
+    "mirostat",
+    "seed",
+    "max_tokens",
 }
 
 
 def _range(low: float, high: float) -> str:
-    if low == -math.inf:
-        return "a number"
-    return f"at least {low}" if high == math.inf else f"{low} to {high}"
+    if low == -_FINITE:
+        return "a finite number"
+    if low == _TINY:
+        return "more than 0"
+    return f"at least {low}" if high in (_FINITE, _INF) else f"{low} to {high}"
 
 
 class Sampler:
-    """Draws the tokens of one sequence. `params` must be resolved."""
+    """Draws the tokens of one sequence.
 
-    def __init__(self, params: SamplingParams, banned: Iterable[int] = ()) -> None:
-        self._params = params
-        self._banned = np.fromiter(banned, np.intp)
+    `params` must be resolved. `banned` tokens are never drawn. `breakers` are those of DRY.
+    """
+
+    def __init__(
+        self, params: SamplingParams, banned: Iterable[int] = (), breakers: Breakers | None = None
+    ) -> None:
+        self._p = cast(Any, params)
+        bias = dict(params.logit_bias) | dict.fromkeys(banned, -_INF)
+        self._biased = np.fromiter(bias, np.intp, len(bias))
+        self._bias = np.fromiter(bias.values(), np.float64, len(bias))
         seed = params.seed if params.seed not in (None, -1) else None
         self._rng = np.random.default_rng(seed)
-        window = params.repeat_last_n
-        self._recent: deque[int] = deque(maxlen=None if window == -1 else window)
+        self._breakers = breakers or {}
+        self._recent: list[int] = []
+        self._mu = 2.0 * self._p.mirostat_tau
+        self._steps = self._chain()
 
     def accept(self, token: int) -> None:
         """Count a token of the prompt or of the output for the penalties."""
@@ -107,64 +198,71 @@ class Sampler:
 
     def sample(self, logits: NDArray[np.float32]) -> int:
         """Draw a token from logits [n_vocab]."""
-        p = self._params
         values = logits.astype(np.float64)
-        values[self._banned] = -np.inf
-        assert p.repeat_penalty is not None
-        values = repeat_penalty(values, np.unique(list(self._recent)), p.repeat_penalty)
-        assert p.temperature is not None
-        if p.temperature <= 0:
-            return int(np.argmax(values))
-        assert p.top_k is not None
-        assert p.top_p is not None
-        assert p.min_p is not None
-        ids = top_k(values, p.top_k)
-        ids = ids[: top_p(values[ids], p.top_p)]
-        ids = ids[: min_p(values[ids], p.min_p)]
-        return int(ids[draw(softmax(values[ids] / p.temperature), self._rng)])
+        values[self._biased] += self._bias
+        c = Candidates(np.arange(len(values)), values)
+        for step in self._steps:
+            c = step(c)
+        chosen = samplers.draw(c, self._rng)
+        if self._p.mirostat:
+            surprise = -math.log2(c.probabilities()[chosen])
+            self._mu -= self._p.mirostat_eta * (surprise - self._p.mirostat_tau)
+        return int(c.ids[chosen])
+
+    def _window(self, n: int) -> list[int]:
+        return self._recent if n < 0 else self._recent[-n:] if n else []
+
+    def _chain(self) -> list[Callable[[Candidates], Candidates]]:
+        p = self._p
+        steps: dict[str, Callable[[Candidates], Candidates]] = {
+            "penalties": lambda c: samplers.penalties(
+                c,
+                self._window(p.repeat_last_n),
+                p.repeat_penalty,
+                p.frequency_penalty,
+                p.presence_penalty,
+            ),
+            "dry": lambda c: samplers.dry(
+                c,
+                self._window(p.dry_penalty_last_n),
+                p.dry_multiplier,
+                p.dry_base,
+                p.dry_allowed_length,
+                self._breakers,
+            ),
+            "top_n_sigma": lambda c: samplers.top_n_sigma(c, p.top_n_sigma),
+            "top_k": lambda c: samplers.top_k(c, p.top_k),
+            "typ_p": lambda c: samplers.typical(c, p.typical_p),
+            "top_p": lambda c: samplers.top_p(c, p.top_p),
+            "min_p": lambda c: samplers.min_p(c, p.min_p),
+            "xtc": lambda c: samplers.xtc(c, p.xtc_probability, p.xtc_threshold, self._rng),
+            "temperature": lambda c: samplers.temperature(
+                c, p.temperature, p.dynatemp_range, p.dynatemp_exponent
+            ),
+        }
+        if p.mirostat:
+            return [steps["temperature"], lambda c: samplers.mirostat(c, self._mu)]
+        return [steps[name] for name in p.samplers]
 
 
-def softmax(values: Floats) -> Floats:
-    """Probabilities of logits."""
-    weights = np.exp(values - values.max())
-    return np.asarray(weights / weights.sum())
+def sequence_breakers(tokenizer: Tokenizer, texts: Sequence[str]) -> Breakers:
+    """The token sequences that spell one of `texts`, for DRY: head token -> tails.
 
-
-def repeat_penalty(values: Floats, seen: NDArray[Any], penalty: float) -> Floats:
-    """Logits with those of `seen` tokens divided by the penalty, or multiplied if not positive."""
-    if penalty == 1 or not len(seen):
-        return values
-    out, seen = values.copy(), seen.astype(np.intp)
-    out[seen] = np.where(out[seen] <= 0, out[seen] * penalty, out[seen] / penalty)
-    return out
-
-
-def top_k(values: Floats, k: int) -> Ids:
-    """Indices of the k highest logits, falling; equal ones by index."""
-    if 0 < k < len(values):
-        floor = np.partition(values, len(values) - k)[-k]
-        ids = np.flatnonzero(values >= floor)
-    else:
-        ids, k = np.arange(len(values)), len(values)
-    return np.asarray(ids[np.argsort(-values[ids], kind="stable")][:k])
-
-
-def top_p(values: Floats, p: float) -> int:
-    """How many of the falling logits it takes to reach a probability of p; at least one."""
-    if p >= 1:
-        return len(values)
-    return int(np.searchsorted(np.cumsum(softmax(values)), p)) + 1
-
-
-def min_p(values: Floats, p: float) -> int:
-    """How many of the falling logits have at least p times the highest probability."""
-    if p <= 0:
-        return len(values)
-    return max(1, int(np.count_nonzero(values >= values[0] + math.log(p))))
-
-
-def draw(probabilities: Floats, rng: np.random.Generator) -> int:
-    """An index drawn from a distribution."""
-    cumulated = np.cumsum(probabilities)
-    index = np.searchsorted(cumulated, rng.random() * cumulated[-1], side="right")
-    return min(int(index), len(probabilities) - 1)
+    A head holds the whole text (its tail is then empty) or ends with the beginning of it.
+    """
+    found: dict[int, list[tuple[int, ...]]] = {}
+    for text in texts:
+        data = text.encode()
+        tails = {
+            n: tuple(tokenizer.encode(data[n:].decode("utf-8", "replace"))[:_MAX_TAIL])
+            for n in range(1, len(data))
+        }
+        for token in range(tokenizer.n_vocab):
+            piece = tokenizer.token_bytes(token, special=True)
+            if data in piece:
+                found.setdefault(token, []).append(())
+                continue
+            for n, tail in tails.items():
+                if piece.endswith(data[:n]):
+                    found.setdefault(token, []).append(tail)
+    return found

@@ -1,44 +1,27 @@
-"""Batches: pieces of several sequences packed into the inputs of one step.
+"""Which pieces of which requests run in the next step.
 
-Rows of all pieces lie one after another, any lengths together. Prefill pieces end at multiples of
-64 positions, so that a prompt gives the same chunks however it is cut.
+Decode rows come first, then prefill pieces under the token budget, shared evenly among the prompts:
+a short one is not kept waiting by a long one. Pieces end at multiples of 64 positions, so that a
+prompt gives the same chunks however it is cut. A request is admitted when all the memory it may
+ever need is free, in order of arrival; what is admitted never runs out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from enum import Enum
-from typing import Any
+from collections import deque
+from collections.abc import Iterator
+from math import ceil
 
-import numpy as np
-from numpy.typing import NDArray
-
-from engine.graph import Capacity, Live
-from engine.kvcache.memory import SequenceMemory, Step
+from engine.batch import Logits, Piece
+from engine.graph import Capacity
+from engine.kvcache.memory import SequenceMemory
+from engine.request import FinishReason, Request
 
 PIECE_MULTIPLE = 64
 
 
-class Logits(Enum):
-    """Which rows of a piece need logits."""
-
-    NONE = 0
-    LAST = 1
-    ALL = 2
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The next `tokens` of sequence `seq`."""
-
-    seq: int
-    tokens: Sequence[int]
-    logits: Logits = Logits.LAST
-
-
 def cut(n_past: int, n_tokens: int, n_ubatch: int) -> Iterator[slice]:
-    """Cut a prompt's `n_tokens` after position `n_past` into pieces of at most `n_ubatch`.
+    """Cut `n_tokens` that come after position `n_past` into pieces of at most `n_ubatch`.
 
     From a limit of 64 up, pieces end at multiples of 64 positions (except the last).
     """
@@ -52,59 +35,99 @@ def cut(n_past: int, n_tokens: int, n_ubatch: int) -> Iterator[slice]:
         start = stop
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Inputs of one step by name, at their live sizes."""
+class Scheduler:
+    """Requests waiting and running; at most `capacity.n_seqs` run at a time."""
 
-    inputs: dict[str, NDArray[np.int32]]
-    live: Live
+    def __init__(self, memory: SequenceMemory, capacity: Capacity) -> None:
+        self._memory, self._capacity = memory, capacity
+        self.waiting: deque[Request] = deque()
+        self.running: deque[Request] = deque()
+        self._prefill_turn = False
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+        self.waiting.append(request)
+
+    def remove(self, request: Request) -> None:
+        """Take a finished request out and free its memory."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        if request in self.running:
+            self.running.remove(request)
+            self._memory.free(request.seq)
+
+    def schedule(self) -> list[tuple[Request, Piece]]:
+        """The pieces of the next step, each with its request; none if nothing can run."""
+        self._admit()
+        decoding = [r for r in self.running if not r.is_prefilling]
+        work = [(r, Piece(r.seq, [r.tokens[-1]])) for r in decoding]
+        prefill = self._prefill_pieces(self._capacity.n_tokens - len(work))
+        if work and not prefill and len(decoding) < len(self.running):
+            # No piece fits beside the decode rows: the two kinds take turns.
+            self._prefill_turn = not self._prefill_turn
+            if self._prefill_turn:
+                return self._prefill_pieces(self._capacity.n_tokens)
+        return work + prefill
+
+    def _admit(self) -> None:
+        """Start waiting requests, first come first served, as far as memory goes."""
+        while self.waiting and len(self.running) < self._capacity.n_seqs:
+            request = self.waiting[0]
+            promised = sum(self._unclaimed_blocks(r) for r in self.running)
+            blocks, slots = self._memory.blocks.n_free, self._memory.slots.n_free
+            if self._n_blocks(request) > blocks - promised or slots == 0:
+                if not self.running:
+                    self._refuse(self.waiting.popleft(), blocks, slots)
+                    continue
+                return
+            self.waiting.popleft()
+            request.seq = self._memory.create()
+            self.running.append(request)
+
+    def _refuse(self, request: Request, n_blocks: int, n_slots: int) -> None:
+        """Nothing else runs and it still finds no room: something else holds the memory."""
+        size = self._capacity.block_size
+        request.finish(
+            FinishReason.ERROR,
+            f"it needs {request.limit} positions and a state slot: {n_blocks * size} positions and "
+            f"{n_slots} slots are free, others are held (by checkpoints, say)",
+        )
+
+    def _n_blocks(self, request: Request) -> int:
+        return ceil(request.limit / self._capacity.block_size)
+
+    def _unclaimed_blocks(self, request: Request) -> int:
+        """Blocks that a running request was promised and has not taken yet."""
+        taken = ceil(self._memory.n_tokens(request.seq) / self._capacity.block_size)
+        return self._n_blocks(request) - taken
+
+    def _prefill_pieces(self, budget: int) -> list[tuple[Request, Piece]]:
+        prompts = [r for r in self.running if r.is_prefilling]
+        # Whoever was first this time is last the next time.
+        if prompts:
+            self.running.remove(prompts[0])
+            self.running.append(prompts[0])
+        ends = {id(r): r.n_done for r in prompts}
+        growing = prompts
+        while growing:
+            grown = []
+            for r in growing:
+                end = self._next_end(ends[id(r)], len(r.ids), budget)
+                budget -= end - ends[id(r)]
+                if end > ends[id(r)]:
+                    grown.append(r)
+                ends[id(r)] = end
+            growing = grown
+        return [(r, _piece(r, ends[id(r)])) for r in prompts if ends[id(r)] > r.n_done]
+
+    def _next_end(self, done: int, n_tokens: int, budget: int) -> int:
+        """Where the next quantum of a prompt ends: a multiple of 64, or its own end."""
+        if self._capacity.n_tokens < PIECE_MULTIPLE:
+            return min(done + 1, n_tokens) if budget else done
+        end = min(done - done % PIECE_MULTIPLE + PIECE_MULTIPLE, n_tokens)
+        return end if end - done <= budget else done
 
 
-def begin(pieces: Sequence[Piece], memory: SequenceMemory) -> list[Step]:
-    """Room in memory for every piece; if one finds none, all are undone and its error raised."""
-    steps: list[Step] = []
-    try:
-        for piece in pieces:
-            steps.append(memory.begin(piece.seq, len(piece.tokens)))
-    except Exception:
-        for piece in pieces[: len(steps)]:
-            memory.cancel(piece.seq)
-        raise
-    return steps
-
-
-def pack(pieces: Sequence[Piece], steps: Sequence[Step], capacity: Capacity) -> Batch:
-    """The inputs of a step over `pieces`, whose room in memory is `steps`."""
-    lengths = [len(piece.tokens) for piece in pieces]
-    starts = np.cumsum([0, *lengths])
-    tables = np.full((len(pieces), capacity.n_blocks), -1)
-    for table, step in zip(tables, steps, strict=True):
-        table[: len(step.blocks)] = step.blocks
-    positions = [np.arange(s.n_past, s.n_past + n) for s, n in zip(steps, lengths, strict=True)]
-    rows = [_output_rows(p, int(start)) for p, start in zip(pieces, starts, strict=False)]
-    inputs: dict[str, Any] = {
-        "tokens": np.concatenate([piece.tokens for piece in pieces]),
-        "positions": np.concatenate(positions),
-        "seq_starts": starts,
-        "state_src": [step.state_src for step in steps],
-        "state_dst": [step.state_dst for step in steps],
-        "snapshot_dst": np.full((len(pieces), capacity.n_snapshots), -1),
-        "block_tables": tables,
-        "output_rows": np.concatenate(rows),
-    }
-    live = Live(
-        n_tokens=int(starts[-1]),
-        n_seqs=len(pieces),
-        n_outputs=len(inputs["output_rows"]),
-        kv_rows=sum(int(p[-1]) + 1 for p in positions),
-        kv_pairs=sum(int(p.sum()) + len(p) for p in positions),
-    )
-    for name, limit in (("n_tokens", capacity.n_tokens), ("n_seqs", capacity.n_seqs)):
-        assert getattr(live, name) <= limit, (name, live, capacity)
-    return Batch({name: np.asarray(v, np.int32) for name, v in inputs.items()}, live)
-
-
-def _output_rows(piece: Piece, start: int) -> NDArray[np.int64]:
-    n = len(piece.tokens)
-    first = {Logits.NONE: n, Logits.LAST: n - 1, Logits.ALL: 0}[piece.logits]
-    return np.arange(start + first, start + n)
+def _piece(request: Request, end: int) -> Piece:
+    logits = Logits.LAST if end == len(request.ids) else Logits.NONE
+    return Piece(request.seq, request.ids[request.n_done : end], logits)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from engine.gguf import GGUFFile
 from engine.graph import Kind, Live, Node, Tensor, dim_name
-from engine.planner import Split, Support
+from engine.planner import Split, Support, Watch
 from engine.quants import dequantize, numpy_dtype
 
 Array = NDArray[Any]
@@ -106,7 +106,7 @@ class ReferenceProgram:
         for tensor in passing:
             self._release.setdefault(last_use[tensor], []).append(tensor)
 
-    def run(self, live: Live) -> None:
+    def run(self, live: Live, watch: Watch | None = None) -> None:
         """Run the nodes on the live rows of their operands."""
         backend = self._backend
         for node in self._nodes:
@@ -114,6 +114,8 @@ class ReferenceProgram:
             outputs = node.op.reference(**operands, **node.attrs)
             for tensor, values in zip(node.outputs, outputs, strict=True):
                 backend.keep(tensor, values, live)
+            if watch is not None:
+                watch(node, [backend.read(t) for t in node.outputs])
             backend.forget(self._release.get(node, ()))
 
 

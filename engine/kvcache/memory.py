@@ -1,14 +1,15 @@
-"""Memory per sequence: KV blocks and a state slot together, with checkpoints.
+"""Memory per sequence: KV blocks and a state slot together, with checkpoints, forks and marks.
 
-A recurrent state cannot be cut short, so going back means restoring a checkpoint: a reference to a
-slot and to blocks that nobody writes any more. Taking and restoring one moves no data; the first
+A recurrent state cannot be cut short, so going back means returning to a state that was kept: by a
+checkpoint (which holds blocks too and outlives its sequence), or by a mark or a snapshot of the
+sequence's own. Keeping moves no data: it is one more reference to a slot and to blocks; the first
 write after it goes to another slot, and to a copy of the block that is partly filled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.kvcache.attention import BlockTable
 from engine.kvcache.pool import Pool
@@ -17,20 +18,41 @@ from engine.kvcache.recurrent import StateSlot
 
 @dataclass
 class Span:
-    """`n_tokens` positions of a sequence, with the blocks and the slot that hold them."""
+    """`n_tokens` positions of a sequence, with the blocks and the slot that hold them.
+
+    `marks`: states at earlier positions; `snapshots`: those of the last step, kept until the next.
+    Neither needs blocks of its own, for a sequence never overwrites its past.
+    """
 
     n_tokens: int
     table: BlockTable
     state: StateSlot
+    marks: dict[int, StateSlot] = field(default_factory=dict)
+    snapshots: dict[int, StateSlot] = field(default_factory=dict)
 
     def fork(self) -> Span:
         """The same contents, held once more."""
-        return Span(self.n_tokens, self.table.fork(self.n_tokens), self.state.fork())
+        marks = {n: state.fork() for n, state in self.marks.items()}
+        return Span(self.n_tokens, self.table.fork(self.n_tokens), self.state.fork(), marks)
 
     def release(self) -> None:
         """Give everything back."""
+        self.drop_snapshots()
+        self.drop_marks(0)
         self.table.truncate(0)
         self.state.release()
+        self.n_tokens = 0
+
+    def drop_snapshots(self) -> None:
+        """Give the last step's snapshots back."""
+        for state in self.snapshots.values():
+            state.release()
+        self.snapshots.clear()
+
+    def drop_marks(self, n_tokens: int) -> None:
+        """Give back the marks at or after a position."""
+        for n in [n for n in self.marks if n >= n_tokens]:
+            self.marks.pop(n).release()
 
 
 @dataclass(frozen=True)
@@ -41,6 +63,7 @@ class Step:
     blocks: list[int]
     state_src: int
     state_dst: int
+    snapshots: tuple[int, ...] = ()
 
 
 class Checkpoint:
@@ -80,11 +103,17 @@ class SequenceMemory:
 
     def create(self) -> int:
         """A new, empty sequence. Nothing is allocated before its first step."""
+        return self._add(Span(0, BlockTable(self.blocks, self._block_size), StateSlot(self.slots)))
+
+    def _add(self, span: Span) -> int:
         seq = self._next_id
         self._next_id += 1
-        span = Span(0, BlockTable(self.blocks, self._block_size), StateSlot(self.slots))
         self._sequences[seq] = span
         return seq
+
+    def fork(self, seq: int) -> int:
+        """A new sequence with the same contents; each goes its own way from here."""
+        return self._add(self._sequences[seq].fork())
 
     def free(self, seq: int) -> None:
         """Forget a sequence and give its memory back; checkpoints of it stay valid."""
@@ -94,16 +123,28 @@ class SequenceMemory:
         """Positions that a sequence holds."""
         return self._sequences[seq].n_tokens
 
-    def begin(self, seq: int, n_new: int) -> Step:
+    def holds(self, seq: int) -> tuple[int, list[int]]:
+        """(state slot or -1, blocks) of a sequence."""
+        span = self._sequences[seq]
+        return span.state.slot, list(span.table.blocks)
+
+    def begin(self, seq: int, n_new: int, n_snapshots: int = 0) -> Step:
         """Make room for `n_new` tokens and say where the step reads and writes.
 
-        Follow with `finish` or `cancel`. Raises MemoryFullError with nothing changed.
+        The states after each of the last `n_snapshots` of them are kept until the next step. Follow
+        with `finish` or `cancel`. Raises MemoryFullError with the contents unchanged.
         """
         span = self._sequences[seq]
-        self.slots.require(span.state.missing())
+        span.drop_snapshots()
+        n_snapshots = min(n_snapshots, n_new)
+        self.slots.require(span.state.missing() + n_snapshots)
         span.table.extend(span.n_tokens, n_new, self._copy_block)
         source, target = span.state.begin()
-        return Step(span.n_tokens, span.table.blocks, source, target)
+        last = span.n_tokens + n_new
+        for n in range(last - n_snapshots + 1, last + 1):
+            span.snapshots[n] = StateSlot(self.slots, self.slots.acquire())
+        kept = tuple(state.slot for state in span.snapshots.values())
+        return Step(span.n_tokens, span.table.blocks, source, target, kept)
 
     def finish(self, seq: int, n_new: int) -> None:
         """The step was run: the sequence has `n_new` more tokens."""
@@ -114,6 +155,7 @@ class SequenceMemory:
     def cancel(self, seq: int) -> None:
         """The step was not run: the sequence is as it was before `begin`."""
         span = self._sequences[seq]
+        span.drop_snapshots()
         span.state.cancel()
         span.table.truncate(span.n_tokens)
 
@@ -122,7 +164,29 @@ class SequenceMemory:
         span = self._sequences[seq]
         span.state.cancel()
         span.release()
-        span.n_tokens = 0
+
+    def mark(self, seq: int) -> None:
+        """Keep the state at this position, so that `truncate` can come back to it."""
+        span = self._sequences[seq]
+        if span.n_tokens and span.n_tokens not in span.marks:
+            self.slots.require(1)  # The next step needs a slot of its own.
+            span.marks[span.n_tokens] = span.state.fork()
+
+    def truncate(self, seq: int, n_tokens: int) -> int:
+        """Go back to `n_tokens` positions, or to the nearest kept state before; returns where."""
+        span = self._sequences[seq]
+        if n_tokens >= span.n_tokens:
+            return span.n_tokens
+        kept = span.marks | span.snapshots
+        reached = max((n for n in kept if n <= n_tokens), default=0)
+        state = kept[reached].fork() if reached else StateSlot(self.slots)
+        span.state.release()
+        span.state = state
+        span.drop_snapshots()
+        span.drop_marks(reached + 1)
+        span.table.truncate(reached)
+        span.n_tokens = reached
+        return reached
 
     def checkpoint(self, seq: int) -> Checkpoint:
         """Hold the sequence as it is now."""

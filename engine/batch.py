@@ -1,0 +1,115 @@
+"""Batches: pieces of several sequences packed into the inputs of one step.
+
+Rows of all pieces lie one after another, any lengths together: decode rows and prefill pieces are
+the same to the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.errors import EngineError
+from engine.graph import Capacity, Live
+from engine.kvcache.memory import SequenceMemory, Step
+
+
+class BatchError(EngineError):
+    """A batch larger than the graph's capacity."""
+
+
+class Logits(Enum):
+    """Which rows of a piece need logits."""
+
+    NONE = 0
+    LAST = 1
+    ALL = 2
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next `tokens` of sequence `seq`; the states after the last `n_snapshots` are kept."""
+
+    seq: int
+    tokens: Sequence[int]
+    logits: Logits = Logits.LAST
+    n_snapshots: int = 0
+
+    @property
+    def n_outputs(self) -> int:
+        """How many of its rows need logits."""
+        return {Logits.NONE: 0, Logits.LAST: 1, Logits.ALL: len(self.tokens)}[self.logits]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of one step by name, at their live sizes."""
+
+    inputs: dict[str, NDArray[np.int32]]
+    live: Live
+
+
+def check_fits(pieces: Sequence[Piece], capacity: Capacity) -> None:
+    """Raise BatchError unless a graph of this capacity can run the pieces in one step."""
+    seqs = [piece.seq for piece in pieces]
+    n_snapshots = max((piece.n_snapshots for piece in pieces), default=0)
+    for what, n, limit in (
+        ("sequences", len(pieces), capacity.n_seqs),
+        ("tokens", sum(len(piece.tokens) for piece in pieces), capacity.n_tokens),
+        ("snapshots", n_snapshots, capacity.n_snapshots),
+    ):
+        if n > limit:
+            raise BatchError(f"{n} {what} in one step: expected at most {limit}")
+    if not pieces or not all(len(piece.tokens) for piece in pieces):
+        raise BatchError("expected at least one token of each sequence, got none")
+    if len(set(seqs)) < len(seqs):
+        raise BatchError(f"sequence {max(seqs, key=seqs.count)} twice in one step")
+
+
+def begin(pieces: Sequence[Piece], memory: SequenceMemory) -> list[Step]:
+    """Room in memory for every piece; if one finds none, all are undone and its error raised."""
+    steps: list[Step] = []
+    try:
+        for piece in pieces:
+            steps.append(memory.begin(piece.seq, len(piece.tokens), piece.n_snapshots))
+    except Exception:
+        for piece in pieces[: len(steps)]:
+            memory.cancel(piece.seq)
+        raise
+    return steps
+
+
+def pack(pieces: Sequence[Piece], steps: Sequence[Step], capacity: Capacity) -> Batch:
+    """The inputs of a step over `pieces`, whose room in memory is `steps`."""
+    lengths = [len(piece.tokens) for piece in pieces]
+    starts = np.cumsum([0, *lengths])
+    tables = np.full((len(pieces), capacity.n_blocks), -1)
+    snapshots = np.full((len(pieces), capacity.n_snapshots), -1)
+    for s, step in enumerate(steps):
+        tables[s, : len(step.blocks)] = step.blocks
+        snapshots[s, capacity.n_snapshots - len(step.snapshots) :] = step.snapshots
+    positions = [np.arange(s.n_past, s.n_past + n) for s, n in zip(steps, lengths, strict=True)]
+    ends = zip(pieces, starts[1:].tolist(), strict=True)
+    inputs: dict[str, Any] = {
+        "tokens": np.concatenate([piece.tokens for piece in pieces]),
+        "positions": np.concatenate(positions),
+        "seq_starts": starts,
+        "state_src": [step.state_src for step in steps],
+        "state_dst": [step.state_dst for step in steps],
+        "snapshot_dst": snapshots,
+        "block_tables": tables,
+        "output_rows": np.concatenate([np.arange(end - p.n_outputs, end) for p, end in ends]),
+    }
+    live = Live(
+        n_tokens=int(starts[-1]),
+        n_seqs=len(pieces),
+        n_outputs=len(inputs["output_rows"]),
+        kv_rows=sum(int(p[-1]) + 1 for p in positions),
+        kv_pairs=sum(int(p.sum()) + len(p) for p in positions),
+    )
+    return Batch({name: np.asarray(v, np.int32) for name, v in inputs.items()}, live)

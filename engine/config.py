@@ -1,0 +1,89 @@
+"""Options of an engine, checked once, and the graph capacity that follows from them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from engine import backends
+from engine.errors import EngineError
+from engine.graph import Capacity
+from engine.quants import F16, F32, DType
+
+DEFAULT_CTX = 4096
+CACHE_TYPES = {"f32": F32, "f16": F16}
+GDN_MODES = ("auto", "scan", "chunk", "decomposed")
+
+
+class ConfigError(EngineError):
+    """An engine option out of its range."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Options of an engine; see Engine.load. Raises ConfigError for values out of range."""
+
+    backend: str = "auto"
+    n_ctx: int | None = None
+    n_batch: int = 2048
+    n_ubatch: int = 512
+    n_parallel: int = 1
+    n_checkpoints: int = 4
+    n_snapshots: int = 0
+    n_threads: int | None = None
+    type_k: str | None = None
+    type_v: str | None = None
+    gdn: str = "auto"
+    strict_backend: bool = False
+    check: bool = False
+
+    def __post_init__(self) -> None:
+        for name, low in (
+            ("n_ctx", 0),
+            ("n_batch", 1),
+            ("n_ubatch", 1),
+            ("n_parallel", 1),
+            ("n_checkpoints", 0),
+            ("n_snapshots", 0),
+            ("n_threads", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ConfigError(f"{name}: expected at least {low}, got {value}")
+        for name, known in (
+            ("backend", backends.NAMES),
+            ("gdn", GDN_MODES),
+            ("type_k", (None, *CACHE_TYPES)),
+            ("type_v", (None, *CACHE_TYPES)),
+        ):
+            if (value := getattr(self, name)) not in known:
+                choices = ", ".join(k for k in known if k)
+                raise ConfigError(f"{name}: expected one of {choices}, got {value}")
+
+    def cache_types(self) -> tuple[DType, DType]:
+        """Types of the K and V cache. The reference backend keeps float32 unless told."""
+        default = "f32" if self.backend in ("auto", "reference") else "f16"
+        return CACHE_TYPES[self.type_k or default], CACHE_TYPES[self.type_v or default]
+
+
+def context_size(n_ctx: int | None, n_ctx_train: int) -> int:
+    """Positions of memory: n_ctx, with None and 0 as in Engine.load."""
+    if n_ctx is None:
+        return min(DEFAULT_CTX, n_ctx_train)
+    return n_ctx or n_ctx_train
+
+
+def capacity_of(config: EngineConfig, n_ctx: int, n_tokens: int | None = None) -> Capacity:
+    """The capacity of an engine's graph, or of one for batches of `n_tokens`."""
+    n_tokens = n_tokens or min(config.n_batch, config.n_ubatch)
+    block_size = Capacity.block_size
+    # Every holder of a sequence may keep one partly filled block of its own.
+    n_blocks = math.ceil(n_ctx / block_size) + config.n_parallel + config.n_checkpoints
+    return Capacity(
+        n_tokens=n_tokens,
+        n_seqs=min(config.n_parallel, n_tokens),
+        n_outputs=n_tokens,
+        n_slots=config.n_parallel * (1 + config.n_snapshots) + config.n_checkpoints,
+        n_blocks=n_blocks,
+        n_snapshots=config.n_snapshots,
+    )
