@@ -49,11 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        return command(parser, args)
+        status = command(parser, args)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
     except EngineError as error:
         if args.verbose:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        # A file's name may hold line ends.
+        print("error:", *str(error).splitlines(), file=sys.stderr)
         return 1
     except MemoryError as error:
         print(f"error: out of memory: {error or 'lower -c or -ub'}", file=sys.stderr)
@@ -72,13 +76,6 @@ def _about(command: str) -> str:
         "graph": "Show a model's compute graph: node counts, and which backend runs each and why.",
         "tokenize": "Show a text's tokens.",
     }[command]
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
-    return value
 
 
 def _at_least(low: int) -> Callable[[str], int]:
@@ -132,11 +129,11 @@ def _run_options(p: _Parser) -> None:
         help="most tokens to generate (default: -1, until the context is full)")  # fmt: skip
     add("-c", "--ctx-size", type=_at_least(0), metavar="N",
         help="context size (default: 4096 or the model's, 0: the model's)")  # fmt: skip
-    add("-b", "--batch-size", type=_positive, default=2048, metavar="N",
+    add("-b", "--batch-size", type=_at_least(1), default=2048, metavar="N",
         help="most tokens of a batch (default: 2048)")  # fmt: skip
-    add("-ub", "--ubatch-size", type=_positive, default=512, metavar="N",
+    add("-ub", "--ubatch-size", type=_at_least(1), default=512, metavar="N",
         help="most tokens of a step (default: 512)")  # fmt: skip
-    add("-t", "--threads", type=_positive, metavar="N", help="threads (default: all cores)")
+    add("-t", "--threads", type=_at_least(1), metavar="N", help="threads (default: all cores)")
     add("-s", "--seed", type=_at_least(-1), default=-1, metavar="N",
         help="seed of the sampler (default: -1, a random one)")  # fmt: skip
     add("--temp", type=float, metavar="X", help="temperature (default: 0.8, 0: greedy)")
@@ -181,10 +178,10 @@ def _run(parser: _Parser, args: argparse.Namespace) -> int:
     }
     with Engine.load(args.model, backend=args.backend, n_ctx=args.ctx_size, **options) as engine:
         tokens = engine.generate(prompt, params)
-        if not args.no_display_prompt:
-            _write(prompt)
         status = 0
         try:
+            if not args.no_display_prompt:
+                _write(prompt)
             for token in tokens:
                 _write(token.text)
         except KeyboardInterrupt:
@@ -217,11 +214,11 @@ def _timings(t: Any) -> str:
 def _prompt(parser: _Parser, args: argparse.Namespace) -> str:
     if args.prompt is not None:
         return args.prompt if args.no_escape else _unescape(args.prompt)
-    if args.file is None and sys.stdin.isatty():
+    if args.file is None and (sys.stdin is None or sys.stdin.isatty()):
         parser.error("a prompt is needed: -p TEXT, -f FILE, or standard input")
-    name = args.file or "standard input"
+    name = "standard input" if args.file is None else args.file
     try:
-        data = Path(args.file).read_bytes() if args.file else sys.stdin.buffer.read()
+        data = sys.stdin.buffer.read() if args.file is None else Path(args.file).read_bytes()
         text = data.decode()
     except OSError as error:
         raise InputError(f"{name}: {error.strerror}") from None
@@ -237,7 +234,11 @@ def _unescape(text: str) -> str:
 
 
 def _sizes(text: str) -> list[int]:
-    return [_positive(part) for part in text.split(",")]
+    try:
+        return [_at_least(1)(part) for part in text.split(",")]
+    except ValueError:
+        message = f"expected integers and commas between them, got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def _graph_options(p: _Parser) -> None:
@@ -258,12 +259,12 @@ def _graph(parser: _Parser, args: argparse.Namespace) -> int:
     plans = {
         bs: plan_only(args.model, bs, args.gdn, args.backend, args.strict_backend) for bs in args.bs
     }
-    print(report.as_json(plans) if args.json else report.text(plans, args.verbose))
-    if args.dot:
+    if args.dot is not None:
         try:
             Path(args.dot).write_text(report.as_dot(plans[args.bs[0]]))
         except OSError as error:
             raise InputError(f"{args.dot}: {error.strerror}") from None
+    print(report.as_json(plans) if args.json else report.text(plans, args.verbose))
     return 0
 
 

@@ -31,6 +31,8 @@ from engine.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 DEFAULT_CTX = 4096
+# Positions are int32.
+MAX_CTX = 2**31 - 1
 CACHE_TYPES = {"f32": F32, "f16": F16}
 GDN_MODES = ("auto", "scan", "chunk", "decomposed")
 
@@ -182,8 +184,9 @@ class Engine:
 
         Raises MemoryFullError, with nothing changed, if a sequence finds no room.
         """
-        batch = pack(pieces, begin(pieces, self.memory), self.capacity)
+        steps = begin(pieces, self.memory)
         try:
+            batch = pack(pieces, steps, self.capacity)
             logits = self._running().run(batch.inputs, batch.live)["logits"]
         except BaseException:
             # States are updated in place: what a broken-off step left is no state at all.
@@ -239,7 +242,7 @@ class Engine:
         decoder = self.tokenizer.stream(at_start=False)
         room = self.n_ctx - len(ids) + 1
         n_max = room if params.max_tokens < 0 else min(params.max_tokens, room)
-        t = self.timings = Timings(self.timings.load_s, n_prompt=len(ids))
+        t = self.timings = Timings(self.timings.load_s, n_prompt=len(ids) if n_max else 0)
         seq = self.memory.create()
         try:
             start = time.perf_counter()
@@ -277,9 +280,10 @@ class Engine:
 
 
 def _context_size(n_ctx: int | None, n_ctx_train: int) -> int:
-    if n_ctx is None:
-        return min(DEFAULT_CTX, n_ctx_train)
-    return n_ctx or n_ctx_train
+    size = min(DEFAULT_CTX, n_ctx_train) if n_ctx is None else n_ctx or n_ctx_train
+    if size > MAX_CTX:
+        raise ConfigError(f"n_ctx: expected at most {MAX_CTX}, got {size}")
+    return size
 
 
 def _capacity(config: EngineConfig, n_ctx: int, n_tokens: int | None = None) -> Capacity:

@@ -51,12 +51,12 @@ class SamplingParams:
             ("top_p", 0, 1),
             ("min_p", 0, 1),
             ("repeat_penalty", 0, math.inf),
-            ("repeat_last_n", -1, math.inf),
+            ("repeat_last_n", -1, 2**31 - 1),
             ("seed", -1, 2**64 - 1),
             ("max_tokens", -1, math.inf),
         ):
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:
+            if value is not None and (not low <= value <= high or abs(value) == math.inf):
                 raise SamplingError(f"{name}: expected {_range(low, high)}, got {value}")
         if self.repeat_penalty == 0:
             raise SamplingError("repeat_penalty: expected more than 0, got 0")
@@ -67,10 +67,15 @@ class SamplingParams:
         for name, (key, default) in _DEFAULTS.items():
             if getattr(self, name) is None:
                 value = metadata.get(f"general.sampling.{key}", default)
-                if isinstance(value, bool) or not isinstance(value, int | float):
-                    raise SamplingError(f"general.sampling.{key}: expected a number, got {value!r}")
+                number = isinstance(value, int | float) and not isinstance(value, bool)
+                if not number or not math.isfinite(value):
+                    came = repr(value) if isinstance(value, int | float) else type(value).__name__
+                    raise SamplingError(f"general.sampling.{key}: expected a number, got {came}")
                 values[name] = type(default)(value)
-        return replace(self, **values)
+        try:
+            return replace(self, **values)
+        except SamplingError as error:
+            raise SamplingError(f"metadata general.sampling: {error}") from None
 
 
 # Field -> (its key in the file's metadata, default).
@@ -106,12 +111,14 @@ class Sampler:
         self._recent.append(token)
 
     def sample(self, logits: NDArray[np.float32]) -> int:
-        """Draw a token from logits [n_vocab]."""
+        """Draw a token from logits [n_vocab]; SamplingError if they are not numbers."""
         p = self._params
         values = logits.astype(np.float64)
         values[self._banned] = -np.inf
         assert p.repeat_penalty is not None
         values = repeat_penalty(values, np.unique(list(self._recent)), p.repeat_penalty)
+        if not math.isfinite(highest := values.max()):
+            raise SamplingError(f"logits: expected a finite number as the highest, got {highest}")
         assert p.temperature is not None
         if p.temperature <= 0:
             return int(np.argmax(values))
@@ -167,4 +174,5 @@ def draw(probabilities: Floats, rng: np.random.Generator) -> int:
     """An index drawn from a distribution."""
     cumulated = np.cumsum(probabilities)
     index = np.searchsorted(cumulated, rng.random() * cumulated[-1], side="right")
-    return min(int(index), len(probabilities) - 1)
+    # Rounding may lead past the end, where the last probabilities may be zeros.
+    return int(min(index, np.searchsorted(cumulated, cumulated[-1])))
