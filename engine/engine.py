@@ -120,10 +120,11 @@ class Engine:
         fit the graph or the memory.
         """
         check_fits(pieces, self.capacity)
-        batch = pack(pieces, begin(pieces, self.memory), self.capacity)
-        guard = Guard(batch, [piece.seq for piece in pieces])
-        watch = guard.watch if self.config.check else None
+        steps = begin(pieces, self.memory)
         try:
+            batch = pack(pieces, steps, self.capacity)
+            guard = Guard(batch, [piece.seq for piece in pieces])
+            watch = guard.watch if self.config.check else None
             logits = self._running().run(batch.inputs, batch.live, watch)["logits"]
         except BaseException:
             # States are updated in place: what a broken-off step left is no state at all.
@@ -270,7 +271,10 @@ class Engine:
             if i in failures:
                 request.finish(FinishReason.ERROR, failures[i])
             elif row is not None:
-                request.receive(row)
+                try:
+                    request.receive(row)
+                except SamplingError as error:
+                    request.finish(FinishReason.ERROR, str(error))
             if request.finish_reason:
                 self._scheduler.remove(request)
         return True

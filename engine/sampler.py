@@ -103,10 +103,15 @@ class SamplingParams:
         for name, (key, default) in _DEFAULTS.items():
             if getattr(self, name) is None:
                 value = metadata.get(f"general.sampling.{key}", default)
-                if isinstance(value, bool) or not isinstance(value, int | float):
-                    raise SamplingError(f"general.sampling.{key}: expected a number, got {value!r}")
+                number = isinstance(value, int | float) and not isinstance(value, bool)
+                if not number or not math.isfinite(value):
+                    came = repr(value) if isinstance(value, int | float) else type(value).__name__
+                    raise SamplingError(f"general.sampling.{key}: expected a number, got {came}")
                 values[name] = type(default)(value)
-        return replace(self, **values)
+        try:
+            return replace(self, **values)
+        except SamplingError as error:
+            raise SamplingError(f"metadata general.sampling: {error}") from None
 
 
 # Field -> (its key in the file's metadata, default).
@@ -197,9 +202,11 @@ class Sampler:
         self._recent.append(token)
 
     def sample(self, logits: NDArray[np.float32]) -> int:
-        """Draw a token from logits [n_vocab]."""
+        """Draw a token from logits [n_vocab]; SamplingError if no token can be drawn."""
         values = logits.astype(np.float64)
         values[self._biased] += self._bias
+        if not math.isfinite(highest := values.max()):
+            raise SamplingError(f"logits: expected a finite number as the highest, got {highest}")
         c = Candidates(np.arange(len(values)), values)
         for step in self._steps:
             c = step(c)
