@@ -157,6 +157,9 @@ def _check_sections(hp: HParams) -> None:
     """Sections assign rope pairs to the axes of images; text has one position on all of them."""
     key = "rope.dimension_sections"
     sections = hp.file.metadata.get(f"{hp.arch}.{key}")
-    is_array = isinstance(sections, np.ndarray) and sections.dtype.kind in "iu"
-    if not is_array or np.size(sections) != 4:
+    if (
+        not isinstance(sections, np.ndarray)
+        or len(sections) != 4
+        or sections.dtype.kind not in "iu"
+    ):
         raise hp.fail(key, "4 integers", shown(sections))
