@@ -126,6 +126,7 @@ def _prompt_options(p: _Parser, many: bool = False) -> None:
     )
 
 
+_CACHE_TYPES = ("f32", "f16")
 # Options of a run: names, the field of SamplingParams or EngineConfig that they set, and the rest.
 # Those that are not given are left to the field's default.
 _OPTIONS: dict[str, list[tuple[str, str, Any, str]]] = {
@@ -142,12 +143,7 @@ _OPTIONS: dict[str, list[tuple[str, str, Any, str]]] = {
         ("-np --parallel", "n_parallel", _at_least(1), "sequences that run together (1)"),
     ],
     "sampling": [
-        (
-            "-n --predict --n-predict",
-            "max_tokens",
-            int,
-            "most tokens (-1: till the context is full)",
-        ),
+        ("-n --predict --n-predict", "max_tokens", _at_least(-1), "most tokens (-1: until full)"),
         ("-s --seed", "seed", _at_least(-1), "seed (-1: a random one)"),
         ("--temp", "temperature", float, "temperature (0.8; 0: greedy)"),
         ("--dynatemp-range", "dynatemp_range", float, "temperature ± this, by entropy (0)"),
@@ -199,8 +195,22 @@ def _run_options(p: _Parser) -> None:
             )
     given: Any = {"default": argparse.SUPPRESS}
     add = p.add_argument
-    add("-ctk", "--cache-type-k", dest="type_k", help="type of cached keys: f32, f16", **given)
-    add("-ctv", "--cache-type-v", dest="type_v", help="type of cached values: f32, f16", **given)
+    add(
+        "-ctk",
+        "--cache-type-k",
+        dest="type_k",
+        choices=_CACHE_TYPES,
+        help="type of cached keys",
+        **given,
+    )
+    add(
+        "-ctv",
+        "--cache-type-v",
+        dest="type_v",
+        choices=_CACHE_TYPES,
+        help="type of cached values",
+        **given,
+    )
     add("--gdn", choices=("auto", "scan", "chunk"), help="algorithm of the delta net", **given)
     add("--check", action="store_true", help="look for non-finite values after every node", **given)
     add("--samplers", type=_names, metavar="A;B;…", help="the samplers, in order", **given)
@@ -257,9 +267,12 @@ def _run(parser: _Parser, args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             completion.cancel()
             status = 130
-        finally:
-            _write("\n")
-            print(_timings(engine.load_s, completion), file=sys.stderr)
+        except EngineError:
+            if completion.text or not args.no_display_prompt:
+                _write("\n")
+            raise
+        _write("\n")
+        print(_timings(engine.load_s, completion), file=sys.stderr)
     return status
 
 

@@ -174,6 +174,10 @@ class Engine:
         finally:
             self.memory.free(seq)
 
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """Ids of a prompt as llama.cpp makes them: special tokens added and parsed."""
+        return self.tokenizer.encode(prompt, add_special=True, parse_special=True)
+
     def generate(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None
     ) -> Completion:
@@ -227,11 +231,13 @@ class Engine:
             return Completion(self, request)
 
     def _submit(self, prompt: str | Sequence[int], params: SamplingParams | None) -> Request:
-        if isinstance(prompt, str):
-            prompt = self.tokenizer.encode(prompt, add_special=True, parse_special=True)
-        self._check_prompt(prompt)
-        request = self._request(prompt, params or SamplingParams())
-        self._scheduler.add(request)
+        ids = self.encode_prompt(prompt) if isinstance(prompt, str) else prompt
+        self._check_prompt(ids)
+        request = self._request(ids, params or SamplingParams())
+        if request.params.max_tokens == 0:
+            request.finish(FinishReason.LENGTH, "0 tokens were asked for")
+        else:
+            self._scheduler.add(request)
         return request
 
     def _request(self, ids: Sequence[int], params: SamplingParams) -> Request:

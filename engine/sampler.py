@@ -87,8 +87,10 @@ class SamplingParams:
             if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
                 kind = "an integer" if whole else "a number"
                 raise SamplingError(f"{name}: expected {kind}, got {value!r}")
-            if not low <= value <= high:
+            if not low <= value <= high or abs(value) == _INF:
                 raise SamplingError(f"{name}: expected {_range(low, high)}, got {value}")
+        if self.repeat_penalty == 0:
+            raise SamplingError("repeat_penalty: expected more than 0, got 0")
         if self.mirostat not in (None, 0, 2):
             raise SamplingError(f"mirostat: expected 0 or 2, got {self.mirostat}")
         for name in self.samplers:
@@ -129,32 +131,31 @@ _DEFAULTS: dict[str, tuple[str, float]] = {
     "mirostat_eta": ("mirostat_eta", 0.1),
 }
 _INF = math.inf
-_FINITE = 1e30
-_TINY = 1e-6
+_MAX_WINDOW = 2**31 - 1
 # A breaker's tail is cut to this many tokens, as in llama.cpp.
 _MAX_TAIL = 20
 _RANGES: dict[str, tuple[float, float]] = {
-    "temperature": (-_FINITE, _FINITE),
-    "dynatemp_range": (0, _FINITE),
-    "dynatemp_exponent": (0, _FINITE),
-    "top_k": (-_FINITE, _INF),
+    "temperature": (-_INF, _INF),
+    "dynatemp_range": (0, _INF),
+    "dynatemp_exponent": (0, _INF),
+    "top_k": (-_INF, _INF),
     "top_p": (0, 1),
     "min_p": (0, 1),
     "typical_p": (0, 1),
-    "top_n_sigma": (-_FINITE, _FINITE),
+    "top_n_sigma": (-_INF, _INF),
     "xtc_probability": (0, 1),
     "xtc_threshold": (0, 1),
-    "repeat_penalty": (_TINY, _FINITE),
-    "repeat_last_n": (-1, _INF),
-    "presence_penalty": (-_FINITE, _FINITE),
-    "frequency_penalty": (-_FINITE, _FINITE),
-    "dry_multiplier": (0, _FINITE),
-    "dry_base": (1, _FINITE),
+    "repeat_penalty": (0, _INF),
+    "repeat_last_n": (-1, _MAX_WINDOW),
+    "presence_penalty": (-_INF, _INF),
+    "frequency_penalty": (-_INF, _INF),
+    "dry_multiplier": (0, _INF),
+    "dry_base": (1, _INF),
     "dry_allowed_length": (0, _INF),
-    "dry_penalty_last_n": (-1, _INF),
+    "dry_penalty_last_n": (-1, _MAX_WINDOW),
     "mirostat": (0, 2),
-    "mirostat_tau": (0, _FINITE),
-    "mirostat_eta": (0, _FINITE),
+    "mirostat_tau": (0, _INF),
+    "mirostat_eta": (0, _INF),
     "seed": (-1, 2**64 - 1),
     "max_tokens": (-1, _INF),
 }
@@ -170,11 +171,9 @@ _WHOLE = {
 
 
 def _range(low: float, high: float) -> str:
-    if low == -_FINITE:
-        return "a finite number"
-    if low == _TINY:
-        return "more than 0"
-    return f"at least {low}" if high in (_FINITE, _INF) else f"{low} to {high}"
+    if low == -_INF:
+        return "a number"
+    return f"at least {low}" if high == _INF else f"{low} to {high}"
 
 
 class Sampler:

@@ -52,18 +52,19 @@ def test_timings_go_to_standard_error(cli: Cli, tiny: Path) -> None:
     n = len(Engine.load(tiny).encode_prompt("Once"))
     number = r" *\d+\.\d\d"
     each = rf"\({number} ms per token,{number} tokens per second\)"
-    load, prompt, evaluated = err.splitlines()
+    load, prompt, evaluated, ended = err.splitlines()
     assert re.fullmatch(rf" *load time ={number} ms", load)
     assert re.fullmatch(rf" *prompt eval time ={number} ms / *{n} tokens {each}", prompt)
     # The first token comes from the prompt's logits.
     assert re.fullmatch(rf" *eval time ={number} ms / *7 runs +{each}", evaluated)
+    assert ended.strip() == "ended : length (8 tokens were asked for)"
 
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_timings_of_nothing(cli: Cli, tiny: Path, n: int) -> None:
     result = cli("-m", tiny, "-p", "Once", "-n", n, *GREEDY)
     assert result.status == 0
-    _, prompt, evaluated = result.err.splitlines()
+    _, prompt, evaluated, _ = result.err.splitlines()
     assert ("tokens" in prompt) == (n > 0)
     assert "runs" not in evaluated
     if n == 0:

@@ -16,11 +16,11 @@ import pytest
 
 from engine import Engine
 from engine.backends.reference import ReferenceBackend
+from engine.batch import Logits, Piece
 from engine.graph import Capacity, Dim, Graph, Kind, Live, Tensor
 from engine.ops.decomposed import delta_net_decomposed
 from engine.planner import Executable, place
 from engine.quants import F32
-from engine.scheduler import Logits, Piece
 from tests.naive import gated_delta_net as naive
 from tests.opcase import RawWeights, assert_close, fresh_seed
 from tools.synth import write_model

@@ -15,8 +15,9 @@ import pytest
 from numpy.typing import NDArray
 
 from engine import Engine
+from engine.batch import Logits, Piece
 from engine.kvcache.memory import Checkpoint
-from engine.scheduler import Logits, Piece, cut
+from engine.scheduler import cut
 from tests.helpers import N_VOCAB, assert_all_free, assert_same, float64_engine, nmse, random_ids
 
 # Across several blocks and chunks of 64, with a partial one at the end.

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from engine import Engine, SamplingParams
-from engine.engine import ConfigError, PromptError, Token
+from engine.config import ConfigError
+from engine.engine import PromptError
+from engine.request import Token
 from tests.helpers import N_VOCAB, STD, assert_all_free, random_ids
 from tools.makevocab import made_vocabulary
 from tools.synth import write_model
@@ -69,8 +71,9 @@ def test_special_tokens_are_added_to_a_prompt(tmp_path: Path) -> None:
 @pytest.mark.parametrize("n", [0, 1, 2, 30])
 def test_max_tokens(engine: Engine, n: int) -> None:
     params = SamplingParams(max_tokens=n, ignore_eos=True)
-    assert len(ids_of(engine.generate(PROMPT, params))) == n
-    t = engine.timings
+    completion = engine.generate(PROMPT, params)
+    assert len(ids_of(completion)) == n
+    t = completion.timings
     # Without a token to generate, nothing is computed.
     assert (t.n_prompt, t.n_eval) == (len(PROMPT) if n else 0, max(0, n - 1))
     assert_all_free(engine)
@@ -80,10 +83,12 @@ def test_max_tokens(engine: Engine, n: int) -> None:
 @pytest.mark.parametrize("max_tokens", [-1, 1000])
 def test_a_full_context_ends_a_generation(engine: Engine, n_prompt: int, max_tokens: int) -> None:
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-    n = len(ids_of(engine.generate([5] * n_prompt, params)))
+    completion = engine.generate([5] * n_prompt, params)
     # The last token needs no position: nothing is computed after it.
-    assert n == 128 - n_prompt + 1
-    assert engine.timings.n_prompt + engine.timings.n_eval == 128
+    assert len(ids_of(completion)) == 128 - n_prompt + 1
+    assert completion.timings.n_prompt + completion.timings.n_eval == 128
+    assert completion.finish_reason == "length"
+    assert "128" in completion.detail
 
 
 def test_context_sizes(tiny: Path, tmp_path: Path) -> None:
@@ -140,8 +145,10 @@ def ends_after(path: Path, n: int, greedy: list[int]) -> None:
     with Engine.load(path) as engine:
         assert greedy[n] in engine.tokenizer.eog_ids
         params = SamplingParams(temperature=0, max_tokens=12)
-        assert ids_of(engine.generate(PROMPT, params)) == greedy[:n]
-        assert engine.timings.n_eval == n
+        completion = engine.generate(PROMPT, params)
+        assert ids_of(completion) == greedy[:n]
+        assert completion.timings.n_eval == n
+        assert completion.finish_reason == "stop"
         assert_all_free(engine)
         # With ignore_eos the second best comes instead, and it goes on.
         ignoring = ids_of(engine.generate(PROMPT, GREEDY))

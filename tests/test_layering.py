@@ -25,9 +25,10 @@ ORDER = (
     {"kvcache"},
     {"planner"},
     {"backends"},
-    {"vocab", "tokenizer", "chat", "sampler", "scheduler"},
+    {"vocab", "tokenizer", "chat", "samplers", "sampler"},
+    {"config", "batch", "guard", "request", "scheduler"},
     {"engine"},
-    {"report", "bench"},
+    {"report", "prompts", "bench"},
     {"cli"},
 )
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}

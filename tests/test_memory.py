@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from engine.batch import Piece, begin
 from engine.kvcache.attention import BlockTable
 from engine.kvcache.memory import Checkpoint, SequenceMemory, Span, Step
 from engine.kvcache.pool import MemoryFullError, Pool
 from engine.kvcache.recurrent import NO_SLOT, StateSlot
-from engine.scheduler import Piece, begin
 
 BLOCK = 4
 

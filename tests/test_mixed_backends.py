@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 
 from engine import Engine
+from engine.batch import Logits, Piece
 from engine.engine import plan_only
 from engine.gguf import GGUFFile
 from engine.graph import Kind, Node
 from engine.planner import Plan
-from engine.scheduler import Logits, Piece
 from tests.opcase import fresh_seed
 from tests.picky import Picky, Refusal, refuse_names, refuse_ops
 from tools.synth import write_model

@@ -276,7 +276,7 @@ def test_the_highest_random_number_draws_no_banned_token(
 ) -> None:
     monkeypatch.setattr(np.random, "default_rng", lambda seed: Highest())
     logits = np.append(np.linspace(0, 1, n), [5, 5]).astype(np.float32)
-    assert sampler((), (n, n + 1)).sample(logits) == 0
+    assert sampler((), (n, n + 1)).sample(logits) < n
 
 
 def test_logits_of_minus_infinity_are_never_drawn() -> None:
