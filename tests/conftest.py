@@ -1,16 +1,21 @@
 """Fixtures of the engine's tests: tiny models written once a session, and fresh random numbers.
 
-Every run draws other tokens. A failing test prints its seed; `pytest --seed N` repeats it.
+Every run draws other tokens. A failing test shows its seed; `pytest --seed N` repeats it.
 """
 
 from __future__ import annotations
 
 import functools
 import io
+import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+# Before numpy comes: for matrices this small threads only wait for each other, and on a machine
+# that is busy with something else for long.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

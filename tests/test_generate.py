@@ -222,15 +222,17 @@ def test_seeds(engine: Engine) -> None:
         assert ids_of(engine.generate(PROMPT, params)) != ids_of(engine.generate(PROMPT, params))
 
 
-def test_the_prompt_is_penalized_too(engine: Engine) -> None:
-    """With a penalty no token can withstand, greedy generation never repeats one."""
-    params = SamplingParams(
-        temperature=0, max_tokens=60, ignore_eos=True, repeat_penalty=1e6, repeat_last_n=-1
-    )
-    tokens = [*PROMPT, *ids_of(engine.generate(PROMPT, params))]
-    assert len(set(tokens)) == len(tokens) - 1  # PROMPT repeats one itself
-    params = replace(params, repeat_last_n=0)
-    assert ids_of(engine.generate(PROMPT, params))[:12] == ids_of(engine.generate(PROMPT, GREEDY))
+def test_the_prompt_is_penalized_too(tiny: Path) -> None:
+    """With a penalty no token can withstand, greedy generation repeats none, once or ever."""
+    prompt = np.random.default_rng(0).permutation(317)[:280].tolist()
+    penalty = replace(GREEDY, repeat_penalty=1e6, repeat_last_n=-1)
+    with Engine.load(tiny) as engine:
+        tokens = prompt + ids_of(engine.generate(prompt, penalty))
+        assert len(set(tokens)) == len(tokens) == 292
+        for off in (replace(penalty, repeat_last_n=0), replace(penalty, repeat_penalty=1.0)):
+            plain = ids_of(engine.generate(prompt, GREEDY))
+            assert ids_of(engine.generate(prompt, off)) == plain
+            assert set(plain) & set(prompt)
 
 
 def test_the_files_sampling_metadata_is_the_default(tmp_path: Path, greedy: list[int]) -> None:
