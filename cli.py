@@ -248,7 +248,7 @@ def _given(args: argparse.Namespace, options: type) -> dict[str, Any]:
 
 
 def _run(parser: _Parser, args: argparse.Namespace) -> int:
-    prompts = None if args.prompts is None else _read(args.prompts).splitlines()
+    prompts = None if args.prompts is None else _read(args.prompts).split("\n")
     prompt = _prompt(parser, args) if prompts is None else ""
     from engine import Engine, SamplingParams
     from engine.config import EngineConfig

@@ -60,6 +60,7 @@ class Engine:
         cap = self.capacity
         self.memory = SequenceMemory(cap.n_blocks, cap.n_slots, cap.block_size, self._copy_block)
         self._scheduler = Scheduler(self.memory, cap)
+        self._breakers: dict[tuple[str, ...], Breakers] = {}
 
     @classmethod
     def load(
@@ -139,10 +140,11 @@ class Engine:
         return np.asarray(logits, np.float32), guard.failures
 
     def _wipe(self, seq: int) -> None:
-        """Assign zeros to what a sequence holds (NaN · 0 is NaN) and empty it."""
-        slot, blocks = self.memory.holds(seq)
+        """Assign zeros to what a sequence alone holds (NaN · 0 is NaN) and empty it."""
+        slots, blocks = self.memory.owned(seq)
         for store in self._running().stores:
-            store.zero("n_slots", slot)
+            for slot in slots:
+                store.zero("n_slots", slot)
             for block in blocks:
                 store.zero("n_blocks", block)
         self.memory.reset(seq)
@@ -246,15 +248,20 @@ class Engine:
             if not 0 <= token < self.model.n_vocab:
                 raise SamplingError(f"logit_bias: {self._unknown_id(token)}")
         ends = self.tokenizer.eog_ids
-        breakers: Breakers = {}
-        if params.dry_multiplier:
-            breakers = sequence_breakers(self.tokenizer, params.dry_sequence_breakers)
+        breakers = self._sequence_breakers(params) if params.dry_multiplier else {}
         sampler = Sampler(params, ends if params.ignore_eos else (), breakers)
         # Without a limit of its own, a completion gets its share of the context, as in llama.cpp.
         share = max(self.n_ctx // self.config.n_parallel, len(ids))
         limit = len(ids) + params.max_tokens if params.max_tokens >= 0 else share
         decoder = self.tokenizer.stream(at_start=False)
         return Request(ids, params, sampler, decoder, ends, min(limit, self.n_ctx))
+
+    def _sequence_breakers(self, params: SamplingParams) -> Breakers:
+        """DRY's breakers; finding them looks at the whole vocabulary, so it is done once."""
+        texts = params.dry_sequence_breakers
+        if texts not in self._breakers:
+            self._breakers[texts] = sequence_breakers(self.tokenizer, texts)
+        return self._breakers[texts]
 
     def advance(self) -> bool:
         """Run one step of everything that was started; False if there was nothing to do."""
@@ -266,8 +273,11 @@ class Engine:
             logits, failures = self.run([piece for _, piece in work])
         except BaseException as error:
             for request, _ in work:
-                request.finish(FinishReason.ERROR, f"its step broke off: {error!r}")
-                self._scheduler.remove(request)
+                if isinstance(error, KeyboardInterrupt):
+                    self.cancel(request)
+                else:
+                    request.finish(FinishReason.ERROR, f"its step broke off: {error!r}")
+                    self._scheduler.remove(request)
             raise
         seconds = time.perf_counter() - start
         rows = iter(logits)

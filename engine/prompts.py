@@ -8,6 +8,7 @@ gives a result with the reason `error`, and the others run.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -54,7 +55,7 @@ def _parse(text: str, params: SamplingParams) -> tuple[str | list[int], Sampling
         return text, params
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise LineError(f"expected JSON, got {error}") from None
     if isinstance(value, str):
         return value, params
@@ -84,8 +85,9 @@ def _value(key: str, value: Any) -> Any:
         if not isinstance(value, Mapping):
             raise LineError(f"{key}: expected an object of token ids and numbers, got {value!r}")
         try:
-            return {int(token): float(bias) for token, bias in value.items()}
-        except (TypeError, ValueError):
+            # In llama.cpp's server, false bans a token.
+            return {int(t): -math.inf if b is False else float(b) for t, b in value.items()}
+        except (TypeError, ValueError, OverflowError):
             raise LineError(f"{key}: expected token ids and numbers, got {value!r}") from None
     return value
 

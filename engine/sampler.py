@@ -7,6 +7,7 @@ typical, top-p 0.95, min-p 0.05, xtc, temperature 0.8, draw. With mirostat 2: te
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -81,13 +82,13 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
-            if value is None:
+            if value is None and (name in _DEFAULTS or name == "seed"):
                 continue
             whole = name in _WHOLE
             if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
                 kind = "an integer" if whole else "a number"
                 raise SamplingError(f"{name}: expected {kind}, got {value!r}")
-            if not low <= value <= high or abs(value) == _INF:
+            if not low <= value <= high or (not whole and abs(value) > _MAX_FLOAT):
                 raise SamplingError(f"{name}: expected {_range(low, high)}, got {value}")
         if self.repeat_penalty == 0:
             raise SamplingError("repeat_penalty: expected more than 0, got 0")
@@ -96,8 +97,14 @@ class SamplingParams:
         for name in self.samplers:
             if name not in SAMPLERS:
                 raise SamplingError(f"samplers: expected any of {', '.join(SAMPLERS)}, got {name}")
-        if "" in self.stop:
-            raise SamplingError("stop: expected texts that are not empty")
+        for name in ("stop", "dry_sequence_breakers"):
+            if "" in getattr(self, name):
+                raise SamplingError(f"{name}: expected texts that are not empty")
+        for bias in self.logit_bias.values():
+            if math.isnan(bias) or bias == _INF:
+                raise SamplingError(f"logit_bias: expected numbers or -inf, got {bias}")
+        if not isinstance(self.ignore_eos, bool):
+            raise SamplingError(f"ignore_eos: expected true or false, got {self.ignore_eos!r}")
 
     def resolved(self, metadata: Mapping[str, Any]) -> SamplingParams:
         """These parameters with every None replaced, by `general.sampling.*` or by the default."""
@@ -130,7 +137,7 @@ _DEFAULTS: dict[str, tuple[str, float]] = {
     "mirostat_tau": ("mirostat_tau", 5.0),
     "mirostat_eta": ("mirostat_eta", 0.1),
 }
-_INF = math.inf
+_INF, _MAX_FLOAT = math.inf, sys.float_info.max
 _MAX_WINDOW = 2**31 - 1
 # A breaker's tail is cut to this many tokens, as in llama.cpp.
 _MAX_TAIL = 20

@@ -215,6 +215,5 @@ def mirostat(c: Candidates, mu: float) -> Candidates:
 def draw(c: Candidates, rng: np.random.Generator) -> int:
     """The index of a candidate, drawn by probability."""
     cumulated = np.cumsum(c.probabilities())
-    index = int(np.searchsorted(cumulated, rng.random() * cumulated[-1], side="right"))
-    # Rounding may lead past the end, where the last probabilities may be zeros.
-    return min(index, int(np.searchsorted(cumulated, cumulated[-1])))
+    # The product is below the total however it is rounded: the index is one with a probability.
+    return int(np.searchsorted(cumulated, rng.random() * cumulated[-1], side="right"))

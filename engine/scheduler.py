@@ -59,14 +59,17 @@ class Scheduler:
     def schedule(self) -> list[tuple[Request, Piece]]:
         """The pieces of the next step, each with its request; none if nothing can run."""
         self._admit()
-        decoding = [r for r in self.running if not r.is_prefilling]
-        work = [(r, Piece(r.seq, [r.tokens[-1]])) for r in decoding]
+        work = [(r, Piece(r.seq, [r.tokens[-1]])) for r in self.running if not r.is_prefilling]
+        first = next((r for r in self.running if r.is_prefilling), None)
         prefill = self._prefill_pieces(self._capacity.n_tokens - len(work))
-        if work and not prefill and len(decoding) < len(self.running):
-            # No piece fits beside the decode rows: the two kinds take turns.
+        if work and first and all(r is not first for r, _ in prefill):
+            # Its piece doesn't fit beside the decode rows: the two kinds take turns.
             self._prefill_turn = not self._prefill_turn
             if self._prefill_turn:
-                return self._prefill_pieces(self._capacity.n_tokens)
+                work, prefill = [], self._prefill_pieces(self._capacity.n_tokens)
+        # Whoever got least is first the next time.
+        got = {id(r): len(piece.tokens) for r, piece in prefill}
+        self.running = deque(sorted(self.running, key=lambda r: got.get(id(r), 0)))
         return work + prefill
 
     def _admit(self) -> None:
@@ -75,7 +78,9 @@ class Scheduler:
             request = self.waiting[0]
             promised = sum(self._unclaimed_blocks(r) for r in self.running)
             blocks, slots = self._memory.blocks.n_free, self._memory.slots.n_free
-            if self._n_blocks(request) > blocks - promised or slots == 0:
+            # A request takes its slot with its first step.
+            promised_slots = sum(not self._memory.n_tokens(r.seq) for r in self.running)
+            if self._n_blocks(request) > blocks - promised or slots <= promised_slots:
                 if not self.running:
                     self._refuse(self.waiting.popleft(), blocks, slots)
                     continue
@@ -103,10 +108,6 @@ class Scheduler:
 
     def _prefill_pieces(self, budget: int) -> list[tuple[Request, Piece]]:
         prompts = [r for r in self.running if r.is_prefilling]
-        # Whoever was first this time is last the next time.
-        if prompts:
-            self.running.remove(prompts[0])
-            self.running.append(prompts[0])
         ends = {id(r): r.n_done for r in prompts}
         growing = prompts
         while growing:

@@ -123,10 +123,14 @@ class SequenceMemory:
         """Positions that a sequence holds."""
         return self._sequences[seq].n_tokens
 
-    def holds(self, seq: int) -> tuple[int, list[int]]:
-        """(state slot or -1, blocks) of a sequence."""
+    def owned(self, seq: int) -> tuple[list[int], list[int]]:
+        """(state slots, blocks) that a sequence holds and nobody else does."""
         span = self._sequences[seq]
-        return span.state.slot, list(span.table.blocks)
+        slots = [state.slot for state in (span.state, *span.snapshots.values()) if state.slot >= 0]
+        return (
+            [slot for slot in slots if not self.slots.is_shared(slot)],
+            [block for block in span.table.blocks if not self.blocks.is_shared(block)],
+        )
 
     def begin(self, seq: int, n_new: int, n_snapshots: int = 0) -> Step:
         """Make room for `n_new` tokens and say where the step reads and writes.
