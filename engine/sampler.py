@@ -214,9 +214,13 @@ class Sampler:
         if not math.isfinite(highest := values.max()):
             raise SamplingError(f"logits: expected a finite number as the highest, got {highest}")
         c = Candidates(np.arange(len(values)), values)
-        for step in self._steps:
-            c = step(c)
-        chosen = samplers.draw(c, self._rng)
+        try:
+            with np.errstate(over="raise", invalid="raise"):
+                for step in self._steps:
+                    c = step(c)
+                chosen = samplers.draw(c, self._rng)
+        except FloatingPointError as error:
+            raise SamplingError(f"parameters too extreme for the logits: {error}") from None
         if self._p.mirostat:
             surprise = -math.log2(c.probabilities()[chosen])
             self._mu -= self._p.mirostat_eta * (surprise - self._p.mirostat_tau)
@@ -265,7 +269,10 @@ def sequence_breakers(tokenizer: Tokenizer, texts: Sequence[str]) -> Breakers:
     """
     found: dict[int, list[tuple[int, ...]]] = {}
     for text in texts:
-        data = text.encode()
+        try:
+            data = text.encode()
+        except UnicodeEncodeError:
+            raise SamplingError(f"dry_sequence_breakers: {text!r} cannot be encoded") from None
         tails = {
             n: tuple(tokenizer.encode(data[n:].decode("utf-8", "replace"))[:_MAX_TAIL])
             for n in range(1, len(data))

@@ -108,6 +108,11 @@ def test_more_prediction_layers_than_layers(refused: Refused, n_mtp: int) -> Non
     assert line == f"{A}block_count: expected at least {int(n_mtp) + 1}, got 4"
 
 
+def test_more_layers_than_tensors(refused: Refused) -> None:
+    line = refused({A + "block_count": 56, A + "attention.recurrent_layers": None})
+    assert line == f"{A}block_count: expected at most 55, the number of tensors, got 56"
+
+
 def test_both_counts_of_layers_absurd(refused: Refused) -> None:
     both = {A + "nextn_predict_layers": BIG, A + "block_count": BIG + np.uint64(4)}
     assert f"{A}block_count: expected at most 55, " in refused(both)

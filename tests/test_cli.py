@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import Engine, SamplingParams
+from engine import Engine, EngineError, SamplingParams
 from engine.engine import plan_only
 from engine.gguf import GGUFFile
 from engine.version import __version__
@@ -72,7 +72,7 @@ def test_timings_of_nothing(cli: Cli, tiny: Path, n: int) -> None:
 
 
 def test_prompts_from_files_and_standard_input(cli: Cli, tiny: Path, tmp_path: Path) -> None:
-    text = 'naïve "日本"\\n\n two\n'
+    text = 'naïve "日本"\\n\n two \n\n'
     expected = cli("-m", tiny, "--no-escape", "-p", text[:-1], "-n", 4, *GREEDY)
     assert expected.out.startswith(text[:-1])
     (tmp_path / "prompt").write_text(text, "utf-8")
@@ -136,6 +136,25 @@ def test_long_names_are_the_short_ones(cli: Cli, tiny: Path) -> None:
                "--cache-type-v", "f16", "--n-predict", 5)  # fmt: skip
     assert short.status == long.status == 0
     assert short.out == long.out
+
+
+def test_engine_options_arrive(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stopped(EngineError):
+        pass
+
+    def load(path: str, **options: object) -> None:
+        arrived.update(options, path=path)
+        raise Stopped
+
+    arrived: dict[str, object] = {}
+    monkeypatch.setattr(Engine, "load", load)
+    cli("-m", "file", "-p", "a", "-c", 9, "-b", 8, "-ub", 7, "-t", 6, "-ctk", "f16", "-ctv", "f32",
+        "--gdn", "scan", "--backend", "reference", "--strict-backend")  # fmt: skip
+    expected = {
+        "path": "file", "n_ctx": 9, "n_batch": 8, "n_ubatch": 7, "n_threads": 6, "type_k": "f16",
+        "type_v": "f32", "gdn": "scan", "backend": "reference", "strict_backend": True,
+    }  # fmt: skip
+    assert {name: arrived[name] for name in expected} == expected
 
 
 def test_options_that_change_nothing(cli: Cli, tiny: Path) -> None:
@@ -235,8 +254,10 @@ def test_graph_as_text(cli: Cli, tiny: Path) -> None:
     rows = [line.split() for line in lines]
     for row in (["GATED_DELTA_NET", "3"], ["ATTENTION", "1"], ["delta", "net", "3", "12"]):
         assert row in rows
+    ops = [row for row in rows if len(row) == 2 and row[0].isupper()]
     reasons = [row for row in rows if row[:1] == ["reference"]]
-    assert sum(int(row[1]) for row in reasons) == 49
+    for counted in (ops, reasons):
+        assert sum(int(row[1]) for row in counted) == 49
     assert all(len(row) > 2 for row in reasons)
 
 

@@ -189,25 +189,40 @@ def test_a_character_in_several_tokens_comes_whole(engine: Engine) -> None:
     assert ids[-2:] == [first, second]
 
 
-@pytest.mark.parametrize("at_end", ["max_tokens", "end token"])
+@pytest.mark.parametrize("max_tokens", [0, 12], ids=["max_tokens", "end token"])
 def test_an_incomplete_character_at_the_end_is_replaced(
-    tmp_path: Path, greedy: list[int], at_end: str
+    tmp_path: Path, greedy: list[int], max_tokens: int
 ) -> None:
-    """A vocabulary in which the first greedy token is the byte that opens a character."""
-    texts = list(made_vocabulary()["tokenizer.ggml.tokens"])
-    opening = 0xC3
-    texts[greedy[0]], texts[opening] = texts[opening], texts[greedy[0]]
-    n = first_new(greedy)
+    """The last token before the end gets the byte that opens a character."""
+    n, texts = first_new(greedy), list(made_vocabulary()["tokenizer.ggml.tokens"])
+    last, opening = greedy[n - 1], 0xC3
+    texts[last], texts[opening] = texts[opening], texts[last]
     overrides = {"tokenizer.ggml.tokens": texts, "tokenizer.ggml.eos_token_id": greedy[n]}
     path = write_model(tmp_path / "m", "tiny", "Q8_0", std=STD, overrides=overrides)
-    n_tokens = 1 if at_end == "max_tokens" else 12
+    params = SamplingParams(temperature=0, max_tokens=max_tokens or n)
     with Engine.load(path) as engine:
-        params = SamplingParams(temperature=0, max_tokens=n_tokens)
         tokens = list(engine.generate(PROMPT, params))
         text = "".join(token.text for token in tokens)
-        assert text == engine.tokenizer.decode([token.token for token in tokens])
-        if at_end == "max_tokens":
-            assert text == "\ufffd"
+        assert text.endswith("\ufffd")
+        assert text == engine.tokenizer.decode(greedy[:n])
+
+
+def test_a_completion_keeps_its_first_space(tmp_path: Path) -> None:
+    """SentencePiece puts a space before a text, but a completion is not the start of one."""
+    words = [f"\u2581w{i}" for i in range(317)]
+    overrides = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", *words],
+        "tokenizer.ggml.token_type": np.array([2, 3, 3, *[1] * 317], np.int32),
+        "tokenizer.ggml.scores": np.zeros(320, np.float32),
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.padding_token_id": None,
+    }
+    path = write_model(tmp_path / "m", "tiny", "Q8_0", std=STD, overrides=overrides)
+    with Engine.load(path) as engine:
+        tokens = list(engine.generate(PROMPT, GREEDY))
+        assert [token.text for token in tokens] == [f" w{token.token - 3}" for token in tokens]
 
 
 def test_seeds(engine: Engine) -> None:

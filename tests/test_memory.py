@@ -1,8 +1,8 @@
 """Memory of sequences against a naive model: what is written stays readable, and all comes back.
 
 Blocks and slots hold simulated contents: a block its tokens by position, a slot all tokens that its
-state has seen. A state machine steps, breaks, forks and frees sequences at random; every sequence
-and every checkpoint must read back its own tokens at all times.
+state has seen. Every sequence and every checkpoint must read back its own tokens. Here are pools,
+tables and slots alone, and small cases; test_memory_machine.py takes random ways through it all.
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from engine.batch import Piece, begin
 from engine.kvcache.attention import BlockTable
-from engine.kvcache.memory import Checkpoint, SequenceMemory, Span, Step
+from engine.kvcache.memory import SequenceMemory, Span, Step
 from engine.kvcache.pool import MemoryFullError, Pool
 from engine.kvcache.recurrent import NO_SLOT, StateSlot
 
@@ -207,6 +204,8 @@ class Contents:
     def run(self, step: Step, tokens: list[int]) -> None:
         """What the graph does: read the state, write keys and the state after the tokens."""
         before = () if step.state_src == NO_SLOT else self.slots[step.state_src]
+        for back, slot in enumerate(step.snapshots[::-1]):
+            self.slots[slot] = (*before, *tokens[: len(tokens) - back])
         self.slots[step.state_dst] = (*before, *tokens)
         for position, token in enumerate(tokens, step.n_past):
             self.blocks[step.blocks[position // BLOCK]][position % BLOCK] = token
@@ -221,112 +220,6 @@ class Contents:
         assert span.n_tokens == len(tokens)
         assert self.read(span) == (tokens, tokens)
         assert len(span.table.blocks) == -(-len(tokens) // BLOCK)
-
-
-class Sequences(RuleBasedStateMachine):
-    """Pools that are small enough to run out now and then."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.contents = Contents(n_blocks=12, n_slots=5)
-        self.memory = self.contents.memory
-        self.tokens: dict[int, list[int]] = {}
-        self.saved: list[tuple[Checkpoint, list[int]]] = []
-        self.n_tokens = 0
-
-    def new_tokens(self, n: int) -> list[int]:
-        """Never the same twice."""
-        self.n_tokens += n
-        return list(range(self.n_tokens - n, self.n_tokens))
-
-    def choose(self, data: st.DataObject) -> int:
-        return data.draw(st.sampled_from(sorted(self.tokens)))
-
-    @precondition(lambda self: len(self.tokens) < 4)
-    @rule()
-    def create(self) -> None:
-        seq = self.memory.create()
-        assert seq not in self.tokens
-        self.tokens[seq] = []
-
-    @precondition(lambda self: self.tokens)
-    @rule(data=st.data())
-    def free(self, data: st.DataObject) -> None:
-        seq = self.choose(data)
-        self.memory.free(seq)
-        del self.tokens[seq]
-
-    @precondition(lambda self: self.tokens)
-    @rule(data=st.data(), end=st.sampled_from(["finish", "finish", "finish", "cancel", "reset"]))
-    def batch(self, data: st.DataObject, end: str) -> None:
-        """A step of several sequences that finds no room, is run, not run, or breaks off."""
-        chosen = st.lists(st.sampled_from(sorted(self.tokens)), min_size=1, unique=True)
-        lengths = {seq: data.draw(st.integers(1, 9)) for seq in data.draw(chosen)}
-        pieces = [Piece(seq, self.new_tokens(n)) for seq, n in lengths.items()]
-        try:
-            steps = begin(pieces, self.memory)
-        except MemoryFullError:
-            return
-        if end != "cancel":
-            for piece, step in zip(pieces, steps, strict=True):
-                self.contents.run(step, list(piece.tokens))
-        for piece in pieces:
-            if end == "finish":
-                self.memory.finish(piece.seq, len(piece.tokens))
-                self.tokens[piece.seq] = self.tokens[piece.seq] + list(piece.tokens)
-            elif end == "cancel":
-                self.memory.cancel(piece.seq)
-            else:
-                self.memory.reset(piece.seq)
-                self.tokens[piece.seq] = []
-
-    @precondition(lambda self: self.tokens and len(self.saved) < 4)
-    @rule(data=st.data())
-    def checkpoint(self, data: st.DataObject) -> None:
-        seq = self.choose(data)
-        self.saved.append((self.memory.checkpoint(seq), self.tokens[seq]))
-
-    @precondition(lambda self: self.tokens and self.saved)
-    @rule(data=st.data())
-    def restore(self, data: st.DataObject) -> None:
-        seq = self.choose(data)
-        checkpoint, tokens = data.draw(st.sampled_from(self.saved))
-        self.memory.restore(seq, checkpoint)
-        self.tokens[seq] = tokens
-
-    @precondition(lambda self: self.saved)
-    @rule(data=st.data())
-    def release(self, data: st.DataObject) -> None:
-        index = data.draw(st.integers(0, len(self.saved) - 1))
-        self.saved.pop(index)[0].release()
-
-    @invariant()
-    def everybody_reads_his_own(self) -> None:
-        for seq, tokens in self.tokens.items():
-            assert self.memory.n_tokens(seq) == len(tokens)
-            look = self.memory.checkpoint(seq)
-            self.contents.check(look.span, tokens)
-            look.release()
-        for checkpoint, tokens in self.saved:
-            assert checkpoint.n_tokens == len(tokens)
-            self.contents.check(checkpoint.span, tokens)
-
-    def teardown(self) -> None:
-        for seq in self.tokens:
-            self.memory.free(seq)
-        for checkpoint, _ in self.saved:
-            checkpoint.release()
-        for pool in (self.memory.blocks, self.memory.slots):
-            assert pool.n_free == pool.size
-
-
-TestSequences = Sequences.TestCase
-TestSequences.settings = settings(
-    max_examples=150,
-    stateful_step_count=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
 
 
 def stepped(contents: Contents, seq: int, tokens: list[int]) -> Step:
@@ -389,3 +282,88 @@ def test_a_batch_without_room_for_its_last_sequence_begins_none(n_blocks: int) -
     with pytest.raises(MemoryFullError):
         begin([Piece(seq, [1]) for seq in sequences], contents.memory)
     assert (contents.memory.blocks.n_free, contents.memory.slots.n_free) == (n_blocks, 3)
+
+
+def snapped(contents: Contents, seq: int, tokens: list[int], n_snapshots: int) -> None:
+    step = contents.memory.begin(seq, len(tokens), n_snapshots)
+    assert len(step.snapshots) == min(n_snapshots, len(tokens))
+    contents.run(step, tokens)
+    contents.memory.finish(seq, len(tokens))
+
+
+@pytest.mark.parametrize(
+    ("n", "reached"), [(9, 7), (7, 7), (6, 6), (5, 5), (4, 2), (2, 2), (1, 0), (0, 0), (-3, 0)]
+)
+def test_truncate_reaches_the_nearest_kept_position(n: int, reached: int) -> None:
+    """Kept are a mark at 2 and snapshots after 5, 6 and 7 tokens."""
+    contents = Contents(8, 8)
+    memory, seq = contents.memory, contents.memory.create()
+    stepped(contents, seq, [1, 2])
+    memory.mark(seq)
+    snapped(contents, seq, [3, 4, 5, 6, 7], 3)
+    assert memory.truncate(seq, n) == memory.n_tokens(seq) == reached
+    contents.check(memory.checkpoint(seq).span, [1, 2, 3, 4, 5, 6, 7][:reached])
+    stepped(contents, seq, [8])
+    contents.check(memory.checkpoint(seq).span, [*[1, 2, 3, 4, 5, 6, 7][:reached], 8])
+
+
+def test_snapshots_are_gone_with_the_next_step_and_marks_stay() -> None:
+    contents = Contents(8, 8)
+    memory, seq = contents.memory, contents.memory.create()
+    snapped(contents, seq, [1, 2, 3, 4], 2)
+    memory.mark(seq)
+    memory.mark(seq)
+    stepped(contents, seq, [5])
+    stepped(contents, seq, [6])
+    assert memory.slots.n_free == 6
+    assert memory.truncate(seq, 5) == 4
+    assert memory.truncate(seq, 3) == 0
+    assert (memory.slots.n_free, memory.blocks.n_free) == (8, 8)
+
+
+def test_marks_behind_a_truncation_are_gone() -> None:
+    contents = Contents(8, 8)
+    memory, seq = contents.memory, contents.memory.create()
+    for n in (1, 2, 3):
+        stepped(contents, seq, [n])
+        memory.mark(seq)
+    assert memory.truncate(seq, 1) == 1
+    stepped(contents, seq, [4, 5, 6])
+    assert memory.truncate(seq, 3) == 1
+    contents.check(memory.checkpoint(seq).span, [1])
+
+
+def test_a_fork_has_marks_of_its_own() -> None:
+    contents = Contents(8, 8)
+    memory, a = contents.memory, contents.memory.create()
+    stepped(contents, a, [1, 2, 3])
+    memory.mark(a)
+    stepped(contents, a, [4, 5])
+    b = memory.fork(a)
+    assert memory.truncate(a, 1) == 0
+    assert memory.truncate(b, 4) == 3
+    stepped(contents, b, [6])
+    contents.check(memory.checkpoint(b).span, [1, 2, 3, 6])
+    assert memory.n_tokens(a) == 0
+
+
+def test_a_mark_needs_a_slot_for_the_next_step() -> None:
+    contents = Contents(8, 1)
+    seq = contents.memory.create()
+    contents.memory.mark(seq)
+    stepped(contents, seq, [1])
+    with pytest.raises(MemoryFullError, match="out of state slots: 1 needed, 0 of 1 are free"):
+        contents.memory.mark(seq)
+    stepped(contents, seq, [2])
+    assert contents.memory.truncate(seq, 1) == 0
+
+
+def test_a_step_without_room_for_its_snapshots_changes_nothing() -> None:
+    contents = Contents(8, 3)
+    seq = contents.memory.create()
+    stepped(contents, seq, [1])
+    with pytest.raises(MemoryFullError, match="out of state slots: 3 needed, 2 of 3 are free"):
+        contents.memory.begin(seq, 5, 3)
+    assert (contents.memory.slots.n_free, contents.memory.blocks.n_free) == (2, 7)
+    snapped(contents, seq, [2], 3)
+    contents.check(contents.memory.checkpoint(seq).span, [1, 2])

@@ -194,6 +194,11 @@ def test_top_k_takes_the_first_of_equals(logits: list[float], k: int, expected: 
     assert kept(logits, top_k=k) == expected
 
 
+def test_top_k_takes_the_first_of_many_equals() -> None:
+    made, logits = sampler(temperature=FLAT, top_k=5), np.zeros(400, np.float32)
+    assert {made.sample(logits) for _ in range(300)} == {0, 1, 2, 3, 4}
+
+
 @pytest.mark.parametrize(
     ("p", "n"), [(0, 1), (0.2, 1), (0.49, 1), (0.51, 2), (0.74, 2), (0.76, 3), (1, 4)]
 )
