@@ -54,11 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        return command(parser, args)
+        status = command(parser, args)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
     except EngineError as error:
         if args.verbose:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        # A file's name may hold line ends.
+        print("error:", *str(error).splitlines(), file=sys.stderr)
         return 1
     except MemoryError as error:
         print(f"error: out of memory: {error or 'lower -c or -ub'}", file=sys.stderr)
@@ -77,6 +81,17 @@ def _about(command: str) -> str:
         "graph": "Show a model's compute graph: node counts, and which backend runs each and why.",
         "tokenize": "Show a text's tokens.",
     }[command]
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"expected at least {low}, got {text}")
+        return value
+
+    convert.__name__ = "integer"
+    return convert
 
 
 def _common_options(p: _Parser) -> None:
@@ -111,24 +126,25 @@ def _prompt_options(p: _Parser, many: bool = False) -> None:
     )
 
 
+_CACHE_TYPES = ("f32", "f16")
 # Options of a run: names, the field of SamplingParams or EngineConfig that they set, and the rest.
 # Those that are not given are left to the field's default.
 _OPTIONS: dict[str, list[tuple[str, str, Any, str]]] = {
     "engine": [
-        ("-c --ctx-size", "n_ctx", int, "context size (4096 or the model's; 0: the model's)"),
-        ("-b --batch-size", "n_batch", int, "most tokens of a batch (2048)"),
-        ("-ub --ubatch-size", "n_ubatch", int, "most tokens of a step (512)"),
-        ("-t --threads", "n_threads", int, "threads (all cores)"),
-        ("-np --parallel", "n_parallel", int, "sequences that run together (1)"),
+        (
+            "-c --ctx-size",
+            "n_ctx",
+            _at_least(0),
+            "context (4096 or the model's; 0: the model's)",
+        ),
+        ("-b --batch-size", "n_batch", _at_least(1), "most tokens of a batch (2048)"),
+        ("-ub --ubatch-size", "n_ubatch", _at_least(1), "most tokens of a step (512)"),
+        ("-t --threads", "n_threads", _at_least(1), "threads (all cores)"),
+        ("-np --parallel", "n_parallel", _at_least(1), "sequences that run together (1)"),
     ],
     "sampling": [
-        (
-            "-n --predict --n-predict",
-            "max_tokens",
-            int,
-            "most tokens (-1: till the context is full)",
-        ),
-        ("-s --seed", "seed", int, "seed (-1: a random one)"),
+        ("-n --predict --n-predict", "max_tokens", _at_least(-1), "most tokens (-1: until full)"),
+        ("-s --seed", "seed", _at_least(-1), "seed (-1: a random one)"),
         ("--temp", "temperature", float, "temperature (0.8; 0: greedy)"),
         ("--dynatemp-range", "dynatemp_range", float, "temperature ± this, by entropy (0)"),
         ("--dynatemp-exp", "dynatemp_exponent", float, "exponent of that (1)"),
@@ -140,7 +156,12 @@ _OPTIONS: dict[str, list[tuple[str, str, Any, str]]] = {
         ("--xtc-probability", "xtc_probability", float, "chance to drop the likeliest (0)"),
         ("--xtc-threshold", "xtc_threshold", float, "probability from which that applies (0.1)"),
         ("--repeat-penalty", "repeat_penalty", float, "divides logits of recent tokens (1: off)"),
-        ("--repeat-last-n", "repeat_last_n", int, "how many are recent (64; 0: none, -1: all)"),
+        (
+            "--repeat-last-n",
+            "repeat_last_n",
+            _at_least(-1),
+            "how many (64; 0: none, -1: all)",
+        ),
         ("--presence-penalty", "presence_penalty", float, "lowers logits of recent tokens (0)"),
         ("--frequency-penalty", "frequency_penalty", float, "the same, for each occurrence (0)"),
         ("--dry-multiplier", "dry_multiplier", float, "strength of the repetition penalty DRY (0)"),
@@ -174,8 +195,22 @@ def _run_options(p: _Parser) -> None:
             )
     given: Any = {"default": argparse.SUPPRESS}
     add = p.add_argument
-    add("-ctk", "--cache-type-k", dest="type_k", help="type of cached keys: f32, f16", **given)
-    add("-ctv", "--cache-type-v", dest="type_v", help="type of cached values: f32, f16", **given)
+    add(
+        "-ctk",
+        "--cache-type-k",
+        dest="type_k",
+        choices=_CACHE_TYPES,
+        help="type of cached keys",
+        **given,
+    )
+    add(
+        "-ctv",
+        "--cache-type-v",
+        dest="type_v",
+        choices=_CACHE_TYPES,
+        help="type of cached values",
+        **given,
+    )
     add("--gdn", choices=("auto", "scan", "chunk"), help="algorithm of the delta net", **given)
     add("--check", action="store_true", help="look for non-finite values after every node", **given)
     add("--samplers", type=_names, metavar="A;B;…", help="the samplers, in order", **given)
@@ -223,18 +258,21 @@ def _run(parser: _Parser, args: argparse.Namespace) -> int:
         if prompts is not None:
             return _run_many(engine, prompts, params)
         completion = engine.generate(prompt, params)
-        if not args.no_display_prompt:
-            _write(prompt)
         status = 0
         try:
+            if not args.no_display_prompt:
+                _write(prompt)
             for token in completion:
                 _write(token.text)
         except KeyboardInterrupt:
             completion.cancel()
             status = 130
-        finally:
-            _write("\n")
-            print(_timings(engine.load_s, completion), file=sys.stderr)
+        except EngineError:
+            if completion.text or not args.no_display_prompt:
+                _write("\n")
+            raise
+        _write("\n")
+        print(_timings(engine.load_s, completion), file=sys.stderr)
     return status
 
 
@@ -301,7 +339,7 @@ def _timings(load_s: float, completion: Completion) -> str:
 def _prompt(parser: _Parser, args: argparse.Namespace) -> str:
     if args.prompt is not None:
         return args.prompt if args.no_escape else _unescape(args.prompt)
-    if args.file is None and sys.stdin.isatty():
+    if args.file is None and (sys.stdin is None or sys.stdin.isatty()):
         parser.error("a prompt is needed: -p TEXT, -f FILE, or standard input")
     return _read(args.file).removesuffix("\n")
 
@@ -324,10 +362,11 @@ def _unescape(text: str) -> str:
 
 
 def _sizes(text: str) -> list[int]:
-    sizes = [int(part) for part in text.split(",")]
-    if min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"expected positive integers, got {text}")
-    return sizes
+    try:
+        return [_at_least(1)(part) for part in text.split(",")]
+    except ValueError:
+        message = f"expected integers and commas between them, got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def _graph_options(p: _Parser) -> None:
@@ -348,12 +387,12 @@ def _graph(parser: _Parser, args: argparse.Namespace) -> int:
     plans = {
         bs: plan_only(args.model, bs, args.gdn, args.backend, args.strict_backend) for bs in args.bs
     }
-    print(report.as_json(plans) if args.json else report.text(plans, args.verbose))
-    if args.dot:
+    if args.dot is not None:
         try:
             Path(args.dot).write_text(report.as_dot(plans[args.bs[0]]))
         except OSError as error:
             raise InputError(f"{args.dot}: {error.strerror}") from None
+    print(report.as_json(plans) if args.json else report.text(plans, args.verbose))
     return 0
 
 

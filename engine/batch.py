@@ -77,7 +77,7 @@ def begin(pieces: Sequence[Piece], memory: SequenceMemory) -> list[Step]:
     try:
         for piece in pieces:
             steps.append(memory.begin(piece.seq, len(piece.tokens), piece.n_snapshots))
-    except Exception:
+    except BaseException:
         for piece in pieces[: len(steps)]:
             memory.cancel(piece.seq)
         raise

@@ -11,6 +11,8 @@ from engine.graph import Capacity
 from engine.quants import F16, F32, DType
 
 DEFAULT_CTX = 4096
+# Positions are int32.
+MAX_CTX = 2**31 - 1
 CACHE_TYPES = {"f32": F32, "f16": F16}
 GDN_MODES = ("auto", "scan", "chunk", "decomposed")
 
@@ -68,9 +70,10 @@ class EngineConfig:
 
 def context_size(n_ctx: int | None, n_ctx_train: int) -> int:
     """Positions of memory: n_ctx, with None and 0 as in Engine.load."""
-    if n_ctx is None:
-        return min(DEFAULT_CTX, n_ctx_train)
-    return n_ctx or n_ctx_train
+    size = min(DEFAULT_CTX, n_ctx_train) if n_ctx is None else n_ctx or n_ctx_train
+    if size > MAX_CTX:
+        raise ConfigError(f"n_ctx: expected at most {MAX_CTX}, got {size}")
+    return size
 
 
 def capacity_of(config: EngineConfig, n_ctx: int, n_tokens: int | None = None) -> Capacity:

@@ -120,10 +120,11 @@ class Engine:
         fit the graph or the memory.
         """
         check_fits(pieces, self.capacity)
-        batch = pack(pieces, begin(pieces, self.memory), self.capacity)
-        guard = Guard(batch, [piece.seq for piece in pieces])
-        watch = guard.watch if self.config.check else None
+        steps = begin(pieces, self.memory)
         try:
+            batch = pack(pieces, steps, self.capacity)
+            guard = Guard(batch, [piece.seq for piece in pieces])
+            watch = guard.watch if self.config.check else None
             logits = self._running().run(batch.inputs, batch.live, watch)["logits"]
         except BaseException:
             # States are updated in place: what a broken-off step left is no state at all.
@@ -172,6 +173,10 @@ class Engine:
             return self.prefill(seq, ids, Logits.ALL)
         finally:
             self.memory.free(seq)
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """Ids of a prompt as llama.cpp makes them: special tokens added and parsed."""
+        return self.tokenizer.encode(prompt, add_special=True, parse_special=True)
 
     def generate(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None
@@ -226,11 +231,13 @@ class Engine:
             return Completion(self, request)
 
     def _submit(self, prompt: str | Sequence[int], params: SamplingParams | None) -> Request:
-        if isinstance(prompt, str):
-            prompt = self.tokenizer.encode(prompt, add_special=True, parse_special=True)
-        self._check_prompt(prompt)
-        request = self._request(prompt, params or SamplingParams())
-        self._scheduler.add(request)
+        ids = self.encode_prompt(prompt) if isinstance(prompt, str) else prompt
+        self._check_prompt(ids)
+        request = self._request(ids, params or SamplingParams())
+        if request.params.max_tokens == 0:
+            request.finish(FinishReason.LENGTH, "0 tokens were asked for")
+        else:
+            self._scheduler.add(request)
         return request
 
     def _request(self, ids: Sequence[int], params: SamplingParams) -> Request:
@@ -270,7 +277,10 @@ class Engine:
             if i in failures:
                 request.finish(FinishReason.ERROR, failures[i])
             elif row is not None:
-                request.receive(row)
+                try:
+                    request.receive(row)
+                except SamplingError as error:
+                    request.finish(FinishReason.ERROR, str(error))
             if request.finish_reason:
                 self._scheduler.remove(request)
         return True

@@ -252,8 +252,9 @@ class Graph:
 
     def weight(self, name: str, shape: Shape, dtype: DType) -> Tensor:
         """A WEIGHT tensor; the second call with the same name gives the same tensor."""
-        if name in self.weights:
-            return self.weights[name]
+        if (known := self.weights.get(name)) is not None:
+            assert (known.shape, known.dtype) == (shape, dtype), known
+            return known
         return self._declare(self.weights, Tensor(name, shape, dtype, Kind.WEIGHT))
 
     def state(self, name: str, shape: Shape, dtype: DType = F32) -> Tensor:

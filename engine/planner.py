@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import EngineError
-from engine.gguf import GGUFFile
 from engine.graph import Graph, Kind, Live, Node, Tensor
 
 Array = NDArray[Any]
@@ -60,6 +60,13 @@ class StateStore(Protocol):
         """The reverse of `save`."""
 
 
+class WeightSource(Protocol):
+    """Where weights come from: a GGUFFile, or whatever a test makes up."""
+
+    def raw(self, name: str) -> NDArray[np.uint8]:
+        """A weight's stored bytes, uint8."""
+
+
 class Backend(Protocol):
     """Something that can run nodes and holds the weights and states that they use."""
 
@@ -72,8 +79,8 @@ class Backend(Protocol):
     def supports(self, node: Node) -> Support:
         """Whether it can run a node, and if not, why."""
 
-    def load_weights(self, weights: Sequence[Tensor], file: GGUFFile) -> None:
-        """Take the weights of its nodes from the file."""
+    def load_weights(self, weights: Sequence[Tensor], source: WeightSource) -> None:
+        """Take the weights of its nodes."""
 
     def allocate_states(self, states: Sequence[Tensor]) -> None:
         """Make room for the states of its nodes; contents are arbitrary until written."""
@@ -133,6 +140,7 @@ def place(graph: Graph, backends: Sequence[Backend], strict: bool = False) -> Pl
     Raises PlacementError for a node that none supports, or with `strict` for one that the first
     backend doesn't.
     """
+    assert len({b.name for b in backends}) == len(backends), backends
     refusals = {node: _refusals(node, backends) for node in graph.nodes}
     homes: dict[Tensor, tuple[Backend, str]] = {}
     for nodes in _groups(graph):
@@ -260,17 +268,16 @@ def _append_once(tensors: list[Tensor], tensor: Tensor) -> None:
 class Executable:
     """A plan with its programs compiled, weights loaded and states allocated."""
 
-    def __init__(self, plan: Plan, file: GGUFFile | None) -> None:
+    def __init__(self, plan: Plan, source: WeightSource) -> None:
         self.plan = plan
         for backend in plan.backends:
-            weights = plan.tensors_of(backend, Kind.WEIGHT)
-            if file is not None:
-                backend.load_weights(weights, file)
+            backend.load_weights(plan.tensors_of(backend, Kind.WEIGHT), source)
             backend.allocate_states(plan.tensors_of(backend, Kind.STATE))
         self._programs = [(split, split.backend.compile(split)) for split in plan.splits]
         self._inputs = [(b, plan.tensors_of(b, Kind.INPUT)) for b in plan.backends]
         made = {t: s for s in plan.splits for node in s.nodes for t in node.outputs}
         self._sources = {t: made[t].backend for s in plan.splits for t in s.copies}
+        assert all(t.view_of is None for t in plan.graph.outputs.values())
         self._outputs = {k: (made[t.base].backend, t) for k, t in plan.graph.outputs.items()}
 
     def run(

@@ -96,7 +96,7 @@ class Request:
         self.finish_reason: FinishReason | None = None
         self.detail = ""
         self.ready: deque[Token] = deque()
-        self.timings = Timings(n_prompt=len(self.ids))
+        self.timings = Timings()
 
     @property
     def is_prefilling(self) -> bool:
@@ -107,6 +107,7 @@ class Request:
         """Note that a step of so many seconds processed its next `n_tokens`."""
         if self.is_prefilling:
             self.n_done += n_tokens
+            self.timings.n_prompt += n_tokens
             self.timings.prompt_s += seconds
         else:
             self.timings.n_eval += n_tokens
@@ -114,9 +115,6 @@ class Request:
 
     def receive(self, logits: NDArray[np.float32]) -> None:
         """Draw the next token from the logits of the last one, and end if it is time to."""
-        if self.params.max_tokens == 0:
-            self.finish(FinishReason.LENGTH, "0 tokens were asked for")
-            return
         token = self._sampler.sample(logits)
         self._sampler.accept(token)
         if token in self._ends:

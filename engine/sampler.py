@@ -87,8 +87,10 @@ class SamplingParams:
             if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
                 kind = "an integer" if whole else "a number"
                 raise SamplingError(f"{name}: expected {kind}, got {value!r}")
-            if not low <= value <= high:
+            if not low <= value <= high or abs(value) == _INF:
                 raise SamplingError(f"{name}: expected {_range(low, high)}, got {value}")
+        if self.repeat_penalty == 0:
+            raise SamplingError("repeat_penalty: expected more than 0, got 0")
         if self.mirostat not in (None, 0, 2):
             raise SamplingError(f"mirostat: expected 0 or 2, got {self.mirostat}")
         for name in self.samplers:
@@ -103,10 +105,15 @@ class SamplingParams:
         for name, (key, default) in _DEFAULTS.items():
             if getattr(self, name) is None:
                 value = metadata.get(f"general.sampling.{key}", default)
-                if isinstance(value, bool) or not isinstance(value, int | float):
-                    raise SamplingError(f"general.sampling.{key}: expected a number, got {value!r}")
+                number = isinstance(value, int | float) and not isinstance(value, bool)
+                if not number or not math.isfinite(value):
+                    came = repr(value) if isinstance(value, int | float) else type(value).__name__
+                    raise SamplingError(f"general.sampling.{key}: expected a number, got {came}")
                 values[name] = type(default)(value)
-        return replace(self, **values)
+        try:
+            return replace(self, **values)
+        except SamplingError as error:
+            raise SamplingError(f"metadata general.sampling: {error}") from None
 
 
 # Field -> (its key in the file's metadata, default).
@@ -124,32 +131,31 @@ _DEFAULTS: dict[str, tuple[str, float]] = {
     "mirostat_eta": ("mirostat_eta", 0.1),
 }
 _INF = math.inf
-_FINITE = 1e30
-_TINY = 1e-6
+_MAX_WINDOW = 2**31 - 1
 # A breaker's tail is cut to this many tokens, as in llama.cpp.
 _MAX_TAIL = 20
 _RANGES: dict[str, tuple[float, float]] = {
-    "temperature": (-_FINITE, _FINITE),
-    "dynatemp_range": (0, _FINITE),
-    "dynatemp_exponent": (0, _FINITE),
-    "top_k": (-_FINITE, _INF),
+    "temperature": (-_INF, _INF),
+    "dynatemp_range": (0, _INF),
+    "dynatemp_exponent": (0, _INF),
+    "top_k": (-_INF, _INF),
     "top_p": (0, 1),
     "min_p": (0, 1),
     "typical_p": (0, 1),
-    "top_n_sigma": (-_FINITE, _FINITE),
+    "top_n_sigma": (-_INF, _INF),
     "xtc_probability": (0, 1),
     "xtc_threshold": (0, 1),
-    "repeat_penalty": (_TINY, _FINITE),
-    "repeat_last_n": (-1, _INF),
-    "presence_penalty": (-_FINITE, _FINITE),
-    "frequency_penalty": (-_FINITE, _FINITE),
-    "dry_multiplier": (0, _FINITE),
-    "dry_base": (1, _FINITE),
+    "repeat_penalty": (0, _INF),
+    "repeat_last_n": (-1, _MAX_WINDOW),
+    "presence_penalty": (-_INF, _INF),
+    "frequency_penalty": (-_INF, _INF),
+    "dry_multiplier": (0, _INF),
+    "dry_base": (1, _INF),
     "dry_allowed_length": (0, _INF),
-    "dry_penalty_last_n": (-1, _INF),
+    "dry_penalty_last_n": (-1, _MAX_WINDOW),
     "mirostat": (0, 2),
-    "mirostat_tau": (0, _FINITE),
-    "mirostat_eta": (0, _FINITE),
+    "mirostat_tau": (0, _INF),
+    "mirostat_eta": (0, _INF),
     "seed": (-1, 2**64 - 1),
     "max_tokens": (-1, _INF),
 }
@@ -165,11 +171,9 @@ _WHOLE = {
 
 
 def _range(low: float, high: float) -> str:
-    if low == -_FINITE:
-        return "a finite number"
-    if low == _TINY:
-        return "more than 0"
-    return f"at least {low}" if high in (_FINITE, _INF) else f"{low} to {high}"
+    if low == -_INF:
+        return "a number"
+    return f"at least {low}" if high == _INF else f"{low} to {high}"
 
 
 class Sampler:
@@ -197,9 +201,11 @@ class Sampler:
         self._recent.append(token)
 
     def sample(self, logits: NDArray[np.float32]) -> int:
-        """Draw a token from logits [n_vocab]."""
+        """Draw a token from logits [n_vocab]; SamplingError if no token can be drawn."""
         values = logits.astype(np.float64)
         values[self._biased] += self._bias
+        if not math.isfinite(highest := values.max()):
+            raise SamplingError(f"logits: expected a finite number as the highest, got {highest}")
         c = Candidates(np.arange(len(values)), values)
         for step in self._steps:
             c = step(c)

@@ -216,4 +216,5 @@ def draw(c: Candidates, rng: np.random.Generator) -> int:
     """The index of a candidate, drawn by probability."""
     cumulated = np.cumsum(c.probabilities())
     index = int(np.searchsorted(cumulated, rng.random() * cumulated[-1], side="right"))
-    return min(index, len(c.ids) - 1)
+    # Rounding may lead past the end, where the last probabilities may be zeros.
+    return min(index, int(np.searchsorted(cumulated, cumulated[-1])))

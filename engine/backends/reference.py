@@ -15,9 +15,8 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from engine.gguf import GGUFFile
 from engine.graph import Kind, Live, Node, Tensor, dim_name
-from engine.planner import Split, Support, Watch
+from engine.planner import Split, Support, Watch, WeightSource
 from engine.quants import dequantize, numpy_dtype
 
 Array = NDArray[Any]
@@ -40,14 +39,10 @@ class ReferenceBackend:
         """Always yes."""
         return Support(True)
 
-    def load_weights(self, weights: Sequence[Tensor], file: GGUFFile) -> None:
+    def load_weights(self, weights: Sequence[Tensor], source: WeightSource) -> None:
         """Nothing is read before a node needs it."""
         for tensor in weights:
-            self._weights.add(tensor, file.raw(tensor.name))
-
-    def set_weight(self, tensor: Tensor, raw: NDArray[np.uint8]) -> None:
-        """Give a weight's stored bytes directly (tests of single ops)."""
-        self._weights.add(tensor, raw)
+            self._weights.add(tensor, source.raw(tensor.name))
 
     def allocate_states(self, states: Sequence[Tensor]) -> None:
         """States as numpy arrays of their stored type."""

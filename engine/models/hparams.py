@@ -17,6 +17,15 @@ class ModelError(EngineError):
     """The file's hyper-parameters or tensors are not those of its architecture."""
 
 
+def shown(value: Any) -> str:
+    """A metadata value for a message, short and on one line."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, np.ndarray):
+        return f"{len(value)} of {value.dtype}"
+    return f"{len(value)} strings" if isinstance(value, list) else repr(value)[:64]
+
+
 class HParams:
     """Typed access to `<architecture>.<key>`."""
 
@@ -42,13 +51,24 @@ class HParams:
             raise self.fail(key, "a positive number", value)
         return value
 
+    def n_vocab(self) -> int:
+        """How many tokens the vocabulary has."""
+        tokens = self.file.metadata.get("tokenizer.ggml.tokens")
+        if not isinstance(tokens, list):
+            raise ModelError(
+                f"{self.file.path}: tokenizer.ggml.tokens: expected strings, got {shown(tokens)}"
+            )
+        return len(tokens)
+
     def per_layer(self, key: str, n_entries: int, default: int | None = None) -> list[int]:
-        """One integer per layer (MTP layers too), from an array or a scalar."""
+        """One positive integer per layer (MTP layers too), from an array or a scalar."""
         value = self.file.metadata.get(f"{self.arch}.{key}", default)
         if not isinstance(value, np.ndarray):
             return [self.integer(key, default)] * n_entries
         if len(value) != n_entries or value.dtype.kind not in "iu":
-            raise self.fail(key, f"{n_entries} integers", f"{len(value)} of {value.dtype}")
+            raise self.fail(key, f"{n_entries} integers", shown(value))
+        if (lowest := int(value.min())) < 1:
+            raise self.fail(key, "at least 1 in every layer", lowest)
         return [int(v) for v in value]
 
     def flags(self, key: str, n_entries: int) -> list[bool] | None:
@@ -57,8 +77,8 @@ class HParams:
         if value is None:
             return None
         if isinstance(value, np.ndarray):
-            if len(value) != n_entries:
-                raise self.fail(key, f"{n_entries} booleans", len(value))
+            if len(value) != n_entries or value.dtype.kind not in "biu":
+                raise self.fail(key, f"{n_entries} booleans", shown(value))
             return [bool(v) for v in value]
         return [self.file.boolean(f"{self.arch}.{key}")] * n_entries
 
@@ -69,6 +89,12 @@ class HParams:
 
     def refuse_rope_scaling(self) -> None:
         """Raise if the file asks for rope scaling, which is not implemented."""
-        kind = self.file.metadata.get(f"{self.arch}.rope.scaling.type", "none")
-        if kind != "none":
-            raise self.fail("rope.scaling.type", "none (scaling is not implemented)", kind)
+        kind = self.file.string(f"{self.arch}.rope.scaling.type", "")
+        if kind not in ("", "none"):
+            expected = "none (scaling is not implemented)"
+            raise self.fail("rope.scaling.type", expected, shown(kind))
+        for key in ("rope.scaling.factor", "rope.scale_linear"):
+            # Without a type, a factor means linear scaling; 0 means none.
+            factor = self.file.number(f"{self.arch}.{key}", 1.0)
+            if not kind and factor not in (0, 1):
+                raise self.fail(key, "1 (scaling is not implemented)", factor)

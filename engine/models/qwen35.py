@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
+
 from engine.gguf import GGUFFile
 from engine.graph import Graph, Shape
-from engine.models.hparams import HParams
+from engine.models.hparams import HParams, shown
 from engine.models.layers import (
     AttentionShape,
     Builder,
@@ -34,17 +36,21 @@ class Qwen35:
         hp = HParams(file)
         n_mtp = hp.integer("nextn_predict_layers", 0, minimum=0)
         n_entries = hp.integer("block_count", minimum=n_mtp + 1)
+        # A layer has tensors: this bounds what a wrong count makes us do.
+        if n_entries > len(file.tensors):
+            most = f"at most {len(file.tensors)}, the number of tensors"
+            raise hp.fail("block_count", most, n_entries)
         self.n_layers = n_entries - n_mtp
         self.n_embd = hp.integer("embedding_length")
         self.n_ctx_train = hp.integer("context_length")
         self.eps = hp.number("attention.layer_norm_rms_epsilon")
         self.n_ff = hp.per_layer("feed_forward_length", n_entries)
-        self.n_vocab = len(file.metadata.get("tokenizer.ggml.tokens", ()))
+        self.n_vocab = hp.n_vocab()
         self.linear = _linear_layers(hp, n_entries, self.n_layers)
         self.delta_net = delta_net_shape(hp, "tiled", self.eps)
         self.attention = _attention_shapes(hp, n_entries, self.n_embd, self.eps)
         self._tensors = file.tensors
-        check_weights(file, self._expected(), self.n_layers)
+        check_weights(file, self._expected(), range(self.n_layers, n_entries))
 
     def _expected(self) -> dict[str, Shape]:
         embedding = (self.n_vocab, self.n_embd)
@@ -151,6 +157,9 @@ def _check_sections(hp: HParams) -> None:
     """Sections assign rope pairs to the axes of images; text has one position on all of them."""
     key = "rope.dimension_sections"
     sections = hp.file.metadata.get(f"{hp.arch}.{key}")
-    if sections is None or len(sections) != 4:
-        came = "nothing" if sections is None else f"{len(sections)} values"
-        raise hp.fail(key, "4 integers", came)
+    if (
+        not isinstance(sections, np.ndarray)
+        or len(sections) != 4
+        or sections.dtype.kind not in "iu"
+    ):
+        raise hp.fail(key, "4 integers", shown(sections))

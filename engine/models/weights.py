@@ -14,10 +14,10 @@ _NAMED = 6
 _LAYER = re.compile(r"blk\.(\d+)\.")
 
 
-def check_weights(file: GGUFFile, expected: Mapping[str, Shape], n_layers: int) -> None:
+def check_weights(file: GGUFFile, expected: Mapping[str, Shape], skipped: range) -> None:
     """Raise ModelError with everything that is missing, misshapen or unexpected.
 
-    Tensors of layers from `n_layers` on belong to multi-token prediction and are ignored.
+    Tensors of the layers `skipped`, which are for multi-token prediction, are ignored.
     """
     missing = [name for name in expected if name not in file.tensors]
     misshapen = [
@@ -26,7 +26,7 @@ def check_weights(file: GGUFFile, expected: Mapping[str, Shape], n_layers: int) 
         if name in file.tensors and file.tensors[name].shape != shape
     ]
     unexpected = [
-        name for name in file.tensors if name not in expected and _layer_number(name) < n_layers
+        name for name in file.tensors if name not in expected and _layer_number(name) not in skipped
     ]
     problems = [
         f"{len(found)} {kind} tensor{'s' * (len(found) > 1)}: {_list(found)}"

@@ -15,10 +15,11 @@ from engine.quants import F32
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
     dims = match_shapes(inputs, x="T E", weight="E")
+    require_contiguous_rows(inputs, "x")
     if "delta" not in inputs:
         return [((dims.T, dims.E), F32)]
     match_shapes(inputs, {"T": dims.T, "E": dims.E}, delta="T E")
-    require_contiguous_rows(inputs, "x", "delta")
+    require_contiguous_rows(inputs, "delta")
     return [((dims.T, dims.E), F32)] * 2
 
 

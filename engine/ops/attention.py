@@ -30,6 +30,7 @@ from engine.ops.cases import Case, Operand, Rng, activation, blocks, case, paged
 from engine.ops.common import (
     Array,
     bytes_moved,
+    check_seq_starts,
     paged_index,
     require_contiguous_rows,
     sigmoid,
@@ -50,7 +51,9 @@ def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
     )
     if "gate" in inputs:
         match_shapes(inputs, {name: dims[name] for name in ("T", "H", "Dv")}, gate="T H Dv")
+        require_contiguous_rows(inputs, "gate", from_axis=2)
     require_contiguous_rows(inputs, "q")
+    check_seq_starts(dims)
     if dims.H % dims.Hkv:
         raise ShapeError(f"operand q: expected a multiple of {dims.Hkv} heads, got {dims.H}")
     return [((dims.T, dims.H, dims.Dv), F32)]

@@ -116,9 +116,13 @@ def live_counts(operands: dict[str, Operand]) -> Live:
     sizes = {o.dim: len(o.values) for o in operands.values() if o.dim}
     n_seqs = sizes.get("n_seqs + 1", 1) - 1
     positions = operands.get("positions")
-    kv_pairs = 0 if positions is None else int(positions.values.sum()) + len(positions.values)
+    kv_rows = kv_pairs = 0
+    if positions is not None:
+        visible = positions.values + 1
+        kv_pairs = int(visible.sum())
+        kv_rows = int(visible[operands["seq_starts"].values[1:] - 1].sum())
     n_tokens, n_outputs = sizes.get("n_tokens", 0), sizes.get("n_outputs", 0)
-    return Live(n_tokens, n_seqs, n_outputs, kv_pairs=kv_pairs)
+    return Live(n_tokens, n_seqs, n_outputs, kv_rows, kv_pairs)
 
 
 def single_node_graph(

@@ -1,8 +1,9 @@
 """What several ops share: activation functions, ragged sequences, paged rows, costs.
 
-Sequences of a batch are the spans between neighbours in `seq_starts`. A recurrent state starts from
-slot `state_src` (-1: zeros) and ends in slot `state_dst`; `snapshot_dst[s, j]` gets the state after
-token n - K + j of sequence s, K being its length (-1: nowhere).
+Sequences of a batch are the spans between neighbours in `seq_starts`; an empty one is skipped. A
+recurrent state starts from slot `state_src` (-1: zeros) and ends in slot `state_dst` (-1: nowhere).
+Of n tokens, `snapshot_dst[s, j]` (j < K) gets the state after token n - K + j; -1, or a token from
+before the batch: nowhere. No slot that one sequence writes is read or written by another.
 """
 
 from __future__ import annotations
@@ -49,17 +50,24 @@ def rms_norm(x: Array, eps: float) -> Array:
 
 def check_recurrent(inputs: Inputs) -> None:
     """Shapes of the four operands that place sequences in slots."""
-    dims = match_shapes(inputs, None, **RECURRENT_OPERANDS)
+    check_seq_starts(match_shapes(inputs, None, **RECURRENT_OPERANDS))
+
+
+def check_seq_starts(dims: Any) -> None:
+    """One more start (S1) than there are sequences (S)."""
     if dims.S1 != dims.S + 1:
         raise ShapeError(f"operand seq_starts: expected [{dims.S + 1}], got [{int(dims.S1)}]")
 
 
-def require_contiguous_rows(inputs: Inputs, *operands: str) -> None:
-    """Only the token dimension of an operand may be strided, unless its op says otherwise."""
+def require_contiguous_rows(inputs: Inputs, *operands: str, from_axis: int = 1) -> None:
+    """Only the axes before `from_axis`, the tokens, may be strided."""
     for operand in operands:
         tensor = inputs[operand]
-        if not tensor.is_contiguous(1):
-            raise ShapeError(f"operand {operand}: rows must be contiguous, got {tensor.strides}")
+        if not tensor.is_contiguous(from_axis):
+            raise ShapeError(
+                f"operand {operand}: expected axes from {from_axis} on without gaps, "
+                f"got strides {list(tensor.strides)} for {list(map(int, tensor.shape))}"
+            )
 
 
 def spans(seq_starts: Array) -> Iterator[tuple[int, slice]]:

@@ -110,7 +110,8 @@ def _reference(
             carried = _scan(carried, [x[:, token] for x in operands], result[:, token])
             if (slot := snapshot_dst[s, t - n + n_snapshots]) >= 0:
                 state[slot] = carried
-        state[state_dst[s]] = carried
+        if state_dst[s] >= 0:
+            state[state_dst[s]] = carried
         out[rows] = np.moveaxis(result, 0, 1) * scale
     return (out,)
 
@@ -138,18 +139,20 @@ def _chunk(state: Array, operands: list[Array], out: Array) -> Array:
     for start in range(0, q.shape[1], size):
         part = slice(start, start + size)
         qc, kc, vc, bc = q[:, part], k[:, part], v[:, part], beta[:, part, np.newaxis]
-        cumulated = np.cumsum(g[:, part], axis=1)
+        # In float64: differences of float32 sums lose the weak decays behind a strong one.
+        cumulated = np.cumsum(g[:, part], axis=1, dtype=np.float64)
         kk, qk = _decayed_products(qc, kc, cumulated)
         if g.ndim == 2:
             cumulated = cumulated[..., np.newaxis]
-        grown = np.exp(cumulated)
+        grown = np.exp(cumulated).astype(v.dtype)
         transposed = np.swapaxes(state, 1, 2)  # [H, Dk, Dv]
         rhs = bc * (vc - (kc * grown) @ transposed)
         system = np.eye(kc.shape[1], dtype=v.dtype) + np.tril(bc * kk, -1)
         delta = np.linalg.solve(system, rhs)
         out[:, part] = (qc * grown) @ transposed + qk @ delta
         last = cumulated[:, -1:]
-        state = state * np.exp(last) + np.swapaxes(delta, 1, 2) @ (kc * np.exp(last - cumulated))
+        left = np.exp(last - cumulated).astype(v.dtype)
+        state = state * grown[:, -1:] + np.swapaxes(delta, 1, 2) @ (kc * left)
     return state
 
 
@@ -158,11 +161,11 @@ def _decayed_products(q: Array, k: Array, cumulated: Array) -> tuple[Array, Arra
     lower = np.tri(k.shape[1], dtype=bool)
     if cumulated.ndim == 2:
         exponent = cumulated[:, :, np.newaxis] - cumulated[:, np.newaxis]
-        decay = np.exp(np.where(lower, exponent, -np.inf))
+        decay = np.exp(np.where(lower, exponent, -np.inf)).astype(k.dtype)
         keys = np.swapaxes(k, 1, 2)
         return k @ keys * decay, q @ keys * decay
     exponent = cumulated[:, :, np.newaxis] - cumulated[:, np.newaxis]  # [H, C, C, Dk]
-    decay = np.exp(np.where(lower[..., np.newaxis], exponent, -np.inf))
+    decay = np.exp(np.where(lower[..., np.newaxis], exponent, -np.inf)).astype(k.dtype)
     products = (np.einsum("hid,hijd,hjd->hij", x, decay, k, optimize=True) for x in (k, q))
     kk, qk = products
     return kk, qk

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 
 from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor, match_shapes
 from engine.ops.cases import Case, Operand, Rng, activation, case, integers, weight
-from engine.ops.common import Array, live_bytes
+from engine.ops.common import Array, live_bytes, require_contiguous_rows
 from engine.quants import BF16, F32, WEIGHT_TYPES, DType
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
     dims = match_shapes(inputs, table="N E", ids="R")
+    require_contiguous_rows(inputs, "table")
     return [((dims.R, dims.E), F32)]
 
 

@@ -120,7 +120,8 @@ def _get_state(state: Array, slots: Array, like: Array) -> tuple[Array]:
 
 def _set_state(x: Array, state: Array, slots: Array) -> tuple[()]:
     for row, slot in zip(x, slots, strict=True):
-        state[slot] = row
+        if slot >= 0:
+            state[slot] = row
     return ()
 
 

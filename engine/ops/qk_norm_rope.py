@@ -29,6 +29,7 @@ from engine.ops.cases import Case, Operand, Rng, activation, blocks, case, paged
 from engine.ops.common import (
     Array,
     bytes_moved,
+    check_seq_starts,
     paged_index,
     require_contiguous_rows,
     rms_norm,
@@ -52,6 +53,8 @@ def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
         block_tables="S M",
     )
     require_contiguous_rows(inputs, "k", "v")
+    require_contiguous_rows(inputs, "q", from_axis=2)
+    check_seq_starts(dims)
     n_rot = attrs["n_rot"]
     if n_rot % 2 or not 0 <= n_rot <= dims.D:
         raise ShapeError(f"attribute n_rot: expected an even number up to {dims.D}, got {n_rot}")

@@ -55,7 +55,8 @@ def _reference(
             end = n - n_snapshots + j + 1
             if slot >= 0 and end > 0:
                 state[slot] = window[end : end + n_taps - 1]
-        state[state_dst[s]] = window[n:]
+        if state_dst[s] >= 0:
+            state[state_dst[s]] = window[n:]
     return (out,)
 
 

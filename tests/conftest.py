@@ -1,0 +1,86 @@
+"""Fixtures of the engine's tests: tiny models written once a session, and fresh random numbers.
+
+Every run draws other tokens. A failing test shows its seed; `pytest --seed N` repeats it.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Before numpy comes: for matrices this small threads only wait for each other, and on a machine
+# that is busy with something else for long.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+
+from cli import main
+from tests.helpers import STD, Cli, Result
+from tools.synth import write_model
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, help="seed of the tests that draw fresh random numbers")
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """A generator with a new seed, which a failure shows."""
+    seed = request.config.getoption("--seed")
+    seed = secrets.randbits(32) if seed is None else seed
+    request.node.add_report_section("setup", "random numbers", f"repeat with --seed {seed}")
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """models(preset, type): a file that tests may read but not change."""
+    directory = tmp_path_factory.mktemp("models")
+
+    @functools.cache
+    def model(preset: str, dtype: str) -> Path:
+        return write_model(directory / f"{preset}-{dtype}.gguf", preset, dtype, std=STD)
+
+    return model
+
+
+@pytest.fixture(
+    scope="session",
+    params=[("tiny", "F32"), ("tiny", "Q8_0"), ("tiny-untied", "F32"), ("tiny-untied", "Q8_0")],
+    ids="-".join,
+)
+def path(request: pytest.FixtureRequest, models: Callable[[str, str], Path]) -> Path:
+    """Each of the tiny models."""
+    return models(*request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny(models: Callable[[str, str], Path]) -> Path:
+    """One tiny model."""
+    return models("tiny", "Q8_0")
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """cli(*argv, stdin=b""): runs a command line in this process; stdin None is a terminal."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def run(*argv: object, stdin: bytes | None = b"") -> Result:
+        given = Terminal() if stdin is None else io.TextIOWrapper(io.BytesIO(stdin), "utf-8")
+        monkeypatch.setattr("sys.stdin", given)
+        try:
+            status: Any = main([str(arg) for arg in argv])
+        except SystemExit as stopped:
+            status = stopped.code
+        return Result(status, *capsys.readouterr())
+
+    return run

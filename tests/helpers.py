@@ -1,0 +1,95 @@
+"""What tests of the engine share: a float64 engine, random tokens, comparisons, broken nodes.
+
+For tests of the command line: what a run of it answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine import Engine
+from engine.backends.reference import ReferenceBackend
+
+# Weights this large make logits of order one, so that a wrong state moves them visibly.
+STD = 0.1
+N_VOCAB = 320
+# A float64 engine's results differ by the rounding of logits to float32, 1e-15; another token at
+# the start of a prompt makes 1e-3 a hundred tokens later.
+MAX_NMSE = 1e-12
+
+
+def float64_engine(path: Path, **options: Any) -> Engine:
+    """An engine that computes and keeps its states in float64.
+
+    Random models amplify rounding: where q·k happens to be almost 0, the norm of the delta net's
+    output turns float32 noise into 1e-9 and more of the logits, and comparisons could only be lax.
+    """
+    with patch("engine.backends.create", lambda name: [ReferenceBackend(np.float64)]):
+        engine = Engine.load(path, **options)
+    arrays = engine.plan.backends[0].states.arrays
+    for tensor, array in arrays.items():
+        arrays[tensor] = array.astype(np.float64)
+    return engine
+
+
+def random_ids(rng: np.random.Generator, n: int) -> list[int]:
+    return rng.integers(0, N_VOCAB, n).tolist()
+
+
+def nmse(got: NDArray[Any], expected: NDArray[Any]) -> float:
+    """‖got − expected‖² / ‖expected‖²; NaN if either has one."""
+    assert got.shape == expected.shape
+    expected = expected.astype(np.float64)
+    return float(np.sum((got - expected) ** 2) / np.sum(expected**2))
+
+
+def assert_same(got: NDArray[Any], expected: NDArray[Any]) -> None:
+    error = nmse(got, expected)
+    # Not `error > …`: NaN must fail.
+    assert error <= MAX_NMSE, f"NMSE {error:.1e}, at most {MAX_NMSE:g} expected"
+
+
+def assert_all_free(engine: Engine) -> None:
+    for pool in (engine.memory.blocks, engine.memory.slots):
+        assert pool.n_free == pool.size, f"{pool.n_free} of {pool.size} are free"
+
+
+@contextmanager
+def replaced_op(engine: Engine, node_name: str, reference: Callable[..., Any]) -> Iterator[None]:
+    """Within it, a node of the reference backend computes something else."""
+    node = next(node for node in engine.plan.graph.nodes if node.name == node_name)
+    op = node.op
+    object.__setattr__(node, "op", replace(op, reference=reference))
+    try:
+        yield
+    finally:
+        object.__setattr__(node, "op", op)
+
+
+class Result(NamedTuple):
+    """What a command line answered."""
+
+    status: int
+    out: str
+    err: str
+
+    def refused(self) -> str:
+        """The message, if all there is of it is one line on standard error, and status 1."""
+        assert (self.status, self.out) == (1, ""), self
+        assert self.err.startswith("error: "), self
+        assert self.err.endswith("\n"), self
+        line = self.err.removeprefix("error: ").removesuffix("\n")
+        # Also no other separator that a terminal takes for a line's end.
+        assert line.isprintable(), self
+        return line
+
+
+Cli = Callable[..., Result]

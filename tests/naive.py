@@ -1,0 +1,241 @@
+"""What the ops mean, written down a second time: plain loops in float64, for tests only.
+
+Follows the ops' contracts and shares no code with the engine. Every function takes an op's operands
+(float64, or integers) and attributes, and returns its outputs and the states after it by operand
+name; its arguments stay as they are. Rows that belong to no sequence come out as NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+Result = tuple[list[Array], dict[str, Array]]
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def _silu(x: float) -> float:
+    return x * _sigmoid(x)
+
+
+def _softplus(x: float) -> float:
+    return x if x > 20 else math.log1p(math.exp(x))
+
+
+def _each(function: Callable[[float], float], x: Array) -> Array:
+    return np.array([function(float(value)) for value in x.flat]).reshape(x.shape)
+
+
+def _rms(row: Array, eps: float) -> Array:
+    mean = sum(float(value) ** 2 for value in row) / len(row)
+    return row / math.sqrt(mean + eps)
+
+
+def _each_row(function: Callable[[Array], Array], x: Array) -> Array:
+    rows = [function(row) for row in x.reshape(-1, x.shape[-1])]
+    return np.array(rows).reshape(x.shape)
+
+
+def _unwritten(*shape: int) -> Array:
+    return np.full(shape, np.nan)
+
+
+def add_rms_norm(x: Array, weight: Array, delta: Array | None = None, *, eps: float) -> Result:
+    total = x if delta is None else x + delta
+    normed = _each_row(lambda row: _rms(row, eps) * weight, total)
+    return ([normed] if delta is None else [normed, total]), {}
+
+
+def get_rows(table: Array, ids: Array) -> Result:
+    return [np.array([table[i] for i in ids])], {}
+
+
+def mul_mat(x: Array, **weights: Array) -> Result:
+    products = [
+        np.array([[np.sum(row * w) for w in weight] for row in x]) for weight in weights.values()
+    ]
+    return products, {}
+
+
+def l2_norm(x: Array, *, eps: float) -> Result:
+    return [_each_row(lambda row: row / math.sqrt(sum(v * v for v in row) + eps), x)], {}
+
+
+def swiglu(gate: Array, up: Array) -> Result:
+    return [_each(_silu, gate) * up], {}
+
+
+def rms_norm_gated(x: Array, gate: Array, weight: Array, *, eps: float, act: str) -> Result:
+    normed = _each_row(lambda row: _rms(row, eps) * weight, x)
+    return [normed * _each({"silu": _silu, "sigmoid": _sigmoid}[act], gate)], {}
+
+
+def gdn_gate(alpha: Array, beta: Array, a: Array, dt: Array) -> Result:
+    g = np.empty(alpha.shape)
+    for t, head, *key_row in np.ndindex(alpha.shape):
+        at = (head, *key_row)
+        g[t, *at] = a[head] * _softplus(alpha[t, *at] + dt[at])
+    return [g, _each(_sigmoid, beta)], {}
+
+
+def _sequences(seq_starts: Array) -> Iterator[tuple[int, list[int]]]:
+    """(sequence, its rows)."""
+    for s in range(len(seq_starts) - 1):
+        yield s, list(range(int(seq_starts[s]), int(seq_starts[s + 1])))
+
+
+def _slots_after(i: int, n: int, dst: int, snapshots: Array) -> list[int]:
+    """The slots that get the state after token i of a sequence of n."""
+    slots = [dst] if i == n - 1 else []
+    first = n - len(snapshots)
+    return slots + [int(slot) for j, slot in enumerate(snapshots) if first + j == i and slot >= 0]
+
+
+def ssm_conv(
+    x: Array,
+    weight: Array,
+    state: Array,
+    seq_starts: Array,
+    state_src: Array,
+    state_dst: Array,
+    snapshot_dst: Array,
+) -> Result:
+    out, after = _unwritten(*x.shape), state.copy()
+    n_channels, n_taps = weight.shape
+    for s, rows in _sequences(seq_starts):
+        zeros = [np.zeros(n_channels)] * (n_taps - 1)
+        window = zeros if state_src[s] < 0 else list(state[state_src[s]])
+        for i, t in enumerate(rows):
+            window = [*window, x[t]]
+            out[t] = _each(_silu, sum(weight[:, j] * window[j] for j in range(n_taps)))
+            window = window[1:]
+            for slot in _slots_after(i, len(rows), state_dst[s], snapshot_dst[s]):
+                after[slot] = window
+    return [out], {"state": after}
+
+
+def gated_delta_net(
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array,
+    beta: Array,
+    state: Array,
+    seq_starts: Array,
+    state_src: Array,
+    state_dst: Array,
+    snapshot_dst: Array,
+    *,
+    head_map: str,
+    scale: float,
+    algorithm: str = "",
+) -> Result:
+    out, after = _unwritten(*v.shape), state.copy()
+    n_k_heads, n_v_heads = k.shape[1], v.shape[1]
+    for s, rows in _sequences(seq_starts):
+        for h in range(n_v_heads):
+            kh = h % n_k_heads if head_map == "tiled" else h * n_k_heads // n_v_heads
+            # [Dk, Dv], the transpose of what is stored.
+            matrix = np.zeros((k.shape[2], v.shape[2]))
+            if state_src[s] >= 0:
+                matrix = state[state_src[s], h].T
+            for i, t in enumerate(rows):
+                decay = np.broadcast_to(np.exp(g[t, h]), k.shape[2])
+                matrix = decay[:, np.newaxis] * matrix
+                delta = beta[t, h] * (v[t, h] - matrix.T @ k[t, kh])
+                matrix = matrix + np.outer(k[t, kh], delta)
+                out[t, h] = matrix.T @ q[t, kh] * scale
+                for slot in _slots_after(i, len(rows), state_dst[s], snapshot_dst[s]):
+                    after[slot, h] = matrix.T
+    return [out], {"state": after}
+
+
+def _turn(row: Array, position: int, n_rot: int, base: float) -> Array:
+    turned, half = row.copy(), n_rot // 2
+    for i in range(half):
+        angle = position * base ** (-2 * i / n_rot)
+        pair = complex(row[i], row[i + half]) * complex(math.cos(angle), math.sin(angle))
+        turned[i], turned[i + half] = pair.real, pair.imag
+    return turned
+
+
+def qk_norm_rope(
+    q: Array,
+    k: Array,
+    v: Array,
+    q_norm: Array,
+    k_norm: Array,
+    k_cache: Array,
+    v_cache: Array,
+    positions: Array,
+    seq_starts: Array,
+    block_tables: Array,
+    *,
+    eps: float,
+    n_rot: int,
+    rope_base: float,
+) -> Result:
+    out, k_after, v_after = _unwritten(*q.shape), k_cache.copy(), v_cache.copy()
+    block_size = k_cache.shape[2]
+    for s, rows in _sequences(seq_starts):
+        for t in rows:
+            p = int(positions[t])
+            block, row = block_tables[s, p // block_size], p % block_size
+            for h in range(q.shape[1]):
+                out[t, h] = _turn(_rms(q[t, h], eps) * q_norm, p, n_rot, rope_base)
+            for h in range(k.shape[1]):
+                k_after[block, h, row] = _turn(_rms(k[t, h], eps) * k_norm, p, n_rot, rope_base)
+                v_after[block, h, row] = v[t, h]
+    return [out], {"k_cache": k_after, "v_cache": v_after}
+
+
+def attention(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    positions: Array,
+    seq_starts: Array,
+    block_tables: Array,
+    gate: Array | None = None,
+    *,
+    scale: float,
+) -> Result:
+    n_tokens, n_heads, _ = q.shape
+    n_kv_heads, block_size = k_cache.shape[1:3]
+    out = _unwritten(n_tokens, n_heads, v_cache.shape[3])
+    for s, rows in _sequences(seq_starts):
+        for t in rows:
+            at = [
+                (block_tables[s, p // block_size], p % block_size) for p in range(positions[t] + 1)
+            ]
+            for h in range(n_heads):
+                kv_head = h // (n_heads // n_kv_heads)
+                scores = [float(q[t, h] @ k_cache[b, kv_head, row]) * scale for b, row in at]
+                highest = max(scores)
+                weights = [math.exp(score - highest) for score in scores]
+                values = [v_cache[b, kv_head, row] for b, row in at]
+                mixed = sum(w * value for w, value in zip(weights, values, strict=True))
+                out[t, h] = mixed / sum(weights)
+    return [out if gate is None else out * _each(_sigmoid, gate)], {}
+
+
+NAIVE: dict[str, Callable[..., Result]] = {
+    "ADD_RMS_NORM": add_rms_norm,
+    "ATTENTION": attention,
+    "GATED_DELTA_NET": gated_delta_net,
+    "GDN_GATE": gdn_gate,
+    "GET_ROWS": get_rows,
+    "L2_NORM": l2_norm,
+    "MUL_MAT": mul_mat,
+    "QK_NORM_ROPE": qk_norm_rope,
+    "RMS_NORM_GATED": rms_norm_gated,
+    "SSM_CONV": ssm_conv,
+    "SWIGLU": swiglu,
+}
