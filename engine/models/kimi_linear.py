@@ -140,9 +140,10 @@ class KimiLinear:
             kind, mixer = "MLA", partial(latent_attention, shape=self._latent(i))
             if self._linear[i]:
                 kind, mixer = "KDA", partial(kimi_delta, shape=self._delta_net(i))
-            dense = i < self._n_dense or self._moe is None
-            ffn: Layer = dense_ffn if dense else partial(moe_ffn, shape=self._moe)
-            layers.append((kind + " (dense)" * dense, mixer, ffn))
+            if i < self._n_dense or self._moe is None:
+                layers.append((f"{kind} (dense)", mixer, dense_ffn))
+            else:
+                layers.append((kind, mixer, partial(moe_ffn, shape=self._moe)))
         return trunk(Builder(self.weights, options), layers, "ffn_norm", self.eps)
 
 

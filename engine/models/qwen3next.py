@@ -14,8 +14,8 @@ from engine.models.moe import MoEShape, moe_ffn, moe_shapes
 
 
 class Qwen3Next(Hybrid):
-    """Value heads are grouped under key heads (h reads key head h div ρ), and projections are packed
-    per key head: `ssm_ba` has ρ beta rows, then ρ alpha rows; old files' `ssm_in` q, k, v and z."""
+    """Value heads are grouped under key heads: h reads key head h div ρ. Projections are packed per
+    key head: `ssm_ba` has ρ beta rows, then ρ alpha rows; old files' `ssm_in` q, k, v and z."""
 
     name = "qwen3next"
     head_map = "grouped"
@@ -42,27 +42,18 @@ class Qwen3Next(Hybrid):
     def _unpack_linear(self, i: int) -> None:
         s, prefix = self.delta_net, f"blk.{i}"
         per_key = s.n_v_heads // s.n_k_heads
-        self._gather(
-            f"{prefix}.ssm_ba.weight",
-            [
-                (f"{prefix}.ssm_beta.weight", [per_key, per_key], [0]),
-                (f"{prefix}.ssm_alpha.weight", [per_key, per_key], [1]),
-            ],
-        )
+        for part, name in enumerate(("ssm_beta", "ssm_alpha")):
+            self._gather(
+                f"{prefix}.{name}.weight", f"{prefix}.ssm_ba.weight", [per_key] * 2, [part]
+            )
         if (source := f"{prefix}.ssm_in.weight") in self._in_file:
             sizes = [s.d_k, s.d_k, per_key * s.d_v, per_key * s.d_v]
-            self._gather(
-                source,
-                [
-                    (f"{prefix}.attn_qkv.weight", sizes, [0, 1, 2]),
-                    (f"{prefix}.attn_gate.weight", sizes, [3]),
-                ],
-            )
+            self._gather(f"{prefix}.attn_qkv.weight", source, sizes, [0, 1, 2])
+            self._gather(f"{prefix}.attn_gate.weight", source, sizes, [3])
 
-    def _gather(self, source: str, targets: list[tuple[str, list[int], list[int]]]) -> None:
-        """Make tensors of parts of one that holds, for every key head, parts of these sizes."""
-        for name, sizes, parts in targets:
-            rows = np.arange(self.delta_net.n_k_heads * sum(sizes))
-            split = np.split(rows.reshape(-1, sum(sizes)), np.cumsum(sizes)[:-1], axis=1)
-            index = np.concatenate([split[p].reshape(-1) for p in parts])
-            self.weights.take_rows(name, source, index, (len(index), self.n_embd))
+    def _gather(self, name: str, source: str, sizes: list[int], parts: list[int]) -> None:
+        """Make a tensor of some parts of one that holds, for every key head, parts of `sizes`."""
+        rows = np.arange(self.delta_net.n_k_heads * sum(sizes)).reshape(-1, sum(sizes))
+        split = np.split(rows, np.cumsum(sizes)[:-1], axis=1)
+        index = np.concatenate([split[part].reshape(-1) for part in parts])
+        self.weights.take_rows(name, source, index, (len(index), self.n_embd))
