@@ -62,7 +62,7 @@ def gated_attention(b: Builder, prefix: str, x: Tensor, shape: AttentionShape) -
 
 @dataclass(frozen=True)
 class LatentShape:
-    """Sizes of an MLA layer: heads, latent rank, a key's part from it and the one that is shared."""
+    """Sizes of an MLA layer: heads, latent rank, a key's part from it and the shared one."""
 
     n_heads: int
     rank: int
