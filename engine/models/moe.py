@@ -74,8 +74,10 @@ def moe_shapes(hp: HParams, n_entries: int) -> list[MoEShape]:
     shapes = []
     for used, ff in zip(n_used, n_ff, strict=True):
         d_ff, d_shared = sizes[0] or ff // used, sizes[1] or ff
-        if not d_ff or not d_shared:
+        if not d_ff:
             raise hp.fail("expert_feed_forward_length", "at least 1", d_ff)
+        if not d_shared:
+            raise hp.fail("expert_shared_feed_forward_length", "at least 1", d_shared)
         shapes.append(MoEShape(n_experts, used, d_ff, d_shared))
         shapes[-1].check(hp)
     return shapes

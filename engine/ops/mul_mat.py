@@ -33,6 +33,8 @@ def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
         if operand in inputs and inputs[operand].shape != (x.shape[0], width):
             came = list(map(int, inputs[operand].shape))
             raise ShapeError(f"operand {operand}: expected [T, {width}], got {came}")
+        if operand in inputs:
+            require_contiguous_rows(inputs, operand)
     for name, w in weights:
         if len(w.shape) != 2 or w.shape[1] != x.shape[1]:
             raise ShapeError(f"operand {name}: expected [out, {x.shape[1]}], got {list(w.shape)}")

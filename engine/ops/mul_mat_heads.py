@@ -78,7 +78,7 @@ def mul_mat_heads(
     tail: Tensor | None = None,
     transposed: bool = False,
 ) -> Tensor:
-    """x [T, H, in] (heads may be strided), weight [H, out, in] ([H, in, out] if transposed),
-    tail [T, H, P] or None -> [T, H, out (+ P)]."""
+    """x [T, H, in], weight [H, out, in] ([H, in, out] if transposed), tail [T, H, P] or None
+    -> [T, H, out (+ P)]. The heads of x and tail may be strided."""
     inputs = {"x": x, "weight": weight} | ({} if tail is None else {"tail": tail})
     return graph.add(MUL_MAT_HEADS, name, inputs, transposed=transposed)[0]

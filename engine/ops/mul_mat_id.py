@@ -38,17 +38,17 @@ def _matrices(inputs: Inputs) -> list[Tensor]:
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
-    x = inputs["x"]
+    x, matrices = inputs["x"], _matrices(inputs)
     dims = match_shapes(inputs, x="T in" if len(x.shape) == 2 else "T U in", ids="T U")
-    bound = {"T": dims.T, "U": dims.U}
-    require_contiguous_rows(inputs, "x", from_axis=len(x.shape) - 1)
-    matrices = _matrices(inputs)
+    bound = {"in": x.shape[-1]}
     for name in (name for name in inputs if name.startswith("matrix")):
-        match_shapes(inputs, {"in": x.shape[-1]}, **{name: "X out in"})
+        bound["X"] = match_shapes(inputs, bound, **{name: "X out in"}).X
+    require_contiguous_rows(inputs, "x", "ids")
     if inputs["ids"].dtype is not I32:
-        raise ShapeError(f"operand ids: expected I32, got {inputs['ids'].dtype}")
+        raise ShapeError(f"operand ids: expected I32, got {inputs['ids'].dtype.name}")
     if "weights" in inputs:
-        match_shapes(inputs, bound, weights="T U")
+        match_shapes(inputs, {"T": dims.T, "U": dims.U}, weights="T U")
+        require_contiguous_rows(inputs, "weights")
         return [((dims.T, m.shape[1]), F32) for m in matrices]
     return [((dims.T, dims.U, m.shape[1]), F32) for m in matrices]
 

@@ -27,12 +27,12 @@ def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
     if "bias" in inputs:
         match_shapes(inputs, {"X": dims.X}, bias="X")
     require_contiguous_rows(inputs, "logits")
-    n_used = attrs["n_used"]
-    if not 1 <= n_used <= dims.X:
-        raise ShapeError(f"attribute n_used: expected 1 to {dims.X} experts, got {n_used}")
     n_groups, n_groups_used = attrs["groups"]
     if dims.X % n_groups or not 1 <= n_groups_used <= n_groups or dims.X == n_groups > 1:
         raise ShapeError(f"attribute groups: {n_groups_used} of {n_groups} of {dims.X} experts")
+    n_used, n_eligible = attrs["n_used"], dims.X // n_groups * n_groups_used
+    if not 1 <= n_used <= n_eligible:
+        raise ShapeError(f"attribute n_used: expected 1 to {n_eligible} experts, got {n_used}")
     assert attrs["gating"] in GATINGS, attrs
     return [((dims.T, n_used), I32), ((dims.T, n_used), F32)]
 

@@ -22,6 +22,9 @@ def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
     outs: list[Out] = []
     for gate, up in _pairs(len(inputs)):
         shape, other = inputs[gate].shape, inputs[up].shape
+        if len(shape) < 2 or shape[0] != inputs["gate"].shape[0]:
+            n_tokens, came = int(inputs["gate"].shape[0]), list(map(int, shape))
+            raise ShapeError(f"operand {gate}: expected [T={n_tokens}, …, F], got {came}")
         if other != shape:
             raise ShapeError(
                 f"operand {up}: expected {list(map(int, shape))}, got {list(map(int, other))}"
@@ -51,7 +54,7 @@ SWIGLU = Op("SWIGLU", _infer, _reference, elementwise_cost(5), _cases)
 
 
 def swiglu(graph: Graph, name: str, *pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Pairs (gate, up) of equal shapes [T, …, F] -> as many [T, …, F]."""
+    """Pairs (gate, up) of equal shapes [T, …, F] (only F must be without gaps) -> as many."""
     inputs: dict[str, Tensor] = {}
     for names, pair in zip(_pairs(2 * len(pairs)), pairs, strict=True):
         inputs |= zip(names, pair, strict=True)
