@@ -56,7 +56,7 @@ class Engine:
         self.plan = place(graph, backends.create(config.backend), config.strict_backend)
         if config.n_threads and all(b.name == "reference" for b in self.plan.backends):
             _log.warning("n_threads is ignored: numpy chooses the reference backend's threads")
-        self._executable: Executable | None = Executable(self.plan, file)
+        self._executable: Executable | None = Executable(self.plan, self.model.weights)
         cap = self.capacity
         self.memory = SequenceMemory(cap.n_blocks, cap.n_slots, cap.block_size, self._copy_block)
         self._scheduler = Scheduler(self.memory, cap)

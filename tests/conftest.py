@@ -9,6 +9,7 @@ import functools
 import io
 import os
 import secrets
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 
 from cli import main
-from tests.helpers import STD, Cli, Result
+from tests.helpers import MAX_REFUSAL_SECONDS, STD, Cli, Refused, Result
 from tools.synth import write_model
 
 
@@ -52,7 +53,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pat
 
 @pytest.fixture(
     scope="session",
-    params=[("tiny", "F32"), ("tiny", "Q8_0"), ("tiny-untied", "F32"), ("tiny-untied", "Q8_0")],
+    params=[
+        ("tiny", "F32"),
+        ("tiny", "Q8_0"),
+        ("tiny-untied", "F32"),
+        ("tiny-untied", "Q8_0"),
+        ("tiny-moe", "F32"),
+        ("tiny-next", "F32"),
+        ("tiny-kimi", "F32"),
+    ],
     ids="-".join,
 )
 def path(request: pytest.FixtureRequest, models: Callable[[str, str], Path]) -> Path:
@@ -64,6 +73,27 @@ def path(request: pytest.FixtureRequest, models: Callable[[str, str], Path]) -> 
 def tiny(models: Callable[[str, str], Path]) -> Path:
     """One tiny model."""
     return models("tiny", "Q8_0")
+
+
+@pytest.fixture
+def refused(tmp_path: Path, cli: Cli) -> Refused:
+    """refused(overrides, arrays): the one line that both commands have for such a file."""
+
+    def run(
+        overrides: dict[str, Any] | None = None,
+        arrays: dict[str, Any] | None = None,
+        preset: Any = "tiny",
+    ) -> str:
+        path = tmp_path / "m.gguf"
+        write_model(path, preset, "Q8_0", std=STD, overrides=overrides, arrays=arrays)
+        start = time.perf_counter()
+        line = cli("-m", path, "-p", "a", "-n", 1).refused()
+        assert cli("graph", "-m", path).refused() == line
+        assert time.perf_counter() - start < MAX_REFUSAL_SECONDS
+        assert line.startswith(f"{path}: ")
+        return line.removeprefix(f"{path}: ")
+
+    return run
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ For tests of the command line: what a run of it answered.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,13 +18,21 @@ from numpy.typing import NDArray
 
 from engine import Engine
 from engine.backends.reference import ReferenceBackend
+from engine.graph import Kind, Tensor
+from engine.quants import BY_GGML_ID
+from tools.ggufwrite import TensorSpec, write_gguf
+from tools.makevocab import made_vocabulary, padded_vocabulary
+from tools.presets import PRESETS, metadata, tensors
+from tools.synth import tensor_type
 
 # Weights this large make logits of order one, so that a wrong state moves them visibly.
 STD = 0.1
 N_VOCAB = 320
+HEADER_VOCAB = 512
 # A float64 engine's results differ by the rounding of logits to float32, 1e-15; another token at
 # the start of a prompt makes 1e-3 a hundred tokens later.
 MAX_NMSE = 1e-12
+MAX_REFUSAL_SECONDS = 2
 
 
 def float64_engine(path: Path, **options: Any) -> Engine:
@@ -74,6 +83,21 @@ def replaced_op(engine: Engine, node_name: str, reference: Callable[..., Any]) -
         object.__setattr__(node, "op", op)
 
 
+def write_header(path: Path, preset: str) -> Path:
+    """A GGUF of a preset's shapes in Q4_0 whose tensors all lie over the same hole in the file."""
+    p = replace(PRESETS[preset], n_vocab=HEADER_VOCAB)
+    values = {"general.architecture": p.arch} | metadata(p)
+    values |= padded_vocabulary(made_vocabulary(), HEADER_VOCAB)
+    specs, largest = [], 0
+    for name, shape in tensors(p).items():
+        block = tensor_type(p, name, shape, "Q4_0")
+        specs.append(TensorSpec(name, shape, block.ggml_id, 0, list))
+        largest = max(largest, Tensor(name, shape, BY_GGML_ID[block.ggml_id], Kind.WEIGHT).nbytes)
+    write_gguf(path, values, specs)
+    os.truncate(path, path.stat().st_size + largest)
+    return path
+
+
 class Result(NamedTuple):
     """What a command line answered."""
 
@@ -93,3 +117,4 @@ class Result(NamedTuple):
 
 
 Cli = Callable[..., Result]
+Refused = Callable[..., str]

@@ -57,19 +57,95 @@ def get_rows(table: Array, ids: Array) -> Result:
     return [np.array([table[i] for i in ids])], {}
 
 
-def mul_mat(x: Array, **weights: Array) -> Result:
-    products = [
-        np.array([[np.sum(row * w) for w in weight] for row in x]) for weight in weights.values()
-    ]
+def _products(x: Array, matrix: Array) -> Array:
+    """Every row of x [n, in] times every row of a matrix [out, in]."""
+    return np.array([[np.sum(row * w) for w in matrix] for row in x]).reshape(len(x), len(matrix))
+
+
+def mul_mat(
+    x: Array, gate: Array | None = None, add: Array | None = None, **weights: Array
+) -> Result:
+    products = [_products(x, weight) for weight in weights.values()]
+    for y in products:
+        for t in range(len(x)):
+            y[t] *= 1 if gate is None else _sigmoid(float(gate[t, 0]))
+            y[t] += 0 if add is None else add[t]
     return products, {}
+
+
+def mul_mat_id(x: Array, ids: Array, weights: Array | None = None, **matrices: Array) -> Result:
+    outs = []
+    for matrix in matrices.values():
+        rows = np.empty((*ids.shape, matrix.shape[1]))
+        for t, u in np.ndindex(ids.shape):
+            row = x[t] if x.ndim == 2 else x[t, u]
+            rows[t, u] = _products(row[np.newaxis], matrix[ids[t, u]])[0]
+        if weights is not None:
+            rows = np.array([w @ row for w, row in zip(weights, rows, strict=True)])
+        outs.append(rows)
+    return outs, {}
+
+
+def mul_mat_heads(
+    x: Array, weight: Array, tail: Array | None = None, *, transposed: bool
+) -> Result:
+    heads = []
+    for h, matrix in enumerate(weight):
+        y = _products(x[:, h], matrix.T if transposed else matrix)
+        heads.append(y if tail is None else np.hstack([y, tail[:, h]]))
+    return [np.stack(heads, axis=1)], {}
+
+
+def routing_scores(
+    logits: Array, bias: Array | None, gating: str, groups: tuple[int, int]
+) -> tuple[list[float], list[float], list[float]]:
+    """Of one token: its experts' weights, what they are chosen by, and what groups are chosen by.
+
+    An expert that can't be chosen has the score -inf.
+    """
+    if gating == "softmax":
+        highest = max(logits)
+        powers = [math.exp(x - highest) for x in logits]
+        p = [power / math.fsum(powers) for power in powers]
+    else:
+        p = [_sigmoid(float(x)) for x in logits]
+    scores = [value + (0.0 if bias is None else float(bias[e])) for e, value in enumerate(p)]
+    size = len(scores) // groups[0]
+    parts = [scores[g * size : (g + 1) * size] for g in range(groups[0])]
+    goodness = [sum(sorted(part)[-2:]) for part in parts]
+    best = sorted(range(groups[0]), key=lambda g: (-goodness[g], g))[: groups[1]]
+    scores = [score if e // size in best else -math.inf for e, score in enumerate(scores)]
+    return p, scores, goodness
+
+
+def router(
+    logits: Array,
+    bias: Array | None = None,
+    *,
+    n_used: int,
+    gating: str,
+    scale: float,
+    eps: float,
+    groups: tuple[int, int],
+) -> Result:
+    ids, weights = [], []
+    for row in logits:
+        p, scores, _ = routing_scores(row, bias, gating, groups)
+        order = sorted(range(len(p)), key=lambda e: (-scores[e], e))
+        ids.append(order[:n_used])
+        total = math.fsum(p[e] for e in ids[-1]) + eps
+        weights.append([p[e] / total * scale for e in ids[-1]])
+    return [np.array(ids), np.array(weights)], {}
 
 
 def l2_norm(x: Array, *, eps: float) -> Result:
     return [_each_row(lambda row: row / math.sqrt(sum(v * v for v in row) + eps), x)], {}
 
 
-def swiglu(gate: Array, up: Array) -> Result:
-    return [_each(_silu, gate) * up], {}
+def swiglu(**pairs: Array) -> Result:
+    """gate, up, gate1, up1, …"""
+    gates = sorted(name for name in pairs if name.startswith("gate"))
+    return [_each(_silu, pairs[gate]) * pairs[f"up{gate[4:]}"] for gate in gates], {}
 
 
 def rms_norm_gated(x: Array, gate: Array, weight: Array, *, eps: float, act: str) -> Result:
@@ -99,14 +175,17 @@ def _slots_after(i: int, n: int, dst: int, snapshots: Array) -> list[int]:
 
 
 def ssm_conv(
-    x: Array,
-    weight: Array,
     state: Array,
     seq_starts: Array,
     state_src: Array,
     state_dst: Array,
     snapshot_dst: Array,
+    **parts: Array,
 ) -> Result:
+    """x, weight, x1, weight1, …: the channels lie side by side."""
+    numbers = sorted(name[1:] for name in parts if name.startswith("x"))
+    x = np.hstack([parts[f"x{number}"] for number in numbers])
+    weight = np.vstack([parts[f"weight{number}"] for number in numbers])
     out, after = _unwritten(*x.shape), state.copy()
     n_channels, n_taps = weight.shape
     for s, rows in _sequences(seq_starts):
@@ -196,6 +275,26 @@ def qk_norm_rope(
     return [out], {"k_cache": k_after, "v_cache": v_after}
 
 
+def mla_cache(
+    kv: Array,
+    norm: Array,
+    k_cache: Array,
+    positions: Array,
+    seq_starts: Array,
+    block_tables: Array,
+    *,
+    eps: float,
+) -> Result:
+    after, block_size, rank = k_cache.copy(), k_cache.shape[2], len(norm)
+    for s, rows in _sequences(seq_starts):
+        for t in rows:
+            p = int(positions[t])
+            latent = after[block_tables[s, p // block_size], 0, p % block_size]
+            latent[:rank] = _rms(kv[t, :rank], eps) * norm
+            latent[rank:] = kv[t, rank:]
+    return [], {"k_cache": after}
+
+
 def attention(
     q: Array,
     k_cache: Array,
@@ -233,9 +332,13 @@ NAIVE: dict[str, Callable[..., Result]] = {
     "GDN_GATE": gdn_gate,
     "GET_ROWS": get_rows,
     "L2_NORM": l2_norm,
+    "MLA_CACHE": mla_cache,
     "MUL_MAT": mul_mat,
+    "MUL_MAT_HEADS": mul_mat_heads,
+    "MUL_MAT_ID": mul_mat_id,
     "QK_NORM_ROPE": qk_norm_rope,
     "RMS_NORM_GATED": rms_norm_gated,
+    "ROUTER": router,
     "SSM_CONV": ssm_conv,
     "SWIGLU": swiglu,
 }

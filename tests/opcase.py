@@ -8,6 +8,7 @@ definition in float64 of what is stored, that is of decoded weights and rounded 
 
 from __future__ import annotations
 
+import math
 import secrets
 import zlib
 from dataclasses import dataclass, replace
@@ -23,8 +24,8 @@ from engine.ops import OPS
 from engine.ops.cases import Case, Operand, integers, live_counts, single_node_graph
 from engine.ops.gated_delta_net import random_operands
 from engine.planner import Executable, place
-from engine.quants import F32, DType, numpy_dtype
-from tests.naive import NAIVE
+from engine.quants import F32, I32, DType, numpy_dtype
+from tests.naive import NAIVE, routing_scores
 from tools.randblocks import TYPES, generator, random_blocks
 
 
@@ -45,8 +46,19 @@ Outputs = list[Array]
 States = dict[str, Array]
 # NaNs that no computation makes, so that one that was written anew is told from an old one.
 _POISON_BITS = {"F32": 0x7FC0DEAD, "F16": 0x7EAD}
+# Around routed ids, which can't be NaN: no expert has this number.
+_NO_EXPERT = np.iinfo(np.int32).max
 # Operands whose heads may be strided too: in a model, halves of one projection.
-_INTERLEAVED = {("QK_NORM_ROPE", "q"): 0, ("ATTENTION", "gate"): 1}
+_INTERLEAVED = {
+    ("ATTENTION", "gate"): 1,
+    ("MUL_MAT_HEADS", "tail"): 1,
+    ("MUL_MAT_HEADS", "x"): 0,
+    ("QK_NORM_ROPE", "q"): 0,
+    ("SWIGLU", "gate"): 0,
+    ("SWIGLU", "up"): 1,
+}
+# A choice of experts is a fair test if its scores differ by more than float32 may turn around.
+_MIN_ROUTING_MARGIN = 1e-5
 # Rounding to float16 may go the other way than that of the naive result: half a step, 2^-11.
 F16_LIMIT = 1e-7
 # A chunk takes differences of cumulated decays, which float32 rounds where they are large.
@@ -82,16 +94,32 @@ def make_operands(op: Op, case: Case, seed: int) -> dict[str, Operand]:
     """
     rng = np.random.default_rng([seed, zlib.crc32(case.name.encode())])
     operands = case.make(rng)
+    while op.name == "ROUTER" and _routing_margin(case, operands) < _MIN_ROUTING_MARGIN:
+        operands = case.make(rng)
     if "state_src" in operands:
         _assign_slots(rng, operands)
     for name, operand in operands.items():
         if operand.kind is Kind.ACTIVATION:
-            operands[name] = replace(operand, values=operand.values.astype(np.float32))
+            stored = operand.values.astype(numpy_dtype(operand.dtype))
+            operands[name] = replace(operand, values=stored)
         elif operand.kind is Kind.STATE:
             stored = operand.values.astype(numpy_dtype(operand.dtype))
             _poison(stored, operand.dtype, ~_read(op, name, stored, operands))
             operands[name] = replace(operand, values=stored)
     return operands
+
+
+def _routing_margin(case: Case, operands: dict[str, Operand]) -> float:
+    """How far the scores are apart between which the router decides, relative to the best one."""
+    bias = operands["bias"].values if "bias" in operands else None
+    n_used, groups = case.attrs["n_used"], case.attrs["groups"]
+    margins = []
+    for row in operands["logits"].values:
+        _, scores, goodness = routing_scores(row, bias, case.attrs["gating"], groups)
+        for values, n in ((scores, n_used), (goodness, groups[1])):
+            best = np.sort(values)[::-1][: n + 1]
+            margins += (np.abs(np.diff(best)) / abs(best[0])).tolist()
+    return min(margins, default=math.inf)
 
 
 def _assign_slots(rng: np.random.Generator, operands: dict[str, Operand]) -> None:
@@ -179,7 +207,8 @@ def _interleaved(graph: Graph, tensors: dict[str, Tensor]) -> tuple[Graph, dict[
     """The graph with heads that alternate with others where its op takes that."""
     (node,), tensors = graph.nodes, dict(tensors)
     for name, tensor in tensors.items():
-        if (half := _INTERLEAVED.get((node.op.name, name))) is not None:
+        half = _INTERLEAVED.get((node.op.name, name))
+        if half is not None and len(tensor.shape) == 3:
             n_tokens, n_heads, size = tensor.shape
             base = Tensor(tensor.name, (n_tokens, 2 * n_heads * size), F32, Kind.ACTIVATION)
             tensors[name] = base.unflatten(1, n_heads, 2, size).select(2, half)
@@ -190,8 +219,10 @@ def _interleaved(graph: Graph, tensors: dict[str, Tensor]) -> tuple[Graph, dict[
 
 
 def _write_activation(backend: Any, tensor: Tensor, values: Array) -> None:
-    """Fill an activation through the tensor that owns its memory; everything around it is NaN."""
-    base = np.full(tensor.base.shape, np.nan, np.float32)
+    """Fill an activation through the tensor that owns its memory; everything around it is NaN, or
+    the number of no expert."""
+    poison = _NO_EXPERT if tensor.dtype is I32 else np.nan
+    base = np.full(tensor.base.shape, poison, numpy_dtype(tensor.dtype))
     backend.write(tensor.base, base)
     strides = [s * base.itemsize for s in tensor.strides]
     view = as_strided(base.reshape(-1)[tensor.offset :], tensor.shape, strides)
@@ -230,7 +261,7 @@ def expected(op: Op, case: Case, seed: int) -> tuple[Outputs, States]:
 
 
 def _stored_values(operand: Operand) -> Array:
-    if operand.kind is Kind.INPUT:
+    if operand.dtype is I32:
         return operand.values
     if operand.kind is Kind.WEIGHT:
         rows = encode(operand).reshape(*operand.values.shape[:-1], -1)
@@ -285,6 +316,16 @@ def every_case() -> list[OpCase]:
             case = Case(f"mixed gates {algorithm} kda={kda}", partial(_mixed_gates, kda=kda), attrs)
             mixed.append(OpCase(OPS["GATED_DELTA_NET"], case, limit))
     return [*listed, OpCase(OPS["QK_NORM_ROPE"], far), *mixed]
+
+
+def largest_case(op: Op) -> Case:
+    """The case with the most operands, and among those the most elements: sizes that differ."""
+
+    def size(case: Case) -> tuple[int, int]:
+        operands = case.make(np.random.default_rng(0)).values()
+        return len(operands), sum(o.values.size for o in operands)
+
+    return max(op.cases(), key=size)
 
 
 def _far_positions(rng: np.random.Generator) -> dict[str, Operand]:

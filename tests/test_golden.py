@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engine import Engine
 from tests.parity import CASES
 from tests.parity.common import (
     GOLDEN_DIR,
+    MIN_CHOICE_MARGIN,
     MIN_MARGIN,
     Case,
     Golden,
@@ -54,6 +56,8 @@ def test_greedy_tokens(engine: Engine, golden: Golden) -> None:
 
 def test_golden_file_is_a_fair_test(case: Case, golden: Golden) -> None:
     assert golden.margin >= MIN_MARGIN
+    assert golden.choice_margin >= MIN_CHOICE_MARGIN
+    assert np.isfinite(golden.choice_margin) == (case.routing is not None)
     assert eos_id(case) not in golden.greedy
     assert (golden.ids, golden.prompt) == random_ids(case, golden.seed)
 

@@ -19,12 +19,10 @@ import pytest
 from engine import Engine
 from engine.batch import Logits, Piece
 from engine.engine import plan_only
-from engine.gguf import GGUFFile
 from engine.graph import Kind, Node
 from engine.planner import Plan
 from tests.opcase import fresh_seed
 from tests.picky import Picky, Refusal, refuse_names, refuse_ops
-from tools.synth import write_model
 
 Array = np.ndarray[Any, Any]
 Backends = list[Picky]
@@ -35,12 +33,14 @@ def seed(request: pytest.FixtureRequest) -> int:
     return fresh_seed(request.config.getoption("--seed", None))
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "tiny.gguf", "tiny", "F32", std=0.1)
+Models = Callable[[str, str], Path]
 
 
 @pytest.fixture(scope="module")
+def path(models: Models) -> Path:
+    return models("tiny", "F32")
+
+
 def names(path: Path) -> list[str]:
     """The nodes in execution order."""
     return [node.name for node in plan_only(path, 128, "fused", "reference").graph.nodes]
@@ -76,15 +76,10 @@ def walk(engine: Engine, seed: int) -> list[Array]:
     return logits
 
 
-@pytest.fixture(scope="module")
-def alone(path: Path) -> Callable[..., list[Array]]:
+def alone(path: Path, seed: int, **options: Any) -> list[Array]:
     """The standard: the same walk on one backend."""
-
-    def run(seed: int, **options: Any) -> list[Array]:
-        with engine_on(path, [Picky("only")], **options) as engine:
-            return walk(engine, seed)
-
-    return run
+    with engine_on(path, [Picky("only")], **options) as engine:
+        return walk(engine, seed)
 
 
 def random_refusals(seed: int, share: float) -> Refusal:
@@ -103,46 +98,88 @@ def alternating(names: list[str]) -> Backends:
     return [Picky("a", even), Picky("b", odd), Picky("c")]
 
 
-PATTERNS: dict[str, Callable[[list[str]], Backends]] = {
-    "products elsewhere": lambda _: [Picky("a", refuse_ops("no", "MUL_MAT")), Picky("b")],
-    "delta nets elsewhere": lambda _: [Picky("a", refuse_ops("no", "GATED_DELTA_NET")), Picky("b")],
-    "attention elsewhere": lambda _: [Picky("a", refuse_ops("no", "ATTENTION")), Picky("b")],
-    "convolution elsewhere": lambda _: [Picky("a", refuse_ops("no", "SSM_CONV")), Picky("b")],
-    "embedding elsewhere": lambda _: [Picky("a", refuse_ops("no", "GET_ROWS")), Picky("b")],
+def elsewhere(*ops: str) -> Callable[[list[str]], Backends]:
+    """These ops on the second backend."""
+    return lambda _: [Picky("a", refuse_ops("no", *ops)), Picky("b")]
+
+
+Patterns = dict[str, Callable[[list[str]], Backends]]
+PATTERNS: Patterns = {
+    "products elsewhere": elsewhere("MUL_MAT"),
+    "delta nets elsewhere": elsewhere("GATED_DELTA_NET"),
+    "attention elsewhere": elsewhere("ATTENTION"),
+    "convolution elsewhere": elsewhere("SSM_CONV"),
+    "embedding elsewhere": elsewhere("GET_ROWS"),
     "head elsewhere": lambda _: [Picky("a", refuse_names("no", "output")), Picky("b")],
     "half and half": lambda n: [Picky("a", refuse_names("no", *n[len(n) // 2 :])), Picky("b")],
     "first layer elsewhere": lambda n: [Picky("a", refuse_names("no", *n[:12])), Picky("b")],
     "alternating": alternating,
 }
+EXPERT_PATTERNS: Patterns = {
+    "experts elsewhere": elsewhere("MUL_MAT_ID"),
+    "router elsewhere": elsewhere("ROUTER"),
+    # Ids cross twice: the router's to the experts' backend, whose results come back.
+    "router and activation elsewhere": elsewhere("ROUTER", "SWIGLU"),
+    "half and half": PATTERNS["half and half"],
+    "alternating": alternating,
+}
+LATENT_PATTERNS: Patterns = {
+    "latent attention elsewhere": elsewhere("MLA_CACHE", "ATTENTION"),
+    # Their common state takes the other one along.
+    "latents elsewhere": elsewhere("MLA_CACHE"),
+    "scores elsewhere": elsewhere("ATTENTION"),
+    "projections per head elsewhere": elsewhere("MUL_MAT_HEADS"),
+    "delta nets elsewhere": elsewhere("GATED_DELTA_NET", "GDN_GATE"),
+}
+SPREAD = [
+    (preset, name, make)
+    for preset, patterns in (
+        ("tiny", PATTERNS),
+        ("tiny-moe", EXPERT_PATTERNS),
+        ("tiny-next", {"experts elsewhere": EXPERT_PATTERNS["experts elsewhere"]}),
+        ("tiny-kimi", EXPERT_PATTERNS | LATENT_PATTERNS),
+    )
+    for name, make in patterns.items()
+]
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(
+    ("preset", "make"), [(p, make) for p, _, make in SPREAD], ids=[f"{p}-{n}" for p, n, _ in SPREAD]
+)
 def test_a_spread_model_gives_the_same_logits(
-    pattern: str, path: Path, names: list[str], alone: Callable[..., list[Array]], seed: int
+    preset: str, make: Callable[[list[str]], Backends], models: Models, seed: int
 ) -> None:
-    backends = PATTERNS[pattern](names)
+    path = models(preset, "F32")
+    backends = make(names(path))
     with engine_on(path, backends) as engine:
         assert len(engine.plan.backends) > 1
         check_plan(engine.plan, backends)
-        assert_same(walk(engine, seed), alone(seed), f"{pattern}, seed {seed}")
-        check_contents(engine, path)
+        assert_same(walk(engine, seed), alone(path, seed), f"seed {seed}")
+        check_contents(engine)
+
+
+def test_nodes_of_a_latent_cache_stay_together(models: Models) -> None:
+    with engine_on(models("tiny-kimi", "F32"), elsewhere("MLA_CACHE")([])) as engine:
+        at = {node.name: p.backend.name for node, p in engine.plan.placements.items()}
+    for layer in ("blk.2", "blk.4"):
+        assert at[f"{layer}.mla_cache"] == at[f"{layer}.attention"] == "b"
+        assert at[f"{layer}.attn_k_b"] == at[f"{layer}.attn_v_b"] == "a"
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.8, 1.0])
 @pytest.mark.parametrize("options", [{}, {"gdn": "decomposed"}], ids=["fused", "decomposed"])
+@pytest.mark.parametrize("preset", ["tiny", "tiny-moe", "tiny-kimi"])
 def test_random_refusals_give_the_same_logits(
-    share: float,
-    options: dict[str, Any],
-    path: Path,
-    alone: Callable[..., list[Array]],
-    seed: int,
+    share: float, options: dict[str, Any], preset: str, models: Models, seed: int
 ) -> None:
+    path = models(preset, "F32")
     refusals = [random_refusals(seed + i, share) for i in range(2)]
     backends = [Picky("a", refusals[0]), Picky("b", refusals[1]), Picky("c")]
     with engine_on(path, backends, **options) as engine:
         check_plan(engine.plan, backends)
-        assert_same(walk(engine, seed), alone(seed, **options), f"share {share}, seed {seed}")
-        check_contents(engine, path)
+        expected = alone(path, seed, **options)
+        assert_same(walk(engine, seed), expected, f"share {share}, seed {seed}")
+        check_contents(engine)
 
 
 def assert_same(got: list[Array], want: list[Array], what: str) -> None:
@@ -174,7 +211,7 @@ def check_plan(plan: Plan, backends: Backends) -> None:
         assert sum(state in plan.tensors_of(b, Kind.STATE) for b in backends) == 1
 
 
-def check_contents(engine: Engine, path: Path) -> None:
+def check_contents(engine: Engine) -> None:
     """Backends hold the weights and states that their nodes use, and no dead activation."""
     plan = engine.plan
     for backend in plan.backends:
@@ -187,7 +224,7 @@ def check_contents(engine: Engine, path: Path) -> None:
         keeps = {t for s in plan.splits if s.backend is backend for t in s.keeps}
         assert set(backend.held()) <= keeps
     loaded = {name for backend in plan.backends for name in backend.loaded}
-    assert loaded == GGUFFile(path).tensors.keys()
+    assert loaded == plan.graph.weights.keys()
 
 
 def test_one_backend_holds_few_activations_at_a_time(path: Path, seed: int) -> None:
@@ -201,11 +238,9 @@ def test_one_backend_holds_few_activations_at_a_time(path: Path, seed: int) -> N
     assert backend.most_held <= 9 < n_outputs
 
 
-def test_a_cache_of_no_bytes_only_decodes_more_often(
-    path: Path, alone: Callable[..., list[Array]], seed: int
-) -> None:
+def test_a_cache_of_no_bytes_only_decodes_more_often(path: Path, seed: int) -> None:
     with engine_on(path, [Picky("forgetful", cache_bytes=0)]) as engine:
-        assert_same(walk(engine, seed), alone(seed), f"seed {seed}")
+        assert_same(walk(engine, seed), alone(path, seed), f"seed {seed}")
 
 
 def test_a_backend_without_nodes_is_given_nothing(path: Path) -> None:

@@ -1,7 +1,7 @@
-"""What ops refuse, and what they say they cost.
+"""What ops refuse.
 
 Every axis of every operand is made one longer: either it is one of those that an op leaves free, or
-a ShapeError names op, node, operand and both shapes. Costs are counted by hand.
+a ShapeError names op, node, operand and both shapes. What ops cost is in tests/test_op_costs.py.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
 
-from engine.graph import Capacity, Cost, Dim, Graph, Kind, Live, Op, ShapeError, Tensor
+from engine.graph import Capacity, Graph, Kind, Op, ShapeError, Tensor
 from engine.ops import OPS
-from engine.ops.attention import attention
-from engine.ops.cases import Case, Operand, live_counts, paged_operands, single_node_graph
-from engine.ops.gated_delta_net import gated_delta_net
-from engine.ops.get_rows import get_rows
+from engine.ops.cases import Case, Operand, single_node_graph
 from engine.ops.mul_mat import mul_mat
+from engine.ops.mul_mat_id import mul_mat_id
 from engine.ops.qk_norm_rope import QK_NORM_ROPE
-from engine.quants import F16, F32, WEIGHT_TYPES, DType
+from engine.ops.router import ROUTER
+from engine.quants import F32, I32, DType
+from tests.opcase import largest_case
 
 # Which axes nothing else determines: counts of rows, slots and blocks, widths of tables.
 FREE = {
@@ -30,22 +31,25 @@ FREE = {
     "GATED_DELTA_NET": {("state", 0), ("snapshot_dst", 1)},
     "GET_ROWS": {("table", 0), ("table", 1), ("ids", 0)},
     "L2_NORM": {("x", 0), ("x", 1), ("x", 2)},
+    "MLA_CACHE": {("norm", 0), ("k_cache", 0), ("k_cache", 2), ("block_tables", 1)},
     "MUL_MAT": {("x", 0), *((f"weight{i}", 0) for i in range(5))},
+    "MUL_MAT_HEADS": {("weight", 2), ("tail", 2)},
+    "MUL_MAT_ID": {("ids", 1), ("matrix0", 1), ("matrix1", 1)},
     "QK_NORM_ROPE": {("q", 1), ("block_tables", 1)},
-    "SSM_CONV": {("x", 0), ("state", 0), ("snapshot_dst", 1)},
+    "ROUTER": {("logits", 0)},
+    "SSM_CONV": {("state", 0), ("snapshot_dst", 1)},
 }
 # A decay of one axis less is another kind of decay.
 FREE_RANK = {("GATED_DELTA_NET", "g")}
-
-
-def largest_case(op: Op) -> Case:
-    """The case with the most operands, and among those the most elements: sizes that differ."""
-
-    def size(case: Case) -> tuple[int, int]:
-        operands = case.make(np.random.default_rng(0)).values()
-        return len(operands), sum(o.values.size for o in operands)
-
-    return max(op.cases(), key=size)
+# Operands whose heads, axis 1, may have gaps.
+STRIDED_HEADS = {
+    ("ATTENTION", "gate"),
+    ("MUL_MAT_HEADS", "tail"),
+    ("MUL_MAT_HEADS", "x"),
+    ("QK_NORM_ROPE", "q"),
+    ("SWIGLU", "gate"),
+    ("SWIGLU", "up"),
+}
 
 
 @cache
@@ -107,16 +111,14 @@ def test_another_rank_is_refused(op: Op) -> None:
 def test_a_shape_error_says_which_shape_was_wrong() -> None:
     with pytest.raises(ShapeError) as caught:
         build(OPS["SWIGLU"], {"up": (4, 5)})
-    assert str(caught.value) == (
-        "SWIGLU test.swiglu: operand up: expected [T=7, F=3584], got [7, 5]"
-    )
+    assert str(caught.value) == ("SWIGLU test.swiglu: operand up: expected [7, 3, 24], got [7, 5]")
 
 
 def _gapped(tensor: Tensor, axis: int) -> Tensor:
     """A view of the same shape whose `axis` has gaps."""
     size = tensor.shape[axis]
     shape = (*tensor.shape[:axis], 2 * size, *tensor.shape[axis + 1 :])
-    base = Tensor(tensor.name, shape, F32, Kind.ACTIVATION)
+    base = Tensor(tensor.name, shape, tensor.dtype, Kind.ACTIVATION)
     return base.unflatten(axis, size, 2).select(axis + 1, 1)
 
 
@@ -137,11 +139,15 @@ def test_rows_with_gaps_are_refused_unless_heads_may_have_them(
     case, operands = operands_of(op)
     graph, tensors = single_node_graph(op, case, operands)
     tensors = tensors | {operand: _gapped(tensors[operand], axis)}
-    if axis == 1 and (op.name, operand) in {("QK_NORM_ROPE", "q"), ("ATTENTION", "gate")}:
+    if axis == 1 and (op.name, operand) in STRIDED_HEADS:
         graph.add(op, "again", tensors, **case.attrs)
         return
     with pytest.raises(ShapeError, match=f"^{op.name} again: operand {operand}: .*strides"):
         graph.add(op, "again", tensors, **case.attrs)
+
+
+def plain(name: str, *shape: int) -> Tensor:
+    return Tensor(name, shape, F32, Kind.ACTIVATION)
 
 
 def test_heads_must_be_multiples() -> None:
@@ -149,8 +155,11 @@ def test_heads_must_be_multiples() -> None:
     wrong = {"q": (len(q), 5, q.shape[2]), "gate": (len(q), 5, q.shape[2])}
     with pytest.raises(ShapeError, match="operand q: expected a multiple of 2 heads, got 5"):
         build(OPS["ATTENTION"], wrong)
+    operands = operands_of(OPS["GATED_DELTA_NET"])[1]
+    shapes = {name: operands[name].values.shape for name in ("v", "g", "beta", "state")}
+    wrong = {name: (shape[0], 5, *shape[2:]) for name, shape in shapes.items()}
     with pytest.raises(ShapeError, match="operand v: expected a multiple of 2 heads, got 5"):
-        delta_net_node(n_heads=(2, 5))
+        build(OPS["GATED_DELTA_NET"], wrong)
 
 
 @pytest.mark.parametrize("n_rot", [-2, 3, 258])
@@ -161,114 +170,104 @@ def test_a_rotation_that_does_not_fit_is_refused(n_rot: int) -> None:
         single_node_graph(QK_NORM_ROPE, case, operands)
 
 
-# Three live rows of two sequences, out of a capacity of eight and four.
-LIVE = Live(n_tokens=3, n_seqs=2, n_outputs=1, kv_rows=7, kv_pairs=12)
+@pytest.mark.parametrize(
+    ("operand", "shape"), [("gate", (5, 1)), ("gate", (6, 2)), ("add", (5, 24)), ("add", (6, 23))]
+)
+def test_what_a_product_is_gated_with_and_added_to_must_fit(
+    operand: str, shape: tuple[int, int]
+) -> None:
+    shapes = {"gate": (6, 1), "add": (6, 24)} | {operand: shape}
+    graph, given = Graph(Capacity(0)), {n: plain(n, *s) for n, s in shapes.items()}
+    message = f"^MUL_MAT y: operand {operand}: expected .* got .*{shape[0]}, {shape[1]}]$"
+    with pytest.raises(ShapeError, match=message):
+        mul_mat(graph, "y", plain("x", 6, 64), graph.weight("w", (24, 64), F32), **given)
 
 
-def rows(name: str, *shape: int) -> Tensor:
-    return Tensor(name, (Dim(8, "n_tokens"), *shape), F32, Kind.ACTIVATION)
+@pytest.mark.parametrize("operand", ["gate", "add"])
+def test_what_a_product_is_gated_with_and_added_to_has_no_gaps(operand: str) -> None:
+    given = {"gate": plain("gate", 6, 1), "add": plain("add", 6, 24)}
+    given[operand] = _gapped(given[operand], 1)
+    graph = Graph(Capacity(0))
+    with pytest.raises(ShapeError, match=f"^MUL_MAT y: operand {operand}: .*strides"):
+        mul_mat(graph, "y", plain("x", 6, 64), graph.weight("w", (24, 64), F32), **given)
 
 
-def test_cost_of_mul_mat() -> None:
-    graph = Graph(Capacity(8))
-    x = rows("x", 100).slice(1, 4, 68)
-    mul_mat(
-        graph,
-        "product",
-        x,
-        graph.weight("a", (10, 64), WEIGHT_TYPES["Q8_0"]),
-        graph.weight("b", (5, 64), F32),
-    )
-    n_bytes = 3 * 64 * 4 + 10 * (2 * 34) + 5 * 64 * 4 + 3 * 10 * 4 + 3 * 5 * 4
-    assert cost(graph, LIVE) == Cost(2 * 3 * 64 * (10 + 5), n_bytes)
+def test_only_a_single_product_is_gated_or_added_to() -> None:
+    graph, add = Graph(Capacity(0)), plain("add", 6, 24)
+    weights = [graph.weight(name, (24, 64), F32) for name in "ab"]
+    with pytest.raises(ShapeError, match="operands gate, add: expected one weight, got 2"):
+        mul_mat(graph, "y", plain("x", 6, 64), *weights, add=add)
 
 
-def test_a_mul_mat_of_no_rows_costs_nothing() -> None:
-    graph = Graph(Capacity(8))
-    x = Tensor("x", (Dim(8, "n_outputs"), 64), F32, Kind.ACTIVATION)
-    mul_mat(graph, "head", x, graph.weight("w", (1000, 64), F16))
-    assert cost(graph, Live(3, 2, 0)) == Cost(0, 0)
+# Six tokens of 64 values, two experts of eight for each, 24 values out.
+EXPERTS = {"x": (6, 2, 64), "ids": (6, 2), "weights": (6, 2), "matrix": (8, 24, 64)}
 
 
-def test_cost_of_get_rows() -> None:
-    graph = Graph(Capacity(8))
-    table = graph.weight("table", (1000, 64), WEIGHT_TYPES["Q8_0"])
-    get_rows(graph, "rows", table, graph.input("ids", (Dim(8, "n_tokens"),)))
-    assert cost(graph, LIVE) == Cost(0, 3 * 68 + 3 * 4 + 3 * 64 * 4)
+def experts_node(dtype: DType = I32, gapped: str = "", **shapes: tuple[int, ...]) -> None:
+    operands = {n: plain(n, *s) for n, s in (EXPERTS | shapes).items() if n != "matrix"}
+    operands["ids"] = replace(operands["ids"], dtype=dtype)
+    if gapped:
+        operands[gapped] = _gapped(operands[gapped], 1)
+    graph = Graph(Capacity(0))
+    matrix = graph.weight("experts", (EXPERTS | shapes)["matrix"], F32)
+    mul_mat_id(graph, "y", operands["x"], operands["ids"], matrix, weights=operands["weights"])
 
 
-def delta_net_node(n_heads: tuple[int, int] = (1, 2), kda: bool = False) -> Graph:
-    """Key and value heads of 16 and 8, two snapshots a sequence."""
-    graph, (n_k, n_v), n_seqs = Graph(Capacity(8)), n_heads, Dim(4, "n_seqs")
-    batch = {
-        "seq_starts": graph.input("seq_starts", (Dim(5, "n_seqs + 1"),)),
-        "state_src": graph.input("state_src", (n_seqs,)),
-        "state_dst": graph.input("state_dst", (n_seqs,)),
-        "snapshot_dst": graph.input("snapshot_dst", (n_seqs, 2)),
-    }
-    g = rows("g", n_v, 16) if kda else rows("g", n_v)
-    operands = (rows("q", n_k, 16), rows("k", n_k, 16), rows("v", n_v, 8), g, rows("beta", n_v))
-    state = graph.state("state", (Dim(9, "n_slots"), n_v, 8, 16))
-    gated_delta_net(graph, "delta", *operands, state, batch, head_map="tiled")
-    return graph
+@pytest.mark.parametrize(
+    ("operand", "shape"),
+    [
+        ("x", (6, 3, 64)),
+        ("x", (5, 2, 64)),
+        ("x", (6, 2, 63)),
+        ("x", (64,)),
+        ("x", (6, 1, 2, 64)),
+        ("ids", (6, 3)),
+        ("ids", (5, 2)),
+        ("ids", (6,)),
+        ("weights", (6, 1)),
+        ("weights", (5, 2)),
+        ("matrix", (24, 64)),
+    ],
+)
+def test_rows_of_experts_must_fit(operand: str, shape: tuple[int, ...]) -> None:
+    experts_node()
+    with pytest.raises(ShapeError, match=r"^MUL_MAT_ID y: operand \w+: expected \[.*, got \["):
+        experts_node(**{operand: shape})
 
 
-@pytest.mark.parametrize("kda", [False, True])
-def test_cost_of_gated_delta_net(kda: bool) -> None:
-    # An entry of the state: decayed (1), times k summed (2), updated (2), times q summed (2).
-    flops = 3 * 2 * (16 * 8) * 7
-    decays = 3 * 2 * (16 if kda else 1)
-    operands = 2 * (3 * 1 * 16) + 3 * 2 * 8 + decays + 3 * 2
-    places, out = 3 + 2 + 2 + 2 * 2, 3 * 2 * 8
-    # Each of two states is read once and written once, whatever the number of tokens.
-    states = 2 * 2 * (2 * 8 * 16)
-    n_bytes = 4 * (operands + places + out + states)
-    assert cost(delta_net_node(kda=kda), LIVE) == Cost(flops, n_bytes)
+@pytest.mark.parametrize("operand", ["x", "ids", "weights"])
+def test_rows_of_experts_have_no_gaps(operand: str) -> None:
+    with pytest.raises(ShapeError, match=f"^MUL_MAT_ID y: operand {operand}: .*strides"):
+        experts_node(gapped=operand)
 
 
-@pytest.mark.parametrize("cache_type", [F16, F32])
-def test_cost_of_attention(cache_type: DType) -> None:
-    graph = Graph(Capacity(8))
-    n_seqs, n_blocks = Dim(4, "n_seqs"), Dim(20, "n_blocks")
-    caches = (
-        graph.state("k", (n_blocks, 2, 64, 16), cache_type),
-        graph.state("v", (n_blocks, 2, 64, 24), cache_type),
-    )
-    batch = {
-        "positions": graph.input("positions", (Dim(8, "n_tokens"),)),
-        "seq_starts": graph.input("seq_starts", (Dim(5, "n_seqs + 1"),)),
-        "block_tables": graph.input("block_tables", (n_seqs, 6)),
-    }
-    attention(graph, "attention", rows("q", 4, 16), caches, rows("gate", 4, 24), batch, scale=1)
-    # Positions 4 and 5 of one sequence, 0 of another: 5 + 6 + 1 pairs, 6 + 1 cached rows.
-    flops = 12 * 4 * (2 * 16 + 2 * 24)
-    operands = 4 * (3 * 4 * 16 + 3 * 4 * 24 + 3 * 4 * 24)
-    places = 4 * (3 + 3 + 2 * 6)
-    cached = 7 * 2 * (16 + 24) * (2 if cache_type is F16 else 4)
-    assert cost(graph, LIVE) == Cost(flops, operands + places + cached)
+def test_ids_of_experts_are_integers() -> None:
+    with pytest.raises(ShapeError, match=r"^MUL_MAT_ID y: operand ids: expected I32, got F32$"):
+        experts_node(F32)
 
 
-def cost(graph: Graph, live: Live) -> Cost:
-    (node,) = graph.nodes
-    return node.op.cost(node, live)
+@pytest.mark.parametrize(
+    "attrs",
+    [
+        {"n_used": 0},
+        {"n_used": 513},
+        {"groups": (7, 1)},
+        {"groups": (8, 9)},
+        {"groups": (8, 0)},
+        # A group is as good as its two best experts.
+        {"groups": (512, 20)},
+        # Three groups of 64 have fewer experts than are used.
+        {"n_used": 193},
+    ],
+    ids=str,
+)
+def test_a_choice_that_cannot_be_made_is_refused(attrs: dict[str, Any]) -> None:
+    case, operands = operands_of(ROUTER)
+    assert (case.attrs["n_used"], case.attrs["groups"]) == (10, (8, 3))
+    with pytest.raises(ShapeError, match=f"^ROUTER test.router: attribute {next(iter(attrs))}: "):
+        single_node_graph(ROUTER, replace(case, attrs=case.attrs | attrs), operands)
 
 
-def test_a_case_counts_what_its_sequences_see() -> None:
-    # After 5 and 0 positions, 2 and 3 new ones: 6 + 7 and 1 + 2 + 3 pairs, 7 + 3 cached rows.
-    rng = np.random.default_rng(0)
-    operands, _ = paged_operands(rng, [5, 0], [2, 3], 16)
-    assert live_counts(operands) == Live(5, 2, 0, kv_rows=10, kv_pairs=19)
-
-
-@pytest.mark.parametrize("op", list(OPS.values()), ids=list(OPS))
-def test_costs_grow_with_the_live_rows_not_with_the_capacity(op: Op) -> None:
-    case, operands = operands_of(op)
-    few, many = Live(2, 1, 2, 8, 9), Live(4, 2, 4, 20, 30)
-    counts = []
-    for spare in (0, 100):
-        graph, _ = single_node_graph(op, case, operands, spare=spare)
-        counts.append([cost(graph, live) for live in (few, many)])
-    assert counts[0] == counts[1]
-    (small, large), _ = counts
-    assert small.bytes < large.bytes
-    assert small.flops < large.flops or op.name == "GET_ROWS"
+def test_pairs_of_a_swiglu_have_as_many_tokens() -> None:
+    with pytest.raises(ShapeError, match=r"operand gate1: expected \[T=7, …, F\], got \[8, 40\]"):
+        build(OPS["SWIGLU"], {"gate1": (5, 40), "up1": (5, 40)})

@@ -177,7 +177,7 @@ def chain(*nodes: str) -> Graph:
             case "p":
                 made.append(mul_mat(graph, name, last, weight)[0])
             case "s":
-                made.append(swiglu(graph, name, last, before))
+                made += swiglu(graph, name, (last, before))
     graph.outputs["out"] = made[-1]
     return graph
 

@@ -26,7 +26,70 @@ ROOT = Path(__file__).resolve().parent.parent
 VOCAB = ROOT.parent / "shared" / "data" / "vocab" / "ggml-vocab-qwen35.gguf"
 needs_vocab = pytest.mark.skipif(not VOCAB.exists(), reason=f"{VOCAB.name} is not there")
 # What llama.cpp calls these sizes, in billions of parameters.
-SIZES = {"0.8b": 0.75, "2b": 1.9, "4b": 4.2, "9b": 9.0, "27b": 26.9}
+SIZES = {
+    "0.8b": 0.75, "2b": 1.9, "4b": 4.2, "9b": 9.0, "27b": 26.9,
+    "35b-a3b": 34.66, "122b-a10b": 122.1, "397b-a17b": 396.3, "next-80b": 79.67, "kimi-48b": 49.1,
+}  # fmt: skip
+# What the parts of a layer hold, by the name after `blk.i.`; a letter is one of DIMS.
+PARTS = {
+    "linear": "attn_qkv.weight C E, attn_gate.weight V E, ssm_conv1d.weight C 4, ssm_a h, "
+    "ssm_dt.bias h, ssm_norm.weight D, ssm_out.weight E V, ",
+    "gates": "ssm_beta.weight h E, ssm_alpha.weight h E, ",
+    "ba": "ssm_ba.weight H E, ",
+    "attention": "attn_q.weight Q E, attn_k.weight 64 E, attn_v.weight 64 E, "
+    "attn_q_norm.weight 32, attn_k_norm.weight 32, attn_output.weight E q, ",
+    "post": "attn_norm.weight E, post_attention_norm.weight E, ",
+    "kda": "attn_q.weight P E, attn_k.weight P E, attn_v.weight P E, ssm_conv1d_q.weight 1 P 1 4, "
+    "ssm_conv1d_k.weight 1 P 1 4, ssm_conv1d_v.weight 1 P 1 4, ssm_f_a.weight D E, "
+    "ssm_f_b.weight P D, ssm_beta.weight h E, ssm_a 1 1 h 1, ssm_dt.bias P, ssm_g_a.weight D E, "
+    "ssm_g_b.weight P D, ssm_norm.weight D, attn_output.weight E P, ",
+    "mla": "attn_q.weight 448 E, attn_kv_a_mqa.weight 144 E, attn_kv_a_norm.weight R, "
+    "attn_k_b.weight h R 96, attn_v_b.weight h 160 R, attn_output.weight E 640, ",
+    "pre": "attn_norm.weight E, ffn_norm.weight E, ",
+    "dense": "ffn_gate.weight 192 E, ffn_up.weight 192 E, ffn_down.weight E 192, ",
+    "moe": "ffn_gate_inp.weight X E, ffn_gate_exps.weight X F E, ffn_up_exps.weight X F E, "
+    "ffn_down_exps.weight X E F, ffn_gate_shexp.weight S E, ffn_up_shexp.weight S E, "
+    "ffn_down_shexp.weight E S, ",
+    "shared gate": "ffn_gate_inp_shexp.weight 1 E, ",
+    "bias": "exp_probs_b.bias X, ",
+}
+DIMS = {
+    "tiny-moe": {"E": 64, "C": 128, "V": 64, "h": 4, "D": 16, "Q": 256, "q": 128, "X": 8, "F": 32,
+                 "S": 96},
+    "tiny-next": {"E": 256, "C": 512, "V": 256, "h": 8, "H": 16, "D": 32, "Q": 512, "q": 256,
+                  "X": 4, "F": 256, "S": 256},
+    "tiny-kimi": {"E": 64, "h": 4, "P": 128, "D": 32, "R": 128, "X": 8, "F": 32, "S": 96},
+}  # fmt: skip
+_QWEN_MOE, _KIMI_MOE = ("post", "moe", "shared gate"), ("pre", "moe", "bias")
+LAYERS = {
+    "tiny-moe": [(*_QWEN_MOE, "linear", "gates")] * 3 + [(*_QWEN_MOE, "attention")],
+    "tiny-next": [(*_QWEN_MOE, "linear", "ba")] * 3 + [(*_QWEN_MOE, "attention")],
+    "tiny-kimi": [("pre", "dense", "kda"), *((*_KIMI_MOE, mix) for mix in ("kda", "mla") * 2)],
+}
+# Without the architecture's prefix; None: the key must not be there.
+METADATA = {
+    "35b-a3b": {
+        "block_count": 40, "feed_forward_length": None, "attention.head_count_kv": 2,
+        "attention.recurrent_layers": [True, True, True, False] * 10,
+        "rope.dimension_sections": [11, 11, 10, 0], "ssm.inner_size": 4096, "expert_count": 256,
+        "expert_used_count": 8, "expert_feed_forward_length": 512,
+        "expert_shared_feed_forward_length": 512,
+    },
+    "next-80b": {
+        "block_count": 48, "feed_forward_length": 5120, "rope.dimension_sections": None,
+        "rope.dimension_count": 64, "expert_count": 512, "expert_used_count": 10,
+    },
+    "kimi-48b": {
+        "block_count": 27, "feed_forward_length": 9216, "vocab_size": 163840,
+        "attention.head_count_kv": [0, 0, 0, 1] * 6 + [0, 0, 1], "attention.kv_lora_rank": 512,
+        "attention.key_length": 576, "attention.key_length_mla": 192,
+        "attention.value_length_mla": 128, "attention.q_lora_rank": None,
+        "attention.recurrent_layers": None, "rope.dimension_count": 64, "ssm.conv_kernel": 4,
+        "ssm.state_size": None, "kda.head_dim": 128, "leading_dense_block_count": 1,
+        "expert_shared_feed_forward_length": None, "expert_shared_count": 1,
+        "expert_weights_scale": 2.446, "expert_gating_func": 2,
+    },
+}  # fmt: skip
 
 
 def decoded(path: Path, name: str) -> np.ndarray:
@@ -101,6 +164,65 @@ def test_08b_is_qwen35() -> None:
     assert "output.weight" in tensors(PRESETS["9b"])
 
 
+def listed(text: str, dims: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of "name dimension dimension, name …"."""
+    entries = (entry.split() for entry in text.strip(", ").split(","))
+    return {name: tuple(dims.get(d) or int(d) for d in shape) for name, *shape in entries}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_tiny_files_hold_their_architectures_tensors(tmp_path: Path, name: str) -> None:
+    file = GGUFFile(write_model(tmp_path / "m.gguf", name))
+    dims = DIMS[name] | {"T": len(file.metadata["tokenizer.ggml.tokens"])}
+    expected = listed("token_embd.weight T E, output_norm.weight E", dims)
+    if name != "tiny-moe":
+        expected |= listed("output.weight T E", dims)
+    for i, parts in enumerate(LAYERS[name]):
+        layer = listed("".join(PARTS[part] for part in parts), dims)
+        expected |= {f"blk.{i}.{key}": shape for key, shape in layer.items()}
+    assert {n: t.shape for n, t in file.tensors.items()} == expected
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_metadata_of_released_models(name: str) -> None:
+    p = PRESETS[name]
+    values = metadata(p)
+    for key, expected in METADATA[name].items():
+        got = values.get(f"{p.arch}.{key}")
+        assert (got.tolist() if isinstance(got, np.ndarray) else got) == expected, key
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "gone", "there"),
+    [
+        ("tiny-moe", "fused_gate_up", ["ffn_gate_exps", "ffn_up_exps"],
+         "blk.3.ffn_gate_up_exps.weight 8 64 64"),
+        ("tiny-moe", "fused_qkv", ["attn_q.", "attn_k.", "attn_v."],
+         "blk.3.attn_qkv.weight 384 64"),
+        ("tiny-next", "legacy_ssm_in", ["blk.0.attn_qkv", "attn_gate"],
+         "blk.0.ssm_in.weight 768 256"),
+        ("tiny-kimi", "fused_qkv", ["attn_k.", "attn_v."],
+         "blk.1.attn_qkv.weight 384 64, blk.2.attn_q.weight 448 64"),
+        ("tiny-kimi", "legacy_kv_b", ["attn_k_b", "attn_v_b"], "blk.2.attn_kv_b.weight 1024 128"),
+        ("tiny-moe", "stripped", [], "blk.0.ffn_gate_inp_shexp.weight 64"),
+        ("tiny-kimi", "stripped", [], "blk.0.ssm_conv1d_q.weight 128 1 4, blk.0.ssm_a 4 1"),
+    ],
+)  # fmt: skip
+def test_variants(name: str, field: str, gone: list[str], there: str) -> None:
+    before, after = tensors(PRESETS[name]), tensors(replace(PRESETS[name], **{field: True}))
+    assert after.items() >= listed(there, {}).items()
+    for part in gone:
+        assert any(part in key for key in before)
+        assert not any(part in key for key in after)
+
+
+def test_fewer_layers_are_the_first_ones() -> None:
+    p = synth.sized("kimi-48b", 6)
+    assert metadata(p)["kimi-linear.attention.head_count_kv"].tolist() == [0, 0, 0, 1, 0, 0]
+    assert tensors(p).items() < tensors(PRESETS["kimi-48b"]).items()
+    assert "blk.5.exp_probs_b.bias" in tensors(p)
+
+
 def types_of(p: Preset, dtype: str) -> dict[str, str]:
     """Tensor name -> type name in a file of type `dtype`."""
     return {n: tensor_type(p, n, shape, dtype).name for n, shape in tensors(p).items()}
@@ -120,6 +242,33 @@ def test_q4_k_m_is_llama_cpps_mix() -> None:
     assert (untied["output.weight"], untied["token_embd.weight"]) == ("Q6_K", "Q4_K")
 
 
+def layers_of(types: dict[str, str], role: str, dtype: str) -> list[int]:
+    """The layers in which that tensor has that type."""
+    found = [name.split(".") for name, found in types.items() if found == dtype]
+    return [int(parts[1]) for parts in found if parts[2:3] == [role]]
+
+
+def test_q4_k_m_of_moe_models() -> None:
+    types = types_of(PRESETS["kimi-48b"], "Q4_K_M")
+    down = [0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 24, 25, 26]
+    assert layers_of(types, "ffn_down", "Q6_K") == down[:1]
+    assert layers_of(types, "ffn_down_exps", "Q6_K") == down[1:]
+    assert layers_of(types, "ffn_down_shexp", "Q6_K") == down[1:]
+    # Counted among the 20 layers with an attn_v: 0, 1, 4, 7, 10, 13, 16, 17, 18 and 19.
+    assert layers_of(types, "attn_v", "Q6_K") == [0, 1, 5, 9, 13, 17, 21, 22, 24, 25]
+    # Rows of 128.
+    q5_0 = {name.split(".")[2] for name, dtype in types.items() if dtype == "Q5_0"}
+    assert q5_0 == {"attn_k_b", "ssm_f_b", "ssm_g_b"}
+
+
+def test_q4_k_m_spares_the_attention_of_8_experts() -> None:
+    types = types_of(replace(PRESETS["35b-a3b"], n_experts=8, n_layers=4), "Q4_K_M")
+    got = {name: types[f"blk.3.attn_{name}.weight"] for name in ("q", "k", "v", "output")}
+    assert got == {"q": "Q4_K", "k": "Q8_0", "v": "Q8_0", "output": "Q5_K"}
+    assert layers_of(types, "attn_qkv", "Q8_0") == [0, 1, 2]
+    assert layers_of(types, "ssm_out", "Q4_K") == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("dtype", "expected"),
     [("Q4_K", "Q5_0"), ("Q5_K", "Q5_1"), ("Q6_K", "Q8_0"), ("Q3_K", "Q4_0"), ("IQ2_S", "IQ4_NL")],
@@ -131,19 +280,34 @@ def test_rows_that_are_no_whole_blocks_fall_back(dtype: str, expected: str) -> N
     assert set(types_of(PRESETS["tiny-untied"], dtype).values()) == {dtype, "F32"}
 
 
-def test_small_tensors_are_always_f32() -> None:
-    types = types_of(PRESETS["0.8b"], "Q8_0")
-    f32 = {name.partition(".")[2].partition(".")[2] for name, t in types.items() if t == "F32"}
-    norms = {f"{n}_norm.weight" for n in ("attn", "post_attention", "ssm", "attn_q", "attn_k")}
-    assert f32 == norms | {"ssm_conv1d.weight", "ssm_a", "ssm_dt.bias", ""}  # "": output_norm
+NORMS = "attn_norm post_attention_norm ssm_norm attn_q_norm attn_k_norm"
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "others"),
+    [
+        ("0.8b", f"{NORMS} ssm_conv1d", "ssm_a ssm_dt.bias"),
+        ("35b-a3b", f"{NORMS} ssm_conv1d ffn_gate_inp ffn_gate_inp_shexp", "ssm_a ssm_dt.bias"),
+        ("kimi-48b", "attn_norm ffn_norm ssm_norm attn_kv_a_norm ssm_conv1d_q ssm_conv1d_k "
+         "ssm_conv1d_v ffn_gate_inp", "ssm_a ssm_dt.bias exp_probs_b.bias"),
+    ],
+)  # fmt: skip
+def test_small_tensors_are_always_f32(name: str, weights: str, others: str) -> None:
+    f32 = {key for key, dtype in types_of(PRESETS[name], "Q8_0").items() if dtype == "F32"}
+    expected = {f"{weight}.weight" for weight in weights.split()} | set(others.split())
+    assert {key.split(".", 2)[2] for key in f32 - {"output_norm.weight"}} == expected
 
 
 @pytest.mark.parametrize("fast", [False, True])
-@pytest.mark.parametrize("dtype", ["f32", "Q4_K_M", "BF16", "NVFP4", "IQ1_M"])
-def test_file_is_read_by_both_readers(tmp_path: Path, dtype: str, fast: bool) -> None:
-    path = write_model(tmp_path / "m.gguf", "tiny-untied", dtype, fast=fast)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("tiny-untied", dtype) for dtype in ("f32", "Q4_K_M", "BF16", "NVFP4", "IQ1_M")]
+    + [(name, "Q4_K_M") for name in LAYERS],
+)
+def test_file_is_read_by_both_readers(tmp_path: Path, name: str, dtype: str, fast: bool) -> None:
+    path = write_model(tmp_path / "m.gguf", name, dtype, fast=fast)
     ours, theirs = GGUFFile(path), gguf.GGUFReader(path)
-    p = replace(PRESETS["tiny-untied"], n_vocab=len(ours.metadata["tokenizer.ggml.tokens"]))
+    p = replace(PRESETS[name], n_vocab=len(ours.metadata["tokenizer.ggml.tokens"]))
     assert {n: t.shape for n, t in ours.tensors.items()} == tensors(p)
     for t in theirs.tensors:
         assert ours.raw(t.name).tobytes() == t.data.tobytes()
@@ -151,7 +315,7 @@ def test_file_is_read_by_both_readers(tmp_path: Path, dtype: str, fast: bool) ->
         assert np.isfinite(values).all()
         if values.size > 10_000:
             assert values.std() == pytest.approx(0.02, rel=0.15)
-    assert ours.string("general.architecture") == "qwen35"
+    assert ours.string("general.architecture") == p.arch
     assert ours.integer("general.file_type") == synth.FILE_TYPES[dtype.upper()]
     assert metadata(p).keys() < ours.metadata.keys()
 
@@ -164,6 +328,20 @@ def test_special_values_are_realistic(tmp_path: Path) -> None:
     assert -0.005 < log_decay.max() < 0
     assert decoded(path, "blk.0.attn_norm.weight").mean() == pytest.approx(1, abs=0.05)
     assert decoded(path, "blk.0.ssm_conv1d.weight").std() == pytest.approx(0.3, rel=0.05)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_routers_and_low_rank_gates_do_not_depend_on_std(tmp_path: Path, fast: bool) -> None:
+    p = replace(PRESETS["tiny-kimi"], n_experts=400)
+    path = write_model(tmp_path / "m.gguf", p, "Q8_0", std=0.5, layers=2, fast=fast)
+    for name, n_in, rms in (
+        ("ffn_gate_inp", p.n_embd, 1), ("ssm_f_a", p.n_embd, 1), ("ssm_f_b", p.kda_dim, 0.5),
+        ("ssm_g_a", p.n_embd, 1), ("ssm_g_b", p.kda_dim, 1),
+    ):  # fmt: skip
+        std = decoded(path, f"blk.1.{name}.weight").std()
+        assert std == pytest.approx(rms / n_in**0.5, rel=0.1), name
+    assert decoded(path, "blk.1.exp_probs_b.bias").std() == pytest.approx(0.02, rel=0.2)
+    assert decoded(path, "blk.1.ffn_up_exps.weight").std() == pytest.approx(0.5, rel=0.1)
 
 
 def test_seed_decides_the_bytes(tmp_path: Path) -> None:

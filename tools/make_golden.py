@@ -40,7 +40,7 @@ def main(names: list[str]) -> int:
         print(f"no such case: {', '.join(unknown)}; known are {', '.join(known)}", file=sys.stderr)
         return 2
     GOLDEN_DIR.mkdir(exist_ok=True)
-    print("case                     seed   margin distinct    rms    noise   bytes")
+    print(f"{'case':30} seed   margin  experts distinct    rms    noise   bytes")
     for case in [known[name] for name in names] or CASES:
         live = first_fair(case, SEEDS)
         noise = _checked_noise(case, live)
@@ -48,8 +48,8 @@ def main(names: list[str]) -> int:
         golden.save(path)
         rms = float(np.sqrt(np.mean(golden.logits**2)))
         print(
-            f"{case_id(case):24} {golden.seed:4} {golden.margin:8.1e} {len(set(golden.greedy)):8}"
-            f" {rms:6.3f} {noise:8.1e} {path.stat().st_size:7}"
+            f"{case_id(case):30} {golden.seed:4} {golden.margin:8.1e} {golden.choice_margin:8.1e}"
+            f" {len(set(golden.greedy)):8} {rms:6.3f} {noise:8.1e} {path.stat().st_size:7}"
         )
     return 0
 
@@ -61,7 +61,7 @@ def _checked_noise(case: Case, live: Live) -> float:
     assert golden.logits.dtype == np.float32
     assert np.isfinite(golden.logits).all()
     assert len(golden.greedy) == N_GREEDY
-    assert is_fair(case, golden.greedy, golden.margin)
+    assert is_fair(case, golden)
     noise = max(
         relative_error(logits(live.model, golden.ids[:n]), golden.logits[:n]) for n in LENGTHS
     )

@@ -3,7 +3,8 @@
     python tools/synth.py 0.8b -o model.gguf --type Q4_K_M --fast
 
 Tensors, types and metadata are those of a converted model; the weights have mean 0 and standard
-deviation --std, decays and norms are realistic, so that logits stay finite however long the run.
+deviation --std; decays, routers and norms are realistic, so that logits stay finite however long
+the run, and tokens differ in their experts.
 The bytes depend on preset, options and --seed only. Needs only numpy.
 """
 
@@ -15,6 +16,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,20 @@ _FALLBACK = dict.fromkeys(("Q2_K", "Q3_K", "TQ1_0", "TQ2_0", "NVFP4"), "Q4_0") |
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
 }
+# Of the mix Q4_K_M: tensors treated as attn_v is, and the exceptions for exactly 8 experts.
+_LIKE_ATTN_V = ("attn_v", "attn_qkv", "attn_kv_b")
+_WITH_8_EXPERTS = dict.fromkeys((*_LIKE_ATTN_V, "attn_k"), "Q8_0") | {"attn_output": "Q5_K"}
 _STD_RANGE = (0.001, 10.0)
+# Weights that turn a vector of rms 1 into one of this rms, whatever --std: routers, and the two
+# factors of KDA's decay and output gate.
+_GAINS = {
+    "ffn_gate_inp": 1.0,
+    "ffn_gate_inp_shexp": 1.0,
+    "ssm_f_a": 1.0,
+    "ssm_f_b": 0.5,
+    "ssm_g_a": 1.0,
+    "ssm_g_b": 1.0,
+}
 
 
 class SynthError(Exception):
@@ -132,14 +147,36 @@ def _is_always_f32(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def _q4_k_m(p: Preset, name: str) -> str:
-    """llama.cpp's choice (src/llama-quant.cpp), for which attn_qkv is like attn_v."""
+    """llama.cpp's choice (src/llama-quant.cpp)."""
     if name == ("token_embd.weight" if p.tied else "output.weight"):
         return "Q6_K"
-    if name.endswith(("attn_v.weight", "attn_qkv.weight", "ffn_down.weight")):
-        layer, eighth = int(name.split(".")[1]), p.n_layers // 8
-        if layer < eighth or layer >= 7 * p.n_layers // 8 or (layer - eighth) % 3 == 2:
-            return "Q6_K"
-    return "Q4_K"
+    layer, role = _layer_and_role(name)
+    if p.n_experts == 8 and role in _WITH_8_EXPERTS:
+        return _WITH_8_EXPERTS[role]
+    more_bits = False
+    if role in _LIKE_ATTN_V:
+        layers = _attn_v_layers(p)
+        more_bits = _use_more_bits(layers.index(layer), len(layers))
+    elif role.startswith("ffn_down"):
+        more_bits = _use_more_bits(layer, p.n_layers)
+    return "Q6_K" if more_bits else "Q4_K"
+
+
+def _layer_and_role(name: str) -> tuple[int, str]:
+    """(3, "attn_v") for blk.3.attn_v.weight; -1 is the layer of tensors outside the layers."""
+    parts = name.split(".")
+    return (int(parts[1]), parts[2]) if parts[0] == "blk" else (-1, parts[0])
+
+
+@cache
+def _attn_v_layers(p: Preset) -> tuple[int, ...]:
+    """The layers that have a tensor like attn_v; the mix counts these only."""
+    found = (_layer_and_role(name) for name in tensors(p))
+    return tuple(layer for layer, role in found if role in _LIKE_ATTN_V)
+
+
+def _use_more_bits(i: int, n: int) -> bool:
+    return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
 
 
 def _general(p: Preset, dtype: str) -> dict[str, Any]:
@@ -161,10 +198,12 @@ class _Source:
 
     def pieces(self, name: str, shape: tuple[int, ...], block: BlockType) -> Iterable[np.ndarray]:
         rng = generator(self.seed, zlib.crc32(name.encode()))
+        gain = _GAINS.get(_layer_and_role(name)[1])
+        std = self.std if gain is None else gain / math.sqrt(shape[-1])
         if _is_always_f32(name, shape):
-            return [_f32_values(name, shape, self.std, rng).astype("<f4")]
-        if not self.fast:
-            return random_pieces(block, math.prod(shape), self.std, rng)
+            return [_f32_values(name, shape, std, rng).astype("<f4")]
+        if gain is not None or not self.fast:
+            return random_pieces(block, math.prod(shape), std, rng)
         if block.name not in self.panels:
             panel_rng = generator(self.seed, block.ggml_id)
             self.panels[block.name] = random_panel(block, self.std, panel_rng)
@@ -176,7 +215,8 @@ class _Source:
 def _f32_values(
     name: str, shape: tuple[int, ...], std: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """With these ssm_a and ssm_dt, what a state holds fades within 1 to 1000 tokens."""
+    """With these ssm_a and ssm_dt, what a state holds fades within 1 to 1000 tokens; exp_probs_b
+    decides between experts that are nearly equal."""
     if name.endswith("_norm.weight"):
         return 1 + 0.1 * rng.standard_normal(shape)
     if name.endswith("ssm_a"):
@@ -184,6 +224,8 @@ def _f32_values(
     if name.endswith("ssm_dt.bias"):
         softplus = np.exp(rng.uniform(np.log(0.002), np.log(0.1), shape))
         return np.log(np.expm1(softplus))
+    if name.endswith("exp_probs_b.bias"):
+        return 0.02 * rng.standard_normal(shape)
     return rng.standard_normal(shape) * (0.3 if "conv1d" in name else std)
 
 

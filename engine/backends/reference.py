@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from engine.graph import Kind, Live, Node, Tensor, dim_name
 from engine.planner import Split, Support, Watch, WeightSource
-from engine.quants import dequantize, numpy_dtype
+from engine.quants import I32, dequantize, numpy_dtype
 
 Array = NDArray[Any]
 # Decoded weights kept between steps; above it they are decoded again at each use.
@@ -54,8 +54,7 @@ class ReferenceBackend:
 
     def write(self, tensor: Tensor, values: Array) -> None:
         """Set a tensor's live rows."""
-        dtype = self.dtype if tensor.kind is Kind.ACTIVATION else np.int32
-        self._values[tensor] = np.ascontiguousarray(values, dtype)
+        self._values[tensor] = np.ascontiguousarray(values, self._computed(tensor))
 
     def read(self, tensor: Tensor) -> Array:
         """A tensor's live rows."""
@@ -78,7 +77,11 @@ class ReferenceBackend:
     def keep(self, tensor: Tensor, values: Array, live: Live) -> None:
         """Store an output of a node."""
         assert values.shape == live.shape(tensor.shape), (tensor, values.shape)
-        self._values[tensor] = np.ascontiguousarray(values, self.dtype)
+        self._values[tensor] = np.ascontiguousarray(values, self._computed(tensor))
+
+    def _computed(self, tensor: Tensor) -> np.dtype[Any]:
+        """The type that a tensor's values have here: integers, or the type computed in."""
+        return numpy_dtype(I32) if tensor.dtype is I32 else self.dtype
 
     def forget(self, tensors: Sequence[Tensor]) -> None:
         """Release activations."""

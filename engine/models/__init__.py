@@ -6,10 +6,15 @@ from collections.abc import Callable
 
 from engine.gguf import GGUFFile
 from engine.models.hparams import ModelError
+from engine.models.kimi_linear import KimiLinear
 from engine.models.layers import BuildOptions, Model
+from engine.models.qwen3next import Qwen3Next
 from engine.models.qwen35 import Qwen35
+from engine.models.qwen35moe import Qwen35MoE
 
-ARCHITECTURES: dict[str, Callable[[GGUFFile], Model]] = {"qwen35": Qwen35}
+ARCHITECTURES: dict[str, Callable[[GGUFFile], Model]] = {
+    model.name: model for model in (Qwen35, Qwen35MoE, Qwen3Next, KimiLinear)
+}
 
 __all__ = ["ARCHITECTURES", "BuildOptions", "Model", "ModelError", "load_model"]
 

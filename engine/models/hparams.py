@@ -51,6 +51,16 @@ class HParams:
             raise self.fail(key, "a positive number", value)
         return value
 
+    def n_layers(self) -> tuple[int, int]:
+        """(entries of per-layer arrays, layers of the trunk): the difference is MTP layers."""
+        n_mtp = self.integer("nextn_predict_layers", 0, minimum=0)
+        n_entries = self.integer("block_count", minimum=n_mtp + 1)
+        # A layer has tensors: this bounds what a wrong count makes us do.
+        if n_entries > len(self.file.tensors):
+            most = f"at most {len(self.file.tensors)}, the number of tensors"
+            raise self.fail("block_count", most, n_entries)
+        return n_entries, n_entries - n_mtp
+
     def n_vocab(self) -> int:
         """How many tokens the vocabulary has."""
         tokens = self.file.metadata.get("tokenizer.ggml.tokens")
@@ -60,15 +70,17 @@ class HParams:
             )
         return len(tokens)
 
-    def per_layer(self, key: str, n_entries: int, default: int | None = None) -> list[int]:
-        """One positive integer per layer (MTP layers too), from an array or a scalar."""
+    def per_layer(
+        self, key: str, n_entries: int, default: int | None = None, minimum: int = 1
+    ) -> list[int]:
+        """One integer per layer (MTP layers too), at least `minimum`, from an array or a scalar."""
         value = self.file.metadata.get(f"{self.arch}.{key}", default)
         if not isinstance(value, np.ndarray):
-            return [self.integer(key, default)] * n_entries
+            return [self.integer(key, default, minimum)] * n_entries
         if len(value) != n_entries or value.dtype.kind not in "iu":
             raise self.fail(key, f"{n_entries} integers", shown(value))
-        if (lowest := int(value.min())) < 1:
-            raise self.fail(key, "at least 1 in every layer", lowest)
+        if (lowest := int(value.min())) < minimum:
+            raise self.fail(key, f"at least {minimum} in every layer", lowest)
         return [int(v) for v in value]
 
     def flags(self, key: str, n_entries: int) -> list[bool] | None:

@@ -6,28 +6,17 @@ are named as in the GGUF file, under a layer's prefix `blk.<i>`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.gguf import TensorInfo
 from engine.graph import Capacity, Dim, Graph, Shape, Tensor
+from engine.models.weights import Weights
 from engine.ops.add_rms_norm import add_rms_norm
-from engine.ops.attention import attention
-from engine.ops.decomposed import delta_net_decomposed
-from engine.ops.gated_delta_net import gated_delta_net
-from engine.ops.gdn_gate import gdn_gate
 from engine.ops.get_rows import get_rows
-from engine.ops.l2_norm import l2_norm
 from engine.ops.mul_mat import mul_mat
-from engine.ops.qk_norm_rope import qk_norm_rope
-from engine.ops.rms_norm_gated import rms_norm_gated
-from engine.ops.ssm_conv import ssm_conv
 from engine.ops.swiglu import swiglu
 from engine.quants import F16, DType
-
-# transformers hard-codes it for the norm of queries and keys, whatever the model's eps is.
-L2_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -41,11 +30,12 @@ class BuildOptions:
 
 
 class Model(Protocol):
-    """An architecture's hyper-parameters and graph, with the file's tensors validated."""
+    """An architecture's hyper-parameters, its weights and its graph."""
 
     name: str
     n_ctx_train: int
     n_vocab: int
+    weights: Weights
 
     def build(self, options: BuildOptions) -> Graph:
         """The compute graph: outputs `logits` [n_outputs, n_vocab]."""
@@ -54,8 +44,9 @@ class Model(Protocol):
 class Builder:
     """A graph under construction: its inputs, and access to weights and states by name."""
 
-    def __init__(self, tensors: Mapping[str, TensorInfo], options: BuildOptions) -> None:
-        self.graph, self.options, self._tensors = Graph(options.capacity), options, tensors
+    def __init__(self, weights: Weights, options: BuildOptions) -> None:
+        self.graph, self.options = Graph(options.capacity), options
+        self._tensors = weights.tensors
         cap = options.capacity
         n_tokens, n_seqs = Dim(cap.n_tokens, "n_tokens"), Dim(cap.n_seqs, "n_seqs")
         declare = self.graph.input
@@ -75,11 +66,11 @@ class Builder:
         }
 
     def has(self, name: str) -> bool:
-        """Whether the file has a weight."""
+        """Whether the model has a weight."""
         return name in self._tensors
 
     def weight(self, name: str) -> Tensor:
-        """A weight of the file."""
+        """A weight of the model."""
         info = self._tensors[name]
         return self.graph.weight(name, info.shape, info.dtype)
 
@@ -95,130 +86,27 @@ class Builder:
         v = self.graph.state(f"{prefix}.v_cache", (*shape, d_v), self.options.type_v)
         return k, v
 
-
-@dataclass(frozen=True)
-class DeltaNetShape:
-    """Sizes of a delta-net layer: key and value heads, their sizes, taps of the convolution."""
-
-    n_k_heads: int
-    n_v_heads: int
-    d_k: int
-    d_v: int
-    n_taps: int
-    head_map: str
-    eps: float
-
-    @property
-    def key_dim(self) -> int:
-        """Width of q, and of k."""
-        return self.n_k_heads * self.d_k
-
-    @property
-    def value_dim(self) -> int:
-        """Width of v, and of z."""
-        return self.n_v_heads * self.d_v
-
-    @property
-    def conv_dim(self) -> int:
-        """Width of q, k and v together."""
-        return 2 * self.key_dim + self.value_dim
+    def latent_cache(self, prefix: str, width: int) -> Tensor:
+        """A layer's paged latents, one row of `width` a position."""
+        cap = self.options.capacity
+        shape = (Dim(cap.n_blocks, "n_blocks"), 1, cap.block_size, width)
+        return self.graph.state(f"{prefix}.k_cache", shape, self.options.type_k)
 
 
-def delta_net(b: Builder, prefix: str, x: Tensor, shape: DeltaNetShape) -> Tensor:
-    """Gated delta net with one decay per head (GDA), as in Qwen3.5."""
-    s, g = shape, b.graph
-    names = ("attn_qkv", "attn_gate", "ssm_beta", "ssm_alpha")
-    weights = [b.weight(f"{prefix}.{name}.weight") for name in names]
-    qkv, z, beta, alpha = mul_mat(g, f"{prefix}.delta_net_in", x, *weights)
-    conv_state = b.slots(f"{prefix}.conv_state", s.n_taps - 1, s.conv_dim)
-    conv_weight = b.weight(f"{prefix}.ssm_conv1d.weight")
-    u = ssm_conv(g, f"{prefix}.ssm_conv", qkv, conv_weight, conv_state, b.recurrent)
-    qk = u.slice(1, 0, 2 * s.key_dim).unflatten(1, 2 * s.n_k_heads, s.d_k)
-    v = u.slice(1, 2 * s.key_dim, s.conv_dim).unflatten(1, s.n_v_heads, s.d_v)
-    qk = l2_norm(g, f"{prefix}.l2_norm", qk, L2_EPS)
-    q, k = qk.slice(1, 0, s.n_k_heads), qk.slice(1, s.n_k_heads, 2 * s.n_k_heads)
-    a, dt = b.weight(f"{prefix}.ssm_a"), b.weight(f"{prefix}.ssm_dt.bias")
-    decay, step = gdn_gate(g, f"{prefix}.gdn_gate", alpha, beta, a, dt)
-    state = b.slots(f"{prefix}.delta_state", s.n_v_heads, s.d_v, s.d_k)
-    o = delta_rule(b, f"{prefix}.gated_delta_net", q, k, v, decay, step, state, s.head_map)
-    gate = z.unflatten(1, s.n_v_heads, s.d_v)
-    norm = b.weight(f"{prefix}.ssm_norm.weight")
-    y = rms_norm_gated(g, f"{prefix}.rms_norm_gated", o, gate, norm, s.eps, "silu")
-    return mul_mat(g, f"{prefix}.ssm_out", y.flatten(1), b.weight(f"{prefix}.ssm_out.weight"))[0]
-
-
-def delta_rule(
-    b: Builder,
-    name: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor,
-    step: Tensor,
-    state: Tensor,
-    head_map: str,
-) -> Tensor:
-    """The recurrence as one fused node, or decomposed if the options say so."""
-    g, batch, algorithm = b.graph, b.recurrent, b.options.gdn
-    if algorithm == "decomposed":
-        return delta_net_decomposed(g, name, q, k, v, decay, step, state, batch, head_map=head_map)
-    return gated_delta_net(
-        g, name, q, k, v, decay, step, state, batch, head_map=head_map, algorithm=algorithm
-    )
-
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """Sizes of a full-attention layer: query and KV heads, their size, and the rotated part."""
-
-    n_heads: int
-    n_kv_heads: int
-    d_head: int
-    n_rot: int
-    rope_base: float
-    eps: float
-
-
-def gated_attention(b: Builder, prefix: str, x: Tensor, shape: AttentionShape) -> Tensor:
-    """Full attention whose query projection also makes a gate; q, k, v may be one weight."""
-    s, g = shape, b.graph
-    q_dim, kv_dim = 2 * s.n_heads * s.d_head, s.n_kv_heads * s.d_head
-    if b.has(f"{prefix}.attn_qkv.weight"):
-        (qkv,) = mul_mat(g, f"{prefix}.attn_qkv", x, b.weight(f"{prefix}.attn_qkv.weight"))
-        q_gate = qkv.slice(1, 0, q_dim)
-        k, v = (qkv.slice(1, q_dim + i * kv_dim, q_dim + (i + 1) * kv_dim) for i in range(2))
-    else:
-        weights = [b.weight(f"{prefix}.attn_{name}.weight") for name in "qkv"]
-        q_gate, k, v = mul_mat(g, f"{prefix}.attn_qkv", x, *weights)
-    # Per head: d_head query values, then d_head gate values.
-    q_gate = q_gate.unflatten(1, s.n_heads, 2, s.d_head)
-    k, v = (t.unflatten(1, s.n_kv_heads, s.d_head) for t in (k, v))
-    caches = b.kv_cache(prefix, s.n_kv_heads, s.d_head, s.d_head)
-    q = qk_norm_rope(
-        g,
-        f"{prefix}.qk_norm_rope",
-        q_gate.select(2, 0),
-        k,
-        v,
-        b.weight(f"{prefix}.attn_q_norm.weight"),
-        b.weight(f"{prefix}.attn_k_norm.weight"),
-        caches,
-        b.paged,
-        eps=s.eps,
-        n_rot=s.n_rot,
-        rope_base=s.rope_base,
-    )
-    gate, scale = q_gate.select(2, 1), s.d_head**-0.5
-    o = attention(g, f"{prefix}.attention", q, caches, gate, b.paged, scale=scale)
-    weight = b.weight(f"{prefix}.attn_output.weight")
-    return mul_mat(g, f"{prefix}.attn_output", o.flatten(1), weight)[0]
+def dense_weights(n_embd: int, n_ff: int) -> dict[str, Shape]:
+    """The tensors of a dense feed-forward."""
+    return {
+        "ffn_gate.weight": (n_ff, n_embd),
+        "ffn_up.weight": (n_ff, n_embd),
+        "ffn_down.weight": (n_embd, n_ff),
+    }
 
 
 def dense_ffn(b: Builder, prefix: str, x: Tensor) -> Tensor:
     """SwiGLU feed-forward."""
     weights = [b.weight(f"{prefix}.ffn_{name}.weight") for name in ("gate", "up")]
     gate, up = mul_mat(b.graph, f"{prefix}.ffn_gate_up", x, *weights)
-    hidden = swiglu(b.graph, f"{prefix}.swiglu", gate, up)
+    (hidden,) = swiglu(b.graph, f"{prefix}.swiglu", (gate, up))
     return mul_mat(b.graph, f"{prefix}.ffn_down", hidden, b.weight(f"{prefix}.ffn_down.weight"))[0]
 
 
@@ -226,13 +114,13 @@ Layer = Callable[[Builder, str, Tensor], Tensor]
 
 
 def trunk(
-    b: Builder, layers: Sequence[tuple[str, Layer]], ffn: Layer, ffn_norm: str, eps: float
+    b: Builder, layers: Sequence[tuple[str, Layer, Layer]], ffn_norm: str, eps: float
 ) -> Graph:
-    """Embedding, layers (kind, mixer) with a feed-forward each, and the head; fills the graph."""
+    """Embedding, layers (kind, mixer, feed-forward) and the head; fills the graph."""
     g = b.graph
     x = get_rows(g, "token_embd", b.weight("token_embd.weight"), b.tokens)
     delta = None
-    for i, (kind, mix) in enumerate(layers):
+    for i, (kind, mix, ffn) in enumerate(layers):
         prefix = f"blk.{i}"
         g.layer_kinds[prefix] = kind
         norm = b.weight(f"{prefix}.attn_norm.weight")

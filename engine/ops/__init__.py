@@ -7,9 +7,13 @@ from engine.ops.gated_delta_net import GATED_DELTA_NET
 from engine.ops.gdn_gate import GDN_GATE
 from engine.ops.get_rows import GET_ROWS
 from engine.ops.l2_norm import L2_NORM
+from engine.ops.mla_cache import MLA_CACHE
 from engine.ops.mul_mat import MUL_MAT
+from engine.ops.mul_mat_heads import MUL_MAT_HEADS
+from engine.ops.mul_mat_id import MUL_MAT_ID
 from engine.ops.qk_norm_rope import QK_NORM_ROPE
 from engine.ops.rms_norm_gated import RMS_NORM_GATED
+from engine.ops.router import ROUTER
 from engine.ops.ssm_conv import SSM_CONV
 from engine.ops.swiglu import SWIGLU
 
@@ -22,9 +26,13 @@ OPS: dict[str, Op] = {
         GDN_GATE,
         GET_ROWS,
         L2_NORM,
+        MLA_CACHE,
         MUL_MAT,
+        MUL_MAT_HEADS,
+        MUL_MAT_ID,
         QK_NORM_ROPE,
         RMS_NORM_GATED,
+        ROUTER,
         SSM_CONV,
         SWIGLU,
     )

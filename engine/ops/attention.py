@@ -91,7 +91,9 @@ def _reference(
 def _cost(node: Node, live: Live) -> Cost:
     q, k_cache, v_cache = (node.inputs[x] for x in ("q", "k_cache", "v_cache"))
     flops = 2 * live.kv_pairs * q.shape[1] * (q.shape[2] + v_cache.shape[3])
-    row_bytes = sum(c.shape[1] * c.dtype.row_bytes(c.shape[3]) for c in (k_cache, v_cache))
+    # Values that are a part of the keys, as MLA's are, come with them.
+    caches = [k_cache] if v_cache.base is k_cache.base else [k_cache, v_cache]
+    row_bytes = sum(c.shape[1] * c.dtype.row_bytes(c.shape[3]) for c in caches)
     return Cost(flops, bytes_moved(node, live) + live.kv_rows * row_bytes)
 
 

@@ -46,8 +46,9 @@ def case(make: Callable[..., dict[str, Operand]], attrs: dict[str, Any], **param
 
 
 def activation(values: NDArray[Any], dim: str = "n_tokens") -> Operand:
-    """Rows computed by an earlier node."""
-    return Operand(Kind.ACTIVATION, values, dim=dim)
+    """Rows computed by an earlier node; integers stay integers."""
+    dtype = I32 if values.dtype.kind == "i" else F32
+    return Operand(Kind.ACTIVATION, values, dtype, dim)
 
 
 def weight(values: NDArray[Any], dtype: DType = F32) -> Operand:
@@ -148,16 +149,16 @@ def single_node_graph(
             case Kind.STATE:
                 tensors[name] = graph.state(f"test.{name}", shape, operand.dtype)
             case Kind.ACTIVATION if strided:
-                tensors[name] = _strided_activation(name, shape)
+                tensors[name] = _strided_activation(name, shape, operand.dtype)
             case Kind.ACTIVATION:
-                tensors[name] = Tensor(f"test.{name}", shape, F32, Kind.ACTIVATION)
+                tensors[name] = Tensor(f"test.{name}", shape, operand.dtype, Kind.ACTIVATION)
     outputs = graph.add(op, f"test.{op.name.lower()}", tensors, **case.attrs)
     graph.outputs = {f"out{i}": t for i, t in enumerate(outputs)}
     return graph, tensors
 
 
-def _strided_activation(name: str, shape: tuple[int, ...]) -> Tensor:
+def _strided_activation(name: str, shape: tuple[int, ...], dtype: DType) -> Tensor:
     """Rows that lie inside wider ones: 3 elements before them, 5 behind."""
     width = int(np.prod(shape[1:]))
-    base = Tensor(f"test.{name}", (shape[0], width + 8), F32, Kind.ACTIVATION)
+    base = Tensor(f"test.{name}", (shape[0], width + 8), dtype, Kind.ACTIVATION)
     return base.slice(1, 3, 3 + width).unflatten(1, *shape[1:])

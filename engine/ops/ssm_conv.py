@@ -2,12 +2,14 @@
 
     out[t, c] = silu(Σ_j weight[c, j] · x[t - K + 1 + j, c])
 
-Inputs from before the batch come from the state: the last K - 1 rows, before SiLU.
+Inputs from before the batch come from the state: the last K - 1 rows, before SiLU. The channels may
+come in several parts, each with its weight; state and output have them side by side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -26,23 +28,34 @@ from engine.ops.common import (
 from engine.quants import F32
 
 
+def _parts(operands: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Operand names of the parts: x and weight, then x1 and weight1, …"""
+    names = (f"x{i or ''}" for i in range(len(operands)))
+    return [(name, f"weight{name[1:]}") for name in names if name in operands]
+
+
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
-    dims = match_shapes(inputs, x="T C", weight="C K")
-    match_shapes(inputs, {"C": dims.C, "K1": dims.K - 1}, state="N K1 C")
+    dims, n_channels = match_shapes(inputs, x="T C", weight="C K"), 0
+    for x, taps in _parts(inputs):
+        part = match_shapes(inputs, {"T": dims.T, "K": dims.K}, **{x: "T C", taps: "C K"})
+        require_contiguous_rows(inputs, x)
+        n_channels += part.C
+    match_shapes(inputs, {"C": n_channels, "K1": dims.K - 1}, state="N K1 C")
     check_recurrent(inputs)
-    require_contiguous_rows(inputs, "x")
-    return [((dims.T, dims.C), F32)]
+    return [((dims.T, n_channels), F32)]
 
 
 def _reference(
-    x: Array,
-    weight: Array,
     state: Array,
     seq_starts: Array,
     state_src: Array,
     state_dst: Array,
     snapshot_dst: Array,
+    **parts: Array,
 ) -> tuple[Array]:
+    names = _parts(parts)
+    x = np.concatenate([parts[name] for name, _ in names], axis=1)
+    weight = np.concatenate([parts[name] for _, name in names])
     out = np.empty_like(x)
     n_taps, n_snapshots = weight.shape[1], snapshot_dst.shape[1]
     for s, rows in spans(seq_starts):
@@ -61,41 +74,47 @@ def _reference(
 
 
 def _cost(node: Node, live: Live) -> Cost:
-    n_channels, n_taps = node.inputs["weight"].shape
-    flops = live.n_tokens * n_channels * (2 * n_taps + 4)
+    _, n_history, n_channels = node.inputs["state"].shape
+    flops = live.n_tokens * n_channels * (2 * n_history + 6)
     return Cost(flops, bytes_moved(node, live) + state_bytes(node.inputs["state"], live))
 
 
 def _cases() -> Iterable[Case]:
     def make(
-        rng: Rng, n_channels: int, n_taps: int, lengths: list[int], fresh: list[int], k: int
+        rng: Rng, sizes: tuple[int, ...], n_taps: int, lengths: list[int], fresh: list[int], k: int
     ) -> dict[str, Operand]:
-        return {
-            "x": activation(rng.normal(size=(sum(lengths), n_channels))),
-            "weight": weight(rng.normal(size=(n_channels, n_taps))),
-            "state": slots(rng.normal(size=((2 + k) * len(lengths), n_taps - 1, n_channels))),
-            **recurrent_operands(lengths, fresh, k),
-        }
+        operands: dict[str, Operand] = {}
+        for i, n_channels in enumerate(sizes):
+            x = rng.normal(size=(sum(lengths), n_channels))
+            taps = rng.normal(size=(n_channels, n_taps))
+            operands |= {f"x{i or ''}": activation(x), f"weight{i or ''}": weight(taps)}
+        state = rng.normal(size=((2 + k) * len(lengths), n_taps - 1, sum(sizes)))
+        return {**operands, "state": slots(state), **recurrent_operands(lengths, fresh, k)}
 
-    for n_channels, n_taps, lengths, fresh, k in (
-        (16, 4, [1], [], 0),
-        (32, 4, [1, 5, 2], [1], 0),
-        (40, 2, [3, 1], [], 1),
-        (64, 4, [7, 1, 70], [0, 2], 3),
+    for sizes, n_taps, lengths, fresh, k in (
+        ((16,), 4, [1], [], 0),
+        ((32,), 4, [1, 5, 2], [1], 0),
+        ((40,), 2, [3, 1], [], 1),
+        ((64,), 4, [7, 1, 70], [0, 2], 3),
+        ((24, 8, 16), 4, [2, 1, 9], [1], 2),
     ):
-        yield case(
-            make, {}, n_channels=n_channels, n_taps=n_taps, lengths=lengths, fresh=fresh, k=k
-        )
+        yield case(make, {}, sizes=sizes, n_taps=n_taps, lengths=lengths, fresh=fresh, k=k)
 
 
 SSM_CONV = Op("SSM_CONV", _infer, _reference, _cost, _cases, writes=("state",))
 
 
 def ssm_conv(
-    graph: Graph, name: str, x: Tensor, weight: Tensor, state: Tensor, batch: Mapping[str, Tensor]
+    graph: Graph,
+    name: str,
+    parts: Sequence[tuple[Tensor, Tensor]],
+    state: Tensor,
+    batch: Mapping[str, Tensor],
 ) -> Tensor:
-    """x [T, C], weight [C, K], state [n_slots, K - 1, C] f32 -> [T, C].
+    """Parts (x [T, C_i], weight [C_i, K]), state [n_slots, K - 1, Σ C_i] f32 -> [T, Σ C_i].
 
     `batch`: seq_starts, state_src, state_dst, snapshot_dst (see engine.ops.common).
     """
-    return graph.add(SSM_CONV, name, {"x": x, "weight": weight, "state": state, **batch})[0]
+    inputs = {f"x{i or ''}": x for i, (x, _) in enumerate(parts)}
+    inputs |= {f"weight{i or ''}": weight for i, (_, weight) in enumerate(parts)}
+    return graph.add(SSM_CONV, name, {**inputs, "state": state, **batch})[0]

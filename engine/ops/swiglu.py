@@ -1,37 +1,61 @@
-"""SWIGLU: silu(gate) · up, the activation of the feed-forward layers."""
+"""SWIGLU: silu(gate) · up, the activation of the feed-forward layers.
+
+A node may take several pairs (the routed experts' and the shared expert's), one output each.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from engine.graph import Attrs, Graph, Inputs, Op, Out, Tensor, match_shapes
+from engine.graph import Attrs, Graph, Inputs, Op, Out, ShapeError, Tensor
 from engine.ops.cases import Case, Operand, Rng, activation, case
 from engine.ops.common import Array, elementwise_cost, require_contiguous_rows, silu
 from engine.quants import F32
 
 
+def _pairs(n_operands: int) -> list[tuple[str, str]]:
+    """Operand names: gate, up, then gate1, up1, …"""
+    return [(f"gate{i or ''}", f"up{i or ''}") for i in range(n_operands // 2)]
+
+
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
-    dims = match_shapes(inputs, gate="T F", up="T F")
-    require_contiguous_rows(inputs, "gate", "up")
-    return [((dims.T, dims.F), F32)]
+    outs: list[Out] = []
+    for gate, up in _pairs(len(inputs)):
+        shape, other = inputs[gate].shape, inputs[up].shape
+        if len(shape) < 2 or shape[0] != inputs["gate"].shape[0]:
+            n_tokens, came = int(inputs["gate"].shape[0]), list(map(int, shape))
+            raise ShapeError(f"operand {gate}: expected [T={n_tokens}, …, F], got {came}")
+        if other != shape:
+            raise ShapeError(
+                f"operand {up}: expected {list(map(int, shape))}, got {list(map(int, other))}"
+            )
+        require_contiguous_rows(inputs, gate, up, from_axis=len(shape) - 1)
+        outs.append((shape, F32))
+    return outs
 
 
-def _reference(gate: Array, up: Array) -> tuple[Array]:
-    return (silu(gate) * up,)
+def _reference(**operands: Array) -> tuple[Array, ...]:
+    return tuple(silu(operands[gate]) * operands[up] for gate, up in _pairs(len(operands)))
 
 
 def _cases() -> Iterable[Case]:
-    def make(rng: Rng, n_ff: int) -> dict[str, Operand]:
-        gate, up = rng.normal(size=(2, 4, n_ff))
-        return {"gate": activation(gate * 20), "up": activation(up)}
+    def make(rng: Rng, shapes: list[tuple[int, ...]]) -> dict[str, Operand]:
+        operands: dict[str, Operand] = {}
+        for (gate, up), shape in zip(_pairs(2 * len(shapes)), shapes, strict=True):
+            values = rng.normal(size=(2, 4, *shape))
+            operands |= {gate: activation(values[0] * 20), up: activation(values[1])}
+        return operands
 
-    for n_ff in (4, 67, 3584):
-        yield case(make, {}, n_ff=n_ff)
+    for shapes in ([(4,)], [(67,)], [(3584,)], [(3, 24), (40,)]):
+        yield case(make, {}, shapes=shapes)
 
 
 SWIGLU = Op("SWIGLU", _infer, _reference, elementwise_cost(5), _cases)
 
 
-def swiglu(graph: Graph, name: str, gate: Tensor, up: Tensor) -> Tensor:
-    """gate, up [T, F] -> [T, F]."""
-    return graph.add(SWIGLU, name, {"gate": gate, "up": up})[0]
+def swiglu(graph: Graph, name: str, *pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Pairs (gate, up) of equal shapes [T, …, F] (only F must be without gaps) -> as many."""
+    inputs: dict[str, Tensor] = {}
+    for names, pair in zip(_pairs(2 * len(pairs)), pairs, strict=True):
+        inputs |= zip(names, pair, strict=True)
+    return graph.add(SWIGLU, name, inputs)

@@ -15,12 +15,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.parity.routing import Routing
 from tools.ggufwrite import f32_tensor, write_gguf
 
 F32 = NDArray[np.float32]
 Weights = dict[str, F32]
 Shape = tuple[int, ...]
 Draw = Callable[[np.random.RandomState, Shape], NDArray[Any]]
+Parameters = dict[str, tuple[Shape, Draw]]
 
 LENGTHS = (1, 3, 64, 65, 200)  # both sides of the chunk of 64, and a prompt below the conv kernel
 N_IDS, N_PROMPT, N_GREEDY = 200, 5, 64
@@ -28,13 +30,16 @@ MAX_ERROR = 1e-5
 # A greedy step is a fair test when the best logit leads by this much of the logits' RMS: far above
 # what float32 rounding moves a logit by.
 MIN_MARGIN = 1e-3
+# A choice of experts is a fair test when the last one chosen leads the best one left out by this
+# much (Routing.margin): some fifty times what float32 rounding moves a score by.
+MIN_CHOICE_MARGIN = 1e-4
 # A run that keeps repeating a few tokens tests little.
 MIN_DISTINCT = 8
 GOLDEN_DIR = Path(__file__).parents[1] / "golden"
 
 
 class Case(Protocol):
-    """A tiny random model: see qwen35.Case for an implementation."""
+    """A tiny random model: see kimi_linear.Case for an implementation."""
 
     @property
     def arch(self) -> str: ...
@@ -44,8 +49,11 @@ class Case(Protocol):
     def n_vocab(self) -> int: ...
     @property
     def tied(self) -> bool: ...
+    @property
+    def routing(self) -> Routing | None:
+        """How the routers choose experts; None if the model has none."""
 
-    def parameters(self) -> dict[str, tuple[Shape, Draw]]:
+    def parameters(self) -> Parameters:
         """Name -> shape and distribution, for every entry of the transformers state dict."""
 
     def metadata(self) -> dict[str, Any]:
@@ -67,6 +75,14 @@ def case_id(case: Case) -> str:
 
 def matrix(rng: np.random.RandomState, shape: Shape) -> NDArray[Any]:
     return 0.02 * rng.standard_normal(shape)
+
+
+def strong(rng: np.random.RandomState, shape: Shape) -> NDArray[Any]:
+    """For matrices whose product meets a sigmoid, a softmax or a choice of experts.
+
+    With `matrix` these would see hardly more than a constant.
+    """
+    return 0.2 * rng.standard_normal(shape)
 
 
 def conv(rng: np.random.RandomState, shape: Shape) -> NDArray[Any]:
@@ -115,6 +131,17 @@ def random_ids(case: Case, seed: int) -> tuple[list[int], list[int]]:
 
 
 # The GGUF file.
+
+GLOBAL_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "lm_head.weight": "output.weight",
+}
+
+
+def layer_weights(weights: Weights, i: int) -> Weights:
+    """The weights of layer `i`, by their names within the layer."""
+    prefix = f"model.layers.{i}."
+    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
 
 
 def eos_id(case: Case) -> int:
@@ -168,8 +195,10 @@ class Golden:
     prompt: list[int]
     greedy: list[int]
     margin: float  # the smallest of the greedy run
+    choice_margin: float = np.inf  # the smallest of all routers, for `ids`, prompt and greedy run
 
     def save(self, path: Path) -> None:
+        choice = {"choice_margin": np.float32(self.choice_margin)}
         np.savez_compressed(
             path,
             seed=np.uint32(self.seed),
@@ -178,6 +207,7 @@ class Golden:
             prompt=np.array(self.prompt, np.int32),
             greedy=np.array(self.greedy, np.int32),
             margin=np.float32(self.margin),
+            **(choice if np.isfinite(self.choice_margin) else {}),
         )
 
     @staticmethod
@@ -190,6 +220,7 @@ class Golden:
                 file["prompt"].tolist(),
                 file["greedy"].tolist(),
                 float(file["margin"]),
+                float(file["choice_margin"]) if "choice_margin" in file else np.inf,
             )
 
 

@@ -30,7 +30,7 @@ from tests.parity import live  # noqa: E402  (needs what is checked above)
 
 # Warnings of torch and transformers are not ours to fix.
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
-MAX_TRIES = 64  # at least a quarter of all seeds give a fair greedy run
+MAX_TRIES = 64  # at least an eighth of all seeds make a fair test
 
 
 def fresh_seeds() -> Iterator[int]:

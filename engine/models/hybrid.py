@@ -1,0 +1,177 @@
+"""What the Qwen hybrids share: gated delta-net layers with gated full attention every few layers.
+
+A subclass says how value heads lie over key heads, how a linear layer's projections are packed, and
+what the feed-forward is. Layers past the trunk are for multi-token prediction and are skipped.
+Tensor names and formulas follow llama.cpp's files and transformers' models.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import partial
+
+import numpy as np
+
+from engine.gguf import GGUFFile
+from engine.graph import Graph, Shape
+from engine.models.attention import AttentionShape, gated_attention
+from engine.models.delta_net import DeltaNetShape, delta_net
+from engine.models.hparams import HParams, shown
+from engine.models.layers import Builder, BuildOptions, Layer, trunk
+from engine.models.weights import Weights
+
+
+class Hybrid(ABC):
+    """A file's hyper-parameters and weights; raises ModelError if they or its tensors don't fit."""
+
+    name: str
+    head_map = "tiled"
+    has_sections = True
+
+    def __init__(self, file: GGUFFile) -> None:
+        hp = HParams(file)
+        n_entries, self.n_layers = hp.n_layers()
+        self.n_embd = hp.integer("embedding_length")
+        self.n_ctx_train = hp.integer("context_length")
+        self.eps = hp.number("attention.layer_norm_rms_epsilon")
+        self.n_vocab = hp.n_vocab()
+        self.linear = _linear_layers(hp, n_entries, self.n_layers)
+        self.delta_net = _delta_net_shape(hp, self.head_map, self.eps)
+        if self.has_sections:
+            _check_sections(hp)
+        self.attention = _attention_shapes(hp, n_entries, self.n_embd, self.eps)
+        self._in_file = file.tensors.keys()
+        self._read_ffn(hp, n_entries)
+        self.weights = Weights(file, self._expected(), range(self.n_layers, n_entries))
+        for i in range(self.n_layers):
+            if self.linear[i]:
+                self._unpack_linear(i)
+            else:
+                self._unpack_attention(i)
+
+    @abstractmethod
+    def _read_ffn(self, hp: HParams, n_entries: int) -> None:
+        """Read what the feed-forward needs."""
+
+    @abstractmethod
+    def _ffn_weights(self, i: int) -> dict[str, Shape]:
+        """The feed-forward's tensors of layer i."""
+
+    @abstractmethod
+    def _ffn(self, i: int) -> Layer:
+        """The feed-forward of layer i."""
+
+    def _expected(self) -> dict[str, Shape]:
+        embedding = (self.n_vocab, self.n_embd)
+        expected: dict[str, Shape] = {"token_embd.weight": embedding}
+        if "output.weight" in self._in_file:
+            expected["output.weight"] = embedding
+        expected["output_norm.weight"] = (self.n_embd,)
+        norms = {f"{name}.weight": (self.n_embd,) for name in ("attn_norm", "post_attention_norm")}
+        for i in range(self.n_layers):
+            layer = self._linear_weights(i) if self.linear[i] else self._attention_weights(i)
+            layer |= norms | self._ffn_weights(i)
+            expected |= {f"blk.{i}.{name}": shape for name, shape in layer.items()}
+        return expected
+
+    def _linear_weights(self, i: int) -> dict[str, Shape]:
+        s, n_embd = self.delta_net, self.n_embd
+        return self._projections(i) | {
+            "ssm_conv1d.weight": (s.conv_dim, s.n_taps),
+            "ssm_a": (s.n_v_heads,),
+            "ssm_dt.bias": (s.n_v_heads,),
+            "ssm_norm.weight": (s.d_v,),
+            "ssm_out.weight": (n_embd, s.value_dim),
+        }
+
+    def _projections(self, i: int) -> dict[str, Shape]:
+        """What makes q, k, v, z, beta and alpha in a linear layer of the file."""
+        s, n_embd = self.delta_net, self.n_embd
+        return {
+            "attn_qkv.weight": (s.conv_dim, n_embd),
+            "attn_gate.weight": (s.value_dim, n_embd),
+            "ssm_beta.weight": (s.n_v_heads, n_embd),
+            "ssm_alpha.weight": (s.n_v_heads, n_embd),
+        }
+
+    def _unpack_linear(self, i: int) -> None:
+        """Turn a layer's projections into those of `Hybrid._projections`; here they are."""
+        assert f"blk.{i}.attn_qkv.weight" in self._in_file
+
+    def _attention_weights(self, i: int) -> dict[str, Shape]:
+        s, n_embd = self.attention[i], self.n_embd
+        if f"blk.{i}.attn_qkv.weight" in self._in_file:
+            products: dict[str, Shape] = {"attn_qkv.weight": (sum(s.widths.values()), n_embd)}
+        else:
+            products = {f"attn_{part}.weight": (n, n_embd) for part, n in s.widths.items()}
+        return products | {
+            "attn_q_norm.weight": (s.d_head,),
+            "attn_k_norm.weight": (s.d_head,),
+            "attn_output.weight": (n_embd, s.n_heads * s.d_head),
+        }
+
+    def _unpack_attention(self, i: int) -> None:
+        if (packed := f"blk.{i}.attn_qkv.weight") in self._in_file:
+            names = {f"blk.{i}.attn_{p}.weight": n for p, n in self.attention[i].widths.items()}
+            self.weights.split(packed, names)
+
+    def build(self, options: BuildOptions) -> Graph:
+        """The compute graph; see Model."""
+        linear = ("delta net", partial(delta_net, shape=self.delta_net))
+        mixers = [
+            linear
+            if self.linear[i]
+            else ("attention", partial(gated_attention, shape=self.attention[i]))
+            for i in range(self.n_layers)
+        ]
+        layers = [(kind, mixer, self._ffn(i)) for i, (kind, mixer) in enumerate(mixers)]
+        return trunk(Builder(self.weights, options), layers, "post_attention_norm", self.eps)
+
+
+def _linear_layers(hp: HParams, n_entries: int, n_layers: int) -> list[bool]:
+    """Which layers are linear: `recurrent_layers` if it is there, else all but every n-th."""
+    if (flags := hp.flags("attention.recurrent_layers", n_entries)) is not None:
+        return flags[:n_layers]
+    interval = hp.integer("full_attention_interval", 4)
+    return [(i + 1) % interval != 0 for i in range(n_layers)]
+
+
+def _delta_net_shape(hp: HParams, head_map: str, eps: float) -> DeltaNetShape:
+    """Sizes of the linear layers from the `ssm.*` keys."""
+    n_k_heads, n_v_heads = hp.integer("ssm.group_count"), hp.integer("ssm.time_step_rank")
+    inner = hp.integer("ssm.inner_size")
+    hp.divides("ssm.group_count", n_k_heads, n_v_heads)
+    hp.divides("ssm.time_step_rank", n_v_heads, inner)
+    d_k, n_taps = hp.integer("ssm.state_size"), hp.integer("ssm.conv_kernel", minimum=2)
+    return DeltaNetShape(n_k_heads, n_v_heads, d_k, inner // n_v_heads, n_taps, head_map, eps)
+
+
+def _attention_shapes(hp: HParams, n_entries: int, n_embd: int, eps: float) -> list[AttentionShape]:
+    n_heads = hp.per_layer("attention.head_count", n_entries)
+    n_kv_heads = hp.per_layer("attention.head_count_kv", n_entries)
+    d_head = hp.integer("attention.key_length", n_embd // max(n_heads))
+    if (d_value := hp.integer("attention.value_length", d_head)) != d_head:
+        raise hp.fail("attention.value_length", f"attention.key_length = {d_head}", d_value)
+    for heads, kv_heads in zip(n_heads, n_kv_heads, strict=True):
+        hp.divides("attention.head_count_kv", kv_heads, heads)
+    n_rot = hp.integer("rope.dimension_count", d_head)
+    if n_rot > d_head or n_rot % 2:
+        raise hp.fail("rope.dimension_count", f"an even number up to {d_head}", n_rot)
+    hp.refuse_rope_scaling()
+    base = hp.number("rope.freq_base", 10000.0)
+    return [
+        AttentionShape(h, kv, d_head, n_rot, base, eps)
+        for h, kv in zip(n_heads, n_kv_heads, strict=True)
+    ]
+
+
+def _check_sections(hp: HParams) -> None:
+    """Sections assign rope pairs to the axes of images; text has one position on all of them."""
+    key = "rope.dimension_sections"
+    sections = hp.file.metadata.get(f"{hp.arch}.{key}")
+    if (
+        not isinstance(sections, np.ndarray)
+        or len(sections) != 4
+        or sections.dtype.kind not in "iu"
+    ):
+        raise hp.fail(key, "4 integers", shown(sections))

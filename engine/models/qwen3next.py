@@ -1,0 +1,59 @@
+"""Qwen3-Next (`qwen3next`)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from engine.graph import Shape
+from engine.models.hparams import HParams
+from engine.models.hybrid import Hybrid
+from engine.models.layers import Layer
+from engine.models.moe import MoEShape, moe_ffn, moe_shapes
+
+
+class Qwen3Next(Hybrid):
+    """Value heads are grouped under key heads: h reads key head h div ρ. Projections are packed per
+    key head: `ssm_ba` has ρ beta rows, then ρ alpha rows; old files' `ssm_in` q, k, v and z."""
+
+    name = "qwen3next"
+    head_map = "grouped"
+    has_sections = False
+
+    def _read_ffn(self, hp: HParams, n_entries: int) -> None:
+        self._moe: list[MoEShape] = moe_shapes(hp, n_entries)
+
+    def _ffn_weights(self, i: int) -> dict[str, Shape]:
+        fused = f"blk.{i}.ffn_gate_up_exps.weight" in self._in_file
+        return self._moe[i].weights(self.n_embd, fused, gated=True, biased=False)
+
+    def _ffn(self, i: int) -> Layer:
+        return partial(moe_ffn, shape=self._moe[i])
+
+    def _projections(self, i: int) -> dict[str, Shape]:
+        s, n_embd = self.delta_net, self.n_embd
+        packed: dict[str, Shape] = {"ssm_ba.weight": (2 * s.n_v_heads, n_embd)}
+        if f"blk.{i}.ssm_in.weight" in self._in_file:
+            return packed | {"ssm_in.weight": (s.conv_dim + s.value_dim, n_embd)}
+        shapes = super()._projections(i)
+        return packed | {name: shapes[name] for name in ("attn_qkv.weight", "attn_gate.weight")}
+
+    def _unpack_linear(self, i: int) -> None:
+        s, prefix = self.delta_net, f"blk.{i}"
+        per_key = s.n_v_heads // s.n_k_heads
+        for part, name in enumerate(("ssm_beta", "ssm_alpha")):
+            self._gather(
+                f"{prefix}.{name}.weight", f"{prefix}.ssm_ba.weight", [per_key] * 2, [part]
+            )
+        if (source := f"{prefix}.ssm_in.weight") in self._in_file:
+            sizes = [s.d_k, s.d_k, per_key * s.d_v, per_key * s.d_v]
+            self._gather(f"{prefix}.attn_qkv.weight", source, sizes, [0, 1, 2])
+            self._gather(f"{prefix}.attn_gate.weight", source, sizes, [3])
+
+    def _gather(self, name: str, source: str, sizes: list[int], parts: list[int]) -> None:
+        """Make a tensor of some parts of one that holds, for every key head, parts of `sizes`."""
+        rows = np.arange(self.delta_net.n_k_heads * sum(sizes)).reshape(-1, sum(sizes))
+        split = np.split(rows, np.cumsum(sizes)[:-1], axis=1)
+        index = np.concatenate([split[part].reshape(-1) for part in parts])
+        self.weights.take_rows(name, source, index, (len(index), self.n_embd))

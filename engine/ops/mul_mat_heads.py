@@ -1,0 +1,84 @@
+"""MUL_MAT_HEADS: each head's row times a matrix of its own; MLA's absorbed projections.
+
+    y[t, h] = w[h] · x[t, h]                      w [H, out, in]
+    y[t, h] = w[h]ᵀ · x[t, h]                     with transposed: w [H, in, out]
+
+A `tail` [T, H, P] is appended to each row as it is: the part of a query that isn't projected.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor, match_shapes
+from engine.ops.cases import Case, Operand, Rng, activation, case, weight
+from engine.ops.common import Array, bytes_moved, require_contiguous_rows
+from engine.quants import F32
+
+
+def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
+    dims = match_shapes(inputs, x="T H in")
+    pattern = "H in out" if attrs["transposed"] else "H out in"
+    n_out = match_shapes(inputs, {"H": dims.H, "in": dims["in"]}, weight=pattern).out
+    require_contiguous_rows(inputs, "x", from_axis=2)
+    if "tail" in inputs:
+        n_out += match_shapes(inputs, {"T": dims.T, "H": dims.H}, tail="T H P").P
+        require_contiguous_rows(inputs, "tail", from_axis=2)
+    return [((dims.T, dims.H, n_out), F32)]
+
+
+def _reference(
+    x: Array, weight: Array, tail: Array | None = None, *, transposed: bool
+) -> tuple[Array]:
+    pattern = "thi,hio->tho" if transposed else "thi,hoi->tho"
+    y = np.einsum(pattern, x, weight, optimize=True)
+    return (y if tail is None else np.concatenate([y, tail], axis=2),)
+
+
+def _cost(node: Node, live: Live) -> Cost:
+    flops = 2 * live.n_tokens * math.prod(node.inputs["weight"].shape)
+    return Cost(flops, bytes_moved(node, live))
+
+
+def _cases() -> Iterable[Case]:
+    def make(
+        rng: Rng, shape: tuple[int, int, int], n_tail: int, transposed: bool
+    ) -> dict[str, Operand]:
+        n_heads, n_in, n_out = shape
+        matrix = (n_heads, n_in, n_out) if transposed else (n_heads, n_out, n_in)
+        operands = {
+            "x": activation(rng.normal(size=(5, n_heads, n_in))),
+            "weight": weight(rng.normal(size=matrix)),
+        }
+        if n_tail:
+            operands["tail"] = activation(rng.normal(size=(5, n_heads, n_tail)))
+        return operands
+
+    for shape, n_tail, transposed in (
+        ((2, 16, 24), 0, False),
+        ((3, 24, 64), 8, False),
+        ((4, 32, 64), 8, True),
+        ((2, 128, 40), 0, True),
+    ):
+        attrs = {"transposed": transposed}
+        yield case(make, attrs, shape=shape, n_tail=n_tail, transposed=transposed)
+
+
+MUL_MAT_HEADS = Op("MUL_MAT_HEADS", _infer, _reference, _cost, _cases)
+
+
+def mul_mat_heads(
+    graph: Graph,
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    tail: Tensor | None = None,
+    transposed: bool = False,
+) -> Tensor:
+    """x [T, H, in], weight [H, out, in] ([H, in, out] if transposed), tail [T, H, P] or None
+    -> [T, H, out (+ P)]. The heads of x and tail may be strided."""
+    inputs = {"x": x, "weight": weight} | ({} if tail is None else {"tail": tail})
+    return graph.add(MUL_MAT_HEADS, name, inputs, transposed=transposed)[0]

@@ -1,0 +1,110 @@
+"""ROUTER: the experts of each token, and their weights.
+
+    p = softmax(logits), or sigmoid(logits);  ids = the n_used highest of p + bias, falling
+    weights = p[ids] / (Σ p[ids] + eps) · scale
+
+The bias only takes part in the choice. With groups, only experts of the `n_groups_used` best groups
+can be chosen; a group is as good as the sum of its two best experts. Ties go to the lower index. A
+token's experts don't depend on the rest of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from engine.graph import Attrs, Graph, Inputs, Op, Out, ShapeError, Tensor, match_shapes
+from engine.ops.cases import Case, Operand, Rng, activation, case, weight
+from engine.ops.common import Array, elementwise_cost, require_contiguous_rows, sigmoid
+from engine.quants import F32, I32
+
+GATINGS = ("softmax", "sigmoid")
+
+
+def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
+    dims = match_shapes(inputs, logits="T X")
+    if "bias" in inputs:
+        match_shapes(inputs, {"X": dims.X}, bias="X")
+    require_contiguous_rows(inputs, "logits")
+    n_groups, n_groups_used = attrs["groups"]
+    if dims.X % n_groups or not 1 <= n_groups_used <= n_groups or dims.X == n_groups > 1:
+        raise ShapeError(f"attribute groups: {n_groups_used} of {n_groups} of {dims.X} experts")
+    n_used, n_eligible = attrs["n_used"], dims.X // n_groups * n_groups_used
+    if not 1 <= n_used <= n_eligible:
+        raise ShapeError(f"attribute n_used: expected 1 to {n_eligible} experts, got {n_used}")
+    assert attrs["gating"] in GATINGS, attrs
+    return [((dims.T, n_used), I32), ((dims.T, n_used), F32)]
+
+
+def _reference(
+    logits: Array,
+    bias: Array | None = None,
+    *,
+    n_used: int,
+    gating: str,
+    scale: float,
+    eps: float,
+    groups: tuple[int, int],
+) -> tuple[Array, Array]:
+    if gating == "softmax":
+        p = np.exp(logits - logits.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+    else:
+        p = sigmoid(logits)
+    chosen_by = p if bias is None else p + bias
+    if groups[0] > 1:
+        chosen_by = _in_best_groups(chosen_by, *groups)
+    ids = np.argsort(-chosen_by, axis=1, kind="stable")[:, :n_used]
+    picked = np.take_along_axis(p, ids, axis=1)
+    return ids, picked / (picked.sum(axis=1, keepdims=True) + eps) * scale
+
+
+def _in_best_groups(scores: Array, n_groups: int, n_used: int) -> Array:
+    """The scores with those outside of the best groups at -inf."""
+    grouped = scores.reshape(len(scores), n_groups, -1)
+    best_two = np.sort(grouped, axis=2)[:, :, -2:].sum(axis=2)
+    kept = np.argsort(-best_two, axis=1, kind="stable")[:, :n_used]
+    mask = np.zeros(best_two.shape, bool)
+    np.put_along_axis(mask, kept, True, axis=1)
+    return np.where(mask[:, :, np.newaxis], grouped, -np.inf).reshape(scores.shape)
+
+
+def _cases() -> Iterable[Case]:
+    def make(rng: Rng, n_experts: int, biased: bool) -> dict[str, Operand]:
+        operands = {"logits": activation(rng.normal(size=(7, n_experts)) * 3)}
+        if biased:
+            operands["bias"] = weight(rng.normal(size=n_experts))
+        return operands
+
+    for n_experts, n_used, gating, biased, groups in (
+        (4, 1, "softmax", False, (1, 1)),
+        (256, 8, "softmax", False, (1, 1)),
+        (8, 8, "sigmoid", True, (1, 1)),
+        (512, 10, "sigmoid", True, (8, 3)),
+    ):
+        attrs = {"n_used": n_used, "gating": gating, "scale": 2.5, "eps": 1e-20, "groups": groups}
+        yield case(make, attrs, n_experts=n_experts, biased=biased)
+
+
+ROUTER = Op("ROUTER", _infer, _reference, elementwise_cost(20), _cases)
+
+
+def router(
+    graph: Graph,
+    name: str,
+    logits: Tensor,
+    bias: Tensor | None,
+    *,
+    n_used: int,
+    gating: str,
+    scale: float = 1.0,
+    eps: float = 0.0,
+    groups: tuple[int, int] = (1, 1),
+) -> tuple[Tensor, Tensor]:
+    """logits [T, X], bias [X] or None -> expert ids [T, n_used] i32, weights [T, n_used]."""
+    inputs = {"logits": logits} | ({} if bias is None else {"bias": bias})
+    ids, weights = graph.add(
+        ROUTER, name, inputs, n_used=n_used, gating=gating, scale=scale, eps=eps, groups=groups
+    )
+    return ids, weights
