@@ -27,7 +27,7 @@ Rng = np.random.Generator
 
 
 def load(path: Path, **options: Any) -> Engine:
-    return float64_engine(path, n_ctx=512, **options)
+    return float64_engine(path, n_ctx=4096, **options)
 
 
 @pytest.fixture(scope="module")
