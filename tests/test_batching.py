@@ -159,8 +159,9 @@ class Schedule:
             self.engine.advance()
 
 
-@pytest.mark.parametrize("n_parallel", [1, 3, 8])
-@pytest.mark.parametrize("n_ubatch", [7, 64, 100, 512])
+@pytest.mark.parametrize(
+    ("n_parallel", "n_ubatch"), [(1, 64), (3, 7), (3, 64), (3, 512), (8, 64), (8, 100)]
+)
 def test_whoever_joins_or_leaves_the_others_go_on(
     load: Callable[..., Engine], alone: Engine, rng: Rng, logged: Logged, n_parallel: int,
     n_ubatch: int,

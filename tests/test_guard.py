@@ -47,7 +47,7 @@ def planted(models: Callable[[str, str], Path], path: Path, name: str, *where: A
     return write_model(path, "tiny-untied", "F32", std=STD, arrays={name: values})
 
 
-@pytest.fixture(scope="module", params=[np.nan, np.inf, -np.inf], ids=str)
+@pytest.fixture(scope="module", params=[np.nan, np.inf], ids=str)
 def bad_row(
     request: pytest.FixtureRequest,
     models: Callable[[str, str], Path],
@@ -201,7 +201,7 @@ def test_what_others_share_of_it_stays(engine: Engine, sane: Engine, rng: Rng, h
 
 def test_the_engine_goes_on_with_clean_memory(engine: Engine, sane: Engine, rng: Rng) -> None:
     """The blocks and slots that failed are used again."""
-    for _ in range(4):
+    for _ in range(2):
         done = engine.generate_batch([[BAD], [1, BAD], [*ids(rng, 80), BAD]], GREEDY)
         assert {c.finish_reason for c in done} == {"error"}
         prompt = ids(rng, 100)
