@@ -82,7 +82,7 @@ def _cases() -> Iterable[Case]:
     def make(
         rng: Rng, rank: int, n_pe: int, lengths: list[int], cache: DType
     ) -> dict[str, Operand]:
-        pasts = rng.integers(0, 50, len(lengths)).tolist()
+        pasts = rng.integers(0, 100, len(lengths)).tolist()
         paged, n_blocks = paged_operands(rng, pasts, lengths, 16)
         return {
             "kv": activation(rng.normal(size=(sum(lengths), rank + n_pe))),
