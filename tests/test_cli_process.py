@@ -123,9 +123,11 @@ def test_interrupting_keeps_what_was_generated(tiny: Path, n_read: int) -> None:
     command = [*COMMAND, "-m", str(tiny), "-p", "Once", "-n", "-1", "-c", "4096", "--ignore-eos",
                "--temp", "0"]  # fmt: skip
     # Unbuffered: what is read ahead here would be lost to `communicate`.
+    # Who runs the tests in the background may ignore interrupts, which children inherit.
     with subprocess.Popen(
-        command, bufsize=0, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+        command, bufsize=0, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:  # fmt: skip
         assert process.stdout is not None
         first = b""
         while len(first) < n_read:
