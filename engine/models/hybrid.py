@@ -18,6 +18,7 @@ from engine.models.attention import AttentionShape, gated_attention
 from engine.models.delta_net import DeltaNetShape, delta_net
 from engine.models.hparams import HParams, shown
 from engine.models.layers import Builder, BuildOptions, Layer, trunk
+from engine.models.moe import moe_ffn, moe_shapes
 from engine.models.weights import Weights
 
 
@@ -126,6 +127,20 @@ class Hybrid(ABC):
         ]
         layers = [(kind, mixer, self._ffn(i)) for i, (kind, mixer) in enumerate(mixers)]
         return trunk(Builder(self.weights, options), layers, "post_attention_norm", self.eps)
+
+
+class MoEHybrid(Hybrid):
+    """A hybrid with routed experts and a gated shared one instead of the feed-forward."""
+
+    def _read_ffn(self, hp: HParams, n_entries: int) -> None:
+        self._moe = moe_shapes(hp, n_entries)
+
+    def _ffn_weights(self, i: int) -> dict[str, Shape]:
+        fused = f"blk.{i}.ffn_gate_up_exps.weight" in self._in_file
+        return self._moe[i].weights(self.n_embd, fused, gated=True, biased=False)
+
+    def _ffn(self, i: int) -> Layer:
+        return partial(moe_ffn, shape=self._moe[i])
 
 
 def _linear_layers(hp: HParams, n_entries: int, n_layers: int) -> list[bool]:

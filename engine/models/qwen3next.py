@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 
 from engine.graph import Shape
-from engine.models.hparams import HParams
-from engine.models.hybrid import Hybrid
-from engine.models.layers import Layer
-from engine.models.moe import MoEShape, moe_ffn, moe_shapes
+from engine.models.hybrid import MoEHybrid
 
 
-class Qwen3Next(Hybrid):
+class Qwen3Next(MoEHybrid):
     """Value heads are grouped under key heads: h reads key head h div ρ. Projections are packed per
     key head: `ssm_ba` has ρ beta rows, then ρ alpha rows; old files' `ssm_in` q, k, v and z."""
 
     name = "qwen3next"
     head_map = "grouped"
     has_sections = False
-
-    def _read_ffn(self, hp: HParams, n_entries: int) -> None:
-        self._moe: list[MoEShape] = moe_shapes(hp, n_entries)
-
-    def _ffn_weights(self, i: int) -> dict[str, Shape]:
-        fused = f"blk.{i}.ffn_gate_up_exps.weight" in self._in_file
-        return self._moe[i].weights(self.n_embd, fused, gated=True, biased=False)
-
-    def _ffn(self, i: int) -> Layer:
-        return partial(moe_ffn, shape=self._moe[i])
 
     def _projections(self, i: int) -> dict[str, Shape]:
         s, n_embd = self.delta_net, self.n_embd
