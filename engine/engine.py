@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine import backends
-from engine.batch import Logits, Piece, begin, check_fits, pack
+from engine.batch import Batch, Logits, Piece, begin, check_fits, pack
 from engine.config import ConfigError, EngineConfig, capacity_of, context_size
 from engine.errors import EngineError
 from engine.gguf import GGUFFile
-from engine.graph import Capacity, Graph
+from engine.graph import Capacity, Graph, Live
 from engine.guard import Guard, NonFiniteError
-from engine.kvcache.memory import SequenceMemory
+from engine.kvcache.memory import Checkpoint, SequenceMemory
 from engine.models import BuildOptions, load_model
-from engine.planner import Executable, Plan, place
+from engine.planner import Executable, Plan, Timing, place
 from engine.request import Completion, FinishReason, Request
 from engine.sampler import Sampler, SamplingError, SamplingParams, sequence_breakers
 from engine.samplers import Breakers
@@ -120,24 +121,34 @@ class Engine:
         and empty. Raises BatchError or MemoryFullError, with nothing changed, if the pieces don't
         fit the graph or the memory.
         """
-        check_fits(pieces, self.capacity)
-        steps = begin(pieces, self.memory)
-        try:
-            batch = pack(pieces, steps, self.capacity)
+        with self._batch(pieces) as batch:
             guard = Guard(batch, [piece.seq for piece in pieces])
             watch = guard.watch if self.config.check else None
             logits = self._running().run(batch.inputs, batch.live, watch)["logits"]
+        guard.check_logits(logits)
+        for i in guard.failures:
+            self._wipe(pieces[i].seq)
+        return np.asarray(logits, np.float32), guard.failures
+
+    def run_timed(self, pieces: Sequence[Piece]) -> tuple[list[Timing], Live]:
+        """Run one batch as `run` does, for its timings: those of every instruction."""
+        with self._batch(pieces) as batch:
+            return self._running().run_timed(batch.inputs, batch.live), batch.live
+
+    @contextmanager
+    def _batch(self, pieces: Sequence[Piece]) -> Iterator[Batch]:
+        """The inputs of a step; the memory of its sequences follows what becomes of it."""
+        check_fits(pieces, self.capacity)
+        steps = begin(pieces, self.memory)
+        try:
+            yield pack(pieces, steps, self.capacity)
         except BaseException:
             # States are updated in place: what a broken-off step left is no state at all.
             for piece in pieces:
                 self.memory.reset(piece.seq)
             raise
-        guard.check_logits(logits)
-        for i, piece in enumerate(pieces):
+        for piece in pieces:
             self.memory.finish(piece.seq, len(piece.tokens))
-            if i in guard.failures:
-                self._wipe(piece.seq)
-        return np.asarray(logits, np.float32), guard.failures
 
     def _wipe(self, seq: int) -> None:
         """Assign zeros to what a sequence alone holds (NaN · 0 is NaN) and empty it."""
@@ -181,16 +192,21 @@ class Engine:
         return self.tokenizer.encode(prompt, add_special=True, parse_special=True)
 
     def generate(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        after: Checkpoint | None = None,
     ) -> Completion:
         """Stream a completion: an iterator of pieces with `.text` and `.token`.
 
         It runs together with whatever else was started and not finished. See Completion for why it
         ended, and for how to cancel it. A str is encoded with special tokens added and parsed.
+        With `after`, a checkpoint of `memory`, the prompt goes on from there: nothing before it is
+        processed again (nor seen by penalties), and the checkpoint stays as it is.
         Raises PromptError for a prompt that is empty, too long or has unknown ids, SamplingError
         for parameters that don't go together with the model.
         """
-        return Completion(self, self._submit(prompt, params))
+        return Completion(self, self._submit(prompt, params, after))
 
     def generate_batch(
         self,
@@ -232,17 +248,23 @@ class Engine:
             request.finish(FinishReason.ERROR, str(error))
             return Completion(self, request)
 
-    def _submit(self, prompt: str | Sequence[int], params: SamplingParams | None) -> Request:
+    def _submit(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None,
+        after: Checkpoint | None = None,
+    ) -> Request:
         ids = self.encode_prompt(prompt) if isinstance(prompt, str) else prompt
-        self._check_prompt(ids)
-        request = self._request(ids, params or SamplingParams())
+        n_past = after.n_tokens if after else 0
+        self._check_prompt(ids, n_past)
+        request = self._request(ids, params or SamplingParams(), n_past)
         if request.params.max_tokens == 0:
             request.finish(FinishReason.LENGTH, "0 tokens were asked for")
         else:
-            self._scheduler.add(request)
+            self._scheduler.add(request, after)
         return request
 
-    def _request(self, ids: Sequence[int], params: SamplingParams) -> Request:
+    def _request(self, ids: Sequence[int], params: SamplingParams, n_past: int = 0) -> Request:
         params = params.resolved(self.file.metadata)
         for token in params.logit_bias:
             if not 0 <= token < self.model.n_vocab:
@@ -251,10 +273,11 @@ class Engine:
         breakers = self._sequence_breakers(params) if params.dry_multiplier else {}
         sampler = Sampler(params, ends if params.ignore_eos else (), breakers)
         # Without a limit of its own, a completion gets its share of the context, as in llama.cpp.
-        share = max(self.n_ctx // self.config.n_parallel, len(ids))
-        limit = len(ids) + params.max_tokens if params.max_tokens >= 0 else share
+        end = n_past + len(ids)
+        share = max(self.n_ctx // self.config.n_parallel, end)
+        limit = end + params.max_tokens if params.max_tokens >= 0 else share
         decoder = self.tokenizer.stream(at_start=False)
-        return Request(ids, params, sampler, decoder, ends, min(limit, self.n_ctx))
+        return Request(ids, params, sampler, decoder, ends, min(limit, self.n_ctx), n_past)
 
     def _sequence_breakers(self, params: SamplingParams) -> Breakers:
         """DRY's breakers; finding them looks at the whole vocabulary, so it is done once."""
@@ -300,12 +323,13 @@ class Engine:
         request.finish(FinishReason.CANCELLED, "by its user")
         self._scheduler.remove(request)
 
-    def _check_prompt(self, ids: Sequence[int]) -> None:
+    def _check_prompt(self, ids: Sequence[int], n_past: int = 0) -> None:
         if not len(ids):
             raise PromptError("the prompt is empty: expected at least one token")
-        if len(ids) > self.n_ctx:
+        if n_past + len(ids) > self.n_ctx:
+            before = f" after position {n_past}" if n_past else ""
             raise PromptError(
-                f"the prompt has {len(ids)} tokens, the context {self.n_ctx}: "
+                f"the prompt has {len(ids)} tokens{before}, the context {self.n_ctx}: "
                 "shorten it or raise n_ctx (-c)"
             )
         if not 0 <= min(ids) <= max(ids) < self.model.n_vocab:

@@ -8,8 +8,10 @@ backend to another are copied at the start of the split that reads them.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,11 +39,35 @@ class Support:
 Watch = Callable[[Node, Sequence[Array]], None]
 
 
+@dataclass(frozen=True)
+class Instruction:
+    """What a program runs at a time: a kernel, and the nodes that it covers or has a part in."""
+
+    kernel: str
+    nodes: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds that one instruction took in a step; `backend` is the name of the one that ran it."""
+
+    backend: str
+    instruction: Instruction
+    seconds: float
+
+
 class Program(Protocol):
     """A compiled split."""
 
+    @property
+    def instructions(self) -> Sequence[Instruction]:
+        """What it runs, in order."""
+
     def run(self, live: Live, watch: Watch | None = None) -> None:
         """Run its nodes on the live rows of what was written to their inputs."""
+
+    def run_timed(self, live: Live) -> Sequence[float]:
+        """As `run`; returns the seconds of each instruction."""
 
 
 class StateStore(Protocol):
@@ -284,16 +310,44 @@ class Executable:
         self, inputs: Mapping[str, Array], live: Live, watch: Watch | None = None
     ) -> dict[str, Array]:
         """One step: `inputs` by name, at their live sizes. Returns the graph's outputs by name."""
+        self._write_inputs(inputs)
+        for split, program in self._programs:
+            self._copy(split)
+            program.run(live, watch)
+        return self._read_outputs()
+
+    def run_timed(self, inputs: Mapping[str, Array], live: Live) -> list[Timing]:
+        """A step as `run` makes it, timed: every instruction, and what moves data between them."""
+        timings = [_timing("", "write inputs", lambda: self._write_inputs(inputs))]
+        for split, program in self._programs:
+            name = split.backend.name
+            if split.copies:
+                timings.append(_timing(name, "copy", partial(self._copy, split)))
+            seconds = program.run_timed(live)
+            for instruction, s in zip(program.instructions, seconds, strict=True):
+                timings.append(Timing(name, instruction, s))
+        timings.append(_timing("", "read outputs", self._read_outputs))
+        return timings
+
+    def _write_inputs(self, inputs: Mapping[str, Array]) -> None:
         for backend, tensors in self._inputs:
             for t in tensors:
                 backend.write(t, inputs[t.name])
-        for split, program in self._programs:
-            for t in split.copies:
-                split.backend.write(t, self._sources[t].read(t))
-            program.run(live, watch)
+
+    def _copy(self, split: Split) -> None:
+        for t in split.copies:
+            split.backend.write(t, self._sources[t].read(t))
+
+    def _read_outputs(self) -> dict[str, Array]:
         return {name: backend.read(t) for name, (backend, t) in self._outputs.items()}
 
     @property
     def stores(self) -> list[StateStore]:
         """The state store of every backend in use."""
         return [backend.states for backend in self.plan.backends]
+
+
+def _timing(backend: str, what: str, action: Callable[[], object]) -> Timing:
+    start = time.perf_counter()
+    action()
+    return Timing(backend, Instruction(what, ()), time.perf_counter() - start)

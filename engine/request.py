@@ -73,7 +73,10 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class Request:
-    """A prompt on its way to a completion. `limit`: most positions that it may fill in memory."""
+    """A prompt on its way to a completion.
+
+    `limit`: most positions that it may fill in memory. `n_past`: positions that came before it.
+    """
 
     def __init__(
         self,
@@ -83,6 +86,7 @@ class Request:
         decoder: StreamDecoder,
         ends: Container[int],
         limit: int,
+        n_past: int = 0,
     ) -> None:
         self.ids, self.params, self.limit = list(ids), params, limit
         self._sampler, self._decoder, self._ends = sampler, decoder, ends
@@ -90,7 +94,7 @@ class Request:
         for token in self.ids:
             sampler.accept(token)
         self.seq = -1
-        self.n_done = 0
+        self.n_past, self.n_done = n_past, 0
         self.tokens: list[int] = []
         self.text = ""
         self.finish_reason: FinishReason | None = None
@@ -102,6 +106,16 @@ class Request:
     def is_prefilling(self) -> bool:
         """Whether part of the prompt has not been processed yet."""
         return self.n_done < len(self.ids)
+
+    @property
+    def position(self) -> int:
+        """How many positions precede what is left of its prompt."""
+        return self.n_past + self.n_done
+
+    @property
+    def prompt_end(self) -> int:
+        """The position after its prompt."""
+        return self.n_past + len(self.ids)
 
     def count(self, n_tokens: int, seconds: float) -> None:
         """Note that a step of so many seconds processed its next `n_tokens`."""
@@ -130,7 +144,7 @@ class Request:
         elif n == self.params.max_tokens:
             self._emit(token, text + self._rest(), always=True)
             self.finish(FinishReason.LENGTH, f"{n} tokens were asked for")
-        elif len(self.ids) + n > self.limit:
+        elif self.prompt_end + n > self.limit:
             self._emit(token, text + self._rest(), always=True)
             self.finish(FinishReason.LENGTH, f"the context of {self.limit} positions is full")
         else:

@@ -14,7 +14,7 @@ from math import ceil
 
 from engine.batch import Logits, Piece
 from engine.graph import Capacity
-from engine.kvcache.memory import SequenceMemory
+from engine.kvcache.memory import Checkpoint, SequenceMemory
 from engine.request import FinishReason, Request
 
 PIECE_MULTIPLE = 64
@@ -44,17 +44,19 @@ class Scheduler:
         self.running: deque[Request] = deque()
         self._prefill_turn = False
 
-    def add(self, request: Request) -> None:
-        """Queue a request."""
+    def add(self, request: Request, after: Checkpoint | None = None) -> None:
+        """Queue a request, which goes on from a checkpoint if there is one."""
+        request.seq = self._memory.create()
+        if after is not None:
+            self._memory.restore(request.seq, after)
         self.waiting.append(request)
 
     def remove(self, request: Request) -> None:
         """Take a finished request out and free its memory."""
-        if request in self.waiting:
-            self.waiting.remove(request)
-        if request in self.running:
-            self.running.remove(request)
-            self._memory.free(request.seq)
+        for queue in (self.waiting, self.running):
+            if request in queue:
+                queue.remove(request)
+                self._memory.free(request.seq)
 
     def schedule(self) -> list[tuple[Request, Piece]]:
         """The pieces of the next step, each with its request; none if nothing can run."""
@@ -79,56 +81,54 @@ class Scheduler:
             promised = sum(self._unclaimed_blocks(r) for r in self.running)
             blocks, slots = self._memory.blocks.n_free, self._memory.slots.n_free
             # A request takes its slot with its first step.
-            promised_slots = sum(not self._memory.n_tokens(r.seq) for r in self.running)
-            if self._n_blocks(request) > blocks - promised or slots <= promised_slots:
+            promised_slots = sum(not r.n_done for r in self.running)
+            if self._unclaimed_blocks(request) > blocks - promised or slots <= promised_slots:
                 if not self.running:
                     self._refuse(self.waiting.popleft(), blocks, slots)
                     continue
                 return
-            self.waiting.popleft()
-            request.seq = self._memory.create()
-            self.running.append(request)
+            self.running.append(self.waiting.popleft())
 
     def _refuse(self, request: Request, n_blocks: int, n_slots: int) -> None:
         """Nothing else runs and it still finds no room: something else holds the memory."""
         size = self._capacity.block_size
+        self._memory.free(request.seq)
         request.finish(
             FinishReason.ERROR,
             f"it needs {request.limit} positions and a state slot: {n_blocks * size} positions and "
             f"{n_slots} slots are free, others are held (by checkpoints, say)",
         )
 
-    def _n_blocks(self, request: Request) -> int:
-        return ceil(request.limit / self._capacity.block_size)
-
     def _unclaimed_blocks(self, request: Request) -> int:
-        """Blocks that a running request was promised and has not taken yet."""
-        taken = ceil(self._memory.n_tokens(request.seq) / self._capacity.block_size)
-        return self._n_blocks(request) - taken
+        """Blocks that a request may still need; a partly filled one that it shares counts too."""
+        size = self._capacity.block_size
+        if not request.n_done:
+            return ceil(request.limit / size) - request.n_past // size
+        return ceil(request.limit / size) - ceil(self._memory.n_tokens(request.seq) / size)
 
     def _prefill_pieces(self, budget: int) -> list[tuple[Request, Piece]]:
         prompts = [r for r in self.running if r.is_prefilling]
-        ends = {id(r): r.n_done for r in prompts}
+        ends = {id(r): r.position for r in prompts}
         growing = prompts
         while growing:
             grown = []
             for r in growing:
-                end = self._next_end(ends[id(r)], len(r.ids), budget)
+                end = self._next_end(ends[id(r)], r.prompt_end, budget)
                 budget -= end - ends[id(r)]
                 if end > ends[id(r)]:
                     grown.append(r)
                 ends[id(r)] = end
             growing = grown
-        return [(r, _piece(r, ends[id(r)])) for r in prompts if ends[id(r)] > r.n_done]
+        return [(r, _piece(r, ends[id(r)])) for r in prompts if ends[id(r)] > r.position]
 
-    def _next_end(self, done: int, n_tokens: int, budget: int) -> int:
-        """Where the next quantum of a prompt ends: a multiple of 64, or its own end."""
+    def _next_end(self, done: int, last: int, budget: int) -> int:
+        """Where the next quantum of a prompt ends: a multiple of 64 positions, or its own end."""
         if self._capacity.n_tokens < PIECE_MULTIPLE:
-            return min(done + 1, n_tokens) if budget else done
-        end = min(done - done % PIECE_MULTIPLE + PIECE_MULTIPLE, n_tokens)
+            return min(done + 1, last) if budget else done
+        end = min(done - done % PIECE_MULTIPLE + PIECE_MULTIPLE, last)
         return end if end - done <= budget else done
 
 
 def _piece(request: Request, end: int) -> Piece:
-    logits = Logits.LAST if end == len(request.ids) else Logits.NONE
-    return Piece(request.seq, request.ids[request.n_done : end], logits)
+    logits = Logits.LAST if end == request.prompt_end else Logits.NONE
+    return Piece(request.seq, request.ids[request.n_done : end - request.n_past], logits)

@@ -32,7 +32,7 @@ class Fake:
     def __init__(self, n_prompt: int, n_new: int) -> None:
         self.ids, self.tokens = list(range(n_prompt)), []
         self.n_new, self.limit = n_new, n_prompt + n_new
-        self.seq, self.n_done = -1, 0
+        self.seq, self.n_done, self.n_past = -1, 0, 0
         self.finish_reason: FinishReason | None = None
         self.detail = ""
         self.n_waited = 0
@@ -40,6 +40,14 @@ class Fake:
     @property
     def is_prefilling(self) -> bool:
         return self.n_done < len(self.ids)
+
+    @property
+    def position(self) -> int:
+        return self.n_done
+
+    @property
+    def prompt_end(self) -> int:
+        return len(self.ids)
 
     def finish(self, reason: FinishReason, detail: str = "") -> None:
         self.finish_reason, self.detail = reason, detail

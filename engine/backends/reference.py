@@ -7,8 +7,10 @@ stored type, so that writing to them rounds.
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from engine.graph import Kind, Live, Node, Tensor, dim_name
-from engine.planner import Split, Support, Watch, WeightSource
+from engine.planner import Instruction, Split, Support, Watch, WeightSource
 from engine.quants import I32, dequantize, numpy_dtype
 
 Array = NDArray[Any]
@@ -103,6 +105,13 @@ class ReferenceProgram:
         self._release: dict[Node, list[Tensor]] = {}
         for tensor in passing:
             self._release.setdefault(last_use[tensor], []).append(tensor)
+        self.instructions = [Instruction(node.op.name, (node,)) for node in split.nodes]
+
+    def run_timed(self, live: Live) -> list[float]:
+        """As `run`; the seconds of each node."""
+        ends = [time.perf_counter()]
+        self.run(live, lambda *_: ends.append(time.perf_counter()))
+        return [end - start for start, end in pairwise(ends)]
 
     def run(self, live: Live, watch: Watch | None = None) -> None:
         """Run the nodes on the live rows of their operands."""

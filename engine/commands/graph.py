@@ -1,0 +1,34 @@
+"""`cli.py graph`: a model's compute graph."""
+
+from __future__ import annotations
+
+import argparse
+
+from engine import report
+from engine.commands.options import Parser, backend_options, common_options, integers, write_text
+from engine.engine import plan_only
+
+ABOUT = "Show a model's compute graph: node counts, and which backend runs each and why."
+
+
+def add_options(p: Parser) -> None:
+    """Its options."""
+    common_options(p)
+    backend_options(p)
+    add = p.add_argument
+    add("--bs", type=integers(1), default=[512, 1], metavar="N[,N…]", help="batch sizes (512,1)")
+    add("--gdn", choices=("fused", "decomposed"), default="fused",
+        help="the delta net as one node, or as primitive ops")  # fmt: skip
+    add("--json", action="store_true", help="print JSON")
+    add("--dot", metavar="FILE", help="write the graph for Graphviz")
+
+
+def run(parser: Parser, args: argparse.Namespace) -> int:
+    """Print the report."""
+    plans = {
+        bs: plan_only(args.model, bs, args.gdn, args.backend, args.strict_backend) for bs in args.bs
+    }
+    if args.dot is not None:
+        write_text(args.dot, report.as_dot(plans[args.bs[0]]))
+    print(report.as_json(plans) if args.json else report.text(plans, args.verbose))
+    return 0
