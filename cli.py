@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("graph", "tokenize")
+COMMANDS = ("graph", "tokenize", "sweep-bench", "plot-bench", "bench", "batched-bench", "profile")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,1 @@
+"""Measurements: tokens per second by prompt, depth and batch; seconds by instruction."""
