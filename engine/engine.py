@@ -25,7 +25,7 @@ from engine.graph import Capacity, Graph, Live
 from engine.guard import Guard, NonFiniteError
 from engine.kvcache.memory import Checkpoint, SequenceMemory
 from engine.models import BuildOptions, load_model
-from engine.planner import Executable, Plan, Timing, place
+from engine.planner import Executable, Instruction, Plan, Timing, place
 from engine.request import Completion, FinishReason, Request
 from engine.sampler import Sampler, SamplingError, SamplingParams, sequence_breakers
 from engine.samplers import Breakers
@@ -131,9 +131,12 @@ class Engine:
         return np.asarray(logits, np.float32), guard.failures
 
     def run_timed(self, pieces: Sequence[Piece]) -> tuple[list[Timing], Live]:
-        """Run one batch as `run` does, for its timings: those of every instruction."""
+        """Run one batch as `run` does, for its timings: of every instruction and what is around."""
+        start = time.perf_counter()
         with self._batch(pieces) as batch:
-            return self._running().run_timed(batch.inputs, batch.live), batch.live
+            packing = Timing("", Instruction("pack batch", ()), time.perf_counter() - start)
+            timings = self._running().run_timed(batch.inputs, batch.live)
+        return [packing, *timings], batch.live
 
     @contextmanager
     def _batch(self, pieces: Sequence[Piece]) -> Iterator[Batch]:

@@ -26,7 +26,7 @@ def histogram(plan: Plan) -> list[tuple[str, int]]:
 def layer_kinds(plan: Plan) -> list[tuple[str, int, int]]:
     """(layer kind, layers of it, nodes per layer); nodes outside of layers come as `(no layer)`."""
     kinds = plan.graph.layer_kinds
-    per_layer = Counter(_layer(node) for node in plan.graph.nodes)
+    per_layer = Counter(layer_of(node) for node in plan.graph.nodes)
     rows = []
     for kind in dict.fromkeys(kinds.values()):
         layers = [layer for layer, k in kinds.items() if k == kind]
@@ -35,7 +35,8 @@ def layer_kinds(plan: Plan) -> list[tuple[str, int, int]]:
     return [*rows, ("(no layer)", 1, outside)]
 
 
-def _layer(node: Node) -> str:
+def layer_of(node: Node) -> str:
+    """The start of a node's name that its layer shares, such as `blk.3`."""
     return ".".join(node.name.split(".")[:2])
 
 
