@@ -161,7 +161,9 @@ def _panel(axes: Any, title: str, curves: Sequence[Curve], field: str) -> list[A
     axes.set_title(title)
     axes.set_xlabel("N_KV (tokens)")
     axes.set_ylabel("tokens/s")
-    axes.set_ylim(bottom=0)
+    highest = max(getattr(p, field) for _, points in curves for p in points)
+    axes.set_ylim(0, 1.08 * highest or 1)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     return lines
