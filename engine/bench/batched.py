@@ -75,14 +75,15 @@ class BatchedMeasurement:
 
 
 def measure_batched(
-    engine: Engine, case: BatchedCase, rng: np.random.Generator
+    engine: Engine, case: BatchedCase, rng: np.random.Generator, warm_up: bool = True
 ) -> BatchedMeasurement:
     """Measure a case once, after a short warm-up.
 
     The engine needs `n_seqs` sequences and as many checkpoints. Raises BenchError if it did not
     process what it should have.
     """
-    _measure(engine, case.warm_up(), rng)
+    if warm_up:
+        _measure(engine, case.warm_up(), rng)
     return _measure(engine, case, rng)
 
 

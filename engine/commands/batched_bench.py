@@ -42,6 +42,7 @@ def add_options(p: Parser) -> None:
     add("-ntg", dest="n_gen", help="tokens generated after each", **lists)
     add("-npl", dest="n_seqs", help="sequences at once", **lists)
     add("-pps", action="store_true", help="one prompt, shared by the sequences")
+    add("--no-warmup", action="store_true", help="no short run before each that counts")
     add("-s", "--seed", type=at_least(0), default=0, metavar="N", help="of the tokens (0)")
     add("--output-format", choices=("md", "jsonl"), default="md")
     engine_options(p, without=("n_parallel",))
@@ -58,7 +59,7 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
         tqdm(total=len(cases), unit="row", disable=None) as bar,
     ):
         for i, case in enumerate(cases):
-            m = measure_batched(engine, case, rng)
+            m = measure_batched(engine, case, rng, not args.no_warmup)
             bar.update()
             with tqdm.external_write_mode():
                 if args.output_format == "md":
@@ -75,10 +76,11 @@ def _config(args: argparse.Namespace, cases: list[BatchedCase]) -> dict[str, Any
     n_seqs = max(case.n_seqs for case in cases)
     facts = ModelFacts.of(args.model)
     for case in cases:
-        facts.check_context(case.n_prompt + case.n_gen, f"-npp {case.n_prompt} -ntg {case.n_gen}")
-        if config.get("n_ctx") is not None:
-            sizes = f"-npp {case.n_prompt} -ntg {case.n_gen} -npl {case.n_seqs}"
-            facts.check_context(case.n_kv, sizes, config["n_ctx"])
+        sizes = f"-npp {case.n_prompt} -ntg {case.n_gen}"
+        if "n_ctx" in config:
+            facts.check_context(case.n_kv, f"{sizes} -npl {case.n_seqs}", config["n_ctx"])
+        else:
+            facts.check_context(case.n_prompt + case.n_gen, sizes)
     n_ubatch = min(
         config.get(name, getattr(EngineConfig, name)) for name in ("n_batch", "n_ubatch")
     )
