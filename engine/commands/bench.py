@@ -95,8 +95,7 @@ def _rows(
 
 def _row(facts: ModelFacts, engine: Engine, m: Measurement) -> Row:
     """A measurement under llama-bench's keys."""
-    config = engine.config
-    type_k, type_v = config.cache_types()
+    config, (type_k, type_v) = engine.config, engine.config.cache_types()
     avg_ns, stddev_ns = mean_and_deviation(m.samples_ns)
     avg_ts, stddev_ts = mean_and_deviation(m.samples_ts)
     return {
