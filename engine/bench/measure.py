@@ -49,8 +49,8 @@ def time_generation(
     params = SamplingParams(temperature=0, max_tokens=n, ignore_eos=True)
     start = time.perf_counter()
     running = [engine.generate([t], params, c) for t, c in zip(first, after, strict=True)]
-    while any(c.finish_reason is None for c in running):
-        engine.advance()
+    while any(c.finish_reason is None for c in running) and engine.advance():
+        pass
     seconds = time.perf_counter() - start
     for c in running:
         n_steps = c.timings.n_prompt + c.timings.n_eval
@@ -64,6 +64,11 @@ def time_generation(
 def backend_names(engine: Engine) -> str:
     """The backends that have nodes, such as "cuda+cpu"."""
     return "+".join(backend.name for backend in engine.plan.backends)
+
+
+def n_gpu_layers(engine: Engine) -> int:
+    """As llama.cpp counts: -1 for all layers, 0 for none."""
+    return -1 if any(backend.name == "cuda" for backend in engine.plan.backends) else 0
 
 
 def n_threads(engine: Engine) -> int:

@@ -39,10 +39,19 @@ def at_least(low: int) -> Callable[[str], int]:
     return convert
 
 
-def common_options(p: Parser) -> None:
-    """The model, and how much to say."""
-    p.add_argument("-m", "--model", required=True, metavar="FILE", help="GGUF file")
+def common_options(p: Parser, many: bool = False) -> None:
+    """The model, or with `many` a list of them, and how much to say."""
+    several: Any = {"type": _paths, "action": "extend"} if many else {}
+    name = "FILE[,FILE…]" if many else "FILE"
+    p.add_argument("-m", "--model", required=True, metavar=name, help="GGUF file", **several)
     p.add_argument("-v", "--verbose", action="store_true", help="more detail; tracebacks of errors")
+
+
+def _paths(text: str) -> list[str]:
+    paths = text.split(",")
+    if not all(paths):
+        raise argparse.ArgumentTypeError(f"expected files and commas between them, got {text!r}")
+    return paths
 
 
 def backend_options(p: Parser) -> None:
