@@ -33,6 +33,7 @@ class EngineConfig:
     n_checkpoints: int = 4
     n_snapshots: int = 0
     n_threads: int | None = None
+    cpu_isa: str | None = None
     type_k: str | None = None
     type_v: str | None = None
     gdn: str = "auto"
@@ -64,7 +65,7 @@ class EngineConfig:
 
     def cache_types(self) -> tuple[DType, DType]:
         """Types of the K and V cache. The reference backend keeps float32 unless told."""
-        default = "f32" if self.backend in ("auto", "reference") else "f16"
+        default = "f32" if self.backend == "reference" else "f16"
         return CACHE_TYPES[self.type_k or default], CACHE_TYPES[self.type_v or default]
 
 

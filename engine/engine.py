@@ -54,7 +54,8 @@ class Engine:
         self.n_ctx = context_size(config.n_ctx, self.model.n_ctx_train)
         self.capacity = capacity_of(config, self.n_ctx)
         graph = self._build(self.capacity, config.gdn)
-        self.plan = place(graph, backends.create(config.backend), config.strict_backend)
+        available = backends.create(config.backend, config.n_threads, config.cpu_isa)
+        self.plan = place(graph, available, config.strict_backend)
         if config.n_threads and all(b.name == "reference" for b in self.plan.backends):
             _log.warning("n_threads is ignored: numpy chooses the reference backend's threads")
         self._executable: Executable | None = Executable(self.plan, self.model.weights)
@@ -72,8 +73,9 @@ class Engine:
         backend: auto, cpu, cuda or reference. n_ctx: positions of memory (None: 4096 or what the
         model was trained on, whichever is less; 0: the latter). Other options are those of
         EngineConfig: n_batch and n_ubatch (most tokens of a step), n_parallel (most sequences),
-        n_checkpoints, n_threads, type_k and type_v (f32, f16), gdn (auto, scan, chunk,
-        decomposed), strict_backend (fail rather than place a node elsewhere).
+        n_checkpoints, n_threads, cpu_isa (avx512, avx2, portable; None: the best), type_k and
+        type_v (f32, f16), gdn (auto, scan, chunk, decomposed), strict_backend (fail rather than
+        place a node elsewhere).
         Raises EngineError, in one line, for whatever the file or the options have wrong.
         """
         start = time.perf_counter()

@@ -118,6 +118,14 @@ class GGUFFile:
         data = self._maps[info.file_index]
         return np.frombuffer(data, np.uint8, count=info.nbytes, offset=info.offset)
 
+    def release(self, name: str) -> None:
+        """Let go of the pages that hold a tensor; they are read from the file again when used."""
+        info = self.tensors[name]
+        start = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (info.offset + info.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self._maps[info.file_index].madvise(mmap.MADV_DONTNEED, start, length)
+
     def integer(self, key: str, default: int | None = None) -> int:
         """An integer of the metadata; without `default` a missing key is an error."""
         value = self._value(key, default)

@@ -92,11 +92,16 @@ class WeightSource(Protocol):
     def raw(self, name: str) -> NDArray[np.uint8]:
         """A weight's stored bytes, uint8."""
 
+    def release(self, name: str) -> None:
+        """Its bytes are not needed any more, or only seldom: their memory may be given back."""
+
 
 class Backend(Protocol):
     """Something that can run nodes and holds the weights and states that they use."""
 
     name: str
+    # What it runs with, in a few words.
+    detail: str
 
     @property
     def states(self) -> StateStore:

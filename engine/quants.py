@@ -101,3 +101,12 @@ def dequantize(dtype: DType, raw: NDArray[np.uint8], shape: tuple[int, ...]) -> 
     rows = raw.reshape(-1, dtype.row_bytes(shape[-1]))
     decoded = gguf_quants.dequantize(rows, GGMLQuantizationType(dtype.ggml_id))
     return np.ascontiguousarray(decoded, dtype=np.float32).reshape(shape)
+
+
+def quantize_q8_0(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Float32 rows, whole blocks of 32, rounded to Q8_0: the bytes of the rows, uint8."""
+    from gguf import GGMLQuantizationType
+    from gguf import quants as gguf_quants
+
+    rows = gguf_quants.quantize(values, GGMLQuantizationType.Q8_0)
+    return np.ascontiguousarray(rows).reshape(-1).view(np.uint8)

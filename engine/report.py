@@ -15,7 +15,9 @@ def summary(plans: Mapping[int, Plan]) -> list[str]:
     """The counts in llama.cpp's form; `plans` by batch size."""
     nodes = ", ".join(f"{len(p.graph.nodes)} (with bs={bs})" for bs, p in plans.items())
     splits = ", ".join(f"{len(p.splits)} (with bs={bs})" for bs, p in plans.items())
-    return [f"graph nodes  = {nodes}", f"graph splits = {splits}"]
+    used = {b.name: b.detail for p in plans.values() for b in p.backends}
+    rows = [f"backend {name:<12} = {detail}" for name, detail in used.items()]
+    return [f"graph nodes  = {nodes}", f"graph splits = {splits}", *rows]
 
 
 def histogram(plan: Plan) -> list[tuple[str, int]]:

@@ -41,7 +41,7 @@ def float64_engine(path: Path, **options: Any) -> Engine:
     Random models amplify rounding: where q·k happens to be almost 0, the norm of the delta net's
     output turns float32 noise into 1e-9 and more of the logits, and comparisons could only be lax.
     """
-    with patch("engine.backends.create", lambda name: [ReferenceBackend(np.float64)]):
+    with patch("engine.backends.create", lambda *options: [ReferenceBackend(np.float64)]):
         engine = Engine.load(path, **options)
     arrays = engine.plan.backends[0].states.arrays
     for tensor, array in arrays.items():

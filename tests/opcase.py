@@ -176,6 +176,10 @@ class RawWeights:
         """A weight's bytes."""
         return self._weights[name]
 
+    def release(self, name: str) -> None:
+        """They are asked for once."""
+        self._weights[name] = np.zeros(0, np.uint8)
+
 
 def run_case(
     backend: Any, op: Op, case: Case, seed: int, strided: bool = False

@@ -182,7 +182,7 @@ def test_out_of_memory(cli: Cli, tiny: Path, monkeypatch: pytest.MonkeyPatch) ->
     def allocate(self: object, states: object) -> None:
         raise MemoryError("Unable to allocate 9 GiB")
 
-    monkeypatch.setattr("engine.backends.reference.ReferenceStates.allocate", allocate)
+    monkeypatch.setattr("engine.backends.states.ArrayStates.allocate", allocate)
     line = cli("-m", tiny, "-p", "a").refused()
     assert line == "out of memory: Unable to allocate 9 GiB"
 

@@ -50,7 +50,7 @@ def names(path: Path) -> list[str]:
 def engine_on(path: Path, backends: Sequence[Picky], **options: Any) -> Iterator[Engine]:
     """An engine that is given these backends."""
     with (
-        patch("engine.backends.create", lambda name: list(backends)),
+        patch("engine.backends.create", lambda *options: list(backends)),
         Engine.load(path, n_ctx=256, n_ubatch=128, n_parallel=3, **options) as engine,
     ):
         yield engine

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +17,8 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from engine.graph import Kind, Live, Node, Tensor, dim_name
+from engine.backends.states import ArrayStates
+from engine.graph import Kind, Live, Node, Tensor
 from engine.planner import Instruction, Split, Support, Watch, WeightSource
 from engine.quants import I32, dequantize, numpy_dtype
 
@@ -33,8 +34,9 @@ class ReferenceBackend:
 
     def __init__(self, dtype: type = np.float32, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
         self.dtype = np.dtype(dtype)
+        self.detail = f"numpy, {self.dtype}"
         self._weights = _WeightCache(self.dtype, cache_bytes)
-        self.states = ReferenceStates()
+        self.states = ArrayStates()
         self._values: dict[Tensor, Array] = {}
 
     def supports(self, node: Node) -> Support:
@@ -126,40 +128,6 @@ class ReferenceProgram:
             if watch is not None:
                 watch(node, [backend.read(t) for t in node.outputs])
             backend.forget(self._release.get(node, ()))
-
-
-class ReferenceStates:
-    """State tensors as numpy arrays; see StateStore."""
-
-    def __init__(self) -> None:
-        self.arrays: dict[Tensor, Array] = {}
-
-    def allocate(self, states: Sequence[Tensor]) -> None:
-        """Memory that the system provides when it is first written."""
-        for t in states:
-            self.arrays[t] = np.zeros(t.shape, numpy_dtype(t.dtype))
-
-    def _of(self, dim: str) -> list[tuple[Tensor, Array]]:
-        return [(t, a) for t, a in self.arrays.items() if dim_name(t) == dim]
-
-    def zero(self, dim: str, index: int) -> None:
-        """Assign zeros to a slot or block of every layer."""
-        for _, array in self._of(dim):
-            array[index] = 0
-
-    def copy(self, dim: str, source: int, target: int) -> None:
-        """Copy a slot or block of every layer."""
-        for _, array in self._of(dim):
-            array[target] = array[source]
-
-    def save(self, dim: str, index: int) -> dict[str, Array]:
-        """Copies of a slot's or block's contents, by state tensor name."""
-        return {t.name: array[index].copy() for t, array in self._of(dim)}
-
-    def load(self, dim: str, index: int, contents: Mapping[str, Array]) -> None:
-        """The reverse of `save`."""
-        for t, array in self._of(dim):
-            array[index] = contents[t.name]
 
 
 class _WeightCache:

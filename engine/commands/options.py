@@ -91,6 +91,7 @@ _ENGINE_OPTIONS: list[OptionRow] = [
     ("-b --batch-size", "n_batch", at_least(1), "most tokens of a batch (2048)"),
     ("-ub --ubatch-size", "n_ubatch", at_least(1), "most tokens of a step (512)"),
     ("-t --threads", "n_threads", at_least(1), "threads (all cores)"),
+    ("--cpu-isa", "cpu_isa", str, "instruction set of the CPU kernels (the best there is)"),
     ("-np --parallel", "n_parallel", at_least(1), "sequences that run together (1)"),
 ]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from engine import backends
 from engine.commands.options import (
     OptionRow,
     Parser,
@@ -27,7 +28,7 @@ from engine.errors import EngineError
 from engine.prompts import read_prompts, result_line
 from engine.request import Completion
 from engine.sampler import SamplingParams
-from engine.version import version_line
+from engine.version import __version__
 
 ABOUT = "Complete a prompt. Other commands: %s."
 _SAMPLING_OPTIONS: list[OptionRow] = [
@@ -64,7 +65,8 @@ _SAMPLING_OPTIONS: list[OptionRow] = [
 
 def add_options(p: Parser) -> None:
     """Its options."""
-    p.add_argument("--version", action="version", version=version_line())
+    line = f"gdn-engine {__version__}, backends: {backends.describe()}"
+    p.add_argument("--version", action="version", version=line)
     common_options(p)
     prompt_options(p, many=True)
     engine_options(p)

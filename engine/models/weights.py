@@ -73,6 +73,10 @@ class Weights:
         table = self.raw(rows.source).reshape(-1, info.dtype.row_bytes(info.shape[-1]))
         return table[rows.index].reshape(-1)
 
+    def release(self, name: str) -> None:
+        """Give back the memory that a tensor's bytes had from the file; they can be read again."""
+        self._file.release(self._rows[name].source if name in self._rows else name)
+
 
 def _check(file: GGUFFile, expected: Mapping[str, Shape], skipped: range) -> None:
     missing = [name for name in expected if name not in file.tensors]

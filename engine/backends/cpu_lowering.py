@@ -1,0 +1,127 @@
+"""Nodes as the CPU's instructions: operands and attributes of each kernel, in its order.
+
+Views and instructions are numpy records laid out as the structs of engine/ops/cpu/kernel.h and
+engine/backends/cpu_executor.cpp, so that a program is a few arrays which one native call runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.graph import Dim, Node, Tensor
+from engine.ops.gated_delta_net import HEAD_MAPS
+from engine.ops.router import GATINGS
+from engine.quants import F16, F32, I32, DType
+
+MAX_RANK = 4
+# As Dim and DType in kernel.h.
+DIMS = ("", "n_tokens", "n_seqs", "n_seqs + 1", "n_outputs")
+_DTYPES = {F32: 0, F16: 1, I32: 2}
+I8, PACKED = 3, 4
+
+VIEW = np.dtype(
+    [
+        ("data", "u8"),
+        ("shape", "i8", MAX_RANK),
+        ("stride", "i8", MAX_RANK),
+        ("rank", "i4"),
+        ("dtype", "i4"),
+        ("dim", "i4"),
+        ("layout", "i4"),
+    ]
+)
+INSTRUCTION = np.dtype([("kernel", "u8"), ("views", "u8"), ("attrs", "u8"), ("barrier", "i8")])
+
+_ENUMS = {"head_map": HEAD_MAPS, "act": ("silu", "sigmoid"), "gating": GATINGS}
+_RECURRENT = ("state", "seq_starts", "state_src", "state_dst", "snapshot_dst")
+_PAGED = ("positions", "seq_starts", "block_tables")
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A kernel's views are `n_outputs` outputs, then `operands`; absent ones are null."""
+
+    n_outputs: int
+    operands: tuple[str, ...]
+    attrs: tuple[str, ...] = ()
+
+
+SIGNATURES = {
+    "ADD_RMS_NORM": Signature(2, ("x", "weight", "delta"), ("eps",)),
+    "ATTENTION": Signature(1, ("q", "k_cache", "v_cache", "gate", *_PAGED), ("scale",)),
+    "GATED_DELTA_NET": Signature(
+        1, ("q", "k", "v", "g", "beta", *_RECURRENT), ("head_map", "scale")
+    ),
+    "GDN_GATE": Signature(2, ("alpha", "beta", "a", "dt")),
+    "GET_ROWS": Signature(1, ("table", "ids")),
+    "L2_NORM": Signature(1, ("x",), ("eps",)),
+    "MLA_CACHE": Signature(0, ("kv", "norm", "k_cache", *_PAGED), ("eps",)),
+    "MUL_MAT_HEADS": Signature(1, ("x", "weight", "tail"), ("transposed",)),
+    "QK_NORM_ROPE": Signature(
+        1,
+        ("q", "k", "v", "q_norm", "k_norm", "k_cache", "v_cache", *_PAGED),
+        ("eps", "n_rot", "rope_base"),
+    ),
+    "RMS_NORM_GATED": Signature(1, ("x", "gate", "weight"), ("eps", "act")),
+    "ROUTER": Signature(2, ("logits", "bias"), ("n_used", "gating", "scale", "eps", "groups")),
+    "SSM_CONV": Signature(1, (*_RECURRENT, "x", "weight", "x1", "weight1", "x2", "weight2"), ()),
+    "SWIGLU": Signature(1, ("gate", "up")),
+}
+
+
+def numbers(attrs: Mapping[str, Any], names: Iterable[str]) -> list[float]:
+    """Attributes as a kernel reads them: choices by their index, tuples one after another."""
+    values: list[float] = []
+    for name in names:
+        value = attrs[name]
+        if name in _ENUMS:
+            value = _ENUMS[name].index(value)
+        values += map(float, value if isinstance(value, tuple) else (value,))
+    return values
+
+
+def view(
+    address: int,
+    shape: Iterable[int],
+    strides: Iterable[int],
+    dtype: int,
+    layout: int = 0,
+) -> NDArray[Any]:
+    """A record of VIEW; strides count elements, or bytes where the dtype is PACKED."""
+    record = np.zeros((), VIEW)
+    shape, strides = tuple(shape), tuple(strides)
+    record["data"], record["rank"] = address, len(shape)
+    record["shape"][: len(shape)] = shape
+    record["stride"][: len(strides)] = strides
+    record["dtype"], record["layout"] = dtype, layout
+    first = shape[0] if shape else 0
+    record["dim"] = DIMS.index(first.name) if isinstance(first, Dim) and first.name in DIMS else 0
+    return record
+
+
+def tensor_view(tensor: Tensor, base_address: int, dtype: DType | None = None) -> NDArray[Any]:
+    """The view of a plain tensor whose base lies at an address."""
+    code = _DTYPES[dtype or tensor.dtype]
+    item = 2 if code == _DTYPES[F16] else 4
+    return view(base_address + tensor.offset * item, tensor.shape, tensor.strides, code)
+
+
+def parts(node: Node) -> list[tuple[str, list[Tensor | None], list[float]]]:
+    """(kernel, views' tensors, attributes) of the instructions of a node that has a signature.
+
+    A node of several independent parts, as SWIGLU's pairs are, becomes one instruction for each.
+    """
+    signature = SIGNATURES[node.op.name]
+    if node.op.name == "SWIGLU":
+        names = [(f"gate{i or ''}", f"up{i or ''}") for i in range(len(node.outputs))]
+        pairs = zip(names, node.outputs, strict=True)
+        return [("SWIGLU", [out, *(node.inputs[n] for n in pair)], []) for pair, out in pairs]
+    outputs: list[Tensor | None] = [*node.outputs]
+    outputs += [None] * (signature.n_outputs - len(outputs))
+    operands = [node.inputs.get(name) for name in signature.operands]
+    return [(node.op.name, outputs + operands, numbers(node.attrs, signature.attrs))]

@@ -1,0 +1,125 @@
+"""Weights as the CPU's kernels read them: packed panels for products and tables, else float32.
+
+Each type is packed into a layout that keeps its values exactly (engine/ops/cpu/layout.h); types
+that have none are rounded to Q8_0 first, which is off by at most 1/254 of the largest of 32
+neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from engine.backends.cpu_library import Library
+from engine.backends.cpu_lowering import PACKED, tensor_view, view
+from engine.graph import Tensor
+from engine.planner import WeightSource
+from engine.quants import F32, WEIGHT_TYPES, DType, dequantize, quantize_q8_0
+
+Array = NDArray[Any]
+_ROWS = 16
+_Q8_0 = WEIGHT_TYPES["Q8_0"]
+# What one task packs: enough to be worth a call, and many for every thread.
+_TASK_BYTES = 1 << 20
+_SECONDS_BEFORE_BAR = 1
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix [out, in], or matrices [X, out, in], in panels of 16 rows."""
+
+    data: Array
+    layout: int
+    matrix_bytes: int
+    panel_bytes: int
+
+
+class CpuWeights:
+    """Packs weights and keeps them, by tensor."""
+
+    def __init__(self, library: Library, n_threads: int) -> None:
+        self._lib, self._n_threads = library, n_threads
+        self._packed: dict[Tensor, Packed] = {}
+        self._plain: dict[Tensor, Array] = {}
+
+    def load(self, packed: Sequence[Tensor], plain: Sequence[Tensor], source: WeightSource) -> None:
+        """Read and convert weights; shows progress when it takes long."""
+        for tensor in plain:
+            if tensor not in self._plain:
+                values = dequantize(tensor.dtype, source.raw(tensor.name), tensor.shape)
+                self._plain[tensor] = np.ascontiguousarray(values)
+        todo = [t for t in packed if t not in self._packed]
+        total = sum(t.nbytes for t in todo)
+        with (
+            tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", leave=False,
+                 disable=None, delay=_SECONDS_BEFORE_BAR) as bar,
+            ThreadPoolExecutor(self._n_threads) as pool,
+        ):  # fmt: skip
+            for tensor in todo:
+                self._packed[tensor] = self._pack(tensor, source, pool)
+                source.release(tensor.name)
+                bar.update(tensor.nbytes)
+
+    def _pack(self, tensor: Tensor, source: WeightSource, pool: ThreadPoolExecutor) -> Packed:
+        *lead, n_out, n_in = tensor.shape
+        raw, dtype = source.raw(tensor.name), self._stored_as(tensor.dtype)
+        layout = self._lib.layout_of(dtype.ggml_id)
+        panel = self._lib.panel_bytes(layout, n_in)
+        n_panels, n_matrices = -(-n_out // _ROWS), math.prod(lead)
+        matrix_bytes = n_panels * panel
+        data = _aligned(n_matrices * matrix_bytes)
+        row_bytes = tensor.dtype.row_bytes(n_in)
+
+        def pack(matrix: int, begin: int, end: int) -> None:
+            first = (matrix * n_out + begin * _ROWS) * row_bytes
+            last = (matrix * n_out + min(end * _ROWS, n_out)) * row_bytes
+            rows = raw[first:last]
+            if dtype is not tensor.dtype:
+                rows = quantize_q8_0(dequantize(tensor.dtype, rows, (-1, n_in)))
+            n_rows = min(end * _ROWS, n_out) - begin * _ROWS
+            target = data.ctypes.data + matrix * matrix_bytes + begin * panel
+            address = rows.ctypes.data
+            self._lib.pack(dtype.ggml_id, address, n_rows, n_in, target, 0, end - begin)
+
+        tasks = list(_tasks(n_matrices, n_panels, max(1, _TASK_BYTES // max(1, panel))))
+        list(pool.map(lambda task: pack(*task), tasks))
+        return Packed(data, layout, matrix_bytes, panel)
+
+    def _stored_as(self, dtype: DType) -> DType:
+        return dtype if self._lib.layout_of(dtype.ggml_id) >= 0 else _Q8_0
+
+    def packed_view(self, tensor: Tensor) -> Array:
+        """The view of a packed weight: strides in bytes, of matrices and panels."""
+        p = self._packed[tensor]
+        strides = [p.panel_bytes] if len(tensor.shape) == 2 else [p.matrix_bytes, p.panel_bytes]
+        return view(p.data.ctypes.data, tensor.shape, strides, PACKED, p.layout)
+
+    def plain_view(self, tensor: Tensor) -> Array:
+        """The view of a weight decoded to float32, or of a part of one."""
+        return tensor_view(tensor, self._plain[tensor.base].ctypes.data, F32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights as they are kept."""
+        packed = sum(p.data.nbytes for p in self._packed.values())
+        return packed + sum(a.nbytes for a in self._plain.values())
+
+
+def _tasks(n_matrices: int, n_panels: int, step: int) -> Iterator[tuple[int, int, int]]:
+    for matrix in range(n_matrices):
+        for begin in range(0, n_panels, step):
+            yield matrix, begin, min(begin + step, n_panels)
+
+
+def _aligned(n_bytes: int) -> Array:
+    """Memory whose address is a multiple of 64; pages come when they are first written."""
+    data = np.empty(n_bytes + 64, np.uint8)
+    start = -data.ctypes.data % 64
+    return data[start : start + n_bytes]

@@ -1,0 +1,264 @@
+// GATED_DELTA_NET by scan: a task is a block of value columns of one head of one sequence.
+//
+// Per token: S *= e^g; d = beta (v - Sᵀk); S += k dᵀ; o = Sᵀq · scale. Columns of S are independent
+// and a block of them stays in the L1 cache over all tokens. One pass over the block a token does
+// it all: it updates S with d, and takes from the new S the output and the next token's prediction
+// Sᵀ(e^g' k'). Only a sequence's first token needs a pass of its own for that. A column's sums run
+// in the same order wherever they are made, so that cutting a sequence elsewhere changes no bit.
+
+#include "kernels.h"
+
+namespace gdn {
+
+namespace {
+
+// Attributes: head_map (0: tiled, 1: grouped), scale.
+enum { OUT, Q, K, V, G, BETA, STATE, SEQ_STARTS, STATE_SRC, STATE_DST, SNAPSHOT_DST };
+
+// Columns that share the loads of k, q and the decay. Their scalars are the lanes of a `v4`.
+constexpr int GROUP = 4;
+typedef float v4 __attribute__((vector_size(16)));
+
+constexpr int64_t MAX_DK = 256, MAX_DV = 256;
+// Floats of state in a block. Larger ones read the tokens' rows less often, which measures better
+// than a state that leaves half of the L1 cache free. With a decay for each key row (KDA) a block
+// also computes all exponentials anew.
+constexpr int64_t BLOCK = 8192, BLOCK_KDA = 16384;
+// Tokens between the request for a token's rows and their use: long prompts' rows lie in the L3
+// cache or beyond, each on a page of its own.
+constexpr int64_t AHEAD = 4;
+
+// a * b + c in one rounding wherever there is such an instruction. Left to the compiler, a sum of
+// two products could be fused either way, and differently in each copy of a loop.
+GDN_INLINE vf mul_add(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<vf>(_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c));
+#elif defined(__FMA__)
+    return reinterpret_cast<vf>(_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c));
+#else
+    return a * b + c;
+#endif
+}
+
+template <typename V>
+GDN_INLINE v4 fold(V v) {
+    v4 s = __builtin_shufflevector(v, v, 0, 1, 2, 3);
+    if constexpr (sizeof(V) >= 32) s += __builtin_shufflevector(v, v, 4, 5, 6, 7);
+    if constexpr (sizeof(V) >= 64)
+        s += __builtin_shufflevector(v, v, 8, 9, 10, 11) +
+             __builtin_shufflevector(v, v, 12, 13, 14, 15);
+    return s;
+}
+
+// The sums over the lanes of four vectors.
+GDN_INLINE v4 sums(const vf* v) {
+    const v4 a = fold(v[0]), b = fold(v[1]), c = fold(v[2]), d = fold(v[3]);
+    const v4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) +
+                  __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const v4 cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) +
+                  __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+}
+
+template <int C>
+GDN_INLINE v4 load_columns(const float* p) {
+    v4 v{};
+    std::memcpy(&v, p, 4 * C);
+    return v;
+}
+
+// What a head's columns need of a token. With one decay a head, `key` is k itself and a prediction
+// is multiplied by the decay afterwards; with KDA `key` is e^g k.
+struct Token {
+    const float *q, *k, *key, *decays;
+    float decay;
+};
+
+// One head of one sequence, from its first row on.
+struct Head {
+    const float *q, *k, *v, *g, *beta;
+    int64_t q_step, k_step, v_step, g_step, beta_step, out_step;
+    float* out;
+    int64_t n, dk;
+    float scale;
+};
+
+template <bool KDA>
+GDN_INLINE Token token(const Head& h, int64_t t, float* scratch) {
+    Token r{h.q + t * h.q_step, h.k + t * h.k_step, nullptr, nullptr, 1.0f};
+    const float* g = h.g + t * h.g_step;
+    if constexpr (!KDA) {
+        r.key = r.k;
+        r.decay = exp(splat(*g))[0];
+        return r;
+    }
+    // Two tokens are in use at a time.
+    float *decays = scratch + (t % 2) * 2 * MAX_DK, *key = decays + MAX_DK;
+    for_lanes(h.dk, [&](int64_t i, int w) {
+        const vf e = exp(load_part(g + i, w));
+        store_part(decays + i, e, w);
+        store_part(key + i, e * load_part(r.k + i, w), w);
+    });
+    r.decays = decays;
+    r.key = key;
+    return r;
+}
+
+GDN_INLINE void prefetch_token(const Head& h, int64_t t, int64_t first, int64_t last) {
+    if (t >= h.n) return;
+    for (int64_t i = 0; i < h.dk; i += 16) {
+        __builtin_prefetch(h.k + t * h.k_step + i);
+        __builtin_prefetch(h.q + t * h.q_step + i);
+    }
+    for (int64_t i = first; i < last; i += 16) {
+        __builtin_prefetch(h.v + t * h.v_step + i);
+        __builtin_prefetch(h.out + t * h.out_step + i, 1);
+    }
+}
+
+// Sᵀ key of C columns.
+template <int C>
+GDN_INLINE v4 predict(const float* state, const float* key, int64_t dk) {
+    vf p[GROUP]{};
+    for_lanes(dk, [&](int64_t i, int w) __attribute__((always_inline)) {
+        const vf x = load_part(key + i, w);
+        for (int c = 0; c < C; c++) p[c] = mul_add(load_part(state + c * dk + i, w), x, p[c]);
+    });
+    return sums(p);
+}
+
+// Updates C columns by a token's d, and makes their outputs and the next token's predictions. The
+// LAST token has no next one; it is most often a decode's only token, which waits for memory: it
+// fetches the next columns while it computes these.
+template <int C, bool KDA, bool LAST>
+GDN_INLINE void update(const float* from, float* to, const Token& now, const float* next_key, v4 d,
+                       int64_t dk, v4* output, v4* prediction) {
+    vf o[GROUP]{}, p[GROUP]{}, delta[GROUP];
+    for (int c = 0; c < C; c++) delta[c] = splat(d[c]);
+    const vf decay = splat(now.decay);
+    for_lanes(dk, [&](int64_t i, int w) __attribute__((always_inline)) {
+        const vf k = load_part(now.k + i, w), q = load_part(now.q + i, w);
+        const vf key = LAST ? vf{} : load_part(next_key + i, w);
+        const vf e = KDA ? load_part(now.decays + i, w) : decay;
+        for (int c = 0; c < C; c++) {
+            const vf s = mul_add(k, delta[c], e * load_part(from + c * dk + i, w));
+            if constexpr (LAST) __builtin_prefetch(from + (c + GROUP) * dk + i);
+            store_part(to + c * dk + i, s, w);
+            o[c] = mul_add(s, q, o[c]);
+            if constexpr (!LAST) p[c] = mul_add(s, key, p[c]);
+        }
+    });
+    *output = sums(o);
+    if constexpr (!LAST) *prediction = sums(p);
+}
+
+// One token of C columns; `p` are their predictions, which the first token has yet to make.
+template <int C, bool KDA>
+GDN_INLINE void step(const Head& h, int64_t t, int64_t column, const Token& now,
+                     const float* next_key, const float* from, float* to, float* p) {
+    v4 prediction = t ? load_columns<C>(p) : predict<C>(from, now.key, h.dk), output;
+    const v4 v = load_columns<C>(h.v + t * h.v_step + column);
+    const v4 d = h.beta[t * h.beta_step] * (v - now.decay * prediction);
+    if (t + 1 < h.n) {
+        update<C, KDA, false>(from, to, now, next_key, d, h.dk, &output, &prediction);
+        std::memcpy(p, &prediction, 4 * C);
+    } else {
+        update<C, KDA, true>(from, to, now, nullptr, d, h.dk, &output, &prediction);
+    }
+    output *= h.scale;
+    std::memcpy(h.out + t * h.out_step + column, &output, 4 * C);
+}
+
+// Where a block's state comes from (null: zeros) and where it stays; `offset`: its place in a slot.
+struct Slots {
+    const float* src;
+    float* dst;
+    const View* state;
+    const int32_t* snapshots;
+    int64_t n_snapshots, offset;
+};
+
+// Copies the state if a snapshot is wanted with `left` tokens, this one included, still to go.
+void snapshot(const Slots& slots, int64_t left, int64_t size) {
+    if (left > slots.n_snapshots) return;
+    const int32_t slot = slots.snapshots[slots.n_snapshots - left];
+    if (slot < 0) return;
+    float* to = slots.state->row(slot) + slots.offset;
+    if (to != slots.dst) std::memcpy(to, slots.dst, 4 * static_cast<size_t>(size));
+}
+
+template <bool KDA>
+void scan(const Head& h, const Slots& slots, int64_t first, int64_t last, float* scratch) {
+    const int64_t n = last - first, size = n * h.dk;
+    float predictions[MAX_DV];
+    const float* from = slots.src;
+    if (!from) {
+        std::memset(slots.dst, 0, 4 * static_cast<size_t>(size));
+        from = slots.dst;
+    }
+    Token now = token<KDA>(h, 0, scratch);
+    for (int64_t t = 0; t < h.n; t++) {
+        prefetch_token(h, t + AHEAD, first, last);
+        const Token next = t + 1 < h.n ? token<KDA>(h, t + 1, scratch) : now;
+        const float* in = from;
+        float* out = slots.dst;
+        int64_t c = 0;
+        for (; c + GROUP <= n; c += GROUP, in += GROUP * h.dk, out += GROUP * h.dk)
+            step<GROUP, KDA>(h, t, first + c, now, next.key, in, out, predictions + c);
+        for (; c < n; c++, in += h.dk, out += h.dk)
+            step<1, KDA>(h, t, first + c, now, next.key, in, out, predictions + c);
+        from = slots.dst;
+        now = next;
+        snapshot(slots, h.n - t, size);
+    }
+}
+
+int64_t block_columns(const Args& a) {
+    const View& state = a.v[STATE];
+    const int64_t columns = (a.v[G].rank == 3 ? BLOCK_KDA : BLOCK) / state.shape[3];
+    return columns / GROUP * GROUP;
+}
+
+int64_t blocks_of(const Args& a) {
+    const int64_t columns = block_columns(a);
+    return (a.v[STATE].shape[2] + columns - 1) / columns;
+}
+
+int64_t n_tasks(const Args& a) {
+    return a.rows(a.v[STATE_SRC]) * a.v[STATE].shape[1] * blocks_of(a);
+}
+
+void run_block(const Args& a, int64_t s, int64_t head, int64_t first) {
+    const View *v = a.v, &state = v[STATE];
+    const int32_t* starts = v[SEQ_STARTS].as<int32_t>();
+    const int64_t row = starts[s], n = starts[s + 1] - row;
+    if (n <= 0) return;
+    const int64_t dv = state.shape[2], dk = state.shape[3], key_heads = v[Q].shape[1];
+    const int64_t key_head = a.attr[0] == 0 ? head % key_heads : head / (v[V].shape[1] / key_heads);
+    const Head h{v[Q].row(row, key_head), v[K].row(row, key_head), v[V].row(row, head),
+                 v[G].row(row, head), v[BETA].row(row, head), v[Q].stride[0], v[K].stride[0],
+                 v[V].stride[0], v[G].stride[0], v[BETA].stride[0], v[OUT].stride[0],
+                 v[OUT].row(row, head), n, dk, static_cast<float>(a.attr[1])};
+    const int64_t offset = head * state.stride[1] + first * dk;
+    const int32_t src = v[STATE_SRC].as<int32_t>()[s], dst = v[STATE_DST].as<int32_t>()[s];
+    float* scratch = reinterpret_cast<float*>(a.scratch);  // Two tokens' rows, then a state.
+    const View& snapshots = v[SNAPSHOT_DST];
+    const Slots slots{src < 0 ? nullptr : state.row(src) + offset,
+                      dst < 0 ? scratch + 4 * MAX_DK : state.row(dst) + offset, &state,
+                      snapshots.as<int32_t>() + s * snapshots.stride[0], snapshots.shape[1],
+                      offset};
+    const int64_t columns = block_columns(a), last = first + columns < dv ? first + columns : dv;
+    (v[G].rank == 3 ? scan<true> : scan<false>)(h, slots, first, last, scratch);
+}
+
+void run(const Args& a, int64_t begin, int64_t end) {
+    const int64_t blocks = blocks_of(a), heads = a.v[STATE].shape[1], columns = block_columns(a);
+    for (int64_t task = begin; task < end; task++)
+        run_block(a, task / (heads * blocks), task / blocks % heads, task % blocks * columns);
+}
+
+}  // namespace
+
+const Kernel gated_delta_net = {"GATED_DELTA_NET", n_tasks, run};
+
+}  // namespace gdn

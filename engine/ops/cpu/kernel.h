@@ -1,0 +1,65 @@
+// What every CPU kernel is: a count of independent tasks, and a function that runs some of them.
+//
+// An instruction has operands (`View`s, in the order of its op's table in engine/backends/cpu.py;
+// one that is absent has data == nullptr) and attributes as doubles. Tasks of one instruction may
+// run in any order and on any thread; a task's result must not depend on which.
+#pragma once
+
+#include <cstdint>
+
+namespace gdn {
+
+// Live counts of a batch by the number that View::dim has: 0 stands for "always the capacity".
+enum Dim : int32_t { FIXED, N_TOKENS, N_SEQS, N_SEQS_1, N_OUTPUTS, N_DIMS };
+
+enum DType : int32_t { F32, F16, I32, I8, PACKED };
+
+constexpr int MAX_RANK = 4;
+
+// A row-major array or a strided part of one; strides count elements. A weight in a packed layout
+// has dtype PACKED, its layout's number, and the layout's strides in bytes (see layout.h).
+struct View {
+    char* data;
+    int64_t shape[MAX_RANK];
+    int64_t stride[MAX_RANK];
+    int32_t rank, dtype, dim, layout;
+
+    template <typename T>
+    T* as() const {
+        return reinterpret_cast<T*>(data);
+    }
+    // Row i of the first axis, and with more indices entries of the following ones.
+    float* row(int64_t i) const { return as<float>() + i * stride[0]; }
+    float* row(int64_t i, int64_t j) const { return row(i) + j * stride[1]; }
+    explicit operator bool() const { return data != nullptr; }
+};
+
+struct Args {
+    const View* v;
+    const double* attr;
+    const int64_t* live;  // [N_DIMS]
+    char* scratch;        // SCRATCH_BYTES of the running thread's own, aligned to 64
+
+    // The live size of a view's first axis.
+    int64_t rows(const View& view) const { return view.dim ? live[view.dim] : view.shape[0]; }
+};
+
+constexpr int64_t SCRATCH_BYTES = 1 << 20;
+
+struct Kernel {
+    const char* name;
+    int64_t (*n_tasks)(const Args&);
+    void (*run)(const Args&, int64_t begin, int64_t end);
+};
+
+// The sequence that row t belongs to.
+inline int64_t sequence_of(const int32_t* seq_starts, int64_t n_seqs, int64_t t) {
+    int64_t low = 0, high = n_seqs;
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        (seq_starts[middle] <= t ? low : high) = middle;
+    }
+    return low;
+}
+
+}  // namespace gdn

@@ -1,0 +1,313 @@
+// GGUF blocks into packed panels (see layout.h), and rows of panels back into float32.
+//
+// Block formats are those of the GGUF files: bytes in the order in which ggml defines them.
+
+#include "pack.h"
+
+#include <algorithm>
+
+namespace gdn {
+
+namespace {
+
+uint16_t u16(const uint8_t* p) { return load_as<uint16_t>(p); }
+
+// One record's columns of one row: values as they are stored, and scales (of each group).
+struct Columns {
+    uint8_t q[RECORD];
+    uint16_t flat[2], flat_min[2];
+    uint8_t scale[2], min[2];
+};
+
+struct SuperScales {
+    uint16_t d, d_min;
+};
+
+void nibbles(const uint8_t* qs, uint8_t* q) {
+    for (int j = 0; j < 16; j++) q[j] = qs[j] & 15, q[j + 16] = qs[j] >> 4;
+}
+
+void fifth_bits(uint32_t high, uint8_t* q) {
+    for (int j = 0; j < RECORD; j++) q[j] |= (high >> j & 1) << 4;
+}
+
+// 6-bit scale and min i of Q4_K and Q5_K, of which 8 each lie in 12 bytes.
+void k_scale(const uint8_t* s, int i, uint8_t& scale, uint8_t& min) {
+    if (i < 4) {
+        scale = s[i] & 63, min = s[i + 4] & 63;
+    } else {
+        scale = (s[i + 4] & 15) | (s[i - 4] >> 6) << 4;
+        min = s[i + 4] >> 4 | (s[i] >> 6) << 4;
+    }
+}
+
+// Q3_K's 6-bit scale i of 16 in 12 bytes, which counts from -32.
+int q3_scale(const uint8_t* s, int i) {
+    const int low = i < 8 ? s[i] & 15 : s[i - 8] >> 4;
+    return (low | (s[8 + i % 4] >> 2 * (i / 4) & 3) << 4) - 32;
+}
+
+using Decode = void (*)(const uint8_t* block, int record, Columns& c, SuperScales& s);
+
+void q4_0(const uint8_t* b, int, Columns& c, SuperScales&) {
+    c.flat[0] = u16(b);
+    nibbles(b + 2, c.q);
+}
+
+void q4_1(const uint8_t* b, int, Columns& c, SuperScales&) {
+    // A min is subtracted here and added there.
+    c.flat[0] = u16(b), c.flat_min[0] = u16(b + 2) ^ 0x8000;
+    nibbles(b + 4, c.q);
+}
+
+void q5_0(const uint8_t* b, int, Columns& c, SuperScales&) {
+    c.flat[0] = u16(b);
+    nibbles(b + 6, c.q);
+    fifth_bits(load_as<uint32_t>(b + 2), c.q);
+}
+
+void q5_1(const uint8_t* b, int, Columns& c, SuperScales&) {
+    c.flat[0] = u16(b), c.flat_min[0] = u16(b + 2) ^ 0x8000;
+    nibbles(b + 8, c.q);
+    fifth_bits(load_as<uint32_t>(b + 4), c.q);
+}
+
+void q8_0(const uint8_t* b, int, Columns& c, SuperScales&) {
+    c.flat[0] = u16(b);
+    std::memcpy(c.q, b + 2, RECORD);
+}
+
+void q2_k(const uint8_t* b, int i, Columns& c, SuperScales& s) {
+    s = {u16(b + 80), u16(b + 82)};
+    const uint8_t* qs = b + 16 + i / 4 * 32;
+    for (int j = 0; j < RECORD; j++) c.q[j] = qs[j] >> 2 * (i % 4) & 3;
+    for (int g = 0; g < 2; g++) c.scale[g] = b[2 * i + g] & 15, c.min[g] = b[2 * i + g] >> 4;
+}
+
+void q3_k(const uint8_t* b, int i, Columns& c, SuperScales& s) {
+    s = {u16(b + 108), 0};
+    const uint8_t* qs = b + 32 + i / 4 * 32;
+    for (int j = 0; j < RECORD; j++)
+        c.q[j] = (qs[j] >> 2 * (i % 4) & 3) | (b[j] >> i & 1) << 2;
+    for (int g = 0; g < 2; g++) c.scale[g] = static_cast<uint8_t>(q3_scale(b + 96, 2 * i + g));
+}
+
+void q4_k(const uint8_t* b, int i, Columns& c, SuperScales& s) {
+    s = {u16(b), u16(b + 2)};
+    k_scale(b + 4, i, c.scale[0], c.min[0]);
+    const uint8_t* qs = b + 16 + i / 2 * 32;
+    for (int j = 0; j < RECORD; j++) c.q[j] = i % 2 ? qs[j] >> 4 : qs[j] & 15;
+}
+
+void q5_k(const uint8_t* b, int i, Columns& c, SuperScales& s) {
+    s = {u16(b), u16(b + 2)};
+    k_scale(b + 4, i, c.scale[0], c.min[0]);
+    const uint8_t* qs = b + 48 + i / 2 * 32;
+    for (int j = 0; j < RECORD; j++)
+        c.q[j] = (i % 2 ? qs[j] >> 4 : qs[j] & 15) | (b[16 + j] >> i & 1) << 4;
+}
+
+void q6_k(const uint8_t* b, int i, Columns& c, SuperScales& s) {
+    s = {u16(b + 208), 0};
+    const int half = i / 4, quarter = i % 4;
+    const uint8_t* low = b + half * 64 + quarter % 2 * 32;
+    const uint8_t* high = b + 128 + half * 32;
+    for (int j = 0; j < RECORD; j++)
+        c.q[j] = (quarter < 2 ? low[j] & 15 : low[j] >> 4) | (high[j] >> 2 * quarter & 3) << 4;
+    c.scale[0] = b[192 + 2 * i], c.scale[1] = b[193 + 2 * i];
+}
+
+void iq4_xs(const uint8_t* b, int i, Columns& c, SuperScales& s) {
+    s = {u16(b), 0};
+    const int low = b[4 + i / 2] >> 4 * (i % 2) & 15, high = u16(b + 2) >> 2 * i & 3;
+    c.scale[0] = static_cast<uint8_t>((low | high << 4) - 32);
+    nibbles(b + 8 + 16 * i, c.q);
+}
+
+struct Source {
+    int ggml_id;
+    Layout layout;
+    Decode decode;
+    int block_elems, block_bytes;
+};
+
+constexpr Source SOURCES[] = {
+    {0, L_F32, nullptr, 1, 4},        {1, L_F16, nullptr, 1, 2},
+    {30, L_BF16, nullptr, 1, 2},      {2, L_Q4_0, q4_0, 32, 18},
+    {3, L_Q4_1, q4_1, 32, 20},        {6, L_Q5_0, q5_0, 32, 22},
+    {7, L_Q5_1, q5_1, 32, 24},        {8, L_Q8_0, q8_0, 32, 34},
+    {20, L_IQ4_NL, q4_0, 32, 18},     {10, L_Q2_K, q2_k, 256, 84},
+    {11, L_Q3_K, q3_k, 256, 110},     {12, L_Q4_K, q4_k, 256, 144},
+    {13, L_Q5_K, q5_k, 256, 176},     {14, L_Q6_K, q6_k, 256, 210},
+    {23, L_IQ4_XS, iq4_xs, 256, 136},
+};
+
+const Source* source_of(int ggml_id) {
+    for (const Source& s : SOURCES)
+        if (s.ggml_id == ggml_id) return &s;
+    return nullptr;
+}
+
+void put(uint8_t* dst, uint32_t word) { std::memcpy(dst, &word, 4); }
+
+// The planes of one row's 32 values.
+template <typename F>
+void put_planes(const uint8_t* q, int row, uint8_t* planes) {
+    uint32_t w[WORDS];
+    std::memcpy(w, q, RECORD);
+    uint8_t* dst = planes + row * 4;
+    if (F::BITS == 8) {
+        for (int i = 0; i < WORDS; i++) put(dst + i * WORD_BYTES, w[i]);
+        return;
+    }
+    int shift = 0;
+    if (F::BITS >= 4) {
+        for (int c = 0; c < 4; c++, dst += WORD_BYTES)
+            put(dst, (w[2 * c] & 0x0f0f0f0f) | (w[2 * c + 1] & 0x0f0f0f0f) << 4);
+        shift = 4;
+    }
+    if (F::BITS % 4 >= 2) {
+        for (int h = 0; h < 2; h++, dst += WORD_BYTES) {
+            uint32_t word = 0;
+            for (int f = 0; f < 4; f++) word |= (w[4 * h + f] >> shift & 0x03030303) << 2 * f;
+            put(dst, word);
+        }
+        shift += 2;
+    }
+    if (F::BITS % 2) {
+        uint32_t word = 0;
+        for (int i = 0; i < WORDS; i++) word |= (w[i] >> shift & 0x01010101) << i;
+        put(dst, word);
+    }
+}
+
+template <typename F>
+void pack_panel(F, const Source& s, const uint8_t* const* rows, int n_rows, int64_t n_in,
+                uint8_t* panel) {
+    std::memset(panel, 0, F::panel_bytes(n_in));
+    for (int r = 0; r < n_rows; r++) {
+        for (int64_t i = 0; i < n_in / RECORD; i++) {
+            const int64_t per_block = s.block_elems / RECORD;
+            Columns c{};
+            SuperScales scales{};
+            s.decode(rows[r] + i / per_block * s.block_bytes, i % per_block, c, scales);
+            uint8_t* record = const_cast<uint8_t*>(F::record(panel, i));
+            for (int g = 0; g < F::GROUPS; g++) {
+                uint8_t* scale = record + (g * ROWS + r) * (F::IS_SUPER ? 1 : 2);
+                if (F::IS_SUPER) {
+                    scale[0] = c.scale[g];
+                    if (F::HAS_MIN) scale[F::SCALE_BYTES] = c.min[g];
+                } else {
+                    std::memcpy(scale, &c.flat[g], 2);
+                    if (F::HAS_MIN) std::memcpy(scale + F::SCALE_BYTES, &c.flat_min[g], 2);
+                }
+            }
+            if (F::IS_SUPER && i % (SUPER / RECORD) == 0) {
+                uint8_t* head = const_cast<uint8_t*>(F::super_block(panel, i)) + 2 * r;
+                std::memcpy(head, &scales.d, 2);
+                if (F::HAS_MIN) std::memcpy(head + 2 * ROWS, &scales.d_min, 2);
+            }
+            put_planes<F>(c.q, r, record + F::HEAD_BYTES);
+        }
+    }
+}
+
+template <Layout L>
+void pack_panel(Plain<L> f, const Source& s, const uint8_t* const* rows, int n_rows, int64_t n_in,
+                uint8_t* panel) {
+    std::memset(panel, 0, f.panel_bytes(n_in));
+    const int64_t size = s.block_bytes;
+    for (int r = 0; r < n_rows; r++) {
+        for (int64_t k = 0; k < n_in; k++) {
+            const int64_t at = L == L_BF16 ? k / 2 * ROWS * 2 + r * 2 + k % 2 : k * ROWS + r;
+            std::memcpy(panel + at * size, rows[r] + k * size, size);
+        }
+    }
+}
+
+int stored_value(const uint8_t* planes, int bits, int row, int k) {
+    const int word = k / 4, byte = row * 4 + k % 4;
+    if (bits == 8) return planes[word * WORD_BYTES + byte];
+    int value = 0, shift = 0;
+    if (bits >= 4) {
+        value = planes[word / 2 * WORD_BYTES + byte] >> 4 * (word % 2) & 15;
+        planes += 4 * WORD_BYTES, shift = 4;
+    }
+    if (bits % 4 >= 2) {
+        value |= (planes[word / 4 * WORD_BYTES + byte] >> 2 * (word % 4) & 3) << shift;
+        planes += 2 * WORD_BYTES, shift += 2;
+    }
+    if (bits % 2) value |= (planes[byte] >> word & 1) << shift;
+    return value;
+}
+
+float half_at(const uint8_t* p) { return half_to_float(u16(p)); }
+
+template <typename F>
+void decode(F, const uint8_t* panel, int row, int64_t n_in, float* out) {
+    for (int64_t i = 0; i < n_in / RECORD; i++) {
+        const uint8_t *record = F::record(panel, i), *head = F::super_block(panel, i);
+        for (int k = 0; k < RECORD; k++) {
+            const int at = k / F::GROUP * ROWS + row;
+            float scale, min = 0;
+            if (F::IS_SUPER) {
+                const float s = F::HAS_MIN ? record[at] : static_cast<int8_t>(record[at]);
+                scale = half_at(head + 2 * row) * s;
+                if (F::HAS_MIN) min = half_at(head + 2 * (ROWS + row)) * record[F::SCALE_BYTES + at];
+            } else {
+                scale = half_at(record + 2 * at);
+                if (F::HAS_MIN) min = half_at(record + F::SCALE_BYTES + 2 * at);
+            }
+            int q = stored_value(record + F::HEAD_BYTES, F::BITS, row, k);
+            if (F::CODEBOOK) q = IQ4_VALUES[q];
+            else if (F::SIGNED) q = static_cast<int8_t>(q);
+            out[i * RECORD + k] = scale * static_cast<float>(q - F::ZERO) - min;
+        }
+    }
+}
+
+template <Layout L>
+void decode(Plain<L>, const uint8_t* panel, int row, int64_t n_in, float* out) {
+    for (int64_t k = 0; k < n_in; k++) {
+        if (L == L_F32) {
+            out[k] = load_as<float>(panel + (k * ROWS + row) * 4);
+        } else if (L == L_F16) {
+            out[k] = half_at(panel + (k * ROWS + row) * 2);
+        } else {
+            const uint32_t high = u16(panel + (k / 2 * ROWS * 2 + row * 2 + k % 2) * 2);
+            const uint32_t word = high << 16;
+            std::memcpy(out + k, &word, 4);
+        }
+    }
+}
+
+}  // namespace
+
+void decode_row(int32_t layout, const uint8_t* panel, int row, int64_t n_in, float* out) {
+    with_format(layout, [&](auto f) { decode(f, panel, row, n_in, out); });
+}
+
+int64_t panel_bytes(int32_t layout, int64_t n_in) {
+    return with_format(layout, [&](auto f) { return f.panel_bytes(n_in); });
+}
+
+int32_t layout_of(int ggml_id) {
+    const Source* s = source_of(ggml_id);
+    return s ? s->layout : -1;
+}
+
+void pack_rows(int ggml_id, const uint8_t* src, int64_t n_rows, int64_t n_in, uint8_t* dst,
+               int64_t begin, int64_t end) {
+    const Source& s = *source_of(ggml_id);
+    const int64_t row_bytes = n_in / s.block_elems * s.block_bytes;
+    with_format(s.layout, [&](auto f) {
+        for (int64_t p = begin; p < end; p++) {
+            const uint8_t* rows[ROWS];
+            const int n = static_cast<int>(std::min<int64_t>(ROWS, n_rows - p * ROWS));
+            for (int r = 0; r < n; r++) rows[r] = src + (p * ROWS + r) * row_bytes;
+            pack_panel(f, s, rows, n, n_in, dst + p * f.panel_bytes(n_in));
+        }
+    });
+}
+
+}  // namespace gdn

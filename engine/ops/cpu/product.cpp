@@ -1,0 +1,227 @@
+// Products with quantized weights take int8 activations with a float32 scale per 32 columns: dot
+// products of a group are exact integers, groups are summed in float32.
+
+#include "product.h"
+
+namespace gdn {
+
+namespace {
+
+GDN_INLINE vi widen_signed(const uint8_t* p) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<vi>(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+    return reinterpret_cast<vi>(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    vi v;
+    for (int i = 0; i < W; i++) v[i] = static_cast<int8_t>(p[i]);
+    return v;
+#endif
+}
+
+GDN_INLINE vi widen_unsigned(const uint8_t* p) { return widen_signed(p) & 255; }
+
+GDN_INLINE vi codebook(vi nibbles) {
+#if defined(__AVX512F__)
+    const __m512i table = _mm512_broadcast_i32x4(load_as<__m128i>(IQ4_VALUES));
+    return reinterpret_cast<vi>(_mm512_shuffle_epi8(table, reinterpret_cast<__m512i>(nibbles)));
+#elif defined(__AVX2__)
+    const __m256i table = _mm256_broadcastsi128_si256(load_as<__m128i>(IQ4_VALUES));
+    return reinterpret_cast<vi>(_mm256_shuffle_epi8(table, reinterpret_cast<__m256i>(nibbles)));
+#else
+    uint8_t bytes[4 * W];
+    std::memcpy(bytes, &nibbles, sizeof(bytes));
+    for (uint8_t& b : bytes) b = static_cast<uint8_t>(IQ4_VALUES[b]);
+    return load_as<vi>(bytes);
+#endif
+}
+
+// Word i (4 columns) of the W rows of part p: unsigned bytes, or int8 where F is SIGNED.
+template <typename F>
+GDN_INLINE vi word(const uint8_t* planes, int i, int p) {
+    planes += p * 4 * W;
+    if (F::BITS == 8) return load_as<vi>(planes + i * WORD_BYTES);
+    vi v{};
+    int shift = 0;
+    if (F::BITS >= 4) {
+        v = load_as<vi>(planes + i / 2 * WORD_BYTES) >> 4 * (i % 2) & 0x0f0f0f0f;
+        planes += 4 * WORD_BYTES, shift = 4;
+    }
+    if (F::BITS % 4 >= 2) {
+        const vi two = load_as<vi>(planes + i / 4 * WORD_BYTES) >> 2 * (i % 4) & 0x03030303;
+        v |= two << shift;
+        planes += 2 * WORD_BYTES, shift += 2;
+    }
+    if (F::BITS % 2) v |= (load_as<vi>(planes) >> i & 0x01010101) << shift;
+    return F::CODEBOOK ? codebook(v) : v;
+}
+
+// What `dot_words` gives beside the products' sum, as a multiple of the activation's sum.
+template <typename F>
+constexpr int offset_of() {
+#if defined(__AVX512VNNI__)
+    return F::ZERO + (F::SIGNED ? 128 : 0);
+#else
+    return F::ZERO;
+#endif
+}
+
+// dot[t] = Σ word · x[t] over words FIRST … LAST - 1 of a record, for W rows.
+template <typename F, int FIRST, int LAST, int NT>
+GDN_INLINE void dot_words(const uint8_t* planes, int p, const int8_t* const* x, vi* dot) {
+#if defined(__AVX512VNNI__)
+    __m512i sums[NT];
+    for (int t = 0; t < NT; t++) sums[t] = _mm512_setzero_si512();
+#pragma GCC unroll 8
+    for (int i = FIRST; i < LAST; i++) {
+        __m512i w = reinterpret_cast<__m512i>(word<F>(planes, i, p));
+        // The instruction wants unsigned weights: 128 more, which `offset_of` takes off again.
+        if (F::SIGNED) w = _mm512_xor_si512(w, _mm512_set1_epi8(-128));
+#pragma GCC unroll 8
+        for (int t = 0; t < NT; t++)
+            sums[t] = _mm512_dpbusd_epi32(sums[t], w, _mm512_set1_epi32(load_as<int>(x[t] + 4 * i)));
+    }
+    for (int t = 0; t < NT; t++) dot[t] = reinterpret_cast<vi>(sums[t]);
+#elif defined(__AVX2__)
+    // Products of this many words fit into 16 bits together.
+    constexpr int CHAIN = F::SIGNED ? 1 : F::BITS <= 4 ? 8 : F::BITS == 5 ? 4 : 2;
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i pairs[NT], sums[NT];
+    for (int t = 0; t < NT; t++) sums[t] = pairs[t] = _mm256_setzero_si256();
+#pragma GCC unroll 8
+    for (int i = FIRST; i < LAST; i++) {
+        const __m256i w = reinterpret_cast<__m256i>(word<F>(planes, i, p));
+        const __m256i size = F::SIGNED ? _mm256_abs_epi8(w) : w;
+        const bool ends = (i - FIRST) % CHAIN == CHAIN - 1 || i == LAST - 1;
+#pragma GCC unroll 8
+        for (int t = 0; t < NT; t++) {
+            const __m256i a = _mm256_set1_epi32(load_as<int>(x[t] + 4 * i));
+            const __m256i product = _mm256_maddubs_epi16(size, F::SIGNED ? _mm256_sign_epi8(a, w) : a);
+            pairs[t] = (i - FIRST) % CHAIN == 0 ? product : _mm256_add_epi16(pairs[t], product);
+            if (ends) sums[t] = _mm256_add_epi32(sums[t], _mm256_madd_epi16(pairs[t], ones));
+        }
+    }
+    for (int t = 0; t < NT; t++) dot[t] = reinterpret_cast<vi>(sums[t]);
+#else
+    for (int t = 0; t < NT; t++) dot[t] = vi{};
+    for (int i = FIRST; i < LAST; i++) {
+        const vi w = word<F>(planes, i, p);
+        for (int t = 0; t < NT; t++) {
+            for (int j = 0; j < 4; j++) {
+                // Byte j of each lane, with its sign or without.
+                const vi b = F::SIGNED ? (w << (24 - 8 * j)) >> 24 : (w >> 8 * j) & 255;
+                dot[t] += b * static_cast<int>(x[t][4 * i + j]);
+            }
+        }
+    }
+#endif
+}
+
+// acc[t] += scale · (dot - ZERO · sum) - min · sum for one group of columns of a record.
+template <typename F, int G, int NT>
+GDN_INLINE void add_group(const uint8_t* record, const vf* super, int p, const Row* rows, int64_t i,
+                          vf (*acc)[PARTS]) {
+    const int at = G * ROWS + p * W;
+    vf scale, min{};
+    if (F::IS_SUPER) {
+        const vi s = F::HAS_MIN ? widen_unsigned(record + at) : widen_signed(record + at);
+        scale = super[p] * to_float(s);
+        if (F::HAS_MIN)
+            min = super[PARTS + p] * to_float(widen_unsigned(record + F::SCALE_BYTES + at));
+    } else {
+        const auto* halves = reinterpret_cast<const uint16_t*>(record) + at;
+        scale = half_to_float(halves);
+        if (F::HAS_MIN) min = half_to_float(halves + F::SCALE_BYTES / 2);
+    }
+    const int8_t* x[NT];
+    for (int t = 0; t < NT; t++) x[t] = rows[t].q + i * RECORD;
+    vi dot[NT];
+    constexpr int N = WORDS / F::GROUPS;
+    dot_words<F, G * N, (G + 1) * N, NT>(record + F::HEAD_BYTES, p, x, dot);
+#pragma GCC unroll 8
+    for (int t = 0; t < NT; t++) {
+        const int32_t* sums = rows[t].sum + i * 2;
+        const int32_t sum = F::GROUPS == 2 ? sums[G] : sums[0] + sums[1];
+        const float d = rows[t].scale[i];
+        if (offset_of<F>()) dot[t] -= splat(offset_of<F>() * sum);
+        acc[t][p] += to_float(dot[t]) * (scale * splat(d));
+        if (F::HAS_MIN) acc[t][p] -= min * splat(d * static_cast<float>(sum));
+    }
+}
+
+// out[t] [16] = the panel's rows times row t.
+template <int NT, typename F>
+inline void panel_product(F, const uint8_t* panel, int64_t n_in, const Row* rows,
+                          float (*out)[ROWS]) {
+    vf acc[NT][PARTS] = {}, super[2 * PARTS] = {};
+    for (int64_t i = 0; i < n_in / RECORD; i++) {
+        const uint8_t* record = F::record(panel, i);
+        for (int b = 0; b < F::RECORD_BYTES; b += 64) __builtin_prefetch(record + b + 2048);
+        if (F::IS_SUPER && i % (SUPER / RECORD) == 0) {
+            const auto* head = reinterpret_cast<const uint16_t*>(F::super_block(panel, i));
+            for (int p = 0; p < (F::HAS_MIN ? 2 : 1) * PARTS; p++)
+                super[p] = half_to_float(head + p * W);
+        }
+#pragma GCC unroll 4
+        for (int p = 0; p < PARTS; p++) {
+            add_group<F, 0, NT>(record, super, p, rows, i, acc);
+            if (F::GROUPS == 2) add_group<F, F::GROUPS - 1, NT>(record, super, p, rows, i, acc);
+        }
+    }
+    for (int t = 0; t < NT; t++)
+        for (int p = 0; p < PARTS; p++) store(out[t] + p * W, acc[t][p]);
+}
+
+// Column k (and of BF16 k + 1) of the W rows of part p.
+template <Layout L>
+GDN_INLINE vf column(const uint8_t* panel, int64_t k, int p) {
+    if (L == L_F32) return load(reinterpret_cast<const float*>(panel) + k * ROWS + p * W);
+    if (L == L_F16) return half_to_float(reinterpret_cast<const uint16_t*>(panel) + k * ROWS + p * W);
+    const vi pair = load_as<vi>(panel + k / 2 * WORD_BYTES + p * 4 * W);
+    return from_bits(k % 2 ? pair & static_cast<int32_t>(0xffff0000) : pair << 16);
+}
+
+template <int NT, Layout L>
+inline void panel_product(Plain<L>, const uint8_t* panel, int64_t n_in, const Row* rows,
+                          float (*out)[ROWS]) {
+    // Sums of every CHAINS-th column: additions that need not wait for each other.
+    constexpr int CHAINS = 4;
+    vf acc[NT][CHAINS][PARTS] = {};
+    int64_t k = 0;
+    for (; k + CHAINS <= n_in; k += CHAINS) {
+        __builtin_prefetch(panel + k * ROWS * 4 + 2048);
+#pragma GCC unroll 4
+        for (int c = 0; c < CHAINS; c++)
+#pragma GCC unroll 4
+            for (int p = 0; p < PARTS; p++) {
+                const vf w = column<L>(panel, k + c, p);
+#pragma GCC unroll 4
+                for (int t = 0; t < NT; t++) acc[t][c][p] += w * splat(rows[t].x[k + c]);
+            }
+    }
+    for (; k < n_in; k++)
+        for (int p = 0; p < PARTS; p++)
+            for (int t = 0; t < NT; t++)
+                acc[t][0][p] += column<L>(panel, k, p) * splat(rows[t].x[k]);
+    for (int t = 0; t < NT; t++)
+        for (int p = 0; p < PARTS; p++)
+            store(out[t] + p * W, (acc[t][0][p] + acc[t][1][p]) + (acc[t][2][p] + acc[t][3][p]));
+}
+
+template <typename F>
+void multiply_rows(F f, const uint8_t* panel, int64_t n_in, const Row* rows, int64_t n,
+                   float (*out)[ROWS]) {
+    constexpr int NT = is_plain(F{}) ? 2 : 4;
+    int64_t i = 0;
+    for (; i + NT <= n; i += NT) panel_product<NT>(f, panel, n_in, rows + i, out + i);
+    for (; i < n; i++) panel_product<1>(f, panel, n_in, rows + i, out + i);
+}
+
+}  // namespace
+
+void multiply(int32_t layout, const uint8_t* panel, int64_t n_in, const Row* rows, int64_t n,
+              float (*out)[ROWS]) {
+    with_format(layout, [&](auto f) { multiply_rows(f, panel, n_in, rows, n, out); });
+}
+
+}  // namespace gdn

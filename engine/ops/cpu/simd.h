@@ -1,0 +1,163 @@
+// Vectors of the width that the instruction set has, and the functions that kernels need of them.
+//
+// `vf` and `vi` are GCC vectors of W float32 or int32: operators work lane by lane, and the same
+// source serves every instruction set. Sums over lanes have a fixed order, so that results do not
+// depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace gdn {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+
+#define GDN_INLINE inline __attribute__((always_inline))
+
+template <typename T>
+GDN_INLINE T load_as(const void* p) {
+    T v;
+    std::memcpy(&v, p, sizeof(T));
+    return v;
+}
+
+GDN_INLINE vf load(const float* p) { return load_as<vf>(p); }
+GDN_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof(v)); }
+GDN_INLINE vf splat(float x) { return x - vf{}; }
+GDN_INLINE vi splat(int32_t x) { return x - vi{}; }
+GDN_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
+GDN_INLINE vi bits(vf v) { return reinterpret_cast<vi>(v); }
+GDN_INLINE vf from_bits(vi v) { return reinterpret_cast<vf>(v); }
+GDN_INLINE vf select(vi mask, vf a, vf b) { return from_bits((mask & bits(a)) | (~mask & bits(b))); }
+GDN_INLINE vf max(vf a, vf b) { return select(a > b, a, b); }
+GDN_INLINE vf min(vf a, vf b) { return select(a < b, a, b); }
+
+// The sum of all lanes: halves are added until one lane is left.
+GDN_INLINE float sum(vf v) {
+    float lanes[W];
+    store(lanes, v);
+    for (int n = W / 2; n > 0; n /= 2)
+        for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];
+    return lanes[0];
+}
+
+GDN_INLINE float max_lane(vf v) {
+    float lanes[W];
+    store(lanes, v);
+    float m = lanes[0];
+    for (int i = 1; i < W; i++) m = lanes[i] > m ? lanes[i] : m;
+    return m;
+}
+
+// e^x to about one unit in the last place; 0 below -87, and inf above 88.7. NaN stays NaN.
+GDN_INLINE vf exp(vf x) {
+    const vf clamped = min(max(x, splat(-88.0f)), splat(89.0f));
+    const vf n_real = clamped * 1.44269504f + 12582912.0f;  // Rounds to an integer in the low bits.
+    const vf n = n_real - 12582912.0f;
+    const vf r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+    vf p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    // 2^n in two factors, so that n = 128 does not overflow on the way.
+    const vi exponent = bits(n_real) - 0x4B400000;
+    const vi half = exponent >> 1;
+    const vf a = from_bits((half + 127) << 23), b = from_bits((exponent - half + 127) << 23);
+    vf y = p * a * b;
+    y = select(x < splat(-87.0f), vf{}, y);
+    return select(x != x, x, y);
+}
+
+GDN_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
+GDN_INLINE vf silu(vf x) { return x * sigmoid(x); }
+
+GDN_INLINE vf half_to_float(const uint16_t* p) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<vf>(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)));
+#elif defined(__AVX2__)
+    return reinterpret_cast<vf>(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
+#else
+    vf v;
+    for (int i = 0; i < W; i++) v[i] = static_cast<float>(load_as<_Float16>(p + i));
+    return v;
+#endif
+}
+
+GDN_INLINE void float_to_half(uint16_t* p, vf v) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(reinterpret_cast<__m512>(v), 0));
+#elif defined(__AVX2__)
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(reinterpret_cast<__m256>(v), 0));
+#else
+    for (int i = 0; i < W; i++) {
+        const _Float16 h = static_cast<_Float16>(v[i]);
+        std::memcpy(p + i, &h, 2);
+    }
+#endif
+}
+
+GDN_INLINE float half_to_float(uint16_t h) { return static_cast<float>(load_as<_Float16>(&h)); }
+GDN_INLINE uint16_t float_to_half(float x) {
+    const _Float16 h = static_cast<_Float16>(x);
+    return load_as<uint16_t>(&h);
+}
+
+// Runs f(i, n) for every piece of n ≤ W lanes of a row: n == W but for the last. A tail is worked
+// on through `load_part` and `store_part`.
+template <typename F>
+GDN_INLINE void for_lanes(int64_t size, F f) {
+    int64_t i = 0;
+    for (; i + W <= size; i += W) f(i, W);
+    if (i < size) f(i, static_cast<int>(size - i));
+}
+
+GDN_INLINE vf load_part(const float* p, int n) {
+    if (n == W) return load(p);
+    vf v{};
+    std::memcpy(&v, p, 4 * static_cast<size_t>(n));
+    return v;
+}
+
+GDN_INLINE void store_part(float* p, vf v, int n) {
+    if (n == W)
+        store(p, v);
+    else
+        std::memcpy(p, &v, 4 * static_cast<size_t>(n));
+}
+
+// log(1 + u) to within 1.5 units in the last place, for u from 0 to 2^120.
+GDN_INLINE vf log1p(vf u) {
+    const vf w = 1.0f + u;
+    const vf lost = select(u < splat(1.0f), u - (w - 1.0f), 1.0f - (w - u));  // w + lost == 1 + u.
+    // w = 2^k · m with m between sqrt(1/2) and sqrt(2).
+    const vi k = (bits(w) - 0x3F3504F3) >> 23;
+    const vf f = (from_bits(bits(w) - (k << 23)) - 1.0f) + lost * from_bits((127 - k) << 23);
+    // log(1 + f) = 2·atanh(s) = 2s + s·r, where 2s = f - s·f keeps the digits of f.
+    const vf s = f / (2.0f + f), z = s * s;
+    const vf r = z * (0.666666667f + z * (0.4f + z * (0.285714286f + z * 0.222222222f)));
+    const vf n = to_float(k);
+    return n * 0.693359375f + (f - (s * (f - r) + n * 2.12194440e-4f));
+}
+
+// log(1 + e^x); x itself above 20. NaN stays NaN.
+GDN_INLINE vf softplus(vf x) {
+    return select(x <= splat(20.0f), log1p(exp(min(x, splat(20.0f)))), x);
+}
+
+}  // namespace gdn

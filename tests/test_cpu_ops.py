@@ -1,0 +1,56 @@
+"""Every op on the CPU, with the kernels of every instruction set that this machine has.
+
+Products with quantized weights round activations to int8; their limit is what that rounding allows
+(see `quantized_limit`). All else is float32, against the naive definition in float64.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.backends import cpu_library
+from engine.backends.cpu import CpuBackend
+from engine.graph import Kind
+from tests.opcase import OpCase, check_case, every_case, fresh_seed
+
+ISAS = cpu_library.usable()
+# exp and divisions of float32 vectors, sums in another order than numpy's.
+FLOAT32_LIMIT = 1e-10
+
+
+def runs_on_cpu(c: OpCase) -> bool:
+    return c.case.attrs.get("algorithm") != "chunk"
+
+
+CASES = [c for c in every_case() if runs_on_cpu(c)]
+# One step of an int8 activation is 1/127 of its group's largest value; uniform rounding errors have
+# a variance of step² / 12. For normal values the largest of 32 is about 2.1 standard deviations, at
+# most 4: the error's share of the energy is (4 / 127)² / 12 at the worst.
+INT8_LIMIT = (4 / 127) ** 2 / 12
+
+
+def limit_of(c: OpCase) -> float:
+    import numpy as np
+
+    operands = c.case.make(np.random.default_rng(0)).values()
+    quantized = any(o.kind is Kind.WEIGHT and o.dtype.block_elems > 1 for o in operands)
+    if quantized and c.op.name in ("MUL_MAT", "MUL_MAT_ID"):
+        return INT8_LIMIT
+    return max(c.limit, FLOAT32_LIMIT)
+
+
+@pytest.fixture(params=[(isa, n) for isa in ISAS for n in (1, 3)], ids=str)
+def backend(request: pytest.FixtureRequest) -> CpuBackend:
+    isa, n_threads = request.param
+    return CpuBackend(n_threads, isa)
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    return fresh_seed(request.config.getoption("--seed", None))
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("c", CASES, ids=[str(c) for c in CASES])
+def test_op(backend: CpuBackend, c: OpCase, strided: bool, seed: int) -> None:
+    check_case(backend, c.op, c.case, seed, strided, limit_of(c))
