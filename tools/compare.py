@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import signal
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -90,8 +92,8 @@ class Comparison:
             result["tests"] = [self._test(workers, *test) for test in self._tests()]
             tokens = self._tokens(self.args.accuracy_tokens)
             files = self._logits(workers, tokens)
-            result["failures"] = [w.failure for w in workers if w.failure]
-        result["accuracy"] = self._accuracy(files, tokens) if tokens else {}
+            failures = result["failures"] = [w.failure for w in workers if w.failure]
+        result["accuracy"] = self._accuracy(files, tokens, failures) if tokens else {}
         return result
 
     def _worker(self, kind: str) -> Worker:
@@ -173,7 +175,7 @@ class Comparison:
         return files
 
     def _accuracy(
-        self, files: dict[str, dict[str, Any]], tokens: list[int]
+        self, files: dict[str, dict[str, Any]], tokens: list[int], failures: list[str]
     ) -> dict[str, dict[str, Any]]:
         """Distances from the reference, which runs when nothing else does any more."""
         _progress(f"{self.path.stem} reference logits")
@@ -183,16 +185,19 @@ class Comparison:
                 worker.start()
                 self._load(worker, "reference")
                 worker.ask("logits", tokens=tokens, one_by_one=False, file=str(file))
+                reference = np.load(file, mmap_mode="r")
             except WorkerFailure as failure:
-                raise InputError(f"{self.path}: no reference logits: {failure}") from None
-        reference = np.load(file, mmap_mode="r")
+                failures.append(f"no reference: {failure}")
+
+        def distance_of(logits: Any) -> dict[str, Any]:
+            if isinstance(logits, dict):
+                return logits
+            if worker.failure:
+                return {"failure": failures[-1]}
+            return distance(np.load(logits, mmap_mode="r"), reference)
+
         return {
-            way: {
-                side: of
-                if isinstance(of, dict)
-                else distance(np.load(of, mmap_mode="r"), reference)
-                for side, of in sides.items()
-            }
+            way: {side: distance_of(of) for side, of in sides.items()}
             for way, sides in files.items()
         }
 
@@ -245,8 +250,12 @@ def _about(side: dict[str, Any], name: str) -> str:
     title = f"engine {version}" if name == "engine" else version or "llama.cpp"
     if "backends" not in side:
         return title.strip()
-    flash = ", flash attention" if name == "peer" else ""
-    return f"{title} ({side['backends']}, {side['type_k']}/{side['type_v']} cache{flash})"
+    facts = [side["backends"], f"{side['type_k']}/{side['type_v']} cache"]
+    if name == "peer":
+        # Built for less than the machine has, it would be no fair peer.
+        sets = re.findall(r"\b((?:AVX|AMX|NEON|SVE|SME)\w*) = 1", side["system_info"])
+        facts += ["flash attention", *sets]
+    return f"{title} ({', '.join(facts)})"
 
 
 def compare(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
@@ -288,4 +297,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Not to leave the folder with the logits behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

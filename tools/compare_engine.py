@@ -75,6 +75,8 @@ class EngineRunner:
         if self._checkpoint:
             self._checkpoint.release()
             self._past, self._checkpoint = (), None
+        if not past:
+            return
         memory = self.engine.memory
         seq = memory.create()
         try:
@@ -85,6 +87,7 @@ class EngineRunner:
 
     def logits(self, tokens: Sequence[int], one_by_one: bool, file: str) -> dict[str, Any]:
         """Write the logits [n_tokens, n_vocab] after each token to a file."""
+        self._go_to(())  # The whole context is for these.
         if not one_by_one:
             np.save(file, self.engine.logits(tokens))
             return {}

@@ -2,8 +2,8 @@
 
 Flash attention is on, the KV cache is f16, everything else llama.cpp's default. What is timed is
 decoding and the wait for its logits: known tokens are fed, nothing is sampled, and Python's share
-is one call a token. It runs in the peer's environment, so it needs numpy and llama_cpp and nothing
-of the engine.
+is to fill a batch and call. It runs in the peer's environment, so it needs numpy and llama_cpp and
+nothing of the engine.
 """
 
 from __future__ import annotations
@@ -83,12 +83,14 @@ class PeerRunner:
     def _go_to(self, past: tuple[int, ...]) -> None:
         """Make `past` the sequence's contents; a recurrent state can only be copied back."""
         lib.llama_memory_clear(self._memory, True)
+        if not past:
+            return
         if past != self._past:
             self._feed(past, 0)
             size = lib.llama_state_seq_get_size(self._ctx, 0)
             self._past, self._state = past, (ctypes.c_uint8 * size)()
             lib.llama_state_seq_get_data(self._ctx, self._state, size, 0)
-        elif past and not lib.llama_state_seq_set_data(self._ctx, self._state, len(self._state), 0):
+        elif not lib.llama_state_seq_set_data(self._ctx, self._state, len(self._state), 0):
             raise PeerError("llama.cpp could not take a state back")
 
     def logits(self, tokens: Sequence[int], one_by_one: bool, file: str) -> dict[str, Any]:

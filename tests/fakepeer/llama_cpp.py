@@ -29,7 +29,7 @@ def llama_backend_init() -> None:
 
 
 def llama_print_system_info() -> bytes:
-    return b"FAKE = 1"
+    return b"CPU : AVX9 = 1 | AVX10 = 0 | "
 
 
 def llama_model_default_params() -> Any:
