@@ -266,7 +266,7 @@ def test_no_worker_outlives_its_parent(tiny: Path, peer: Peer, number: int) -> N
     command = [sys.executable, ROOT / "tools" / "compare.py", tiny, "--peer-python", python, *SMALL]
     # Who runs the tests in the background may ignore interrupts, which children inherit.
     with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL,
+        command, stdout=subprocess.DEVNULL, env={**os.environ, "TMPDIR": str(python.parent)},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:  # fmt: skip
         wait_until(lambda: seen.exists() and seen.read_text().endswith("\n"))
@@ -275,6 +275,8 @@ def test_no_worker_outlives_its_parent(tiny: Path, peer: Peer, number: int) -> N
     assert status == (-number if number == signal.SIGKILL else 128 + number)
     states = eval(seen.read_text())
     assert sorted(states.values()) == ["R", "T"]
+    if number != signal.SIGKILL:
+        assert not list(python.parent.glob("compare-*"))
     wait_until(lambda: not any(is_alive(int(pid)) for pid in states))
 
 
