@@ -229,7 +229,7 @@ def report(document: dict[str, Any]) -> str:
     m, models = document["machine"], document["models"]
     engine, peer = (_about(models[0][side], side) for side in SIDES)
     parts = [
-        f"{m['cpu']}, {m['n_threads']} threads, {m['read_bytes_per_s'] / 1e9:.1f} GB/s read; "
+        f"{m['cpu']}, threads: {m['n_threads']}, {m['read_bytes_per_s'] / 1e9:.1f} GB/s read; "
         f"load average before: {m['load_average']:.1f}\n"
         f"{engine}; {peer}\n"
         f"{document['options']['repetitions']} rounds, A B A B after a warm-up: median "
