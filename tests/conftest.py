@@ -28,6 +28,7 @@ from tools.synth import write_model
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, help="seed of the tests that draw fresh random numbers")
+    parser.addoption("--peer-python", help="a Python with llama-cpp-python, to compare with it")
 
 
 @pytest.fixture

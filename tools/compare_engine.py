@@ -1,0 +1,99 @@
+"""What a worker of compare.py does with this engine: load, time a prompt, time generation, logits.
+
+Generation is what a user gets: through `Engine.generate`, with sampling and text, which the peer's
+side leaves out. Every prompt starts on a fresh sequence; what stands before generated tokens is
+processed once and returned to through a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from engine.batch import Logits
+from engine.bench.measure import backend_names, n_threads, time_generation, time_prompt
+from engine.engine import Engine
+from engine.errors import EngineError
+from engine.kvcache.memory import Checkpoint
+from engine.version import __version__
+
+
+class EngineRunner:
+    """Answers a worker's requests."""
+
+    errors = (EngineError, MemoryError)
+    engine: Engine
+
+    def __init__(self) -> None:
+        self._past: tuple[int, ...] = ()
+        self._checkpoint: Checkpoint | None = None
+
+    def about(self) -> dict[str, Any]:
+        """What runs here."""
+        return {"version": __version__}
+
+    def load(
+        self, model: str, backend: str, n_ctx: int, n_ubatch: int, n_threads: int
+    ) -> dict[str, Any]:
+        """Load a model; returns how it will be run."""
+        n_batch = max(n_ubatch, 2048)
+        self.engine = Engine.load(
+            model, backend=backend, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=n_ubatch,
+            n_threads=n_threads,
+        )  # fmt: skip
+        return self._facts()
+
+    def _facts(self) -> dict[str, Any]:
+        type_k, type_v = self.engine.config.cache_types()
+        return {
+            "backends": backend_names(self.engine),
+            "n_threads": n_threads(self.engine),
+            "type_k": type_k.name.lower(),
+            "type_v": type_v.name.lower(),
+            "load_s": self.engine.load_s,
+        }
+
+    def prompt(self, tokens: Sequence[int]) -> dict[str, float]:
+        """Seconds for a prompt, with the logits of its last token."""
+        seq = self.engine.memory.create()
+        try:
+            return {"seconds": time_prompt(self.engine, seq, tokens)}
+        finally:
+            self.engine.memory.free(seq)
+
+    def generate(self, past: Sequence[int], tokens: Sequence[int]) -> dict[str, float]:
+        """Seconds for as many tokens as there are in `tokens`, of which the first is fed."""
+        self._go_to(tuple(past))
+        n = len(tokens)
+        return {"seconds": time_generation(self.engine, tokens[:1], n, [self._checkpoint])}
+
+    def _go_to(self, past: tuple[int, ...]) -> None:
+        if past == self._past:
+            return
+        if self._checkpoint:
+            self._checkpoint.release()
+            self._past, self._checkpoint = (), None
+        if not past:
+            return
+        memory = self.engine.memory
+        seq = memory.create()
+        try:
+            self.engine.prefill(seq, past, Logits.NONE)
+            self._past, self._checkpoint = past, memory.checkpoint(seq)
+        finally:
+            memory.free(seq)
+
+    def logits(self, tokens: Sequence[int], one_by_one: bool, file: str) -> dict[str, Any]:
+        """Write the logits [n_tokens, n_vocab] after each token to a file."""
+        self._go_to(())  # The whole context is for these.
+        if not one_by_one:
+            np.save(file, self.engine.logits(tokens))
+            return {}
+        seq = self.engine.memory.create()
+        try:
+            np.save(file, np.concatenate([self.engine.prefill(seq, [t]) for t in tokens]))
+        finally:
+            self.engine.memory.free(seq)
+        return {}

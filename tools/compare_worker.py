@@ -1,0 +1,62 @@
+"""A worker of compare.py: one engine in a process of its own, asked by JSON lines.
+
+    PYTHON tools/compare_worker.py engine | peer
+
+A line on standard input is a request `{"do": METHOD, …}`, a line on standard output its answer:
+`{"ok": {…}}`, `{"error": TEXT}`, or once, at the start, `{"missing": TEXT}`. Whatever a library
+prints goes to standard error. As `peer` it runs in the peer's environment and imports nothing of
+the engine. It dies with its parent, also while it is stopped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Answer requests until there are no more."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def answer(**fields: Any) -> None:
+        print(json.dumps(fields), file=answers)
+
+    answer(ok={"pid": os.getpid()})
+    # In the place of tools/, which Python puts there for a script.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    try:
+        runner = _runner(sys.argv[1])
+    except ImportError as error:
+        answer(missing=f"{type(error).__name__}: {error}")
+        return
+    answer(ok=runner.about())
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer(ok=getattr(runner, request.pop("do"))(**request))
+        except runner.errors as error:
+            answer(error=str(error))
+
+
+def _runner(kind: str) -> Any:
+    if kind == "peer":
+        from tools.compare_peer import PeerRunner
+
+        return PeerRunner()
+    from tools.compare_engine import EngineRunner
+
+    return EngineRunner()
+
+
+if __name__ == "__main__":
+    main()
