@@ -1,7 +1,7 @@
 // GATED_DELTA_NET by scan: a task is a block of value columns of one head of one sequence.
 //
 // Per token: S *= e^g; d = beta (v - Sᵀk); S += k dᵀ; o = Sᵀq · scale. Columns of S are independent
-// and a block of them stays in the L1 cache over all tokens. One pass over the block a token does
+// and a block of them stays in the cache over all tokens. One pass over the block a token does
 // it all: it updates S with d, and takes from the new S the output and the next token's prediction
 // Sᵀ(e^g' k'). Only a sequence's first token needs a pass of its own for that. A column's sums run
 // in the same order wherever they are made, so that cutting a sequence elsewhere changes no bit.
@@ -21,8 +21,8 @@ typedef float v4 __attribute__((vector_size(16)));
 
 constexpr int64_t MAX_DK = 256, MAX_DV = 256;
 // Floats of state in a block. Larger ones read the tokens' rows less often, which measures better
-// than a state that leaves half of the L1 cache free. With a decay for each key row (KDA) a block
-// also computes all exponentials anew.
+// than a state that leaves half of a 32 KiB L1 cache free. With a decay for each key row (KDA) each
+// block also computes all exponentials anew.
 constexpr int64_t BLOCK = 8192, BLOCK_KDA = 16384;
 // Tokens between the request for a token's rows and their use: long prompts' rows lie in the L3
 // cache or beyond, each on a page of its own.
@@ -45,19 +45,18 @@ GDN_INLINE v4 fold(V v) {
     v4 s = __builtin_shufflevector(v, v, 0, 1, 2, 3);
     if constexpr (sizeof(V) >= 32) s += __builtin_shufflevector(v, v, 4, 5, 6, 7);
     if constexpr (sizeof(V) >= 64)
-        s += __builtin_shufflevector(v, v, 8, 9, 10, 11) +
-             __builtin_shufflevector(v, v, 12, 13, 14, 15);
+        s += fold(__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
     return s;
 }
 
 // The sums over the lanes of four vectors.
 GDN_INLINE v4 sums(const vf* v) {
-    const v4 a = fold(v[0]), b = fold(v[1]), c = fold(v[2]), d = fold(v[3]);
-    const v4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) +
-                  __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    const v4 cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) +
-                  __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    const auto pair = [](v4 a, v4 b) __attribute__((always_inline)) {
+        return __builtin_shufflevector(a, b, 0, 4, 1, 5) +
+               __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    };
+    const v4 a = pair(fold(v[0]), fold(v[1])), b = pair(fold(v[2]), fold(v[3]));
+    return __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
 }
 
 template <int C>
@@ -77,31 +76,23 @@ struct Token {
 // One head of one sequence, from its first row on.
 struct Head {
     const float *q, *k, *v, *g, *beta;
-    int64_t q_step, k_step, v_step, g_step, beta_step, out_step;
     float* out;
-    int64_t n, dk;
+    int64_t q_step, k_step, v_step, g_step, beta_step, out_step, n, dk;
     float scale;
 };
 
 template <bool KDA>
 GDN_INLINE Token token(const Head& h, int64_t t, float* scratch) {
-    Token r{h.q + t * h.q_step, h.k + t * h.k_step, nullptr, nullptr, 1.0f};
-    const float* g = h.g + t * h.g_step;
-    if constexpr (!KDA) {
-        r.key = r.k;
-        r.decay = exp(splat(*g))[0];
-        return r;
-    }
+    const float *q = h.q + t * h.q_step, *k = h.k + t * h.k_step, *g = h.g + t * h.g_step;
+    if constexpr (!KDA) return {q, k, k, nullptr, exp(splat(*g))[0]};
     // Two tokens are in use at a time.
     float *decays = scratch + (t % 2) * 2 * MAX_DK, *key = decays + MAX_DK;
     for_lanes(h.dk, [&](int64_t i, int w) {
         const vf e = exp(load_part(g + i, w));
         store_part(decays + i, e, w);
-        store_part(key + i, e * load_part(r.k + i, w), w);
+        store_part(key + i, e * load_part(k + i, w), w);
     });
-    r.decays = decays;
-    r.key = key;
-    return r;
+    return {q, k, key, decays, 1.0f};
 }
 
 GDN_INLINE void prefetch_token(const Head& h, int64_t t, int64_t first, int64_t last) {
@@ -191,11 +182,8 @@ template <bool KDA>
 void scan(const Head& h, const Slots& slots, int64_t first, int64_t last, float* scratch) {
     const int64_t n = last - first, size = n * h.dk;
     float predictions[MAX_DV];
-    const float* from = slots.src;
-    if (!from) {
-        std::memset(slots.dst, 0, 4 * static_cast<size_t>(size));
-        from = slots.dst;
-    }
+    if (!slots.src) std::memset(slots.dst, 0, 4 * static_cast<size_t>(size));
+    const float* from = slots.src ? slots.src : slots.dst;
     Token now = token<KDA>(h, 0, scratch);
     for (int64_t t = 0; t < h.n; t++) {
         prefetch_token(h, t + AHEAD, first, last);
@@ -214,15 +202,10 @@ void scan(const Head& h, const Slots& slots, int64_t first, int64_t last, float*
 }
 
 int64_t block_columns(const Args& a) {
-    const View& state = a.v[STATE];
-    const int64_t columns = (a.v[G].rank == 3 ? BLOCK_KDA : BLOCK) / state.shape[3];
-    return columns / GROUP * GROUP;
+    return (a.v[G].rank == 3 ? BLOCK_KDA : BLOCK) / a.v[STATE].shape[3] / GROUP * GROUP;
 }
 
-int64_t blocks_of(const Args& a) {
-    const int64_t columns = block_columns(a);
-    return (a.v[STATE].shape[2] + columns - 1) / columns;
-}
+int64_t blocks_of(const Args& a) { return (a.v[STATE].shape[2] - 1) / block_columns(a) + 1; }
 
 int64_t n_tasks(const Args& a) {
     return a.rows(a.v[STATE_SRC]) * a.v[STATE].shape[1] * blocks_of(a);
@@ -236,17 +219,16 @@ void run_block(const Args& a, int64_t s, int64_t head, int64_t first) {
     const int64_t dv = state.shape[2], dk = state.shape[3], key_heads = v[Q].shape[1];
     const int64_t key_head = a.attr[0] == 0 ? head % key_heads : head / (v[V].shape[1] / key_heads);
     const Head h{v[Q].row(row, key_head), v[K].row(row, key_head), v[V].row(row, head),
-                 v[G].row(row, head), v[BETA].row(row, head), v[Q].stride[0], v[K].stride[0],
-                 v[V].stride[0], v[G].stride[0], v[BETA].stride[0], v[OUT].stride[0],
-                 v[OUT].row(row, head), n, dk, static_cast<float>(a.attr[1])};
+                 v[G].row(row, head), v[BETA].row(row, head), v[OUT].row(row, head),
+                 v[Q].stride[0], v[K].stride[0], v[V].stride[0], v[G].stride[0], v[BETA].stride[0],
+                 v[OUT].stride[0], n, dk, static_cast<float>(a.attr[1])};
     const int64_t offset = head * state.stride[1] + first * dk;
     const int32_t src = v[STATE_SRC].as<int32_t>()[s], dst = v[STATE_DST].as<int32_t>()[s];
     float* scratch = reinterpret_cast<float*>(a.scratch);  // Two tokens' rows, then a state.
-    const View& snapshots = v[SNAPSHOT_DST];
+    const View& wanted = v[SNAPSHOT_DST];
     const Slots slots{src < 0 ? nullptr : state.row(src) + offset,
                       dst < 0 ? scratch + 4 * MAX_DK : state.row(dst) + offset, &state,
-                      snapshots.as<int32_t>() + s * snapshots.stride[0], snapshots.shape[1],
-                      offset};
+                      wanted.as<int32_t>() + s * wanted.stride[0], wanted.shape[1], offset};
     const int64_t columns = block_columns(a), last = first + columns < dv ? first + columns : dv;
     (v[G].rank == 3 ? scan<true> : scan<false>)(h, slots, first, last, scratch);
 }

@@ -67,7 +67,8 @@ void multiply_pairs(const Args& a, const uint8_t* panel, int64_t p, const int32_
     const size_t bytes = 4 * static_cast<size_t>(std::min<int64_t>(ROWS, n_out - p * ROWS));
     Row rows[TILE];
     float out[TILE][ROWS];
-    for (int64_t i = 0; i < n; i++) rows[i] = row_of(a, pairs[i]);
+    rows[0] = row_of(a, pairs[0]);
+    for (int64_t i = 1; i < n; i++) rows[i] = row_of(a, pairs[i]);
     multiply(m.layout, panel, m.shape[2], rows, n, out);
     for (int64_t i = 0; i < n; i++)
         std::memcpy(a.v[OUT].as<float>() + pairs[i] * n_out + p * ROWS, out[i], bytes);

@@ -9,7 +9,7 @@ namespace {
 
 GDN_INLINE vi widen_signed(const uint8_t* p) {
 #if defined(__AVX512F__)
-    return reinterpret_cast<vi>(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+    return reinterpret_cast<vi>(_mm512_maskz_cvtepi8_epi32(ALL, load_as<__m128i>(p)));
 #elif defined(__AVX2__)
     return reinterpret_cast<vi>(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 #else
@@ -23,7 +23,7 @@ GDN_INLINE vi widen_unsigned(const uint8_t* p) { return widen_signed(p) & 255; }
 
 GDN_INLINE vi codebook(vi nibbles) {
 #if defined(__AVX512F__)
-    const __m512i table = _mm512_broadcast_i32x4(load_as<__m128i>(IQ4_VALUES));
+    const __m512i table = _mm512_maskz_broadcast_i32x4(ALL, load_as<__m128i>(IQ4_VALUES));
     return reinterpret_cast<vi>(_mm512_shuffle_epi8(table, reinterpret_cast<__m512i>(nibbles)));
 #elif defined(__AVX2__)
     const __m256i table = _mm256_broadcastsi128_si256(load_as<__m128i>(IQ4_VALUES));

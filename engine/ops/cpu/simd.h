@@ -16,6 +16,8 @@ namespace gdn {
 
 #if defined(__AVX512F__)
 constexpr int W = 16;
+// For intrinsics without a mask GCC 12 warns of values that are never used.
+constexpr __mmask16 ALL = 0xffff;
 #elif defined(__AVX2__)
 constexpr int W = 8;
 #else
@@ -41,7 +43,9 @@ GDN_INLINE vi splat(int32_t x) { return x - vi{}; }
 GDN_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 GDN_INLINE vi bits(vf v) { return reinterpret_cast<vi>(v); }
 GDN_INLINE vf from_bits(vi v) { return reinterpret_cast<vf>(v); }
-GDN_INLINE vf select(vi mask, vf a, vf b) { return from_bits((mask & bits(a)) | (~mask & bits(b))); }
+GDN_INLINE vf select(vi mask, vf a, vf b) {
+    return from_bits((mask & bits(a)) | (~mask & bits(b)));
+}
 GDN_INLINE vf max(vf a, vf b) { return select(a > b, a, b); }
 GDN_INLINE vf min(vf a, vf b) { return select(a < b, a, b); }
 
@@ -89,7 +93,7 @@ GDN_INLINE vf silu(vf x) { return x * sigmoid(x); }
 
 GDN_INLINE vf half_to_float(const uint16_t* p) {
 #if defined(__AVX512F__)
-    return reinterpret_cast<vf>(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)));
+    return reinterpret_cast<vf>(_mm512_maskz_cvtph_ps(ALL, load_as<__m256i>(p)));
 #elif defined(__AVX2__)
     return reinterpret_cast<vf>(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
 #else
@@ -101,7 +105,7 @@ GDN_INLINE vf half_to_float(const uint16_t* p) {
 
 GDN_INLINE void float_to_half(uint16_t* p, vf v) {
 #if defined(__AVX512F__)
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(reinterpret_cast<__m512>(v), 0));
+    _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(ALL, reinterpret_cast<__m512>(v), 0));
 #elif defined(__AVX2__)
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(reinterpret_cast<__m256>(v), 0));
 #else
