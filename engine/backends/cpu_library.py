@@ -62,8 +62,8 @@ def load(isa: str | None = None) -> Library:
         raise LibraryError(f"cpu_isa: expected one of {', '.join(ISAS)}, got {isa}")
     if not built():
         raise LibraryError("the CPU kernels are not built: expected `pip install .` to build them")
-    if isa is None:
-        isa = usable()[0]
+    # Where none can be run, the last one that is built says what is missing.
+    isa = isa or [*built(), *usable()[:1]][-1]
     if isa not in built():
         raise LibraryError(f"cpu_isa: expected one of {', '.join(built())} (built), got {isa}")
     if missing := sorted(set(ISAS[isa]) - processor_features()):

@@ -1,0 +1,210 @@
+"""Packed weights of every type: what tables give back, and what products compute, exactly.
+
+A product rounds its activation to int8 as QUANTIZE_ROWS does. With the activation rounded the same
+way here, what is left is float32 arithmetic; only against activations that are not rounded must the
+limit be as lax as int8 is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.backends import cpu_library
+from engine.backends.cpu import CpuBackend
+from engine.graph import Capacity, Dim, Graph, Kind, Live, Tensor
+from engine.ops.get_rows import get_rows
+from engine.ops.mul_mat import mul_mat
+from engine.ops.mul_mat_id import mul_mat_id
+from engine.planner import Executable, place
+from engine.quants import F32, I32, WEIGHT_TYPES, DType, dequantize, quantize_q8_0
+from tests.opcase import RawWeights, assert_close, nmse
+from tests.test_cpu_ops import INT8_LIMIT
+from tools.randblocks import TYPES, random_blocks
+
+Array = np.ndarray[Any, Any]
+ISAS = cpu_library.usable()
+# They have no layout of their own and are rounded to Q8_0 when they are loaded.
+ROUNDED = {
+    "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ3_S", "IQ2_S", "IQ1_M", "TQ1_0", "TQ2_0", "MXFP4",
+    "NVFP4",
+}  # fmt: skip
+# Half a step of 1/127 of the largest of 32, and the step itself rounded to float16, which moves up
+# to 127 steps by 2^-11 of themselves.
+ROUNDING_BOUND = 1 / 254 + 2**-11
+# Sums of float32 products, in any order.
+EXACT_LIMIT = 1e-10
+N_OUT, N_EXPERTS, N_USED = 37, 3, 2
+CAPACITY = 160
+N_TOKENS = (1, 3, 64, 65, 130)
+
+every_type = pytest.mark.parametrize("dtype", WEIGHT_TYPES.values(), ids=str)
+
+
+@pytest.fixture(params=ISAS)
+def backend(request: pytest.FixtureRequest) -> CpuBackend:
+    return CpuBackend(2, request.param)
+
+
+def columns_of(dtype: DType) -> int:
+    """An odd number where the type allows it, else an odd number of blocks; at most 8 vectors."""
+    return {1: 77, 32: 96, 64: 192, 256: 768}[dtype.block_elems]
+
+
+def random_weight(dtype: DType, *lead: int, rng: np.random.Generator, std: float = 0.5) -> Array:
+    """Bytes of [*lead, columns], with sub-scales of all sizes."""
+    block = replace(TYPES[dtype.name], high=(0, 0, 0))
+    n_blocks = int(np.prod(lead)) * columns_of(dtype) // dtype.block_elems
+    return random_blocks(block, n_blocks, std, rng)
+
+
+def kept(dtype: DType, raw: Array, *lead: int) -> Array:
+    """The values that the backend has of a weight."""
+    values = dequantize(dtype, raw, (*lead, columns_of(dtype)))
+    if dtype.name not in ROUNDED:
+        return values
+    return dequantize(WEIGHT_TYPES["Q8_0"], quantize_q8_0(values), values.shape)
+
+
+def activation(name: str, *shape: int, dtype: DType = F32) -> Tensor:
+    return Tensor(name, (Dim(CAPACITY, "n_tokens"), *shape), dtype, Kind.ACTIVATION)
+
+
+def run(backend: CpuBackend, graph: Graph, outputs: tuple[Tensor, ...], raw: Array) -> Executable:
+    graph.outputs = {f"out{i}": t for i, t in enumerate(outputs)}
+    return Executable(place(graph, [backend], strict=True), RawWeights({"w": raw}))
+
+
+def rounded(x: Array) -> Array:
+    """x [..., in] in float64 as QUANTIZE_ROWS leaves it: per 32 columns, max |x| / 127 steps."""
+    groups = x.astype(np.float32).reshape(-1, 32)
+    scale = np.abs(groups).max(axis=1, keepdims=True) / np.float32(127)
+    inverse = np.divide(np.float32(1), scale, where=scale > 0, out=np.zeros_like(scale))
+    # np.rint rounds halves to even.
+    return (np.rint(groups * inverse).astype(np.float64) * scale).reshape(x.shape)
+
+
+def random_rows(rng: np.random.Generator, *shape: int) -> Array:
+    """Normal float32 values, none so close to half a step that a last bit decides over a step."""
+    x = rng.normal(size=shape).astype(np.float32)
+    if shape[-1] % 32 == 0:
+        groups = x.reshape(-1, 32)
+        steps = groups * (127 / np.abs(groups).max(axis=1, keepdims=True))
+        near = np.abs(steps - np.floor(steps) - 0.5) < 1e-3
+        groups[near] *= np.float32(0.9)
+    return x
+
+
+def test_which_types_are_kept_exactly() -> None:
+    library = cpu_library.load()
+    rounded = {t.name for t in WEIGHT_TYPES.values() if library.layout_of(t.ggml_id) < 0}
+    assert rounded == ROUNDED
+
+
+@every_type
+# The second makes scales that float16 has as subnormal numbers only.
+@pytest.mark.parametrize("std", [0.5, 1e-5])
+def test_rows_of_a_table(
+    backend: CpuBackend, dtype: DType, std: float, rng: np.random.Generator
+) -> None:
+    """Bit for bit: a decoded value is rounded once, as gguf's is."""
+    raw = random_weight(dtype, N_OUT, rng=rng, std=std)
+    graph = Graph(Capacity(CAPACITY))
+    table = graph.weight("w", (N_OUT, columns_of(dtype)), dtype)
+    out = get_rows(graph, "rows", table, graph.input("ids", (Dim(CAPACITY, "n_tokens"),)))
+    ids = rng.permutation(N_OUT).astype(np.int32)
+    got = run(backend, graph, (out,), raw).run({"ids": ids}, Live(N_OUT, 1, 1))["out0"]
+    assert np.array_equal(got, kept(dtype, raw, N_OUT)[ids])
+
+
+@pytest.mark.parametrize("name", sorted(ROUNDED))
+def test_a_rounded_type_is_off_by_at_most_half_a_step(name: str, rng: np.random.Generator) -> None:
+    dtype = WEIGHT_TYPES[name]
+    raw = random_weight(dtype, 999, rng=rng)
+    values = dequantize(dtype, raw, (999, columns_of(dtype))).reshape(-1, 32)
+    error = np.abs(kept(dtype, raw, 999).reshape(-1, 32).astype(np.float64) - values)
+    largest = np.abs(values).max(axis=1)
+    assert (error.max(axis=1) <= ROUNDING_BOUND * largest).all()
+    # The bound is no wider than it has to be, where values are on no coarse grid.
+    if name in ("IQ2_XS", "IQ3_S", "IQ3_XXS"):
+        assert (error.max(axis=1) > 0.9 / 254 * largest).any()
+
+
+def check(
+    dtype: DType, got: Array, raw: Array, lead: tuple[int, ...], x: Array, product: Any
+) -> None:
+    """Against float64 products with a rounded activation, and with one that is not."""
+    weights = kept(dtype, raw, *lead).astype(np.float64)
+    if dtype.block_elems > 1:
+        assert_close(got, product(rounded(x), weights), EXACT_LIMIT, "rounded activations")
+        true = dequantize(dtype, raw, weights.shape).astype(np.float64)
+        # Weights that are rounded to int8 too add as much again.
+        limit = INT8_LIMIT * (2 if dtype.name in ROUNDED else 1)
+        assert_close(got, product(x.astype(np.float64), true), limit, "activations as they are")
+    else:
+        assert_close(got, product(x.astype(np.float64), weights), EXACT_LIMIT, "float32")
+
+
+@every_type
+def test_products(backend: CpuBackend, dtype: DType, rng: np.random.Generator) -> None:
+    n_in = columns_of(dtype)
+    raw, graph = random_weight(dtype, N_OUT, rng=rng), Graph(Capacity(CAPACITY))
+    x = activation("x", n_in)
+    outputs = mul_mat(graph, "product", x, graph.weight("w", (N_OUT, n_in), dtype))
+    executable = run(backend, graph, outputs, raw)
+    for n in N_TOKENS:
+        values = random_rows(rng, n, n_in)
+        backend.write(x, values)
+        got = executable.run({}, Live(n, 1, 1))["out0"]
+        check(dtype, got, raw, (N_OUT,), values, lambda x, w: x @ w.T)
+
+
+@every_type
+@pytest.mark.parametrize("per_expert", [False, True])
+def test_products_with_experts(
+    backend: CpuBackend, dtype: DType, per_expert: bool, rng: np.random.Generator
+) -> None:
+    """A row for all experts of a token, or one for each and their weighted sum."""
+    n_in, lead = columns_of(dtype), (N_EXPERTS, N_OUT)
+    raw, graph = random_weight(dtype, *lead, rng=rng), Graph(Capacity(CAPACITY))
+    x = activation("x", *((N_USED, n_in) if per_expert else (n_in,)))
+    ids, shares = activation("ids", N_USED, dtype=I32), activation("shares", N_USED)
+    given = {"weights": shares} if per_expert else {}
+    outputs = mul_mat_id(graph, "product", x, ids, graph.weight("w", (*lead, n_in), dtype), **given)
+    executable = run(backend, graph, outputs, raw)
+    for n in N_TOKENS:
+        values = random_rows(rng, n, *x.shape[1:])
+        chosen = np.argsort(rng.random((n, N_EXPERTS)), axis=1)[:, :N_USED].astype(np.int32)
+        share = rng.uniform(0, 1, (n, N_USED)).astype(np.float32)
+        for tensor, rows in ((x, values), (ids, chosen), (shares, share)):
+            backend.write(tensor, rows)
+
+        def product(x: Array, w: Array, chosen: Array = chosen, share: Array = share) -> Array:
+            rows = x if per_expert else np.repeat(x[:, np.newaxis], N_USED, axis=1)
+            out = np.einsum("tui,tuoi->tuo", rows, w[chosen])
+            return np.einsum("tu,tuo->to", share.astype(np.float64), out) if per_expert else out
+
+        got = executable.run({}, Live(n, 1, 1))["out0"]
+        check(dtype, got, raw, lead, values, product)
+
+
+def test_halves_are_rounded_to_even(backend: CpuBackend, rng: np.random.Generator) -> None:
+    """Steps of exactly 1: a largest value of 127, and halves between."""
+    dtype, n_in = WEIGHT_TYPES["Q8_0"], 96
+    raw, graph = random_weight(dtype, N_OUT, rng=rng), Graph(Capacity(CAPACITY))
+    x = activation("x", n_in)
+    outputs = mul_mat(graph, "product", x, graph.weight("w", (N_OUT, n_in), dtype))
+    values = (rng.integers(-126, 126, (9, n_in)) + 0.5).astype(np.float32)
+    values[:, ::32] = 127
+    values[0, :32] = 0
+    executable = run(backend, graph, outputs, raw)
+    backend.write(x, values)
+    got = executable.run({}, Live(9, 1, 1))["out0"]
+    weights = kept(dtype, raw, N_OUT).astype(np.float64)
+    assert_close(got, rounded(values) @ weights.T, EXACT_LIMIT, "halves")
+    # Another rule is told apart.
+    up = np.where(np.abs(values) == 127, values, np.floor(values + 0.5)).astype(np.float64)
+    assert nmse(got, up @ weights.T) > EXACT_LIMIT
