@@ -133,12 +133,14 @@ class Engine:
         return np.asarray(logits, np.float32), guard.failures
 
     def run_timed(self, pieces: Sequence[Piece]) -> tuple[list[Timing], Live]:
-        """Run one batch as `run` does, for its timings: of every instruction and what is around."""
+        """Run one batch as `run` does, for its timings: of every instruction, of what is around
+        them, and of all the rest of this call."""
         start = time.perf_counter()
         with self._batch(pieces) as batch:
             packing = Timing("", Instruction("pack batch", ()), time.perf_counter() - start)
-            timings = self._running().run_timed(batch.inputs, batch.live)
-        return [packing, *timings], batch.live
+            timings = [packing, *self._running().run_timed(batch.inputs, batch.live)]
+        rest = time.perf_counter() - start - sum(t.seconds for t in timings)
+        return [*timings, Timing("", Instruction("everything else", ()), rest)], batch.live
 
     @contextmanager
     def _batch(self, pieces: Sequence[Piece]) -> Iterator[Batch]:

@@ -90,7 +90,7 @@ def test_the_table(tiny: Path, cli: Cli) -> None:
     size = sum(int(t.n_bytes) for t in reader.tensors) / 2**20
     n_params = sum(int(t.n_elements) for t in reader.tensors) / 1e6
     for row in rows:
-        assert row[:4] == ["qwen35 Q8_0", f"{size:.2f} MiB", f"{n_params:.2f} M", "reference"]
+        assert row[:4] == ["qwen35 Q8_0", f"{size:.2f} MiB", f"{n_params:.2f} M", "cpu"]
         assert int(row[4]) >= 1
         assert re.fullmatch(r"\d+\.\d\d ± \d+\.\d\d", row[6])
 
@@ -116,7 +116,7 @@ def test_keys_and_statistics(path: Path, cli: Cli) -> None:
             assert row[f"avg_{unit}"] == pytest.approx(mean, abs=slack)
             assert row[f"stddev_{unit}"] == pytest.approx(deviation, abs=slack)
         assert (row["n_ubatch"], row["n_batch"], row["n_gpu_layers"]) == (8, 64, 0)
-        assert (row["type_k"], row["type_v"], row["backends"]) == ("f32", "f32", "reference")
+        assert (row["type_k"], row["type_v"], row["backends"]) == ("f16", "f16", "cpu")
         assert row["model_filename"] == str(path)
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", row["test_time"])
 

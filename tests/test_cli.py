@@ -157,13 +157,23 @@ def test_engine_options_arrive(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Non
     assert {name: arrived[name] for name in expected} == expected
 
 
-def test_options_that_change_nothing(cli: Cli, tiny: Path) -> None:
-    plain = cli("-m", tiny, "-p", "Once", "-n", 5, *GREEDY)
+@pytest.mark.parametrize(
+    ("backend", "more"),
+    [
+        ("cpu", [("--backend", "auto"), ("-ctk", "f16", "-ctv", "f16")]),
+        ("reference", [("--gdn", "chunk"), ("-ctk", "f32", "-ctv", "f32")]),
+    ],
+)
+def test_options_that_change_nothing(
+    cli: Cli, tiny: Path, backend: str, more: list[tuple[str, ...]]
+) -> None:
+    run = ("-m", tiny, "-p", "Once", "-n", 5, *GREEDY, "--backend", backend)
+    plain = cli(*run)
     for options in (
-        ("-t", 2), ("--threads", 1), ("--backend", "reference"), ("--backend", "auto"),
-        ("--strict-backend",), ("--gdn", "scan"), ("--gdn", "chunk"), ("-c", 0), ("-v",),
+        ("-t", 2), ("--threads", 1), ("--strict-backend",), ("--gdn", "scan"), ("-c", 0), ("-v",),
+        *more,
     ):  # fmt: skip
-        result = cli("-m", tiny, "-p", "Once", "-n", 5, *GREEDY, *options)
+        result = cli(*run, *options)
         assert (result.status, result.out) == (0, plain.out)
 
 
@@ -186,6 +196,7 @@ def test_version(cli: Cli) -> None:
     result = cli("--version")
     assert (result.status, result.err) == (0, "")
     assert __version__ in result.out
+    assert "cpu (" in result.out
     assert "reference" in result.out
 
 
@@ -255,7 +266,7 @@ def test_graph_as_text(cli: Cli, tiny: Path) -> None:
     for row in (["GATED_DELTA_NET", "3"], ["ATTENTION", "1"], ["delta", "net", "3", "12"]):
         assert row in rows
     ops = [row for row in rows if len(row) == 2 and row[0].isupper()]
-    reasons = [row for row in rows if row[:1] == ["reference"]]
+    reasons = [row for row in rows if row[:1] == ["cpu"]]
     for counted in (ops, reasons):
         assert sum(int(row[1]) for row in counted) == 49
     assert all(len(row) > 2 for row in reasons)
@@ -267,7 +278,7 @@ def test_graph_with_a_line_per_node(cli: Cli, tiny: Path) -> None:
     lines = cli("graph", "-m", tiny, "--verbose").out.splitlines()
     for node in nodes:
         (line,) = [line for line in lines if line.startswith(node["name"] + " ")]
-        assert line.split()[1:3] == [node["op"], "reference"]
+        assert line.split()[1:3] == [node["op"], "cpu"]
         assert node["reason"] in line
 
 
@@ -277,7 +288,9 @@ def test_graph_as_json(cli: Cli, tiny: Path, gdn: str) -> None:
     document = json.loads(cli("graph", "-m", tiny, "--json", "--bs", "64,1,7", "--gdn", gdn).out)
     counts = {str(bs): len(plan_only(tiny, bs, gdn).graph.nodes) for bs in (64, 1, 7)}
     assert document["graph_nodes"] == counts
-    assert document["graph_splits"] == {"64": 1, "1": 1, "7": 1}
+    # The CPU has no primitives: each of the three delta nets is a split of the reference's.
+    n_splits = 1 if gdn == "fused" else 2 * 3 + 1
+    assert document["graph_splits"] == dict.fromkeys(("64", "1", "7"), n_splits)
     nodes = document["nodes"]
     assert len(nodes) == sum(document["ops"].values()) == counts["64"]
     assert len({node["name"] for node in nodes}) == len(nodes)
@@ -287,7 +300,9 @@ def test_graph_as_json(cli: Cli, tiny: Path, gdn: str) -> None:
         1,
     ]
     made = {out["name"] for node in nodes for out in node["outputs"]}
-    assert all(node["backend"] == "reference" and node["reason"] for node in nodes)
+    backends = {"cpu"} if gdn == "fused" else {"cpu", "reference"}
+    assert {node["backend"] for node in nodes} == backends
+    assert all(node["reason"] for node in nodes)
     assert {"token_embd.weight", "tokens"} == set(nodes[0]["inputs"].values())
     assert {"blk.0.attn_norm", "output"} <= made
 

@@ -158,7 +158,8 @@ def test_table_and_document(tiny: Path, peer: Peer, run: Callable[..., Result]) 
     python = peer()
     out = python.parent / "out.json"
     # The directory of a virtual environment will do as well.
-    status, text, err = run(tiny, "--peer-python", python.parent.parent, *SMALL, "--json", out)
+    options = (*SMALL, "--backend", "reference", "--json", out)
+    status, text, err = run(tiny, "--peer-python", python.parent.parent, *options)
     assert (status, err) == (0, "")
     document = json.loads(out.read_text())
     (model,) = document["models"]
@@ -224,7 +225,8 @@ def test_a_crash_is_shown_and_ours_still_measured(
         assert test["engine"]["median"] > 0
         assert test["peer"]["failure"].startswith(expected)
         assert test["ratio"] is None
-    assert model["accuracy"]["one prefill"]["engine"]["nmse"] == 0
+    # Activations in int8.
+    assert 0 < model["accuracy"]["one prefill"]["engine"]["nmse"] < 1e-2
 
 
 def test_the_table_keeps_figures_of_rounds_before_a_crash() -> None:

@@ -92,12 +92,14 @@ def test_what_else_is_in_the_batch(path: Path, rng: np.random.Generator) -> None
         assert same_bits(np.concatenate(rows[i]), want[i]), i
 
 
+@pytest.mark.parametrize("types", [("f32", "f32"), ("f16", "f32"), ("f32", "f16")], ids="-".join)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_reference_computes_the_same(
-    models: Models, rng: np.random.Generator, preset: str
+    models: Models, rng: np.random.Generator, preset: str, types: tuple[str, str]
 ) -> None:
-    """With plain weights, and caches of the same type, all that differs is rounding."""
-    ids, options = random_ids(rng, N_PROMPT), {"n_ctx": 256, "type_k": "f32", "type_v": "f32"}
+    """With plain weights, and caches of the same types, all that differs is rounding."""
+    ids = random_ids(rng, N_PROMPT)
+    options = {"n_ctx": 256} | dict(zip(("type_k", "type_v"), types, strict=True))
     path = models(preset, "F32")
     with Engine.load(path, backend="reference", **options) as engine:
         want = engine.logits(ids)

@@ -20,20 +20,27 @@ from tests.helpers import Cli
 Rng = np.random.Generator
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(("n_tokens", "n_past"), [(1, 0), (1, 100), (150, 70)])
-def test_times_add_up_to_the_step(path: Path, rng: Rng, n_tokens: int, n_past: int) -> None:
-    with Engine.load(path, n_ctx=256, n_ubatch=256) as engine:
+def test_times_add_up_to_the_step(
+    path: Path, rng: Rng, n_tokens: int, n_past: int, backend: str
+) -> None:
+    with Engine.load(path, backend=backend, n_ctx=256, n_ubatch=256) as engine:
         profile = profile_step(engine, n_tokens, n_past, 5, rng)
         kinds = by_layer_kind(profile, engine.plan.graph.layer_kinds)
     total = sum(e.seconds for e in profile.entries)
     assert 0.95 * profile.seconds <= total <= profile.seconds
+    # Where Python is between nodes as well as around them, nodes take nearly all of a step.
+    rest = sum(e.seconds for e in profile.entries if e.label == "everything else")
+    assert backend == "cpu" or 0.95 * profile.seconds <= total - rest
     for rows in (by_op(profile), kinds):
         assert math.isclose(sum(row.seconds for row in rows), total)
         assert [row.seconds for row in rows] == sorted((r.seconds for r in rows), reverse=True)
 
 
-def test_timers_cost_little(tiny: Path, rng: Rng) -> None:
-    with Engine.load(tiny, n_ctx=512) as engine:
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_timers_cost_little(tiny: Path, rng: Rng, backend: str) -> None:
+    with Engine.load(tiny, backend=backend, n_ctx=512) as engine:
         profile = profile_step(engine, 256, 0, 9, rng)
     assert 0.5 < profile.seconds / profile.plain_seconds < 2
 
@@ -118,9 +125,14 @@ def test_the_table(tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Non
     total = next(row for row in rows if row[0] == "total")
     ops = [row for row in rows if row[0].isupper()]
     assert {row[0] for row in ops} >= {"MUL_MAT", "GATED_DELTA_NET", "ATTENTION"}
-    for _, _, ms, share, mb, rate in ops:
-        assert float(share) == pytest.approx(100 * float(ms) / float(total[2]), abs=0.2)
-        assert float(rate) == pytest.approx(float(mb) / float(ms), rel=0.2, abs=0.1)
+    total_ms = float(total[2])
+    for _, _, *cells in ops:
+        # All that numbers can have been before they were rounded to their last digit.
+        ms, share, mb, rate = map(float, cells)
+        assert ms - 0.001 <= share / 100 * total_ms + 0.0005 * total_ms
+        assert share / 100 * total_ms - 0.0005 * total_ms <= ms + 0.001
+        assert (mb - 0.005) / (ms + 0.0005) <= rate + 0.005
+        assert (rate - 0.005) * (ms - 0.0005) <= mb + 0.005
 
 
 def test_verbose_names_nodes(tiny: Path, cli: Cli) -> None:

@@ -192,7 +192,7 @@ def test_json_lines(tiny: Path, cli: Cli) -> None:
         assert math.isclose(row["speed_tg"] * row["t_tg"], row["tg"])
         assert (row["n_kv_max"], row["n_batch"], row["n_ubatch"]) == (64, 2048, 32)
         assert (row["pp"], row["tg"], row["flash_attn"], row["n_gpu_layers"]) == (32, 8, 1, 0)
-        assert (row["backend"], row["graph_nodes"]) == ("reference", n_nodes)
+        assert (row["backend"], row["graph_nodes"]) == ("cpu", n_nodes)
         assert (row["vram_delta_mib"], row["rss_hwm_mib"] > 1) == (0.0, True)
     assert [(p.n_kv, p.speed_pp, p.speed_tg) for p in plots.parse_points(out)] == [
         (row["n_kv"], row["speed_pp"], row["speed_tg"]) for row in rows

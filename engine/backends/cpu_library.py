@@ -10,9 +10,9 @@ import functools
 import platform
 from collections.abc import Callable
 from ctypes import c_char_p, c_int, c_int32, c_int64, c_void_p
+from importlib.util import find_spec
 from pathlib import Path
 
-import engine
 from engine.errors import EngineError
 
 # Best first, with the processor's features (as Linux names them) that each needs.
@@ -41,7 +41,10 @@ def processor_features() -> frozenset[str]:
 @functools.cache
 def built() -> dict[str, Path]:
     """Libraries of this installation by instruction set, best first."""
-    directories = [Path(p) / "native" for p in engine.__path__]
+    # Of an editable installation, sources and libraries lie in different places.
+    package = find_spec("engine")
+    assert package is not None
+    directories = [Path(p) / "native" for p in package.submodule_search_locations or ()]
     found = {}
     for isa in ISAS:
         paths = (d / f"libgdn_cpu_{isa}.so" for d in directories)

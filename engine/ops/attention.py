@@ -104,30 +104,32 @@ def _cases() -> Iterable[Case]:
         sizes: tuple[int, int],
         pasts: list[int],
         lengths: list[int],
-        cache: DType,
+        caches: tuple[DType, DType],
         gated: bool,
     ) -> dict[str, Operand]:
         (n_q, n_kv), (d_k, d_v), n = heads, sizes, sum(lengths)
         paged, n_blocks = paged_operands(rng, pasts, lengths, 16)
         operands = {
             "q": activation(rng.normal(size=(n, n_q, d_k)) * 3),
-            "k_cache": blocks(rng.normal(size=(n_blocks, n_kv, 16, d_k)), cache),
-            "v_cache": blocks(rng.normal(size=(n_blocks, n_kv, 16, d_v)), cache),
+            "k_cache": blocks(rng.normal(size=(n_blocks, n_kv, 16, d_k)), caches[0]),
+            "v_cache": blocks(rng.normal(size=(n_blocks, n_kv, 16, d_v)), caches[1]),
             **paged,
         }
         if gated:
             operands["gate"] = activation(rng.normal(size=(n, n_q, d_v)) * 5)
         return operands
 
-    for heads, sizes, pasts, lengths, cache, gated in (
-        ((1, 1), (16, 16), [0], [1], F32, False),
-        ((4, 2), (64, 64), [0, 37, 200], [3, 1, 20], F16, True),
-        ((8, 2), (256, 256), [15, 16], [1, 1], F16, True),
-        ((6, 1), (72, 64), [5], [33], F32, False),
+    for heads, sizes, pasts, lengths, caches, gated in (
+        ((1, 1), (16, 16), [0], [1], (F32, F32), False),
+        ((4, 2), (64, 64), [0, 37, 200], [3, 1, 20], (F16, F16), True),
+        ((8, 2), (256, 256), [15, 16], [1, 1], (F16, F16), True),
+        ((6, 1), (72, 64), [5], [33], (F32, F32), False),
+        ((4, 2), (48, 48), [70, 3], [1, 40], (F16, F32), False),
+        ((4, 2), (48, 48), [70, 3], [1, 40], (F32, F16), True),
     ):
         params = {"heads": heads, "sizes": sizes, "pasts": pasts, "lengths": lengths}
         attrs = {"scale": 1 / math.sqrt(sizes[0])}
-        yield case(make, attrs, **params, cache=cache, gated=gated)
+        yield case(make, attrs, **params, caches=caches, gated=gated)
 
 
 ATTENTION = Op("ATTENTION", _infer, _reference, _cost, _cases)

@@ -105,7 +105,7 @@ def _cost(node: Node, live: Live) -> Cost:
 
 def _cases() -> Iterable[Case]:
     def make(
-        rng: Rng, heads: tuple[int, int], size: int, lengths: list[int], cache: DType
+        rng: Rng, heads: tuple[int, int], size: int, lengths: list[int], types: tuple[DType, DType]
     ) -> dict[str, Operand]:
         (n_q, n_kv), n = heads, sum(lengths)
         pasts = rng.integers(0, 100, len(lengths)).tolist()
@@ -117,19 +117,19 @@ def _cases() -> Iterable[Case]:
             "v": activation(rng.normal(size=(n, n_kv, size))),
             "q_norm": weight(rng.normal(size=size)),
             "k_norm": weight(rng.normal(size=size)),
-            "k_cache": blocks(caches[0], cache),
-            "v_cache": blocks(caches[1], cache),
+            "k_cache": blocks(caches[0], types[0]),
+            "v_cache": blocks(caches[1], types[1]),
             **paged,
         }
 
-    for heads, size, lengths, cache, n_rot in (
-        ((2, 1), 16, [1], F32, 8),
-        ((4, 2), 64, [3, 1, 40], F16, 64),
-        ((8, 2), 256, [5], F32, 64),
-        ((3, 3), 24, [2, 2], F16, 0),
+    for heads, size, lengths, types, n_rot in (
+        ((2, 1), 16, [1], (F32, F32), 8),
+        ((4, 2), 64, [3, 1, 40], (F16, F16), 64),
+        ((8, 2), 256, [5], (F32, F16), 64),
+        ((3, 3), 24, [2, 2], (F16, F32), 0),
     ):
         attrs = {"eps": 1e-6, "n_rot": n_rot, "rope_base": 1e6}
-        yield case(make, attrs, heads=heads, size=size, lengths=lengths, cache=cache)
+        yield case(make, attrs, heads=heads, size=size, lengths=lengths, types=types)
 
 
 QK_NORM_ROPE = Op("QK_NORM_ROPE", _infer, _reference, _cost, _cases, writes=("k_cache", "v_cache"))

@@ -125,10 +125,10 @@ void convert(const T* const* rows, int64_t n_rows, int64_t column, int64_t size,
 
 // Scores of n_x queries with a tile's first n keys. The values are prefetched meanwhile, as they
 // will be read column by column; the keys, read row by row, need no help.
-template <typename T>
+template <typename K, typename V>
 void score(const Work& w, int64_t query, int64_t n_x, int64_t n) {
-    const T* const* keys = static_cast<const T**>(w.k);
-    const T* const* values = static_cast<const T**>(w.v);
+    const K* const* keys = static_cast<const K**>(w.k);
+    const V* const* values = static_cast<const V**>(w.v);
     const float* q = w.q + query * w.width;
     const float* packed[STRIP];
     for (int64_t j = 0; j < STRIP; j++) packed[j] = w.pack + j * w.width;
@@ -136,9 +136,9 @@ void score(const Work& w, int64_t query, int64_t n_x, int64_t n) {
         const int64_t m = n - p < STRIP ? n - p : STRIP;
         float* y = w.scores + query * TILE + p;
         for (int64_t j = 0; j < m; j++)
-            for (int64_t d = 0; d < w.v_size; d += CACHE_LINE / sizeof(T))
+            for (int64_t d = 0; d < w.v_size; d += CACHE_LINE / sizeof(V))
                 __builtin_prefetch(values[p + j] + d);
-        if (n_x > 4 && sizeof(T) == 2) {
+        if (n_x > 4 && sizeof(K) == 2) {
             convert(keys + p, m, 0, w.size, w.pack, w.width);
             dots(q, w.width, n_x, packed, m, w.size, y, TILE);
         } else {
@@ -172,30 +172,35 @@ int64_t visible(const Work& w, int64_t row, int64_t begin) {
 }
 
 // The tile that begins at a position: rows that see all of it together, others one by one.
-template <typename T>
+template <typename K, typename V>
 void attend_tile(const Work& w, int64_t begin) {
     for (int64_t r = 0, end; r < w.n_rows; r = end) {
         const int64_t n = visible(w, r, begin);
         for (end = r + 1; n == TILE && end < w.n_rows && visible(w, end, begin) == n;) end++;
         if (n == 0) continue;
         const int64_t query = r * w.heads, n_x = (end - r) * w.heads;
-        score<T>(w, query, n_x, n);
+        score<K, V>(w, query, n_x, n);
         for (int64_t i = query; i < query + n_x; i++) soften(w, i, n);
-        add_values<T>(w, query, n_x, n);
+        add_values<V>(w, query, n_x, n);
     }
 }
 
-template <typename T>
+template <typename K, typename V>
 void attend(const Args& a, Work& w) {
     int64_t stop = 0;
     for (int64_t r = 0; r < w.n_rows; r++)
         if (stop <= w.positions[r]) stop = w.positions[r] + 1;
     for (int64_t begin = 0; begin < stop; begin += TILE) {
         const int64_t end = stop - begin < TILE ? stop : begin + TILE;
-        find_rows<T>(a.v[K_CACHE], w, begin, end, w.k);
-        find_rows<T>(a.v[V_CACHE], w, begin, end, w.v);
-        attend_tile<T>(w, begin);
+        find_rows<K>(a.v[K_CACHE], w, begin, end, w.k);
+        find_rows<V>(a.v[V_CACHE], w, begin, end, w.v);
+        attend_tile<K, V>(w, begin);
     }
+}
+
+template <typename K>
+void attend_keys(const Args& a, Work& w) {
+    a.v[V_CACHE].dtype == F16 ? attend<K, uint16_t>(a, w) : attend<K, float>(a, w);
 }
 
 void store_result(const Args& a, const Work& w) {
@@ -233,7 +238,7 @@ void run_task(const Args& a, const Split& s, int64_t task) {
         w.first_row = t;
         w.n_rows = (seq_starts[seq + 1] < end ? seq_starts[seq + 1] : end) - t;
         load_queries(a, w);
-        a.v[K_CACHE].dtype == F16 ? attend<uint16_t>(a, w) : attend<float>(a, w);
+        a.v[K_CACHE].dtype == F16 ? attend_keys<uint16_t>(a, w) : attend_keys<float>(a, w);
         store_result(a, w);
     }
 }
