@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine import Engine
+from engine.backends.cpu import CpuProgram
 from engine.backends.reference import ReferenceBackend
-from engine.graph import Kind, Tensor
+from engine.graph import Kind, Live, Tensor
 from engine.quants import BY_GGML_ID
 from tools.ggufwrite import TensorSpec, write_gguf
 from tools.makevocab import made_vocabulary, padded_vocabulary
@@ -47,6 +48,17 @@ def float64_engine(path: Path, **options: Any) -> Engine:
     for tensor, array in arrays.items():
         arrays[tensor] = array.astype(np.float64)
     return engine
+
+
+# Backends whose logits are the same however tokens are cut and mixed: but for 1e-15, and exactly.
+EXACT = ("float64", "cpu")
+
+
+def exact_engine(backend: str, path: Path, **options: Any) -> Engine:
+    """An engine on a backend of EXACT."""
+    if backend == "float64":
+        return float64_engine(path, **options)
+    return Engine.load(path, backend=backend, strict_backend=True, **options)
 
 
 def random_ids(rng: np.random.Generator, n: int) -> list[int]:
@@ -81,6 +93,26 @@ def replaced_op(engine: Engine, node_name: str, reference: Callable[..., Any]) -
         yield
     finally:
         object.__setattr__(node, "op", op)
+
+
+@contextmanager
+def failing_at(engine: Engine, node_name: str, error: type[BaseException]) -> Iterator[None]:
+    """Within it, steps raise `error` where a node would run, after those before it did."""
+
+    def broken(**operands: Any) -> Any:
+        raise error
+
+    def broken_program(program: CpuProgram, live: Live, watch: Any = None) -> None:
+        (begin,) = (at for node, (at, _) in program._spans.items() if node.name == node_name)
+        program._backend.run(program._program[:begin], live)
+        raise error
+
+    if engine.config.backend == "cpu":
+        with patch.object(CpuProgram, "run", broken_program):
+            yield
+    else:
+        with replaced_op(engine, node_name, broken):
+            yield
 
 
 def write_header(path: Path, preset: str) -> Path:

@@ -208,3 +208,27 @@ def test_halves_are_rounded_to_even(backend: CpuBackend, rng: np.random.Generato
     # Another rule is told apart.
     up = np.where(np.abs(values) == 127, values, np.floor(values + 0.5)).astype(np.float64)
     assert nmse(got, up @ weights.T) > EXACT_LIMIT
+
+
+@pytest.mark.parametrize("name", ["F16", "Q8_0", "Q4_K", "IQ4_XS", "MXFP4"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e-40], ids=str)
+def test_what_is_not_finite_is_not_lost(
+    backend: CpuBackend, name: str, value: float, rng: np.random.Generator
+) -> None:
+    """It shows in all products of its row, and in no other row's; tiny numbers are no trouble."""
+    dtype = WEIGHT_TYPES[name]
+    n_in = columns_of(dtype)
+    raw, graph = random_weight(dtype, N_OUT, rng=rng), Graph(Capacity(CAPACITY))
+    x = activation("x", n_in)
+    outputs = mul_mat(graph, "product", x, graph.weight("w", (N_OUT, n_in), dtype))
+    executable = run(backend, graph, outputs, raw)
+    values = random_rows(rng, 7, n_in)
+    backend.write(x, values)
+    want = executable.run({}, Live(7, 1, 1))["out0"]
+    values[4, : n_in // 2] = 0 if np.isfinite(value) else values[4, : n_in // 2]
+    values[4, 5] = value
+    backend.write(x, values)
+    got = executable.run({}, Live(7, 1, 1))["out0"]
+    assert (np.isfinite(got[4]) == np.isfinite(value)).all()
+    others = [0, 1, 2, 3, 5, 6]
+    assert np.array_equal(got[others], want[others])

@@ -5,9 +5,9 @@ A step that breaks off leaves half-written states; a step that finds no room lea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,31 +16,37 @@ from engine import Engine, SamplingParams
 from engine.batch import BatchError, Piece
 from engine.config import ConfigError
 from engine.kvcache.pool import MemoryFullError
-from tests.helpers import assert_all_free, assert_same, float64_engine, random_ids, replaced_op
+from tests.helpers import (
+    EXACT,
+    assert_all_free,
+    assert_same,
+    exact_engine,
+    failing_at,
+    random_ids,
+)
 
 Rng = np.random.Generator
+Load = Callable[..., Engine]
 # The second layer's: the first layer's states are written when it runs.
 NODE = "blk.1.gated_delta_net"
 
 
-def load(path: Path, **options: Any) -> Engine:
-    return float64_engine(path, **options)
+@pytest.fixture(scope="module", params=EXACT)
+def load(request: pytest.FixtureRequest) -> Load:
+    """load(path, **options): an engine on each of the backends."""
+    return partial(exact_engine, request.param)
 
 
 @pytest.fixture
-def engine(tiny: Path) -> Iterator[Engine]:
+def engine(tiny: Path, load: Load) -> Iterator[Engine]:
     with load(tiny, n_ctx=256, n_parallel=2) as engine:
         yield engine
         assert_all_free(engine)
 
 
 @pytest.fixture(scope="module")
-def alone(tiny: Path) -> Engine:
+def alone(tiny: Path, load: Load) -> Engine:
     return load(tiny, n_ctx=256)
-
-
-def interrupt(**operands: Any) -> Any:
-    raise KeyboardInterrupt
 
 
 def test_logits_give_everything_back(engine: Engine) -> None:
@@ -78,20 +84,17 @@ def test_a_generation_that_never_started_holds_nothing(engine: Engine) -> None:
 def test_an_error_in_logits_gives_everything_back(
     engine: Engine, error: type[BaseException]
 ) -> None:
-    def broken(**operands: Any) -> Any:
-        raise error
-
-    with replaced_op(engine, NODE, broken), pytest.raises(error):
+    with failing_at(engine, NODE, error), pytest.raises(error):
         engine.logits([1, 2, 3])
 
 
 def test_an_error_in_a_generation_gives_everything_back(engine: Engine) -> None:
     params = SamplingParams(max_tokens=5, ignore_eos=True)
-    with replaced_op(engine, NODE, interrupt), pytest.raises(KeyboardInterrupt):
+    with failing_at(engine, NODE, KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         next(engine.generate([1, 2, 3], params))
     tokens = engine.generate([1, 2, 3], params)
     next(tokens)
-    with replaced_op(engine, NODE, interrupt), pytest.raises(KeyboardInterrupt):
+    with failing_at(engine, NODE, KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         next(tokens)
 
 
@@ -111,13 +114,13 @@ def test_a_broken_step_empties_its_sequence_and_no_other(
     memory, prompts = engine.memory, [random_ids(rng, n) for n in (70, 30)]
     a, b = memory.create(), memory.create()
     engine.step([Piece(a, prompts[0]), Piece(b, prompts[1])])
-    with replaced_op(engine, node, interrupt), pytest.raises(KeyboardInterrupt):
+    with failing_at(engine, node, KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         engine.step([Piece(b, [1, 2])])
     assert (memory.n_tokens(a), memory.n_tokens(b)) == (70, 0)
     rows = engine.step([Piece(a, [3]), Piece(b, [4, 5])])
     assert_same(rows[:1], alone.logits([*prompts[0], 3])[-1:])
     assert_same(rows[1:], alone.logits([4, 5])[-1:])
-    with replaced_op(engine, node, interrupt), pytest.raises(KeyboardInterrupt):
+    with failing_at(engine, node, KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         engine.step([Piece(b, [1]), Piece(a, [2])])
     assert memory.n_tokens(a) == memory.n_tokens(b) == 0
     assert_all_free(engine)
@@ -128,7 +131,7 @@ def test_a_checkpoint_survives_a_broken_step(engine: Engine, alone: Engine, rng:
     seq = memory.create()
     engine.step([Piece(seq, ids)])
     checkpoint = memory.checkpoint(seq)
-    with replaced_op(engine, "output", interrupt), pytest.raises(KeyboardInterrupt):
+    with failing_at(engine, "output", KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         engine.step([Piece(seq, [1, 2])])
     assert memory.n_tokens(seq) == 0
     memory.restore(seq, checkpoint)
@@ -141,7 +144,7 @@ def counts(engine: Engine) -> tuple[int, int]:
     return engine.memory.blocks.n_free, engine.memory.slots.n_free
 
 
-def test_no_free_slot_leaves_everything(tiny: Path, alone: Engine, rng: Rng) -> None:
+def test_no_free_slot_leaves_everything(tiny: Path, load: Load, alone: Engine, rng: Rng) -> None:
     ids = random_ids(rng, 10)
     with load(tiny, n_ctx=256, n_parallel=1, n_checkpoints=1) as engine:
         a, b, c = (engine.memory.create() for _ in range(3))
@@ -156,7 +159,7 @@ def test_no_free_slot_leaves_everything(tiny: Path, alone: Engine, rng: Rng) -> 
         assert_same(engine.step([Piece(b, [2])]), alone.logits([*ids[:5], 2])[-1:])
 
 
-def test_no_free_block_leaves_everything(tiny: Path, alone: Engine, rng: Rng) -> None:
+def test_no_free_block_leaves_everything(tiny: Path, load: Load, alone: Engine, rng: Rng) -> None:
     ids = random_ids(rng, 64)
     with load(tiny, n_ctx=64, n_parallel=2, n_checkpoints=0) as engine:
         a, b = engine.memory.create(), engine.memory.create()
@@ -174,7 +177,9 @@ def test_no_free_block_leaves_everything(tiny: Path, alone: Engine, rng: Rng) ->
         assert_same(engine.step([Piece(a, [1])]), alone.logits([*ids, 1])[-1:])
 
 
-def test_no_free_block_leaves_what_a_checkpoint_shares(tiny: Path, alone: Engine, rng: Rng) -> None:
+def test_no_free_block_leaves_what_a_checkpoint_shares(
+    tiny: Path, load: Load, alone: Engine, rng: Rng
+) -> None:
     ids = random_ids(rng, 70)
     with load(tiny, n_ctx=64, n_parallel=2, n_checkpoints=1) as engine:
         memory = engine.memory
@@ -193,7 +198,7 @@ def test_no_free_block_leaves_what_a_checkpoint_shares(tiny: Path, alone: Engine
         assert_all_free(engine)
 
 
-def test_a_closed_engine_says_so_and_holds_nothing(tiny: Path) -> None:
+def test_a_closed_engine_says_so_and_holds_nothing(tiny: Path, load: Load) -> None:
     engine = load(tiny)
     engine.close()
     with pytest.raises(ConfigError, match="the engine is closed"):
@@ -202,7 +207,9 @@ def test_a_closed_engine_says_so_and_holds_nothing(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("lengths", [[1, 1, 1], [5], [3, 2]])
-def test_a_batch_beyond_the_capacity_holds_nothing(tiny: Path, lengths: list[int]) -> None:
+def test_a_batch_beyond_the_capacity_holds_nothing(
+    tiny: Path, load: Load, lengths: list[int]
+) -> None:
     with load(tiny, n_ctx=256, n_parallel=2, n_ubatch=4) as engine:
         pieces = [Piece(engine.memory.create(), [1] * n) for n in lengths]
         with pytest.raises(BatchError, match="expected at"):

@@ -58,18 +58,24 @@ def bad_row(
     return planted(models, path, "token_embd.weight", (BAD, 3), request.param)
 
 
+@pytest.fixture(scope="module", params=["cpu", "reference"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(params=[False, True], ids=["logits only", "every node"])
-def engine(bad_row: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
+def engine(bad_row: Path, request: pytest.FixtureRequest, backend: str) -> Iterator[Engine]:
     options = {"n_ctx": 512, "n_parallel": 3, "n_ubatch": 192, "n_checkpoints": 2}
-    with Engine.load(bad_row, check=request.param, **options) as engine, np.errstate(all="ignore"):
+    options |= {"backend": backend, "check": request.param}
+    with Engine.load(bad_row, **options) as engine, np.errstate(all="ignore"):
         yield engine
         assert_all_free(engine)
         assert all(np.isfinite(a).all() for a in states(engine).values())
 
 
 @pytest.fixture(scope="module")
-def sane(models: Callable[[str, str], Path]) -> Engine:
-    return Engine.load(models("tiny-untied", "F32"), n_ctx=512, n_ubatch=128)
+def sane(models: Callable[[str, str], Path], backend: str) -> Engine:
+    return Engine.load(models("tiny-untied", "F32"), backend=backend, n_ctx=512, n_ubatch=128)
 
 
 def states(engine: Engine) -> dict[Any, NDArray[Any]]:
@@ -230,11 +236,12 @@ NAMES = {
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("check", [False, True])
 def test_a_wrong_weight_fails_everybody(
-    models: Callable[[str, str], Path], tmp_path: Path, name: str, check: bool
+    models: Callable[[str, str], Path], tmp_path: Path, name: str, check: bool, backend: str
 ) -> None:
     shape = weight(models("tiny-untied", "F32"), name).shape
     path = planted(models, tmp_path / "m", name, tuple(0 for _ in shape), np.nan)
-    with np.errstate(all="ignore"), Engine.load(path, n_parallel=2, check=check) as engine:
+    options = {"backend": backend, "n_parallel": 2, "check": check}
+    with np.errstate(all="ignore"), Engine.load(path, **options) as engine:
         done = engine.generate_batch([[1] * 5, [2] * 70, [3]], GREEDY)
         layer = name.removesuffix(".weight").rsplit(".", 1)[0]
         for completion in done:
@@ -249,17 +256,22 @@ def assert_names(completion: Completion, words: str) -> None:
     assert completion.detail.startswith(f"non-finite values in {words}"), completion.detail
 
 
-def test_check_changes_no_results(models: Callable[[str, str], Path], rng: Rng) -> None:
+def test_check_changes_no_results(
+    models: Callable[[str, str], Path], rng: Rng, backend: str
+) -> None:
     path, prompt = models("tiny-untied", "Q8_0"), ids(rng, 100)
-    with Engine.load(path) as plain, Engine.load(path, check=True) as checking:
+    with (
+        Engine.load(path, backend=backend) as plain,
+        Engine.load(path, backend=backend, check=True) as checking,
+    ):
         assert (plain.logits(prompt) == checking.logits(prompt)).all()
 
 
 def test_a_nan_is_an_error_and_no_warning(
-    models: Callable[[str, str], Path], tmp_path: Path
+    models: Callable[[str, str], Path], tmp_path: Path, backend: str
 ) -> None:
     """One clear error is enough: numpy's own warnings, errors here, would only be noise."""
     path = planted(models, tmp_path / "m", "token_embd.weight", (BAD, 3), np.nan)
-    with Engine.load(path, n_ctx=256) as engine:
+    with Engine.load(path, backend=backend, n_ctx=256) as engine:
         (done,) = engine.generate_batch([[1, BAD, 2]], GREEDY)
         assert done.finish_reason == "error"

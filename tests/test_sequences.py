@@ -8,6 +8,7 @@ with those of the whole list, run from scratch; so the states that were kept are
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +19,35 @@ from engine import Engine
 from engine.batch import BatchError, Logits, Piece
 from engine.kvcache.memory import Checkpoint
 from engine.kvcache.pool import MemoryFullError
-from tests.helpers import assert_all_free, float64_engine, nmse, random_ids
+from tests.helpers import assert_all_free, exact_engine, nmse, random_ids
 
 Rng = np.random.Generator
+Load = Callable[..., Engine]
 MAX_NMSE = 1e-10
 N_SNAPSHOTS = 3
 MAX_TOKENS = 220
 
 
-@pytest.fixture(scope="module", params=["tiny", "tiny-untied"])
-def model(request: pytest.FixtureRequest, models: Callable[[str, str], Path]) -> Path:
-    return models(request.param, "F32")
+@pytest.fixture(
+    scope="module",
+    params=[("tiny", "float64"), ("tiny-untied", "float64"), ("tiny", "cpu")],
+    ids="-".join,
+)
+def load(request: pytest.FixtureRequest, models: Callable[[str, str], Path]) -> Load:
+    """load(**options): an engine of each model."""
+    preset, backend = request.param
+    return partial(exact_engine, backend, models(preset, "F32"))
 
 
 @pytest.fixture(scope="module")
-def alone(model: Path) -> Engine:
-    return float64_engine(model, n_ctx=512)
+def alone(load: Load) -> Engine:
+    return load(n_ctx=512)
 
 
 @pytest.fixture(scope="module")
-def engine(model: Path) -> Engine:
+def engine(load: Load) -> Engine:
     options: dict[str, Any] = {"n_parallel": 5, "n_checkpoints": 6, "n_snapshots": N_SNAPSHOTS}
-    return float64_engine(model, n_ctx=1024, **options)
+    return load(n_ctx=1024, **options)
 
 
 class Sequence:
