@@ -18,7 +18,9 @@ from engine.backends import cpu_library
 from engine.backends.arena import Arena
 from engine.backends.cpu_lowering import (
     DIMS,
+    F32_CODE,
     I8,
+    I32_CODE,
     INSTRUCTION,
     MAX_RANK,
     SIGNATURES,
@@ -124,6 +126,20 @@ class CpuBackend:
             self.team, instructions.ctypes.data, len(instructions), counts.ctypes.data, times
         )
 
+    def read_probe(self, rows: Array) -> None:
+        """Read float32 rows [n, a multiple of 64] once, with all threads; for timing."""
+        words = np.empty(len(rows), np.int32)
+        views = np.array(
+            [
+                view(words.ctypes.data, words.shape, (1,), I32_CODE),
+                view(rows.ctypes.data, rows.shape, (rows.shape[1], 1), F32_CODE),
+            ],
+            VIEW,
+        )
+        program = np.zeros(1, INSTRUCTION)
+        program[0] = (self.library.kernel_address("READ_PROBE"), views.ctypes.data, 0, 0)
+        self.library.run(self.team, program.ctypes.data, 1, np.zeros(5, np.int64).ctypes.data, None)
+
 
 class CpuProgram:
     """A compiled split."""
@@ -170,7 +186,7 @@ class CpuProgram:
             return np.zeros((), VIEW)
         if isinstance(ref, Scratch):
             strides = [int(np.prod(ref.shape[i + 1 :])) for i in range(len(ref.shape))]
-            code = I8 if ref.dtype == I8 else (0 if ref.dtype is F32 else 2)
+            code = I8 if ref.dtype == I8 else (F32_CODE if ref.dtype is F32 else I32_CODE)
             return view(self._base + self._offsets[ref], ref.shape, strides, code)
         if ref.kind is Kind.WEIGHT:
             if step.kernel in ("MUL_MAT", "MUL_MAT_ID", "GET_ROWS"):

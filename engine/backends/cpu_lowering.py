@@ -21,8 +21,8 @@ from engine.quants import F16, F32, I32, DType
 MAX_RANK = 4
 # As Dim and DType in kernel.h.
 DIMS = ("", "n_tokens", "n_seqs", "n_seqs + 1", "n_outputs")
-_DTYPES = {F32: 0, F16: 1, I32: 2}
-I8, PACKED = 3, 4
+F32_CODE, F16_CODE, I32_CODE, I8, PACKED = range(5)
+_DTYPES = {F32: F32_CODE, F16: F16_CODE, I32: I32_CODE}
 
 VIEW = np.dtype(
     [
@@ -107,7 +107,7 @@ def view(
 def tensor_view(tensor: Tensor, base_address: int, dtype: DType | None = None) -> NDArray[Any]:
     """The view of a plain tensor whose base lies at an address."""
     code = _DTYPES[dtype or tensor.dtype]
-    item = 2 if code == _DTYPES[F16] else 4
+    item = 2 if code == F16_CODE else 4
     return view(base_address + tensor.offset * item, tensor.shape, tensor.strides, code)
 
 

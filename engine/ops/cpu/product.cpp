@@ -36,6 +36,10 @@ GDN_INLINE vi codebook(vi nibbles) {
 #endif
 }
 
+// Bytes from what is multiplied to what is fetched. Without it, decoding is a third slower (Xeon,
+// measured); 1 KiB is too near, and so is the hint for data that is used once.
+constexpr int AHEAD = 4096;
+
 // Word i (4 columns) of the W rows of part p: unsigned bytes, or int8 where F is SIGNED.
 template <typename F>
 GDN_INLINE vi word(const uint8_t* planes, int i, int p) {
@@ -174,7 +178,7 @@ inline void panel_product(F, const uint8_t* panel, int64_t n_in, const Row* rows
     vf acc[NT][PARTS] = {}, super[2 * PARTS] = {};
     for (int64_t i = 0; i < n_in / RECORD; i++) {
         const uint8_t* record = F::record(panel, i);
-        for (int b = 0; b < F::RECORD_BYTES; b += 64) __builtin_prefetch(record + b + 2048);
+        for (int b = 0; b < F::RECORD_BYTES; b += 64) __builtin_prefetch(record + b + AHEAD);
         if (F::IS_SUPER && i % (SUPER / RECORD) == 0) {
             const auto* head = reinterpret_cast<const uint16_t*>(F::super_block(panel, i));
             for (int p = 0; p < (F::HAS_MIN ? 2 : 1) * PARTS; p++)
@@ -200,11 +204,13 @@ template <int NT, Layout L>
 inline void panel_product(Plain<L>, const uint8_t* panel, int64_t n_in, const Row* rows,
                           float (*out)[ROWS]) {
     // Sums of every CHAINS-th column: additions that need not wait for each other.
-    constexpr int CHAINS = 4;
+    constexpr int CHAINS = 4, COLUMN_BYTES = ROWS * (L == L_F32 ? 4 : 2);
+    constexpr int STEP_BYTES = CHAINS * COLUMN_BYTES;
     vf acc[NT][CHAINS][PARTS] = {};
     int64_t k = 0;
     for (; k + CHAINS <= n_in; k += CHAINS) {
-        __builtin_prefetch(panel + k * ROWS * 4 + 2048);
+        for (int b = 0; b < STEP_BYTES; b += 64)
+            __builtin_prefetch(panel + k * COLUMN_BYTES + b + AHEAD);
 #pragma GCC unroll 4
         for (int c = 0; c < CHAINS; c++)
 #pragma GCC unroll 4
