@@ -14,7 +14,8 @@ demo: $(VENV)/.run
 	$(VENV)/bin/python cli.py -m $(DEMO) -p "Once upon a time" -n 64 --seed 1
 
 test: lint
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -q -n 2 -m "not timing"
+	$(VENV)/bin/python -m pytest -q -m timing
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

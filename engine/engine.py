@@ -7,6 +7,7 @@ tokens. A step runs one batch of pieces and keeps every sequence's memory in lin
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -56,8 +57,7 @@ class Engine:
         graph = self._build(self.capacity, config.gdn)
         available = backends.create(config.backend, config.n_threads, config.cpu_isa)
         self.plan = place(graph, available, config.strict_backend)
-        if config.n_threads and all(b.name == "reference" for b in self.plan.backends):
-            _log.warning("n_threads is ignored: numpy chooses the reference backend's threads")
+        self._warn_of_threads(config.n_threads)
         self._executable: Executable | None = Executable(self.plan, self.model.weights)
         cap = self.capacity
         self.memory = SequenceMemory(cap.n_blocks, cap.n_slots, cap.block_size, self._copy_block)
@@ -110,6 +110,17 @@ class Engine:
     def _build(self, capacity: Capacity, gdn: str) -> Graph:
         type_k, type_v = self.config.cache_types()
         return self.model.build(BuildOptions(capacity, type_k, type_v, gdn))
+
+    def _warn_of_threads(self, n_threads: int | None) -> None:
+        if n_threads is None:
+            return
+        n_cores = len(os.sched_getaffinity(0))
+        if all(b.name == "reference" for b in self.plan.backends):
+            _log.warning("n_threads is ignored: numpy chooses the reference backend's threads")
+        elif n_threads > n_cores:
+            _log.warning(
+                "n_threads %d is more than the %d cores this process may use", n_threads, n_cores
+            )
 
     def _copy_block(self, source: int, target: int) -> None:
         for store in self._running().stores:

@@ -20,6 +20,7 @@ from tests.helpers import Cli
 Rng = np.random.Generator
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(("n_tokens", "n_past"), [(1, 0), (1, 100), (150, 70)])
 def test_times_add_up_to_the_step(
@@ -38,6 +39,7 @@ def test_times_add_up_to_the_step(
         assert [row.seconds for row in rows] == sorted((r.seconds for r in rows), reverse=True)
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_timers_cost_little(tiny: Path, rng: Rng, backend: str) -> None:
     with Engine.load(tiny, backend=backend, n_ctx=512) as engine:

@@ -6,7 +6,6 @@ Results do not depend on the number of threads, nor a sequence's on what else is
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -35,7 +34,6 @@ from engine.graph import Kind, Live, Node, Tensor
 from engine.planner import Instruction, Split, Support, Watch, WeightSource
 from engine.quants import F32, numpy_dtype
 
-_log = logging.getLogger(__name__)
 Array = NDArray[Any]
 _MAX_HEAD, _MAX_LATENT = 256, 1024
 _KERNELS = {*SIGNATURES, "MUL_MAT", "MUL_MAT_ID"}
@@ -48,12 +46,7 @@ class CpuBackend:
 
     def __init__(self, n_threads: int | None = None, isa: str | None = None) -> None:
         self.library = cpu_library.load(isa)
-        n_cores = len(os.sched_getaffinity(0))
-        self.n_threads = n_threads or n_cores
-        if self.n_threads > n_cores:
-            _log.warning(
-                "n_threads %d is more than the %d cores this process may use", n_threads, n_cores
-            )
+        self.n_threads = n_threads or len(os.sched_getaffinity(0))
         threads = "1 thread" if self.n_threads == 1 else f"{self.n_threads} threads"
         self.detail = f"{self.library.isa} kernels, {threads}"
         self.team = self.library.team_create(self.n_threads)
