@@ -150,8 +150,10 @@ class Engine:
         with self._batch(pieces) as batch:
             packing = Timing("", Instruction("pack batch", ()), time.perf_counter() - start)
             timings = [packing, *self._running().run_timed(batch.inputs, batch.live)]
-        rest = time.perf_counter() - start - sum(t.seconds for t in timings)
-        return [*timings, Timing("", Instruction("everything else", ()), rest)], batch.live
+        start += sum(t.seconds for t in timings)
+        rest = Instruction("everything else", ())
+        timings.append(Timing("", rest, time.perf_counter() - start))
+        return timings, batch.live
 
     @contextmanager
     def _batch(self, pieces: Sequence[Piece]) -> Iterator[Batch]:

@@ -1,8 +1,8 @@
 """Weights as the CPU's kernels read them: packed panels for products and tables, else float32.
 
 Each type is packed into a layout that keeps its values exactly (engine/ops/cpu/layout.h); types
-that have none are rounded to Q8_0 first, which is off by at most 1/254 of the largest of 32
-neighbours.
+that have none are rounded to Q8_0 first, which is off by at most 1/226 of the largest of 32
+neighbours: half of a step, and what the step loses as a float16.
 """
 
 from __future__ import annotations
