@@ -8,6 +8,7 @@ neighbours.
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ _Q8_0 = WEIGHT_TYPES["Q8_0"]
 # What one task packs: enough to be worth a call, and many for every thread.
 _TASK_BYTES = 1 << 20
 _SECONDS_BEFORE_BAR = 1
+_MAP_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class CpuWeights:
 
     def __init__(self, library: Library, n_threads: int) -> None:
         self._lib, self._n_threads = library, n_threads
+        self._memory = _Memory()
         self._packed: dict[Tensor, Packed] = {}
         self._plain: dict[Tensor, Array] = {}
 
@@ -74,7 +77,7 @@ class CpuWeights:
         panel = self._lib.panel_bytes(layout, n_in)
         n_panels, n_matrices = -(-n_out // _ROWS), math.prod(lead)
         matrix_bytes = n_panels * panel
-        data = _aligned(n_matrices * matrix_bytes)
+        data = self._memory.take(n_matrices * matrix_bytes)
         row_bytes = tensor.dtype.row_bytes(n_in)
 
         def pack(matrix: int, begin: int, end: int) -> None:
@@ -118,8 +121,20 @@ def _tasks(n_matrices: int, n_panels: int, step: int) -> Iterator[tuple[int, int
             yield matrix, begin, min(begin + step, n_panels)
 
 
-def _aligned(n_bytes: int) -> Array:
-    """Memory whose address is a multiple of 64; pages come when they are first written."""
-    data = np.empty(n_bytes + 64, np.uint8)
-    start = -data.ctypes.data % 64
-    return data[start : start + n_bytes]
+class _Memory:
+    """Hands out memory of large anonymous maps in huge pages, which the system provides when they
+    are first written: with small ones, weights stream through more page tables than a TLB holds."""
+
+    def __init__(self) -> None:
+        self._left = np.empty(0, np.uint8)
+
+    def take(self, n_bytes: int) -> Array:
+        """An array of bytes whose address is a multiple of 64."""
+        size = -(-n_bytes // 64) * 64
+        if size > len(self._left):
+            pages = mmap.mmap(-1, max(size, _MAP_BYTES))
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                pages.madvise(mmap.MADV_HUGEPAGE)
+            self._left = np.frombuffer(pages, np.uint8)
+        taken, self._left = self._left[:n_bytes], self._left[size:]
+        return taken

@@ -66,63 +66,70 @@ constexpr int offset_of() {
 #endif
 }
 
-// dot[t] = Σ word · x[t] over words FIRST … LAST - 1 of a record, for W rows.
+// dot[t][p] = Σ word · x[t] over words FIRST … LAST - 1 of a record, for the W rows of each part p.
 template <typename F, int FIRST, int LAST, int NT>
-GDN_INLINE void dot_words(const uint8_t* planes, int p, const int8_t* const* x, vi* dot) {
+GDN_INLINE void dot_words(const uint8_t* planes, const int8_t* const* x, vi (*dot)[PARTS]) {
 #if defined(__AVX512VNNI__)
     __m512i sums[NT];
     for (int t = 0; t < NT; t++) sums[t] = _mm512_setzero_si512();
 #pragma GCC unroll 8
     for (int i = FIRST; i < LAST; i++) {
-        __m512i w = reinterpret_cast<__m512i>(word<F>(planes, i, p));
+        __m512i w = reinterpret_cast<__m512i>(word<F>(planes, i, 0));
         // The instruction wants unsigned weights: 128 more, which `offset_of` takes off again.
         if (F::SIGNED) w = _mm512_xor_si512(w, _mm512_set1_epi8(-128));
 #pragma GCC unroll 8
         for (int t = 0; t < NT; t++)
             sums[t] = _mm512_dpbusd_epi32(sums[t], w, _mm512_set1_epi32(load_as<int>(x[t] + 4 * i)));
     }
-    for (int t = 0; t < NT; t++) dot[t] = reinterpret_cast<vi>(sums[t]);
+    for (int t = 0; t < NT; t++) dot[t][0] = reinterpret_cast<vi>(sums[t]);
 #elif defined(__AVX2__)
     // Products of this many words fit into 16 bits together.
     constexpr int CHAIN = F::SIGNED ? 1 : F::BITS <= 4 ? 8 : F::BITS == 5 ? 4 : 2;
     const __m256i ones = _mm256_set1_epi16(1);
-    __m256i pairs[NT], sums[NT];
-    for (int t = 0; t < NT; t++) sums[t] = pairs[t] = _mm256_setzero_si256();
+    __m256i pairs[NT][PARTS], sums[NT][PARTS] = {};
 #pragma GCC unroll 8
     for (int i = FIRST; i < LAST; i++) {
-        const __m256i w = reinterpret_cast<__m256i>(word<F>(planes, i, p));
-        const __m256i size = F::SIGNED ? _mm256_abs_epi8(w) : w;
+        const bool begins = (i - FIRST) % CHAIN == 0;
         const bool ends = (i - FIRST) % CHAIN == CHAIN - 1 || i == LAST - 1;
+        __m256i a[NT];
 #pragma GCC unroll 8
-        for (int t = 0; t < NT; t++) {
-            const __m256i a = _mm256_set1_epi32(load_as<int>(x[t] + 4 * i));
-            const __m256i product = _mm256_maddubs_epi16(size, F::SIGNED ? _mm256_sign_epi8(a, w) : a);
-            pairs[t] = (i - FIRST) % CHAIN == 0 ? product : _mm256_add_epi16(pairs[t], product);
-            if (ends) sums[t] = _mm256_add_epi32(sums[t], _mm256_madd_epi16(pairs[t], ones));
-        }
-    }
-    for (int t = 0; t < NT; t++) dot[t] = reinterpret_cast<vi>(sums[t]);
-#else
-    for (int t = 0; t < NT; t++) dot[t] = vi{};
-    for (int i = FIRST; i < LAST; i++) {
-        const vi w = word<F>(planes, i, p);
-        for (int t = 0; t < NT; t++) {
-            for (int j = 0; j < 4; j++) {
-                // Byte j of each lane, with its sign or without.
-                const vi b = F::SIGNED ? (w << (24 - 8 * j)) >> 24 : (w >> 8 * j) & 255;
-                dot[t] += b * static_cast<int>(x[t][4 * i + j]);
+        for (int t = 0; t < NT; t++) a[t] = _mm256_set1_epi32(load_as<int>(x[t] + 4 * i));
+#pragma GCC unroll 2
+        for (int p = 0; p < PARTS; p++) {
+            const __m256i w = reinterpret_cast<__m256i>(word<F>(planes, i, p));
+            const __m256i size = F::SIGNED ? _mm256_abs_epi8(w) : w;
+#pragma GCC unroll 8
+            for (int t = 0; t < NT; t++) {
+                const __m256i signed_a = F::SIGNED ? _mm256_sign_epi8(a[t], w) : a[t];
+                const __m256i product = _mm256_maddubs_epi16(size, signed_a);
+                pairs[t][p] = begins ? product : _mm256_add_epi16(pairs[t][p], product);
+                if (!ends) continue;
+                const __m256i sum = _mm256_madd_epi16(pairs[t][p], ones);
+                sums[t][p] = _mm256_add_epi32(sums[t][p], sum);
             }
         }
     }
+    for (int t = 0; t < NT; t++)
+        for (int p = 0; p < PARTS; p++) dot[t][p] = reinterpret_cast<vi>(sums[t][p]);
+#else
+    for (int t = 0; t < NT; t++)
+        for (int p = 0; p < PARTS; p++) dot[t][p] = vi{};
+    for (int i = FIRST; i < LAST; i++)
+        for (int p = 0; p < PARTS; p++) {
+            const vi w = word<F>(planes, i, p);
+            for (int j = 0; j < 4; j++) {
+                // Byte j of each lane, with its sign or without.
+                const vi b = F::SIGNED ? (w << (24 - 8 * j)) >> 24 : (w >> 8 * j) & 255;
+                for (int t = 0; t < NT; t++) dot[t][p] += b * static_cast<int>(x[t][4 * i + j]);
+            }
+        }
 #endif
 }
 
-// acc[t] += scale · (dot - ZERO · sum) - min · sum for one group of columns of a record.
-template <typename F, int G, int NT>
-GDN_INLINE void add_group(const uint8_t* record, const vf* super, int p, const Row* rows, int64_t i,
-                          vf (*acc)[PARTS]) {
+// The scales of W rows for group G of a record, and their mins.
+template <typename F, int G>
+GDN_INLINE void scales_of(const uint8_t* record, const vf* super, int p, vf& scale, vf& min) {
     const int at = G * ROWS + p * W;
-    vf scale, min{};
     if (F::IS_SUPER) {
         const vi s = F::HAS_MIN ? widen_unsigned(record + at) : widen_signed(record + at);
         scale = super[p] * to_float(s);
@@ -133,19 +140,30 @@ GDN_INLINE void add_group(const uint8_t* record, const vf* super, int p, const R
         scale = half_to_float(halves);
         if (F::HAS_MIN) min = half_to_float(halves + F::SCALE_BYTES / 2);
     }
+}
+
+// acc[t] += scale · (dot - ZERO · sum) - min · sum for one group of columns of a record.
+template <typename F, int G, int NT>
+GDN_INLINE void add_group(const uint8_t* record, const vf* super, const Row* rows, int64_t i,
+                          vf (*acc)[PARTS]) {
+    constexpr int N = WORDS / F::GROUPS;
     const int8_t* x[NT];
     for (int t = 0; t < NT; t++) x[t] = rows[t].q + i * RECORD;
-    vi dot[NT];
-    constexpr int N = WORDS / F::GROUPS;
-    dot_words<F, G * N, (G + 1) * N, NT>(record + F::HEAD_BYTES, p, x, dot);
+    vi dot[NT][PARTS];
+    dot_words<F, G * N, (G + 1) * N, NT>(record + F::HEAD_BYTES, x, dot);
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; p++) {
+        vf scale, min{};
+        scales_of<F, G>(record, super, p, scale, min);
 #pragma GCC unroll 8
-    for (int t = 0; t < NT; t++) {
-        const int32_t* sums = rows[t].sum + i * 2;
-        const int32_t sum = F::GROUPS == 2 ? sums[G] : sums[0] + sums[1];
-        const float d = rows[t].scale[i];
-        if (offset_of<F>()) dot[t] -= splat(offset_of<F>() * sum);
-        acc[t][p] += to_float(dot[t]) * (scale * splat(d));
-        if (F::HAS_MIN) acc[t][p] -= min * splat(d * static_cast<float>(sum));
+        for (int t = 0; t < NT; t++) {
+            const int32_t* sums = rows[t].sum + i * 2;
+            const int32_t sum = F::GROUPS == 2 ? sums[G] : sums[0] + sums[1];
+            const float d = rows[t].scale[i];
+            if (offset_of<F>()) dot[t][p] -= splat(offset_of<F>() * sum);
+            acc[t][p] += to_float(dot[t][p]) * (scale * splat(d));
+            if (F::HAS_MIN) acc[t][p] -= min * splat(d * static_cast<float>(sum));
+        }
     }
 }
 
@@ -162,11 +180,8 @@ inline void panel_product(F, const uint8_t* panel, int64_t n_in, const Row* rows
             for (int p = 0; p < (F::HAS_MIN ? 2 : 1) * PARTS; p++)
                 super[p] = half_to_float(head + p * W);
         }
-#pragma GCC unroll 4
-        for (int p = 0; p < PARTS; p++) {
-            add_group<F, 0, NT>(record, super, p, rows, i, acc);
-            if (F::GROUPS == 2) add_group<F, F::GROUPS - 1, NT>(record, super, p, rows, i, acc);
-        }
+        add_group<F, 0, NT>(record, super, rows, i, acc);
+        if (F::GROUPS == 2) add_group<F, F::GROUPS - 1, NT>(record, super, rows, i, acc);
     }
     for (int t = 0; t < NT; t++)
         for (int p = 0; p < PARTS; p++) store(out[t] + p * W, acc[t][p]);
