@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine import backends
+from engine import backends, memory_estimate
 from engine.batch import Batch, Logits, Piece, begin, check_fits, pack
 from engine.config import ConfigError, EngineConfig, capacity_of, context_size
 from engine.errors import EngineError
@@ -58,6 +58,7 @@ class Engine:
         self.plan = place(graph, available, config.strict_backend)
         if config.n_threads and all(b.name == "reference" for b in self.plan.backends):
             _log.warning("n_threads is ignored: numpy chooses the reference backend's threads")
+        memory_estimate.check(self.plan)
         self._executable: Executable | None = Executable(self.plan, self.model.weights)
         cap = self.capacity
         self.memory = SequenceMemory(cap.n_blocks, cap.n_slots, cap.block_size, self._copy_block)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
+import sys
 from collections.abc import Callable
 from ctypes import c_char_p, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-import engine
 from engine.errors import EngineError
 
 # Best first, with the processor's features (as Linux names them) that each needs.
@@ -41,7 +41,8 @@ def processor_features() -> frozenset[str]:
 @functools.cache
 def built() -> dict[str, Path]:
     """Libraries of this installation by instruction set, best first."""
-    directories = [Path(p) / "native" for p in engine.__path__]
+    # An editable installation has its libraries in another place than its sources.
+    directories = [Path(p) / "native" for p in sys.modules["engine"].__path__]
     found = {}
     for isa in ISAS:
         paths = (d / f"libgdn_cpu_{isa}.so" for d in directories)
