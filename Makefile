@@ -4,8 +4,11 @@
 PYTHON ?= python3
 VENV := .venv
 DEMO := build/demo.gguf
+# What pip installs depends on: the kernels are built with it.
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard engine/ops/cpu/* engine/backends/*.cpp)
+COMPILERS := $(if $(filter default,$(origin CXX)),c++ g++ clang++,$(CXX))
 
-.PHONY: demo test lint parity lines clean
+.PHONY: demo test lint parity lines clean compiler
 
 demo: $(VENV)/.run
 	@mkdir -p build
@@ -32,18 +35,23 @@ lines:
 clean:
 	rm -rf build $(VENV) $(VENV)-parity
 
-# The stamps say which extra an environment has; pip is asked again only when pyproject changes.
-$(VENV)/.run: pyproject.toml
+compiler:
+	@for c in $(COMPILERS); do if command -v $$c > /dev/null; then exit 0; fi; done; \
+	echo "error: expected a C++17 compiler ($(COMPILERS)), found none: apt-get install g++" >&2; exit 1
+
+# The stamps say which extra an environment has; pip is asked again, and what changed of the kernels
+# built again, only when a source is newer.
+$(VENV)/.run: $(SOURCES) | compiler
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q --disable-pip-version-check -e .
 	@touch $@
 
-$(VENV)/.test: pyproject.toml
+$(VENV)/.test: $(SOURCES) | compiler
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[test]'
 	@touch $@ $(VENV)/.run
 
-$(VENV)-parity/.parity: pyproject.toml
+$(VENV)-parity/.parity: $(SOURCES) | compiler
 	$(PYTHON) -m venv $(VENV)-parity
 	$(VENV)-parity/bin/pip install -q --disable-pip-version-check -e '.[parity]'
 	@touch $@

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine import backends
+from engine import backends, memory_estimate
 from engine.batch import Batch, Logits, Piece, begin, check_fits, pack
 from engine.config import ConfigError, EngineConfig, capacity_of, context_size
 from engine.errors import EngineError
@@ -58,6 +58,7 @@ class Engine:
         available = backends.create(config.backend, config.n_threads, config.cpu_isa)
         self.plan = place(graph, available, config.strict_backend)
         self._warn_of_threads(config.n_threads)
+        memory_estimate.check(self.plan)
         self._executable: Executable | None = Executable(self.plan, self.model.weights)
         cap = self.capacity
         self.memory = SequenceMemory(cap.n_blocks, cap.n_slots, cap.block_size, self._copy_block)

@@ -118,11 +118,13 @@ class GGUFFile:
         data = self._maps[info.file_index]
         return np.frombuffer(data, np.uint8, count=info.nbytes, offset=info.offset)
 
-    def release(self, name: str) -> None:
-        """Let go of the pages that hold a tensor; they are read from the file again when used."""
+    def release(self, name: str, begin: int = 0, end: int | None = None) -> None:
+        """Let go of the pages that hold a tensor, or some of its bytes; they are read from the file
+        again when used."""
         info = self.tensors[name]
-        start = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (info.offset + info.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+        start = -(-(info.offset + begin) // mmap.PAGESIZE) * mmap.PAGESIZE
+        stop = info.offset + (info.nbytes if end is None else end)
+        length = (stop - start) // mmap.PAGESIZE * mmap.PAGESIZE
         if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
             self._maps[info.file_index].madvise(mmap.MADV_DONTNEED, start, length)
 

@@ -92,8 +92,9 @@ class WeightSource(Protocol):
     def raw(self, name: str) -> NDArray[np.uint8]:
         """A weight's stored bytes, uint8."""
 
-    def release(self, name: str) -> None:
-        """Its bytes are not needed any more, or only seldom: their memory may be given back."""
+    def release(self, name: str, begin: int = 0, end: int | None = None) -> None:
+        """These of its bytes (all: None) are not needed any more, or only seldom: their memory may
+        be given back."""
 
 
 class Backend(Protocol):
@@ -109,6 +110,9 @@ class Backend(Protocol):
 
     def supports(self, node: Node) -> Support:
         """Whether it can run a node, and if not, why."""
+
+    def weight_bytes(self, nodes: Sequence[Node]) -> int:
+        """Bytes that the weights of some nodes will take in memory."""
 
     def load_weights(self, weights: Sequence[Tensor], source: WeightSource) -> None:
         """Take the weights of its nodes."""

@@ -176,7 +176,7 @@ class RawWeights:
         """A weight's bytes."""
         return self._weights[name]
 
-    def release(self, name: str) -> None:
+    def release(self, name: str, begin: int = 0, end: int | None = None) -> None:
         """They are asked for once."""
         self._weights[name] = np.zeros(0, np.uint8)
 

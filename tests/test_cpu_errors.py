@@ -60,7 +60,7 @@ def test_libraries_that_are_not_built(
     assert cli("graph", "-m", tiny, "--backend", backend).refused() == expected
     assert (
         cli("--version").out
-        == f"gdn-engine {__version__}, backends: no cpu (not built), reference\n"
+        == f"gdn-engine {__version__}: no cpu (not built), reference\n"
     )
     assert cli("-m", tiny, "-p", "a", "-n", 2, "--backend", "reference").status == 0
 
@@ -77,7 +77,7 @@ def test_no_library_that_the_machine_can_run(monkeypatch: pytest.MonkeyPatch, fr
 def test_the_version_names_the_instruction_set_in_use(cli: Cli) -> None:
     result = cli("--version")
     assert result.status == 0
-    expected = f"backends: cpu ({cpu_library.usable()[0]}; built: {', '.join(cpu_library.built())})"
+    expected = f"cpu ({cpu_library.usable()[0]}; built: {', '.join(cpu_library.built())})"
     assert expected in result.out
 
 

@@ -23,7 +23,7 @@ ORDER = (
     {"ops"},
     {"models"},
     {"kvcache"},
-    {"planner"},
+    {"planner", "memory_estimate"},
     {"backends"},
     {"vocab", "tokenizer", "chat", "samplers", "sampler"},
     {"config", "batch", "guard", "request", "scheduler"},

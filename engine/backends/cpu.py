@@ -6,6 +6,7 @@ Results do not depend on the number of threads, nor a sequence's on what else is
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -75,6 +76,12 @@ class CpuBackend:
         if node.op.name == "ATTENTION" and node.inputs["q"].shape[2] > _MAX_LATENT:
             return Support(False, f"head size {node.inputs['q'].shape[2]} above {_MAX_LATENT}")
         return Support(True)
+
+    def weight_bytes(self, nodes: Sequence[Node]) -> int:
+        """Packed weights, and those decoded to float32."""
+        packed, plain = used_packed(nodes)
+        decoded = sum(math.prod(t.shape) for t in plain) * 4
+        return sum(self.weights.packed_bytes(t) for t in packed) + decoded
 
     def load_weights(self, weights: Sequence[Tensor], source: WeightSource) -> None:
         """Weights are packed when it is known what reads them: by `compile`."""

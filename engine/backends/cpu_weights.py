@@ -7,10 +7,12 @@ neighbours: half of a step, and what the step loses as a float16.
 
 from __future__ import annotations
 
+import logging
 import math
 import mmap
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +27,13 @@ from engine.planner import WeightSource
 from engine.quants import F32, WEIGHT_TYPES, DType, dequantize, quantize_q8_0
 
 Array = NDArray[Any]
+_log = logging.getLogger(__name__)
 _ROWS = 16
 _Q8_0 = WEIGHT_TYPES["Q8_0"]
 # What one task packs: enough to be worth a call, and many for every thread.
 _TASK_BYTES = 1 << 20
+# Of tensors that are begun before the oldest is finished: enough to keep every thread busy.
+_AHEAD_BYTES = 64 << 20
 _SECONDS_BEFORE_BAR = 1
 _MAP_BYTES = 256 << 20
 
@@ -59,24 +64,31 @@ class CpuWeights:
                 values = dequantize(tensor.dtype, source.raw(tensor.name), tensor.shape)
                 self._plain[tensor] = np.ascontiguousarray(values)
         todo = [t for t in packed if t not in self._packed]
+        self._warn_of_rounding(todo)
         total = sum(t.nbytes for t in todo)
         with (
             tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", leave=False,
                  disable=None, delay=_SECONDS_BEFORE_BAR) as bar,
             ThreadPoolExecutor(self._n_threads) as pool,
         ):  # fmt: skip
+            pending: deque[tuple[int, list[Future[None]]]] = deque()
             for tensor in todo:
-                self._packed[tensor] = self._pack(tensor, source, pool)
-                source.release(tensor.name)
-                bar.update(tensor.nbytes)
+                pending.append((tensor.nbytes, self._pack(tensor, source, pool)))
+                while pending and (tensor is todo[-1] or sum(n for n, _ in pending) > _AHEAD_BYTES):
+                    n_bytes, tasks = pending.popleft()
+                    for task in tasks:
+                        task.result()
+                    bar.update(n_bytes)
 
-    def _pack(self, tensor: Tensor, source: WeightSource, pool: ThreadPoolExecutor) -> Packed:
+    def _pack(
+        self, tensor: Tensor, source: WeightSource, pool: ThreadPoolExecutor
+    ) -> list[Future[None]]:
+        """Find room for a weight and begin to pack it; its bytes' pages are let go piece by piece,
+        so that a large one is never in memory twice."""
         *lead, n_out, n_in = tensor.shape
         raw, dtype = source.raw(tensor.name), self._stored_as(tensor.dtype)
-        layout = self._lib.layout_of(dtype.ggml_id)
-        panel = self._lib.panel_bytes(layout, n_in)
-        n_panels, n_matrices = -(-n_out // _ROWS), math.prod(lead)
-        matrix_bytes = n_panels * panel
+        panel, matrix_bytes = self._matrix_bytes(tensor)
+        n_panels, n_matrices = matrix_bytes // panel, math.prod(lead)
         data = self._memory.take(n_matrices * matrix_bytes)
         row_bytes = tensor.dtype.row_bytes(n_in)
 
@@ -90,10 +102,31 @@ class CpuWeights:
             target = data.ctypes.data + matrix * matrix_bytes + begin * panel
             address = rows.ctypes.data
             self._lib.pack(dtype.ggml_id, address, n_rows, n_in, target, 0, end - begin)
+            source.release(tensor.name, first, last)
 
-        tasks = list(_tasks(n_matrices, n_panels, max(1, _TASK_BYTES // max(1, panel))))
-        list(pool.map(lambda task: pack(*task), tasks))
-        return Packed(data, layout, matrix_bytes, panel)
+        layout = self._lib.layout_of(dtype.ggml_id)
+        self._packed[tensor] = Packed(data, layout, matrix_bytes, panel)
+        tasks = _tasks(n_matrices, n_panels, max(1, _TASK_BYTES // panel))
+        return [pool.submit(pack, *task) for task in tasks]
+
+    def _matrix_bytes(self, tensor: Tensor) -> tuple[int, int]:
+        """Bytes of a panel, and of a whole matrix."""
+        layout = self._lib.layout_of(self._stored_as(tensor.dtype).ggml_id)
+        panel = self._lib.panel_bytes(layout, tensor.shape[-1])
+        return panel, -(-tensor.shape[-2] // _ROWS) * panel
+
+    def packed_bytes(self, tensor: Tensor) -> int:
+        """Bytes of a weight when it is packed."""
+        return math.prod(tensor.shape[:-2]) * self._matrix_bytes(tensor)[1]
+
+    def _warn_of_rounding(self, tensors: Sequence[Tensor]) -> None:
+        for dtype in {t.dtype: None for t in tensors if self._stored_as(t.dtype) is not t.dtype}:
+            rounded = [t for t in tensors if t.dtype is dtype]
+            stored, kept = sum(t.nbytes for t in rounded), sum(map(self.packed_bytes, rounded))
+            _log.warning(
+                "%s is kept as Q8_0: %d tensors, %.1f MiB in the file, %.1f MiB in memory",
+                dtype.name, len(rounded), stored / 2**20, kept / 2**20,
+            )  # fmt: skip
 
     def _stored_as(self, dtype: DType) -> DType:
         return dtype if self._lib.layout_of(dtype.ggml_id) >= 0 else _Q8_0

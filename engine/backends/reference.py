@@ -7,6 +7,7 @@ stored type, so that writing to them rounds.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -42,6 +43,12 @@ class ReferenceBackend:
     def supports(self, node: Node) -> Support:
         """Always yes."""
         return Support(True)
+
+    def weight_bytes(self, nodes: Sequence[Node]) -> int:
+        """Decoded weights, as far as they are kept."""
+        used = {t.base for node in nodes for t in node.inputs.values() if t.kind is Kind.WEIGHT}
+        decoded = sum(math.prod(t.shape) for t in used) * self.dtype.itemsize
+        return min(decoded, self._weights.limit)
 
     def load_weights(self, weights: Sequence[Tensor], source: WeightSource) -> None:
         """Nothing is read before a node needs it."""
@@ -134,7 +141,7 @@ class _WeightCache:
     """Stored weights by tensor, decoded on demand; the least recently used go first."""
 
     def __init__(self, dtype: np.dtype[Any], limit: int) -> None:
-        self._dtype, self._limit, self._size = dtype, limit, 0
+        self._dtype, self.limit, self._size = dtype, limit, 0
         self._raw: dict[Tensor, NDArray[np.uint8]] = {}
         self._decoded: OrderedDict[Tensor, Array] = OrderedDict()
 
@@ -151,7 +158,7 @@ class _WeightCache:
         decoded: Array = values.astype(self._dtype, copy=False)
         self._size += decoded.nbytes
         self._decoded[tensor] = decoded
-        while self._size > self._limit and self._decoded:
+        while self._size > self.limit and self._decoded:
             _, dropped = self._decoded.popitem(last=False)
             self._size -= dropped.nbytes
         return decoded

@@ -65,7 +65,7 @@ _SAMPLING_OPTIONS: list[OptionRow] = [
 
 def add_options(p: Parser) -> None:
     """Its options."""
-    line = f"gdn-engine {__version__}, backends: {backends.describe()}"
+    line = f"gdn-engine {__version__}: {backends.describe()}"
     p.add_argument("--version", action="version", version=line)
     common_options(p)
     prompt_options(p, many=True)

@@ -73,9 +73,16 @@ class Weights:
         table = self.raw(rows.source).reshape(-1, info.dtype.row_bytes(info.shape[-1]))
         return table[rows.index].reshape(-1)
 
-    def release(self, name: str) -> None:
+    def release(self, name: str, begin: int = 0, end: int | None = None) -> None:
         """Give back the memory that a tensor's bytes had from the file; they can be read again."""
-        self._file.release(self._rows[name].source if name in self._rows else name)
+        if name not in self._rows:
+            return self._file.release(name, begin, end)
+        rows, info = self._rows[name], self.tensors[name]
+        if not isinstance(rows.index, slice):
+            return self._file.release(rows.source)
+        first = rows.index.start * info.dtype.row_bytes(info.shape[-1])
+        stop = first + (info.nbytes if end is None else end)
+        return self._file.release(rows.source, first + begin, stop)
 
 
 def _check(file: GGUFFile, expected: Mapping[str, Shape], skipped: range) -> None:

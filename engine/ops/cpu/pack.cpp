@@ -12,19 +12,21 @@ namespace {
 
 uint16_t u16(const uint8_t* p) { return load_as<uint16_t>(p); }
 
-// One record's columns of one row: values as they are stored, and scales (of each group).
+// One record's columns of one row: values as they are stored, scales (of each group), and what
+// multiplies those of a super-block.
 struct Columns {
     uint8_t q[RECORD];
     uint16_t flat[2], flat_min[2];
     uint8_t scale[2], min[2];
-};
-
-struct SuperScales {
     uint16_t d, d_min;
 };
 
+// Joined in a register: a load of 32 bytes would wait for two stores of 16.
 void nibbles(const uint8_t* qs, uint8_t* q) {
-    for (int j = 0; j < 16; j++) q[j] = qs[j] & 15, q[j + 16] = qs[j] >> 4;
+    typedef uint64_t Half __attribute__((vector_size(16)));
+    const auto bytes = load_as<Half>(qs);
+    const auto both = __builtin_shufflevector(bytes, bytes >> 4, 0, 1, 2, 3) & 0x0f0f0f0f0f0f0f0f;
+    std::memcpy(q, &both, RECORD);
 }
 
 void fifth_bits(uint32_t high, uint8_t* q) {
@@ -47,68 +49,68 @@ int q3_scale(const uint8_t* s, int i) {
     return (low | (s[8 + i % 4] >> 2 * (i / 4) & 3) << 4) - 32;
 }
 
-using Decode = void (*)(const uint8_t* block, int record, Columns& c, SuperScales& s);
+using Decode = void (*)(const uint8_t* block, int record, Columns& c);
 
-void q4_0(const uint8_t* b, int, Columns& c, SuperScales&) {
+void q4_0(const uint8_t* b, int, Columns& c) {
     c.flat[0] = u16(b);
     nibbles(b + 2, c.q);
 }
 
-void q4_1(const uint8_t* b, int, Columns& c, SuperScales&) {
+void q4_1(const uint8_t* b, int, Columns& c) {
     // A min is subtracted here and added there.
     c.flat[0] = u16(b), c.flat_min[0] = u16(b + 2) ^ 0x8000;
     nibbles(b + 4, c.q);
 }
 
-void q5_0(const uint8_t* b, int, Columns& c, SuperScales&) {
+void q5_0(const uint8_t* b, int, Columns& c) {
     c.flat[0] = u16(b);
     nibbles(b + 6, c.q);
     fifth_bits(load_as<uint32_t>(b + 2), c.q);
 }
 
-void q5_1(const uint8_t* b, int, Columns& c, SuperScales&) {
+void q5_1(const uint8_t* b, int, Columns& c) {
     c.flat[0] = u16(b), c.flat_min[0] = u16(b + 2) ^ 0x8000;
     nibbles(b + 8, c.q);
     fifth_bits(load_as<uint32_t>(b + 4), c.q);
 }
 
-void q8_0(const uint8_t* b, int, Columns& c, SuperScales&) {
+void q8_0(const uint8_t* b, int, Columns& c) {
     c.flat[0] = u16(b);
     std::memcpy(c.q, b + 2, RECORD);
 }
 
-void q2_k(const uint8_t* b, int i, Columns& c, SuperScales& s) {
-    s = {u16(b + 80), u16(b + 82)};
+void q2_k(const uint8_t* b, int i, Columns& c) {
+    c.d = u16(b + 80), c.d_min = u16(b + 82);
     const uint8_t* qs = b + 16 + i / 4 * 32;
     for (int j = 0; j < RECORD; j++) c.q[j] = qs[j] >> 2 * (i % 4) & 3;
     for (int g = 0; g < 2; g++) c.scale[g] = b[2 * i + g] & 15, c.min[g] = b[2 * i + g] >> 4;
 }
 
-void q3_k(const uint8_t* b, int i, Columns& c, SuperScales& s) {
-    s = {u16(b + 108), 0};
+void q3_k(const uint8_t* b, int i, Columns& c) {
+    c.d = u16(b + 108);
     const uint8_t* qs = b + 32 + i / 4 * 32;
     for (int j = 0; j < RECORD; j++)
         c.q[j] = (qs[j] >> 2 * (i % 4) & 3) | (b[j] >> i & 1) << 2;
     for (int g = 0; g < 2; g++) c.scale[g] = static_cast<uint8_t>(q3_scale(b + 96, 2 * i + g));
 }
 
-void q4_k(const uint8_t* b, int i, Columns& c, SuperScales& s) {
-    s = {u16(b), u16(b + 2)};
+void q4_k(const uint8_t* b, int i, Columns& c) {
+    c.d = u16(b), c.d_min = u16(b + 2);
     k_scale(b + 4, i, c.scale[0], c.min[0]);
     const uint8_t* qs = b + 16 + i / 2 * 32;
     for (int j = 0; j < RECORD; j++) c.q[j] = i % 2 ? qs[j] >> 4 : qs[j] & 15;
 }
 
-void q5_k(const uint8_t* b, int i, Columns& c, SuperScales& s) {
-    s = {u16(b), u16(b + 2)};
+void q5_k(const uint8_t* b, int i, Columns& c) {
+    c.d = u16(b), c.d_min = u16(b + 2);
     k_scale(b + 4, i, c.scale[0], c.min[0]);
     const uint8_t* qs = b + 48 + i / 2 * 32;
     for (int j = 0; j < RECORD; j++)
         c.q[j] = (i % 2 ? qs[j] >> 4 : qs[j] & 15) | (b[16 + j] >> i & 1) << 4;
 }
 
-void q6_k(const uint8_t* b, int i, Columns& c, SuperScales& s) {
-    s = {u16(b + 208), 0};
+void q6_k(const uint8_t* b, int i, Columns& c) {
+    c.d = u16(b + 208);
     const int half = i / 4, quarter = i % 4;
     const uint8_t* low = b + half * 64 + quarter % 2 * 32;
     const uint8_t* high = b + 128 + half * 32;
@@ -117,29 +119,45 @@ void q6_k(const uint8_t* b, int i, Columns& c, SuperScales& s) {
     c.scale[0] = b[192 + 2 * i], c.scale[1] = b[193 + 2 * i];
 }
 
-void iq4_xs(const uint8_t* b, int i, Columns& c, SuperScales& s) {
-    s = {u16(b), 0};
+void iq4_xs(const uint8_t* b, int i, Columns& c) {
+    c.d = u16(b);
     const int low = b[4 + i / 2] >> 4 * (i % 2) & 15, high = u16(b + 2) >> 2 * i & 3;
     c.scale[0] = static_cast<uint8_t>((low | high << 4) - 32);
     nibbles(b + 8 + 16 * i, c.q);
 }
 
+// The columns of one record of some rows, from the block at an offset in each of them.
+using DecodeRows = void (*)(const uint8_t* const* rows, int n_rows, int64_t offset, int record,
+                            Columns* c);
+
+template <Decode DECODE>
+void each_row(const uint8_t* const* rows, int n_rows, int64_t offset, int record, Columns* c) {
+    for (int r = 0; r < n_rows; r++) DECODE(rows[r] + offset, record, c[r]);
+}
+
 struct Source {
     int ggml_id;
     Layout layout;
-    Decode decode;
+    DecodeRows decode;
     int block_elems, block_bytes;
 };
 
 constexpr Source SOURCES[] = {
-    {0, L_F32, nullptr, 1, 4},        {1, L_F16, nullptr, 1, 2},
-    {30, L_BF16, nullptr, 1, 2},      {2, L_Q4_0, q4_0, 32, 18},
-    {3, L_Q4_1, q4_1, 32, 20},        {6, L_Q5_0, q5_0, 32, 22},
-    {7, L_Q5_1, q5_1, 32, 24},        {8, L_Q8_0, q8_0, 32, 34},
-    {20, L_IQ4_NL, q4_0, 32, 18},     {10, L_Q2_K, q2_k, 256, 84},
-    {11, L_Q3_K, q3_k, 256, 110},     {12, L_Q4_K, q4_k, 256, 144},
-    {13, L_Q5_K, q5_k, 256, 176},     {14, L_Q6_K, q6_k, 256, 210},
-    {23, L_IQ4_XS, iq4_xs, 256, 136},
+    {0, L_F32, nullptr, 1, 4},
+    {1, L_F16, nullptr, 1, 2},
+    {30, L_BF16, nullptr, 1, 2},
+    {2, L_Q4_0, each_row<q4_0>, 32, 18},
+    {3, L_Q4_1, each_row<q4_1>, 32, 20},
+    {6, L_Q5_0, each_row<q5_0>, 32, 22},
+    {7, L_Q5_1, each_row<q5_1>, 32, 24},
+    {8, L_Q8_0, each_row<q8_0>, 32, 34},
+    {20, L_IQ4_NL, each_row<q4_0>, 32, 18},
+    {10, L_Q2_K, each_row<q2_k>, 256, 84},
+    {11, L_Q3_K, each_row<q3_k>, 256, 110},
+    {12, L_Q4_K, each_row<q4_k>, 256, 144},
+    {13, L_Q5_K, each_row<q5_k>, 256, 176},
+    {14, L_Q6_K, each_row<q6_k>, 256, 210},
+    {23, L_IQ4_XS, each_row<iq4_xs>, 256, 136},
 };
 
 const Source* source_of(int ggml_id) {
@@ -181,48 +199,64 @@ void put_planes(const uint8_t* q, int row, uint8_t* planes) {
     }
 }
 
+// The scales of one row, in front of a record's planes.
 template <typename F>
-void pack_panel(F, const Source& s, const uint8_t* const* rows, int n_rows, int64_t n_in,
-                uint8_t* panel) {
-    std::memset(panel, 0, F::panel_bytes(n_in));
-    for (int r = 0; r < n_rows; r++) {
-        for (int64_t i = 0; i < n_in / RECORD; i++) {
-            const int64_t per_block = s.block_elems / RECORD;
-            Columns c{};
-            SuperScales scales{};
-            s.decode(rows[r] + i / per_block * s.block_bytes, i % per_block, c, scales);
-            uint8_t* record = const_cast<uint8_t*>(F::record(panel, i));
-            for (int g = 0; g < F::GROUPS; g++) {
-                uint8_t* scale = record + (g * ROWS + r) * (F::IS_SUPER ? 1 : 2);
-                if (F::IS_SUPER) {
-                    scale[0] = c.scale[g];
-                    if (F::HAS_MIN) scale[F::SCALE_BYTES] = c.min[g];
-                } else {
-                    std::memcpy(scale, &c.flat[g], 2);
-                    if (F::HAS_MIN) std::memcpy(scale + F::SCALE_BYTES, &c.flat_min[g], 2);
-                }
-            }
-            if (F::IS_SUPER && i % (SUPER / RECORD) == 0) {
-                uint8_t* head = const_cast<uint8_t*>(F::super_block(panel, i)) + 2 * r;
-                std::memcpy(head, &scales.d, 2);
-                if (F::HAS_MIN) std::memcpy(head + 2 * ROWS, &scales.d_min, 2);
-            }
-            put_planes<F>(c.q, r, record + F::HEAD_BYTES);
+void put_scales(const Columns& c, int row, uint8_t* record) {
+    for (int g = 0; g < F::GROUPS; g++) {
+        uint8_t* scale = record + (g * ROWS + row) * (F::IS_SUPER ? 1 : 2);
+        if (F::IS_SUPER) {
+            scale[0] = c.scale[g];
+            if (F::HAS_MIN) scale[F::SCALE_BYTES] = c.min[g];
+        } else {
+            std::memcpy(scale, &c.flat[g], 2);
+            if (F::HAS_MIN) std::memcpy(scale + F::SCALE_BYTES, &c.flat_min[g], 2);
         }
     }
 }
 
-template <Layout L>
-void pack_panel(Plain<L> f, const Source& s, const uint8_t* const* rows, int n_rows, int64_t n_in,
+// Record by record, so that a panel is written once and in order.
+template <typename F>
+void pack_panel(F, const Source& s, const uint8_t* const* rows, int n_rows, int64_t n_in,
                 uint8_t* panel) {
-    std::memset(panel, 0, f.panel_bytes(n_in));
-    const int64_t size = s.block_bytes;
-    for (int r = 0; r < n_rows; r++) {
-        for (int64_t k = 0; k < n_in; k++) {
-            const int64_t at = L == L_BF16 ? k / 2 * ROWS * 2 + r * 2 + k % 2 : k * ROWS + r;
-            std::memcpy(panel + at * size, rows[r] + k * size, size);
+    if (n_rows < ROWS) std::memset(panel, 0, F::panel_bytes(n_in));
+    const int per_block = s.block_elems / RECORD;
+    Columns c[ROWS];
+    for (int64_t i = 0; i < n_in / RECORD; i++) {
+        const int64_t block = i / per_block;
+        uint8_t* record = const_cast<uint8_t*>(F::record(panel, i));
+        uint8_t* head = const_cast<uint8_t*>(F::super_block(panel, i));
+        s.decode(rows, n_rows, block * s.block_bytes, static_cast<int>(i - block * per_block), c);
+        for (int r = 0; r < n_rows; r++) {
+            put_scales<F>(c[r], r, record);
+            put_planes<F>(c[r].q, r, record + F::HEAD_BYTES);
+            if (F::IS_SUPER && i % (SUPER / RECORD) == 0) {
+                std::memcpy(head + 2 * r, &c[r].d, 2);
+                if (F::HAS_MIN) std::memcpy(head + 2 * (ROWS + r), &c[r].d_min, 2);
+            }
         }
     }
+}
+
+// Columns of T of 16 rows side by side; rows that are not there are zeros.
+template <typename T>
+void interleave(const uint8_t* const* rows, int n_rows, int64_t n, uint8_t* panel) {
+    T column[ROWS]{};
+    for (int64_t k = 0; k < n; k++, panel += sizeof(column)) {
+        for (int r = 0; r < n_rows; r++) column[r] = load_as<T>(rows[r] + k * sizeof(T));
+        std::memcpy(panel, column, sizeof(column));
+    }
+}
+
+template <Layout L>
+void pack_panel(Plain<L>, const Source&, const uint8_t* const* rows, int n_rows, int64_t n_in,
+                uint8_t* panel) {
+    if (L == L_F32) return interleave<uint32_t>(rows, n_rows, n_in, panel);
+    if (L == L_F16) return interleave<uint16_t>(rows, n_rows, n_in, panel);
+    interleave<uint32_t>(rows, n_rows, n_in / 2, panel);
+    if (n_in % 2 == 0) return;
+    // The last column has no second one.
+    for (int r = 0; r < ROWS; r++)
+        put(panel + (n_in / 2 * ROWS + r) * 4, r < n_rows ? u16(rows[r] + (n_in - 1) * 2) : 0);
 }
 
 int stored_value(const uint8_t* planes, int bits, int row, int k) {

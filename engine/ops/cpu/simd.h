@@ -29,6 +29,13 @@ typedef int32_t vi __attribute__((vector_size(4 * W)));
 
 #define GDN_INLINE inline __attribute__((always_inline))
 
+// float16: GCC for ARM knows it in C++ by another name.
+#if defined(__aarch64__)
+typedef __fp16 half;
+#else
+typedef _Float16 half;
+#endif
+
 template <typename T>
 GDN_INLINE T load_as(const void* p) {
     T v;
@@ -98,7 +105,7 @@ GDN_INLINE vf half_to_float(const uint16_t* p) {
     return reinterpret_cast<vf>(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
 #else
     vf v;
-    for (int i = 0; i < W; i++) v[i] = static_cast<float>(load_as<_Float16>(p + i));
+    for (int i = 0; i < W; i++) v[i] = static_cast<float>(load_as<half>(p + i));
     return v;
 #endif
 }
@@ -110,15 +117,15 @@ GDN_INLINE void float_to_half(uint16_t* p, vf v) {
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(reinterpret_cast<__m256>(v), 0));
 #else
     for (int i = 0; i < W; i++) {
-        const _Float16 h = static_cast<_Float16>(v[i]);
+        const half h = static_cast<half>(v[i]);
         std::memcpy(p + i, &h, 2);
     }
 #endif
 }
 
-GDN_INLINE float half_to_float(uint16_t h) { return static_cast<float>(load_as<_Float16>(&h)); }
+GDN_INLINE float half_to_float(uint16_t h) { return static_cast<float>(load_as<half>(&h)); }
 GDN_INLINE uint16_t float_to_half(float x) {
-    const _Float16 h = static_cast<_Float16>(x);
+    const half h = static_cast<half>(x);
     return load_as<uint16_t>(&h);
 }
 
