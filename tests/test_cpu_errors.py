@@ -58,10 +58,7 @@ def test_libraries_that_are_not_built(
     expected = "the CPU kernels are not built: expected `pip install .` to build them"
     assert cli("-m", tiny, "-p", "a", "--backend", backend).refused() == expected
     assert cli("graph", "-m", tiny, "--backend", backend).refused() == expected
-    assert (
-        cli("--version").out
-        == f"gdn-engine {__version__}: no cpu (not built), reference\n"
-    )
+    assert cli("--version").out == f"gdn-engine {__version__}: no cpu (not built), reference\n"
     assert cli("-m", tiny, "-p", "a", "-n", 2, "--backend", "reference").status == 0
 
 
