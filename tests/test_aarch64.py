@@ -23,8 +23,8 @@ from engine.backends.cpu_lowering import DIMS, I8, PACKED, VIEW
 from engine.graph import Live
 from engine.planner import Split
 from engine.quants import BY_GGML_ID
-from tests.opcase import OpCase, check_case, fresh_seed
-from tests.test_cpu_ops import CASES, limit_of
+from tests.opcase import OpCase, fresh_seed
+from tests.test_cpu_ops import CASES, check_op
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
@@ -177,4 +177,4 @@ def seed(request: pytest.FixtureRequest) -> int:
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("c", CASES, ids=[str(c) for c in CASES])
 def test_op(remote: Remote, c: OpCase, strided: bool, seed: int) -> None:
-    check_case(Aarch64Backend(remote), c.op, c.case, seed, strided, limit_of(c))
+    check_op(Aarch64Backend(remote), c, strided, seed)

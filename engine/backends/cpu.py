@@ -28,7 +28,7 @@ from engine.backends.cpu_lowering import (
     tensor_view,
     view,
 )
-from engine.backends.cpu_program import Lowering, Ref, Scratch, Step, used_packed
+from engine.backends.cpu_program import PACKED_KERNELS, Lowering, Ref, Scratch, Step, used_packed
 from engine.backends.cpu_weights import CpuWeights
 from engine.backends.states import ArrayStates
 from engine.graph import Kind, Live, Node, Tensor
@@ -189,7 +189,7 @@ class CpuProgram:
             code = I8 if ref.dtype == I8 else (F32_CODE if ref.dtype is F32 else I32_CODE)
             return view(self._base + self._offsets[ref], ref.shape, strides, code)
         if ref.kind is Kind.WEIGHT:
-            if step.kernel in ("MUL_MAT", "MUL_MAT_ID", "GET_ROWS"):
+            if step.kernel in PACKED_KERNELS:
                 return backend.weights.packed_view(ref)
             return backend.weights.plain_view(ref)
         if ref.kind is Kind.STATE:

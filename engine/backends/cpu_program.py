@@ -22,6 +22,9 @@ from engine.quants import F32, I32, DType
 Array = NDArray[Any]
 # Columns that share a scale where activations are int8, and those that share a sum.
 ACTIVATION_GROUP, SUM_GROUP = 32, 16
+# Ops that read weights in panels, and how their operands' names begin.
+_PACKED_OPERANDS = {"MUL_MAT": "weight", "MUL_MAT_ID": "matrix", "GET_ROWS": "table"}
+PACKED_KERNELS = frozenset(_PACKED_OPERANDS)
 _ITEM = {F32: 4, I32: 4, I8: 1}
 
 
@@ -134,7 +137,8 @@ class Lowering:
         elsewhere = set(outside)
         lives: dict[Any, tuple[int, int]] = {}
         for step in self.steps:
-            for ref in step.operands:
+            # A node's outputs are looked at when its last step has run, also those nobody reads.
+            for ref in (*step.operands, *(t for t in step.node.outputs if t in lives)):
                 owner = _owner(ref)
                 if owner is None or owner in elsewhere:
                     continue
@@ -161,6 +165,5 @@ def used_packed(nodes: Iterable[Node]) -> tuple[list[Tensor], list[Tensor]]:
 
 def is_packed(node: Node, operand: str) -> bool:
     """Whether a kernel reads a weight in panels."""
-    if node.op.name in ("MUL_MAT", "MUL_MAT_ID"):
-        return operand.startswith(("weight", "matrix"))
-    return node.op.name == "GET_ROWS" and operand == "table"
+    prefix = _PACKED_OPERANDS.get(node.op.name)
+    return prefix is not None and operand.startswith(prefix)

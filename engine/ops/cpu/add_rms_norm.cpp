@@ -23,13 +23,7 @@ void run(const Args& a, int64_t begin, int64_t end) {
             });
             x = total;
         }
-        vf squares{};
-        for_lanes(n, [&](int64_t i, int w) {
-            const vf v = load_part(x + i, w);
-            squares += v * v;
-        });
-        const float mean = sum(squares) / static_cast<float>(n);
-        const vf scale = splat(1.0f / __builtin_sqrtf(mean + static_cast<float>(a.attr[0])));
+        const vf scale = inverse_rms(x, n, a.attr[0]);
         for_lanes(n, [&](int64_t i, int w) {
             store_part(norm + i, load_part(x + i, w) * scale * load_part(weight + i, w), w);
         });

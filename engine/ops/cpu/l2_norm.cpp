@@ -15,12 +15,7 @@ void run(const Args& a, int64_t begin, int64_t end) {
         const int64_t t = i / n_heads, h = i % n_heads;
         const float* x = a.v[X].row(t, h);
         float* out = a.v[OUT].row(t, h);
-        vf squares{};
-        for_lanes(n, [&](int64_t c, int w) {
-            const vf v = load_part(x + c, w);
-            squares += v * v;
-        });
-        const float total = sum(squares) + static_cast<float>(a.attr[0]);
+        const float total = sum_of_squares(x, n) + static_cast<float>(a.attr[0]);
         const vf scale = splat(1.0f / __builtin_sqrtf(total));
         for_lanes(n, [&](int64_t c, int w) {
             store_part(out + c, load_part(x + c, w) * scale, w);

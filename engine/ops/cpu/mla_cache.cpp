@@ -16,13 +16,7 @@ void run(const Args& a, int64_t begin, int64_t end) {
     float* row = reinterpret_cast<float*>(a.scratch);
     for (int64_t t = begin; t < end; t++) {
         const float* kv = a.v[KV].row(t);
-        vf squares{};
-        for_lanes(rank, [&](int64_t i, int n) {
-            const vf x = load_part(kv + i, n);
-            squares += x * x;
-        });
-        const float mean = sum(squares) / static_cast<float>(rank);
-        const vf scale = splat(1.0f / __builtin_sqrtf(mean + static_cast<float>(a.attr[0])));
+        const vf scale = inverse_rms(kv, rank, a.attr[0]);
         for_lanes(rank, [&](int64_t i, int n) {
             store_part(row + i, load_part(kv + i, n) * scale * load_part(norm + i, n), n);
         });

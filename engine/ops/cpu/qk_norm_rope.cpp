@@ -67,13 +67,7 @@ void set_angles(const Rotation& r, int32_t position) {
 
 void norm_and_turn(const float* x, const float* norm, float eps, int64_t size, const Rotation& r,
                    float* y) {
-    vf squares{};
-    for_lanes(size, [&](int64_t i, int n) {
-        const vf v = load_part(x + i, n);
-        squares += v * v;
-    });
-    const float mean = sum(squares) / static_cast<float>(size);
-    const vf scale = splat(1.0f / __builtin_sqrtf(mean + eps));
+    const vf scale = inverse_rms(x, size, eps);
     const auto normed = [&](int64_t i, int n) {
         return load_part(x + i, n) * scale * load_part(norm + i, n);
     };

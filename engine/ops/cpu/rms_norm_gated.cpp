@@ -16,13 +16,7 @@ void run_head(const Args& a, int64_t t, int64_t h) {
     const float *x = a.v[X].row(t, h), *gate = a.v[GATE].row(t, h);
     const float* weight = a.v[WEIGHT].as<float>();
     float* out = a.v[OUT].row(t, h);
-    vf squares{};
-    for_lanes(n, [&](int64_t c, int w) {
-        const vf v = load_part(x + c, w);
-        squares += v * v;
-    });
-    const float mean = sum(squares) / static_cast<float>(n);
-    const vf scale = splat(1.0f / __builtin_sqrtf(mean + static_cast<float>(a.attr[0])));
+    const vf scale = inverse_rms(x, n, a.attr[0]);
     for_lanes(n, [&](int64_t c, int w) {
         const vf g = load_part(gate + c, w);
         const vf normed = load_part(x + c, w) * scale * load_part(weight + c, w);

@@ -171,4 +171,20 @@ GDN_INLINE vf softplus(vf x) {
     return select(x <= splat(20.0f), log1p(exp(min(x, splat(20.0f)))), x);
 }
 
+// Σ x² of a row of n.
+GDN_INLINE float sum_of_squares(const float* x, int64_t n) {
+    vf squares{};
+    for_lanes(n, [&](int64_t i, int w) {
+        const vf v = load_part(x + i, w);
+        squares += v * v;
+    });
+    return sum(squares);
+}
+
+// 1 / sqrt(mean(x²) + eps) of a row of n, in every lane.
+GDN_INLINE vf inverse_rms(const float* x, int64_t n, double eps) {
+    const float mean = sum_of_squares(x, n) / static_cast<float>(n);
+    return splat(1.0f / __builtin_sqrtf(mean + static_cast<float>(eps)));
+}
+
 }  // namespace gdn
