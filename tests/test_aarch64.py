@@ -7,6 +7,7 @@ and back. Debian: apt-get install cmake ninja-build g++-aarch64-linux-gnu qemu-u
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import shutil
 import struct
 import subprocess
@@ -36,18 +37,22 @@ _ITEM = {0: 4, 1: 2, 2: 4, I8: 1}
 
 
 def _build() -> Path:
-    """The portable library, by the same CMakeLists.txt as ever, and the driver."""
+    """The portable library, by the same CMakeLists.txt as ever, and the driver; made by one of
+    pytest's workers at a time."""
     build = ROOT / "build" / "aarch64"
+    build.mkdir(parents=True, exist_ok=True)
     options = ["-G", "Ninja", "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64"]
     options += [f"-DCMAKE_CXX_COMPILER={COMPILER}", "-Wno-dev"]
     source = ROOT / "tests" / "aarch64" / "driver.cpp"
-    for command in (
-        ["cmake", "-S", ROOT, "-B", build, *options],
-        ["cmake", "--build", build, "--parallel"],
-        [COMPILER, "-std=gnu++17", "-O1", "-Wall", "-Wextra", source, "-o", build / "driver"],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    with (build / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (
+            ["cmake", "-S", ROOT, "-B", build, *options],
+            ["cmake", "--build", build, "--parallel"],
+            [COMPILER, "-std=gnu++17", "-O1", "-Wall", "-Wextra", source, "-o", build / "driver"],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
     return build
 
 
