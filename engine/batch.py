@@ -19,6 +19,10 @@ from engine.graph import Capacity, Live
 from engine.kvcache.memory import SequenceMemory, Step
 
 
+# Positions of a block of rows, and the fewest rows that make one.
+BLOCK_POSITIONS, MIN_BLOCK_ROWS = 64, 16
+
+
 class BatchError(EngineError):
     """A batch larger than the graph's capacity."""
 
@@ -84,6 +88,25 @@ def begin(pieces: Sequence[Piece], memory: SequenceMemory) -> list[Step]:
     return steps
 
 
+def row_blocks(pasts: Sequence[int], lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Runs of at least 16 rows of a sequence whose positions lie between two multiples of 64.
+
+    Kernels of blocks may sum in another order than those of single rows. As pieces of prompts end
+    at multiples of 64, which rows form a block depends on their sequence alone, not on how it is
+    cut into steps nor on what else is in the batch.
+    """
+    blocks, first = [], 0
+    for n_past, length in zip(pasts, lengths, strict=True):
+        begin, stop = n_past, n_past + length
+        while begin < stop:
+            end = min(begin - begin % BLOCK_POSITIONS + BLOCK_POSITIONS, stop)
+            if end - begin >= MIN_BLOCK_ROWS:
+                blocks.append((first + begin - n_past, end - begin))
+            begin = end
+        first += length
+    return tuple(blocks)
+
+
 def pack(pieces: Sequence[Piece], steps: Sequence[Step], capacity: Capacity) -> Batch:
     """The inputs of a step over `pieces`, whose room in memory is `steps`."""
     lengths = [len(piece.tokens) for piece in pieces]
@@ -111,5 +134,6 @@ def pack(pieces: Sequence[Piece], steps: Sequence[Step], capacity: Capacity) -> 
         n_outputs=len(inputs["output_rows"]),
         kv_rows=sum(int(p[-1]) + 1 for p in positions),
         kv_pairs=sum(int(p.sum()) + len(p) for p in positions),
+        blocks=row_blocks([step.n_past for step in steps], lengths),
     )
     return Batch({name: np.asarray(v, np.int32) for name, v in inputs.items()}, live)

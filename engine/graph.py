@@ -147,6 +147,8 @@ class Live:
     """Live counts of one batch, for costs and for kernels.
 
     `kv_rows`: cached positions summed over sequences; `kv_pairs`: over tokens (each token's own).
+    `blocks`: (first row, rows) of the tokens that a backend may compute together, see
+    engine.batch.row_blocks.
     """
 
     n_tokens: int
@@ -154,6 +156,7 @@ class Live:
     n_outputs: int
     kv_rows: int = 0
     kv_pairs: int = 0
+    blocks: tuple[tuple[int, int], ...] = ()
 
     def dim(self, name: str) -> int | None:
         """The live count of a `Dim`, or None if it always has its capacity (slots, blocks)."""

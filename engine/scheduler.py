@@ -12,12 +12,12 @@ from collections import deque
 from collections.abc import Iterator
 from math import ceil
 
-from engine.batch import Logits, Piece
+from engine.batch import BLOCK_POSITIONS, Logits, Piece
 from engine.graph import Capacity
 from engine.kvcache.memory import Checkpoint, SequenceMemory
 from engine.request import FinishReason, Request
 
-PIECE_MULTIPLE = 64
+PIECE_MULTIPLE = BLOCK_POSITIONS
 
 
 def cut(n_past: int, n_tokens: int, n_ubatch: int) -> Iterator[slice]:

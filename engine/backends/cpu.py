@@ -6,6 +6,7 @@ Results do not depend on the number of threads, nor a sequence's on what else is
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -41,12 +42,19 @@ _KERNELS = {*SIGNATURES, "MUL_MAT", "MUL_MAT_ID"}
 
 
 class CpuBackend:
-    """Runs on `n_threads` threads (None: all cores) with the kernels of `isa` (None: the best)."""
+    """Runs on `n_threads` threads (None: all cores) with the kernels of `isa` (None: the best).
+
+    `matrix`: whether blocks of rows are multiplied as bfloat16 tiles (None: where there are matrix
+    units; elsewhere it is slow, and for tests).
+    """
 
     name = "cpu"
 
-    def __init__(self, n_threads: int | None = None, isa: str | None = None) -> None:
+    def __init__(
+        self, n_threads: int | None = None, isa: str | None = None, matrix: bool | None = None
+    ) -> None:
         self.library = cpu_library.load(isa)
+        self.matrix = self.library.isa == "amx" if matrix is None else matrix
         self.n_threads = n_threads or len(os.sched_getaffinity(0))
         threads = "1 thread" if self.n_threads == 1 else f"{self.n_threads} threads"
         self.detail = f"{self.library.isa} kernels, {threads}"
@@ -120,7 +128,9 @@ class CpuBackend:
     def run(self, instructions: Array, live: Live, seconds: Array | None = None) -> None:
         """Run some instructions of a program."""
         self._live = live
-        counts = np.array([live.dim(name) or 0 for name in DIMS], np.int64)
+        blocks = live.blocks if self.matrix else ()
+        dims = [live.dim(name) or 0 for name in DIMS]
+        counts = np.array([*dims, len(blocks), *itertools.chain(*blocks)], np.int64)
         times = None if seconds is None else seconds.ctypes.data
         self.library.run(
             self.team, instructions.ctypes.data, len(instructions), counts.ctypes.data, times
@@ -138,7 +148,7 @@ class CpuBackend:
         )
         program = np.zeros(1, INSTRUCTION)
         program[0] = (self.library.kernel_address("READ_PROBE"), views.ctypes.data, 0, 0)
-        self.library.run(self.team, program.ctypes.data, 1, np.zeros(5, np.int64).ctypes.data, None)
+        self.library.run(self.team, program.ctypes.data, 1, np.zeros(len(DIMS) + 1, np.int64).ctypes.data, None)
 
 
 class CpuProgram:

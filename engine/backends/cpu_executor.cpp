@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "../ops/cpu/kernels.h"
+#include "../ops/cpu/matrix.h"
 #include "../ops/cpu/pack.h"
 
 using namespace gdn;
@@ -54,6 +55,29 @@ void wait_until(Done done) {
     }
 }
 
+// The rows of a step as kernels want them, from its live counts and the blocks that follow those.
+class StepRows {
+   public:
+    void set(const int64_t* live) {
+        const int64_t n_blocks = live[N_DIMS], n_tokens = live[N_TOKENS];
+        const auto* blocks = reinterpret_cast<const Block*>(live + N_DIMS + 1);
+        blocked_.clear(), loose_.clear();
+        int32_t row = 0;
+        for (int64_t i = 0; i < n_blocks; i++) {
+            while (row < blocks[i].row) loose_.push_back(row++);
+            while (row < blocks[i].row + blocks[i].n) blocked_.push_back(row++);
+        }
+        while (row < n_tokens) loose_.push_back(row++);
+        rows = {blocks, blocked_.data(), loose_.data(), n_blocks,
+                static_cast<int64_t>(blocked_.size()), static_cast<int64_t>(loose_.size())};
+    }
+
+    Rows rows{};
+
+   private:
+    std::vector<int32_t> blocked_, loose_;
+};
+
 // One cache line for each counter.
 struct alignas(64) Counter {
     std::atomic<int64_t> next{0};
@@ -80,6 +104,7 @@ class Team {
     // `seconds`: nullptr, or room for each instruction's.
     void run(const Instruction* program, int64_t n, const int64_t* live, double* seconds) {
         program_ = program, n_ = n, live_ = live, seconds_ = seconds;
+        step_rows_.set(live);
         if (static_cast<int64_t>(counters_.size()) < n) counters_ = std::vector<Counter>(n);
         for (int64_t i = 0; i < n; i++) counters_[i].next.store(0, std::memory_order_relaxed);
         {
@@ -118,6 +143,7 @@ class Team {
     }
 
     void run_program(int thread) {
+        begin_matrix_products();
         double start = seconds_ ? now() : 0;
         for (int64_t i = 0; i < n_; i++) {
             const Instruction& in = program_[i];
@@ -127,12 +153,14 @@ class Team {
                 seconds_[i - 1] = end - start;
                 start = end;
             }
-            run_tasks(in, counters_[i], Args{in.views, in.attrs, live_, scratch_[thread]});
+            run_tasks(in, counters_[i],
+                      Args{in.views, in.attrs, live_, &step_rows_.rows, scratch_[thread]});
         }
         if (seconds_ && n_ > 0) {
             barrier();
             if (thread == 0) seconds_[n_ - 1] = now() - start;
         }
+        end_matrix_products();
     }
 
     void run_tasks(const Instruction& in, Counter& counter, const Args& args) {
@@ -164,6 +192,7 @@ class Team {
     const Instruction* program_ = nullptr;
     int64_t n_ = 0;
     const int64_t* live_ = nullptr;
+    StepRows step_rows_;
     double* seconds_ = nullptr;
     bool stopping_ = false;
     std::mutex mutex_;
@@ -177,6 +206,9 @@ class Team {
 }  // namespace
 
 #define GDN_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Whether the operating system lets this process use what the library is built for.
+GDN_EXPORT int gdn_allowed() { return allow_matrix_products(); }
 
 GDN_EXPORT void* gdn_team_create(int n_threads) { return new Team(n_threads); }
 

@@ -16,8 +16,10 @@ from pathlib import Path
 from engine.errors import EngineError
 
 # Best first, with the processor's features (as Linux names them) that each needs.
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "fma", "f16c")
 ISAS = {
-    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "fma", "f16c"),
+    "amx": (*_AVX512, "avx512_bf16", "amx_tile", "amx_bf16"),
+    "avx512": _AVX512,
     "avx2": ("avx2", "fma", "f16c"),
     "portable": (),
 }
@@ -55,7 +57,13 @@ def built() -> dict[str, Path]:
 
 def usable() -> list[str]:
     """Instruction sets that are built and that this machine has, best first."""
-    return [isa for isa in built() if processor_features().issuperset(ISAS[isa])]
+    has = processor_features()
+    return [isa for isa in built() if has.issuperset(ISAS[isa]) and _library(isa).allowed()]
+
+
+@functools.cache
+def _library(isa: str) -> Library:
+    return Library(isa, built()[isa])
 
 
 @functools.cache
@@ -71,12 +79,15 @@ def load(isa: str | None = None) -> Library:
         raise LibraryError(f"cpu_isa: expected one of {', '.join(built())} (built), got {isa}")
     if missing := sorted(set(ISAS[isa]) - processor_features()):
         raise LibraryError(f"cpu_isa {isa}: this {platform.machine()} has no {', '.join(missing)}")
-    return Library(isa, built()[isa])
+    if not _library(isa).allowed():
+        raise LibraryError(f"cpu_isa {isa}: the operating system does not allow its use")
+    return _library(isa)
 
 
 class Library:
     """The functions of one library, as engine/backends/cpu_executor.cpp exports them."""
 
+    allowed: Callable[[], int]
     team_create: Callable[[int], int]
     team_free: Callable[[int], None]
     run: Callable[[int, int, int, int, int | None], None]
@@ -88,6 +99,7 @@ class Library:
     def __init__(self, isa: str, path: Path) -> None:
         self.isa, lib = isa, ctypes.CDLL(str(path))
         for name, result, arguments in (
+            ("allowed", c_int, []),
             ("team_create", c_void_p, [c_int]),
             ("team_free", None, [c_void_p]),
             ("_kernel", c_void_p, [c_char_p]),

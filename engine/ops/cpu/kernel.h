@@ -12,7 +12,7 @@ namespace gdn {
 // Live counts of a batch by the number that View::dim has: 0 stands for "always the capacity".
 enum Dim : int32_t { FIXED, N_TOKENS, N_SEQS, N_SEQS_1, N_OUTPUTS, N_DIMS };
 
-enum DType : int32_t { F32, F16, I32, I8, PACKED };
+enum DType : int32_t { F32, F16, I32, I8, PACKED, BF16 };
 
 constexpr int MAX_RANK = 4;
 
@@ -34,10 +34,26 @@ struct View {
     explicit operator bool() const { return data != nullptr; }
 };
 
+// Consecutive rows of one sequence within 64 aligned positions: kernels may compute them together,
+// and in another order than single rows.
+struct Block {
+    int64_t row, n;
+};
+
+constexpr int64_t MAX_BLOCK = 64;
+
+// A step's rows, apart: those in blocks, in their order, and loose ones.
+struct Rows {
+    const Block* blocks;
+    const int32_t *blocked, *loose;
+    int64_t n_blocks, n_blocked, n_loose;
+};
+
 struct Args {
     const View* v;
     const double* attr;
     const int64_t* live;  // [N_DIMS]
+    const Rows* step;
     char* scratch;        // SCRATCH_BYTES of the running thread's own, aligned to 64
 
     // The live size of a view's first axis.
