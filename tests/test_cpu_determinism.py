@@ -1,12 +1,15 @@
 """Logits on the CPU depend on the tokens alone, to the last bit; and they are the reference's.
 
 Not on the number of threads, nor on how a prompt is cut into steps, nor on what else is in a batch.
+Where blocks of rows go through matrix units, cuts must leave blocks whole, as a scheduler's of 64
+tokens and more do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 
 from engine import Engine
+from engine.backends.cpu import CpuBackend
 from engine.batch import Logits, Piece
 from tests.helpers import nmse, random_ids
 
@@ -35,6 +39,15 @@ def path(request: pytest.FixtureRequest, models: Models) -> Path:
     return models(request.param, TYPES.get(request.param, "Q8_0"))
 
 
+@pytest.fixture(params=[False, True], ids=["rows", "tiles"])
+def matrix(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether blocks of rows are multiplied as tiles."""
+    wanted: bool = request.param
+    init = partialmethod(CpuBackend.__init__, matrix=wanted)
+    monkeypatch.setattr(CpuBackend, "__init__", init)
+    return wanted
+
+
 @contextmanager
 def engine_on(path: Path, **options: Any) -> Iterator[Engine]:
     """An engine that runs on the CPU backend alone."""
@@ -47,7 +60,7 @@ def same_bits(got: Array, want: Array) -> bool:
     return got.shape == want.shape and got.tobytes() == want.tobytes()
 
 
-def test_threads_and_steps(path: Path, rng: np.random.Generator) -> None:
+def test_threads_and_steps(path: Path, matrix: bool, rng: np.random.Generator) -> None:
     ids = random_ids(rng, N_PROMPT)
     with engine_on(path, n_threads=1) as engine:
         want = engine.logits(ids)
@@ -56,7 +69,7 @@ def test_threads_and_steps(path: Path, rng: np.random.Generator) -> None:
         {"n_threads": 2},
         {"n_threads": 3, "n_ubatch": 128},
         {"n_ubatch": 64},
-        {"n_ubatch": 7},
+        {"n_ubatch": 100 if matrix else 7},
     ):
         with engine_on(path, **options) as engine:
             assert same_bits(engine.logits(ids), want), options
@@ -64,21 +77,24 @@ def test_threads_and_steps(path: Path, rng: np.random.Generator) -> None:
             assert same_bits(engine.logits(ids), want), options
 
 
-def test_token_by_token(path: Path, rng: np.random.Generator) -> None:
-    """What decoding computes is what a prompt would have."""
-    ids = random_ids(rng, 70)
+def test_token_by_token(path: Path, matrix: bool, rng: np.random.Generator) -> None:
+    """What decoding computes is what a prompt would have, or what pieces too short for blocks."""
+    ids = random_ids(rng, 15 if matrix else 70)
     with engine_on(path) as engine:
         want, seq = engine.logits(ids), engine.memory.create()
         got = np.concatenate([engine.step([Piece(seq, [token])]) for token in ids])
     assert same_bits(got, want)
 
 
-def test_what_else_is_in_the_batch(path: Path, rng: np.random.Generator) -> None:
+def test_what_else_is_in_the_batch(path: Path, matrix: bool, rng: np.random.Generator) -> None:
     """Three prompts of different lengths, cut at different places, in every step together."""
-    lengths = {0: (70, 1, 64, 3), 1: (1, 130, 1, 1), 2: (16, 5, 90, 1)}
+    lengths = {0: (64, 70, 1, 3), 1: (1, 13, 50, 66), 2: (16, 5, 43, 1)}
+    lengths = lengths if matrix else {0: (70, 1, 64, 3), 1: (1, 130, 1, 1), 2: (16, 5, 90, 1)}
     prompts = {i: random_ids(rng, sum(parts)) for i, parts in lengths.items()}
     with engine_on(path) as engine:
-        want = {i: engine.logits(ids) for i, ids in prompts.items()}
+        want = {i: in_steps(engine, ids, lengths[i]) for i, ids in prompts.items()}
+        if not matrix:
+            assert all(same_bits(engine.logits(ids), want[i]) for i, ids in prompts.items())
         seqs = {i: engine.memory.create() for i in prompts}
         done, rows = dict.fromkeys(prompts, 0), {i: [] for i in prompts}
         for step in range(4):
@@ -90,6 +106,15 @@ def test_what_else_is_in_the_batch(path: Path, rng: np.random.Generator) -> None
                 logits, done[i] = logits[len(cuts[i]) :], done[i] + len(cuts[i])
     for i in prompts:
         assert same_bits(np.concatenate(rows[i]), want[i]), i
+
+
+def in_steps(engine: Engine, ids: list[int], lengths: tuple[int, ...]) -> Array:
+    """Logits of a sequence alone, processed in pieces of these lengths."""
+    seq, ends = engine.memory.create(), np.cumsum(lengths).tolist()
+    pieces = [ids[end - n : end] for n, end in zip(lengths, ends, strict=True)]
+    rows = [engine.step([Piece(seq, piece, Logits.ALL)]) for piece in pieces]
+    engine.memory.free(seq)
+    return np.concatenate(rows)
 
 
 @pytest.mark.parametrize("types", [("f32", "f32"), ("f16", "f32"), ("f32", "f16")], ids="-".join)

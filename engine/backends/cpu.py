@@ -20,7 +20,6 @@ from engine.backends.arena import Arena
 from engine.backends.cpu_lowering import (
     DIMS,
     F32_CODE,
-    I8,
     I32_CODE,
     INSTRUCTION,
     MAX_RANK,
@@ -34,7 +33,7 @@ from engine.backends.cpu_weights import CpuWeights
 from engine.backends.states import ArrayStates
 from engine.graph import Kind, Live, Node, Tensor
 from engine.planner import Instruction, Split, Support, Watch, WeightSource
-from engine.quants import F32, numpy_dtype
+from engine.quants import F32, I32, numpy_dtype
 
 Array = NDArray[Any]
 _MAX_HEAD, _MAX_LATENT = 256, 1024
@@ -156,7 +155,7 @@ class CpuProgram:
 
     def __init__(self, backend: CpuBackend, split: Split) -> None:
         self._backend = backend
-        lowering = Lowering()
+        lowering = Lowering(backend.matrix)
         for node in split.nodes:
             lowering.add(node)
         made = {t for node in split.nodes for t in node.outputs}
@@ -196,7 +195,8 @@ class CpuProgram:
             return np.zeros((), VIEW)
         if isinstance(ref, Scratch):
             strides = [int(np.prod(ref.shape[i + 1 :])) for i in range(len(ref.shape))]
-            code = I8 if ref.dtype == I8 else (F32_CODE if ref.dtype is F32 else I32_CODE)
+            codes = {F32: F32_CODE, I32: I32_CODE}
+            code = ref.dtype if isinstance(ref.dtype, int) else codes[ref.dtype]
             return view(self._base + self._offsets[ref], ref.shape, strides, code)
         if ref.kind is Kind.WEIGHT:
             if step.kernel in PACKED_KERNELS:

@@ -21,7 +21,7 @@ from engine.quants import F16, F32, I32, DType
 MAX_RANK = 4
 # As Dim and DType in kernel.h.
 DIMS = ("", "n_tokens", "n_seqs", "n_seqs + 1", "n_outputs")
-F32_CODE, F16_CODE, I32_CODE, I8, PACKED = range(5)
+F32_CODE, F16_CODE, I32_CODE, I8, PACKED, BF16 = range(6)
 _DTYPES = {F32: F32_CODE, F16: F16_CODE, I32: I32_CODE}
 
 VIEW = np.dtype(

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.arena import Arena
-from engine.backends.cpu_lowering import I8, parts
-from engine.graph import Kind, Node, Tensor
-from engine.quants import F32, I32, DType
+from engine.backends.cpu_lowering import BF16, I8, parts
+from engine.graph import Dim, Kind, Node, Tensor
+from engine.quants import F16, F32, I32, DType
 
 Array = NDArray[Any]
 # Columns that share a scale where activations are int8, and those that share a sum.
@@ -25,12 +25,14 @@ ACTIVATION_GROUP, SUM_GROUP = 32, 16
 # Ops that read weights in panels, and how their operands' names begin.
 _PACKED_OPERANDS = {"MUL_MAT": "weight", "MUL_MAT_ID": "matrix", "GET_ROWS": "table"}
 PACKED_KERNELS = frozenset(_PACKED_OPERANDS)
-_ITEM = {F32: 4, I32: 4, I8: 1}
+_ITEM = {F32: 4, I32: 4, I8: 1, BF16: 2}
+# Columns of a tile; and the most columns of an expert's rows that are gathered (mul_mat_id.cpp).
+TILE_SIDE, TILE_DEPTH, MAX_GATHERED = 16, 32, 1 << 14
 
 
 @dataclass(frozen=True, eq=False)
 class Scratch:
-    """A buffer of a program's own; `dtype`: F32, I32 or the code I8."""
+    """A buffer of a program's own; `dtype`: F32, I32 or the codes I8 and BF16."""
 
     shape: tuple[int, ...]
     dtype: DType | int
@@ -58,10 +60,14 @@ class Step:
 
 @dataclass
 class Lowering:
-    """The steps of a split, in order, with their phases."""
+    """The steps of a split, in order, with their phases.
 
+    With `matrix`, rows of blocks are multiplied as bfloat16 tiles.
+    """
+
+    matrix: bool = False
     steps: list[Step] = field(default_factory=list)
-    _quantized: dict[tuple[Any, ...], tuple[Scratch, ...]] = field(default_factory=dict)
+    _converted: dict[tuple[Any, ...], tuple[Scratch, ...]] = field(default_factory=dict)
     _read: set[Any] = field(default_factory=set)
     _written: set[Any] = field(default_factory=set)
     _phase: int = 0
@@ -81,43 +87,67 @@ class Lowering:
     def _mul_mat(self, node: Node) -> None:
         x, others = node.inputs["x"], (node.inputs.get("gate"), node.inputs.get("add"))
         weights = [t for name, t in node.inputs.items() if name.startswith("weight")]
-        quantized = self._quantize(node, x, weights)
+        packed = self._round(node, x, weights, tiled=True)
+        quantized = self._quantize(node, x, weights, loose=packed is not None)
         for out, w in zip(node.outputs, weights, strict=True):
-            self._append("MUL_MAT", node, [out, x, *quantized, w, *others], [], 1)
+            tiles = packed if _has_tiles(w) else None
+            self._append("MUL_MAT", node, [out, x, *quantized, tiles, w, *others], [], 1)
 
     def _mul_mat_id(self, node: Node) -> None:
         x, ids, gates = (node.inputs.get(name) for name in ("x", "ids", "weights"))
         matrices = [t for name, t in node.inputs.items() if name.startswith("matrix")]
         assert x is not None
         assert ids is not None
-        quantized = self._quantize(node, x, matrices)
+        packed = self._round(node, x, matrices, tiled=False)
+        quantized = self._quantize(node, x, matrices, loose=packed is not None)
         n_tokens, n_used = ids.shape
         order = Scratch((int(n_tokens) * n_used,), I32)
-        starts = Scratch((matrices[0].shape[0] + 1,), I32)
+        starts = Scratch((2 * matrices[0].shape[0] + 1,), I32)
         self._append("SORT_BY_EXPERT", node, [order, starts, ids], [], 2)
         for out, m in zip(node.outputs, matrices, strict=True):
             shape = (n_tokens, n_used, m.shape[1])
             target: Ref = out if gates is None else Scratch(shape, F32)
-            operands = [target, x, *quantized, m, order, starts, ids]
+            rows = packed if _has_tiles(m) else None
+            operands = [target, x, *quantized, rows, m, order, starts, ids]
             self._append("MUL_MAT_ID", node, operands, [], 1)
             if gates is not None:
                 self._append("SUM_EXPERTS", node, [out, target, gates], [], 1)
 
-    def _quantize(self, node: Node, x: Tensor, weights: Sequence[Tensor]) -> tuple[Ref, ...]:
-        """x as int8 with scales and sums if a weight needs that; made once for all nodes."""
+    def _quantize(
+        self, node: Node, x: Tensor, weights: Sequence[Tensor], loose: bool
+    ) -> tuple[Ref, ...]:
+        """x as int8 with scales and sums if a weight needs that; `loose`: not its blocks' rows."""
         if not any(w.dtype.block_elems > 1 for w in weights):
             return (None, None, None)
-        key = (x.base, x.offset, x.shape, x.strides)
-        if key not in self._quantized:
-            *lead, n_in = x.shape
-            buffers = (
-                Scratch((*lead, n_in), I8),
-                Scratch((*lead, n_in // ACTIVATION_GROUP), F32),
-                Scratch((*lead, n_in // SUM_GROUP), I32),
-            )
-            self._append("QUANTIZE_ROWS", node, [*buffers, x], [], 3)
-            self._quantized[key] = buffers
-        return self._quantized[key]
+        *lead, n_in = x.shape
+        shapes = (
+            ((*lead, n_in), I8),
+            ((*lead, n_in // ACTIVATION_GROUP), F32),
+            ((*lead, n_in // SUM_GROUP), I32),
+        )
+        return self._convert("QUANTIZE_ROWS", node, x, shapes, loose)
+
+    def _round(self, node: Node, x: Tensor, weights: Sequence[Tensor], tiled: bool) -> Ref:
+        """Rows of x's blocks as bfloat16, in tiles or where they are; None if nothing needs that."""
+        *lead, n_in = x.shape
+        is_step = isinstance(lead[0], Dim) and lead[0].name == "n_tokens"
+        fits = n_in % TILE_DEPTH == 0 and (tiled or n_in <= MAX_GATHERED)
+        if not (self.matrix and is_step and fits and any(map(_has_tiles, weights))):
+            return None
+        if tiled:
+            lead[0] = -(-int(lead[0]) // TILE_SIDE) * TILE_SIDE
+        return self._convert("ROUND_ROWS", node, x, (((*lead, n_in), BF16),), tiled)[0]
+
+    def _convert(
+        self, kernel: str, node: Node, x: Tensor, shapes: Sequence[Any], choice: bool
+    ) -> tuple[Scratch, ...]:
+        """What a kernel makes of x in buffers of these shapes and types; once for all nodes."""
+        key = (kernel, choice, x.base, x.offset, x.shape, x.strides)
+        if key not in self._converted:
+            buffers = tuple(Scratch(*shape) for shape in shapes)
+            self._append(kernel, node, [*buffers, x], [float(choice)], len(buffers))
+            self._converted[key] = buffers
+        return self._converted[key]
 
     def _append(
         self, kernel: str, node: Node, operands: Sequence[Ref], attrs: Sequence[float], n: int
@@ -146,6 +176,11 @@ class Lowering:
                     first, _ = lives.get(owner, (step.phase, 0))
                     lives[owner] = (first, step.phase)
         arena.plan([(owner, owner.nbytes, *life) for owner, life in lives.items()])
+
+
+def _has_tiles(weight: Tensor) -> bool:
+    """Whether a weight may be rounded to bfloat16: float32 and float16 would lose digits."""
+    return weight.dtype not in (F32, F16)
 
 
 def _owner(ref: Ref) -> Any:

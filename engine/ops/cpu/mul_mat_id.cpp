@@ -1,11 +1,13 @@
 // MUL_MAT_ID: rows times the matrices of the experts that they chose.
 //
-// SORT_BY_EXPERT lists the pairs (token, choice) by expert; a task is a panel of one expert's matrix
-// for all of its pairs. SUM_EXPERTS adds a token's results in the router's order, so that they do
-// not depend on the rest of the batch.
+// SORT_BY_EXPERT lists the pairs (token, choice) by expert, those of blocks first. Pairs of blocks
+// are gathered and multiplied as tiles, for which a few panels of an expert's matrix, a task, are
+// expanded to bfloat16; of other pairs a task is one panel as it is stored. SUM_EXPERTS adds a
+// token's results in the router's order, so that they do not depend on the rest of the batch.
 
 #include <algorithm>
 
+#include "expand.h"
 #include "kernels.h"
 #include "product.h"
 
@@ -15,22 +17,30 @@ namespace {
 
 namespace sorting {
 
+// STARTS [2 · experts + 1]: where an expert's pairs of blocks begin, and then its loose ones.
 enum { ORDER, STARTS, IDS };
 
-// A counting sort; an expert's pairs stay in their order.
+// A counting sort; pairs of one kind stay in their order.
 void run(const Args& a, int64_t, int64_t) {
     const View& ids = a.v[IDS];
-    const int64_t n_tokens = a.rows(ids), n_used = ids.shape[1];
-    const int64_t n_experts = a.v[STARTS].shape[0] - 1;
+    const int64_t n_tokens = a.rows(ids), n_used = ids.shape[1], n_starts = a.v[STARTS].shape[0];
     auto *order = a.v[ORDER].as<int32_t>(), *starts = a.v[STARTS].as<int32_t>();
-    const auto id = [&](int64_t i) {
-        return ids.as<int32_t>()[i / n_used * ids.stride[0] + i % n_used * ids.stride[1]];
+    const auto for_pairs = [&](auto f) {
+        const int32_t *next = a.step->blocked, *stop = next + a.step->n_blocked;
+        for (int64_t t = 0; t < n_tokens; t++) {
+            const bool is_loose = next == stop || *next != t;
+            next += !is_loose;
+            for (int64_t u = 0; u < n_used; u++) {
+                const int32_t id = ids.as<int32_t>()[t * ids.stride[0] + u * ids.stride[1]];
+                f(2 * id + is_loose, static_cast<int32_t>(t * n_used + u));
+            }
+        }
     };
-    std::fill(starts, starts + n_experts + 1, 0);
-    for (int64_t i = 0; i < n_tokens * n_used; i++) starts[id(i) + 1]++;
-    for (int64_t e = 0; e < n_experts; e++) starts[e + 1] += starts[e];
-    for (int64_t i = 0; i < n_tokens * n_used; i++) order[starts[id(i)]++] = static_cast<int32_t>(i);
-    for (int64_t e = n_experts; e > 0; e--) starts[e] = starts[e - 1];
+    std::fill(starts, starts + n_starts, 0);
+    for_pairs([&](int32_t kind, int32_t) { starts[kind + 1]++; });
+    for (int64_t i = 1; i < n_starts; i++) starts[i] += starts[i - 1];
+    for_pairs([&](int32_t kind, int32_t pair) { order[starts[kind]++] = pair; });
+    for (int64_t i = n_starts - 1; i > 0; i--) starts[i] = starts[i - 1];
     starts[0] = 0;
 }
 
@@ -38,13 +48,92 @@ void run(const Args& a, int64_t, int64_t) {
 
 namespace products {
 
-enum { OUT, X, Q, SCALE, SUM, MATRIX, ORDER, STARTS, IDS };
+enum { OUT, X, Q, SCALE, SUM, PACKED_X, MATRIX, ORDER, STARTS, IDS };
+
+int64_t n_experts(const Args& a) { return a.v[MATRIX].shape[0]; }
 
 int64_t n_panels(const Args& a) { return (a.v[MATRIX].shape[1] + ROWS - 1) / ROWS; }
 
-int64_t n_tasks(const Args& a) {
-    return a.rows(a.v[IDS]) ? a.v[MATRIX].shape[0] * n_panels(a) : 0;
+const uint8_t* panel_at(const Args& a, int64_t expert, int64_t p) {
+    const View& m = a.v[MATRIX];
+    return m.as<uint8_t>() + expert * m.stride[0] + p * m.stride[1];
 }
+
+// The row of [T, in], or of [T, U, in] taken as [T · U, in], that a pair multiplies.
+int64_t row_index(const Args& a, int64_t pair) {
+    return a.v[X].rank == 2 ? pair / a.v[IDS].shape[1] : pair;
+}
+
+void put(const Args& a, int64_t pair, int64_t p, const float* values) {
+    const int64_t n_out = a.v[MATRIX].shape[1], n = std::min<int64_t>(ROWS, n_out - p * ROWS);
+    std::memcpy(a.v[OUT].as<float>() + pair * n_out + p * ROWS, values, 4 * static_cast<size_t>(n));
+}
+
+namespace tiles {
+
+// Panels of a task, rows gathered at a time at most, and columns expanded at a time.
+constexpr int64_t TASK_PANELS = 8, MAX_ROWS = 128, MAX_COLUMNS = 4096, PAIR = 2 * ROWS;
+constexpr int64_t GATHERED = 1 << 18;  // Elements.
+
+int64_t n_groups(const Args& a) { return (n_panels(a) + TASK_PANELS - 1) / TASK_PANELS; }
+
+int64_t n_tasks(const Args& a) {
+    return a.v[PACKED_X] && a.step->n_blocked ? n_experts(a) * n_groups(a) : 0;
+}
+
+void gather(const Args& a, const int32_t* pairs, int64_t n, bf16* to) {
+    const int64_t n_in = a.v[MATRIX].shape[2];
+    for (int64_t i = 0; i < n; i++) {
+        const bf16* row = a.v[PACKED_X].as<bf16>() + row_index(a, pairs[i]) * n_in;
+        bf16* tile = to + i / SIDE * SIDE * n_in + i % SIDE * DEPTH;
+        for (int64_t k = 0; k < n_in; k += DEPTH, tile += TILE_SIZE)
+            std::memcpy(tile, row + k, 2 * DEPTH);
+    }
+}
+
+struct Scratch {
+    float sums[MAX_ROWS * PAIR];
+    bf16 gathered[GATHERED], panels[2 * MAX_COLUMNS * ROWS];
+};
+static_assert(sizeof(Scratch) <= SCRATCH_BYTES);
+
+// Two panels (one at the end) times n gathered pairs.
+void multiply_panels(const Args& a, Scratch& s, int64_t expert, int64_t p, const int32_t* pairs,
+                     int64_t n) {
+    const View& m = a.v[MATRIX];
+    const int64_t n_in = m.shape[2], n_wide = std::min<int64_t>(2, n_panels(a) - p);
+    for (int64_t k = 0; k < n_in; k += MAX_COLUMNS) {
+        const int64_t begin = k / DEPTH, end = std::min(n_in, k + MAX_COLUMNS) / DEPTH;
+        const bf16* panels[2] = {};
+        for (int64_t i = 0; i < n_wide; i++)
+            panels[i] = expand(m.layout, panel_at(a, expert, p + i), begin, end,
+                               s.panels + i * MAX_COLUMNS * ROWS);
+        const Tiles x{s.gathered + begin * TILE_SIZE, n_in * SIDE, TILE_SIZE};
+        const Tiles y{panels[0], n_wide == 2 ? panels[1] - panels[0] : 0, TILE_SIZE};
+        multiply_matrices(x, (n + SIDE - 1) / SIDE, y, n_wide, end - begin, s.sums, PAIR, k > 0);
+    }
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < n_wide; j++) put(a, pairs[i], p + j, s.sums + i * PAIR + j * ROWS);
+}
+
+void run_task(const Args& a, int64_t task) {
+    const auto *order = a.v[ORDER].as<int32_t>(), *starts = a.v[STARTS].as<int32_t>();
+    const int64_t expert = task / n_groups(a), p = task % n_groups(a) * TASK_PANELS;
+    const int64_t last = std::min(n_panels(a), p + TASK_PANELS);
+    const int64_t rows = std::min(MAX_ROWS, GATHERED / a.v[MATRIX].shape[2] / SIDE * SIDE);
+    auto& s = *reinterpret_cast<Scratch*>(a.scratch);
+    for (int64_t i = starts[2 * expert]; i < starts[2 * expert + 1]; i += rows) {
+        const int64_t n = std::min(rows, starts[2 * expert + 1] - i);
+        gather(a, order + i, n, s.gathered);
+        for (int64_t q = p; q < last; q += 2) multiply_panels(a, s, expert, q, order + i, n);
+    }
+}
+
+}  // namespace tiles
+
+namespace rows {
+
+int64_t n_tasks(const Args& a) { return a.rows(a.v[IDS]) ? n_experts(a) * n_panels(a) : 0; }
 
 // Row i of [T, in], or of [T, U, in] taken as [T · U, in].
 template <typename T>
@@ -54,42 +143,45 @@ const T* flat_row(const View& v, int64_t i) {
 }
 
 Row row_of(const Args& a, int64_t pair) {
-    const int64_t i = a.v[X].rank == 2 ? pair / a.v[IDS].shape[1] : pair;
+    const int64_t i = row_index(a, pair);
     if (!a.v[Q]) return {flat_row<float>(a.v[X], i), nullptr, nullptr, nullptr};
     return {flat_row<float>(a.v[X], i), flat_row<int8_t>(a.v[Q], i),
             flat_row<float>(a.v[SCALE], i), flat_row<int32_t>(a.v[SUM], i)};
 }
 
 // One panel of an expert's matrix times n of the expert's pairs.
-void multiply_pairs(const Args& a, const uint8_t* panel, int64_t p, const int32_t* pairs, int64_t n) {
-    const View& m = a.v[MATRIX];
-    const int64_t n_out = m.shape[1];
-    const size_t bytes = 4 * static_cast<size_t>(std::min<int64_t>(ROWS, n_out - p * ROWS));
+void multiply_pairs(const Args& a, int64_t expert, int64_t p, const int32_t* pairs, int64_t n) {
     Row rows[TILE];
     float out[TILE][ROWS];
     rows[0] = row_of(a, pairs[0]);
     for (int64_t i = 1; i < n; i++) rows[i] = row_of(a, pairs[i]);
-    multiply(m.layout, panel, m.shape[2], rows, n, out);
-    for (int64_t i = 0; i < n; i++)
-        std::memcpy(a.v[OUT].as<float>() + pairs[i] * n_out + p * ROWS, out[i], bytes);
+    multiply(a.v[MATRIX].layout, panel_at(a, expert, p), a.v[MATRIX].shape[2], rows, n, out);
+    for (int64_t i = 0; i < n; i++) put(a, pairs[i], p, out[i]);
 }
 
 void run(const Args& a, int64_t begin, int64_t end) {
-    const View& m = a.v[MATRIX];
     const int64_t panels = n_panels(a);
     const auto *order = a.v[ORDER].as<int32_t>(), *starts = a.v[STARTS].as<int32_t>();
     for (int64_t task = begin; task < end; task++) {
         const int64_t expert = task / panels, p = task % panels;
-        const int64_t first = starts[expert], last = starts[expert + 1];
+        const int64_t first = starts[2 * expert + (a.v[PACKED_X] ? 1 : 0)];
+        const int64_t last = starts[2 * expert + 2];
         if (first == last) {
             // The rest of this expert's panels have nothing to do either.
             task = (expert + 1) * panels - 1;
             continue;
         }
-        const uint8_t* panel = m.as<uint8_t>() + expert * m.stride[0] + p * m.stride[1];
         for (int64_t i = first; i < last; i += TILE)
-            multiply_pairs(a, panel, p, order + i, std::min(TILE, last - i));
+            multiply_pairs(a, expert, p, order + i, std::min(TILE, last - i));
     }
+}
+
+}  // namespace rows
+
+void run(const Args& a, int64_t begin, int64_t end) {
+    const int64_t n = tiles::n_tasks(a);
+    for (; begin < std::min(n, end); begin++) tiles::run_task(a, begin);
+    if (begin < end) rows::run(a, begin - n, end - n);
 }
 
 }  // namespace products
@@ -118,7 +210,10 @@ void run(const Args& a, int64_t begin, int64_t end) {
 
 const Kernel sort_by_expert = {
     "SORT_BY_EXPERT", [](const Args&) { return int64_t{1}; }, sorting::run};
-const Kernel mul_mat_id = {"MUL_MAT_ID", products::n_tasks, products::run};
+const Kernel mul_mat_id = {
+    "MUL_MAT_ID",
+    [](const Args& a) { return products::tiles::n_tasks(a) + products::rows::n_tasks(a); },
+    products::run};
 const Kernel sum_experts = {
     "SUM_EXPERTS", [](const Args& a) { return a.rows(a.v[sums::OUT]); }, sums::run};
 

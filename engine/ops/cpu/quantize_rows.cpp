@@ -10,6 +10,7 @@ namespace gdn {
 
 namespace {
 
+// Attribute: whether only loose rows are wanted.
 enum { Q, SCALE, SUM, X };
 
 void quantize_group(const float* x, int8_t* q, float* scale, int32_t* sums) {
@@ -36,8 +37,9 @@ void quantize_group(const float* x, int8_t* q, float* scale, int32_t* sums) {
 void run(const Args& a, int64_t begin, int64_t end) {
     const View &x = a.v[X], &q = a.v[Q];
     const int64_t n_in = x.shape[x.rank - 1], per_token = x.rank == 3 ? x.shape[1] : 1;
-    for (int64_t i = begin; i < end; i++) {
-        const int64_t t = i / per_token, u = i % per_token;
+    for (int64_t task = begin; task < end; task++) {
+        const int64_t u = task % per_token, nth = task / per_token;
+        const int64_t t = a.attr[0] != 0 ? a.step->loose[nth] : nth, i = t * per_token + u;
         const float* row = x.row(t) + (x.rank == 3 ? u * x.stride[1] : 0);
         for (int64_t g = 0; g < n_in / RECORD; g++)
             quantize_group(row + g * RECORD, q.as<int8_t>() + i * n_in + g * RECORD,
@@ -47,7 +49,8 @@ void run(const Args& a, int64_t begin, int64_t end) {
 }
 
 int64_t n_tasks(const Args& a) {
-    return a.rows(a.v[X]) * (a.v[X].rank == 3 ? a.v[X].shape[1] : 1);
+    return (a.attr[0] != 0 ? a.step->n_loose : a.rows(a.v[X])) *
+           (a.v[X].rank == 3 ? a.v[X].shape[1] : 1);
 }
 
 }  // namespace
