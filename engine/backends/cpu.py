@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from engine.backends import cpu_library
 from engine.backends.arena import Arena
+from engine.backends.cpu_fusion import Uses
 from engine.backends.cpu_lowering import (
     DIMS,
     F32_CODE,
@@ -147,17 +148,19 @@ class CpuBackend:
         )
         program = np.zeros(1, INSTRUCTION)
         program[0] = (self.library.kernel_address("READ_PROBE"), views.ctypes.data, 0, 0)
-        self.library.run(self.team, program.ctypes.data, 1, np.zeros(len(DIMS) + 1, np.int64).ctypes.data, None)
+        self.library.run(
+            self.team, program.ctypes.data, 1, np.zeros(len(DIMS) + 1, np.int64).ctypes.data, None
+        )
 
 
 class CpuProgram:
-    """A compiled split."""
+    """A compiled split; nodes are `fused` where one kernel computes several."""
 
-    def __init__(self, backend: CpuBackend, split: Split) -> None:
-        self._backend = backend
-        lowering = Lowering(backend.matrix)
-        for node in split.nodes:
-            lowering.add(node)
+    def __init__(self, backend: CpuBackend, split: Split, fused: bool = True) -> None:
+        self._backend, self._split, self._is_fused = backend, split, fused
+        self._unfused: CpuProgram | None = None
+        lowering = Lowering(Uses.of(split.nodes, split.keeps), backend.matrix)
+        lowering.add_all(split.nodes, fused)
         made = {t for node in split.nodes for t in node.outputs}
         used = {t.base for node in split.nodes for t in node.inputs.values()}
         given = {t for t in used if t.kind is Kind.ACTIVATION and t not in made}
@@ -183,11 +186,11 @@ class CpuProgram:
             )
             n_views += len(step.operands)
             n_attrs += len(step.attrs)
-        self.instructions = [Instruction(step.kernel, (step.node,)) for step in steps]
+        self.instructions = [Instruction(step.kernel, tuple(step.nodes)) for step in steps]
         self._spans: dict[Node, tuple[int, int]] = {}
         for i, step in enumerate(steps):
-            first, _ = self._spans.get(step.node, (i, i))
-            self._spans[step.node] = (first, i + 1)
+            first, _ = self._spans.get(step.nodes[0], (i, i))
+            self._spans[step.nodes[0]] = (first, i + 1)
 
     def _view(self, step: Step, ref: Ref) -> Array:
         backend = self._backend
@@ -212,6 +215,10 @@ class CpuProgram:
         """Run the nodes on the live rows of their operands."""
         if watch is None:
             self._backend.run(self._program, live)
+            return
+        if self._is_fused:
+            self._unfused = self._unfused or CpuProgram(self._backend, self._split, fused=False)
+            self._unfused.run(live, watch)
             return
         for node, (begin, end) in self._spans.items():
             self._backend.run(self._program[begin:end], live)
