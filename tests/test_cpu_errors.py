@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,14 +22,16 @@ CHUNKED = "no chunked kernel"
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """Libraries are looked for anew, before and after."""
-    cpu_library.load.cache_clear()
+    for function in (cpu_library.load, cpu_library._library):
+        function.cache_clear()
     yield
-    cpu_library.load.cache_clear()
+    for function in (cpu_library.load, cpu_library._library):
+        function.cache_clear()
 
 
 def test_an_unknown_instruction_set(cli: Cli, tiny: Path) -> None:
     line = cli("-m", tiny, "-p", "a", "--cpu-isa", "mmx").refused()
-    assert line == "cpu_isa: expected one of avx512, avx2, portable, got mmx"
+    assert line == "cpu_isa: expected one of amx, avx512, avx2, portable, got mmx"
 
 
 def test_an_instruction_set_that_the_machine_lacks(
@@ -69,6 +72,27 @@ def test_no_library_that_the_machine_can_run(monkeypatch: pytest.MonkeyPatch, fr
     with pytest.raises(LibraryError, match=r"^cpu_isa avx2: this \S+ has no fma$"):
         cpu_library.load()
     assert cpu_library.usable() == []
+
+
+def test_an_instruction_set_that_the_system_forbids(
+    monkeypatch: pytest.MonkeyPatch, fresh: None
+) -> None:
+    """A processor may have matrix units that a sandbox's kernel does not give out."""
+    monkeypatch.setattr(cpu_library, "processor_features", lambda: frozenset(ISAS["amx"]))
+    path = cpu_library.built()["portable"]
+    monkeypatch.setattr(cpu_library, "built", lambda: {"amx": path, "portable": path})
+    allowed = {"amx": 0, "portable": 1}
+
+    def library(isa: str) -> cpu_library.Library:
+        made = cpu_library.Library(isa, path)
+        made.allowed = lambda: allowed[isa]
+        return made
+
+    monkeypatch.setattr(cpu_library, "_library", functools.cache(library))
+    assert cpu_library.usable() == ["portable"]
+    assert cpu_library.load().isa == "portable"
+    with pytest.raises(LibraryError, match=r"^cpu_isa amx: the operating system does not allow"):
+        cpu_library.load("amx")
 
 
 def test_the_version_names_the_instruction_set_in_use(cli: Cli) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,7 +54,7 @@ class CpuBackend:
     ) -> None:
         self.library = cpu_library.load(isa)
         self.matrix = self.library.isa == "amx" if matrix is None else matrix
-        self.n_threads = n_threads or len(os.sched_getaffinity(0))
+        self.n_threads = n_threads or cpu_library.n_cores()
         threads = "1 thread" if self.n_threads == 1 else f"{self.n_threads} threads"
         self.detail = f"{self.library.isa} kernels, {threads}"
         self.team = self.library.team_create(self.n_threads)
@@ -118,6 +117,11 @@ class CpuBackend:
         shape = self._live.shape(tensor.shape)
         values = self._fixed[tensor].reshape(-1)[: int(np.prod(shape))]
         return values.reshape(shape).copy()
+
+    def release(self) -> None:
+        """Forget weights, states and activations."""
+        self.weights, self.states = CpuWeights(self.library, self.n_threads), ArrayStates()
+        self._fixed.clear()
 
     def fixed(self, tensor: Tensor) -> Array:
         """The memory of a tensor that outlives programs; made at its first use."""
