@@ -20,16 +20,15 @@ from engine.backends import cpu_library
 from engine.backends.cpu import CpuBackend
 from engine.batch import BLOCK_POSITIONS, row_blocks
 from engine.ops import OPS
-from engine.ops.cases import Case, Operand, Rng, activation, integers, slots
+from engine.ops.cases import Case, Operand, Rng, activation, integers, single_node_graph, slots
 from engine.ops.gated_delta_net import HEAD_MAPS, random_operands
+from engine.planner import Support
 from tests.opcase import assert_close, check_case, fresh_seed, make_operands, run_case
 
 Array = np.ndarray[Any, Any]
 OP = OPS["GATED_DELTA_NET"]
 ISAS = cpu_library.usable()
 LIMIT = 1e-5
-# Of one row, whose error may be several times the mean.
-ROW_LIMIT = 1e-3
 GATES = (0.0, -0.1, -1.0, -20.0, -100.0, "mixed")
 
 
@@ -214,6 +213,23 @@ def test_sizes_that_fill_no_tile_are_scanned(isa: str, sizes: tuple[int, int], s
     scanned, _ = run_rows(CpuBackend(2, isa, matrix=False), operands, shape.pasts)
     out, _ = run_rows(CpuBackend(2, isa, matrix=True), operands, shape.pasts)
     assert same(out, scanned)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "kda", "sizes", "reason"),
+    [
+        (True, False, (64, 32), ""),
+        (False, False, (64, 32), "no matrix units"),
+        (True, True, (64, 32), "no chunked kernel for decays by key row"),
+        (True, False, (64, 48), "no chunked kernel for heads of 64 and 48, no multiples of 32"),
+    ],
+)
+def test_chunks_are_refused_with_a_reason(
+    matrix: bool, kda: bool, sizes: tuple[int, int], reason: str, rng: Rng
+) -> None:
+    operands = random_operands(rng, [4], (1, 1), sizes, kda=kda)
+    graph, _ = single_node_graph(OP, case_of(operands, "chunk"), operands)
+    assert CpuBackend(1, matrix=matrix).supports(graph.nodes[0]) == Support(not reason, reason)
 
 
 def similar_keys(rng: Rng, shape: tuple[int, ...]) -> Array:

@@ -22,7 +22,6 @@ enum { OUT, Q, K, V, G, BETA, STATE, SEQ_STARTS, STATE_SRC, STATE_DST, SNAPSHOT_
 
 // Columns that share the loads of k, q and the decay. Their scalars are the lanes of a `v4`.
 constexpr int GROUP = 4;
-typedef float v4 __attribute__((vector_size(16)));
 
 // Floats of state in a block. Larger ones read the tokens' rows less often, which measures better
 // than a state that leaves half of a 32 KiB L1 cache free. With a decay for each key row (KDA) each
@@ -42,25 +41,6 @@ GDN_INLINE vf mul_add(vf a, vf b, vf c) {
 #else
     return a * b + c;
 #endif
-}
-
-template <typename V>
-GDN_INLINE v4 fold(V v) {
-    v4 s = __builtin_shufflevector(v, v, 0, 1, 2, 3);
-    if constexpr (sizeof(V) >= 32) s += __builtin_shufflevector(v, v, 4, 5, 6, 7);
-    if constexpr (sizeof(V) >= 64)
-        s += fold(__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
-    return s;
-}
-
-// The sums over the lanes of four vectors.
-GDN_INLINE v4 sums(const vf* v) {
-    const auto pair = [](v4 a, v4 b) __attribute__((always_inline)) {
-        return __builtin_shufflevector(a, b, 0, 4, 1, 5) +
-               __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    };
-    const v4 a = pair(fold(v[0]), fold(v[1])), b = pair(fold(v[2]), fold(v[3]));
-    return __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
 }
 
 template <int C>
@@ -235,7 +215,7 @@ Slots slots_of(const Args& a, int64_t s, int64_t head, int64_t first) {
 
 void scan_columns(const Args& a, const Head& h, const Slots& slots, int64_t first) {
     if (h.n <= 0) return;
-    const int64_t columns = block_columns(a), last = first + columns < h.dv ? first + columns : h.dv;
+    const int64_t end = first + block_columns(a), last = end < h.dv ? end : h.dv;
     float* scratch = reinterpret_cast<float*>(a.scratch);
     (a.v[G].rank == 3 ? scan<true> : scan<false>)(h, slots, first, last, scratch);
 }
@@ -260,12 +240,13 @@ BlockRange blocks_of(const Args& a, int64_t s) {
 // A head of a sequence with blocks, piece after piece.
 class Pieces {
    public:
-    Pieces(const Args& a, int64_t s, int64_t head) : a_(a), s_(s), head_(head), h_(head_of(a, s, head)) {}
+    Pieces(const Args& a, int64_t s, int64_t head)
+        : a_(a), s_(s), head_(head), h_(head_of(a, s, head)) {}
 
     void run(BlockRange blocks) {
         const int32_t start = a_.v[SEQ_STARTS].as<int32_t>()[s_];
         for (const Block* b = blocks.begin; b < blocks.end; b++) {
-            // A state between two rows of a block is known only if they are scanned.
+            // There is no state between two rows of a block, unless the block is scanned.
             if (wants_snapshot_within(b->row - start, b->n)) continue;
             scan_rows(b->row - start);
             chunk_rows(b->n);
@@ -324,7 +305,8 @@ void run_task(const Args& a, int64_t s, int64_t head, int64_t first) {
 }
 
 void run(const Args& a, int64_t begin, int64_t end) {
-    const int64_t blocks = column_blocks(a), heads = a.v[STATE].shape[1], columns = block_columns(a);
+    const int64_t heads = a.v[STATE].shape[1];
+    const int64_t blocks = column_blocks(a), columns = block_columns(a);
     for (int64_t task = begin; task < end; task++)
         run_task(a, task / (heads * blocks), task / blocks % heads, task % blocks * columns);
 }

@@ -9,16 +9,16 @@
 //     O = (e^G Q S + (Q Kᵀ ⊙ D) U) · scale,  S <- e^G_last S + Kᵀ (e^(G_last - G) U).
 //
 // Products are made of bfloat16 tiles. Rounding an operand costs a relative error of 2.8e-6 in
-// energy, which those of K S, Q S, K Kᵀ and Q Kᵀ may have. In the others errors would add up, as
-// similar keys have updates that cancel each other. Their operands are split into what rounding
-// leaves and what it takes, and a product is high · high + low · high + high · low.
+// energy, which those of K S, Q S, K Kᵀ and Q Kᵀ (but for its diagonal) may have. In the others
+// errors would add up, as similar keys have updates that cancel each other. Their operands are
+// split into what rounding leaves and what it takes (see tiles.h).
 
 #include "gated_delta_net.h"
 
 #include <initializer_list>
 
 #include "kernels.h"
-#include "matrix.h"
+#include "tiles.h"
 
 namespace gdn {
 
@@ -28,9 +28,6 @@ namespace {
 constexpr int64_t SUB = DEPTH;
 // Value columns that are computed together: two tiles, whose U and products stay in the L1 cache.
 constexpr int64_t STRIP = 2 * SIDE;
-// Tiles that a split tile becomes, side by side in a product's depth: high, low, high of an A
-// operand, and high, high, low of a B operand.
-constexpr int64_t SPLIT = 3;
 // e^x counts as 0 below this: products of two decays must not be denormal, which takes long.
 constexpr float LEAST_EXPONENT = -40.0f;
 
@@ -112,91 +109,6 @@ GDN_INLINE void fetch_ahead(Work& w) {
         __builtin_prefetch(next.out + i, 1);
     }
 }
-
-// --- Tiles
-
-GDN_INLINE void put(bf16* p, vi pairs) { std::memcpy(p, &pairs, sizeof(pairs)); }
-
-// 2 W columns of an A tile's row. Which of them become pairs is the processor's choice: their order
-// in the depth of a product does not matter where B is the transposed tile.
-GDN_INLINE vi bf16_row(vf a, vf b) {
-#if defined(__AVX512BF16__)
-    return (vi)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-#else
-    return bf16_pairs(a, b);
-#endif
-}
-
-struct Pairs {
-    vi high, low;
-};
-
-GDN_INLINE Pairs split(vf a, vf b) {
-    const vi high = bf16_pairs(a, b);
-    return {high, bf16_pairs(a - from_bits(high << 16), b - from_bits(high & ~0xffff))};
-}
-
-// Into a split tile of A, or of B, at `p` in its first part.
-GDN_INLINE void put_a(bf16* p, Pairs x) {
-    put(p, x.high), put(p + TILE_SIZE, x.low), put(p + 2 * TILE_SIZE, x.high);
-}
-GDN_INLINE void put_b(bf16* p, Pairs x) {
-    put(p, x.high), put(p + TILE_SIZE, x.high), put(p + 2 * TILE_SIZE, x.low);
-}
-
-// a0 b0 a1 b1 … of the lower half of two vectors' lanes, or of the upper.
-template <typename V>
-GDN_INLINE V mix_low(V a, V b) {
-    if constexpr (sizeof(V) == 64)
-        return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    else if constexpr (sizeof(V) == 32)
-        return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-    else
-        return __builtin_shufflevector(a, b, 0, 4, 1, 5);
-}
-template <typename V>
-GDN_INLINE V mix_high(V a, V b) {
-    if constexpr (sizeof(V) == 64)
-        return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30,
-                                       15, 31);
-    else if constexpr (sizeof(V) == 32)
-        return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-    else
-        return __builtin_shufflevector(a, b, 2, 6, 3, 7);
-}
-
-// Turns W vectors into their transpose: mixing those that are W / 2 apart log2(W) times.
-GDN_INLINE void transpose(vi* v) {
-#pragma GCC unroll 4
-    for (int round = 1; round < W; round *= 2) {
-        vi mixed[W];
-#pragma GCC unroll 16
-        for (int i = 0; i < W / 2; i++) {
-            mixed[2 * i] = mix_low(v[i], v[i + W / 2]);
-            mixed[2 * i + 1] = mix_high(v[i], v[i + W / 2]);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < W; i++) v[i] = mixed[i];
-    }
-}
-
-// A tile of 16 × 16 pairs transposed: from get(row, column), W columns at a time, to
-// set(offset in the tile, pairs).
-template <typename Get, typename Set>
-GDN_INLINE void transpose_tile(Get get, Set set) {
-    for (int c = 0; c < SIDE; c += W)
-        for (int r = 0; r < SIDE; r += W) {
-            vi v[W];
-#pragma GCC unroll 16
-            for (int i = 0; i < W; i++) v[i] = get(r + i, c);
-            transpose(v);
-#pragma GCC unroll 16
-            for (int i = 0; i < W; i++) set((c + i) * DEPTH + 2 * r, v[i]);
-        }
-}
-
-// Tiles of an operand that has `depth` of them beside each other.
-Tiles tiles(const bf16* at, int64_t depth) { return {at, depth * TILE_SIZE, TILE_SIZE}; }
 
 // c [16 m, 16 columns] (+)= a · b over `depth` tiles; m and columns are even.
 void product(Work& w, Tiles a, int64_t m, Tiles b, int64_t columns, int64_t depth, float* c,
@@ -298,6 +210,19 @@ void multiply_by_keys(Work& w) {
     }
 }
 
+// A row's own q·k in float32: where decays are strong, its output is made of little else.
+void multiply_own_keys(const Work& w) {
+    for (int64_t i = 0; i < w.n; i += 4) {
+        vf products[4]{};
+        for (int64_t r = 0; r < 4; r++) {
+            const float *q = w.row(w.h.q, w.h.q_step, i + r), *k = w.row(w.h.k, w.h.k_step, i + r);
+            for (int64_t d = 0; d < w.h.dk; d += W) products[r] += load(q + d) * load(k + d);
+        }
+        const v4 qk = sums(products);
+        for (int64_t r = i; r < i + 4; r++) w.qk[r * MAX_BLOCK + r] = qk[r - i];
+    }
+}
+
 // W entries of row i from column j on, for which d decays: of -A, and of the scores.
 GDN_INLINE void weigh(const Work& w, int64_t i, int64_t j, vf d) {
     float *kk = w.kk + i * MAX_BLOCK + j, *qk = w.qk + i * MAX_BLOCK + j;
@@ -334,6 +259,7 @@ GDN_INLINE void pack_columns(const float* x, int64_t i, int64_t sub, bf16* to) {
 
 void make_scores(Work& w) {
     multiply_by_keys(w);
+    multiply_own_keys(w);
     for (int64_t i = 0; i < w.n; i += SIDE) weigh_rows(w, i);
     for (int64_t i = 0; i < w.n; i++) {
         bf16* to = w.scores + (i / SIDE * w.split_depth() * SIDE + i % SIDE) * DEPTH;
