@@ -16,7 +16,8 @@ from engine.planner import PlacementError
 from engine.version import __version__
 from tests.helpers import Cli
 
-CHUNKED = "no chunked kernel"
+# Chunks need matrix units, which the portable kernels never have.
+CHUNKED, PORTABLE = "no matrix units", "portable"
 
 
 @pytest.fixture
@@ -131,7 +132,7 @@ def test_more_threads_than_cores(cli: Cli, tiny: Path, caplog: pytest.LogCapture
 
 
 def test_a_chunked_delta_net_is_left_to_the_reference(tiny: Path) -> None:
-    with Engine.load(tiny, backend="cpu", gdn="chunk") as engine:
+    with Engine.load(tiny, backend="cpu", cpu_isa=PORTABLE, gdn="chunk") as engine:
         moved = {n.op.name: p for n, p in engine.plan.placements.items() if p.backend.name != "cpu"}
         # The convolution has its state to itself and stays; so does everything else.
         assert moved.keys() == {"GATED_DELTA_NET"}
@@ -154,10 +155,11 @@ def test_decomposed_delta_nets_say_why_they_moved(cli: Cli, tiny: Path) -> None:
 
 def test_strict_placement_names_the_node_and_the_reason(cli: Cli, tiny: Path) -> None:
     strict = ("--strict-backend", "--backend", "cpu")
-    line = cli("-m", tiny, "-p", "a", "--gdn", "chunk", *strict).refused()
+    portable = ("--cpu-isa", PORTABLE)
+    line = cli("-m", tiny, "-p", "a", "--gdn", "chunk", *strict, *portable).refused()
     assert line.startswith("GATED_DELTA_NET blk.0.gated_delta_net: expected backend cpu (strict), ")
     assert line.endswith(CHUNKED)
     line = cli("graph", "-m", tiny, "--gdn", "decomposed", *strict).refused()
     assert "expected backend cpu (strict), got reference: cpu: no kernel for " in line
     with pytest.raises(PlacementError, match=CHUNKED):
-        Engine.load(tiny, strict_backend=True, gdn="chunk")
+        Engine.load(tiny, strict_backend=True, cpu_isa=PORTABLE, gdn="chunk")

@@ -37,6 +37,8 @@ from engine.quants import F32, I32, numpy_dtype
 
 Array = NDArray[Any]
 _MAX_HEAD, _MAX_LATENT = 256, 1024
+# Head sizes of the delta rule's chunks are multiples of this (has_chunk_form in the kernels).
+_CHUNK_SIZES = 32
 _KERNELS = {*SIGNATURES, "MUL_MAT", "MUL_MAT_ID"}
 
 
@@ -69,7 +71,7 @@ class CpuBackend:
             self.library.team_free(team)
 
     def supports(self, node: Node) -> Support:
-        """All ops of the models; the delta rule by scan only, head sizes up to 256."""
+        """All ops of the models, head sizes up to 256; chunks of the delta rule by matrix units."""
         if node.op.name not in _KERNELS:
             return Support(False, f"no kernel for {node.op.name}")
         if any(len(t.shape) > MAX_RANK for t in (*node.inputs.values(), *node.outputs)):
@@ -78,11 +80,22 @@ class CpuBackend:
             d_v, d_k = node.inputs["state"].shape[2:]
             if max(d_k, d_v) > _MAX_HEAD:
                 return Support(False, f"head size {max(d_k, d_v)} above {_MAX_HEAD}")
-            if node.attrs["algorithm"] == "chunk":
-                return Support(False, "no chunked kernel")
+            if node.attrs["algorithm"] == "chunk" and (reason := self._no_chunks(node)):
+                return Support(False, reason)
         if node.op.name == "ATTENTION" and node.inputs["q"].shape[2] > _MAX_LATENT:
             return Support(False, f"head size {node.inputs['q'].shape[2]} above {_MAX_LATENT}")
         return Support(True)
+
+    def _no_chunks(self, node: Node) -> str:
+        """Why the delta rule's node can't be computed in chunk form, if so."""
+        d_v, d_k = node.inputs["state"].shape[2:]
+        if not self.matrix:
+            return "no matrix units"
+        if len(node.inputs["g"].shape) == 3:
+            return "no chunked kernel for decays by key row"
+        if d_k % _CHUNK_SIZES or d_v % _CHUNK_SIZES:
+            return f"no chunked kernel for heads of {d_k} and {d_v}, no multiples of {_CHUNK_SIZES}"
+        return ""
 
     def weight_bytes(self, nodes: Sequence[Node]) -> int:
         """Packed weights, and those decoded to float32."""
