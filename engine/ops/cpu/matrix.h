@@ -55,6 +55,9 @@ GDN_INLINE void store_bf16(bf16* p, vf v, int n) {
 #endif
 }
 
+// Bytes that are fetched ahead with each tile that is summed over.
+constexpr int64_t FETCHED = 512;
+
 // Where the tiles of an operand lie: `side` elements between tiles side by side along the result's
 // rows (A) or columns (B), `depth` between those that are summed over.
 struct Tiles {
@@ -113,15 +116,19 @@ GDN_INLINE void end_sum(float* c, int64_t stride) {
     store_tile<2 * I + J>(c + I * SIDE * stride + J * SIDE, 4 * stride);
 }
 
-// c [16 · MT, 16 · NT] = a · b, or += with `add`, summed over n tiles; MT and NT are 1 or 2.
+// c [16 · MT, 16 · NT] = a · b, or += with `add`, summed over n tiles; MT and NT are 1 or 2. Given
+// `soon`, it fetches n times FETCHED bytes from there into the L2 cache while it multiplies.
 template <int MT, int NT>
-void multiply_tiles(Tiles a, Tiles b, int64_t n, float* c, int64_t c_stride, bool add) {
+void multiply_tiles(Tiles a, Tiles b, int64_t n, float* c, int64_t c_stride, bool add,
+                    const char* soon = nullptr) {
     constexpr int A0 = 4, A1 = 5, B0 = 6, B1 = 7;
     begin_sum<0, 0>(c, c_stride, add);
     if constexpr (NT == 2) begin_sum<0, 1>(c, c_stride, add);
     if constexpr (MT == 2) begin_sum<1, 0>(c, c_stride, add);
     if constexpr (MT == 2 && NT == 2) begin_sum<1, 1>(c, c_stride, add);
     for (int64_t k = 0; k < n; k++) {
+        if (soon)
+            for (int64_t i = 0; i < FETCHED; i += 64) __builtin_prefetch(soon + k * FETCHED + i, 0, 2);
         load_tile<B0>(b.tile(0, k), 2 * DEPTH);
         load_tile<A0>(a.tile(0, k), 2 * DEPTH);
         multiply_tile<0, A0, B0>();
@@ -148,7 +155,8 @@ inline void begin_matrix_products() {}
 inline void end_matrix_products() {}
 
 template <int MT, int NT>
-void multiply_tiles(Tiles a, Tiles b, int64_t n, float* c, int64_t c_stride, bool add) {
+void multiply_tiles(Tiles a, Tiles b, int64_t n, float* c, int64_t c_stride, bool add,
+                    const char* = nullptr) {
     constexpr int PARTS = SIDE / W;
     for (int i = 0; i < MT * SIDE; i++)
         for (int j = 0; j < NT * PARTS; j++) {
@@ -178,7 +186,7 @@ inline void multiply_matrices(Tiles a, int64_t m, Tiles b, int64_t n_columns, in
             float* to = c + i * SIDE * c_stride + j * SIDE;
             const auto f = i + 1 < m ? (j + 1 < n_columns ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)
                                      : (j + 1 < n_columns ? multiply_tiles<1, 2> : multiply_tiles<1, 1>);
-            f(x, y, n, to, c_stride, add);
+            f(x, y, n, to, c_stride, add, nullptr);
         }
 }
 

@@ -33,12 +33,13 @@ void multiply_tiles(const Args& a, const Activation& x, const TileTasks& tasks, 
     const int64_t first = tasks.first_row(task), n = tasks.n_rows(task);
     const int64_t begin = tasks.begin(task), end = tasks.end(task);
     auto& s = *reinterpret_cast<TileScratch*>(a.scratch);
-    for (int64_t k = 0; k < w.shape[1]; k += MAX_COLUMNS)
-        for (int64_t pair = begin; pair < end; pair++)
-            multiply_pair(x, w, first, n, pair, k, s, s.sums[0] + (pair - begin) * PAIR);
-    for (int64_t i = 0; i < n; i++)
-        for (int64_t p = 2 * begin; p < std::min(n_panels(w), 2 * end); p++)
-            put(a, x.step.blocked[first + i], p, s.sums[i] + (p - 2 * begin) * ROWS);
+    Pair pairs[MAX_PAIRS];
+    for (int64_t pair = begin; pair < end; pair++) pairs[pair - begin] = {&w, pair, (pair - begin) * PAIR};
+    multiply_pairs(x, pairs, end - begin, first, n, s, [&](int64_t row, int64_t n_rows, float* sums) {
+        for (int64_t i = 0; i < n_rows; i++, sums += SUMS)
+            for (int64_t p = 2 * begin; p < std::min(n_panels(w), 2 * end); p++)
+                put(a, x.step.blocked[row + i], p, sums + (p - 2 * begin) * ROWS);
+    });
 }
 
 int64_t n_tasks(const Args& a) {

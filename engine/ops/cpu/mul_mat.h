@@ -43,31 +43,67 @@ inline const uint8_t* panel_at(const View& weight, int64_t p) {
     return weight.as<uint8_t>() + p * weight.stride[0];
 }
 
-// Rows of blocks for which a panel is expanded once, columns multiplied at a time, and the most
-// pairs of panels of a task: the rows' tiles of these columns and the task's sums stay in the L2
-// cache, from which tiles come fast enough. From L3 they come at a fifth of that (Xeon, measured).
+// Rows of blocks for which a panel is expanded once, columns expanded at a time, and the most pairs
+// of panels of a task. The expanded panels stay in the L2 cache and meet 32 rows after 32, which are
+// fetched ahead: from L3, tiles come at a fifth of the speed (Xeon, measured).
 constexpr int64_t MAX_ROWS = 512, MAX_COLUMNS = 1024, MAX_PAIRS = 4, MIN_TASKS = 16;
 constexpr int64_t PAIR = 2 * ROWS, SUMS = MAX_PAIRS * PAIR;
 
 struct TileScratch {
     float sums[MAX_ROWS][SUMS];
-    bf16 panels[2][MAX_COLUMNS * ROWS];
+    bf16 panels[MAX_PAIRS][2][MAX_COLUMNS * ROWS];
 };
 static_assert(sizeof(TileScratch) <= SCRATCH_BYTES);
 
-// sums [n, 32] (+)= n rows of blocks, from the first on, times a pair of panels (or the last one),
-// over MAX_COLUMNS columns from k on.
-inline void multiply_pair(const Activation& x, const View& weight, int64_t first, int64_t n,
-                          int64_t pair, int64_t k, TileScratch& s, float* sums) {
-    const int64_t n_in = weight.shape[1], p = 2 * pair;
-    const int64_t n_wide = std::min<int64_t>(2, n_panels(weight) - p);
-    const int64_t begin = k / DEPTH, end = std::min(n_in, k + MAX_COLUMNS) / DEPTH;
-    const bf16* panels[2] = {};
-    for (int64_t i = 0; i < n_wide; i++)
-        panels[i] = expand(weight.layout, panel_at(weight, p + i), begin, end, s.panels[i]);
-    const Tiles a{x.tiles.as<bf16>() + first * n_in + begin * TILE_SIZE, SIDE * n_in, TILE_SIZE};
-    const Tiles b{panels[0], n_wide == 2 ? panels[1] - panels[0] : 0, TILE_SIZE};
-    multiply_matrices(a, (n + SIDE - 1) / SIDE, b, n_wide, end - begin, sums, SUMS, k > 0);
+// Panels 2 · number and the next one (if there is one) of a weight; their products go to `column`.
+struct Pair {
+    const View* weight;
+    int64_t number, column;
+
+    int64_t n_wide() const { return std::min<int64_t>(2, n_panels(*weight) - 2 * number); }
+
+    // As tiles, over records begin … end - 1.
+    Tiles expand_into(bf16 (*room)[MAX_COLUMNS * ROWS], int64_t begin, int64_t end) const {
+        const bf16* at[2] = {};
+        for (int64_t i = 0; i < n_wide(); i++)
+            at[i] = expand(weight->layout, panel_at(*weight, 2 * number + i), begin, end, room[i]);
+        return {at[0], n_wide() == 2 ? at[1] - at[0] : 0, TILE_SIZE};
+    }
+};
+
+// 32 rows, or the last 16, times a pair.
+inline void multiply_strip(bool is_half, Tiles a, Tiles b, int64_t n_wide, int64_t n, float* sums,
+                           bool add, const char* soon) {
+    const auto f = is_half ? (n_wide == 2 ? multiply_tiles<1, 2> : multiply_tiles<1, 1>)
+                           : (n_wide == 2 ? multiply_tiles<2, 2> : multiply_tiles<2, 1>);
+    f(a, b, n, sums, SUMS, add, soon);
+}
+
+// n rows of blocks, from the first on, times pairs of weights of the same width. When 32 rows' sums
+// are complete, done(row, n of them, sums [n, SUMS]) is called.
+template <typename F>
+void multiply_pairs(const Activation& x, const Pair* pairs, int64_t n_pairs, int64_t first, int64_t n,
+                    TileScratch& s, F done) {
+    const int64_t n_in = x.x.shape[1], n_tiles = (n + SIDE - 1) / SIDE;
+    for (int64_t k = 0; k < n_in; k += MAX_COLUMNS) {
+        const int64_t begin = k / DEPTH, end = std::min(n_in, k + MAX_COLUMNS) / DEPTH;
+        Tiles b[MAX_PAIRS];
+        for (int64_t p = 0; p < n_pairs; p++) b[p] = pairs[p].expand_into(s.panels[p], begin, end);
+        const Tiles rows{x.tiles.as<bf16>() + first * n_in + begin * TILE_SIZE, SIDE * n_in, TILE_SIZE};
+        for (int64_t i = 0; i < n_tiles; i += 2) {
+            // Sums that are complete at once need no room for all rows.
+            auto* sums = s.sums[n_in <= MAX_COLUMNS ? 0 : i * SIDE];
+            for (int64_t p = 0; p < n_pairs; p++) {
+                // A quarter of the next 32 rows with each of four pairs.
+                const bf16* soon = rows.tile(i + 2 + p / 2, p % 2 * (end - begin) / 2);
+                multiply_strip(i + 1 == n_tiles, {rows.tile(i, 0), rows.side, rows.depth}, b[p],
+                               pairs[p].n_wide(), end - begin, sums + pairs[p].column, k > 0,
+                               reinterpret_cast<const char*>(soon));
+            }
+            if (end * DEPTH == n_in)
+                done(first + i * SIDE, std::min<int64_t>(2 * SIDE, n - i * SIDE), sums);
+        }
+    }
 }
 
 // How the products of blocks with pairs of panels are cut into tasks.

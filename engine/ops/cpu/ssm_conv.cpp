@@ -13,6 +13,8 @@ namespace {
 enum { OUT, STATE, SEQ_STARTS, STATE_SRC, STATE_DST, SNAPSHOT_DST, X, WEIGHT };
 constexpr int N_PARTS = 3;  // X and WEIGHT are followed by those of the other parts.
 constexpr int64_t BLOCK = 256;
+// Rows between the request for a row's channels and their use: each row is on a page of its own.
+constexpr int64_t AHEAD = 6;
 
 int64_t n_blocks(const View& x) { return x ? (x.shape[1] + BLOCK - 1) / BLOCK : 0; }
 
@@ -122,11 +124,21 @@ struct Window {
         }
     }
 
+    void fetch(int64_t t) const {
+        const float* x = channels.x->row(first + t) + channels.start;
+        const float* out = a.v[OUT].row(first + t) + channels.offset;
+        for (int64_t c = 0; c < channels.size; c += 16) {
+            __builtin_prefetch(x + c);
+            __builtin_prefetch(out + c, 1);
+        }
+    }
+
     void convolve_4() const {
         const float *r0 = row(0), *r1 = row(1), *r2 = row(2);
         for (int64_t t = 0; t < n; t++) {
             const float* r3 = row(t + 3);
             float* out = a.v[OUT].row(first + t) + channels.offset;
+            if (t + AHEAD < n) fetch(t + AHEAD);
             for_lanes(channels.size, [&](int64_t c, int w) {
                 vf total = load_part(taps + c, w) * load_part(r0 + c, w);
                 total += load_part(taps + BLOCK + c, w) * load_part(r1 + c, w);

@@ -31,27 +31,31 @@ int columns_of(const Args& a, int64_t panel) {
     return static_cast<int>(std::min<int64_t>(ROWS, a.v[GATE].shape[0] - panel * ROWS));
 }
 
+// The columns of a pair of panels for blocked row i.
+void put_pair(const Args& a, int64_t i, int64_t pair, const float* gate, const float* up) {
+    if (a.v[OUT_TILES]) return put_tile(a, i, pair, gate, up);
+    for (int64_t p = 2 * pair; p < std::min(n_panels(a.v[GATE]), 2 * pair + 2); p++) {
+        put(a, a.step->blocked[i], p * ROWS, columns_of(a, p), gate, up);
+        gate += ROWS, up += ROWS;
+    }
+}
+
 void multiply_tiles(const Args& a, const Activation& x, const TileTasks& tasks, int64_t task) {
     constexpr int64_t UP_SUMS = SUMS / 2;
     const int64_t first = tasks.first_row(task), n = tasks.n_rows(task);
     const int64_t begin = tasks.begin(task), end = tasks.end(task);
     auto& s = *reinterpret_cast<TileScratch*>(a.scratch);
-    for (int64_t k = 0; k < a.v[GATE].shape[1]; k += MAX_COLUMNS)
-        for (int64_t pair = begin; pair < end; pair++) {
-            float* sums = s.sums[0] + (pair - begin) * PAIR;
-            multiply_pair(x, a.v[GATE], first, n, pair, k, s, sums);
-            multiply_pair(x, a.v[UP], first, n, pair, k, s, sums + UP_SUMS);
-        }
-    for (int64_t i = 0; i < n; i++)
-        for (int64_t pair = begin; pair < end; pair++) {
-            const float* gate = s.sums[i] + (pair - begin) * PAIR;
-            if (a.v[OUT_TILES]) {
-                put_tile(a, first + i, pair, gate, gate + UP_SUMS);
-                continue;
-            }
-            for (int64_t p = 2 * pair; p < std::min(n_panels(a.v[GATE]), 2 * pair + 2); p++, gate += ROWS)
-                put(a, x.step.blocked[first + i], p * ROWS, columns_of(a, p), gate, gate + UP_SUMS);
-        }
+    Pair pairs[MAX_PAIRS];
+    int64_t n_pairs = 0;
+    for (int64_t pair = begin; pair < end; pair++) {
+        pairs[n_pairs++] = {&a.v[GATE], pair, (pair - begin) * PAIR};
+        pairs[n_pairs++] = {&a.v[UP], pair, (pair - begin) * PAIR + UP_SUMS};
+    }
+    multiply_pairs(x, pairs, n_pairs, first, n, s, [&](int64_t row, int64_t n_rows, float* sums) {
+        for (int64_t i = row; i < row + n_rows; i++, sums += SUMS)
+            for (int64_t pair = begin; pair < end; pair++)
+                put_pair(a, i, pair, sums + (pair - begin) * PAIR, sums + (pair - begin) * PAIR + UP_SUMS);
+    });
 }
 
 int64_t n_tasks(const Args& a) {
