@@ -18,7 +18,6 @@ from engine.errors import EngineError
 from engine.graph import Capacity, Live
 from engine.kvcache.memory import SequenceMemory, Step
 
-
 # Positions of a block of rows, and the fewest rows that make one.
 BLOCK_POSITIONS, MIN_BLOCK_ROWS = 64, 16
 

@@ -7,7 +7,6 @@ tokens. A step runs one batch of pieces and keeps every sequence's memory in lin
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine import backends, memory_estimate
+from engine.backends import cpu_library
 from engine.batch import Batch, Logits, Piece, begin, check_fits, pack
 from engine.config import ConfigError, EngineConfig, capacity_of, context_size
 from engine.errors import EngineError
@@ -91,6 +91,8 @@ class Engine:
     def close(self) -> None:
         """Release weights and states; nothing can be run after it."""
         self._executable = None
+        for backend in self.plan.backends:
+            backend.release()
 
     def _running(self) -> Executable:
         if self._executable is None:
@@ -115,7 +117,7 @@ class Engine:
     def _warn_of_threads(self, n_threads: int | None) -> None:
         if n_threads is None:
             return
-        n_cores = len(os.sched_getaffinity(0))
+        n_cores = cpu_library.n_cores()
         if all(b.name == "reference" for b in self.plan.backends):
             _log.warning("n_threads is ignored: numpy chooses the reference backend's threads")
         elif n_threads > n_cores:

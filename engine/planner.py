@@ -129,6 +129,9 @@ class Backend(Protocol):
     def read(self, tensor: Tensor) -> Array:
         """The live rows of a tensor that one of its programs computed."""
 
+    def release(self) -> None:
+        """Give back the memory of weights and states; nothing can be run after it."""
+
 
 @dataclass
 class Split:

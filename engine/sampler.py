@@ -6,6 +6,7 @@ typical, top-p 0.95, min-p 0.05, xtc, temperature 0.8, draw. With mirostat 2: te
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -201,7 +202,9 @@ class Sampler:
         self._breakers = breakers or {}
         self._recent: list[int] = []
         self._mu = 2.0 * self._p.mirostat_tau
+        self._room = np.empty(0)
         self._steps = self._chain()
+        self._is_greedy = self._takes_highest()
 
     def accept(self, token: int) -> None:
         """Count a token of the prompt or of the output for the penalties."""
@@ -209,11 +212,13 @@ class Sampler:
 
     def sample(self, logits: NDArray[np.float32]) -> int:
         """Draw a token from logits [n_vocab]; SamplingError if no token can be drawn."""
-        values = logits.astype(np.float64)
+        if self._is_greedy:
+            return self._highest(logits)
+        values = self._room = _room_for(logits, self._room)
+        values[:] = logits
         values[self._biased] += self._bias
-        if not math.isfinite(highest := values.max()):
-            raise SamplingError(f"logits: expected a finite number as the highest, got {highest}")
-        c = Candidates(np.arange(len(values)), values)
+        _check_finite(values.max())
+        c = Candidates(_all_ids(len(values)), values)
         try:
             with np.errstate(over="raise", invalid="raise"):
                 for step in self._steps:
@@ -225,6 +230,22 @@ class Sampler:
             surprise = -math.log2(c.probabilities()[chosen])
             self._mu -= self._p.mirostat_eta * (surprise - self._p.mirostat_tau)
         return int(c.ids[chosen])
+
+    def _takes_highest(self) -> bool:
+        """Whether all the chain does is to find the highest logit that is not banned."""
+        p = self._p
+        unchanged = (p.repeat_penalty, p.frequency_penalty, p.presence_penalty) == (1, 0, 0)
+        keeps_highest = p.typical_p >= 1 and not p.xtc_probability and not p.dry_multiplier
+        cold = p.temperature <= 0 and not p.dynatemp_range and "temperature" in p.samplers
+        only_banned = bool(np.all(self._bias == -_INF))
+        return unchanged and keeps_highest and cold and only_banned and not p.mirostat
+
+    def _highest(self, logits: NDArray[np.float32]) -> int:
+        values = logits.copy()
+        values[self._biased] = -_INF
+        token = int(values.argmax())
+        _check_finite(values[token])
+        return token
 
     def _window(self, n: int) -> list[int]:
         return self._recent if n < 0 else self._recent[-n:] if n else []
@@ -260,6 +281,23 @@ class Sampler:
         if p.mirostat:
             return [steps["temperature"], lambda c: samplers.mirostat(c, self._mu)]
         return [steps[name] for name in p.samplers]
+
+
+# Fresh arrays of a large vocabulary take longer than what is done with them.
+@functools.lru_cache(4)
+def _all_ids(n: int) -> NDArray[np.intp]:
+    ids = np.arange(n)
+    ids.flags.writeable = False
+    return ids
+
+
+def _room_for(logits: NDArray[np.float32], room: NDArray[np.float64]) -> NDArray[np.float64]:
+    return room if room.shape == logits.shape else np.empty(logits.shape)
+
+
+def _check_finite(highest: float) -> None:
+    if not math.isfinite(highest):
+        raise SamplingError(f"logits: expected a finite number as the highest, got {highest}")
 
 
 def sequence_breakers(tokenizer: Tokenizer, texts: Sequence[str]) -> Breakers:

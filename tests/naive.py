@@ -171,7 +171,8 @@ def _slots_after(i: int, n: int, dst: int, snapshots: Array) -> list[int]:
     """The slots that get the state after token i of a sequence of n."""
     slots = [dst] if i == n - 1 else []
     first = n - len(snapshots)
-    return slots + [int(slot) for j, slot in enumerate(snapshots) if first + j == i and slot >= 0]
+    slots += [int(slot) for j, slot in enumerate(snapshots) if first + j == i]
+    return [slot for slot in slots if slot >= 0]
 
 
 def ssm_conv(

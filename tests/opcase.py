@@ -44,6 +44,7 @@ class OpCase:
 Array = np.ndarray[Any, Any]
 Outputs = list[Array]
 States = dict[str, Array]
+Blocks = tuple[tuple[int, int], ...]
 # NaNs that no computation makes, so that one that was written anew is told from an old one.
 _POISON_BITS = {"F32": 0x7FC0DEAD, "F16": 0x7EAD}
 # Around routed ids, which can't be NaN: no expert has this number.
@@ -182,11 +183,11 @@ class RawWeights:
 
 
 def run_case(
-    backend: Any, op: Op, case: Case, seed: int, strided: bool = False
+    backend: Any, op: Op, case: Case, seed: int, strided: bool = False, blocks: Blocks = ()
 ) -> tuple[Outputs, States, States]:
     """(outputs, states before, states after), states by operand name as they are stored.
 
-    With `strided`, activations are as strided as the op allows.
+    With `strided`, activations are as strided as the op allows. `blocks`: see batch.row_blocks.
     """
     operands = make_operands(op, case, seed)
     graph, tensors = single_node_graph(op, case, operands, strided=strided)
@@ -203,7 +204,8 @@ def run_case(
             _write_activation(backend, tensors[name], operand.values)
     before = _saved_states(backend, states)
     inputs = {n: o.values for n, o in operands.items() if o.kind is Kind.INPUT}
-    outputs = executable.run(inputs, live_counts(operands))
+    live = live_counts(operands)
+    outputs = executable.run(inputs, replace(live, blocks=blocks) if blocks else live)
     return list(outputs.values()), before, _saved_states(backend, states)
 
 
@@ -271,14 +273,20 @@ def _stored_values(operand: Operand) -> Array:
 
 
 def check_case(
-    backend: Any, op: Op, case: Case, seed: int, strided: bool = False, limit: float = OpCase.limit
+    backend: Any,
+    op: Op,
+    case: Case,
+    seed: int,
+    strided: bool = False,
+    limit: float = OpCase.limit,
+    blocks: Blocks = (),
 ) -> None:
     """Fail unless a backend agrees with the naive definition, and leaves alone what it must.
 
     What the naive definition doesn't write must keep its bits.
     """
     where = f"{op.name} [{case.name}] on {backend.name}, strided={strided}, seed {seed}"
-    outputs, before, after = run_case(backend, op, case, seed, strided)
+    outputs, before, after = run_case(backend, op, case, seed, strided, blocks)
     want_outputs, want_after = expected(op, case, seed)
     assert len(outputs) == len(want_outputs), where
     for i, (got, want) in enumerate(zip(outputs, want_outputs, strict=True)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,20 +16,23 @@ from engine.planner import PlacementError
 from engine.version import __version__
 from tests.helpers import Cli
 
-CHUNKED = "no chunked kernel"
+# Chunks need matrix units, which the portable kernels never have.
+CHUNKED, PORTABLE = "no matrix units", "portable"
 
 
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """Libraries are looked for anew, before and after."""
-    cpu_library.load.cache_clear()
+    for function in (cpu_library.load, cpu_library._library):
+        function.cache_clear()
     yield
-    cpu_library.load.cache_clear()
+    for function in (cpu_library.load, cpu_library._library):
+        function.cache_clear()
 
 
 def test_an_unknown_instruction_set(cli: Cli, tiny: Path) -> None:
     line = cli("-m", tiny, "-p", "a", "--cpu-isa", "mmx").refused()
-    assert line == "cpu_isa: expected one of avx512, avx2, portable, got mmx"
+    assert line == "cpu_isa: expected one of amx, avx512, avx2, portable, got mmx"
 
 
 def test_an_instruction_set_that_the_machine_lacks(
@@ -71,6 +75,27 @@ def test_no_library_that_the_machine_can_run(monkeypatch: pytest.MonkeyPatch, fr
     assert cpu_library.usable() == []
 
 
+def test_an_instruction_set_that_the_system_forbids(
+    monkeypatch: pytest.MonkeyPatch, fresh: None
+) -> None:
+    """A processor may have matrix units that a sandbox's kernel does not give out."""
+    monkeypatch.setattr(cpu_library, "processor_features", lambda: frozenset(ISAS["amx"]))
+    path = cpu_library.built()["portable"]
+    monkeypatch.setattr(cpu_library, "built", lambda: {"amx": path, "portable": path})
+    allowed = {"amx": 0, "portable": 1}
+
+    def library(isa: str) -> cpu_library.Library:
+        made = cpu_library.Library(isa, path)
+        made.allowed = lambda: allowed[isa]
+        return made
+
+    monkeypatch.setattr(cpu_library, "_library", functools.cache(library))
+    assert cpu_library.usable() == ["portable"]
+    assert cpu_library.load().isa == "portable"
+    with pytest.raises(LibraryError, match=r"^cpu_isa amx: the operating system does not allow"):
+        cpu_library.load("amx")
+
+
 def test_the_version_names_the_instruction_set_in_use(cli: Cli) -> None:
     result = cli("--version")
     assert result.status == 0
@@ -107,7 +132,7 @@ def test_more_threads_than_cores(cli: Cli, tiny: Path, caplog: pytest.LogCapture
 
 
 def test_a_chunked_delta_net_is_left_to_the_reference(tiny: Path) -> None:
-    with Engine.load(tiny, backend="cpu", gdn="chunk") as engine:
+    with Engine.load(tiny, backend="cpu", cpu_isa=PORTABLE, gdn="chunk") as engine:
         moved = {n.op.name: p for n, p in engine.plan.placements.items() if p.backend.name != "cpu"}
         # The convolution has its state to itself and stays; so does everything else.
         assert moved.keys() == {"GATED_DELTA_NET"}
@@ -130,10 +155,11 @@ def test_decomposed_delta_nets_say_why_they_moved(cli: Cli, tiny: Path) -> None:
 
 def test_strict_placement_names_the_node_and_the_reason(cli: Cli, tiny: Path) -> None:
     strict = ("--strict-backend", "--backend", "cpu")
-    line = cli("-m", tiny, "-p", "a", "--gdn", "chunk", *strict).refused()
+    portable = ("--cpu-isa", PORTABLE)
+    line = cli("-m", tiny, "-p", "a", "--gdn", "chunk", *strict, *portable).refused()
     assert line.startswith("GATED_DELTA_NET blk.0.gated_delta_net: expected backend cpu (strict), ")
     assert line.endswith(CHUNKED)
     line = cli("graph", "-m", tiny, "--gdn", "decomposed", *strict).refused()
     assert "expected backend cpu (strict), got reference: cpu: no kernel for " in line
     with pytest.raises(PlacementError, match=CHUNKED):
-        Engine.load(tiny, strict_backend=True, gdn="chunk")
+        Engine.load(tiny, strict_backend=True, cpu_isa=PORTABLE, gdn="chunk")

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from engine import Engine
 from engine.backends.arena import ALIGNMENT, Arena
 from engine.backends.cpu import CpuBackend
+from engine.backends.cpu_fusion import Uses
 from engine.backends.cpu_program import Lowering, Scratch, Step
 from engine.graph import Capacity, Dim, Graph, Kind, Live, Node, Tensor
 from engine.ops.add_rms_norm import add_rms_norm
@@ -61,17 +62,16 @@ def test_buffers_that_follow_each_other_share_memory() -> None:
     assert arena.size == 192
 
 
-def lowered(nodes: list[Node]) -> Lowering:
-    lowering = Lowering()
-    for node in nodes:
-        lowering.add(node)
+def lowered(graph: Graph) -> Lowering:
+    lowering = Lowering(Uses.of(graph.nodes, graph.outputs.values()))
+    lowering.add_all(graph.nodes)
     return lowering
 
 
 def touched(step: Step) -> tuple[set[Any], set[Any]]:
     """Memory that an instruction reads and writes, by whom it belongs to."""
     owners = [r.base if isinstance(r, Tensor) else r for r in step.operands]
-    states = set(step.node.written) & set(owners)
+    states = {t for node in step.nodes for t in node.written} & set(owners)
     written = {o for o in owners[: step.n_writes] if o is not None} | states
     return {o for o in owners[step.n_writes :] if o is not None} | states, written
 
@@ -85,7 +85,7 @@ def check_barriers(steps: list[Step]) -> None:
         if a.phase == b.phase:
             (read_a, written_a), (read_b, written_b) = touched(a), touched(b)
             shared = written_a & (read_b | written_b) | written_b & read_a
-            assert not shared, (a.kernel, a.node, b.kernel, b.node)
+            assert not shared, (a.kernel, a.nodes, b.kernel, b.nodes)
 
 
 def check_arena(lowering: Lowering) -> None:
@@ -137,7 +137,7 @@ def random_graph(rng: np.random.Generator, n_nodes: int) -> tuple[Graph, Tensor]
 def test_random_splits(rng: np.random.Generator, n_nodes: int) -> None:
     for _ in range(10):
         graph, _ = random_graph(rng, n_nodes)
-        lowering = lowered(graph.nodes)
+        lowering = lowered(graph)
         check_barriers(lowering.steps)
         check_arena(lowering)
 
@@ -145,7 +145,7 @@ def test_random_splits(rng: np.random.Generator, n_nodes: int) -> None:
 @pytest.mark.parametrize("preset", ["tiny", "tiny-untied", "tiny-moe", "tiny-next", "tiny-kimi"])
 def test_splits_of_models(models: Callable[[str, str], Path], preset: str) -> None:
     with Engine.load(models(preset, "Q8_0"), backend="reference", n_ubatch=64) as engine:
-        lowering = lowered(engine.plan.graph.nodes)
+        lowering = lowered(engine.plan.graph)
     check_barriers(lowering.steps)
     check_arena(lowering)
     # Independent products and halves of the same node don't wait for each other.
@@ -154,7 +154,7 @@ def test_splits_of_models(models: Callable[[str, str], Path], preset: str) -> No
 
 def test_an_activation_is_made_int8_once_for_all_products(tiny: Path) -> None:
     with Engine.load(tiny, backend="reference") as engine:
-        steps = lowered(engine.plan.graph.nodes).steps
+        steps = lowered(engine.plan.graph).steps
     made = [s.operands[3] for s in steps if s.kernel == "QUANTIZE_ROWS"]
     keys = {(t.base, t.offset, t.shape, t.strides) for t in made if isinstance(t, Tensor)}
     assert len(keys) == len(made) > 0
@@ -212,6 +212,6 @@ def test_timings_are_of_every_instruction_and_change_nothing(rng: np.random.Gene
     backend.write(first, x)
     want = executable.run({}, live)["last"]
     timings = [t for t in executable.run_timed({}, live) if t.backend]
-    assert len(timings) == len(lowered(graph.nodes).steps)
+    assert len(timings) == len(lowered(graph).steps)
     assert all(t.seconds >= 0 for t in timings)
     assert backend.read(graph.outputs["last"]).tobytes() == want.tobytes()

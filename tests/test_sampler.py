@@ -256,6 +256,42 @@ def test_greedy_takes_the_first_highest(temperature: float) -> None:
         assert {made.sample(np.array(logits, np.float32)) for _ in range(20)} == {expected}
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_greedy_is_what_the_chain_leaves(seed: int) -> None:
+    """The short way and the long one: same tokens, also of equals, also of what is banned."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=500).round(1).astype(np.float32)
+    best = np.argsort(-logits, kind="stable")
+    params = {"top_k": 40, "top_p": 0.9, "min_p": 0.1, "top_n_sigma": 1.0, "temperature": 0.0}
+    chosen = {k: v for k, v in params.items() if k == "temperature" or rng.random() < 0.5}
+    banned = best[: rng.integers(0, 3)].tolist()
+    made = sampler(banned=banned, **chosen)
+    assert made._is_greedy
+    short = made.sample(logits)
+    made._is_greedy = False
+    assert short == made.sample(logits) == best[len(banned)]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"repeat_penalty": 1.1},
+        {"presence_penalty": 0.5},
+        {"frequency_penalty": 0.5},
+        {"dry_multiplier": 1.0},
+        {"xtc_probability": 0.5},
+        {"typical_p": 0.5},
+        {"mirostat": 2},
+        {"dynatemp_range": 0.5},
+        {"logit_bias": {3: 1.0}},
+        {"samplers": ("top_k",)},
+    ],
+    ids=str,
+)
+def test_what_may_take_another_than_the_highest_goes_the_long_way(params: Any) -> None:
+    assert not sampler(temperature=0.0, **params)._is_greedy
+
+
 def test_banned_tokens_are_never_drawn() -> None:
     logits = np.array([9, 1, 8, 0, 0.5], np.float32)
     for params in ({"temperature": 0}, {"temperature": FLAT}, {"temperature": 1, "top_k": 1}, {}):

@@ -152,6 +152,18 @@ def test_top_k(seed: int) -> None:
 
 
 @SEEDS
+def test_top_k_of_many(seed: int) -> None:
+    """Few of a large vocabulary, with many equal logits among the highest."""
+    rng = np.random.default_rng(seed)
+    for n, k in ((5000, 1), (5000, 40), (12_347, 40), (12_347, 191)):
+        logits = rng.normal(size=n).round(1 if seed % 2 else 9)
+        want = np.argsort(-logits, kind="stable")[:k]
+        got = samplers.top_k(samplers.Candidates(np.arange(n), logits), k)
+        assert got.ids.tolist() == want.tolist()
+        assert np.array_equal(got.logits, logits[want])
+
+
+@SEEDS
 def test_top_p(seed: int) -> None:
     rng = np.random.default_rng(seed)
     logits = random_logits(rng)

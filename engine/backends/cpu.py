@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from engine.backends import cpu_library
 from engine.backends.arena import Arena
+from engine.backends.cpu_fusion import Uses
 from engine.backends.cpu_lowering import (
     DIMS,
     F32_CODE,
@@ -37,6 +37,8 @@ from engine.quants import F32, I32, numpy_dtype
 
 Array = NDArray[Any]
 _MAX_HEAD, _MAX_LATENT = 256, 1024
+# Head sizes of the delta rule's chunks are multiples of this (has_chunk_form in the kernels).
+_CHUNK_SIZES = 32
 _KERNELS = {*SIGNATURES, "MUL_MAT", "MUL_MAT_ID"}
 
 
@@ -54,7 +56,7 @@ class CpuBackend:
     ) -> None:
         self.library = cpu_library.load(isa)
         self.matrix = self.library.isa == "amx" if matrix is None else matrix
-        self.n_threads = n_threads or len(os.sched_getaffinity(0))
+        self.n_threads = n_threads or cpu_library.n_cores()
         threads = "1 thread" if self.n_threads == 1 else f"{self.n_threads} threads"
         self.detail = f"{self.library.isa} kernels, {threads}"
         self.team = self.library.team_create(self.n_threads)
@@ -69,7 +71,7 @@ class CpuBackend:
             self.library.team_free(team)
 
     def supports(self, node: Node) -> Support:
-        """All ops of the models; the delta rule by scan only, head sizes up to 256."""
+        """All ops of the models, head sizes up to 256; chunks of the delta rule by matrix units."""
         if node.op.name not in _KERNELS:
             return Support(False, f"no kernel for {node.op.name}")
         if any(len(t.shape) > MAX_RANK for t in (*node.inputs.values(), *node.outputs)):
@@ -78,11 +80,22 @@ class CpuBackend:
             d_v, d_k = node.inputs["state"].shape[2:]
             if max(d_k, d_v) > _MAX_HEAD:
                 return Support(False, f"head size {max(d_k, d_v)} above {_MAX_HEAD}")
-            if node.attrs["algorithm"] == "chunk":
-                return Support(False, "no chunked kernel")
+            if node.attrs["algorithm"] == "chunk" and (reason := self._no_chunks(node)):
+                return Support(False, reason)
         if node.op.name == "ATTENTION" and node.inputs["q"].shape[2] > _MAX_LATENT:
             return Support(False, f"head size {node.inputs['q'].shape[2]} above {_MAX_LATENT}")
         return Support(True)
+
+    def _no_chunks(self, node: Node) -> str:
+        """Why the delta rule's node can't be computed in chunk form, if so."""
+        d_v, d_k = node.inputs["state"].shape[2:]
+        if not self.matrix:
+            return "no matrix units"
+        if len(node.inputs["g"].shape) == 3:
+            return "no chunked kernel for decays by key row"
+        if d_k % _CHUNK_SIZES or d_v % _CHUNK_SIZES:
+            return f"no chunked kernel for heads of {d_k} and {d_v}, no multiples of {_CHUNK_SIZES}"
+        return ""
 
     def weight_bytes(self, nodes: Sequence[Node]) -> int:
         """Packed weights, and those decoded to float32."""
@@ -118,6 +131,11 @@ class CpuBackend:
         values = self._fixed[tensor].reshape(-1)[: int(np.prod(shape))]
         return values.reshape(shape).copy()
 
+    def release(self) -> None:
+        """Forget weights, states and activations."""
+        self.weights, self.states = CpuWeights(self.library, self.n_threads), ArrayStates()
+        self._fixed.clear()
+
     def fixed(self, tensor: Tensor) -> Array:
         """The memory of a tensor that outlives programs; made at its first use."""
         if tensor not in self._fixed:
@@ -147,17 +165,19 @@ class CpuBackend:
         )
         program = np.zeros(1, INSTRUCTION)
         program[0] = (self.library.kernel_address("READ_PROBE"), views.ctypes.data, 0, 0)
-        self.library.run(self.team, program.ctypes.data, 1, np.zeros(len(DIMS) + 1, np.int64).ctypes.data, None)
+        self.library.run(
+            self.team, program.ctypes.data, 1, np.zeros(len(DIMS) + 1, np.int64).ctypes.data, None
+        )
 
 
 class CpuProgram:
-    """A compiled split."""
+    """A compiled split; nodes are `fused` where one kernel computes several."""
 
-    def __init__(self, backend: CpuBackend, split: Split) -> None:
-        self._backend = backend
-        lowering = Lowering(backend.matrix)
-        for node in split.nodes:
-            lowering.add(node)
+    def __init__(self, backend: CpuBackend, split: Split, fused: bool = True) -> None:
+        self._backend, self._split, self._is_fused = backend, split, fused
+        self._unfused: CpuProgram | None = None
+        lowering = Lowering(Uses.of(split.nodes, split.keeps), backend.matrix)
+        lowering.add_all(split.nodes, fused)
         made = {t for node in split.nodes for t in node.outputs}
         used = {t.base for node in split.nodes for t in node.inputs.values()}
         given = {t for t in used if t.kind is Kind.ACTIVATION and t not in made}
@@ -183,11 +203,11 @@ class CpuProgram:
             )
             n_views += len(step.operands)
             n_attrs += len(step.attrs)
-        self.instructions = [Instruction(step.kernel, (step.node,)) for step in steps]
+        self.instructions = [Instruction(step.kernel, tuple(step.nodes)) for step in steps]
         self._spans: dict[Node, tuple[int, int]] = {}
         for i, step in enumerate(steps):
-            first, _ = self._spans.get(step.node, (i, i))
-            self._spans[step.node] = (first, i + 1)
+            first, _ = self._spans.get(step.nodes[0], (i, i))
+            self._spans[step.nodes[0]] = (first, i + 1)
 
     def _view(self, step: Step, ref: Ref) -> Array:
         backend = self._backend
@@ -212,6 +232,10 @@ class CpuProgram:
         """Run the nodes on the live rows of their operands."""
         if watch is None:
             self._backend.run(self._program, live)
+            return
+        if self._is_fused:
+            self._unfused = self._unfused or CpuProgram(self._backend, self._split, fused=False)
+            self._unfused.run(live, watch)
             return
         for node, (begin, end) in self._spans.items():
             self._backend.run(self._program[begin:end], live)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import platform
 from collections.abc import Callable
 from ctypes import c_char_p, c_int, c_int32, c_int64, c_void_p
@@ -38,6 +39,11 @@ def processor_features() -> frozenset[str]:
         return frozenset()
     flags = (line.partition(":")[2].split() for line in lines if line.startswith("flags"))
     return frozenset(next(flags, ()))
+
+
+def n_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.graph import Dim, Node, Tensor
-from engine.ops.gated_delta_net import HEAD_MAPS
+from engine.ops.gated_delta_net import ALGORITHMS, HEAD_MAPS
 from engine.ops.router import GATINGS
 from engine.quants import F16, F32, I32, DType
 
@@ -37,7 +37,12 @@ VIEW = np.dtype(
 )
 INSTRUCTION = np.dtype([("kernel", "u8"), ("views", "u8"), ("attrs", "u8"), ("barrier", "i8")])
 
-_ENUMS = {"head_map": HEAD_MAPS, "act": ("silu", "sigmoid"), "gating": GATINGS}
+_ENUMS = {
+    "algorithm": ALGORITHMS,
+    "head_map": HEAD_MAPS,
+    "act": ("silu", "sigmoid"),
+    "gating": GATINGS,
+}
 _RECURRENT = ("state", "seq_starts", "state_src", "state_dst", "snapshot_dst")
 _PAGED = ("positions", "seq_starts", "block_tables")
 
@@ -55,7 +60,7 @@ SIGNATURES = {
     "ADD_RMS_NORM": Signature(2, ("x", "weight", "delta"), ("eps",)),
     "ATTENTION": Signature(1, ("q", "k_cache", "v_cache", "gate", *_PAGED), ("scale",)),
     "GATED_DELTA_NET": Signature(
-        1, ("q", "k", "v", "g", "beta", *_RECURRENT), ("head_map", "scale")
+        1, ("q", "k", "v", "g", "beta", *_RECURRENT), ("head_map", "scale", "algorithm")
     ),
     "GDN_GATE": Signature(2, ("alpha", "beta", "a", "dt")),
     "GET_ROWS": Signature(1, ("table", "ids")),

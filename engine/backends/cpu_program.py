@@ -15,16 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.arena import Arena
+from engine.backends.cpu_fusion import Uses, grouped, has_tiles
 from engine.backends.cpu_lowering import BF16, I8, parts
 from engine.graph import Dim, Kind, Node, Tensor
-from engine.quants import F16, F32, I32, DType
+from engine.quants import F32, I32, DType
 
 Array = NDArray[Any]
 # Columns that share a scale where activations are int8, and those that share a sum.
 ACTIVATION_GROUP, SUM_GROUP = 32, 16
 # Ops that read weights in panels, and how their operands' names begin.
 _PACKED_OPERANDS = {"MUL_MAT": "weight", "MUL_MAT_ID": "matrix", "GET_ROWS": "table"}
-PACKED_KERNELS = frozenset(_PACKED_OPERANDS)
+PACKED_KERNELS = frozenset({*_PACKED_OPERANDS, "MUL_MAT_SWIGLU"})
 _ITEM = {F32: 4, I32: 4, I8: 1, BF16: 2}
 # Columns of a tile; and the most columns of an expert's rows that are gathered (mul_mat_id.cpp).
 TILE_SIDE, TILE_DEPTH, MAX_GATHERED = 16, 32, 1 << 14
@@ -54,7 +55,7 @@ class Step:
     """One instruction before addresses are known; the first `n_writes` operands are written."""
 
     kernel: str
-    node: Node
+    nodes: Sequence[Node]
     operands: Sequence[Ref]
     attrs: Sequence[float]
     n_writes: int
@@ -68,6 +69,7 @@ class Lowering:
     With `matrix`, rows of blocks are multiplied as bfloat16 tiles.
     """
 
+    uses: Uses
     matrix: bool = False
     steps: list[Step] = field(default_factory=list)
     _converted: dict[tuple[Any, ...], tuple[Scratch, ...]] = field(default_factory=dict)
@@ -75,8 +77,15 @@ class Lowering:
     _written: set[Any] = field(default_factory=set)
     _phase: int = 0
 
-    def add(self, node: Node) -> None:
-        """Append a node's instructions."""
+    def add_all(self, nodes: Sequence[Node], fused: bool = True) -> None:
+        """Append the instructions of nodes, `fused` where one kernel computes several."""
+        for fusion, group in grouped(nodes, self.uses) if fused else ((None, [n]) for n in nodes):
+            if fusion is None:
+                self._add(group[0])
+            else:
+                self._mul_mat_swiglu(group)
+
+    def _add(self, node: Node) -> None:
         match node.op.name:
             case "MUL_MAT":
                 self._mul_mat(node)
@@ -87,16 +96,46 @@ class Lowering:
             case _:
                 for kernel, tensors, attrs in parts(node):
                     n_outputs = 1 if kernel == "SWIGLU" else len(node.outputs)
-                    self._append(kernel, node, tensors, attrs, n_outputs)
+                    self._append(kernel, [node], tensors, attrs, n_outputs)
 
     def _mul_mat(self, node: Node) -> None:
-        x, others = node.inputs["x"], (node.inputs.get("gate"), node.inputs.get("add"))
+        others = node.inputs.get("gate"), node.inputs.get("add")
         weights = [t for name, t in node.inputs.items() if name.startswith("weight")]
-        packed = self._round(node, x, weights, tiled=True)
-        quantized = self._quantize(node, x, weights, loose=packed is not None)
+        activation = self._activation(node, weights)
         for out, w in zip(node.outputs, weights, strict=True):
-            tiles = packed if _has_tiles(w) else None
-            self._append("MUL_MAT", node, [out, x, *quantized, tiles, w, *others], [], 1)
+            operands = [*activation, w, *others]
+            if not has_tiles(w):
+                operands[4] = None
+            self._append("MUL_MAT", [node], [out, *operands], [], 1)
+
+    def _mul_mat_swiglu(self, nodes: Sequence[Node]) -> None:
+        product, act = nodes
+        weights = [t for name, t in product.inputs.items() if name.startswith("weight")]
+        activation = self._activation(product, weights)
+        (out,) = act.outputs
+        tiles = self._tiles_at_once(out) if activation[-1] else None
+        self._append("MUL_MAT_SWIGLU", nodes, [out, tiles, *activation, *weights], [], 2)
+
+    def _activation(self, node: Node, weights: Sequence[Tensor]) -> list[Ref]:
+        """x as mul_mat.h wants it: as it is, in int8, and as tiles."""
+        x = node.inputs["x"]
+        tiles = self._round(node, x, weights, tiled=True)
+        return [x, *self._quantize(node, x, weights, loose=tiles is not None), tiles]
+
+    def _tiles_at_once(self, out: Tensor) -> Ref:
+        """Tiles in place of blocks' rows of an output, if they are all that is read of those."""
+        readers = self.uses.readers[out]
+        if out in self.uses.kept or out.shape[1] % TILE_DEPTH:
+            return None
+        for node, name in readers:
+            weights = [t for n, t in node.inputs.items() if n.startswith("weight")]
+            if node.op.name != "MUL_MAT" or name != "x" or not all(map(has_tiles, weights)):
+                return None
+            if node.inputs["x"] is not out:
+                return None
+        tiles = Scratch((_tile_rows(out), out.shape[1]), BF16)
+        self._converted[_key("ROUND_ROWS", True, out)] = (tiles,)
+        return tiles
 
     def _mul_mat_id(self, node: Node) -> None:
         x, ids, gates = (node.inputs.get(name) for name in ("x", "ids", "weights"))
@@ -108,15 +147,15 @@ class Lowering:
         n_tokens, n_used = ids.shape
         order = Scratch((int(n_tokens) * n_used,), I32)
         starts = Scratch((2 * matrices[0].shape[0] + 1,), I32)
-        self._append("SORT_BY_EXPERT", node, [order, starts, ids], [], 2)
+        self._append("SORT_BY_EXPERT", [node], [order, starts, ids], [], 2)
         for out, m in zip(node.outputs, matrices, strict=True):
             shape = (n_tokens, n_used, m.shape[1])
             target: Ref = out if gates is None else Scratch(shape, F32)
-            rows = packed if _has_tiles(m) else None
+            rows = packed if has_tiles(m) else None
             operands = [target, x, *quantized, rows, m, order, starts, ids]
-            self._append("MUL_MAT_ID", node, operands, [], 1)
+            self._append("MUL_MAT_ID", [node], operands, [], 1)
             if gates is not None:
-                self._append("SUM_EXPERTS", node, [out, target, gates], [], 1)
+                self._append("SUM_EXPERTS", [node], [out, target, gates], [], 1)
 
     def _attention(self, node: Node) -> None:
         ((kernel, (out, *operands), attrs),) = parts(node)
@@ -141,39 +180,45 @@ class Lowering:
         return self._convert("QUANTIZE_ROWS", node, x, shapes, loose)
 
     def _round(self, node: Node, x: Tensor, weights: Sequence[Tensor], tiled: bool) -> Ref:
-        """Rows of x's blocks as bfloat16, in tiles or where they are; None if nothing needs that."""
+        """Rows of x's blocks as bfloat16, in tiles or in place; None if nothing needs that."""
         *lead, n_in = x.shape
         is_step = isinstance(lead[0], Dim) and lead[0].name == "n_tokens"
         fits = n_in % TILE_DEPTH == 0 and (tiled or n_in <= MAX_GATHERED)
-        if not (self.matrix and is_step and fits and any(map(_has_tiles, weights))):
+        if not (self.matrix and is_step and fits and any(map(has_tiles, weights))):
             return None
         if tiled:
-            lead[0] = -(-int(lead[0]) // TILE_SIDE) * TILE_SIDE
+            lead[0] = _tile_rows(x)
         return self._convert("ROUND_ROWS", node, x, (((*lead, n_in), BF16),), tiled)[0]
 
     def _convert(
         self, kernel: str, node: Node, x: Tensor, shapes: Sequence[Any], choice: bool
     ) -> tuple[Scratch, ...]:
         """What a kernel makes of x in buffers of these shapes and types; once for all nodes."""
-        key = (kernel, choice, x.base, x.offset, x.shape, x.strides)
+        key = _key(kernel, choice, x)
         if key not in self._converted:
             buffers = tuple(Scratch(*shape) for shape in shapes)
-            self._append(kernel, node, [*buffers, x], [float(choice)], len(buffers))
+            self._append(kernel, [node], [*buffers, x], [float(choice)], len(buffers))
             self._converted[key] = buffers
         return self._converted[key]
 
     def _append(
-        self, kernel: str, node: Node, operands: Sequence[Ref], attrs: Sequence[float], n: int
+        self,
+        kernel: str,
+        nodes: Sequence[Node],
+        operands: Sequence[Ref],
+        attrs: Sequence[float],
+        n: int,
     ) -> None:
         written = {_owner(r) for r in operands[:n] if r is not None}
-        written |= {t for t in node.written if t in {_owner(r) for r in operands}}
+        owners = {_owner(r) for r in operands}
+        written |= {t for node in nodes for t in node.written if t in owners}
         read = {_owner(r) for r in operands[n:] if r is not None} - written
         if written & (self._read | self._written) or read & self._written:
             self._phase += 1
             self._read, self._written = set(), set()
         self._read |= read
         self._written |= written
-        self.steps.append(Step(kernel, node, operands, attrs, n, self._phase))
+        self.steps.append(Step(kernel, nodes, operands, attrs, n, self._phase))
 
     def place(self, arena: Arena[Any], outside: Iterable[Any]) -> None:
         """Find room for all activations and buffers that are not `outside`, with fixed places."""
@@ -181,7 +226,8 @@ class Lowering:
         lives: dict[Any, tuple[int, int]] = {}
         for step in self.steps:
             # A node's outputs are looked at when its last step has run, also those nobody reads.
-            for ref in (*step.operands, *(t for t in step.node.outputs if t in lives)):
+            made = (t for node in step.nodes for t in node.outputs if t in lives)
+            for ref in (*step.operands, *made):
                 owner = _owner(ref)
                 if owner is None or owner in elsewhere:
                     continue
@@ -191,9 +237,12 @@ class Lowering:
         arena.plan([(owner, owner.nbytes, *life) for owner, life in lives.items()])
 
 
-def _has_tiles(weight: Tensor) -> bool:
-    """Whether a weight may be rounded to bfloat16: float32 and float16 would lose digits."""
-    return weight.dtype not in (F32, F16)
+def _key(kernel: str, choice: bool, x: Tensor) -> tuple[Any, ...]:
+    return (kernel, choice, x.base, x.offset, x.shape, x.strides)
+
+
+def _tile_rows(x: Tensor) -> int:
+    return -(-int(x.shape[0]) // TILE_SIDE) * TILE_SIDE
 
 
 def _owner(ref: Ref) -> Any:

@@ -71,6 +71,11 @@ class ReferenceBackend:
         """A tensor's live rows."""
         return self._values[tensor]
 
+    def release(self) -> None:
+        """Forget weights, states and activations."""
+        self._weights, self.states = _WeightCache(self.dtype, self._weights.limit), ArrayStates()
+        self._values.clear()
+
     def array(self, tensor: Tensor, live: Live) -> Array:
         """The live part of an operand as ops see it, views resolved."""
         if tensor.kind is Kind.WEIGHT:

@@ -7,7 +7,6 @@ delivered and the position moved with each.
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 import time
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from engine.backends import cpu_library
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.kvcache.memory import Checkpoint
@@ -73,7 +73,7 @@ def n_gpu_layers(engine: Engine) -> int:
 
 def n_threads(engine: Engine) -> int:
     """Threads asked for, else the cores that this process may use."""
-    return engine.config.n_threads or len(os.sched_getaffinity(0))
+    return engine.config.n_threads or cpu_library.n_cores()
 
 
 def rss_hwm_mib() -> float:

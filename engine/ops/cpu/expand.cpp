@@ -18,36 +18,30 @@ GDN_INLINE vf byte_of(vi word) {
 template <typename F, int G>
 GDN_INLINE void expand_group(const uint8_t* record, const vf* super, int p, bf16* tile) {
     constexpr int N = WORDS / F::GROUPS;
-    vf scale, min{};
-    scales_of<F, G>(record, super, p, scale, min);
-    const vf offset = scale * -static_cast<float>(F::ZERO) - min;
+    const vf scale = scale_of<F, G>(record, p) * super[0];
+    vf offset = scale * -static_cast<float>(F::ZERO);
+    if constexpr (F::HAS_MIN) offset -= min_of<F, G>(record, p) * super[1];
     const auto value = [&](vf q) { return F::ZERO || F::HAS_MIN ? q * scale + offset : q * scale; };
-#pragma GCC unroll 8
-    for (int i = G * N; i < (G + 1) * N; i++) {
-        const vi w = word<F>(record + F::HEAD_BYTES, i, p);
+    for_constants<G * N, (G + 1) * N>([&](auto i) __attribute__((always_inline)) {
+        const vi w = word<F, i>(record + F::HEAD_BYTES, p);
         bf16* to = tile + i * 4 * ROWS + p * 2 * W;
         const vi first = bf16_pairs(value(byte_of<F, 0>(w)), value(byte_of<F, 1>(w)));
         const vi second = bf16_pairs(value(byte_of<F, 2>(w)), value(byte_of<F, 3>(w)));
         std::memcpy(to, &first, sizeof(vi));
         std::memcpy(to + 2 * ROWS, &second, sizeof(vi));
-    }
+    });
 }
 
 template <typename F>
 const bf16* expand_records(F, const uint8_t* panel, int64_t begin, int64_t end, bf16* room) {
     for (int64_t i = begin; i < end; i++) {
-        const uint8_t* record = F::record(panel, i);
+        const uint8_t *record = F::record(panel, i), *block = F::super_block(panel, i);
         bf16* tile = room + (i - begin) * TILE_SIZE;
         for (int b = 0; b < F::RECORD_BYTES; b += 64) __builtin_prefetch(record + b + AHEAD);
         for (int p = 0; p < PARTS; p++) {
-            vf super[2 * PARTS] = {};
-            if (F::IS_SUPER) {
-                const auto* head = reinterpret_cast<const uint16_t*>(F::super_block(panel, i));
-                super[p] = half_to_float(head + p * W);
-                if (F::HAS_MIN) super[PARTS + p] = half_to_float(head + (PARTS + p) * W);
-            }
+            const vf super[2] = {super_of<F>(block, p), F::HAS_MIN ? super_of<F>(block, PARTS + p) : vf{}};
             expand_group<F, 0>(record, super, p, tile);
-            if (F::GROUPS == 2) expand_group<F, F::GROUPS - 1>(record, super, p, tile);
+            if constexpr (F::GROUPS == 2) expand_group<F, 1>(record, super, p, tile);
         }
     }
     return room;

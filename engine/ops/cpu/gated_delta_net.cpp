@@ -1,4 +1,7 @@
-// GATED_DELTA_NET by scan: a task is a block of value columns of one head of one sequence.
+// GATED_DELTA_NET: a task is a block of value columns of one head of one sequence, or a whole head
+// of a sequence that has blocks of rows and is computed in chunk form where it has them.
+//
+// The scan of columns, row by row:
 //
 // Per token: S *= e^g; d = beta (v - Sᵀk); S += k dᵀ; o = Sᵀq · scale. Columns of S are independent
 // and a block of them stays in the cache over all tokens. One pass over the block a token does
@@ -6,20 +9,20 @@
 // Sᵀ(e^g' k'). Only a sequence's first token needs a pass of its own for that. A column's sums run
 // in the same order wherever they are made, so that cutting a sequence elsewhere changes no bit.
 
+#include "gated_delta_net.h"
+
 #include "kernels.h"
 
 namespace gdn {
 
 namespace {
 
-// Attributes: head_map (0: tiled, 1: grouped), scale.
+// Attributes: head_map (0: tiled, 1: grouped), scale, algorithm (1: scan, else by the rows).
 enum { OUT, Q, K, V, G, BETA, STATE, SEQ_STARTS, STATE_SRC, STATE_DST, SNAPSHOT_DST };
 
 // Columns that share the loads of k, q and the decay. Their scalars are the lanes of a `v4`.
 constexpr int GROUP = 4;
-typedef float v4 __attribute__((vector_size(16)));
 
-constexpr int64_t MAX_DK = 256, MAX_DV = 256;
 // Floats of state in a block. Larger ones read the tokens' rows less often, which measures better
 // than a state that leaves half of a 32 KiB L1 cache free. With a decay for each key row (KDA) each
 // block also computes all exponentials anew.
@@ -40,25 +43,6 @@ GDN_INLINE vf mul_add(vf a, vf b, vf c) {
 #endif
 }
 
-template <typename V>
-GDN_INLINE v4 fold(V v) {
-    v4 s = __builtin_shufflevector(v, v, 0, 1, 2, 3);
-    if constexpr (sizeof(V) >= 32) s += __builtin_shufflevector(v, v, 4, 5, 6, 7);
-    if constexpr (sizeof(V) >= 64)
-        s += fold(__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
-    return s;
-}
-
-// The sums over the lanes of four vectors.
-GDN_INLINE v4 sums(const vf* v) {
-    const auto pair = [](v4 a, v4 b) __attribute__((always_inline)) {
-        return __builtin_shufflevector(a, b, 0, 4, 1, 5) +
-               __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    };
-    const v4 a = pair(fold(v[0]), fold(v[1])), b = pair(fold(v[2]), fold(v[3]));
-    return __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
-}
-
 template <int C>
 GDN_INLINE v4 load_columns(const float* p) {
     v4 v{};
@@ -73,20 +57,12 @@ struct Token {
     float decay;
 };
 
-// One head of one sequence, from its first row on.
-struct Head {
-    const float *q, *k, *v, *g, *beta;
-    float* out;
-    int64_t q_step, k_step, v_step, g_step, beta_step, out_step, n, dk;
-    float scale;
-};
-
 template <bool KDA>
 GDN_INLINE Token token(const Head& h, int64_t t, float* scratch) {
     const float *q = h.q + t * h.q_step, *k = h.k + t * h.k_step, *g = h.g + t * h.g_step;
     if constexpr (!KDA) return {q, k, k, nullptr, exp(splat(*g))[0]};
     // Two tokens are in use at a time.
-    float *decays = scratch + (t % 2) * 2 * MAX_DK, *key = decays + MAX_DK;
+    float *decays = scratch + (t % 2) * 2 * MAX_HEAD, *key = decays + MAX_HEAD;
     for_lanes(h.dk, [&](int64_t i, int w) {
         const vf e = exp(load_part(g + i, w));
         store_part(decays + i, e, w);
@@ -181,7 +157,7 @@ void snapshot(const Slots& slots, int64_t left, int64_t size) {
 template <bool KDA>
 void scan(const Head& h, const Slots& slots, int64_t first, int64_t last, float* scratch) {
     const int64_t n = last - first, size = n * h.dk;
-    float predictions[MAX_DV];
+    float predictions[MAX_HEAD];
     if (!slots.src) std::memset(slots.dst, 0, 4 * static_cast<size_t>(size));
     const float* from = slots.src ? slots.src : slots.dst;
     Token now = token<KDA>(h, 0, scratch);
@@ -205,38 +181,134 @@ int64_t block_columns(const Args& a) {
     return (a.v[G].rank == 3 ? BLOCK_KDA : BLOCK) / a.v[STATE].shape[3] / GROUP * GROUP;
 }
 
-int64_t blocks_of(const Args& a) { return (a.v[STATE].shape[2] - 1) / block_columns(a) + 1; }
+int64_t column_blocks(const Args& a) { return (a.v[STATE].shape[2] - 1) / block_columns(a) + 1; }
 
 int64_t n_tasks(const Args& a) {
-    return a.rows(a.v[STATE_SRC]) * a.v[STATE].shape[1] * blocks_of(a);
+    return a.rows(a.v[STATE_SRC]) * a.v[STATE].shape[1] * column_blocks(a);
 }
 
-void run_block(const Args& a, int64_t s, int64_t head, int64_t first) {
-    const View *v = a.v, &state = v[STATE];
+Head head_of(const Args& a, int64_t s, int64_t head) {
+    const View* v = a.v;
     const int32_t* starts = v[SEQ_STARTS].as<int32_t>();
-    const int64_t row = starts[s], n = starts[s + 1] - row;
-    if (n <= 0) return;
-    const int64_t dv = state.shape[2], dk = state.shape[3], key_heads = v[Q].shape[1];
+    const int64_t row = starts[s], n = starts[s + 1] - row, key_heads = v[Q].shape[1];
     const int64_t key_head = a.attr[0] == 0 ? head % key_heads : head / (v[V].shape[1] / key_heads);
-    const Head h{v[Q].row(row, key_head), v[K].row(row, key_head), v[V].row(row, head),
-                 v[G].row(row, head), v[BETA].row(row, head), v[OUT].row(row, head),
-                 v[Q].stride[0], v[K].stride[0], v[V].stride[0], v[G].stride[0], v[BETA].stride[0],
-                 v[OUT].stride[0], n, dk, static_cast<float>(a.attr[1])};
-    const int64_t offset = head * state.stride[1] + first * dk;
-    const int32_t src = v[STATE_SRC].as<int32_t>()[s], dst = v[STATE_DST].as<int32_t>()[s];
-    float* scratch = reinterpret_cast<float*>(a.scratch);  // Two tokens' rows, then a state.
-    const View& wanted = v[SNAPSHOT_DST];
-    const Slots slots{src < 0 ? nullptr : state.row(src) + offset,
-                      dst < 0 ? scratch + 4 * MAX_DK : state.row(dst) + offset, &state,
-                      wanted.as<int32_t>() + s * wanted.stride[0], wanted.shape[1], offset};
-    const int64_t columns = block_columns(a), last = first + columns < dv ? first + columns : dv;
-    (v[G].rank == 3 ? scan<true> : scan<false>)(h, slots, first, last, scratch);
+    return {v[Q].row(row, key_head), v[K].row(row, key_head), v[V].row(row, head),
+            v[G].row(row, head), v[BETA].row(row, head), v[OUT].row(row, head),
+            v[Q].stride[0], v[K].stride[0], v[V].stride[0], v[G].stride[0], v[BETA].stride[0],
+            v[OUT].stride[0], n, v[STATE].shape[3], v[STATE].shape[2],
+            static_cast<float>(a.attr[1])};
+}
+
+// Scratch: two tokens' rows, a state that is not kept, and what chunk needs.
+constexpr int64_t ROW_BYTES = 4 * MAX_HEAD * 4, STATE_BYTES = MAX_HEAD * MAX_HEAD * 4;
+static_assert(ROW_BYTES + STATE_BYTES + CHUNK_BYTES <= SCRATCH_BYTES);
+
+// The state of columns from `first` on.
+Slots slots_of(const Args& a, int64_t s, int64_t head, int64_t first) {
+    const View &state = a.v[STATE], &wanted = a.v[SNAPSHOT_DST];
+    const int64_t offset = head * state.stride[1] + first * state.shape[3];
+    const int32_t src = a.v[STATE_SRC].as<int32_t>()[s], dst = a.v[STATE_DST].as<int32_t>()[s];
+    float* spare = reinterpret_cast<float*>(a.scratch + ROW_BYTES) + first * state.shape[3];
+    return {src < 0 ? nullptr : state.row(src) + offset, dst < 0 ? spare : state.row(dst) + offset,
+            &state, wanted.as<int32_t>() + s * wanted.stride[0], wanted.shape[1], offset};
+}
+
+void scan_columns(const Args& a, const Head& h, const Slots& slots, int64_t first) {
+    if (h.n <= 0) return;
+    const int64_t end = first + block_columns(a), last = end < h.dv ? end : h.dv;
+    float* scratch = reinterpret_cast<float*>(a.scratch);
+    (a.v[G].rank == 3 ? scan<true> : scan<false>)(h, slots, first, last, scratch);
+}
+
+// A sequence's blocks: those from `begin` to `end` - 1.
+struct BlockRange {
+    const Block *begin, *end;
+};
+
+BlockRange blocks_of(const Args& a, int64_t s) {
+    const View& state = a.v[STATE];
+    if (a.attr[2] == 1 || a.v[G].rank == 3 || !has_chunk_form(state.shape[3], state.shape[2]))
+        return {nullptr, nullptr};
+    const int32_t* starts = a.v[SEQ_STARTS].as<int32_t>();
+    const Block *begin = a.step->blocks, *last = begin + a.step->n_blocks;
+    while (begin < last && begin->row < starts[s]) begin++;
+    const Block* end = begin;
+    while (end < last && end->row < starts[s + 1]) end++;
+    return {begin, end};
+}
+
+// A head of a sequence with blocks, piece after piece.
+class Pieces {
+   public:
+    Pieces(const Args& a, int64_t s, int64_t head)
+        : a_(a), s_(s), head_(head), h_(head_of(a, s, head)) {}
+
+    void run(BlockRange blocks) {
+        const int32_t start = a_.v[SEQ_STARTS].as<int32_t>()[s_];
+        for (const Block* b = blocks.begin; b < blocks.end; b++) {
+            // There is no state between two rows of a block, unless the block is scanned.
+            if (wants_snapshot_within(b->row - start, b->n)) continue;
+            scan_rows(b->row - start);
+            chunk_rows(b->n);
+        }
+        scan_rows(h_.n);
+    }
+
+   private:
+    // The state and the snapshots of the rows before `end`, for columns from `first` on.
+    Slots slots(int64_t end, int64_t first) const {
+        Slots slots = slots_of(a_, s_, head_, first);
+        if (row_ > 0) slots.src = slots.dst;
+        const int64_t after = h_.n - end;
+        slots.n_snapshots = slots.n_snapshots > after ? slots.n_snapshots - after : 0;
+        return slots;
+    }
+
+    bool wants_snapshot_within(int64_t row, int64_t n) const {
+        const Slots of_rows = slots(row + n, 0);
+        const int64_t wanted = of_rows.n_snapshots;
+        for (int64_t i = wanted > n ? wanted - n : 0; i < wanted - 1; i++)
+            if (of_rows.snapshots[i] >= 0) return true;
+        return false;
+    }
+
+    void scan_rows(int64_t end) {
+        if (end == row_) return;
+        const Head part = h_.part(row_, end - row_);
+        for (int64_t first = 0; first < h_.dv; first += block_columns(a_))
+            scan_columns(a_, part, slots(end, first), first);
+        row_ = end;
+    }
+
+    void chunk_rows(int64_t n) {
+        const Slots slots = this->slots(row_ + n, 0);
+        const int64_t size = h_.dv * h_.dk, after = h_.n - row_ - n;
+        if (!slots.src) std::memset(slots.dst, 0, 4 * static_cast<size_t>(size));
+        chunk(h_.part(row_, n), slots.src ? slots.src : slots.dst, slots.dst,
+              after < MAX_BLOCK ? after : MAX_BLOCK, a_.scratch + ROW_BYTES + STATE_BYTES);
+        snapshot(slots, 1, size);
+        row_ += n;
+    }
+
+    const Args& a_;
+    const int64_t s_, head_;
+    const Head h_;
+    int64_t row_ = 0;
+};
+
+void run_task(const Args& a, int64_t s, int64_t head, int64_t first) {
+    const BlockRange blocks = blocks_of(a, s);
+    if (blocks.begin == blocks.end)
+        scan_columns(a, head_of(a, s, head), slots_of(a, s, head, first), first);
+    else if (first == 0)  // The task of a head's first columns is the whole head's.
+        Pieces(a, s, head).run(blocks);
 }
 
 void run(const Args& a, int64_t begin, int64_t end) {
-    const int64_t blocks = blocks_of(a), heads = a.v[STATE].shape[1], columns = block_columns(a);
+    const int64_t heads = a.v[STATE].shape[1];
+    const int64_t blocks = column_blocks(a), columns = block_columns(a);
     for (int64_t task = begin; task < end; task++)
-        run_block(a, task / (heads * blocks), task / blocks % heads, task % blocks * columns);
+        run_task(a, task / (heads * blocks), task / blocks % heads, task % blocks * columns);
 }
 
 }  // namespace

@@ -1,26 +1,18 @@
 // MUL_MAT: an activation times one weight.
 //
-// Rows of blocks are multiplied as tiles, two panels of 16 weight rows a task, which are expanded to
-// bfloat16 for all of them. Of other rows, and where x was not packed, a task is one panel as it is
-// stored.
+// Rows of blocks are multiplied as tiles with pairs of panels (32 weight rows), which are expanded to
+// bfloat16 for many rows at once. Of other rows, and where x was not rounded, a task is one panel as
+// it is stored.
 
-#include <algorithm>
+#include "mul_mat.h"
 
-#include "expand.h"
 #include "kernels.h"
-#include "product.h"
 
 namespace gdn {
 
 namespace {
 
-enum { OUT, X, Q, SCALE, SUM, TILES, WEIGHT, GATE, ADD };
-
-int64_t n_panels(const Args& a) { return (a.v[WEIGHT].shape[0] + ROWS - 1) / ROWS; }
-
-const uint8_t* panel_at(const Args& a, int64_t p) {
-    return a.v[WEIGHT].as<uint8_t>() + p * a.v[WEIGHT].stride[0];
-}
+enum { OUT, X, WEIGHT = X + 5, GATE, ADD };
 
 // Stores a panel's products with row t.
 void put(const Args& a, int64_t t, int64_t panel, const float* values) {
@@ -36,88 +28,40 @@ void put(const Args& a, int64_t t, int64_t panel, const float* values) {
     for (int r = 0; r < n; r++) out[r] = (add ? add[r] : 0.0f) + gate * values[r];
 }
 
-namespace tiles {
-
-// Rows for which a panel is expanded once, and the columns that are expanded at a time: two panels
-// of them stay in the L2 cache.
-constexpr int64_t MAX_ROWS = 512, MAX_COLUMNS = 4096;
-constexpr int64_t PAIR = 2 * ROWS;
-
-int64_t n_pairs(const Args& a) { return (n_panels(a) + 1) / 2; }
+void multiply_tiles(const Args& a, const Activation& x, const TileTasks& tasks, int64_t task) {
+    const View& w = a.v[WEIGHT];
+    const int64_t first = tasks.first_row(task), n = tasks.n_rows(task);
+    const int64_t begin = tasks.begin(task), end = tasks.end(task);
+    auto& s = *reinterpret_cast<TileScratch*>(a.scratch);
+    for (int64_t k = 0; k < w.shape[1]; k += MAX_COLUMNS)
+        for (int64_t pair = begin; pair < end; pair++)
+            multiply_pair(x, w, first, n, pair, k, s, s.sums[0] + (pair - begin) * PAIR);
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t p = 2 * begin; p < std::min(n_panels(w), 2 * end); p++)
+            put(a, x.step.blocked[first + i], p, s.sums[i] + (p - 2 * begin) * ROWS);
+}
 
 int64_t n_tasks(const Args& a) {
-    return a.v[TILES] ? (a.step->n_blocked + MAX_ROWS - 1) / MAX_ROWS * n_pairs(a) : 0;
-}
-
-void run_task(const Args& a, int64_t task) {
-    const View& w = a.v[WEIGHT];
-    const int64_t first = task / n_pairs(a) * MAX_ROWS, p = task % n_pairs(a) * 2;
-    const int64_t n = std::min(MAX_ROWS, a.step->n_blocked - first), m = (n + SIDE - 1) / SIDE;
-    const int64_t n_in = w.shape[1], side = n_in * SIDE, n_wide = std::min<int64_t>(2, n_panels(a) - p);
-    auto* sums = reinterpret_cast<float*>(a.scratch);  // [MAX_ROWS, PAIR]
-    auto* room = reinterpret_cast<bf16*>(sums + MAX_ROWS * PAIR);
-    for (int64_t k = 0; k < n_in; k += MAX_COLUMNS) {
-        const int64_t begin = k / DEPTH, end = std::min(n_in, k + MAX_COLUMNS) / DEPTH;
-        const bf16* panels[2] = {};
-        for (int64_t i = 0; i < n_wide; i++)
-            panels[i] = expand(w.layout, panel_at(a, p + i), begin, end, room + i * MAX_COLUMNS * ROWS);
-        const Tiles x{a.v[TILES].as<bf16>() + first * n_in + begin * TILE_SIZE, side, TILE_SIZE};
-        const Tiles y{panels[0], n_wide == 2 ? panels[1] - panels[0] : 0, TILE_SIZE};
-        multiply_matrices(x, m, y, n_wide, end - begin, sums, PAIR, k > 0);
-    }
-    for (int64_t i = 0; i < n; i++)
-        for (int64_t j = 0; j < n_wide; j++)
-            put(a, a.step->blocked[first + i], p + j, sums + i * PAIR + j * ROWS);
-}
-
-}  // namespace tiles
-
-namespace rows {
-
-// Whether rows of blocks are left to `tiles`.
-bool only_loose(const Args& a) { return static_cast<bool>(a.v[TILES]); }
-
-int64_t n_rows(const Args& a) { return only_loose(a) ? a.step->n_loose : a.rows(a.v[X]); }
-
-int64_t n_tasks(const Args& a) { return (n_rows(a) + TILE - 1) / TILE * n_panels(a); }
-
-int64_t row_at(const Args& a, int64_t i) { return only_loose(a) ? a.step->loose[i] : i; }
-
-Row row_of(const Args& a, int64_t t) {
-    if (!a.v[Q]) return {a.v[X].row(t), nullptr, nullptr, nullptr};
-    return {a.v[X].row(t), a.v[Q].as<int8_t>() + t * a.v[Q].stride[0], a.v[SCALE].row(t),
-            a.v[SUM].as<int32_t>() + t * a.v[SUM].stride[0]};
+    const Activation x(a, X);
+    const int64_t n_single = n_single_tasks(x.n_single(a.rows(x.x)), n_panels(a.v[WEIGHT]));
+    return TileTasks(x, a.v[WEIGHT], MAX_PAIRS).count() + n_single;
 }
 
 void run(const Args& a, int64_t begin, int64_t end) {
+    const Activation x(a, X);
     const View& w = a.v[WEIGHT];
-    const int64_t panels = n_panels(a);
-    Row rows[TILE];
+    const TileTasks tasks(x, w, MAX_PAIRS);
+    for (; begin < std::min(tasks.count(), end); begin++) multiply_tiles(a, x, tasks, begin);
     float out[TILE][ROWS];
-    int64_t tile = -1, n = 0;
-    for (int64_t task = begin; task < end; task++) {
-        const int64_t first = task / panels * TILE, p = task % panels;
-        if (task / panels != tile) {
-            tile = task / panels;
-            n = std::min(TILE, n_rows(a) - first);
-            for (int64_t i = 0; i < n; i++) rows[i] = row_of(a, row_at(a, first + i));
-        }
-        multiply(w.layout, panel_at(a, p), w.shape[1], rows, n, out);
-        for (int64_t i = 0; i < n; i++) put(a, row_at(a, first + i), p, out[i]);
-    }
-}
-
-}  // namespace rows
-
-void run(const Args& a, int64_t begin, int64_t end) {
-    const int64_t n = tiles::n_tasks(a);
-    for (; begin < std::min(n, end); begin++) tiles::run_task(a, begin);
-    if (begin < end) rows::run(a, begin - n, end - n);
+    for_single_rows(x, x.n_single(a.rows(x.x)), n_panels(w), begin - tasks.count(),
+                    end - tasks.count(), [&](int64_t p, auto rows, auto numbers, int64_t n) {
+                        multiply(w.layout, panel_at(w, p), w.shape[1], rows, n, out);
+                        for (int64_t i = 0; i < n; i++) put(a, numbers[i], p, out[i]);
+                    });
 }
 
 }  // namespace
 
-const Kernel mul_mat = {
-    "MUL_MAT", [](const Args& a) { return tiles::n_tasks(a) + rows::n_tasks(a); }, run};
+const Kernel mul_mat = {"MUL_MAT", n_tasks, run};
 
 }  // namespace gdn

@@ -25,23 +25,21 @@ GDN_INLINE void dot_words(const uint8_t* planes, const int8_t* const* x, vi (*do
 #if defined(__AVX512VNNI__)
     __m512i sums[NT];
     for (int t = 0; t < NT; t++) sums[t] = _mm512_setzero_si512();
-#pragma GCC unroll 8
-    for (int i = FIRST; i < LAST; i++) {
-        __m512i w = reinterpret_cast<__m512i>(word<F>(planes, i, 0));
+    for_constants<FIRST, LAST>([&](auto i) __attribute__((always_inline)) {
+        __m512i w = reinterpret_cast<__m512i>(word<F, i>(planes, 0));
         // The instruction wants unsigned weights: 128 more, which `offset_of` takes off again.
         if (F::SIGNED) w = _mm512_xor_si512(w, _mm512_set1_epi8(-128));
 #pragma GCC unroll 8
         for (int t = 0; t < NT; t++)
             sums[t] = _mm512_dpbusd_epi32(sums[t], w, _mm512_set1_epi32(load_as<int>(x[t] + 4 * i)));
-    }
+    });
     for (int t = 0; t < NT; t++) dot[t][0] = reinterpret_cast<vi>(sums[t]);
 #elif defined(__AVX2__)
     // Products of this many words fit into 16 bits together.
     constexpr int CHAIN = F::SIGNED ? 1 : F::BITS <= 4 ? 8 : F::BITS == 5 ? 4 : 2;
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i pairs[NT][PARTS], sums[NT][PARTS] = {};
-#pragma GCC unroll 8
-    for (int i = FIRST; i < LAST; i++) {
+    for_constants<FIRST, LAST>([&](auto i) __attribute__((always_inline)) {
         const bool begins = (i - FIRST) % CHAIN == 0;
         const bool ends = (i - FIRST) % CHAIN == CHAIN - 1 || i == LAST - 1;
         __m256i a[NT];
@@ -49,7 +47,7 @@ GDN_INLINE void dot_words(const uint8_t* planes, const int8_t* const* x, vi (*do
         for (int t = 0; t < NT; t++) a[t] = _mm256_set1_epi32(load_as<int>(x[t] + 4 * i));
 #pragma GCC unroll 2
         for (int p = 0; p < PARTS; p++) {
-            const __m256i w = reinterpret_cast<__m256i>(word<F>(planes, i, p));
+            const __m256i w = reinterpret_cast<__m256i>(word<F, i>(planes, p));
             const __m256i size = F::SIGNED ? _mm256_abs_epi8(w) : w;
 #pragma GCC unroll 8
             for (int t = 0; t < NT; t++) {
@@ -61,28 +59,34 @@ GDN_INLINE void dot_words(const uint8_t* planes, const int8_t* const* x, vi (*do
                 sums[t][p] = _mm256_add_epi32(sums[t][p], sum);
             }
         }
-    }
+    });
     for (int t = 0; t < NT; t++)
         for (int p = 0; p < PARTS; p++) dot[t][p] = reinterpret_cast<vi>(sums[t][p]);
 #else
     for (int t = 0; t < NT; t++)
         for (int p = 0; p < PARTS; p++) dot[t][p] = vi{};
-    for (int i = FIRST; i < LAST; i++)
+    for_constants<FIRST, LAST>([&](auto i) {
         for (int p = 0; p < PARTS; p++) {
-            const vi w = word<F>(planes, i, p);
+            const vi w = word<F, i>(planes, p);
             for (int j = 0; j < 4; j++) {
                 // Byte j of each lane, with its sign or without.
                 const vi b = F::SIGNED ? (w << (24 - 8 * j)) >> 24 : (w >> 8 * j) & 255;
                 for (int t = 0; t < NT; t++) dot[t][p] += b * static_cast<int>(x[t][4 * i + j]);
             }
         }
+    });
 #endif
 }
 
-// acc[t] += scale · (dot - ZERO · sum) - min · sum for one group of columns of a record.
+// The sum of an activation's group G of record i.
+template <typename F, int G>
+GDN_INLINE int32_t sum_of(const Row& row, int64_t i) {
+    return F::GROUPS == 2 ? row.sum[2 * i + G] : row.sum[2 * i] + row.sum[2 * i + 1];
+}
+
+// acc[t] += scale · (dot - ZERO · sum) for one group of columns of record i.
 template <typename F, int G, int NT>
-GDN_INLINE void add_group(const uint8_t* record, const vf* super, const Row* rows, int64_t i,
-                          vf (*acc)[PARTS]) {
+GDN_INLINE void add_group(const uint8_t* record, const Row* rows, int64_t i, vf (*acc)[PARTS]) {
     constexpr int N = WORDS / F::GROUPS;
     const int8_t* x[NT];
     for (int t = 0; t < NT; t++) x[t] = rows[t].q + i * RECORD;
@@ -90,35 +94,65 @@ GDN_INLINE void add_group(const uint8_t* record, const vf* super, const Row* row
     dot_words<F, G * N, (G + 1) * N, NT>(record + F::HEAD_BYTES, x, dot);
 #pragma GCC unroll 4
     for (int p = 0; p < PARTS; p++) {
-        vf scale, min{};
-        scales_of<F, G>(record, super, p, scale, min);
+        const vf scale = scale_of<F, G>(record, p);
 #pragma GCC unroll 8
         for (int t = 0; t < NT; t++) {
-            const int32_t* sums = rows[t].sum + i * 2;
-            const int32_t sum = F::GROUPS == 2 ? sums[G] : sums[0] + sums[1];
-            const float d = rows[t].scale[i];
-            if (offset_of<F>()) dot[t][p] -= splat(offset_of<F>() * sum);
-            acc[t][p] += to_float(dot[t][p]) * (scale * splat(d));
-            if (F::HAS_MIN) acc[t][p] -= min * splat(d * static_cast<float>(sum));
+            if (offset_of<F>()) dot[t][p] -= splat(offset_of<F>() * sum_of<F, G>(rows[t], i));
+            acc[t][p] += to_float(dot[t][p]) * (scale * splat(rows[t].scale[i]));
         }
     }
 }
 
-// out[t] [16] = the panel's rows times row t.
+// acc[t] -= min · sum for one group of columns.
+template <typename F, int G, int NT>
+GDN_INLINE void subtract_mins(const uint8_t* record, const Row* rows, int64_t i, vf (*acc)[PARTS]) {
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; p++) {
+        const vf min = min_of<F, G>(record, p);
+#pragma GCC unroll 8
+        for (int t = 0; t < NT; t++)
+            acc[t][p] -= min * splat(rows[t].scale[i] * static_cast<float>(sum_of<F, G>(rows[t], i)));
+    }
+}
+
+// Calls f with (record, its number, group) for all groups of a super-block, or of a record.
+template <typename F, typename Body>
+GDN_INLINE void for_groups(const uint8_t* block, int64_t first, Body f) {
+    constexpr int N = F::IS_SUPER ? SUPER / RECORD : 1;
+    block += F::SUPER_HEAD;
+    for (int r = 0; r < N; r++, block += F::RECORD_BYTES)
+        for_constants<0, F::GROUPS>([&](auto group) __attribute__((always_inline)) {
+            f(block, first + r, group);
+        });
+}
+
+// out[t] [16] = the panel's rows times row t. What records have in units of a super-block's scales
+// is summed up before it is multiplied by them.
 template <int NT, typename F>
 inline void panel_product(F, const uint8_t* panel, int64_t n_in, const Row* rows,
                           float (*out)[ROWS]) {
-    vf acc[NT][PARTS] = {}, super[2 * PARTS] = {};
-    for (int64_t i = 0; i < n_in / RECORD; i++) {
-        const uint8_t* record = F::record(panel, i);
-        for (int b = 0; b < F::RECORD_BYTES; b += 64) __builtin_prefetch(record + b + AHEAD);
-        if (F::IS_SUPER && i % (SUPER / RECORD) == 0) {
-            const auto* head = reinterpret_cast<const uint16_t*>(F::super_block(panel, i));
-            for (int p = 0; p < (F::HAS_MIN ? 2 : 1) * PARTS; p++)
-                super[p] = half_to_float(head + p * W);
-        }
-        add_group<F, 0, NT>(record, super, rows, i, acc);
-        if (F::GROUPS == 2) add_group<F, F::GROUPS - 1, NT>(record, super, rows, i, acc);
+    constexpr int64_t N = F::IS_SUPER ? SUPER / RECORD : 1;
+    constexpr int64_t BYTES = F::IS_SUPER ? F::SUPER_BYTES : F::RECORD_BYTES;
+    vf acc[NT][PARTS] = {};
+    for (int64_t i = 0; i < n_in / RECORD; i += N, panel += BYTES) {
+        vf scaled[NT][PARTS] = {}, mins[NT][PARTS] = {};
+        for_groups<F>(panel, i, [&](const uint8_t* record, int64_t r, auto group)
+                                    __attribute__((always_inline)) {
+            if (group == 0)
+                for (int b = 0; b < F::RECORD_BYTES; b += 64) __builtin_prefetch(record + b + AHEAD);
+            add_group<F, group, NT>(record, rows, r, F::IS_SUPER ? scaled : acc);
+        });
+        if constexpr (F::HAS_MIN)
+            for_groups<F>(panel, i, [&](const uint8_t* record, int64_t r, auto group)
+                                        __attribute__((always_inline)) {
+                subtract_mins<F, group, NT>(record, rows, r, F::IS_SUPER ? mins : acc);
+            });
+        if constexpr (F::IS_SUPER)
+            for (int p = 0; p < PARTS; p++)
+                for (int t = 0; t < NT; t++) {
+                    acc[t][p] += scaled[t][p] * super_of<F>(panel, p);
+                    if (F::HAS_MIN) acc[t][p] += mins[t][p] * super_of<F>(panel, PARTS + p);
+                }
     }
     for (int t = 0; t < NT; t++)
         for (int p = 0; p < PARTS; p++) store(out[t] + p * W, acc[t][p]);

@@ -1,6 +1,8 @@
 // How the records of a packed weight are read: words of W rows, and their scales.
 #pragma once
 
+#include <type_traits>
+
 #include "layout.h"
 
 namespace gdn {
@@ -17,7 +19,17 @@ GDN_INLINE vi widen_signed(const uint8_t* p) {
 #endif
 }
 
-GDN_INLINE vi widen_unsigned(const uint8_t* p) { return widen_signed(p) & 255; }
+GDN_INLINE vi widen_unsigned(const uint8_t* p) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<vi>(_mm512_maskz_cvtepu8_epi32(ALL, load_as<__m128i>(p)));
+#elif defined(__AVX2__)
+    return reinterpret_cast<vi>(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    vi v;
+    for (int i = 0; i < W; i++) v[i] = p[i];
+    return v;
+#endif
+}
 
 GDN_INLINE vi codebook(vi nibbles) {
 #if defined(__AVX512F__)
@@ -38,40 +50,63 @@ GDN_INLINE vi codebook(vi nibbles) {
 // measured); 1 KiB is too near, and so is the hint for data that is used once.
 constexpr int AHEAD = 4096;
 
-// Word i (4 columns) of the W rows of part p: unsigned bytes, or int8 where F is SIGNED.
-template <typename F>
-GDN_INLINE vi word(const uint8_t* planes, int i, int p) {
+// Shifted left by N bits, or right where N is negative.
+template <int N>
+GDN_INLINE vi shifted(vi v) {
+    return N == 0 ? v : N > 0 ? v << (N > 0 ? N : 0) : v >> (N < 0 ? -N : 0);
+}
+
+// Word I (4 columns) of the W rows of part p: unsigned bytes, or int8 where F is SIGNED. Bits of a
+// plane are moved where they belong and masked there.
+template <typename F, int I>
+GDN_INLINE vi word(const uint8_t* planes, int p) {
     planes += p * 4 * W;
-    if (F::BITS == 8) return load_as<vi>(planes + i * WORD_BYTES);
+    if constexpr (F::BITS == 8) return load_as<vi>(planes + I * WORD_BYTES);
+    constexpr int NIBBLE = F::BITS >= 4 ? 4 : 0, PAIR = F::BITS % 4 >= 2 ? 2 : 0;
     vi v{};
-    int shift = 0;
-    if (F::BITS >= 4) {
-        v = load_as<vi>(planes + i / 2 * WORD_BYTES) >> 4 * (i % 2) & 0x0f0f0f0f;
-        planes += 4 * WORD_BYTES, shift = 4;
-    }
-    if (F::BITS % 4 >= 2) {
-        const vi two = load_as<vi>(planes + i / 4 * WORD_BYTES) >> 2 * (i % 4) & 0x03030303;
-        v |= two << shift;
-        planes += 2 * WORD_BYTES, shift += 2;
-    }
-    if (F::BITS % 2) v |= (load_as<vi>(planes) >> i & 0x01010101) << shift;
+    if constexpr (NIBBLE > 0) v = shifted<-4 * (I % 2)>(load_as<vi>(planes + I / 2 * WORD_BYTES)) & 0x0f0f0f0f;
+    planes += NIBBLE * WORD_BYTES;
+    if constexpr (PAIR > 0)
+        v |= shifted<NIBBLE - 2 * (I % 4)>(load_as<vi>(planes + I / 4 * WORD_BYTES)) &
+             0x03030303 << NIBBLE;
+    planes += PAIR * WORD_BYTES;
+    if constexpr (F::BITS % 2 > 0)
+        v |= shifted<NIBBLE + PAIR - I>(load_as<vi>(planes)) & 0x01010101 << (NIBBLE + PAIR);
     return F::CODEBOOK ? codebook(v) : v;
 }
 
-// The scales of W rows for group G of a record, and their mins.
-template <typename F, int G>
-GDN_INLINE void scales_of(const uint8_t* record, const vf* super, int p, vf& scale, vf& min) {
-    const int at = G * ROWS + p * W;
-    if (F::IS_SUPER) {
-        const vi s = F::HAS_MIN ? widen_unsigned(record + at) : widen_signed(record + at);
-        scale = super[p] * to_float(s);
-        if (F::HAS_MIN)
-            min = super[PARTS + p] * to_float(widen_unsigned(record + F::SCALE_BYTES + at));
-    } else {
-        const auto* halves = reinterpret_cast<const uint16_t*>(record) + at;
-        scale = half_to_float(halves);
-        if (F::HAS_MIN) min = half_to_float(halves + F::SCALE_BYTES / 2);
+// Calls f with each number from FIRST to LAST - 1 as a constant.
+template <int FIRST, int LAST, typename F>
+GDN_INLINE void for_constants(F f) {
+    if constexpr (FIRST < LAST) {
+        f(std::integral_constant<int, FIRST>{});
+        for_constants<FIRST + 1, LAST>(f);
     }
+}
+
+// The scales of W rows for group G of a record; of a super-block's in units of its own scale.
+template <typename F, int G>
+GDN_INLINE vf scale_of(const uint8_t* record, int p) {
+    const int at = G * ROWS + p * W;
+    if constexpr (F::IS_SUPER)
+        return to_float(F::HAS_MIN ? widen_unsigned(record + at) : widen_signed(record + at));
+    return half_to_float(reinterpret_cast<const uint16_t*>(record) + at);
+}
+
+// Their mins, likewise.
+template <typename F, int G>
+GDN_INLINE vf min_of(const uint8_t* record, int p) {
+    const int at = G * ROWS + p * W;
+    if constexpr (F::IS_SUPER) return to_float(widen_unsigned(record + F::SCALE_BYTES + at));
+    return half_to_float(reinterpret_cast<const uint16_t*>(record + F::SCALE_BYTES) + at);
+}
+
+// What these are in units of: the scales in front of a super-block; part PARTS + p has the mins'.
+template <typename F>
+GDN_INLINE vf super_of(const uint8_t* super_block, int part) {
+    if constexpr (F::IS_SUPER)
+        return half_to_float(reinterpret_cast<const uint16_t*>(super_block) + part * W);
+    return splat(1.0f);
 }
 
 }  // namespace gdn

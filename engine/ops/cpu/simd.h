@@ -108,7 +108,19 @@ GDN_INLINE vf exp(vf x) {
     return select(x != x, x, y);
 }
 
-GDN_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
+// 1 / x of positive numbers to about one unit in the last place; 1e-37 for what is larger than 1e37.
+GDN_INLINE vf reciprocal(vf x) {
+#if defined(__AVX512F__)
+    // A division of 16 takes as long as all of exp: an estimate and one step of Newton's instead.
+    x = select(x > splat(1e37f), splat(1e37f), x);
+    const vf r = reinterpret_cast<vf>(_mm512_maskz_rcp14_ps(ALL, reinterpret_cast<__m512>(x)));
+    return r + r * (1.0f - x * r);
+#else
+    return 1.0f / x;
+#endif
+}
+
+GDN_INLINE vf sigmoid(vf x) { return reciprocal(1.0f + exp(-x)); }
 GDN_INLINE vf silu(vf x) { return x * sigmoid(x); }
 
 GDN_INLINE vf half_to_float(const uint16_t* p) {

@@ -1,0 +1,82 @@
+// MUL_MAT of two weights and SWIGLU of the products, which never leave the cache. Rows of blocks
+// become tiles of the next product at once where that is all that reads them.
+
+#include "../kernels.h"
+#include "../mul_mat.h"
+
+namespace gdn {
+
+namespace {
+
+enum { OUT, OUT_TILES, X, GATE = X + 5, UP };
+
+// Columns [column, column + n ≤ ROWS) of row t.
+void put(const Args& a, int64_t t, int64_t column, int n, const float* gate, const float* up) {
+    float* out = a.v[OUT].row(t) + column;
+    for (int c = 0; c < n; c += W) {
+        const vf h = silu(load(gate + c)) * load(up + c);
+        store_part(out + c, h, n - c < W ? n - c : W);
+    }
+}
+
+// Columns of a pair of panels for blocked row i, into its tile.
+void put_tile(const Args& a, int64_t i, int64_t pair, const float* gate, const float* up) {
+    static_assert(PAIR == DEPTH);
+    bf16* row = a.v[OUT_TILES].as<bf16>() + i / SIDE * SIDE * a.v[GATE].shape[0] + pair * TILE_SIZE;
+    for (int c = 0; c < DEPTH; c += W)
+        store_bf16(row + i % SIDE * DEPTH + c, silu(load(gate + c)) * load(up + c), W);
+}
+
+int columns_of(const Args& a, int64_t panel) {
+    return static_cast<int>(std::min<int64_t>(ROWS, a.v[GATE].shape[0] - panel * ROWS));
+}
+
+void multiply_tiles(const Args& a, const Activation& x, const TileTasks& tasks, int64_t task) {
+    constexpr int64_t UP_SUMS = SUMS / 2;
+    const int64_t first = tasks.first_row(task), n = tasks.n_rows(task);
+    const int64_t begin = tasks.begin(task), end = tasks.end(task);
+    auto& s = *reinterpret_cast<TileScratch*>(a.scratch);
+    for (int64_t k = 0; k < a.v[GATE].shape[1]; k += MAX_COLUMNS)
+        for (int64_t pair = begin; pair < end; pair++) {
+            float* sums = s.sums[0] + (pair - begin) * PAIR;
+            multiply_pair(x, a.v[GATE], first, n, pair, k, s, sums);
+            multiply_pair(x, a.v[UP], first, n, pair, k, s, sums + UP_SUMS);
+        }
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t pair = begin; pair < end; pair++) {
+            const float* gate = s.sums[i] + (pair - begin) * PAIR;
+            if (a.v[OUT_TILES]) {
+                put_tile(a, first + i, pair, gate, gate + UP_SUMS);
+                continue;
+            }
+            for (int64_t p = 2 * pair; p < std::min(n_panels(a.v[GATE]), 2 * pair + 2); p++, gate += ROWS)
+                put(a, x.step.blocked[first + i], p * ROWS, columns_of(a, p), gate, gate + UP_SUMS);
+        }
+}
+
+int64_t n_tasks(const Args& a) {
+    const Activation x(a, X);
+    const int64_t n_single = n_single_tasks(x.n_single(a.rows(x.x)), n_panels(a.v[GATE]));
+    return TileTasks(x, a.v[GATE], MAX_PAIRS / 2).count() + n_single;
+}
+
+void run(const Args& a, int64_t begin, int64_t end) {
+    const Activation x(a, X);
+    const View &g = a.v[GATE], &u = a.v[UP];
+    const TileTasks tasks(x, g, MAX_PAIRS / 2);
+    for (; begin < std::min(tasks.count(), end); begin++) multiply_tiles(a, x, tasks, begin);
+    float gate[TILE][ROWS], up[TILE][ROWS];
+    for_single_rows(x, x.n_single(a.rows(x.x)), n_panels(g), begin - tasks.count(),
+                    end - tasks.count(), [&](int64_t p, auto rows, auto numbers, int64_t n) {
+                        multiply(g.layout, panel_at(g, p), g.shape[1], rows, n, gate);
+                        multiply(u.layout, panel_at(u, p), u.shape[1], rows, n, up);
+                        for (int64_t i = 0; i < n; i++)
+                            put(a, numbers[i], p * ROWS, columns_of(a, p), gate[i], up[i]);
+                    });
+}
+
+}  // namespace
+
+const Kernel mul_mat_swiglu = {"MUL_MAT_SWIGLU", n_tasks, run};
+
+}  // namespace gdn

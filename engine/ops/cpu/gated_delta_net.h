@@ -1,0 +1,59 @@
+// What the two algorithms of GATED_DELTA_NET share: scan, row by row, and chunk, block by block.
+#pragma once
+
+#include "kernel.h"
+#include "simd.h"
+
+namespace gdn {
+
+// One head of one sequence, from some row on: n rows, each so many floats after the last one.
+struct Head {
+    const float *q, *k, *v, *g, *beta;
+    float* out;
+    int64_t q_step, k_step, v_step, g_step, beta_step, out_step, n, dk, dv;
+    float scale;
+
+    // Its rows t … t + count - 1.
+    Head part(int64_t t, int64_t count) const {
+        Head h = *this;
+        h.q += t * q_step, h.k += t * k_step, h.v += t * v_step, h.g += t * g_step;
+        h.beta += t * beta_step, h.out += t * out_step, h.n = count;
+        return h;
+    }
+};
+
+typedef float v4 __attribute__((vector_size(16)));
+
+template <typename V>
+GDN_INLINE v4 fold(V v) {
+    v4 s = __builtin_shufflevector(v, v, 0, 1, 2, 3);
+    if constexpr (sizeof(V) >= 32) s += __builtin_shufflevector(v, v, 4, 5, 6, 7);
+    if constexpr (sizeof(V) >= 64)
+        s += fold(__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+    return s;
+}
+
+// The sums over the lanes of four vectors.
+GDN_INLINE v4 sums(const vf* v) {
+    const auto pair = [](v4 a, v4 b) __attribute__((always_inline)) {
+        return __builtin_shufflevector(a, b, 0, 4, 1, 5) +
+               __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    };
+    const v4 a = pair(fold(v[0]), fold(v[1])), b = pair(fold(v[2]), fold(v[3]));
+    return __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+}
+
+// Head sizes up to this have kernels.
+constexpr int64_t MAX_HEAD = 256;
+
+// Whether heads of these sizes can be computed in chunk form: whole tiles.
+inline bool has_chunk_form(int64_t dk, int64_t dv) { return dk % 32 == 0 && dv % 32 == 0; }
+
+// One block of at most MAX_BLOCK rows, with one decay per head, from the state at `from` to that at
+// `to` (they may be the same). The `n_ahead` rows after it are fetched into the cache meanwhile.
+void chunk(const Head& h, const float* from, float* to, int64_t n_ahead, char* scratch);
+
+// Bytes of its scratch, at the most.
+constexpr int64_t CHUNK_BYTES = 320 << 10;
+
+}  // namespace gdn
