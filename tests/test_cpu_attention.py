@@ -15,7 +15,8 @@ import pytest
 
 from engine.backends import cpu_library
 from engine.backends.cpu import CpuBackend
-from engine.graph import Capacity, Dim, Graph, Kind, Live, Tensor, row_blocks
+from engine.batch import row_blocks
+from engine.graph import Capacity, Dim, Graph, Kind, Live, Tensor
 from engine.ops.attention import ATTENTION, attention, random_operands
 from engine.ops.cases import Case, case
 from engine.planner import Executable, place
@@ -70,11 +71,20 @@ BLOCK_CASES = [
 ]
 
 
+def sequences(c: Case) -> tuple[list[int], list[int]]:
+    """Pasts and lengths of a case's sequences."""
+    operands = c.make(np.random.default_rng(0))
+    starts, positions = operands["seq_starts"].values, operands["positions"].values
+    return positions[starts[:-1]].tolist(), np.diff(starts).tolist()
+
+
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("c", [*BLOCK_CASES, *ATTENTION.cases()], ids=lambda c: c.name)
 @pytest.mark.parametrize("isa", ISAS)
 def test_blocks(isa: str, c: Case, strided: bool, seed: int) -> None:
-    check_case(CpuBackend(2, isa, matrix=True), ATTENTION, c, seed, strided, TILES_LIMIT)
+    backend, (pasts, lengths) = CpuBackend(2, isa, matrix=True), sequences(c)
+    blocks = row_blocks(pasts, lengths)
+    check_case(backend, ATTENTION, c, seed, strided, TILES_LIMIT, blocks)
 
 
 @pytest.mark.parametrize("cache_type", [F16, F32], ids=str)

@@ -1,5 +1,5 @@
-// What the ways to compute ATTENTION share: loose rows one by one (attention_rows.cpp), and blocks of
-// rows as matrix products (attention_blocks.cpp).
+// What the ways to compute ATTENTION share: loose rows one by one (attention_rows.cpp), and blocks
+// of rows as matrix products (attention_blocks.cpp).
 #pragma once
 
 #include "paged.h"

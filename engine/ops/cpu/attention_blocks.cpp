@@ -5,13 +5,13 @@
 // never touched, and as rows of a block lie within 64 aligned positions, only its last span has
 // scores that some of them must not see.
 //
-// Scores are made in powers of two, and the exponentials of a row refer not to its exact maximum but
-// to an integer above it, which is raised only when scores outgrow it by far. So sums are seldom
+// Scores are made in powers of two, and the exponentials of a row refer not to its exact maximum,
+// but to an integer above it, which is raised only when scores outgrow it by far. So sums are seldom
 // scaled, and by exact powers of two.
 
 #include "attention.h"
-#include "matrix.h"
 #include "row_products.h"
+#include "tiles.h"
 
 namespace gdn {
 
@@ -24,6 +24,8 @@ constexpr int64_t DEEP = SPAN / DEPTH;    // Tiles that a span's positions are d
 constexpr int64_t MIN_HEADS = 4;          // With fewer, rearranging keys and values takes too long.
 constexpr int64_t MANY_TASKS = 64;        // From here on every thread has enough of them.
 constexpr float LOG2_E = 1.44269504f;
+constexpr float MAGIC = 0x1.8p23f;        // Sums with it are rounded to integers, in their low bits.
+constexpr float LOWEST = -125;            // Powers of two below are taken for zero.
 constexpr float MAX_EXCESS = 8;           // How far scores may outgrow what they refer to.
 
 // Sizes of a task's operands, with those of keys and values filled up to whole tiles.
@@ -62,8 +64,8 @@ struct Split {
     int64_t n_tasks() const { return n_blocks * parts.n_kv * parts.n_parts; }
 };
 
-// A block's rows and some query heads of one key head; all of it in the scratch. Query 64 · h + r is
-// head h of row r.
+// A block's rows and some query heads of one key head; all of it in the scratch. Query 64 · h + r
+// is head h of row r.
 struct Work {
     const Sizes sizes;
     const int32_t *table, *positions;
@@ -120,26 +122,10 @@ GDN_INLINE vf load_some(const T* p, int64_t n) {
     return n >= W ? load(p) : n > 0 ? load_part(p, static_cast<int>(n)) : vf{};
 }
 
-// 2 · W lanes as bfloat16; adds to `total` what they were rounded to.
-GDN_INLINE vf store_rounded(bf16* p, vf x, vf y, vf total) {
-#if defined(__AVX512BF16__)
-    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)y, (__m512)x);
-    std::memcpy(p, &both, sizeof(both));
-    return (vf)_mm512_dpbf16_ps((__m512)total, both, (__m512bh)splat(int32_t{0x3f803f80}));
-#else
-    store_bf16(p, x, W);
-    store_bf16(p + W, y, W);
-    const auto rounded = [](vf v) { return from_bits(round_to_bf16(v) & ~0xffff); };
-    return total + (rounded(x) + rounded(y));
-#endif
-}
-
-// The first DEPTH of n values of a row as bfloat16, scaled, with zeros for those it hasn't.
+// 2 W of n elements of a row as columns of an A tile, with zeros for those it hasn't.
 template <typename T>
-GDN_INLINE void round_row(const T* x, int64_t n, float scale, bf16* y) {
-    for (int d = 0; d < DEPTH; d += 2 * W)
-        store_rounded(y + d, load_some(x + d, n - d) * scale, load_some(x + d + W, n - d - W) * scale,
-                      vf{});
+GDN_INLINE vi round_some(const T* p, int64_t n, float scale) {
+    return bf16_row(load_some(p, n) * scale, load_some(p + W, n - W) * scale);
 }
 
 void load_queries(const Args& a, const Work& w) {
@@ -149,57 +135,24 @@ void load_queries(const Args& a, const Work& w) {
             const bool exists = r < w.n_rows;
             const float* x = exists ? a.v[Q].row(w.first_row + r, w.first_head + h) : nullptr;
             bf16* y = w.q + (h * MAX_BLOCK + r / SIDE * SIDE) * w.sizes.depth * DEPTH;
-            for (int64_t d = 0; d < w.sizes.depth; d++)
-                round_row(x + d * DEPTH, exists ? w.sizes.size - d * DEPTH : 0, scale,
-                          y + d * TILE_SIZE + r % SIDE * DEPTH);
+            for (int64_t d = 0; d < w.sizes.depth * DEPTH; d += 2 * W)
+                put(y + d / DEPTH * TILE_SIZE + r % SIDE * DEPTH + d % DEPTH,
+                    round_some(x + d, exists ? w.sizes.size - d : 0, scale));
         }
-}
-
-// Pairs of bfloat16 [16, 16], turned over.
-GDN_INLINE void transpose_pairs(const bf16* x, bf16* y) {
-#if defined(__AVX512F__)
-    __m512i a[SIDE], b[SIDE];
-    for (int i = 0; i < SIDE; i++) a[i] = load_as<__m512i>(x + i * DEPTH);
-    // Within each quarter of 4 × 4 pairs ...
-    for (int i = 0; i < SIDE; i += 2) {
-        b[i] = _mm512_maskz_unpacklo_epi32(ALL, a[i], a[i + 1]);
-        b[i + 1] = _mm512_maskz_unpackhi_epi32(ALL, a[i], a[i + 1]);
-    }
-    for (int i = 0; i < SIDE; i += 4)
-        for (int j = 0; j < 2; j++) {
-            a[i + 2 * j] = _mm512_maskz_unpacklo_epi64(0xff, b[i + j], b[i + j + 2]);
-            a[i + 2 * j + 1] = _mm512_maskz_unpackhi_epi64(0xff, b[i + j], b[i + j + 2]);
-        }
-    // ... then the quarters: of rows 4·i + j, a[i·4 + j] has columns j, 4 + j, 8 + j and 12 + j.
-    for (int j = 0; j < 4; j++) {
-        const __m512i p = _mm512_maskz_shuffle_i32x4(ALL, a[j], a[4 + j], 0x88);
-        const __m512i q = _mm512_maskz_shuffle_i32x4(ALL, a[8 + j], a[12 + j], 0x88);
-        const __m512i r = _mm512_maskz_shuffle_i32x4(ALL, a[j], a[4 + j], 0xdd);
-        const __m512i s = _mm512_maskz_shuffle_i32x4(ALL, a[8 + j], a[12 + j], 0xdd);
-        b[j] = _mm512_maskz_shuffle_i32x4(ALL, p, q, 0x88);
-        b[8 + j] = _mm512_maskz_shuffle_i32x4(ALL, p, q, 0xdd);
-        b[4 + j] = _mm512_maskz_shuffle_i32x4(ALL, r, s, 0x88);
-        b[12 + j] = _mm512_maskz_shuffle_i32x4(ALL, r, s, 0xdd);
-    }
-    for (int i = 0; i < SIDE; i++) std::memcpy(y + i * DEPTH, &b[i], sizeof(b[i]));
-#else
-    for (int i = 0; i < SIDE; i++)
-        for (int j = 0; j < SIDE; j++) std::memcpy(y + j * DEPTH + 2 * i, x + i * DEPTH + 2 * j, 4);
-#endif
 }
 
 // Keys of a span as B tiles: pairs along a key's elements, positions side by side.
 template <typename T>
 void pack_keys(const Work& w, int64_t n_positions) {
     const T* const* rows = static_cast<const T**>(w.k_rows);
-    alignas(64) bf16 tile[TILE_SIZE];
     bf16* y = w.k;
     for (int64_t p = 0; p < n_positions; p += SIDE)
-        for (int64_t d = 0; d < w.sizes.depth; d++, y += TILE_SIZE) {
-            for (int i = 0; i < SIDE; i++)
-                round_row(rows[p + i] + d * DEPTH, w.sizes.size - d * DEPTH, 1, tile + i * DEPTH);
-            transpose_pairs(tile, y);
-        }
+        for (int64_t d = 0; d < w.sizes.depth * DEPTH; d += DEPTH, y += TILE_SIZE)
+            transpose_tile(
+                [&](int i, int c) {
+                    return round_some(rows[p + i] + d + 2 * c, w.sizes.size - d - 2 * c, 1);
+                },
+                [&](int at, vi pairs) { put(y + at, pairs); });
 }
 
 // Values of a span as B tiles: pairs of positions, columns side by side.
@@ -211,8 +164,8 @@ void pack_values(const Work& w, int64_t n_positions) {
             bf16* y = w.v + (c * DEEP * DEPTH + p) * SIDE;
             for (int i = 0; i < SIDE; i += W) {
                 const int64_t d = c * SIDE + i, n = w.sizes.v_size - d;
-                const vi pairs = bf16_pairs(load_some(rows[p] + d, n), load_some(rows[p + 1] + d, n));
-                std::memcpy(y + 2 * i, &pairs, sizeof(pairs));
+                put(y + 2 * i,
+                    bf16_pairs(load_some(rows[p] + d, n), load_some(rows[p + 1] + d, n)));
             }
         }
 }
@@ -232,13 +185,14 @@ void load_span(const Args& a, const Work& w, int64_t begin, int64_t end, int64_t
     pack_values<V>(w, n_positions);
 }
 
-// 2^(s - reference) to within 1e-4 of it, of which rounding to bfloat16 leaves nothing; 0 far below.
-// `shift` is 2^23 + 2^22 - reference, so that the sum's low bits are the power's whole part. NaN
-// stays NaN.
+// 2^(s - reference) to within 1e-4 of it, of which rounding to bfloat16 leaves little; 0 far below.
+// `shift` is MAGIC - reference, so that t's low bits are the rounded exponent. NaN stays NaN.
 GDN_INLINE vf power(vf s, float shift, float lowest) {
     const vf t = s + shift;
     const vf r = s - (t - shift);
-    const vf p = ((5.517166954e-02f * r + 2.426111254e-01f) * r + 6.932609857e-01f) * r + 9.999280733e-01f;
+    vf p = 5.517166954e-02f * r + 2.426111254e-01f;
+    p = p * r + 6.932609857e-01f;
+    p = p * r + 9.999280733e-01f;
     const vi y = bits(p) + (bits(t) << 23);
     return from_bits(s < lowest ? vi{} : y);
 }
@@ -247,10 +201,25 @@ GDN_INLINE vf power(vf s, float shift, float lowest) {
 void raise(const Work& w, int64_t query, float top) {
     const float before = w.reference[query], after = __builtin_ceilf(top);
     w.reference[query] = after;
-    const float shrink = power(splat(before), 12582912.0f - after, after - 125)[0];
+    const float shrink = power(splat(before), MAGIC - after, after + LOWEST)[0];
     float* acc = w.acc + query * w.sizes.v_width();
     for (int64_t d = 0; d < w.sizes.v_width(); d += W) store(acc + d, load(acc + d) * shrink);
     store(w.total + query * W, load(w.total + query * W) * shrink);
+}
+
+// 2 W weights in a row of an A tile, in their order; adds to `total` what they were rounded to: so
+// that what rounding does to a large weight doesn't show in the result's size.
+GDN_INLINE vf store_weights(bf16* p, vf x, vf y, vf total) {
+#if defined(__AVX512BF16__)
+    const vi both = bf16_row(x, y), ones = splat(int32_t{0x3f803f80});
+    put(p, both);
+    return (vf)_mm512_dpbf16_ps((__m512)total, (__m512bh)both, (__m512bh)ones);
+#else
+    store_bf16(p, x, W);
+    store_bf16(p + W, y, W);
+    const auto rounded = [](vf v) { return from_bits(round_to_bf16(v) & ~0xffff); };
+    return total + (rounded(x) + rounded(y));
+#endif
 }
 
 // A query's scores of a span become weights, a row of A tiles.
@@ -259,21 +228,20 @@ void soften(const Work& w, int64_t query, const float* scores, int64_t n_positio
     for (int64_t i = W; i < n_positions; i += W) tops = max(tops, load(scores + i));
     const float top = max_lane(tops);
     if (top > w.reference[query] + MAX_EXCESS) raise(w, query, top);
-    const float shift = 12582912.0f - w.reference[query], lowest = w.reference[query] - 125;
+    const float shift = MAGIC - w.reference[query], lowest = w.reference[query] + LOWEST;
     vf total = load(w.total + query * W);
     for (int64_t i = 0; i < n_positions; i += DEPTH, weights += TILE_SIZE)
         for (int j = 0; j < DEPTH; j += 2 * W)
-            total = store_rounded(weights + j, power(load(scores + i + j), shift, lowest),
+            total = store_weights(weights + j, power(load(scores + i + j), shift, lowest),
                                   power(load(scores + i + j + W), shift, lowest), total);
     store(w.total + query * W, total);
 }
 
 // One head's scores of the span that begins at a position, weights, and weighted sums of values.
 void attend_head(const Work& w, int64_t h, int64_t begin, int64_t n_positions) {
-    const int64_t head_depth = w.sizes.depth * TILE_SIZE, v_width = w.sizes.v_width();
-    const Tiles q{w.q + h * MAX_BLOCK / SIDE * head_depth, head_depth, TILE_SIZE};
-    const Tiles k{w.k, head_depth, TILE_SIZE};
-    multiply_matrices(q, w.row_tiles, k, n_positions / SIDE, w.sizes.depth, w.scores, SPAN, false);
+    const int64_t depth = w.sizes.depth, v_width = w.sizes.v_width();
+    const Tiles q = tiles(w.q + h * MAX_BLOCK * depth * DEPTH, depth), k = tiles(w.k, depth);
+    multiply_matrices(q, w.row_tiles, k, n_positions / SIDE, depth, w.scores, SPAN, false);
     for (int64_t r = 0; r < w.n_rows; r++) {
         float* scores = w.scores + r * SPAN;
         for (int64_t i = w.positions[r] + 1 - begin; i < n_positions; i++)
@@ -281,9 +249,8 @@ void attend_head(const Work& w, int64_t h, int64_t begin, int64_t n_positions) {
         bf16* weights = w.weights + r / SIDE * DEEP * TILE_SIZE + r % SIDE * DEPTH;
         soften(w, h * MAX_BLOCK + r, scores, n_positions, weights);
     }
-    const Tiles p{w.weights, DEEP * TILE_SIZE, TILE_SIZE}, v{w.v, DEEP * TILE_SIZE, TILE_SIZE};
-    multiply_matrices(p, w.row_tiles, v, w.sizes.columns, n_positions / DEPTH,
-                      w.acc + h * MAX_BLOCK * v_width, v_width, true);
+    multiply_matrices(tiles(w.weights, DEEP), w.row_tiles, tiles(w.v, DEEP), w.sizes.columns,
+                      n_positions / DEPTH, w.acc + h * MAX_BLOCK * v_width, v_width, true);
 }
 
 template <typename K, typename V>

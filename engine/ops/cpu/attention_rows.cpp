@@ -1,11 +1,12 @@
 // Loose rows of ATTENTION.
 //
 // A row's positions are cut into chunks, as its own position says; what comes of a chunk is joined
-// to what came of those before. Of a few rows each chunk is a task of its own, whose result is joined
-// by ATTENTION_JOIN, so that all threads read a long context; of many rows a task takes all chunks
-// of a row, or of a few rows, which then share loads of keys and values. It is the same arithmetic
-// both ways, and a row's result has the same bits whatever rows and heads it shares a task with:
-// tiles of positions begin at multiples of TILE, and a row sees in one only what is visible to it.
+// to what came of those before. Of a few rows each chunk is a task of its own, and ATTENTION_JOIN
+// joins their results, so that all threads read a long context; of many rows a task takes all
+// chunks of a row, or of a few rows, which then share loads of keys and values. It is the same
+// arithmetic both ways, and a row's result has the same bits whatever rows and heads it shares a
+// task with: tiles of positions begin at multiples of TILE, and a row sees in one only what is
+// visible to it.
 
 #include "attention.h"
 #include "kernels.h"
@@ -78,8 +79,8 @@ struct Sums {
     }
 };
 
-// Adds sums over some positions to those over earlier ones, of one query. Not inlined, so that it is
-// the same arithmetic everywhere.
+// Adds sums over some positions to those over earlier ones, of one query. Not inlined, so that it
+// is the same arithmetic everywhere.
 __attribute__((noinline)) void join(const Sums& sums, const Sums& more) {
     const float top = *sums.top > *more.top ? *sums.top : *more.top;
     const float keep = exp(splat(*sums.top - top))[0], take = exp(splat(*more.top - top))[0];
@@ -253,7 +254,8 @@ template <typename K, typename V>
 void attend(const Args& a, Work& w, int64_t begin, int64_t end) {
     const auto find_keys = [&](int64_t from) {
         const int64_t n = end - from < TILE ? end - from : TILE;
-        find_rows(a.v[K_CACHE], w.table, w.kv_head, from, from + n, static_cast<const K**>(w.next_k));
+        const K** rows = static_cast<const K**>(w.next_k);
+        find_rows(a.v[K_CACHE], w.table, w.kv_head, from, from + n, rows);
         w.n_next = n;
     };
     for (int64_t i = 0; i < w.n_queries(); i++) w.chunk.of(i).clear();
@@ -272,8 +274,8 @@ void attend(const Args& a, Work& w, int64_t begin, int64_t end) {
     for_types(a, [&](auto k, auto v) { attend<decltype(k), decltype(v)>(a, w, begin, end); });
 }
 
-// The rows from the i-th loose one on, all before `end`, that are consecutive ones of a sequence and
-// whose positions are cut into chunks of the same length.
+// The rows from the i-th loose one on, all before `end`, that are consecutive ones of a sequence
+// and whose positions are cut into chunks of the same length.
 Work work_of(const Args& a, const Split& s, int64_t i, int64_t end, int64_t head_part) {
     const int32_t *loose = a.step->loose, *seq_starts = a.v[SEQ_STARTS].as<int32_t>();
     const int64_t part = head_part % s.parts.n_parts, chunks = max_chunks(a);
