@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from engine.backends.reference import ReferenceBackend
+from engine.batch import row_blocks
 from engine.graph import Capacity, Dim, Graph, Kind, Tensor
 from engine.ops.attention import attention
 from engine.ops.cases import live_counts, paged_operands
@@ -73,7 +75,8 @@ def check(backend: Any, cache_type: DType, seed: int, limit: float) -> None:
         backend.states.load("n_blocks", i, {cache.name: contents})
     backend.write(rows, kv)
     backend.write(queries, q)
-    out = executable.run(batch, live_counts(operands))["out"]
+    live = replace(live_counts(operands), blocks=row_blocks(PASTS, LENGTHS))
+    out = executable.run(batch, live)["out"]
     after = np.stack([backend.states.save("n_blocks", i)[cache.name] for i in range(n_blocks)])
 
     exact = (x.astype(np.float64) for x in (kv, norm, cached))

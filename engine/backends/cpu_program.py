@@ -29,6 +29,9 @@ PACKED_KERNELS = frozenset({*_PACKED_OPERANDS, "MUL_MAT_SWIGLU"})
 _ITEM = {F32: 4, I32: 4, I8: 1, BF16: 2}
 # Columns of a tile; and the most columns of an expert's rows that are gathered (mul_mat_id.cpp).
 TILE_SIDE, TILE_DEPTH, MAX_GATHERED = 16, 32, 1 << 14
+# Of how many loose rows ATTENTION may take chunks of positions apart, into how many chunks, and the
+# elements before a chunk's sums (attention_rows.cpp).
+SPLIT_ROWS, MAX_CHUNKS, PARTIAL_HEAD = 16, 32, 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +91,8 @@ class Lowering:
                 self._mul_mat(node)
             case "MUL_MAT_ID":
                 self._mul_mat_id(node)
+            case "ATTENTION":
+                self._attention(node)
             case _:
                 for kernel, tensors, attrs in parts(node):
                     n_outputs = 1 if kernel == "SWIGLU" else len(node.outputs)
@@ -151,6 +156,14 @@ class Lowering:
             self._append("MUL_MAT_ID", [node], operands, [], 1)
             if gates is not None:
                 self._append("SUM_EXPERTS", [node], [out, target, gates], [], 1)
+
+    def _attention(self, node: Node) -> None:
+        ((kernel, (out, *operands), attrs),) = parts(node)
+        n_tokens, n_heads, size = node.outputs[0].shape
+        n_rows, width = min(int(n_tokens), SPLIT_ROWS), PARTIAL_HEAD + -(-size // 16) * 16
+        partials = Scratch((n_rows, n_heads, MAX_CHUNKS, width), F32)
+        self._append(kernel, node, [out, partials, *operands], attrs, 2)
+        self._append("ATTENTION_JOIN", node, [out, partials, *operands], [], 1)
 
     def _quantize(
         self, node: Node, x: Tensor, weights: Sequence[Tensor], loose: bool

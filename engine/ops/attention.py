@@ -97,28 +97,30 @@ def _cost(node: Node, live: Live) -> Cost:
     return Cost(flops, bytes_moved(node, live) + live.kv_rows * row_bytes)
 
 
-def _cases() -> Iterable[Case]:
-    def make(
-        rng: Rng,
-        heads: tuple[int, int],
-        sizes: tuple[int, int],
-        pasts: list[int],
-        lengths: list[int],
-        caches: tuple[DType, DType],
-        gated: bool,
-    ) -> dict[str, Operand]:
-        (n_q, n_kv), (d_k, d_v), n = heads, sizes, sum(lengths)
-        paged, n_blocks = paged_operands(rng, pasts, lengths, 16)
-        operands = {
-            "q": activation(rng.normal(size=(n, n_q, d_k)) * 3),
-            "k_cache": blocks(rng.normal(size=(n_blocks, n_kv, 16, d_k)), caches[0]),
-            "v_cache": blocks(rng.normal(size=(n_blocks, n_kv, 16, d_v)), caches[1]),
-            **paged,
-        }
-        if gated:
-            operands["gate"] = activation(rng.normal(size=(n, n_q, d_v)) * 5)
-        return operands
+def random_operands(
+    rng: Rng,
+    heads: tuple[int, int],
+    sizes: tuple[int, int],
+    pasts: list[int],
+    lengths: list[int],
+    caches: tuple[DType, DType],
+    gated: bool,
+) -> dict[str, Operand]:
+    """Sequences with a past; with a scale of 1 / sqrt(Dk), scores have a deviation of 3."""
+    (n_q, n_kv), (d_k, d_v), n = heads, sizes, sum(lengths)
+    paged, n_blocks = paged_operands(rng, pasts, lengths, 16)
+    operands = {
+        "q": activation(rng.normal(size=(n, n_q, d_k)) * 3),
+        "k_cache": blocks(rng.normal(size=(n_blocks, n_kv, 16, d_k)), caches[0]),
+        "v_cache": blocks(rng.normal(size=(n_blocks, n_kv, 16, d_v)), caches[1]),
+        **paged,
+    }
+    if gated:
+        operands["gate"] = activation(rng.normal(size=(n, n_q, d_v)) * 5)
+    return operands
 
+
+def _cases() -> Iterable[Case]:
     for heads, sizes, pasts, lengths, caches, gated in (
         ((1, 1), (16, 16), [0], [1], (F32, F32), False),
         ((4, 2), (64, 64), [0, 37, 200], [3, 1, 20], (F16, F16), True),
@@ -129,7 +131,7 @@ def _cases() -> Iterable[Case]:
     ):
         params = {"heads": heads, "sizes": sizes, "pasts": pasts, "lengths": lengths}
         attrs = {"scale": 1 / math.sqrt(sizes[0])}
-        yield case(make, attrs, **params, caches=caches, gated=gated)
+        yield case(random_operands, attrs, **params, caches=caches, gated=gated)
 
 
 ATTENTION = Op("ATTENTION", _infer, _reference, _cost, _cases)

@@ -18,25 +18,10 @@ GDN_INLINE vf load_part(const uint16_t* p, int n) {
     return load(lanes);
 }
 
-typedef float v4 __attribute__((vector_size(16)));
-
-// Four lanes that add up to all lanes of a vector.
-GDN_INLINE v4 fold(vf v) {
-#if defined(__AVX512F__)
-    const auto half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                      __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-    return __builtin_shufflevector(half, half, 0, 1, 2, 3) +
-           __builtin_shufflevector(half, half, 4, 5, 6, 7);
-#elif defined(__AVX2__)
-    return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
-#else
-    return v;
-#endif
-}
-
 // The sums of the lanes of four vectors: far fewer steps than `sum` of each.
 GDN_INLINE v4 sums(vf a, vf b, vf c, vf d) {
-    const v4 p = fold(a), q = fold(b), r = fold(c), s = fold(d);
+    const auto add = [](auto x, auto y) { return x + y; };
+    const v4 p = fold(a, add), q = fold(b, add), r = fold(c, add), s = fold(d, add);
     const v4 pq = __builtin_shufflevector(p, q, 0, 4, 1, 5) +
                   __builtin_shufflevector(p, q, 2, 6, 3, 7);
     const v4 rs = __builtin_shufflevector(r, s, 0, 4, 1, 5) +

@@ -50,27 +50,40 @@ GDN_INLINE vi splat(int32_t x) { return x - vi{}; }
 GDN_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 GDN_INLINE vi bits(vf v) { return reinterpret_cast<vi>(v); }
 GDN_INLINE vf from_bits(vi v) { return reinterpret_cast<vf>(v); }
-GDN_INLINE vf select(vi mask, vf a, vf b) {
-    return from_bits((mask & bits(a)) | (~mask & bits(b)));
-}
-GDN_INLINE vf max(vf a, vf b) { return select(a > b, a, b); }
-GDN_INLINE vf min(vf a, vf b) { return select(a < b, a, b); }
+GDN_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+GDN_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+GDN_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 
-// The sum of all lanes: halves are added until one lane is left.
+typedef float v4 __attribute__((vector_size(16)));
+
+// Four lanes that f makes of all, halves by halves.
+template <typename F>
+GDN_INLINE v4 fold(vf v, F f) {
+#if defined(__AVX512F__)
+    const auto half = f(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                        __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+    return f(__builtin_shufflevector(half, half, 0, 1, 2, 3),
+             __builtin_shufflevector(half, half, 4, 5, 6, 7));
+#elif defined(__AVX2__)
+    return f(__builtin_shufflevector(v, v, 0, 1, 2, 3), __builtin_shufflevector(v, v, 4, 5, 6, 7));
+#else
+    (void)f;
+    return v;
+#endif
+}
+
+// One that f makes of all.
+template <typename F>
+GDN_INLINE float reduce(vf v, F f) {
+    const v4 four = fold(v, f), two = f(four, __builtin_shufflevector(four, four, 2, 3, 2, 3));
+    return f(two, __builtin_shufflevector(two, two, 1, 1, 1, 1))[0];
+}
+
 GDN_INLINE float sum(vf v) {
-    float lanes[W];
-    store(lanes, v);
-    for (int n = W / 2; n > 0; n /= 2)
-        for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];
-    return lanes[0];
+    return reduce(v, [](auto a, auto b) { return a + b; });
 }
-
 GDN_INLINE float max_lane(vf v) {
-    float lanes[W];
-    store(lanes, v);
-    float m = lanes[0];
-    for (int i = 1; i < W; i++) m = lanes[i] > m ? lanes[i] : m;
-    return m;
+    return reduce(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // e^x to about one unit in the last place; 0 below -87, and inf above 88.7. NaN stays NaN.
