@@ -162,8 +162,8 @@ class Lowering:
         n_tokens, n_heads, size = node.outputs[0].shape
         n_rows, width = min(int(n_tokens), SPLIT_ROWS), PARTIAL_HEAD + -(-size // 16) * 16
         partials = Scratch((n_rows, n_heads, MAX_CHUNKS, width), F32)
-        self._append(kernel, node, [out, partials, *operands], attrs, 2)
-        self._append("ATTENTION_JOIN", node, [out, partials, *operands], [], 1)
+        self._append(kernel, [node], [out, partials, *operands], attrs, 2)
+        self._append("ATTENTION_JOIN", [node], [out, partials, *operands], [], 1)
 
     def _quantize(
         self, node: Node, x: Tensor, weights: Sequence[Tensor], loose: bool
