@@ -262,4 +262,5 @@ def test_scores_that_rise_or_fall_all_the_time(
     op.keys[0][:, 0, 0], op.keys[0][:, 0, 1] = slope * (np.arange(600) // 3), 1
     op.load()
     (got,) = op.run((0, 300, 600))
-    assert nmse(got, op.expected(0, 300, 600)) <= 2 * ROUNDED
+    # Few keys count, the same for all rows: their errors hardly average out.
+    assert nmse(got, op.expected(0, 300, 600)) <= 1e-5

@@ -31,6 +31,10 @@ N_PROMPT = 203
 # Measured over 40 prompts of each: at most 7e-12 (tiny), 1e-11 (tiny-untied, tiny-moe), 3e-11
 # (tiny-next) and 4e-12 (tiny-kimi). Prompts are drawn anew, and some amplify rounding.
 REFERENCE_LIMIT = 1e-8
+# With attention and the delta rule on bfloat16 tiles, 9 prompts each: at most 1.2e-7 and 4.5e-5; with
+# experts 1.8e-2, as some choices of experts turn around.
+TILES_LIMITS = {"tiny": 1e-6, "tiny-untied": 3e-4}
+TILES_LIMITS |= dict.fromkeys(("tiny-moe", "tiny-next", "tiny-kimi"), 1e-1)
 
 
 @pytest.fixture(scope="module", params=PRESETS)
@@ -120,7 +124,7 @@ def in_steps(engine: Engine, ids: list[int], lengths: tuple[int, ...]) -> Array:
 @pytest.mark.parametrize("types", [("f32", "f32"), ("f16", "f32"), ("f32", "f16")], ids="-".join)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_reference_computes_the_same(
-    models: Models, rng: np.random.Generator, preset: str, types: tuple[str, str]
+    models: Models, rng: np.random.Generator, preset: str, types: tuple[str, str], matrix: bool
 ) -> None:
     """With plain weights, and caches of the same types, all that differs is rounding."""
     ids = random_ids(rng, N_PROMPT)
@@ -131,4 +135,4 @@ def test_the_reference_computes_the_same(
     with engine_on(path, **options) as engine:
         assert {b.name for b in engine.plan.backends} == {"cpu"}
         error = nmse(engine.logits(ids), want)
-    assert error <= REFERENCE_LIMIT
+    assert error <= (TILES_LIMITS[preset] if matrix else REFERENCE_LIMIT)

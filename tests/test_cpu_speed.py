@@ -40,9 +40,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 @pytest.mark.timing
 @pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "Q4_K", "BF16"])
-def test_products_of_one_row_read_as_fast_as_the_probe(
-    name: str, rng: np.random.Generator
-) -> None:
+def test_products_of_one_row_read_as_fast_as_the_probe(name: str, rng: np.random.Generator) -> None:
     backend, dtype = CpuBackend(), WEIGHT_TYPES[name]
     landed = LANDED.get(backend.library.isa)
     if landed is None:
