@@ -31,7 +31,7 @@ N_PROMPT = 203
 # Measured over 40 prompts of each: at most 7e-12 (tiny), 1e-11 (tiny-untied, tiny-moe), 3e-11
 # (tiny-next) and 4e-12 (tiny-kimi). Prompts are drawn anew, and some amplify rounding.
 REFERENCE_LIMIT = 1e-8
-# With attention and the delta rule on bfloat16 tiles, 9 prompts each: at most 1.2e-7 and 4.5e-5; with
+# With attention and the delta rule on tiles, 9 prompts each: at most 1.2e-7 and 4.5e-5; with
 # experts 1.8e-2, as some choices of experts turn around.
 TILES_LIMITS = {"tiny": 1e-6, "tiny-untied": 3e-4}
 TILES_LIMITS |= dict.fromkeys(("tiny-moe", "tiny-next", "tiny-kimi"), 1e-1)

@@ -55,8 +55,12 @@ GDN_INLINE void store_bf16(bf16* p, vf v, int n) {
 #endif
 }
 
-// Bytes that are fetched ahead with each tile that is summed over.
-constexpr int64_t FETCHED = 512;
+// What a product fetches into the L2 cache while it multiplies: so many bytes with each tile that is
+// summed over, one after another.
+struct Soon {
+    const char* at = nullptr;
+    int64_t bytes = 0;
+};
 
 // Where the tiles of an operand lie: `side` elements between tiles side by side along the result's
 // rows (A) or columns (B), `depth` between those that are summed over.
@@ -116,19 +120,18 @@ GDN_INLINE void end_sum(float* c, int64_t stride) {
     store_tile<2 * I + J>(c + I * SIDE * stride + J * SIDE, 4 * stride);
 }
 
-// c [16 · MT, 16 · NT] = a · b, or += with `add`, summed over n tiles; MT and NT are 1 or 2. Given
-// `soon`, it fetches n times FETCHED bytes from there into the L2 cache while it multiplies.
+// c [16 · MT, 16 · NT] = a · b, or += with `add`, summed over n tiles; MT and NT are 1 or 2.
 template <int MT, int NT>
 void multiply_tiles(Tiles a, Tiles b, int64_t n, float* c, int64_t c_stride, bool add,
-                    const char* soon = nullptr) {
+                    Soon soon = {}) {
     constexpr int A0 = 4, A1 = 5, B0 = 6, B1 = 7;
     begin_sum<0, 0>(c, c_stride, add);
     if constexpr (NT == 2) begin_sum<0, 1>(c, c_stride, add);
     if constexpr (MT == 2) begin_sum<1, 0>(c, c_stride, add);
     if constexpr (MT == 2 && NT == 2) begin_sum<1, 1>(c, c_stride, add);
     for (int64_t k = 0; k < n; k++) {
-        if (soon)
-            for (int64_t i = 0; i < FETCHED; i += 64) __builtin_prefetch(soon + k * FETCHED + i, 0, 2);
+        for (int64_t i = 0; i < soon.bytes; i += 64)
+            __builtin_prefetch(soon.at + k * soon.bytes + i, 0, 2);
         load_tile<B0>(b.tile(0, k), 2 * DEPTH);
         load_tile<A0>(a.tile(0, k), 2 * DEPTH);
         multiply_tile<0, A0, B0>();
@@ -155,8 +158,7 @@ inline void begin_matrix_products() {}
 inline void end_matrix_products() {}
 
 template <int MT, int NT>
-void multiply_tiles(Tiles a, Tiles b, int64_t n, float* c, int64_t c_stride, bool add,
-                    const char* = nullptr) {
+void multiply_tiles(Tiles a, Tiles b, int64_t n, float* c, int64_t c_stride, bool add, Soon = {}) {
     constexpr int PARTS = SIDE / W;
     for (int i = 0; i < MT * SIDE; i++)
         for (int j = 0; j < NT * PARTS; j++) {
@@ -186,7 +188,7 @@ inline void multiply_matrices(Tiles a, int64_t m, Tiles b, int64_t n_columns, in
             float* to = c + i * SIDE * c_stride + j * SIDE;
             const auto f = i + 1 < m ? (j + 1 < n_columns ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)
                                      : (j + 1 < n_columns ? multiply_tiles<1, 2> : multiply_tiles<1, 1>);
-            f(x, y, n, to, c_stride, add, nullptr);
+            f(x, y, n, to, c_stride, add, {});
         }
 }
 

@@ -51,7 +51,12 @@ void multiply_tiles(const Args& a, const Activation& x, const TileTasks& tasks, 
         pairs[n_pairs++] = {&a.v[GATE], pair, (pair - begin) * PAIR};
         pairs[n_pairs++] = {&a.v[UP], pair, (pair - begin) * PAIR + UP_SUMS};
     }
-    multiply_pairs(x, pairs, n_pairs, first, n, s, [&](int64_t row, int64_t n_rows, float* sums) {
+    const auto fetch = [&](int64_t row, int64_t n_rows) {
+        if (a.v[OUT_TILES]) return;  // These are next to each other.
+        for (int64_t i = row; i < row + n_rows; i++)
+            fetch_to_write(a.v[OUT].row(x.step.blocked[i]) + begin * PAIR, (end - begin) * PAIR);
+    };
+    multiply_pairs(x, pairs, n_pairs, first, n, s, fetch, [&](int64_t row, int64_t n_rows, float* sums) {
         for (int64_t i = row; i < row + n_rows; i++, sums += SUMS)
             for (int64_t pair = begin; pair < end; pair++)
                 put_pair(a, i, pair, sums + (pair - begin) * PAIR, sums + (pair - begin) * PAIR + UP_SUMS);
