@@ -1,0 +1,99 @@
+"""GATED_DELTA_NET alone on the CPU: scan against chunk over prompt lengths and numbers of heads.
+
+    python tools/time_delta_net.py [-t THREADS] [--heads 16,32] [--lengths 1,16,64,…]
+
+Microseconds a call, medians of calls that take turns, on one sequence with a state; heads of 128.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from engine.backends import cpu_library
+from engine.backends.cpu import CpuBackend
+from engine.batch import row_blocks
+from engine.graph import Kind, Live
+from engine.ops import OPS
+from engine.ops.cases import Case, single_node_graph
+from engine.ops.gated_delta_net import random_operands
+from engine.planner import Executable, place
+
+OP, SIZE, SECONDS = OPS["GATED_DELTA_NET"], 128, 0.25
+
+
+class Call:
+    """The op on one sequence of `n` rows, by one algorithm."""
+
+    def __init__(self, n: int, n_heads: int, algorithm: str, n_threads: int) -> None:
+        self._backend = CpuBackend(n_threads, matrix=True)
+        rng = np.random.default_rng(n)
+        operands = random_operands(rng, [n], (n_heads, n_heads), (SIZE, SIZE), -0.1)
+        attrs = {"head_map": "tiled", "scale": SIZE**-0.5, "algorithm": algorithm}
+        case = Case("timed", lambda _: operands, attrs)
+        graph, tensors = single_node_graph(OP, case, operands)
+        self._executable = Executable(place(graph, [self._backend], strict=True), _NoWeights())
+        for name, operand in operands.items():
+            if operand.kind is Kind.ACTIVATION:
+                self._backend.write(tensors[name], operand.values)
+            if operand.kind is Kind.STATE:
+                self._backend.states.arrays[tensors[name]][:] = operand.values
+        self._inputs = {m: o.values for m, o in operands.items() if o.kind is Kind.INPUT}
+        self._live = Live(n, 1, 0, blocks=row_blocks([0], [n]))
+
+    def seconds(self) -> float:
+        """How long the kernel takes."""
+        timings = self._executable.run_timed(self._inputs, self._live)
+        return sum(t.seconds for t in timings if t.backend)
+
+
+class _NoWeights:
+    def raw(self, name: str) -> np.ndarray:
+        raise AssertionError(name)
+
+    def release(self, name: str, begin: int = 0, end: int | None = None) -> None:
+        raise AssertionError(name)
+
+
+def compare(n: int, n_heads: int, n_threads: int) -> tuple[float, float]:
+    """Median seconds by scan and by chunk."""
+    calls = [Call(n, n_heads, algorithm, n_threads) for algorithm in ("scan", "auto")]
+    times: list[list[float]] = [[], []]
+    end = time.perf_counter() + SECONDS
+    while time.perf_counter() < end or len(times[0]) < 5:
+        for call, taken in zip(calls, times, strict=True):
+            taken.append(call.seconds())
+    return median(times[0][1:]), median(times[1][1:])
+
+
+def numbers(text: str) -> list[int]:
+    """What a list of numbers with commas says."""
+    return [int(part) for part in text.split(",")]
+
+
+def main() -> None:
+    """Print the table."""
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("-t", "--threads", type=int, default=cpu_library.n_cores())
+    p.add_argument("--heads", type=numbers, default=[16, 32])
+    lengths = [1, 16, 32, 64, 128, 256, 512, 1024, 2048]
+    p.add_argument("--lengths", type=numbers, default=lengths)
+    options = p.parse_args()
+    print(f"{cpu_library.load().isa} kernels, {options.threads} threads, heads of {SIZE}")
+    print("| T | heads | scan µs | chunk µs | scan / chunk |\n|---|---|---|---|---|")
+    for n_heads in options.heads:
+        for n in options.lengths:
+            scan, chunk = compare(n, n_heads, options.threads)
+            row = f"| {n} | {n_heads} | {scan * 1e6:.0f} | {chunk * 1e6:.0f} | {scan / chunk:.2f} |"
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
