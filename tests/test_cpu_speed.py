@@ -25,9 +25,9 @@ N_IN, N_BYTES, ROUNDS = 1024, 1 << 27, 9
 # Bytes of the file's type a second, as a share of the probe's: AVX2 on two cores of a Zen 1 EPYC,
 # which its arithmetic holds up; AVX-512 and AMX on two of a Xeon (Sapphire Rapids).
 LANDED = {
-    "avx2": {"Q4_0": 0.70, "Q8_0": 0.85, "Q4_K": 0.65, "BF16": 0.9},
-    "avx512": {"Q4_0": 0.8, "Q8_0": 0.95, "Q4_K": 0.75, "BF16": 0.8},
-    "amx": {"Q4_0": 0.8, "Q8_0": 0.95, "Q4_K": 0.75, "BF16": 0.8},
+    "avx2": {"Q4_0": 0.85, "Q8_0": 0.91, "Q4_K": 0.78, "BF16": 0.91},
+    "avx512": {"Q4_0": 0.86, "Q8_0": 0.85, "Q4_K": 0.79, "BF16": 0.88},
+    "amx": {"Q4_0": 0.86, "Q8_0": 0.85, "Q4_K": 0.79, "BF16": 0.88},
 }
 FLOOR = 0.85
 
