@@ -75,8 +75,8 @@ void run(void* team) {
     std::vector<Instruction> program(word());
     std::vector<gdn::View> views(word());
     std::vector<double> attrs(word());
-    int64_t live[gdn::N_DIMS];
-    get(live, sizeof(live));
+    int64_t live[gdn::N_DIMS + 1] = {};  // The last says that no blocks follow.
+    get(live, gdn::N_DIMS * sizeof(int64_t));
     for (Region& r : regions) {
         r.there = word(), r.size = word();
         const size_t room = (r.size + 191) / 64 * 64;
