@@ -5,6 +5,9 @@
 // never touched, and as rows of a block lie within 64 aligned positions, only its last span has
 // scores that some of them must not see.
 //
+// Queries and keys are split into two bfloat16 parts each: rounded once, scores of a deviation of 4
+// would change weights by more than all other rounding does. Values and weights are rounded.
+//
 // Scores are made in powers of two, and the exponentials of a row refer not to its exact maximum,
 // but to an integer above it, which is raised only when scores outgrow it by far. So sums are seldom
 // scaled, and by exact powers of two.
@@ -40,11 +43,11 @@ struct Sizes {
 
     int64_t v_width() const { return columns * SIDE; }
     int64_t head_bytes() const {
-        const int64_t q = MAX_BLOCK * depth * DEPTH * 2, acc = MAX_BLOCK * v_width() * 4;
+        const int64_t q = 2 * MAX_BLOCK * depth * DEPTH * 2, acc = MAX_BLOCK * v_width() * 4;
         return q + acc + MAX_BLOCK * 4 * (W + 1);
     }
     int64_t shared_bytes() const {
-        const int64_t k = SPAN * depth * DEPTH * 2, v = SPAN * v_width() * 2;
+        const int64_t k = 2 * SPAN * depth * DEPTH * 2, v = SPAN * v_width() * 2;
         const int64_t scores = MAX_BLOCK * SPAN * (4 + 2), pointers = 2 * SPAN * sizeof(void*);
         return k + v + scores + pointers + 4 * size + 4 * v_size;
     }
@@ -70,8 +73,8 @@ struct Work {
     const Sizes sizes;
     const int32_t *table, *positions;
     int64_t first_row, n_rows, row_tiles, kv_head, first_head, n_heads;
-    bf16* q;            // [n_heads, row tile, depth tile] A tiles: queries, scaled.
-    bf16* k;            // [16 positions, depth tile] B tiles: keys of a span.
+    bf16* q;            // [n_heads, row tile, part, depth tile] A tiles: queries, scaled.
+    bf16* k;            // [16 positions, part, depth tile] B tiles: keys of a span.
     bf16* v;            // [16 columns, 32 positions] B tiles: values of a span.
     float* scores;      // [64, SPAN] of one head.
     bf16* weights;      // [row tile, 32 positions] A tiles: their exponentials.
@@ -101,8 +104,8 @@ struct Room {
 void place(Work& w, char* scratch) {
     Room room{scratch};
     const int64_t n = w.n_heads * MAX_BLOCK, row_bytes = 4 * (w.sizes.size + w.sizes.v_size);
-    w.q = room.take<bf16>(n * w.sizes.depth * DEPTH);
-    w.k = room.take<bf16>(SPAN * w.sizes.depth * DEPTH);
+    w.q = room.take<bf16>(2 * n * w.sizes.depth * DEPTH);
+    w.k = room.take<bf16>(2 * SPAN * w.sizes.depth * DEPTH);
     w.v = room.take<bf16>(SPAN * w.sizes.v_width());
     w.scores = room.take<float>(MAX_BLOCK * SPAN);
     w.k_rows = room.take<void*>(SPAN), w.v_rows = room.take<void*>(SPAN);
@@ -124,20 +127,23 @@ GDN_INLINE vf load_some(const T* p, int64_t n) {
 
 // 2 W of n elements of a row as columns of an A tile, with zeros for those it hasn't.
 template <typename T>
-GDN_INLINE vi round_some(const T* p, int64_t n, float scale) {
-    return bf16_row(load_some(p, n) * scale, load_some(p + W, n - W) * scale);
+GDN_INLINE Pairs split_some(const T* p, int64_t n, float scale) {
+    return split(load_some(p, n) * scale, load_some(p + W, n - W) * scale);
 }
 
 void load_queries(const Args& a, const Work& w) {
     const float scale = static_cast<float>(a.attr[0]) * LOG2_E;
+    const int64_t part = w.sizes.depth * TILE_SIZE;
     for (int64_t h = 0; h < w.n_heads; h++)
         for (int64_t r = 0; r < w.row_tiles * SIDE; r++) {
             const bool exists = r < w.n_rows;
             const float* x = exists ? a.v[Q].row(w.first_row + r, w.first_head + h) : nullptr;
-            bf16* y = w.q + (h * MAX_BLOCK + r / SIDE * SIDE) * w.sizes.depth * DEPTH;
-            for (int64_t d = 0; d < w.sizes.depth * DEPTH; d += 2 * W)
-                put(y + d / DEPTH * TILE_SIZE + r % SIDE * DEPTH + d % DEPTH,
-                    round_some(x + d, exists ? w.sizes.size - d : 0, scale));
+            bf16* y = w.q + (h * MAX_BLOCK + r) / SIDE * 2 * part + r % SIDE * DEPTH;
+            for (int64_t d = 0; d < w.sizes.depth * DEPTH; d += 2 * W) {
+                const Pairs q = split_some(x + d, exists ? w.sizes.size - d : 0, scale);
+                bf16* to = y + d / DEPTH * TILE_SIZE + d % DEPTH;
+                put(to, q.high), put(to + part, q.low);
+            }
         }
 }
 
@@ -145,14 +151,18 @@ void load_queries(const Args& a, const Work& w) {
 template <typename T>
 void pack_keys(const Work& w, int64_t n_positions) {
     const T* const* rows = static_cast<const T**>(w.k_rows);
-    bf16* y = w.k;
-    for (int64_t p = 0; p < n_positions; p += SIDE)
-        for (int64_t d = 0; d < w.sizes.depth * DEPTH; d += DEPTH, y += TILE_SIZE)
-            transpose_tile(
-                [&](int i, int c) {
-                    return round_some(rows[p + i] + d + 2 * c, w.sizes.size - d - 2 * c, 1);
-                },
-                [&](int at, vi pairs) { put(y + at, pairs); });
+    const int64_t depth = w.sizes.depth, part = depth * TILE_SIZE;
+    for (int64_t i = 0; i < 2 * n_positions / SIDE * depth; i++) {
+        const int64_t p = i / depth / 2 * SIDE, d = i % depth * DEPTH;
+        const bool low = i / depth % 2;
+        bf16* y = w.k + p / SIDE * 2 * part + low * part + d * SIDE;
+        transpose_tile(
+            [&](int r, int c) {
+                const Pairs k = split_some(rows[p + r] + d + 2 * c, w.sizes.size - d - 2 * c, 1);
+                return low ? k.low : k.high;
+            },
+            [&](int at, vi pairs) { put(y + at, pairs); });
+    }
 }
 
 // Values of a span as B tiles: pairs of positions, columns side by side.
@@ -239,9 +249,13 @@ void soften(const Work& w, int64_t query, const float* scores, int64_t n_positio
 
 // One head's scores of the span that begins at a position, weights, and weighted sums of values.
 void attend_head(const Work& w, int64_t h, int64_t begin, int64_t n_positions) {
-    const int64_t depth = w.sizes.depth, v_width = w.sizes.v_width();
-    const Tiles q = tiles(w.q + h * MAX_BLOCK * depth * DEPTH, depth), k = tiles(w.k, depth);
-    multiply_matrices(q, w.row_tiles, k, n_positions / SIDE, depth, w.scores, SPAN, false);
+    const int64_t depth = w.sizes.depth, part = depth * TILE_SIZE, v_width = w.sizes.v_width();
+    const Tiles q = tiles(w.q + h * MAX_BLOCK / SIDE * 2 * part, 2 * depth), k = tiles(w.k, 2 * depth);
+    const Tiles q_low{q.at + part, q.side, q.depth}, k_low{k.at + part, k.side, k.depth};
+    const int64_t n = n_positions / SIDE;
+    multiply_matrices(q, w.row_tiles, k, n, depth, w.scores, SPAN, false);
+    multiply_matrices(q_low, w.row_tiles, k, n, depth, w.scores, SPAN, true);
+    multiply_matrices(q, w.row_tiles, k_low, n, depth, w.scores, SPAN, true);
     for (int64_t r = 0; r < w.n_rows; r++) {
         float* scores = w.scores + r * SPAN;
         for (int64_t i = w.positions[r] + 1 - begin; i < n_positions; i++)

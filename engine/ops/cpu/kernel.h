@@ -60,7 +60,7 @@ struct Args {
     int64_t rows(const View& view) const { return view.dim ? live[view.dim] : view.shape[0]; }
 };
 
-constexpr int64_t SCRATCH_BYTES = 1 << 20;
+constexpr int64_t SCRATCH_BYTES = 3 << 19;
 
 struct Kernel {
     const char* name;
