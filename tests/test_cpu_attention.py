@@ -30,8 +30,8 @@ ISAS = cpu_library.usable()
 # What rounding a value to bfloat16 does to its square, on average: errors are uniform up to 2^-8 of
 # the power of two below it, and values are not.
 ROUNDED = 0.54 * 2.0**-16 / 3
-# Weights and values are rounded. Cases' scores have a deviation of 3; measured over three runs of all:
-# at most 4.5e-6.
+# Weights and values are rounded. Cases' scores have a deviation of 3; over three runs of all cases
+# it was at most 4.5e-6.
 TILES_LIMIT = 2 * ROUNDED
 EXACT_LIMIT = 1e-10
 BLOCK_SIZE = 16
