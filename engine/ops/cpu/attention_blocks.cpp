@@ -250,7 +250,8 @@ void soften(const Work& w, int64_t query, const float* scores, int64_t n_positio
 // One head's scores of the span that begins at a position, weights, and weighted sums of values.
 void attend_head(const Work& w, int64_t h, int64_t begin, int64_t n_positions) {
     const int64_t depth = w.sizes.depth, part = depth * TILE_SIZE, v_width = w.sizes.v_width();
-    const Tiles q = tiles(w.q + h * MAX_BLOCK / SIDE * 2 * part, 2 * depth), k = tiles(w.k, 2 * depth);
+    const Tiles q = tiles(w.q + h * MAX_BLOCK / SIDE * 2 * part, 2 * depth);
+    const Tiles k = tiles(w.k, 2 * depth);
     const Tiles q_low{q.at + part, q.side, q.depth}, k_low{k.at + part, k.side, k.depth};
     const int64_t n = n_positions / SIDE;
     multiply_matrices(q, w.row_tiles, k, n, depth, w.scores, SPAN, false);

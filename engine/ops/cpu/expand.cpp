@@ -39,7 +39,8 @@ const bf16* expand_records(F, const uint8_t* panel, int64_t begin, int64_t end, 
         bf16* tile = room + (i - begin) * TILE_SIZE;
         for (int b = 0; b < F::RECORD_BYTES; b += 64) __builtin_prefetch(record + b + AHEAD);
         for (int p = 0; p < PARTS; p++) {
-            const vf super[2] = {super_of<F>(block, p), F::HAS_MIN ? super_of<F>(block, PARTS + p) : vf{}};
+            vf super[2] = {super_of<F>(block, p), vf{}};
+            if constexpr (F::HAS_MIN) super[1] = super_of<F>(block, PARTS + p);
             expand_group<F, 0>(record, super, p, tile);
             if constexpr (F::GROUPS == 2) expand_group<F, 1>(record, super, p, tile);
         }

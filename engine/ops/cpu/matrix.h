@@ -55,8 +55,8 @@ GDN_INLINE void store_bf16(bf16* p, vf v, int n) {
 #endif
 }
 
-// What a product fetches into the L2 cache while it multiplies: so many bytes with each tile that is
-// summed over, one after another.
+// What a product fetches into the L2 cache while it multiplies: so many bytes with each tile that
+// is summed over, one after another.
 struct Soon {
     const char* at = nullptr;
     int64_t bytes = 0;
@@ -179,6 +179,14 @@ void multiply_tiles(Tiles a, Tiles b, int64_t n, float* c, int64_t c_stride, boo
 
 #endif
 
+// The same with MT and NT as numbers.
+inline void multiply_some(int64_t mt, int64_t nt, Tiles a, Tiles b, int64_t n, float* c,
+                          int64_t c_stride, bool add, Soon soon = {}) {
+    const auto f = mt == 2 ? (nt == 2 ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)
+                           : (nt == 2 ? multiply_tiles<1, 2> : multiply_tiles<1, 1>);
+    f(a, b, n, c, c_stride, add, soon);
+}
+
 // The same for any number of tiles: c [16 · m, 16 · n_columns] (+)= a · b.
 inline void multiply_matrices(Tiles a, int64_t m, Tiles b, int64_t n_columns, int64_t n, float* c,
                               int64_t c_stride, bool add) {
@@ -186,9 +194,7 @@ inline void multiply_matrices(Tiles a, int64_t m, Tiles b, int64_t n_columns, in
         for (int64_t i = 0; i < m; i += 2) {
             const Tiles x{a.tile(i, 0), a.side, a.depth}, y{b.tile(j, 0), b.side, b.depth};
             float* to = c + i * SIDE * c_stride + j * SIDE;
-            const auto f = i + 1 < m ? (j + 1 < n_columns ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)
-                                     : (j + 1 < n_columns ? multiply_tiles<1, 2> : multiply_tiles<1, 1>);
-            f(x, y, n, to, c_stride, add, {});
+            multiply_some(i + 1 < m ? 2 : 1, j + 1 < n_columns ? 2 : 1, x, y, n, to, c_stride, add);
         }
 }
 

@@ -1,8 +1,8 @@
 // MUL_MAT: an activation times one weight.
 //
-// Rows of blocks are multiplied as tiles with pairs of panels (32 weight rows), which are expanded to
-// bfloat16 for many rows at once. Of other rows, and where x was not rounded, a task is one panel as
-// it is stored.
+// Rows of blocks are multiplied as tiles with pairs of panels (32 weight rows), which are expanded
+// to bfloat16 for many rows at once. Of other rows, and where x was not rounded, a task is one panel
+// as it is stored.
 
 #include "mul_mat.h"
 
@@ -34,16 +34,18 @@ void multiply_tiles(const Args& a, const Activation& x, const TileTasks& tasks, 
     const int64_t begin = tasks.begin(task), end = tasks.end(task);
     auto& s = *reinterpret_cast<TileScratch*>(a.scratch);
     Pair pairs[MAX_PAIRS];
-    for (int64_t pair = begin; pair < end; pair++) pairs[pair - begin] = {&w, pair, (pair - begin) * PAIR};
+    for (int64_t pair = begin; pair < end; pair++)
+        pairs[pair - begin] = {&w, pair, (pair - begin) * PAIR};
     const auto fetch = [&](int64_t row, int64_t n_rows) {
         for (int64_t i = row; i < row + n_rows; i++)
             fetch_to_write(a.v[OUT].row(x.step.blocked[i]) + begin * PAIR, (end - begin) * PAIR);
     };
-    multiply_pairs(x, pairs, end - begin, first, n, s, fetch, [&](int64_t row, int64_t n_rows, float* sums) {
+    const auto done = [&](int64_t row, int64_t n_rows, float* sums) {
         for (int64_t i = 0; i < n_rows; i++, sums += SUMS)
             for (int64_t p = 2 * begin; p < std::min(n_panels(w), 2 * end); p++)
                 put(a, x.step.blocked[row + i], p, sums + (p - 2 * begin) * ROWS);
-    });
+    };
+    multiply_pairs(x, pairs, end - begin, first, n, s, fetch, done);
 }
 
 int64_t n_tasks(const Args& a) {

@@ -76,44 +76,40 @@ inline void fetch_to_write(const float* p, int64_t n) {
     for (int64_t c = 0; c < n; c += 16) __builtin_prefetch(p + c, 1);
 }
 
-// 32 rows, or the last 16, times a pair.
-inline void multiply_strip(bool is_half, Tiles a, Tiles b, int64_t n_wide, int64_t n, float* sums,
-                           bool add, Soon soon) {
-    const auto f = is_half ? (n_wide == 2 ? multiply_tiles<1, 2> : multiply_tiles<1, 1>)
-                           : (n_wide == 2 ? multiply_tiles<2, 2> : multiply_tiles<2, 1>);
-    f(a, b, n, sums, SUMS, add, soon);
-}
-
-// The part of 32 rows' tiles, from tile i on and `depth` deep, that is fetched with pair p: each pair
-// fetches as much, half of them of the first 16 rows.
+// The part of 32 rows' tiles, from tile i on and `depth` deep, that is fetched with pair p: each
+// pair fetches as much, half of them of the first 16 rows.
 inline Soon next_strip(Tiles rows, int64_t i, int64_t depth, int64_t p, int64_t n_pairs) {
     constexpr int64_t TILE_BYTES = 2 * TILE_SIZE;
     if (n_pairs == 1) return {reinterpret_cast<const char*>(rows.tile(i, 0)), TILE_BYTES};
     const int64_t half = n_pairs / 2, bytes = TILE_BYTES / half;
-    return {reinterpret_cast<const char*>(rows.tile(i + p / half, 0)) + p % half * depth * bytes, bytes};
+    const auto* at = reinterpret_cast<const char*>(rows.tile(i + p / half, 0));
+    return {at + p % half * depth * bytes, bytes};
 }
 
 // n rows of blocks, from the first on, times pairs of weights of the same width. Before the last
 // products of 32 rows, fetch(row, n of them) is called, and with complete sums done(row, n, sums
 // [n, SUMS]).
 template <typename Fetch, typename Done>
-void multiply_pairs(const Activation& x, const Pair* pairs, int64_t n_pairs, int64_t first, int64_t n,
-                    TileScratch& s, Fetch fetch, Done done) {
+void multiply_pairs(const Activation& x, const Pair* pairs, int64_t n_pairs, int64_t first,
+                    int64_t n, TileScratch& s, Fetch fetch, Done done) {
     const int64_t n_in = x.x.shape[1], n_tiles = (n + SIDE - 1) / SIDE;
     for (int64_t k = 0; k < n_in; k += MAX_COLUMNS) {
         const int64_t begin = k / DEPTH, end = std::min(n_in, k + MAX_COLUMNS) / DEPTH;
         Tiles b[MAX_PAIRS];
         for (int64_t p = 0; p < n_pairs; p++) b[p] = pairs[p].expand_into(s.panels[p], begin, end);
-        const Tiles rows{x.tiles.as<bf16>() + first * n_in + begin * TILE_SIZE, SIDE * n_in, TILE_SIZE};
+        const bf16* at = x.tiles.as<bf16>() + first * n_in + begin * TILE_SIZE;
+        const Tiles rows{at, SIDE * n_in, TILE_SIZE};
         for (int64_t i = 0; i < n_tiles; i += 2) {
-            const int64_t row = first + i * SIDE, n_rows = std::min<int64_t>(2 * SIDE, n - i * SIDE);
+            const int64_t row = first + i * SIDE;
+            const int64_t n_rows = std::min<int64_t>(2 * SIDE, n - i * SIDE);
             if (end * DEPTH == n_in) fetch(row, n_rows);
             // Sums that are complete at once need no room for all rows.
             auto* sums = s.sums[n_in <= MAX_COLUMNS ? 0 : i * SIDE];
             for (int64_t p = 0; p < n_pairs; p++) {
                 const Soon soon = next_strip(rows, i + 2, end - begin, p, n_pairs);
-                multiply_strip(i + 1 == n_tiles, {rows.tile(i, 0), rows.side, rows.depth}, b[p],
-                               pairs[p].n_wide(), end - begin, sums + pairs[p].column, k > 0, soon);
+                multiply_some(std::min<int64_t>(2, n_tiles - i), pairs[p].n_wide(),
+                              {rows.tile(i, 0), rows.side, rows.depth}, b[p], end - begin,
+                              sums + pairs[p].column, SUMS, k > 0, soon);
             }
             if (end * DEPTH == n_in) done(row, n_rows, sums);
         }
@@ -142,8 +138,8 @@ struct TileTasks {
 // Calls f(panel, rows, their numbers, n ≤ TILE) for tasks begin … end - 1 of single rows: one panel
 // times up to TILE of n_rows rows each.
 template <typename F>
-void for_single_rows(const Activation& x, int64_t n_rows, int64_t panels, int64_t begin, int64_t end,
-                     F f) {
+void for_single_rows(const Activation& x, int64_t n_rows, int64_t panels, int64_t begin,
+                     int64_t end, F f) {
     Row rows[TILE];
     int64_t numbers[TILE], tile = -1, n = 0;
     for (int64_t task = begin; task < end; task++) {

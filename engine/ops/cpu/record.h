@@ -64,7 +64,8 @@ GDN_INLINE vi word(const uint8_t* planes, int p) {
     if constexpr (F::BITS == 8) return load_as<vi>(planes + I * WORD_BYTES);
     constexpr int NIBBLE = F::BITS >= 4 ? 4 : 0, PAIR = F::BITS % 4 >= 2 ? 2 : 0;
     vi v{};
-    if constexpr (NIBBLE > 0) v = shifted<-4 * (I % 2)>(load_as<vi>(planes + I / 2 * WORD_BYTES)) & 0x0f0f0f0f;
+    if constexpr (NIBBLE > 0)
+        v = shifted<-4 * (I % 2)>(load_as<vi>(planes + I / 2 * WORD_BYTES)) & 0x0f0f0f0f;
     planes += NIBBLE * WORD_BYTES;
     if constexpr (PAIR > 0)
         v |= shifted<NIBBLE - 2 * (I % 4)>(load_as<vi>(planes + I / 4 * WORD_BYTES)) &

@@ -108,7 +108,7 @@ GDN_INLINE vf exp(vf x) {
     return select(x != x, x, y);
 }
 
-// 1 / x of positive numbers to about one unit in the last place; 1e-37 for what is larger than 1e37.
+// 1 / x of positive numbers to about one unit in the last place; 1e-37 above 1e37.
 GDN_INLINE vf reciprocal(vf x) {
 #if defined(__AVX512F__)
     // A division of 16 takes as long as all of exp: an estimate and one step of Newton's instead.

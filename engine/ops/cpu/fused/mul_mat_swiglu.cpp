@@ -56,11 +56,14 @@ void multiply_tiles(const Args& a, const Activation& x, const TileTasks& tasks, 
         for (int64_t i = row; i < row + n_rows; i++)
             fetch_to_write(a.v[OUT].row(x.step.blocked[i]) + begin * PAIR, (end - begin) * PAIR);
     };
-    multiply_pairs(x, pairs, n_pairs, first, n, s, fetch, [&](int64_t row, int64_t n_rows, float* sums) {
+    const auto done = [&](int64_t row, int64_t n_rows, float* sums) {
         for (int64_t i = row; i < row + n_rows; i++, sums += SUMS)
-            for (int64_t pair = begin; pair < end; pair++)
-                put_pair(a, i, pair, sums + (pair - begin) * PAIR, sums + (pair - begin) * PAIR + UP_SUMS);
-    });
+            for (int64_t pair = begin; pair < end; pair++) {
+                const float* gate = sums + (pair - begin) * PAIR;
+                put_pair(a, i, pair, gate, gate + UP_SUMS);
+            }
+    };
+    multiply_pairs(x, pairs, n_pairs, first, n, s, fetch, done);
 }
 
 int64_t n_tasks(const Args& a) {
