@@ -63,18 +63,20 @@ GDN_INLINE void dot_words(const uint8_t* planes, const int8_t* const* x, vi (*do
     for (int t = 0; t < NT; t++)
         for (int p = 0; p < PARTS; p++) dot[t][p] = reinterpret_cast<vi>(sums[t][p]);
 #else
-    for (int t = 0; t < NT; t++)
-        for (int p = 0; p < PARTS; p++) dot[t][p] = vi{};
-    for_constants<FIRST, LAST>([&](auto i) {
-        for (int p = 0; p < PARTS; p++) {
-            const vi w = word<F, i>(planes, p);
+    for (int p = 0; p < PARTS; p++) {
+        vi words[LAST - FIRST], sums[NT] = {};
+        for_constants<FIRST, LAST>([&](auto i) { words[i - FIRST] = word<F, i>(planes, p); });
+        // Unrolled, this takes half a minute to compile.
+#pragma GCC unroll 1
+        for (int i = FIRST; i < LAST; i++)
             for (int j = 0; j < 4; j++) {
                 // Byte j of each lane, with its sign or without.
+                const vi w = words[i - FIRST];
                 const vi b = F::SIGNED ? (w << (24 - 8 * j)) >> 24 : (w >> 8 * j) & 255;
-                for (int t = 0; t < NT; t++) dot[t][p] += b * static_cast<int>(x[t][4 * i + j]);
+                for (int t = 0; t < NT; t++) sums[t] += b * static_cast<int>(x[t][4 * i + j]);
             }
-        }
-    });
+        for (int t = 0; t < NT; t++) dot[t][p] = sums[t];
+    }
 #endif
 }
 
