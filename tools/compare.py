@@ -25,6 +25,7 @@ import numpy as np
 if not __package__:  # run as a script, so Python looks for modules in tools/ only
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine import backends
+from engine.backends import cpu_library
 from engine.bench.limits import measure_limits
 from engine.commands.options import InputError, Parser, at_least, integers, write_text
 from engine.errors import EngineError
@@ -50,7 +51,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("-d", "--n-depth", type=integers(0), default=[0], metavar="N,…",
         help="positions before the generated tokens (0)")  # fmt: skip
     add("-r", "--repetitions", type=at_least(1), default=5, metavar="N", help="rounds (5)")
-    add("-t", "--threads", type=at_least(1), default=len(os.sched_getaffinity(0)), metavar="N",
+    add("-t", "--threads", type=at_least(1), default=cpu_library.n_cores(), metavar="N",
         help="threads of each engine (all cores)")  # fmt: skip
     add("-ub", "--ubatch-size", type=at_least(1), default=512, metavar="N",
         help="most tokens of a step (512)")  # fmt: skip

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.arena import Arena
-from engine.backends.cpu_fusion import Uses, grouped, has_tiles
+from engine.backends.cpu_fusion import FUSIONS, Uses, grouped, has_tiles
 from engine.backends.cpu_lowering import BF16, I8, parts
 from engine.graph import Dim, Kind, Node, Tensor
 from engine.quants import F32, I32, DType
@@ -25,7 +25,7 @@ Array = NDArray[Any]
 ACTIVATION_GROUP, SUM_GROUP = 32, 16
 # Ops that read weights in panels, and how their operands' names begin.
 _PACKED_OPERANDS = {"MUL_MAT": "weight", "MUL_MAT_ID": "matrix", "GET_ROWS": "table"}
-PACKED_KERNELS = frozenset({*_PACKED_OPERANDS, "MUL_MAT_SWIGLU"})
+PACKED_KERNELS = frozenset({*_PACKED_OPERANDS, *(fusion.kernel for fusion in FUSIONS)})
 _ITEM = {F32: 4, I32: 4, I8: 1, BF16: 2}
 # Columns of a tile; and the most columns of an expert's rows that are gathered (mul_mat_id.cpp).
 TILE_SIDE, TILE_DEPTH, MAX_GATHERED = 16, 32, 1 << 14
@@ -100,7 +100,7 @@ class Lowering:
 
     def _mul_mat(self, node: Node) -> None:
         others = node.inputs.get("gate"), node.inputs.get("add")
-        weights = [t for name, t in node.inputs.items() if name.startswith("weight")]
+        weights = _matrices(node)
         activation = self._activation(node, weights)
         for out, w in zip(node.outputs, weights, strict=True):
             operands = [*activation, w, *others]
@@ -110,7 +110,7 @@ class Lowering:
 
     def _mul_mat_swiglu(self, nodes: Sequence[Node]) -> None:
         product, act = nodes
-        weights = [t for name, t in product.inputs.items() if name.startswith("weight")]
+        weights = _matrices(product)
         activation = self._activation(product, weights)
         (out,) = act.outputs
         tiles = self._tiles_at_once(out) if activation[-1] else None
@@ -128,8 +128,7 @@ class Lowering:
         if out in self.uses.kept or out.shape[1] % TILE_DEPTH:
             return None
         for node, name in readers:
-            weights = [t for n, t in node.inputs.items() if n.startswith("weight")]
-            if node.op.name != "MUL_MAT" or name != "x" or not all(map(has_tiles, weights)):
+            if node.op.name != "MUL_MAT" or name != "x" or not all(map(has_tiles, _matrices(node))):
                 return None
             if node.inputs["x"] is not out:
                 return None
@@ -139,7 +138,7 @@ class Lowering:
 
     def _mul_mat_id(self, node: Node) -> None:
         x, ids, gates = (node.inputs.get(name) for name in ("x", "ids", "weights"))
-        matrices = [t for name, t in node.inputs.items() if name.startswith("matrix")]
+        matrices = _matrices(node)
         assert x is not None
         assert ids is not None
         packed = self._round(node, x, matrices, tiled=False)
@@ -235,6 +234,11 @@ class Lowering:
                     first, _ = lives.get(owner, (step.phase, 0))
                     lives[owner] = (first, step.phase)
         arena.plan([(owner, owner.nbytes, *life) for owner, life in lives.items()])
+
+
+def _matrices(node: Node) -> list[Tensor]:
+    """The weights that a product reads in panels."""
+    return [t for name, t in node.inputs.items() if is_packed(node, name)]
 
 
 def _key(kernel: str, choice: bool, x: Tensor) -> tuple[Any, ...]:

@@ -91,7 +91,7 @@ GDN_INLINE v4 predict(const float* state, const float* key, int64_t dk) {
         const vf x = load_part(key + i, w);
         for (int c = 0; c < C; c++) p[c] = mul_add(load_part(state + c * dk + i, w), x, p[c]);
     });
-    return sums(p);
+    return sums(p[0], p[1], p[2], p[3]);
 }
 
 // Updates C columns by a token's d, and makes their outputs and the next token's predictions. The
@@ -115,8 +115,8 @@ GDN_INLINE void update(const float* from, float* to, const Token& now, const flo
             if constexpr (!LAST) p[c] = mul_add(s, key, p[c]);
         }
     });
-    *output = sums(o);
-    if constexpr (!LAST) *prediction = sums(p);
+    *output = sums(o[0], o[1], o[2], o[3]);
+    if constexpr (!LAST) *prediction = sums(p[0], p[1], p[2], p[3]);
 }
 
 // One token of C columns; `p` are their predictions, which the first token has yet to make.

@@ -22,27 +22,6 @@ struct Head {
     }
 };
 
-typedef float v4 __attribute__((vector_size(16)));
-
-template <typename V>
-GDN_INLINE v4 fold(V v) {
-    v4 s = __builtin_shufflevector(v, v, 0, 1, 2, 3);
-    if constexpr (sizeof(V) >= 32) s += __builtin_shufflevector(v, v, 4, 5, 6, 7);
-    if constexpr (sizeof(V) >= 64)
-        s += fold(__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
-    return s;
-}
-
-// The sums over the lanes of four vectors.
-GDN_INLINE v4 sums(const vf* v) {
-    const auto pair = [](v4 a, v4 b) __attribute__((always_inline)) {
-        return __builtin_shufflevector(a, b, 0, 4, 1, 5) +
-               __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    };
-    const v4 a = pair(fold(v[0]), fold(v[1])), b = pair(fold(v[2]), fold(v[3]));
-    return __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
-}
-
 // Head sizes up to this have kernels.
 constexpr int64_t MAX_HEAD = 256;
 

@@ -218,7 +218,7 @@ void multiply_own_keys(const Work& w) {
             const float *q = w.row(w.h.q, w.h.q_step, i + r), *k = w.row(w.h.k, w.h.k_step, i + r);
             for (int64_t d = 0; d < w.h.dk; d += W) products[r] += load(q + d) * load(k + d);
         }
-        const v4 qk = sums(products);
+        const v4 qk = sums(products[0], products[1], products[2], products[3]);
         for (int64_t r = i; r < i + 4; r++) w.qk[r * MAX_BLOCK + r] = qk[r - i];
     }
 }

@@ -1,7 +1,5 @@
 // ROUND_ROWS: the rows of blocks as bfloat16, for products of tiles.
 
-#include <algorithm>
-
 #include "kernels.h"
 #include "matrix.h"
 

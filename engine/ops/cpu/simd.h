@@ -79,6 +79,18 @@ GDN_INLINE float reduce(vf v, F f) {
     return f(two, __builtin_shufflevector(two, two, 1, 1, 1, 1))[0];
 }
 
+// The sums of the lanes of four vectors: far fewer steps than `sum` of each.
+GDN_INLINE v4 sums(vf a, vf b, vf c, vf d) {
+    const auto add = [](auto x, auto y) { return x + y; };
+    const v4 p = fold(a, add), q = fold(b, add), r = fold(c, add), s = fold(d, add);
+    const v4 pq = __builtin_shufflevector(p, q, 0, 4, 1, 5) +
+                  __builtin_shufflevector(p, q, 2, 6, 3, 7);
+    const v4 rs = __builtin_shufflevector(r, s, 0, 4, 1, 5) +
+                  __builtin_shufflevector(r, s, 2, 6, 3, 7);
+    return __builtin_shufflevector(pq, rs, 0, 1, 4, 5) +
+           __builtin_shufflevector(pq, rs, 2, 3, 6, 7);
+}
+
 GDN_INLINE float sum(vf v) {
     return reduce(v, [](auto a, auto b) { return a + b; });
 }

@@ -50,7 +50,6 @@ void turn_taps(float* taps, const float* weight, int64_t c, int64_t size, int64_
 // The same for 4 taps: squares of four are turned in registers, as this may cost as much as the
 // convolution of a single row.
 void turn_4_taps(float* taps, const float* weight, int64_t size) {
-    typedef float v4 __attribute__((vector_size(16)));
     int64_t c = 0;
     for (; c + 4 <= size; c += 4) {
         v4 w[4], halves[4], turned[4];
