@@ -91,8 +91,6 @@ class CpuBackend:
         d_v, d_k = node.inputs["state"].shape[2:]
         if not self.matrix:
             return "no matrix units"
-        if len(node.inputs["g"].shape) == 3:
-            return "no chunked kernel for decays by key row"
         if d_k % _CHUNK_SIZES or d_v % _CHUNK_SIZES:
             return f"no chunked kernel for heads of {d_k} and {d_v}, no multiples of {_CHUNK_SIZES}"
         return ""

@@ -196,6 +196,7 @@ Head head_of(const Args& a, int64_t s, int64_t head) {
             v[G].row(row, head), v[BETA].row(row, head), v[OUT].row(row, head),
             v[Q].stride[0], v[K].stride[0], v[V].stride[0], v[G].stride[0], v[BETA].stride[0],
             v[OUT].stride[0], n, v[STATE].shape[3], v[STATE].shape[2],
+            v[G].rank == 3 ? v[STATE].shape[3] : 1,
             static_cast<float>(a.attr[1])};
 }
 
@@ -227,7 +228,7 @@ struct BlockRange {
 
 BlockRange blocks_of(const Args& a, int64_t s) {
     const View& state = a.v[STATE];
-    if (a.attr[2] == 1 || a.v[G].rank == 3 || !has_chunk_form(state.shape[3], state.shape[2]))
+    if (a.attr[2] == 1 || !has_chunk_form(state.shape[3], state.shape[2]))
         return {nullptr, nullptr};
     const int32_t* starts = a.v[SEQ_STARTS].as<int32_t>();
     const Block *begin = a.step->blocks, *last = begin + a.step->n_blocks;

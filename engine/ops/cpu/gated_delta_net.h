@@ -6,11 +6,12 @@
 
 namespace gdn {
 
-// One head of one sequence, from some row on: n rows, each so many floats after the last one.
+// One head of one sequence, from some row on: n rows, each so many floats after the last one. A row
+// has dg decays: one, or with KDA dk, one for each key row.
 struct Head {
     const float *q, *k, *v, *g, *beta;
     float* out;
-    int64_t q_step, k_step, v_step, g_step, beta_step, out_step, n, dk, dv;
+    int64_t q_step, k_step, v_step, g_step, beta_step, out_step, n, dk, dv, dg;
     float scale;
 
     // Its rows t … t + count - 1.
@@ -28,11 +29,11 @@ constexpr int64_t MAX_HEAD = 256;
 // Whether heads of these sizes can be computed in chunk form: whole tiles.
 inline bool has_chunk_form(int64_t dk, int64_t dv) { return dk % 32 == 0 && dv % 32 == 0; }
 
-// One block of at most MAX_BLOCK rows, with one decay per head, from the state at `from` to that at
-// `to` (they may be the same). The `n_ahead` rows after it are fetched into the cache meanwhile.
+// One block of at most MAX_BLOCK rows, from the state at `from` to that at `to` (they may be the
+// same). The `n_ahead` rows after it are fetched into the cache meanwhile.
 void chunk(const Head& h, const float* from, float* to, int64_t n_ahead, char* scratch);
 
 // Bytes of its scratch, at the most.
-constexpr int64_t CHUNK_BYTES = 320 << 10;
+constexpr int64_t CHUNK_BYTES = 640 << 10;
 
 }  // namespace gdn

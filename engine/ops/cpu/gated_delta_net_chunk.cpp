@@ -1,6 +1,7 @@
-// A block of GATED_DELTA_NET in chunk form, with one decay per head (Yang et al., "Gated Delta
-// Networks", arXiv:2412.06464). S [Dk, Dv] is the state before the block, G its cumulated decays,
-// D_ij = e^(G_i - G_j) for i ≥ j. What the rows add to the state, U [n, Dv], solves
+// A block of GATED_DELTA_NET in chunk form (Yang et al., "Gated Delta Networks", arXiv:2412.06464;
+// with one decay per key row Kimi Delta Attention, arXiv:2510.26692). S [Dk, Dv] is the state before
+// the block, G its cumulated decays, D_ij = e^(G_i - G_j) for i ≥ j; those of key rows each weigh
+// their own part of a product. What the rows add to the state, U [n, Dv], solves
 //
 //     (I + A) U = beta (V - e^G K S),  A_ij = beta_i k_i·k_j D_ij for i > j,
 //
@@ -13,65 +14,20 @@
 // errors would add up, as similar keys have updates that cancel each other. Their operands are
 // split into what rounding leaves and what it takes (see tiles.h).
 
-#include "gated_delta_net.h"
-
 #include <initializer_list>
 
+#include "gated_delta_net_chunk.h"
 #include "kernels.h"
-#include "tiles.h"
 
 namespace gdn {
 
 namespace {
 
-// Rows that are solved at once. A block is padded to one or two times as many by rows of zeros.
-constexpr int64_t SUB = DEPTH;
-// Value columns that are computed together: two tiles, whose U and products stay in the L1 cache.
-constexpr int64_t STRIP = 2 * SIDE;
-// e^x counts as 0 below this: products of two decays must not be denormal, which takes long.
-constexpr float LEAST_EXPONENT = -40.0f;
-
-// A block, its operands as A or B tiles, and what comes of them.
-struct Work {
-    Head h;
-    int64_t n, subs;             // Rows with padding, n = SUB · subs.
-    bf16 *k, *q;                 // A [n, Dk].
-    bf16 *k_columns;             // B [Dk, n].
-    bf16 *k_rows;                // B [n, Dk], split: e^(G_last - G) K.
-    bf16 *scores;                // A [n, n], split: Q Kᵀ ⊙ D · scale.
-    bf16 *links;                 // A [SUB, SUB], split: -A from the first half to the second.
-    float *kk, *qk;              // [n, MAX_BLOCK]: products, then -A and the scores.
-    float *high, *low;           // [MAX_BLOCK]: G = high + low. Differences of one float32 lose the
-                                 // weak decays behind strong ones.
-    float *grown, *left, *beta;  // [MAX_BLOCK]: e^G, e^(G_last - G), beta.
-    const float* zeros;          // A row of k, q or v.
-    int64_t n_ahead, fetched;    // Rows that follow, and how many of them are on their way.
-    // Of a strip:
-    bf16 *state;      // B [Dk, STRIP].
-    bf16 *u;          // B [n, STRIP], split.
-    bf16 *u_columns;  // A [STRIP, n], split.
-    float *residual;  // [n, STRIP]: K S, then what is to be solved, then (Q Kᵀ ⊙ D) U · scale.
-    float *read;      // [n, STRIP]: Q S.
-
-    int64_t k_depth() const { return h.dk / DEPTH; }
-    int64_t split_depth() const { return SPLIT * subs; }
-    const float* row(const float* x, int64_t step, int64_t i) const {
-        return i < h.n ? x + i * step : zeros;
-    }
-};
-
-template <typename T>
-T* take(char*& room, int64_t n) {
-    T* p = reinterpret_cast<T*>(room);
-    room += n * static_cast<int64_t>(sizeof(T));
-    return p;
-}
-
-Work make_work(const Head& h, int64_t n_ahead, char* room) {
+Work make_work(const Head& h, int64_t n_ahead, char*& room) {
     Work w{};
     w.h = h, w.n_ahead = n_ahead;
     w.subs = (h.n + SUB - 1) / SUB, w.n = w.subs * SUB;
-    for (bf16** p : {&w.k, &w.q, &w.k_columns}) *p = take<bf16>(room, w.n * h.dk);
+    for (bf16** p : {&w.k, &w.q}) *p = take<bf16>(room, w.n * h.dk);
     w.k_rows = take<bf16>(room, SPLIT * w.n * h.dk);
     w.scores = take<bf16>(room, SPLIT * w.n * w.n);
     w.links = take<bf16>(room, SPLIT * SUB * SUB);
@@ -79,138 +35,28 @@ Work make_work(const Head& h, int64_t n_ahead, char* room) {
     for (bf16** p : {&w.u, &w.u_columns}) *p = take<bf16>(room, SPLIT * w.n * STRIP);
     for (float** p : {&w.kk, &w.qk}) *p = take<float>(room, w.n * MAX_BLOCK);
     for (float** p : {&w.residual, &w.read}) *p = take<float>(room, w.n * STRIP);
-    for (float** p : {&w.high, &w.low, &w.grown, &w.left, &w.beta})
-        *p = take<float>(room, MAX_BLOCK);
+    for (float** p : {&w.grown, &w.beta}) *p = take<float>(room, MAX_BLOCK);
+    w.decay = take<float>(room, MAX_HEAD);
     float* zeros = take<float>(room, MAX_HEAD);
     std::memset(zeros, 0, MAX_HEAD * sizeof(float));
     w.zeros = zeros;
+    for (int64_t i = 0; i < w.n; i++) w.beta[i] = i < h.n ? h.beta[i * h.beta_step] : 0.0f;
     return w;
 }
 
 // Of the largest block.
-constexpr int64_t ELEMENTS = (3 + SPLIT) * MAX_BLOCK * MAX_HEAD +
+constexpr int64_t ELEMENTS = (2 + SPLIT) * MAX_BLOCK * MAX_HEAD +
                              SPLIT * (MAX_BLOCK * MAX_BLOCK + SUB * SUB) + MAX_HEAD * STRIP +
                              2 * SPLIT * MAX_BLOCK * STRIP;
 constexpr int64_t FLOATS =
-    2 * MAX_BLOCK * MAX_BLOCK + 2 * MAX_BLOCK * STRIP + 5 * MAX_BLOCK + MAX_HEAD;
-static_assert(2 * ELEMENTS + 4 * FLOATS <= CHUNK_BYTES);
+    2 * MAX_BLOCK * MAX_BLOCK + 2 * MAX_BLOCK * STRIP + 2 * MAX_BLOCK + 2 * MAX_HEAD;
+constexpr int64_t ROOM = ROOM_GDA > ROOM_KDA ? ROOM_GDA : ROOM_KDA;
+static_assert(2 * ELEMENTS + 4 * FLOATS + ROOM <= CHUNK_BYTES);
 
-// A row of the block to come: its loads would all have to wait for the L3 cache or memory. It is
-// called between pieces of work that keep the processor busy for some hundred cycles.
-GDN_INLINE void fetch_ahead(Work& w) {
-    if (w.fetched >= w.n_ahead) return;
-    const Head next = w.h.part(w.h.n + w.fetched++, 1);
-    for (int64_t i = 0; i < next.dk; i += 16) {
-        __builtin_prefetch(next.k + i);
-        __builtin_prefetch(next.q + i);
-    }
-    for (int64_t i = 0; i < next.dv; i += 16) {
-        __builtin_prefetch(next.v + i);
-        __builtin_prefetch(next.out + i, 1);
-    }
-}
+// --- Scores
 
-// c [16 m, 16 columns] (+)= a · b over `depth` tiles; m and columns are even.
-void product(Work& w, Tiles a, int64_t m, Tiles b, int64_t columns, int64_t depth, float* c,
-             int64_t stride, bool add = false) {
-    for (int64_t j = 0; j < columns; j += 2)
-        for (int64_t i = 0; i < m; i += 2) {
-            fetch_ahead(w);
-            multiply_tiles<2, 2>({a.tile(i, 0), a.side, a.depth}, {b.tile(j, 0), b.side, b.depth},
-                                 depth, c + i * SIDE * stride + j * SIDE, stride, add);
-        }
-}
-
-// --- The block's operands
-
-// e^x of differences of cumulated decays, which are never positive.
-GDN_INLINE vf decay(vf x) {
-    return exp(select(x < splat(LEAST_EXPONENT), splat(-__builtin_inff()), x));
-}
-
-// G_i - G_j for lanes i on, or minus that.
-GDN_INLINE vf since(const Work& w, int64_t i, int64_t j) {
-    return (load(w.high + i) - w.high[j]) + (load(w.low + i) - w.low[j]);
-}
-
-void cumulate_decays(Work& w) {
-    double sum = 0;
-    for (int64_t i = 0; i < w.n; i++) {
-        const bool live = i < w.h.n;
-        sum += static_cast<double>(live ? w.h.g[i * w.h.g_step] : 0.0f);
-        w.high[i] = static_cast<float>(sum);
-        w.low[i] = static_cast<float>(sum - static_cast<double>(w.high[i]));
-        w.beta[i] = live ? w.h.beta[i * w.h.beta_step] : 0.0f;
-    }
-    for (int64_t i = 0; i < w.n; i += W) {
-        store(w.grown + i, decay(load(w.high + i) + load(w.low + i)));
-        store(w.left + i, decay(-since(w, i, w.n - 1)));
-    }
-}
-
-// Rows i and i + 16 of x: what its A tiles have of both, and `pairs` of their elements.
-template <typename F>
-GDN_INLINE void pack_two_rows(const Work& w, const float* x, int64_t step, int64_t i, bf16* to,
-                              F pairs) {
-    const float *upper = w.row(x, step, i), *lower = w.row(x, step, i + SIDE);
-    bf16* tile = to + i / SIDE * w.h.dk * SIDE + i % SIDE * DEPTH;
-    for (int64_t d = 0; d < w.h.dk; d += DEPTH, tile += TILE_SIZE)
-        for (int c = 0; c < SIDE; c += W) {
-            const vf u0 = load(upper + d + c), u1 = load(upper + d + SIDE + c);
-            const vf l0 = load(lower + d + c), l1 = load(lower + d + SIDE + c);
-            put(tile + 2 * c, bf16_row(u0, u1));
-            put(tile + w.h.dk * SIDE + 2 * c, bf16_row(l0, l1));
-            pairs(d + c, u0, l0), pairs(d + SIDE + c, u1, l1);
-        }
-}
-
-void pack_keys_and_queries(const Work& w) {
-    for (int64_t sub = 0; sub < w.subs; sub++)
-        for (int64_t r = 0; r < SIDE; r++) {
-            const auto pair = [&](int64_t d, vf a, vf b) __attribute__((always_inline)) {
-                const int64_t tile = d / SIDE * w.split_depth() + SPLIT * sub;
-                const vf x = a * w.left[sub * SUB + r], y = b * w.left[sub * SUB + SIDE + r];
-                put_b(w.k_rows + tile * TILE_SIZE + r * DEPTH + d % SIDE * 2, split(x, y));
-            };
-            pack_two_rows(w, w.h.k, w.h.k_step, sub * SUB + r, w.k, pair);
-            pack_two_rows(w, w.h.q, w.h.q_step, sub * SUB + r, w.q, [](int64_t, vf, vf) {});
-        }
-    for (int64_t i = 0; i < w.n * w.h.dk; i += TILE_SIZE)
-        transpose_tile([&](int r, int c) { return load_as<vi>(w.k + i + r * DEPTH + 2 * c); },
-                       [&](int p, vi v) { put(w.k_columns + i + p, v); });
-}
-
-// Makes tiles of a strip of the state, and lets it decay over the block.
-void pack_state(const Work& w, const float* from, float* to) {
-    const int64_t dk = w.h.dk;
-    const vf decay = splat(w.grown[w.n - 1]);
-    bf16* tile = w.state;
-    for (int64_t j = 0; j < STRIP; j += SIDE)
-        for (int64_t d = 0; d < dk; d += DEPTH, tile += TILE_SIZE)
-            transpose_tile(
-                [&](int r, int c) __attribute__((always_inline)) {
-                    const int64_t at = (j + r) * dk + d + c;
-                    const vf a = load(from + at), b = load(from + at + SIDE);
-                    store(to + at, a * decay), store(to + at + SIDE, b * decay);
-                    return bf16_row(a, b);
-                },
-                [&](int p, vi v) __attribute__((always_inline)) { put(tile + p, v); });
-}
-
-// --- A and the scores
-
-void multiply_by_keys(Work& w) {
-    const Tiles columns = tiles(w.k_columns, w.k_depth());
-    for (int64_t sub = 0; sub < w.subs; sub++) {
-        const int64_t at = sub * SUB * w.h.dk, row = sub * SUB * MAX_BLOCK;
-        product(w, tiles(w.k + at, w.k_depth()), 2, columns, 2 * sub + 2, w.k_depth(), w.kk + row,
-                MAX_BLOCK);
-        product(w, tiles(w.q + at, w.k_depth()), 2, columns, 2 * sub + 2, w.k_depth(), w.qk + row,
-                MAX_BLOCK);
-    }
-}
-
-// A row's own q·k in float32: where decays are strong, its output is made of little else.
+// The scores' diagonal, a row's own q·k · scale, in float32: where decays are strong, its output is
+// made of little else.
 void multiply_own_keys(const Work& w) {
     for (int64_t i = 0; i < w.n; i += 4) {
         vf products[4]{};
@@ -218,36 +64,8 @@ void multiply_own_keys(const Work& w) {
             const float *q = w.row(w.h.q, w.h.q_step, i + r), *k = w.row(w.h.k, w.h.k_step, i + r);
             for (int64_t d = 0; d < w.h.dk; d += W) products[r] += load(q + d) * load(k + d);
         }
-        const v4 qk = sums(products[0], products[1], products[2], products[3]);
+        const v4 qk = sums(products[0], products[1], products[2], products[3]) * w.h.scale;
         for (int64_t r = i; r < i + 4; r++) w.qk[r * MAX_BLOCK + r] = qk[r - i];
-    }
-}
-
-// W entries of row i from column j on, for which d decays: of -A, and of the scores.
-GDN_INLINE void weigh(const Work& w, int64_t i, int64_t j, vf d) {
-    float *kk = w.kk + i * MAX_BLOCK + j, *qk = w.qk + i * MAX_BLOCK + j;
-    store(kk, load(kk) * (d * -w.beta[i]));
-    store(qk, load(qk) * (d * w.h.scale));
-}
-
-// Turns the products of 16 rows from `first` on into -A and scores. A's diagonal is never read.
-void weigh_rows(const Work& w, int64_t first) {
-    // Decays over rows before these, as products: from row j to the last of those, and from there.
-    alignas(64) float until[MAX_BLOCK], from[SIDE];
-    for (int64_t j = 0; j < first; j += W) store(until + j, decay(-since(w, j, first - 1)));
-    for (int64_t i = 0; first > 0 && i < SIDE; i += W)
-        store(from + i, decay(since(w, first + i, first - 1)));
-    const int64_t end = (first / SUB + 1) * SUB;
-    for (int64_t i = first; i < first + SIDE; i++) {
-        for (int64_t j = 0; j < first; j += W) weigh(w, i, j, load(until + j) * from[i - first]);
-        for (int64_t j = first; j < first + SIDE; j += W) {
-            vi row;
-            for (int l = 0; l < W; l++) row[l] = static_cast<int32_t>(j) + l;
-            const vi seen = row <= splat(static_cast<int32_t>(i));
-            const vf x = select(seen, -since(w, j, i), splat(-__builtin_inff()));
-            weigh(w, i, j, decay(x));
-        }
-        for (int64_t j = first + SIDE; j < end; j += W) store(w.qk + i * MAX_BLOCK + j, vf{});
     }
 }
 
@@ -257,10 +75,7 @@ GDN_INLINE void pack_columns(const float* x, int64_t i, int64_t sub, bf16* to) {
     for (int c = 0; c < SIDE; c += W) put_a(to + 2 * c, split(load(x + c), load(x + SIDE + c)));
 }
 
-void make_scores(Work& w) {
-    multiply_by_keys(w);
-    multiply_own_keys(w);
-    for (int64_t i = 0; i < w.n; i += SIDE) weigh_rows(w, i);
+void pack_scores(const Work& w) {
     for (int64_t i = 0; i < w.n; i++) {
         bf16* to = w.scores + (i / SIDE * w.split_depth() * SIDE + i % SIDE) * DEPTH;
         for (int64_t sub = 0; sub <= i / SUB; sub++)
@@ -273,6 +88,27 @@ void make_scores(Work& w) {
 }
 
 // --- A strip: value columns c … c + STRIP - 1
+
+// Makes tiles of a strip of the state, and lets it decay over the block.
+void pack_state(const Work& w, const float* from, float* to) {
+    constexpr int PARTS = SIDE / W;
+    const int64_t dk = w.h.dk;
+    bf16* tile = w.state;
+    for (int64_t j = 0; j < STRIP; j += SIDE)
+        for (int64_t d = 0; d < dk; d += DEPTH, tile += TILE_SIZE) {
+            vf decay[2 * PARTS];
+            for (int p = 0; p < 2 * PARTS; p++) decay[p] = load(w.decay + d + p * W);
+            transpose_tile(
+                [&](int r, int c) __attribute__((always_inline)) {
+                    const int64_t at = (j + r) * dk + d + c;
+                    const vf a = load(from + at), b = load(from + at + SIDE);
+                    store(to + at, a * decay[c / W]);
+                    store(to + at + SIDE, b * decay[PARTS + c / W]);
+                    return bf16_row(a, b);
+                },
+                [&](int p, vi v) __attribute__((always_inline)) { put(tile + p, v); });
+        }
+}
 
 // What is to be solved, from K S: beta (V - e^G K S).
 void make_residuals(const Work& w, int64_t c) {
@@ -359,9 +195,9 @@ void make_outputs(Work& w, int64_t c) {
 
 void chunk(const Head& h, const float* from, float* to, int64_t n_ahead, char* scratch) {
     Work w = make_work(h, n_ahead, scratch);
-    cumulate_decays(w);
-    pack_keys_and_queries(w);
-    make_scores(w);
+    (h.dg == 1 ? make_operands_gda : make_operands_kda)(w, scratch);
+    multiply_own_keys(w);
+    pack_scores(w);
     for (int64_t c = 0; c < h.dv; c += STRIP) {
         pack_state(w, from + c * h.dk, to + c * h.dk);
         make_updates(w, c);

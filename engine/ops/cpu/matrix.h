@@ -187,11 +187,18 @@ inline void multiply_some(int64_t mt, int64_t nt, Tiles a, Tiles b, int64_t n, f
     f(a, b, n, c, c_stride, add, soon);
 }
 
-// The same for any number of tiles: c [16 · m, 16 · n_columns] (+)= a · b.
-inline void multiply_matrices(Tiles a, int64_t m, Tiles b, int64_t n_columns, int64_t n, float* c,
-                              int64_t c_stride, bool add) {
+struct Nothing {
+    void operator()() const {}
+};
+
+// The same for any number of tiles: c [16 · m, 16 · n_columns] (+)= a · b. `between` is called once
+// for up to two by two of them.
+template <typename F = Nothing>
+void multiply_matrices(Tiles a, int64_t m, Tiles b, int64_t n_columns, int64_t n, float* c,
+                       int64_t c_stride, bool add, F between = {}) {
     for (int64_t j = 0; j < n_columns; j += 2)
         for (int64_t i = 0; i < m; i += 2) {
+            between();
             const Tiles x{a.tile(i, 0), a.side, a.depth}, y{b.tile(j, 0), b.side, b.depth};
             float* to = c + i * SIDE * c_stride + j * SIDE;
             multiply_some(i + 1 < m ? 2 : 1, j + 1 < n_columns ? 2 : 1, x, y, n, to, c_stride, add);
