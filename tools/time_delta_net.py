@@ -1,8 +1,9 @@
 """GATED_DELTA_NET alone on the CPU: scan against chunk over prompt lengths and numbers of heads.
 
-    python tools/time_delta_net.py [-t THREADS] [--heads 16,32] [--lengths 1,16,64,…]
+    python tools/time_delta_net.py [-t THREADS] [--heads 16,32] [--lengths 1,16,64,…] [--kda]
 
 Microseconds a call, medians of calls that take turns, on one sequence with a state; heads of 128.
+Decays are one per head, or with `--kda` one per head and key row.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ OP, SIZE, SECONDS = OPS["GATED_DELTA_NET"], 128, 0.25
 class Call:
     """The op on one sequence of `n` rows, by one algorithm."""
 
-    def __init__(self, n: int, n_heads: int, algorithm: str, n_threads: int) -> None:
+    def __init__(self, n: int, n_heads: int, kda: bool, algorithm: str, n_threads: int) -> None:
         self._backend = CpuBackend(n_threads, matrix=True)
         rng = np.random.default_rng(n)
-        operands = random_operands(rng, [n], (n_heads, n_heads), (SIZE, SIZE), -0.1)
+        heads, sizes = (n_heads, n_heads), (SIZE, SIZE)
+        operands = random_operands(rng, [n], heads, sizes, -0.1, kda)
         attrs = {"head_map": "tiled", "scale": SIZE**-0.5, "algorithm": algorithm}
         case = Case("timed", lambda _: operands, attrs)
         graph, tensors = single_node_graph(OP, case, operands)
@@ -62,9 +64,9 @@ class _NoWeights:
         raise AssertionError(name)
 
 
-def compare(n: int, n_heads: int, n_threads: int) -> tuple[float, float]:
+def compare(n: int, n_heads: int, kda: bool, n_threads: int) -> tuple[float, float]:
     """Median seconds by scan and by chunk."""
-    calls = [Call(n, n_heads, algorithm, n_threads) for algorithm in ("scan", "auto")]
+    calls = [Call(n, n_heads, kda, algorithm, n_threads) for algorithm in ("scan", "auto")]
     times: list[list[float]] = [[], []]
     end = time.perf_counter() + SECONDS
     while time.perf_counter() < end or len(times[0]) < 5:
@@ -85,12 +87,15 @@ def main() -> None:
     p.add_argument("--heads", type=numbers, default=[16, 32])
     lengths = [1, 16, 32, 64, 128, 256, 512, 1024, 2048]
     p.add_argument("--lengths", type=numbers, default=lengths)
+    p.add_argument("--kda", action="store_true", help="one decay per head and key row")
     options = p.parse_args()
-    print(f"{cpu_library.load().isa} kernels, {options.threads} threads, heads of {SIZE}")
+    decays = "decays by key row" if options.kda else "a decay per head"
+    isa = cpu_library.load().isa
+    print(f"{isa} kernels, {options.threads} threads, heads of {SIZE}, {decays}")
     print("| T | heads | scan µs | chunk µs | scan / chunk |\n|---|---|---|---|---|")
     for n_heads in options.heads:
         for n in options.lengths:
-            scan, chunk = compare(n, n_heads, options.threads)
+            scan, chunk = compare(n, n_heads, options.kda, options.threads)
             row = f"| {n} | {n_heads} | {scan * 1e6:.0f} | {chunk * 1e6:.0f} | {scan / chunk:.2f} |"
             print(row, flush=True)
 

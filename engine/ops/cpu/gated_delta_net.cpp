@@ -247,6 +247,7 @@ class Pieces {
     void run(BlockRange blocks) {
         const int32_t start = a_.v[SEQ_STARTS].as<int32_t>()[s_];
         for (const Block* b = blocks.begin; b < blocks.end; b++) {
+            if (h_.dg > 1 && b->n < LEAST_ROWS_KDA) continue;
             // There is no state between two rows of a block, unless the block is scanned.
             if (wants_snapshot_within(b->row - start, b->n)) continue;
             scan_rows(b->row - start);

@@ -1,6 +1,6 @@
-// What the chunk form of GATED_DELTA_NET has in several files: a block's operands as tiles, which
-// one decay per head (gated_delta_net_gda.cpp) and one per key row (gated_delta_net_kda.cpp) make in
-// their own ways, and what both need for that. gated_delta_net_chunk.cpp says what they are for.
+// What the files of GATED_DELTA_NET's chunk form share: a block's operands as tiles, and what makes
+// them. gated_delta_net_chunk.cpp says what they are for; with one decay per head they come from
+// gated_delta_net_gda.cpp, with one per key row (KDA) from gated_delta_net_kda.cpp.
 #pragma once
 
 #include "gated_delta_net.h"

@@ -10,8 +10,8 @@ namespace gdn {
 
 namespace {
 
-// Cumulated decays: G = high + low, as differences of one float32 lose the weak decays behind strong
-// ones; left: e^(G_last - G). Each [MAX_BLOCK].
+// Cumulated decays: G = high + low, as differences of one float32 lose the weak decays behind
+// strong ones; left: e^(G_last - G). Each [MAX_BLOCK].
 struct Sums {
     float *high, *low, *left;
 };

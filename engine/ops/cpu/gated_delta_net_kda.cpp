@@ -2,9 +2,9 @@
 //
 //     A_ij = beta_i Σ_d k_i[d] k_j[d] e^(G_i[d] - G_j[d]).
 //
-// For rows i on one side of a row boundary m and j on the other, both e^(G_i - G_m) and e^(G_m - G_j)
-// are at most 1 and go into the operands. So a block is halved, and its halves are, down to bands of
-// 16 rows. Within those keys are let decay from row to row, in float32.
+// For rows i behind a boundary m and j before it, e^(G_i - G_m) and e^(G_m - G_j) are at most 1 and
+// go into the operands of a product of tiles. So a block is halved, and halves into bands of
+// 16 rows. Within a band keys are let decay from row to row, in float32.
 //
 // All decays are products of the rows' own e^g, not differences of sums: no strength of decay
 // overflows or hides weaker ones, and what underflows is zero in the sum, too.
@@ -21,13 +21,14 @@ namespace {
 constexpr int64_t BANDS = SUB / SIDE;  // Of a half.
 
 struct Decays {
-    float *step, *since, *until;  // [n, Dk]: e^g of a row; of all rows from its band's first to it;
-                                  // of all rows after it to its band's last.
-    float* across;                // [Dk]: of some bands.
-    float* keys;                  // [SIDE, Dk]: a band's keys, decayed to some row.
-    // On both sides of a boundary:
-    bf16 *k, *q;             // A [SUB, Dk]: rows after it.
-    bf16 *before, *columns;  // A [SUB, Dk] and B [Dk, SUB]: keys before it.
+    float* step;    // [n, Dk]: of a row, e^g.
+    float* since;   // [n, Dk]: of the rows of its band up to it.
+    float* until;   // [n, Dk]: of the rows of its band after it.
+    float* across;  // [Dk]: of some bands.
+    float* keys;    // [SIDE, Dk]: a band's keys, decayed to some row.
+    // At a boundary between bands:
+    bf16 *k, *q;             // A [SUB, Dk]: rows behind it.
+    bf16 *before, *columns;  // A [SUB, Dk], B [Dk, SUB]: keys before it.
 };
 
 Decays make_decays(const Work& w, char* room) {
@@ -41,21 +42,19 @@ Decays make_decays(const Work& w, char* room) {
 }
 
 void multiply_decays(const Work& w, const Decays& z, int64_t band) {
-    const int64_t dk = w.h.dk, at = band * SIDE * dk;
-    for (int64_t d = at; d < at + dk; d += W) {
-        vf decay = splat(1.0f);
-        for (int64_t r = 0; r < SIDE; r++) {
-            const float* g = w.row(w.h.g, w.h.g_step, band * SIDE + r);
-            const vf step = exp(load(g + d - at));
-            decay *= step;
-            store(z.step + d + r * dk, step), store(z.since + d + r * dk, decay);
-        }
-        decay = splat(1.0f);
-        for (int64_t r = SIDE - 1; r >= 0; r--) {
-            store(z.until + d + r * dk, decay);
-            decay *= load(z.step + d + r * dk);
+    const int64_t dk = w.h.dk, first = band * SIDE, last = first + SIDE - 1;
+    for (int64_t i = first; i <= last; i++) {
+        const float* g = w.row(w.h.g, w.h.g_step, i);
+        for (int64_t d = 0, at = i * dk; d < dk; d += W, at += W) {
+            const vf step = exp(load(g + d));
+            store(z.step + at, step);
+            store(z.since + at, i == first ? step : load(z.since + at - dk) * step);
         }
     }
+    for (int64_t i = last; i >= first; i--)
+        for (int64_t at = i * dk; at < (i + 1) * dk; at += W)
+            store(z.until + at, i == last ? splat(1.0f)
+                                          : load(z.until + at + dk) * load(z.step + at + dk));
 }
 
 // The decay over bands `first` … `end` - 1.
@@ -108,7 +107,8 @@ void pack_key_rows(const Work& w, const Decays& z, int64_t sub) {
         const float* next = w.row(w.h.k, w.h.k_step, sub * SUB + SIDE + r);
         for (int64_t d = 0; d < dk; d += W) {
             const vf after = load(z.across + d);
-            const vf a = load(upper + d) * (load(over_lower + d) * after), b = load(lower + d) * after;
+            const vf a = load(upper + d) * (load(over_lower + d) * after);
+            const vf b = load(lower + d) * after;
             put_key_rows(w, sub, r, d, load(k + d) * a, load(next + d) * b);
         }
     }
@@ -169,14 +169,15 @@ void multiply_within(Work& w, const Decays& z, int64_t band) {
 
 void make_operands_kda(Work& w, char* room) {
     const Decays z = make_decays(w, room);
-    const int64_t bands = w.subs * BANDS;
-    for (int64_t i = 0; i < MAX_BLOCK; i++) w.grown[i] = 1.0f;
-    std::memset(w.qk, 0, static_cast<size_t>(w.n * MAX_BLOCK) * sizeof(float));
+    const int64_t bands = w.subs * BANDS, live = (w.h.n + SIDE - 1) / SIDE;
+    for (int64_t i = 0; i < w.n; i++) w.grown[i] = 1.0f;
+    for (float* p : {w.kk, w.qk})
+        std::memset(p, 0, static_cast<size_t>(w.n * MAX_BLOCK) * sizeof(float));
     for (int64_t b = 0; b < bands; b++) multiply_decays(w, z, b);
     for (int64_t b = 0; b < bands; b++) pack_reads(w, z, b);
     for (int64_t sub = 0; sub < w.subs; sub++) pack_key_rows(w, z, sub);
-    for (int64_t b = 0; b < bands; b++) multiply_within(w, z, b);
-    for (int64_t m = 1; m < bands; m += BANDS) multiply_across(w, z, m, 1);
+    for (int64_t b = 0; b < live; b++) multiply_within(w, z, b);
+    for (int64_t m = 1; m < live; m += BANDS) multiply_across(w, z, m, 1);
     if (w.subs == 2) multiply_across(w, z, BANDS, BANDS);
     multiply_bands(w, z, 0, bands, w.decay);
 }
