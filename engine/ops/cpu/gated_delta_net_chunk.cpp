@@ -12,7 +12,9 @@
 // Products are made of bfloat16 tiles. Rounding an operand costs a relative error of 2.8e-6 in
 // energy, which those of K S, Q S, K Kᵀ and Q Kᵀ (but for its diagonal) may have. In the others
 // errors would add up, as similar keys have updates that cancel each other. Their operands are
-// split into what rounding leaves and what it takes (see tiles.h).
+// split into what rounding leaves and what it takes (see tiles.h). With one decay per key row A is
+// not made of the same rounded keys as K S, so that errors of the two don't cancel each other: for
+// products with S, K and Q are in two parts then.
 
 #include <initializer_list>
 
@@ -165,10 +167,17 @@ void solve(Work& w, int64_t sub) {
     }
 }
 
+// x S, where x is in one part or two.
+void read_state(Work& w, const bf16* x, const bf16* rest, float* to) {
+    const int64_t depth = w.k_depth();
+    const Tiles state = tiles(w.state, depth);
+    product(w, tiles(x, depth), 2 * w.subs, state, 2, depth, to, STRIP);
+    if (rest) product(w, tiles(rest, depth), 2 * w.subs, state, 2, depth, to, STRIP, true);
+}
+
 void make_updates(Work& w, int64_t c) {
-    const Tiles state = tiles(w.state, w.k_depth());
-    product(w, tiles(w.k, w.k_depth()), 2 * w.subs, state, 2, w.k_depth(), w.residual, STRIP);
-    product(w, tiles(w.q, w.k_depth()), 2 * w.subs, state, 2, w.k_depth(), w.read, STRIP);
+    read_state(w, w.k, w.k_rest, w.residual);
+    read_state(w, w.q, w.q_rest, w.read);
     make_residuals(w, c);
     solve(w, 0);
     if (w.subs == 1) return;

@@ -21,13 +21,14 @@ struct Work {
     float* beta;               // [MAX_BLOCK].
     int64_t n_ahead, fetched;  // Rows that follow, and how many of them are on their way.
     // Made by the files of the two kinds of decays:
-    bf16 *k, *q;   // A [n, Dk]: K and Q; with KDA e^G K and e^G Q.
-    bf16* k_rows;  // B [n, Dk], split: e^(G_last - G) K.
-    float* kk;     // [n, MAX_BLOCK]: -A. Not on its diagonal nor above, which is never read.
-    float* qk;     // [n, MAX_BLOCK]: scores, (Q Kᵀ ⊙ D) · scale, zeros in the rest of SUB columns.
-                   // Its diagonal comes later.
-    float* grown;  // [MAX_BLOCK]: e^G, by which products of k and q with S are multiplied, or ones.
-    float* decay;  // [Dk]: e^G_last.
+    bf16 *k, *q;            // A [n, Dk]: K and Q; with KDA e^G K and e^G Q,
+    bf16 *k_rest, *q_rest;  // and what rounding takes of them (else null).
+    bf16* k_rows;           // B [n, Dk], split: e^(G_last - G) K.
+    float* kk;              // [n, MAX_BLOCK]: -A. What is not below its diagonal is never read.
+    float* qk;              // [n, MAX_BLOCK]: (Q Kᵀ ⊙ D) · scale below the diagonal, zeros above it
+                            // up to the end of SUB columns.
+    float* grown;           // [MAX_BLOCK]: e^G, still to weigh K S and Q S; with KDA ones.
+    float* decay;           // [Dk]: e^G_last.
     // Of both:
     bf16* scores;  // A [n, n], split: qk.
     bf16* links;   // A [SUB, SUB], split: -A from the first half to the second.
@@ -51,7 +52,7 @@ void make_operands_kda(Work& w, char* room);
 
 constexpr int64_t ROOM_GDA = 2 * MAX_BLOCK * MAX_HEAD + 3 * 4 * MAX_BLOCK;
 constexpr int64_t ROOM_KDA =
-    4 * (3 * MAX_BLOCK + SIDE + 1) * MAX_HEAD + 2 * 4 * (MAX_BLOCK / 2) * MAX_HEAD;
+    4 * (3 * MAX_BLOCK + SIDE + 1) * MAX_HEAD + 2 * (2 * MAX_BLOCK + 4 * SUB) * MAX_HEAD;
 
 template <typename T>
 T* take(char*& room, int64_t n) {

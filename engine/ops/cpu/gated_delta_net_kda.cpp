@@ -67,33 +67,34 @@ void multiply_bands(const Work& w, const Decays& z, int64_t first, int64_t end, 
     }
 }
 
-// Rows of a band of x with their decays within the band and across others, times weight(row), as A
-// tiles.
-template <typename F>
+// Rows of a band of x with their decays within the band and across others, as A tiles: `to`, and
+// `rest` for what rounding takes, if that is wanted.
+template <bool REST = false>
 void pack_band(const Work& w, const Decays& z, const float* x, int64_t step, int64_t band,
-               const float* within, F weight, bf16* to) {
+               const float* within, bf16* to, bf16* rest = nullptr) {
     const int64_t dk = w.h.dk;
-    for (int64_t i = band * SIDE; i < (band + 1) * SIDE; i++, to += DEPTH) {
+    for (int64_t r = 0; r < SIDE; r++) {
+        const int64_t i = band * SIDE + r;
         const float *row = w.row(x, step, i), *decay = within + i * dk;
-        const vf f = splat(weight(i));
         const auto part = [&](int64_t d) __attribute__((always_inline)) {
-            return load(row + d) * (load(decay + d) * load(z.across + d)) * f;
+            return load(row + d) * (load(decay + d) * load(z.across + d));
         };
-        bf16* tile = to;
-        for (int64_t d = 0; d < dk; d += DEPTH, tile += TILE_SIZE)
-            for (int c = 0; c < SIDE; c += W)
-                put(tile + 2 * c, bf16_row(part(d + c), part(d + SIDE + c)));
+        for (int64_t d = 0; d < dk; d += DEPTH)
+            for (int c = 0; c < SIDE; c += W) {
+                const int64_t at = (d / DEPTH * SIDE + r) * DEPTH + 2 * c;
+                const vf a = part(d + c), b = part(d + SIDE + c);
+                put(to + at, bf16_row(a, b));
+                if constexpr (REST) put(rest + at, bf16_row(bf16_rest(a), bf16_rest(b)));
+            }
     }
 }
-
-constexpr auto ONE = [](int64_t) { return 1.0f; };
 
 // What K and Q of a band read from the state before the block.
 void pack_reads(const Work& w, const Decays& z, int64_t band) {
     const int64_t at = band * SIDE * w.h.dk;
     multiply_bands(w, z, 0, band, z.across);
-    pack_band(w, z, w.h.k, w.h.k_step, band, z.since, ONE, w.k + at);
-    pack_band(w, z, w.h.q, w.h.q_step, band, z.since, ONE, w.q + at);
+    pack_band<true>(w, z, w.h.k, w.h.k_step, band, z.since, w.k + at, w.k_rest + at);
+    pack_band<true>(w, z, w.h.q, w.h.q_step, band, z.since, w.q + at, w.q_rest + at);
 }
 
 // What the keys of half `sub` bring to the state after the block.
@@ -120,19 +121,22 @@ void multiply_across(Work& w, const Decays& z, int64_t m, int64_t bands) {
     for (int64_t b = 0; b < bands; b++) {
         const int64_t at = b * SIDE * dk;
         multiply_bands(w, z, m, m + b, z.across);
-        const auto minus_beta = [&](int64_t i) { return -w.beta[i]; };
-        const auto scale = [&](int64_t) { return w.h.scale; };
-        pack_band(w, z, w.h.k, w.h.k_step, m + b, z.since, minus_beta, z.k + at);
-        pack_band(w, z, w.h.q, w.h.q_step, m + b, z.since, scale, z.q + at);
+        pack_band(w, z, w.h.k, w.h.k_step, m + b, z.since, z.k + at);
+        pack_band(w, z, w.h.q, w.h.q_step, m + b, z.since, z.q + at);
         const int64_t earlier = m - bands + b;
         multiply_bands(w, z, earlier + 1, m, z.across);
-        pack_band(w, z, w.h.k, w.h.k_step, earlier, z.until, ONE, z.before + at);
+        pack_band(w, z, w.h.k, w.h.k_step, earlier, z.until, z.before + at);
     }
     transpose_tiles(z.before, bands * SIDE * dk, z.columns);
     const int64_t depth = w.k_depth(), to = m * SIDE * MAX_BLOCK + (m - bands) * SIDE;
     const Tiles columns = tiles(z.columns, depth);
     product(w, tiles(z.k, depth), bands, columns, bands, depth, w.kk + to, MAX_BLOCK);
     product(w, tiles(z.q, depth), bands, columns, bands, depth, w.qk + to, MAX_BLOCK);
+    for (int64_t r = 0; r < bands * SIDE; r++)
+        for (int64_t j = 0; j < bands * SIDE; j += W) {
+            float *kk = w.kk + to + r * MAX_BLOCK + j, *qk = w.qk + to + r * MAX_BLOCK + j;
+            store(kk, load(kk) * -w.beta[m * SIDE + r]), store(qk, load(qk) * w.h.scale);
+        }
 }
 
 // Pairs of rows in a band: keys decay from row to row, four of them at a time.
@@ -168,6 +172,7 @@ void multiply_within(Work& w, const Decays& z, int64_t band) {
 }  // namespace
 
 void make_operands_kda(Work& w, char* room) {
+    for (bf16** p : {&w.k_rest, &w.q_rest}) *p = take<bf16>(room, w.n * w.h.dk);
     const Decays z = make_decays(w, room);
     const int64_t bands = w.subs * BANDS, live = (w.h.n + SIDE - 1) / SIDE;
     for (int64_t i = 0; i < w.n; i++) w.grown[i] = 1.0f;

@@ -22,6 +22,9 @@ GDN_INLINE vi bf16_row(vf a, vf b) {
 #endif
 }
 
+// What rounding to bfloat16 takes.
+GDN_INLINE vf bf16_rest(vf v) { return v - from_bits(round_to_bf16(v) & ~0xffff); }
+
 struct Pairs {
     vi high, low;
 };
