@@ -1,4 +1,8 @@
 // Weights to bfloat16, in float32 arithmetic and rounded once.
+//
+// A value's bits are put into the mantissa of a float, which then is the value plus a constant, and
+// that is taken off with the zero and the min. This is exact where scales are float16 and there are
+// no mins, else off by at most 2^-8 of a step.
 
 #include "expand.h"
 
@@ -8,10 +12,42 @@ namespace gdn {
 
 namespace {
 
-// Byte j of every lane as float32.
-template <typename F, int J>
-GDN_INLINE vf byte_of(vi word) {
-    return to_float(F::SIGNED ? word << (24 - 8 * J) >> 24 : word >> 8 * J & 255);
+// Where the bits of values lie in the mantissas of floats: those of a word's bytes 0 and 2, which
+// are shifted together with the next byte's, and those of bytes 1 and 3.
+template <typename F>
+constexpr int EVEN = 23 - 8 - (F::SIGNED ? 8 : F::BITS);
+template <typename F>
+constexpr int ODD = EVEN<F> + 8;
+
+// What `mantissa` adds to a value whose bits lie at AT.
+template <typename F, int AT>
+constexpr int BIAS = (1 << (23 - AT)) + (F::SIGNED ? 128 : 0);
+
+// BIAS + a value as float32, of the bits at AT of each lane.
+template <typename F, int AT>
+GDN_INLINE vf mantissa(vi v) {
+    constexpr int SIGN = F::SIGNED ? 128 : 0, MASK = F::SIGNED ? 255 : (1 << F::BITS) - 1;
+    constexpr int EXPONENT = 127 + 23 - AT;
+    return from_bits((v & MASK << AT) ^ (EXPONENT << 23 | SIGN << AT));
+}
+
+// Word I with its bytes' values from bit FIRST_BIT of each byte on; other bits are not cleared.
+template <typename F, int I>
+constexpr int FIRST_BIT = 8 % F::BITS || F::CODEBOOK ? 0 : F::BITS * I % 8;
+
+template <typename F, int I>
+GDN_INLINE vi loose_word(const uint8_t* planes, int p) {
+    constexpr int BITS = F::BITS;
+    if constexpr (F::CODEBOOK) return word<F, I>(planes, p);
+    planes += p * 4 * W;
+    if constexpr (8 % BITS == 0) return load_as<vi>(planes + I * BITS / 8 * WORD_BYTES);
+    // The larger plane, and above its bits those of the smaller one.
+    constexpr int LOW = BITS >= 4 ? 4 : 2, HIGH = BITS - LOW;
+    const auto* low = planes + I * LOW / 8 * WORD_BYTES;
+    const auto* high = planes + (LOW + I * HIGH / 8) * WORD_BYTES;
+    const vi mask = splat(((1 << HIGH) - 1) * 0x01010101 << LOW);
+    return select_bits(mask, shifted<LOW - I * HIGH % 8>(load_as<vi>(high)),
+                       shifted<-(I * LOW % 8)>(load_as<vi>(low)));
 }
 
 // Group G's words of a record: q · scale + offset, two columns a store.
@@ -19,30 +55,38 @@ template <typename F, int G>
 GDN_INLINE void expand_group(const uint8_t* record, const vf* super, int p, bf16* tile) {
     constexpr int N = WORDS / F::GROUPS;
     const vf scale = scale_of<F, G>(record, p) * super[0];
-    vf offset = scale * -static_cast<float>(F::ZERO);
-    if constexpr (F::HAS_MIN) offset -= min_of<F, G>(record, p) * super[1];
-    const auto value = [&](vf q) { return F::ZERO || F::HAS_MIN ? q * scale + offset : q * scale; };
+    vf min{};
+    if constexpr (F::HAS_MIN) min = min_of<F, G>(record, p) * super[1];
+    const auto offset = [&](int bias) { return scale * -static_cast<float>(bias + F::ZERO) - min; };
+    const vf even = offset(BIAS<F, EVEN<F>>), odd = offset(BIAS<F, ODD<F>>);
+    const auto put_pair = [&](bf16* to, vi v) __attribute__((always_inline)) {
+        const vi pairs = bf16_pairs(fma(mantissa<F, EVEN<F>>(v), scale, even),
+                                    fma(mantissa<F, ODD<F>>(v), scale, odd));
+        std::memcpy(to, &pairs, sizeof(vi));
+    };
     for_constants<G * N, (G + 1) * N>([&](auto i) __attribute__((always_inline)) {
-        const vi w = word<F, i>(record + F::HEAD_BYTES, p);
+        constexpr int SHIFT = EVEN<F> - FIRST_BIT<F, i>;
+        const vi w = loose_word<F, i>(record + F::HEAD_BYTES, p);
         bf16* to = tile + i * 4 * ROWS + p * 2 * W;
-        const vi first = bf16_pairs(value(byte_of<F, 0>(w)), value(byte_of<F, 1>(w)));
-        const vi second = bf16_pairs(value(byte_of<F, 2>(w)), value(byte_of<F, 3>(w)));
-        std::memcpy(to, &first, sizeof(vi));
-        std::memcpy(to + 2 * ROWS, &second, sizeof(vi));
+        put_pair(to, shifted<SHIFT>(w));
+        put_pair(to + 2 * ROWS, shifted<SHIFT - 16>(w));
     });
 }
 
 template <typename F>
 const bf16* expand_records(F, const uint8_t* panel, int64_t begin, int64_t end, bf16* room) {
+    vf super[PARTS][2] = {};
     for (int64_t i = begin; i < end; i++) {
         const uint8_t *record = F::record(panel, i), *block = F::super_block(panel, i);
         bf16* tile = room + (i - begin) * TILE_SIZE;
         for (int b = 0; b < F::RECORD_BYTES; b += 64) __builtin_prefetch(record + b + AHEAD);
         for (int p = 0; p < PARTS; p++) {
-            vf super[2] = {super_of<F>(block, p), vf{}};
-            if constexpr (F::HAS_MIN) super[1] = super_of<F>(block, PARTS + p);
-            expand_group<F, 0>(record, super, p, tile);
-            if constexpr (F::GROUPS == 2) expand_group<F, 1>(record, super, p, tile);
+            if (i == begin || i % (SUPER / RECORD) == 0) {
+                super[p][0] = super_of<F>(block, p);
+                if constexpr (F::HAS_MIN) super[p][1] = super_of<F>(block, PARTS + p);
+            }
+            expand_group<F, 0>(record, super[p], p, tile);
+            if constexpr (F::GROUPS == 2) expand_group<F, 1>(record, super[p], p, tile);
         }
     }
     return room;

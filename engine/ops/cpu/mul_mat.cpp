@@ -30,22 +30,22 @@ void put(const Args& a, int64_t t, int64_t panel, const float* values) {
 
 void multiply_tiles(const Args& a, const Activation& x, const TileTasks& tasks, int64_t task) {
     const View& w = a.v[WEIGHT];
-    const int64_t first = tasks.first_row(task), n = tasks.n_rows(task);
+    const int64_t first = tasks.first_row(task);
     const int64_t begin = tasks.begin(task), end = tasks.end(task);
     auto& s = *reinterpret_cast<TileScratch*>(a.scratch);
     Pair pairs[MAX_PAIRS];
     for (int64_t pair = begin; pair < end; pair++)
         pairs[pair - begin] = {&w, pair, (pair - begin) * PAIR};
     const auto fetch = [&](int64_t row, int64_t n_rows) {
-        for (int64_t i = row; i < row + n_rows; i++)
+        for (int64_t i = first + row; i < first + row + n_rows; i++)
             fetch_to_write(a.v[OUT].row(x.step.blocked[i]) + begin * PAIR, (end - begin) * PAIR);
     };
     const auto done = [&](int64_t row, int64_t n_rows, float* sums) {
         for (int64_t i = 0; i < n_rows; i++, sums += SUMS)
             for (int64_t p = 2 * begin; p < std::min(n_panels(w), 2 * end); p++)
-                put(a, x.step.blocked[row + i], p, sums + (p - 2 * begin) * ROWS);
+                put(a, x.step.blocked[first + row + i], p, sums + (p - 2 * begin) * ROWS);
     };
-    multiply_pairs(x, pairs, end - begin, first, n, s, fetch, done);
+    multiply_pairs(x.blocked(first), tasks.n_rows(task), pairs, end - begin, s, fetch, done);
 }
 
 int64_t n_tasks(const Args& a) {

@@ -25,6 +25,8 @@ struct Activation {
           step(*a.step) {}
 
     int64_t n_blocked() const { return tiles ? step.n_blocked : 0; }
+    // Blocked rows, from the first on, as tiles.
+    const bf16* blocked(int64_t first) const { return tiles.as<bf16>() + first * x.shape[1]; }
     // Rows that are multiplied one by one: how many of n, and which.
     int64_t n_single(int64_t n) const { return tiles ? step.n_loose : n; }
     int64_t single(int64_t i) const { return tiles ? step.loose[i] : i; }
@@ -86,25 +88,22 @@ inline Soon next_strip(Tiles rows, int64_t i, int64_t depth, int64_t p, int64_t 
     return {at + p % half * depth * bytes, bytes};
 }
 
-// n rows of blocks, from the first on, times pairs of weights of the same width. Before the last
-// products of 32 rows, fetch(row, n of them) is called, and with complete sums done(row, n, sums
-// [n, SUMS]).
+// n rows as tiles times pairs of weights of the same width. Before the last products of 32 rows,
+// fetch(row, n of them) is called, and with complete sums done(row, n, sums [n, SUMS]).
 template <typename Fetch, typename Done>
-void multiply_pairs(const Activation& x, const Pair* pairs, int64_t n_pairs, int64_t first,
-                    int64_t n, TileScratch& s, Fetch fetch, Done done) {
-    const int64_t n_in = x.x.shape[1], n_tiles = (n + SIDE - 1) / SIDE;
+void multiply_pairs(const bf16* x, int64_t n, const Pair* pairs, int64_t n_pairs, TileScratch& s,
+                    Fetch fetch, Done done) {
+    const int64_t n_in = pairs[0].weight->shape[1], n_tiles = (n + SIDE - 1) / SIDE;
     for (int64_t k = 0; k < n_in; k += MAX_COLUMNS) {
         const int64_t begin = k / DEPTH, end = std::min(n_in, k + MAX_COLUMNS) / DEPTH;
         Tiles b[MAX_PAIRS];
         for (int64_t p = 0; p < n_pairs; p++) b[p] = pairs[p].expand_into(s.panels[p], begin, end);
-        const bf16* at = x.tiles.as<bf16>() + first * n_in + begin * TILE_SIZE;
-        const Tiles rows{at, SIDE * n_in, TILE_SIZE};
+        const Tiles rows{x + begin * TILE_SIZE, SIDE * n_in, TILE_SIZE};
         for (int64_t i = 0; i < n_tiles; i += 2) {
-            const int64_t row = first + i * SIDE;
-            const int64_t n_rows = std::min<int64_t>(2 * SIDE, n - i * SIDE);
+            const int64_t row = i * SIDE, n_rows = std::min<int64_t>(2 * SIDE, n - row);
             if (end * DEPTH == n_in) fetch(row, n_rows);
             // Sums that are complete at once need no room for all rows.
-            auto* sums = s.sums[n_in <= MAX_COLUMNS ? 0 : i * SIDE];
+            auto* sums = s.sums[n_in <= MAX_COLUMNS ? 0 : row];
             for (int64_t p = 0; p < n_pairs; p++) {
                 const Soon soon = next_strip(rows, i + 2, end - begin, p, n_pairs);
                 multiply_some(std::min<int64_t>(2, n_tiles - i), pairs[p].n_wide(),

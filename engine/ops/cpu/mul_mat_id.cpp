@@ -7,9 +7,8 @@
 
 #include <algorithm>
 
-#include "expand.h"
 #include "kernels.h"
-#include "product.h"
+#include "mul_mat.h"
 
 namespace gdn {
 
@@ -71,8 +70,8 @@ void put(const Args& a, int64_t pair, int64_t p, const float* values) {
 
 namespace tiles {
 
-// Panels of a task, rows gathered at a time at most, and columns expanded at a time.
-constexpr int64_t TASK_PANELS = 8, MAX_ROWS = 128, MAX_COLUMNS = 4096, PAIR = 2 * ROWS;
+// Panels of a task, and pairs whose rows are gathered at a time at most.
+constexpr int64_t TASK_PANELS = 2 * MAX_PAIRS, MAX_GATHERED = 128;
 constexpr int64_t GATHERED = 1 << 18;  // Elements.
 
 int64_t n_groups(const Args& a) { return (n_panels(a) + TASK_PANELS - 1) / TASK_PANELS; }
@@ -92,40 +91,38 @@ void gather(const Args& a, const int32_t* pairs, int64_t n, bf16* to) {
 }
 
 struct Scratch {
-    float sums[MAX_ROWS * PAIR];
-    bf16 gathered[GATHERED], panels[2 * MAX_COLUMNS * ROWS];
+    TileScratch tiles;
+    bf16 gathered[GATHERED];
 };
 static_assert(sizeof(Scratch) <= SCRATCH_BYTES);
 
-// Two panels (one at the end) times n gathered pairs.
-void multiply_panels(const Args& a, Scratch& s, int64_t expert, int64_t p, const int32_t* pairs,
-                     int64_t n) {
-    const View& m = a.v[MATRIX];
-    const int64_t n_in = m.shape[2], n_wide = std::min<int64_t>(2, n_panels(a) - p);
-    for (int64_t k = 0; k < n_in; k += MAX_COLUMNS) {
-        const int64_t begin = k / DEPTH, end = std::min(n_in, k + MAX_COLUMNS) / DEPTH;
-        const bf16* panels[2] = {};
-        for (int64_t i = 0; i < n_wide; i++)
-            panels[i] = expand(m.layout, panel_at(a, expert, p + i), begin, end,
-                               s.panels + i * MAX_COLUMNS * ROWS);
-        const Tiles x{s.gathered + begin * TILE_SIZE, n_in * SIDE, TILE_SIZE};
-        const Tiles y{panels[0], n_wide == 2 ? panels[1] - panels[0] : 0, TILE_SIZE};
-        multiply_matrices(x, (n + SIDE - 1) / SIDE, y, n_wide, end - begin, s.sums, PAIR, k > 0);
-    }
-    for (int64_t i = 0; i < n; i++)
-        for (int64_t j = 0; j < n_wide; j++) put(a, pairs[i], p + j, s.sums + i * PAIR + j * ROWS);
+// An expert's matrix as a weight of its own.
+View matrix_of(const Args& a, int64_t expert) {
+    View m = a.v[MATRIX];
+    m.data += expert * m.stride[0];
+    for (int i = 0; i < 2; i++) m.shape[i] = m.shape[i + 1], m.stride[i] = m.stride[i + 1];
+    return m;
 }
 
 void run_task(const Args& a, int64_t task) {
     const auto *order = a.v[ORDER].as<int32_t>(), *starts = a.v[STARTS].as<int32_t>();
-    const int64_t expert = task / n_groups(a), p = task % n_groups(a) * TASK_PANELS;
-    const int64_t last = std::min(n_panels(a), p + TASK_PANELS);
-    const int64_t rows = std::min(MAX_ROWS, GATHERED / a.v[MATRIX].shape[2] / SIDE * SIDE);
+    const int64_t expert = task / n_groups(a), first = task % n_groups(a) * TASK_PANELS;
+    const int64_t last = std::min(n_panels(a), first + TASK_PANELS);
+    const int64_t most = std::min(MAX_GATHERED, GATHERED / a.v[MATRIX].shape[2] / SIDE * SIDE);
+    const View m = matrix_of(a, expert);
+    Pair panels[MAX_PAIRS];
+    int64_t n_pairs = 0;
+    for (int64_t p = first; p < last; p += 2) panels[n_pairs++] = {&m, p / 2, (p - first) * ROWS};
     auto& s = *reinterpret_cast<Scratch*>(a.scratch);
-    for (int64_t i = starts[2 * expert]; i < starts[2 * expert + 1]; i += rows) {
-        const int64_t n = std::min(rows, starts[2 * expert + 1] - i);
+    for (int64_t i = starts[2 * expert]; i < starts[2 * expert + 1]; i += most) {
+        const int64_t n = std::min(most, starts[2 * expert + 1] - i);
         gather(a, order + i, n, s.gathered);
-        for (int64_t q = p; q < last; q += 2) multiply_panels(a, s, expert, q, order + i, n);
+        const auto fetch = [](int64_t, int64_t) {};
+        const auto done = [&](int64_t row, int64_t n_rows, const float* sums) {
+            for (const int32_t* pair = order + i + row; n_rows-- > 0; pair++, sums += SUMS)
+                for (int64_t p = first; p < last; p++) put(a, *pair, p, sums + (p - first) * ROWS);
+        };
+        multiply_pairs(s.gathered, n, panels, n_pairs, s.tiles, fetch, done);
     }
 }
 
@@ -150,7 +147,7 @@ Row row_of(const Args& a, int64_t pair) {
 }
 
 // One panel of an expert's matrix times n of the expert's pairs.
-void multiply_pairs(const Args& a, int64_t expert, int64_t p, const int32_t* pairs, int64_t n) {
+void multiply_panel(const Args& a, int64_t expert, int64_t p, const int32_t* pairs, int64_t n) {
     Row rows[TILE];
     float out[TILE][ROWS];
     rows[0] = row_of(a, pairs[0]);
@@ -172,7 +169,7 @@ void run(const Args& a, int64_t begin, int64_t end) {
             continue;
         }
         for (int64_t i = first; i < last; i += TILE)
-            multiply_pairs(a, expert, p, order + i, std::min(TILE, last - i));
+            multiply_panel(a, expert, p, order + i, std::min(TILE, last - i));
     }
 }
 

@@ -51,8 +51,21 @@ GDN_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 GDN_INLINE vi bits(vf v) { return reinterpret_cast<vi>(v); }
 GDN_INLINE vf from_bits(vi v) { return reinterpret_cast<vf>(v); }
 GDN_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+// Bits of a where the mask has ones, and of b elsewhere.
+GDN_INLINE vi select_bits(vi mask, vi a, vi b) { return (a & mask) | (b & ~mask); }
 GDN_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 GDN_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
+
+// a · b + c, rounded once where the instruction set can: compilers may join other operations.
+GDN_INLINE vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__) && defined(__AVX2__)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
 
 typedef float v4 __attribute__((vector_size(16)));
 

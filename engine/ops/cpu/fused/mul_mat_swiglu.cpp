@@ -42,7 +42,7 @@ void put_pair(const Args& a, int64_t i, int64_t pair, const float* gate, const f
 
 void multiply_tiles(const Args& a, const Activation& x, const TileTasks& tasks, int64_t task) {
     constexpr int64_t UP_SUMS = SUMS / 2;
-    const int64_t first = tasks.first_row(task), n = tasks.n_rows(task);
+    const int64_t first = tasks.first_row(task);
     const int64_t begin = tasks.begin(task), end = tasks.end(task);
     auto& s = *reinterpret_cast<TileScratch*>(a.scratch);
     Pair pairs[MAX_PAIRS];
@@ -53,17 +53,17 @@ void multiply_tiles(const Args& a, const Activation& x, const TileTasks& tasks, 
     }
     const auto fetch = [&](int64_t row, int64_t n_rows) {
         if (a.v[OUT_TILES]) return;  // These are next to each other.
-        for (int64_t i = row; i < row + n_rows; i++)
+        for (int64_t i = first + row; i < first + row + n_rows; i++)
             fetch_to_write(a.v[OUT].row(x.step.blocked[i]) + begin * PAIR, (end - begin) * PAIR);
     };
     const auto done = [&](int64_t row, int64_t n_rows, float* sums) {
-        for (int64_t i = row; i < row + n_rows; i++, sums += SUMS)
+        for (int64_t i = first + row; i < first + row + n_rows; i++, sums += SUMS)
             for (int64_t pair = begin; pair < end; pair++) {
                 const float* gate = sums + (pair - begin) * PAIR;
                 put_pair(a, i, pair, gate, gate + UP_SUMS);
             }
     };
-    multiply_pairs(x, pairs, n_pairs, first, n, s, fetch, done);
+    multiply_pairs(x.blocked(first), tasks.n_rows(task), pairs, n_pairs, s, fetch, done);
 }
 
 int64_t n_tasks(const Args& a) {
