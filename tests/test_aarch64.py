@@ -20,7 +20,7 @@ from unittest.mock import patch
 import pytest
 
 from engine.backends.cpu import CpuBackend, CpuProgram
-from engine.backends.cpu_lowering import DIMS, I8, PACKED, VIEW
+from engine.backends.lowering import DIMS, I8, PACKED, VIEW
 from engine.graph import Live
 from engine.planner import Split
 from engine.quants import BY_GGML_ID

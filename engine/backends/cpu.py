@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from engine.backends import cpu_library
 from engine.backends.arena import Arena
 from engine.backends.cpu_fusion import Uses
-from engine.backends.cpu_lowering import (
+from engine.backends.lowering import (
     DIMS,
     F32_CODE,
     I32_CODE,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from engine.backends.arena import Arena
 from engine.backends.cpu_fusion import FUSIONS, Uses, grouped, has_tiles
-from engine.backends.cpu_lowering import BF16, I8, parts
+from engine.backends.lowering import BF16, I8, parts
 from engine.graph import Dim, Kind, Node, Tensor
 from engine.quants import F32, I32, DType
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from engine.backends.cpu_library import Library
-from engine.backends.cpu_lowering import PACKED, tensor_view, view
+from engine.backends.lowering import PACKED, tensor_view, view
 from engine.graph import Tensor
 from engine.planner import WeightSource
 from engine.quants import F32, WEIGHT_TYPES, DType, dequantize, quantize_q8_0

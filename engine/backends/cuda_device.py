@@ -1,0 +1,365 @@
+"""What the CUDA backend needs of a device, and the GPU through CuPy.
+
+Everything above this file deals in addresses, launches and captured graphs, so that tests can put a
+device of their own, without a GPU, in place of `CupyDevice`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from engine.backends import nvrtc
+from engine.errors import EngineError
+
+Array = NDArray[Any]
+Grid = tuple[int, int, int]
+MIN_CAPABILITY = (8, 0)
+
+
+class CudaError(EngineError):
+    """No usable GPU or CuPy, or a call that failed."""
+
+
+class Memory(Protocol):
+    """Bytes of device memory; given back when nothing refers to it any more."""
+
+    @property
+    def address(self) -> int:
+        """Where it begins."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """out [m, n] f32 = a [m, k] · b [n, k]ᵀ, both bfloat16, row-major without gaps."""
+
+    out: int
+    a: int
+    b: int
+    m: int
+    n: int
+    k: int
+    accumulate: bool = False
+
+
+class Captured(Protocol):
+    """Launches that were recorded; the device keeps what they need."""
+
+    def replay(self) -> None:
+        """Run them again, in the device's order of work."""
+
+
+class Timer(Protocol):
+    """Marks in the device's order of work."""
+
+    def mark(self) -> None:
+        """The end of what was launched since the mark before."""
+
+    def seconds(self) -> list[float]:
+        """Waits; the seconds between neighbouring marks."""
+
+
+class Device(Protocol):
+    """One device, whose work is done in the order in which it is asked for."""
+
+    name: str
+    detail: str
+    capability: tuple[int, int]
+    n_multiprocessors: int
+    shared_bytes: int
+
+    def free_bytes(self) -> int:
+        """Memory that can be allocated."""
+
+    def allocate(self, n_bytes: int) -> Memory:
+        """Memory aligned to 256 bytes, of arbitrary contents; raises CudaError if there is none."""
+
+    def upload(self, address: int, values: Array) -> None:
+        """Copy to the device; `values` may be changed when this returns."""
+
+    def download(self, address: int, values: Array) -> None:
+        """Wait for all work and copy to `values`, which lies without gaps."""
+
+    def fill(self, address: int, n_bytes: int, byte: int) -> None:
+        """Set bytes."""
+
+    def copy(self, target: int, source: int, n_bytes: int) -> None:
+        """Copy within the device."""
+
+    def function(self, source: str, name: str, shared_bytes: int = 0) -> int:
+        """A kernel of a source of ops/cuda, allowed `shared_bytes` of dynamic shared memory."""
+
+    def launch(self, function: int, grid: Grid, threads: int, shared: int, params: int) -> None:
+        """Launch a kernel of one parameter, which lies at the host's address `params`."""
+
+    def gemm(self, product: Gemm) -> None:
+        """A matrix product on tensor cores, accumulated in float32."""
+
+    def capture(self, launches: Callable[[], None]) -> Captured:
+        """Record what `launches` launches, without running it."""
+
+    def timer(self) -> Timer:
+        """A timer whose first mark is now."""
+
+    def synchronize(self) -> None:
+        """Wait for all work."""
+
+
+class CupyDevice:
+    """A GPU through CuPy; all work is on one stream of its own."""
+
+    def __init__(self, index: int = 0) -> None:
+        self._cupy = cupy = _cupy(index)
+        self._device = cupy.cuda.Device(index)
+        self._device.use()
+        self.capability = _capability(self._device)
+        attributes = self._device.attributes
+        self.n_multiprocessors = int(attributes["MultiProcessorCount"])
+        self.shared_bytes = int(attributes["MaxSharedMemoryPerBlockOptin"])
+        self.name = cupy.cuda.runtime.getDeviceProperties(index)["name"].decode()
+        self.detail = f"{self.name}, {self.target}"
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+        self._modules: dict[str, Any] = {}
+        self._blas: _Blas | None = None
+
+    @property
+    def target(self) -> str:
+        """What kernels are compiled for."""
+        major, minor = self.capability
+        return f"sm_{major}{minor}{'a' if self.capability == (9, 0) else ''}"
+
+    def free_bytes(self) -> int:
+        """What the driver has left, and what CuPy's pool holds unused."""
+        free, _ = self._cupy.cuda.runtime.memGetInfo()
+        return int(free) + int(self._cupy.get_default_memory_pool().free_bytes())
+
+    def allocate(self, n_bytes: int) -> Memory:
+        """From CuPy's pool."""
+        try:
+            memory = self._cupy.cuda.alloc(max(n_bytes, 1))
+        except self._cupy.cuda.memory.OutOfMemoryError:
+            raise CudaError(
+                f"{self.name}: expected {n_bytes / 2**20:.0f} MiB of memory, "
+                f"{self.free_bytes() / 2**20:.0f} MiB are free"
+            ) from None
+        return _CupyMemory(memory, int(memory.ptr), n_bytes)
+
+    def upload(self, address: int, values: Array) -> None:
+        """Through the driver's own staging; large arrays wait for the copy."""
+        values = np.ascontiguousarray(values)
+        runtime = self._cupy.cuda.runtime
+        kind = runtime.memcpyHostToDevice
+        runtime.memcpyAsync(address, values.ctypes.data, values.nbytes, kind, self.stream.ptr)
+        self.stream.synchronize()
+
+    def download(self, address: int, values: Array) -> None:
+        """Waits for the stream."""
+        runtime = self._cupy.cuda.runtime
+        kind = runtime.memcpyDeviceToHost
+        runtime.memcpyAsync(values.ctypes.data, address, values.nbytes, kind, self.stream.ptr)
+        self.stream.synchronize()
+
+    def fill(self, address: int, n_bytes: int, byte: int) -> None:
+        """A memset on the stream."""
+        self._cupy.cuda.runtime.memsetAsync(address, byte, n_bytes, self.stream.ptr)
+
+    def copy(self, target: int, source: int, n_bytes: int) -> None:
+        """A copy on the stream."""
+        runtime = self._cupy.cuda.runtime
+        kind = runtime.memcpyDeviceToDevice
+        runtime.memcpyAsync(target, source, n_bytes, kind, self.stream.ptr)
+
+    def function(self, source: str, name: str, shared_bytes: int = 0) -> int:
+        """Compiles the source at its first use, unless `compile_all` did."""
+        if source not in self._modules:
+            code = nvrtc.cached(source, self.target) or nvrtc.compile_and_keep(source, self.target)
+            self._modules[source] = self._cupy.cuda.function.Module()
+            self._modules[source].load(code)
+        function = self._modules[source].get_function(name)
+        driver = self._cupy.cuda.driver
+        if shared_bytes > 48 << 10:
+            limit = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            driver.funcSetAttribute(function.ptr, limit, shared_bytes)
+        return int(function.ptr)
+
+    def compile_all(self) -> None:
+        """Compile what is not yet kept on disk, with a progress bar."""
+        missing = [n for n in nvrtc.sources() if nvrtc.cached(n, self.target) is None]
+        if not missing:
+            return
+        with ThreadPoolExecutor() as pool:
+            done = pool.map(lambda n: nvrtc.compile_and_keep(n, self.target), missing)
+            title = f"compiling CUDA kernels for {self.target}, once"
+            list(tqdm(done, total=len(missing), desc=title, leave=False, disable=None))
+
+    def launch(self, function: int, grid: Grid, threads: int, shared: int, params: int) -> None:
+        """Through the driver's launch call: no more Python than this."""
+        pointers = ctypes.c_void_p(params)
+        self._cupy.cuda.driver.launchKernel(
+            function, *grid, threads, 1, 1, shared, self.stream.ptr, ctypes.addressof(pointers), 0
+        )
+
+    def gemm(self, product: Gemm) -> None:
+        """cuBLAS, called directly: CuPy's wrapper refuses captured streams."""
+        self._blas = self._blas or _Blas(self)
+        self._blas.gemm(product)
+
+    def capture(self, launches: Callable[[], None]) -> Captured:
+        """A CUDA graph of the stream's work."""
+        self._blas = self._blas or _Blas(self)
+        self.stream.begin_capture()
+        try:
+            launches()
+        finally:
+            graph = self.stream.end_capture()
+        graph.upload(self.stream)
+        return _CupyGraph(graph, self.stream)
+
+    def timer(self) -> Timer:
+        """Events on the stream."""
+        return _EventTimer(self)
+
+    def synchronize(self) -> None:
+        """Waits for the stream."""
+        self.stream.synchronize()
+
+
+@dataclass(frozen=True)
+class _CupyMemory:
+    _held: Any
+    address: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class _CupyGraph:
+    _graph: Any
+    _stream: Any
+
+    def replay(self) -> None:
+        self._graph.launch(self._stream)
+
+
+class _EventTimer:
+    def __init__(self, device: CupyDevice) -> None:
+        self._cupy, self._stream = device._cupy, device.stream
+        self._events: list[Any] = []
+        self.mark()
+
+    def mark(self) -> None:
+        self._events.append(self._cupy.cuda.Event())
+        self._events[-1].record(self._stream)
+
+    def seconds(self) -> list[float]:
+        self._events[-1].synchronize()
+        elapsed, events = self._cupy.cuda.get_elapsed_time, self._events
+        return [elapsed(a, b) / 1e3 for a, b in zip(events, events[1:], strict=False)]
+
+
+class _Blas:
+    """cuBLAS's handle of CuPy with a workspace of its own, as captured products need one."""
+
+    # What cuBLAS documents for Hopper.
+    _WORKSPACE = 32 << 20
+    _BF16, _F32, _COMPUTE_F32, _TRANSPOSE, _PLAIN, _DEFAULT = 14, 0, 68, 1, 0, -1
+
+    def __init__(self, device: CupyDevice) -> None:
+        self._lib, self._handle = _cublas(), int(device._cupy.cuda.get_cublas_handle())
+        self._workspace = device.allocate(self._WORKSPACE)
+        handle, stream = ctypes.c_void_p(self._handle), ctypes.c_void_p(device.stream.ptr)
+        _check(self._lib.cublasSetStream_v2(handle, stream))
+        address, size = ctypes.c_void_p(self._workspace.address), ctypes.c_size_t(self._WORKSPACE)
+        _check(self._lib.cublasSetWorkspace_v2(handle, address, size))
+        self._one, self._zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
+
+    def gemm(self, p: Gemm) -> None:
+        # By columns, as cuBLAS counts: outᵀ [n, m] = b [n, k] · aᵀ [k, m].
+        pointer, one = ctypes.c_void_p, ctypes.byref(self._one)
+        beta = one if p.accumulate else ctypes.byref(self._zero)
+        _check(self._lib.cublasGemmEx(
+            pointer(self._handle), self._TRANSPOSE, self._PLAIN, p.n, p.m, p.k, one,
+            pointer(p.b), self._BF16, p.k, pointer(p.a), self._BF16, p.k, beta,
+            pointer(p.out), self._F32, p.n, self._COMPUTE_F32, self._DEFAULT,
+        ))  # fmt: skip
+
+
+def _check(status: int) -> None:
+    if status:
+        raise CudaError(f"cuBLAS: status {status}")
+
+
+def _cublas() -> ctypes.CDLL:
+    """The library that CuPy has loaded."""
+    with open("/proc/self/maps") as maps:
+        loaded = re.findall(r"(/\S*libcublas\.so\S*)", maps.read())
+    for name in (*dict.fromkeys(loaded), "libcublas.so.13", "libcublas.so.12"):
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise CudaError("cuBLAS: expected libcublas.so beside CuPy, found none")
+
+
+def _cupy(index: int) -> Any:
+    """CuPy, once it is known that it works with this machine's driver."""
+    try:
+        import cupy
+    except ImportError as error:
+        raise CudaError(
+            f"backend cuda: expected CuPy, got: {error}; install the extra cuda12 or cuda13"
+        ) from None
+    runtime = cupy.cuda.runtime
+    try:
+        n_devices = int(runtime.getDeviceCount())
+    except runtime.CUDARuntimeError as error:
+        raise CudaError(f"backend cuda: expected a GPU, got: {_reason(error, runtime)}") from None
+    if index >= n_devices:
+        raise CudaError(f"backend cuda: expected GPU {index}, found {n_devices}")
+    return cupy
+
+
+def _reason(error: Exception, runtime: Any) -> str:
+    """What CUDA says, and for a driver that is too old both versions."""
+    text = str(error).split(": ", 1)[-1]
+    if "insufficient" not in text:
+        return text
+    versions = (runtime.driverGetVersion(), runtime.runtimeGetVersion())
+    driver, built = (f"{v // 1000}.{v % 1000 // 10}" for v in versions)
+    return f"a driver for CUDA {driver}, where CuPy needs {built}: update it, or take cuda12"
+
+
+def _capability(device: Any) -> tuple[int, int]:
+    digits = str(device.compute_capability)
+    capability = (int(digits[:-1]), int(digits[-1]))
+    if capability < MIN_CAPABILITY:
+        raise CudaError(
+            f"backend cuda: expected compute capability 8.0 or higher, got {digits[:-1]}.{digits[-1]}"
+        )
+    return capability
+
+
+def available() -> str:
+    """An empty string if there is a usable GPU, else the reason why not, in one line."""
+    try:
+        _cupy(0)
+    except CudaError as error:
+        return str(error).removeprefix("backend cuda: ")
+    return ""
+
+
+def launch_all(device: Device, launches: Sequence[tuple[int, Grid, int, int, int]]) -> None:
+    """Launch kernels one after another: (function, grid, threads, shared bytes, parameter)."""
+    for launch in launches:
+        device.launch(*launch)
