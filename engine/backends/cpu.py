@@ -114,6 +114,9 @@ class CpuBackend:
         """States as arrays of their stored type."""
         self.states.allocate(states)
 
+    def declare_inputs(self, inputs: Sequence[Tensor]) -> None:
+        """Nothing to do: each input has memory of its own."""
+
     def compile(self, split: Split) -> CpuProgram:
         """Load the split's weights and lay out its program."""
         packed, plain = used_packed(split.nodes)

@@ -1,8 +1,8 @@
 """A split as launches of the GPU, in order on one stream, and where activations lie.
 
-Launches are chosen by what the host knows of a batch: its counts of rows and sequences. Decode steps
-(a row for each sequence) are captured once for each bucket of counts and replayed; what they work
-on, live counts included, is the contents of device memory.
+Launches are chosen by what the host knows of a batch: its counts of rows and sequences. Decode
+steps (a row for each sequence) are captured once for each bucket of counts and replayed; what they
+work on, live counts included, is the contents of device memory.
 """
 
 from __future__ import annotations

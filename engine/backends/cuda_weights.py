@@ -100,6 +100,10 @@ class CudaWeights:
         strides = [p.panel_bytes] if len(tensor.shape) == 2 else [p.matrix_bytes, p.panel_bytes]
         return p.memory.address, strides, PACKED, p.layout
 
-    def plain(self, tensor: Tensor) -> int:
-        """The address of a weight decoded to float32."""
-        return self._plain[tensor.base].address
+    def plain_or_zero(self, tensor: Tensor) -> int:
+        """The address of a weight decoded to float32; 0 if it is only packed."""
+        return self._plain[tensor.base].address if tensor.base in self._plain else 0
+
+    def bf16(self, tensor: Tensor) -> int:
+        """The address of a weight's copy [out, in] in bfloat16."""
+        raise NotImplementedError
