@@ -20,10 +20,9 @@ from engine.backends import nvrtc
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parents[1] / "build" / "cuda_emulator"
-_FLAGS = (
-    "-std=c++17 -O1 -fPIC -shared -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas "
-    "-Wno-attributes"
-).split()
+# NVRTC's warnings are the ones that count.
+_FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-w"]
+_DIGITS = 12
 # Errors of the launch, see runtime.cpp; libubsan is not linked.
 _CHECKS = ["-fsanitize=bounds,alignment,null", "-fno-sanitize-recover=all"]
 
@@ -47,12 +46,17 @@ def sources(directory: Path) -> dict[str, Path]:
 @functools.cache
 def runtime() -> Path:
     """The library that launches kernels."""
-    texts = [*sorted(HERE.glob("include/*")), HERE / "context.h", HERE / "runtime.cpp"]
-    path = BUILD / f"runtime-{_digest(texts)}.so"
+    source, kernel = HERE / "runtime.cpp", nvrtc.SOURCES / "kernel.cuh"
+    path = BUILD / f"runtime-{_digest([*_headers(), kernel, HERE / 'context.h', source])}.so"
     with _lock():
         if not path.exists():
-            _compile(path, [*_FLAGS, "-fvisibility=default", str(HERE / "runtime.cpp")])
+            mirror = _mirror(nvrtc.SOURCES)
+            _compile(path, [*_FLAGS, "-shared", "-fvisibility=default", f"-I{mirror}", str(source)])
     return path
+
+
+def _headers() -> list[Path]:
+    return sorted(HERE.glob("include/*"))
 
 
 def kernels(directory: Path = nvrtc.SOURCES) -> dict[str, Callable[[], Path]]:
@@ -60,14 +64,15 @@ def kernels(directory: Path = nvrtc.SOURCES) -> dict[str, Callable[[], Path]]:
 
     All that is missing is compiled first, on two cores; other processes wait.
     """
-    found, mirror = sources(directory), BUILD / f"mirror-{_digest([HERE], directory.name)}"
-    headers = sorted({*nvrtc.SOURCES.rglob("*.cuh"), *directory.rglob("*.cuh")})
-    common = [*headers, *sorted(HERE.glob("include/*"))]
-    paths = {n: BUILD / f"{n.replace('/', '-')}-{_digest([*common, p])}.so" for n, p in found.items()}
+    found = sources(directory)
+    common = [*_headers(), *sorted({*nvrtc.SOURCES.rglob("*.cuh"), *directory.rglob("*.cuh")})]
+    paths = {
+        n: BUILD / f"{n.replace('/', '-')}-{_digest([*common, p])}.so" for n, p in found.items()
+    }
     with _lock():
         missing = [n for n in found if not paths[n].exists()]
         if missing:
-            _mirror(mirror, directory)
+            mirror = _mirror(directory)
             with ThreadPoolExecutor(2) as pool:
                 work = {n: pool.submit(_build, mirror, n, paths[n]) for n in missing}
     errors = {n: w.exception() for n, w in work.items()} if missing else {}
@@ -81,17 +86,28 @@ def kernels(directory: Path = nvrtc.SOURCES) -> dict[str, Callable[[], Path]]:
 
 
 def _build(mirror: Path, name: str, target: Path) -> None:
-    source, flags = mirror / f"{name}.cu", [f"-I{mirror}", f"-I{HERE / 'include'}"]
     object_file = target.with_suffix(f".{os.getpid()}.o")
-    compile_only = [f for f in _FLAGS if f != "-shared"]
-    _run([*compile_only, *_CHECKS, *flags, "-c", "-x", "c++", str(source), "-o", str(object_file)])
+    _run(
+        [
+            *_FLAGS,
+            *_CHECKS,
+            f"-I{mirror}",
+            "-c",
+            "-x",
+            "c++",
+            str(mirror / f"{name}.cu"),
+            "-o",
+            str(object_file),
+        ]
+    )
     # Linked without the flags of the checks: runtime.cpp has what they call.
     _compile(target, ["-shared", str(object_file)])
     object_file.unlink()
 
 
 def _compile(target: Path, arguments: list[str]) -> None:
-    for old in target.parent.glob(f"{target.stem.rpartition('-')[0]}-????????????.so"):
+    """Make a library in place of those of earlier states of its sources."""
+    for old in target.parent.glob(f"{target.stem.rpartition('-')[0]}-{'?' * _DIGITS}.so"):
         old.unlink()
     temporary = target.with_suffix(f".{os.getpid()}")
     _run([*arguments, "-o", str(temporary)])
@@ -102,20 +118,22 @@ def _run(arguments: list[str]) -> None:
     name = compiler()
     assert name is not None, "no C++ compiler"
     done = subprocess.run([name, *arguments], capture_output=True, text=True)
-    if done.returncode or done.stderr:
+    if done.returncode:
         raise BuildError(done.stdout + done.stderr)
 
 
-def _mirror(mirror: Path, directory: Path) -> None:
+def _mirror(directory: Path) -> Path:
+    """A folder of links to all sources and headers of both places."""
+    mirror = BUILD / f"mirror-{_digest([], str(directory))}"
     shutil.rmtree(mirror, ignore_errors=True)
-    for root in dict.fromkeys((nvrtc.SOURCES, directory)):
-        for path in (*root.rglob("*.cu"), *root.rglob("*.cuh")):
-            target = mirror / path.relative_to(root)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.unlink(missing_ok=True)
-            target.symlink_to(path)
-    (mirror / "primitives.cuh").unlink()
-    (mirror / "primitives.cuh").symlink_to(HERE / "include" / "primitives.cuh")
+    for root in (nvrtc.SOURCES, directory, HERE / "include"):
+        for pattern in ("*.cu", "*.cuh", "*.h"):
+            for path in root.rglob(pattern):
+                target = mirror / path.relative_to(root)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.unlink(missing_ok=True)
+                target.symlink_to(path)
+    return mirror
 
 
 def _digest(paths: list[Path], *more: str) -> str:
@@ -123,7 +141,7 @@ def _digest(paths: list[Path], *more: str) -> str:
     assert name is not None, "no C++ compiler"
     parts = [str(name), _version(name), *_FLAGS, *_CHECKS, *more]
     parts += [p.read_text() if p.is_file() else str(p) for p in paths]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:_DIGITS]
 
 
 @functools.cache

@@ -5,7 +5,7 @@
 // an error: barriers that not all threads reach, warp primitives that not all lanes reach, writes
 // beyond dynamic shared memory, indices beyond an array's size, misaligned or null addresses.
 
-#include "include/emulator.h"
+#include "kernel.cuh"
 
 #include <csignal>
 #include <cstdarg>
@@ -19,6 +19,8 @@
 #include <sys/mman.h>
 
 #include "context.h"
+
+extern "C" void* __tls_get_addr(void*);
 
 Index3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -162,8 +164,7 @@ int find_statics(dl_phdr_info* info, size_t, void*) {
     struct {
         unsigned long module, offset;
     } index = {info->dlpi_tls_modid, 0};
-    extern void* get_storage(void*) asm("__tls_get_addr");
-    if (size) now.statics = static_cast<char*>(get_storage(&index));
+    if (size) now.statics = static_cast<char*>(__tls_get_addr(&index));
     return 1;
 }
 
@@ -282,6 +283,9 @@ void finish_groups(int n_left) {
 }
 
 }  // namespace emulator
+
+// How much of a launch's parameter is copied.
+extern "C" const uint64_t emulator_args_bytes = sizeof(gdn::Args);
 
 // Runs a kernel; the error's text, or null.
 extern "C" const char* emulator_launch(void (*kernel)(const void*), const unsigned* grid,
