@@ -28,6 +28,8 @@ Array = NDArray[Any]
 # Sequences of a decode step that is captured: up to each of these numbers.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 _LIVE_BYTES = 256
+# For cuBLAS's workspace and buffers of captured graphs.
+_RESERVED_BYTES = 128 << 20
 
 
 class CudaBackend:
@@ -55,6 +57,10 @@ class CudaBackend:
         packed, plain = used_packed(nodes)
         decoded = sum(map(self.weights.plain_bytes, plain))
         return sum(map(self.weights.packed_bytes, packed)) + decoded
+
+    def free_bytes(self) -> int | None:
+        """What the device has left, but for what libraries take when they are first used."""
+        return max(0, self.device.free_bytes() - _RESERVED_BYTES)
 
     def load_weights(self, weights: Sequence[Tensor], source: WeightSource) -> None:
         """Weights are packed when it is known what reads them: by `compile`."""

@@ -350,10 +350,20 @@ def _capability(device: Any) -> tuple[int, int]:
     return major, minor
 
 
-def available() -> str:
-    """An empty string if there is a usable GPU, else the reason why not, in one line."""
+def missing() -> str:
+    """Why no GPU can be used, in one line; an empty string if one can.
+
+    Asks the driver first: importing CuPy takes a second.
+    """
+    count = ctypes.c_int()
     try:
-        _cupy(0)
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "no NVIDIA driver"
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        return "no GPU"
+    try:
+        _capability(_cupy(0).cuda.Device(0))
     except CudaError as error:
         return str(error).removeprefix("backend cuda: ")
     return ""
