@@ -22,13 +22,14 @@ struct Place {
     int32_t head, key_head, seq;
 
     // Reads all that leads to the state at once; `n` is 0 where there is nothing to do.
-    DEVICE Place(const Args& a, int32_t sequence, int32_t head_) : head(head_), seq(sequence) {
+    DEVICE Place(const Args& a, int32_t sequence, int32_t head_) : head(head_) {
         const int32_t* starts = a.v[SEQ_STARTS].as<int32_t>();
-        const int32_t n_seqs = a.live[N_SEQS];
+        const int32_t n_seqs = a.live[N_SEQS], last = a.v[STATE_SRC].shape[0] - 1;
+        seq = sequence < last ? sequence : last;
         begin = starts[seq], n = starts[seq + 1] - begin;
         src = a.v[STATE_SRC].as<int32_t>()[seq];
         dst = a.v[STATE_DST].as<int32_t>()[seq];
-        if (seq >= n_seqs) n = 0;
+        if (sequence >= n_seqs) n = 0;
         const int32_t n_k = a.v[Q].shape[1], n_v = a.v[V].shape[1];
         key_head = a.attr[0] == 0.0f ? head % n_k : head / (n_v / n_k);
     }
