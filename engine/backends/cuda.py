@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from engine.backends import cpu_library
 from engine.backends.arena import Arena
-from engine.backends.cuda_device import Captured, Device, Gemm, Memory
+from engine.backends.cuda_device import Captured, CudaError, Device, Gemm, Memory
 from engine.backends.cuda_ops import add_node, unsupported
 from engine.backends.cuda_program import ARGS, Lowering, Product, Step, fill_view
 from engine.backends.cuda_weights import CudaWeights
@@ -141,7 +141,7 @@ class CudaProgram:
         self._args = np.zeros(len(self._steps), ARGS)
         for args, step in zip(self._args, self._steps, strict=True):
             self._prepare(args, step)
-        self._captured: dict[int, Captured] = {}
+        self.captured: dict[int, Captured] = {}
         self.instructions = [Instruction(step.name, tuple(step.nodes)) for step in self._steps]
 
     def _prepare(self, args: Any, step: Step) -> None:
@@ -175,17 +175,21 @@ class CudaProgram:
         if watch is not None:
             for node, steps in self._spans.items():
                 self._launch(steps, live)
+                try:
+                    self._device.synchronize()
+                except CudaError as error:
+                    raise CudaError(f"{node}: {error}") from None
                 watch(node, [self._output(t, live) for t in node.outputs])
-        elif (bucket := _bucket(live)) is not None:
+        elif (bucket := bucket_of(live)) is not None:
             self._replay(bucket)
         else:
             self._launch(range(len(self._steps)), live)
 
     def _replay(self, bucket: int) -> None:
-        if bucket not in self._captured:
+        if bucket not in self.captured:
             most, steps = Live(bucket, bucket, bucket), range(len(self._steps))
-            self._captured[bucket] = self._device.capture(lambda: self._launch(steps, most))
-        self._captured[bucket].replay()
+            self.captured[bucket] = self._device.capture(lambda: self._launch(steps, most))
+        self.captured[bucket].replay()
 
     def _launch(self, steps: Sequence[int], live: Live) -> None:
         device, base = self._device, self._args.ctypes.data
@@ -201,7 +205,10 @@ class CudaProgram:
                 continue
             shared = step.shared(live) if callable(step.shared) else step.shared
             address = base + i * ARGS.itemsize
-            device.launch(self._functions[i], grid, step.threads, shared, address)
+            try:
+                device.launch(self._functions[i], grid, step.threads, shared, address)
+            except CudaError as error:
+                raise CudaError(f"{_who(step)}: {error}") from None
 
     def _multiply(self, step: Product, live: Live) -> None:
         assert step.out is not None
@@ -232,7 +239,11 @@ class CudaProgram:
         return values
 
 
-def _bucket(live: Live) -> int | None:
+def _who(step: Step) -> str:
+    return f"{step.nodes[0]} (kernel {step.name})"
+
+
+def bucket_of(live: Live) -> int | None:
     """The bucket of a decode step that is captured; None for other steps."""
     if not live.n_tokens == live.n_seqs == live.n_outputs:
         return None

@@ -72,6 +72,7 @@ DEVICE uint32_t ballot(bool x) {
     emulator::exchange("ballot", &record, vote_all);
     return record.votes;
 }
+DEVICE int32_t count_bits(uint32_t x) { return __popc(x); }
 inline void nothing(void* const*) {}
 DEVICE void sync_warp() { emulator::exchange("sync_warp", nullptr, nothing); }
 
