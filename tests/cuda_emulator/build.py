@@ -149,7 +149,7 @@ def _version(name: str) -> str:
     return subprocess.run([name, "--version"], capture_output=True, text=True, check=True).stdout
 
 
-class _lock:  # noqa: N801 - a context, used like a function
+class _lock:
     """One process at a time builds."""
 
     def __enter__(self) -> None:
