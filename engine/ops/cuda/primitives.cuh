@@ -42,6 +42,13 @@ DEVICE void sync_warp() { __syncwarp(); }
 DEVICE float exp_fast(float x) { return __expf(x); }
 DEVICE float rsqrt_of(float x) { return rsqrtf(x); }
 
+DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+// Four of the eight bytes of a (0 to 3) and b (4 to 7): byte i is number `selector >> 4 * i & 7`.
+DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+    return __byte_perm(a, b, selector);
+}
+
 DEVICE float half_to_float(uint16_t h) {
     float f;
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
@@ -136,6 +143,14 @@ DEVICE void multiply_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, ui
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
                  "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// d += a · b of a warp's fragments of signed bytes: a [16, 32] row-major, b [32, 8] by columns,
+// d [16, 8] int32 (mma.sync.m16n8k32). A register has 4 neighbouring bytes.
+DEVICE void multiply_int8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, "
+                 "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 

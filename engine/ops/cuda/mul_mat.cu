@@ -1,0 +1,18 @@
+// MUL_MAT of few rows; see product.cuh. Each block quantizes the rows for itself.
+
+#include "product.cuh"
+
+KERNEL(mul_mat_1, 512) {
+    DYNAMIC_SHARED(sums);
+    gdn::mul_mat_floats<1>(a, reinterpret_cast<float*>(sums));
+}
+
+KERNEL(mul_mat_2, 512) {
+    DYNAMIC_SHARED(sums);
+    gdn::mul_mat_floats<2>(a, reinterpret_cast<float*>(sums));
+}
+
+KERNEL(mul_mat_4, 512) {
+    DYNAMIC_SHARED(sums);
+    gdn::mul_mat_floats<4>(a, reinterpret_cast<float*>(sums));
+}

@@ -1,0 +1,226 @@
+// Products of panels of a weight with up to 8, or N · 8, rows of an activation.
+//
+// Quantized weights meet int8 activations on tensor cores: a panel's 16 rows and a record's 32
+// columns are one fragment, whose integer sums are exact; records are summed in float32. A block has
+// one panel, its warps share the columns: warp w takes records 8w … 8w+7, then those of W warps
+// further on. So a row's bits depend on neither the number of rows nor its place among them.
+// Plain weights meet float32 activations in float32.
+#pragma once
+
+#include "quantize.cuh"
+#include "record.cuh"
+
+namespace gdn {
+
+constexpr int BATCH = 8;
+// As a float, this many units above 2^23 + 2^22 are an integer's value.
+constexpr int32_t MAGIC = 0x4B400000;
+constexpr float MAGIC_VALUE = 12582912.0f;
+
+// A lane's part of a record of 8 rows of x: its fragment; of columns 2c and 2c + 1 of a product the
+// scales and (of two groups) the sums.
+struct Columns {
+    uint32_t q[2];
+    float scale[2];
+    int32_t sum[2][2];
+};
+
+// R ≤ 8 rows of float32, quantized by each block for itself: in a round, a warp's lanes have 8 / R
+// records of them.
+template <int R>
+struct FloatRows {
+    static constexpr int ROWS_OF_X = R, N = 1, PER_ROUND = 8 / R, LANE_COLUMNS = R == 1 ? 1 : 2;
+
+    const float* row;  // This lane's.
+    int n_records;
+    bool aligned;
+    Eight values[R];
+    Quantized round;
+
+    // `row_at(i)`: where row i < R is; there may be fewer of them: then the last is given again.
+    template <typename RowAt>
+    DEVICE FloatRows(RowAt row_at, int n_records_, bool aligned_)
+        : row(row_at(threadIdx.x % 32 / 4 % R)), n_records(n_records_), aligned(aligned_) {}
+
+    // Fetches a batch's columns.
+    DEVICE void fetch(int first) {
+        const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+        for (int i = 0; i < R; i++) {
+            const int record = first + i * PER_ROUND + g / R;
+            values[i] = Eight{};
+            if (record < n_records) values[i] = load_eight(row + record * RECORD + 8 * c, aligned);
+        }
+    }
+
+    // Record i of the batch; for i = 0, 1, … in this order.
+    DEVICE void columns(int, int i, int, Columns& to) {
+        const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+        if (i % PER_ROUND == 0) round = quantize(values[i / PER_ROUND]);
+        const int base = i % PER_ROUND * R;
+        const int own = R == 8 ? threadIdx.x % 32 : (base + g % R) * 4 + c;
+        for (int k = 0; k < 2; k++) to.q[k] = R == 8 ? round.q[k] : shuffle(round.q[k], own);
+        for (int j = 0; j < LANE_COLUMNS; j++) {
+            const int from = (base + (2 * c + j) % R) * 4;
+            to.scale[j] = shuffle(round.scale, from);
+            for (int k = 0; k < 2; k++) to.sum[k][j] = shuffle(round.sum, from + 2 * k);
+        }
+        if (LANE_COLUMNS == 1) to.scale[1] = to.scale[0], to.sum[0][1] = to.sum[1][1] = 0;
+    }
+};
+
+// 8 · N_ rows that QUANTIZE_ROWS has made.
+template <int N_>
+struct QuantizedRows {
+    static constexpr int ROWS_OF_X = 8 * N_, N = N_, LANE_COLUMNS = 2;
+
+    const Words2* q;
+    const float* scale;
+    const int32_t* sum;
+    int n_records, n_blocks;
+
+    DEVICE QuantizedRows(const Args& a, int first_view, int first_row, int n_rows, int n_records_)
+        : n_records(n_records_), n_blocks((n_rows - first_row + 7) / 8) {
+        const int64_t at = static_cast<int64_t>(first_row / 8) * n_records;
+        q = a.v[first_view].as<Words2>() + at * 32;
+        scale = a.v[first_view + 1].as<float>() + at * 8;
+        sum = a.v[first_view + 2].as<int32_t>() + at * 16;
+    }
+
+    DEVICE void fetch(int) {}
+
+    DEVICE void columns(int record, int, int n, Columns& to) {
+        to = Columns{};
+        if (record >= n_records || n >= n_blocks) return;
+        const int lane = threadIdx.x % 32, c = threadIdx.x % 4;
+        const int64_t at = static_cast<int64_t>(n) * n_records + record;
+        const Words2 words = q[at * 32 + lane];
+        for (int k = 0; k < 2; k++) {
+            to.q[k] = words.w[k];
+            to.scale[k] = scale[at * 8 + 2 * c + k];
+            for (int j = 0; j < 2; j++) to.sum[k][j] = sum[at * 16 + 8 * k + 2 * c + j];
+        }
+    }
+};
+
+// acc += one record's products.
+template <typename F>
+DEVICE void multiply_record(const Piece<F>& piece, const Super<F>& super, const uint32_t (&words)[4],
+                            const Columns& x, int n_columns, float (&acc)[4]) {
+    const int c = threadIdx.x % 4;
+    for (int group = 0; group < F::GROUPS; group++) {
+        int32_t sum[2], d[4];
+        for (int j = 0; j < 2; j++) {
+            sum[j] = F::GROUPS == 2 ? x.sum[group][j] : x.sum[0][j] + x.sum[1][j];
+            d[j] = d[j + 2] = MAGIC - F::ZERO * sum[j];
+        }
+        uint32_t part[4];
+        for (int i = 0; i < 4; i++) part[i] = F::GROUPS == 1 || c / 2 == group ? words[i] : 0;
+        multiply_int8(d, part, x.q[0], x.q[1]);
+        for (int i = 0; i < 2; i++) {
+            const float scale = scale_of(piece, super, group, i);
+            const float min = min_of(piece, super, group, i);
+            for (int j = 0; j < n_columns; j++) {
+                const float dot = float_of(static_cast<uint32_t>(d[2 * i + j])) - MAGIC_VALUE;
+                acc[2 * i + j] += dot * (scale * x.scale[j]);
+                if (F::HAS_MIN) acc[2 * i + j] -= min * (x.scale[j] * static_cast<float>(sum[j]));
+            }
+        }
+    }
+}
+
+// The part of a panel's products that warp `warp` of `n_warps` computes, to sums [rows, 16].
+template <typename F, typename X>
+DEVICE void multiply_panel(F, const uint8_t* panel, X& x, int warp, int n_warps, float* sums) {
+    const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+    float acc[X::N][4] = {};
+    for (int first = warp * BATCH; first < x.n_records; first += n_warps * BATCH) {
+        Piece<F> pieces[BATCH];
+        Super<F> super;
+        super.load(F::super_block(panel, first), lane);
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            if (first + i < x.n_records) pieces[i].load(F::record(panel, first + i), lane);
+            else pieces[i].clear();
+        }
+        x.fetch(first);
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            uint32_t words[4];
+            pieces[i].words(c, words);
+#pragma unroll
+            for (int n = 0; n < X::N; n++) {
+                Columns columns;
+                x.columns(first + i, i, n, columns);
+                multiply_record(pieces[i], super, words, columns, X::LANE_COLUMNS, acc[n]);
+            }
+        }
+    }
+    for (int n = 0; n < X::N; n++)
+        for (int k = 0; k < 4; k++) {
+            const int column = 8 * n + 2 * c + k % 2;
+            if (k % 2 < X::LANE_COLUMNS && column < X::ROWS_OF_X)
+                sums[column * ROWS + g + k / 2 * 8] = acc[n][k];
+        }
+}
+
+// What a lane has of 8 · PER columns of a plain panel, whose rows are 4q … 4q+3 for q = lane % 4:
+// column (or pair of columns) lane / 4.
+template <Layout L>
+struct PlainColumns {
+    static constexpr int PER = L == L_BF16 ? 2 : 1;
+    float v[4][PER];
+
+    DEVICE void load(const uint8_t* panel, int k, int lane) {
+        const int q = lane % 4;
+        if (L == L_F16) {
+            const Words2 w = load_words<Words2>(panel + (static_cast<int64_t>(k) * ROWS + 4 * q) * 2);
+            for (int i = 0; i < 4; i++)
+                v[i][0] = half_to_float(static_cast<uint16_t>(w.w[i / 2] >> 16 * (i % 2)));
+            return;
+        }
+        const auto at = (static_cast<int64_t>(k) / PER * ROWS + 4 * q) * 4;
+        const Words4 w = load_words<Words4>(panel + at);
+        for (int i = 0; i < 4; i++) {
+            v[i][0] = float_of(L == L_F32 ? w.w[i] : w.w[i] << 16);
+            if (PER == 2) v[i][PER - 1] = float_of(w.w[i] & 0xffff0000);
+        }
+    }
+};
+
+// R rows of x (`row_at(i)`) times a plain panel: the part of warp `warp`, to sums [R, 16].
+template <int R, Layout L, typename RowAt>
+DEVICE void multiply_plain(Plain<L>, const uint8_t* panel, RowAt row_at, int n_in, int warp,
+                           int n_warps, float* sums) {
+    using Loaded = PlainColumns<L>;
+    constexpr int PER = Loaded::PER, AT_ONCE = 8, STEP = 8 * PER;
+    const int lane = threadIdx.x % 32, q = lane % 4;
+    float acc[R][4] = {};
+    const float* rows[R];
+    for (int t = 0; t < R; t++) rows[t] = row_at(t);
+    for (int first = warp * AT_ONCE * STEP; first < n_in; first += n_warps * AT_ONCE * STEP) {
+        Loaded w[AT_ONCE];
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++) {
+            const int k = first + u * STEP + lane / 4 * PER;
+            w[u] = Loaded{};
+            if (k < n_in) w[u].load(panel, k, lane);
+        }
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++) {
+            const int k = first + u * STEP + lane / 4 * PER;
+#pragma unroll
+            for (int t = 0; t < R; t++)
+                for (int j = 0; j < PER; j++) {
+                    const float x = k + j < n_in ? rows[t][k + j] : 0.0f;
+                    for (int i = 0; i < 4; i++) acc[t][i] += w[u].v[i][j] * x;
+                }
+        }
+    }
+    for (int t = 0; t < R; t++)
+        for (int i = 0; i < 4; i++) {
+            for (int mask = 4; mask < 32; mask *= 2) acc[t][i] += shuffle_xor(acc[t][i], mask);
+            if (lane < 4) sums[t * ROWS + 4 * q + i] = acc[t][i];
+        }
+}
+
+}  // namespace gdn
