@@ -120,6 +120,9 @@ class Backend(Protocol):
     def allocate_states(self, states: Sequence[Tensor]) -> None:
         """Make room for the states of its nodes; contents are arbitrary until written."""
 
+    def declare_inputs(self, inputs: Sequence[Tensor]) -> None:
+        """The INPUTs of all its nodes, before programs are compiled."""
+
     def compile(self, split: Split) -> Program:
         """Turn a split into something that runs without Python between nodes where it can."""
 
@@ -311,6 +314,7 @@ class Executable:
         for backend in plan.backends:
             backend.load_weights(plan.tensors_of(backend, Kind.WEIGHT), source)
             backend.allocate_states(plan.tensors_of(backend, Kind.STATE))
+            backend.declare_inputs(plan.tensors_of(backend, Kind.INPUT))
         self._programs = [(split, split.backend.compile(split)) for split in plan.splits]
         self._inputs = [(b, plan.tensors_of(b, Kind.INPUT)) for b in plan.backends]
         made = {t: s for s in plan.splits for node in s.nodes for t in node.outputs}

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from engine.backends import cpu_library
 from engine.backends.arena import Arena
 from engine.backends.cpu_fusion import Uses
+from engine.backends.cpu_program import PACKED_KERNELS, Lowering, Step
+from engine.backends.cpu_weights import CpuWeights
 from engine.backends.lowering import (
     DIMS,
     F32_CODE,
@@ -25,11 +27,12 @@ from engine.backends.lowering import (
     MAX_RANK,
     SIGNATURES,
     VIEW,
+    Ref,
+    Scratch,
     tensor_view,
+    used_packed,
     view,
 )
-from engine.backends.cpu_program import PACKED_KERNELS, Lowering, Ref, Scratch, Step, used_packed
-from engine.backends.cpu_weights import CpuWeights
 from engine.backends.states import ArrayStates
 from engine.graph import Kind, Live, Node, Tensor
 from engine.planner import Instruction, Split, Support, Watch, WeightSource
@@ -110,6 +113,9 @@ class CpuBackend:
     def allocate_states(self, states: Sequence[Tensor]) -> None:
         """States as arrays of their stored type."""
         self.states.allocate(states)
+
+    def declare_inputs(self, inputs: Sequence[Tensor]) -> None:
+        """Nothing to do: each input has memory of its own."""
 
     def compile(self, split: Split) -> CpuProgram:
         """Load the split's weights and lay out its program."""

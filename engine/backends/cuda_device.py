@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -264,8 +265,8 @@ class _EventTimer:
 
     def seconds(self) -> list[float]:
         self._events[-1].synchronize()
-        elapsed, events = self._cupy.cuda.get_elapsed_time, self._events
-        return [elapsed(a, b) / 1e3 for a, b in zip(events, events[1:], strict=False)]
+        elapsed = self._cupy.cuda.get_elapsed_time
+        return [elapsed(a, b) / 1e3 for a, b in pairwise(self._events)]
 
 
 class _Blas:
@@ -342,12 +343,11 @@ def _reason(error: Exception, runtime: Any) -> str:
 
 def _capability(device: Any) -> tuple[int, int]:
     digits = str(device.compute_capability)
-    capability = (int(digits[:-1]), int(digits[-1]))
-    if capability < MIN_CAPABILITY:
-        raise CudaError(
-            f"backend cuda: expected compute capability 8.0 or higher, got {digits[:-1]}.{digits[-1]}"
-        )
-    return capability
+    major, minor = int(digits[:-1]), int(digits[-1])
+    if (major, minor) < MIN_CAPABILITY:
+        least = "{}.{}".format(*MIN_CAPABILITY)
+        raise CudaError(f"backend cuda: expected compute capability {least}, got {major}.{minor}")
+    return major, minor
 
 
 def available() -> str:
@@ -357,9 +357,3 @@ def available() -> str:
     except CudaError as error:
         return str(error).removeprefix("backend cuda: ")
     return ""
-
-
-def launch_all(device: Device, launches: Sequence[tuple[int, Grid, int, int, int]]) -> None:
-    """Launch kernels one after another: (function, grid, threads, shared bytes, parameter)."""
-    for launch in launches:
-        device.launch(*launch)

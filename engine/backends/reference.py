@@ -59,6 +59,9 @@ class ReferenceBackend:
         """States as numpy arrays of their stored type."""
         self.states.allocate(states)
 
+    def declare_inputs(self, inputs: Sequence[Tensor]) -> None:
+        """Nothing to do: inputs are kept as they are given."""
+
     def compile(self, split: Split) -> ReferenceProgram:
         """A list of nodes, and after each the tensors that nobody needs any more."""
         return ReferenceProgram(self, split)
