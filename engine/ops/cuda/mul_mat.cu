@@ -2,17 +2,17 @@
 
 #include "product.cuh"
 
-KERNEL(mul_mat_1, 512) {
+KERNEL_FOR(mul_mat_1, 256, 3) {
     DYNAMIC_SHARED(sums);
     gdn::mul_mat_floats<1>(a, reinterpret_cast<float*>(sums));
 }
 
-KERNEL(mul_mat_2, 512) {
+KERNEL_FOR(mul_mat_2, 256, 2) {
     DYNAMIC_SHARED(sums);
     gdn::mul_mat_floats<2>(a, reinterpret_cast<float*>(sums));
 }
 
-KERNEL(mul_mat_4, 512) {
+KERNEL_FOR(mul_mat_4, 256, 2) {
     DYNAMIC_SHARED(sums);
     gdn::mul_mat_floats<4>(a, reinterpret_cast<float*>(sums));
 }

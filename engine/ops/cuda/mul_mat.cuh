@@ -135,14 +135,15 @@ DEVICE void multiply_panel(F, const uint8_t* panel, X& x, int warp, int n_warps,
     float acc[X::N][4] = {};
     for (int first = warp * BATCH; first < x.n_records; first += n_warps * BATCH) {
         Piece<F> pieces[BATCH];
-        Super<F> super;
-        super.load(F::super_block(panel, first), lane);
+        uint32_t raw[2] = {};
+        Super<F>::fetch(F::super_block(panel, first), lane, raw);
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
             if (first + i < x.n_records) pieces[i].load(F::record(panel, first + i), lane);
             else pieces[i].clear();
         }
         x.fetch(first);
+        const Super<F> super(raw);
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
             uint32_t words[4];
@@ -163,37 +164,46 @@ DEVICE void multiply_panel(F, const uint8_t* panel, X& x, int warp, int n_warps,
         }
 }
 
-// What a lane has of 8 · PER columns of a plain panel, whose rows are 4q … 4q+3 for q = lane % 4:
-// column (or pair of columns) lane / 4.
+// Plain panels are taken in halves, 8 rows each: they are few and wide (routers, gates), so that
+// whole ones would leave most of a GPU idle.
+constexpr int HALF = ROWS / 2;
+
+DEVICE bool is_plain_layout(int32_t layout) { return layout <= L_BF16; }
+
+// What a lane has of 16 · PER columns of half a plain panel: those of column (or pair of columns)
+// lane / 2 in rows 4q … 4q+3 of the half, for q = lane % 2.
 template <Layout L>
 struct PlainColumns {
     static constexpr int PER = L == L_BF16 ? 2 : 1;
-    float v[4][PER];
+    uint32_t w[4];
 
-    DEVICE void load(const uint8_t* panel, int k, int lane) {
-        const int q = lane % 4;
+    DEVICE void load(const uint8_t* panel, int half, int k, int lane) {
+        const int64_t at = static_cast<int64_t>(k) / PER * ROWS + half * HALF + 4 * (lane % 2);
         if (L == L_F16) {
-            const Words2 w = load_words<Words2>(panel + (static_cast<int64_t>(k) * ROWS + 4 * q) * 2);
-            for (int i = 0; i < 4; i++)
-                v[i][0] = half_to_float(static_cast<uint16_t>(w.w[i / 2] >> 16 * (i % 2)));
-            return;
+            const Words2 v = load_words<Words2>(panel + at * 2);
+            for (int i = 0; i < 2; i++) w[i] = v.w[i];
+        } else {
+            const Words4 v = load_words<Words4>(panel + at * 4);
+            for (int i = 0; i < 4; i++) w[i] = v.w[i];
         }
-        const auto at = (static_cast<int64_t>(k) / PER * ROWS + 4 * q) * 4;
-        const Words4 w = load_words<Words4>(panel + at);
-        for (int i = 0; i < 4; i++) {
-            v[i][0] = float_of(L == L_F32 ? w.w[i] : w.w[i] << 16);
-            if (PER == 2) v[i][PER - 1] = float_of(w.w[i] & 0xffff0000);
-        }
+    }
+
+    // Row i's column j.
+    DEVICE float value(int i, int j) const {
+        if (L == L_F16) return half_to_float(static_cast<uint16_t>(w[i / 2] >> 16 * (i % 2)));
+        if (L == L_F32) return float_of(w[i]);
+        return float_of(j == 0 ? w[i] << 16 : w[i] & 0xffff0000);
     }
 };
 
-// R rows of x (`row_at(i)`) times a plain panel: the part of warp `warp`, to sums [R, 16].
+// R rows of x (`row_at(i)`) times half a plain panel: the part of warp `warp`, to sums [R, 16], of
+// which 8 are written.
 template <int R, Layout L, typename RowAt>
-DEVICE void multiply_plain(Plain<L>, const uint8_t* panel, RowAt row_at, int n_in, int warp,
-                           int n_warps, float* sums) {
+DEVICE void multiply_plain(Plain<L>, const uint8_t* panel, int half, RowAt row_at, int n_in,
+                           int warp, int n_warps, float* sums) {
     using Loaded = PlainColumns<L>;
-    constexpr int PER = Loaded::PER, AT_ONCE = 8, STEP = 8 * PER;
-    const int lane = threadIdx.x % 32, q = lane % 4;
+    constexpr int PER = Loaded::PER, AT_ONCE = 8, STEP = 16 * PER;
+    const int lane = threadIdx.x % 32;
     float acc[R][4] = {};
     const float* rows[R];
     for (int t = 0; t < R; t++) rows[t] = row_at(t);
@@ -201,25 +211,27 @@ DEVICE void multiply_plain(Plain<L>, const uint8_t* panel, RowAt row_at, int n_i
         Loaded w[AT_ONCE];
 #pragma unroll
         for (int u = 0; u < AT_ONCE; u++) {
-            const int k = first + u * STEP + lane / 4 * PER;
+            const int k = first + u * STEP + lane / 2 * PER;
             w[u] = Loaded{};
-            if (k < n_in) w[u].load(panel, k, lane);
+            if (k < n_in) w[u].load(panel, half, k, lane);
         }
 #pragma unroll
         for (int u = 0; u < AT_ONCE; u++) {
-            const int k = first + u * STEP + lane / 4 * PER;
+            const int k = first + u * STEP + lane / 2 * PER;
 #pragma unroll
             for (int t = 0; t < R; t++)
                 for (int j = 0; j < PER; j++) {
                     const float x = k + j < n_in ? rows[t][k + j] : 0.0f;
-                    for (int i = 0; i < 4; i++) acc[t][i] += w[u].v[i][j] * x;
+                    for (int i = 0; i < 4; i++) acc[t][i] += w[u].value(i, j) * x;
                 }
         }
     }
+#pragma unroll
     for (int t = 0; t < R; t++)
+#pragma unroll
         for (int i = 0; i < 4; i++) {
-            for (int mask = 4; mask < 32; mask *= 2) acc[t][i] += shuffle_xor(acc[t][i], mask);
-            if (lane < 4) sums[t * ROWS + 4 * q + i] = acc[t][i];
+            for (int mask = 2; mask < 32; mask *= 2) acc[t][i] += shuffle_xor(acc[t][i], mask);
+            if (lane < 2) sums[t * ROWS + 4 * lane + i] = acc[t][i];
         }
 }
 

@@ -2,22 +2,22 @@
 
 #include "product.cuh"
 
-KERNEL(mul_mat_8, 512) {
+KERNEL_FOR(mul_mat_8, 256, 2) {
     DYNAMIC_SHARED(sums);
     gdn::mul_mat_quantized<1>(a, reinterpret_cast<float*>(sums));
 }
 
-KERNEL(mul_mat_16, 512) {
+KERNEL_FOR(mul_mat_16, 256, 2) {
     DYNAMIC_SHARED(sums);
     gdn::mul_mat_quantized<2>(a, reinterpret_cast<float*>(sums));
 }
 
-KERNEL(mul_mat_32, 512) {
+KERNEL_FOR(mul_mat_32, 256, 2) {
     DYNAMIC_SHARED(sums);
     gdn::mul_mat_quantized<4>(a, reinterpret_cast<float*>(sums));
 }
 
-KERNEL(mul_mat_64, 512) {
+KERNEL_FOR(mul_mat_64, 256, 1) {
     DYNAMIC_SHARED(sums);
     gdn::mul_mat_quantized<8>(a, reinterpret_cast<float*>(sums));
 }

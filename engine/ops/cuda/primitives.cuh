@@ -18,8 +18,11 @@ using uint64_t = unsigned long long;
 
 #define DEVICE __device__ __forceinline__
 // The head of a kernel named NAME; `a` lies in constant memory.
-#define KERNEL(NAME, THREADS) \
-    extern "C" __global__ void __launch_bounds__(THREADS) NAME(const __grid_constant__ gdn::Args a)
+#define KERNEL(NAME, THREADS) KERNEL_FOR(NAME, THREADS, 1)
+// With so few registers that BLOCKS blocks fit on a multiprocessor.
+#define KERNEL_FOR(NAME, THREADS, BLOCKS)                         \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) \
+        NAME(const __grid_constant__ gdn::Args a)
 // Shared memory whose size the launch gives, aligned to 128 bytes.
 #define DYNAMIC_SHARED(NAME) extern __shared__ __align__(128) char NAME[]
 

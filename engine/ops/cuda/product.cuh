@@ -10,23 +10,31 @@ namespace gdn {
 constexpr int MAX_WEIGHTS = 6;
 enum MulMat { OUT, X = MAX_WEIGHTS, Q, SCALE, SUM, WEIGHT, GATE = WEIGHT + MAX_WEIGHTS, ADD };
 
-// Which weight and panel a block has.
+// Which weight and panel a block has; of plain ones a half.
 struct Place {
-    int weight, panel;
+    int weight, panel, half, n_rows;
 
     DEVICE explicit Place(const Args& a) : weight(0), panel(blockIdx.x) {
-        while (weight + 1 < MAX_WEIGHTS && panel >= n_panels(a.v[WEIGHT + weight]))
-            panel -= n_panels(a.v[WEIGHT + weight++]);
+        while (weight + 1 < MAX_WEIGHTS && panel >= n_blocks(a.v[WEIGHT + weight]))
+            panel -= n_blocks(a.v[WEIGHT + weight++]);
+        const bool is_plain = is_plain_layout(a.v[WEIGHT + weight].layout);
+        half = is_plain ? panel % 2 : 0;
+        n_rows = is_plain ? HALF : ROWS;
+        if (is_plain) panel /= 2;
+    }
+
+    DEVICE static int n_blocks(const View& w) {
+        return n_panels(w) * (is_plain_layout(w.layout) ? 2 : 1);
     }
 };
 
-// Adds up what the warps have, in order, and stores n rows of the panel's products.
+// Adds up what the warps have, in order, and stores n rows of the block's products.
 DEVICE void store_products(const Args& a, const Place& at, const float* sums, int per_warp,
                            int first, int n) {
     const int n_warps = blockDim.x / 32, n_out = a.v[WEIGHT + at.weight].shape[0];
     for (int i = threadIdx.x; i < n * ROWS; i += blockDim.x) {
-        const int t = first + i / ROWS, column = at.panel * ROWS + i % ROWS;
-        if (column >= n_out) continue;
+        const int t = first + i / ROWS, column = at.panel * ROWS + at.half * HALF + i % ROWS;
+        if (column >= n_out || i % ROWS >= at.n_rows) continue;
         float value = 0.0f;
         for (int w = 0; w < n_warps; w++) value += sums[w * per_warp + i];
         if (a.v[GATE]) value *= sigmoid(a.v[GATE].row(t)[0]);
@@ -39,7 +47,7 @@ DEVICE void store_products(const Args& a, const Place& at, const float* sums, in
 // columns. Dynamic shared memory: warps · ROWS_OF_X · 16 floats.
 template <typename Rows, typename MakeRows>
 DEVICE void mul_mat(const Args& a, float* sums, MakeRows make_rows) {
-    constexpr int N = Rows::ROWS_OF_X, PER_WARP = N * ROWS, PLAIN = N < 8 ? N : 8;
+    constexpr int N = Rows::ROWS_OF_X, PER_WARP = N * ROWS, AT_ONCE = N < 8 ? N : 8;
     const View& x = a.v[X];
     const int n_rows = a.rows(x), first = blockIdx.y * N, n_in = x.shape[1];
     if (first >= n_rows) return;
@@ -50,12 +58,13 @@ DEVICE void mul_mat(const Args& a, float* sums, MakeRows make_rows) {
     float* own = sums + warp * PER_WARP;
     with_format(w.layout, [&](auto f) {
         if constexpr (is_plain(decltype(f){})) {
-            for (int t = 0; t < N && first + t < n_rows; t += PLAIN) {
+            for (int t = 0; t < N && first + t < n_rows; t += AT_ONCE) {
                 const auto row_at = [&](int i) {
                     const int row = first + t + i;
                     return x.row(row < n_rows ? row : n_rows - 1);
                 };
-                multiply_plain<PLAIN>(f, panel, row_at, n_in, warp, n_warps, own + t * ROWS);
+                multiply_plain<AT_ONCE>(f, panel, at.half, row_at, n_in, warp, n_warps,
+                                        own + t * ROWS);
             }
         } else {
             auto rows = make_rows(first, n_rows);

@@ -35,30 +35,31 @@ struct Piece {
     static constexpr int PAIRS_AT = F::HEAD_BYTES + NIBBLE * WORD_BYTES;
     static constexpr int BITS_AT = PAIRS_AT + PAIR * WORD_BYTES;
 
-    // Put there by `load`, or by `clear` all.
-    uint32_t bytes[4], nibbles[2], pairs[2], bits[2], head[2];
+    // Where pairs and bits of rows g and g + 8 are among `planes`.
+    static constexpr int PAIRS = NIBBLE ? 2 : 0, BITS = PAIRS + PAIR;
 
-    DEVICE static void put(uint32_t (&to)[2], Words2 v) { to[0] = v.w[0], to[1] = v.w[1]; }
+    uint32_t planes[4], head[2];
 
     DEVICE void load(const uint8_t* record, int lane) {
         const int g = lane / 4, c = lane % 4;
-        const uint8_t* planes = record + F::HEAD_BYTES;
+        const uint8_t* at = record + F::HEAD_BYTES;
         if (IS_BYTES) {
-            const Words4 v = load_words<Words4>(planes + lane * 16);
-            for (int i = 0; i < 4; i++) bytes[i] = v.w[i];
+            const Words4 v = load_words<Words4>(at + lane * 16);
+            for (int i = 0; i < 4; i++) planes[i] = v.w[i];
         }
-        if (NIBBLE) put(nibbles, load_words<Words2>(planes + lane * 8));
-        if (PAIR) put(pairs, load_words<Words2>(record + PAIRS_AT + (2 * g + c / 2) * 8));
-        if (BIT) put(bits, load_words<Words2>(record + BITS_AT + g * 8));
-        const uint8_t* at = record + g * HEAD;
+        if (NIBBLE) put(planes, load_words<Words2>(at + lane * 8));
+        if (PAIR) put(planes + PAIRS, load_words<Words2>(record + PAIRS_AT + (2 * g + c / 2) * 8));
+        if (BIT) put(planes + BITS, load_words<Words2>(record + BITS_AT + g * 8));
+        at = record + g * HEAD;
         if (HEAD == 8) put(head, load_words<Words2>(at));
         if (HEAD == 4) head[0] = load_words<uint32_t>(at);
         if (HEAD == 2) head[0] = *reinterpret_cast<const uint16_t*>(at);
     }
+    DEVICE static void put(uint32_t* to, Words2 v) { to[0] = v.w[0], to[1] = v.w[1]; }
 
     DEVICE void clear() {
-        for (int i = 0; i < 2; i++)
-            bytes[i] = bytes[i + 2] = nibbles[i] = pairs[i] = bits[i] = head[i] = 0;
+        for (int i = 0; i < 4; i++) planes[i] = 0;
+        head[0] = head[1] = 0;
     }
 
     // Word 2c of rows g and g + 8, then word 2c + 1 of both: bytes with the values' own signs, not
@@ -66,28 +67,28 @@ struct Piece {
     DEVICE void words(int c, uint32_t (&a)[4]) const {
         for (int i = 0; i < 2; i++) {
             if (IS_BYTES) {
-                a[i] = bytes[i], a[i + 2] = bytes[i + 2];
+                a[i] = planes[i], a[i + 2] = planes[i + 2];
                 continue;
             }
             a[i] = a[i + 2] = 0;
             if (F::CODEBOOK) {
                 // Nibbles of the two words alternate.
-                const uint32_t low = look_up(nibbles[i] & 0xffff), high = look_up(nibbles[i] >> 16);
+                const uint32_t low = look_up(planes[i] & 0xffff), high = look_up(planes[i] >> 16);
                 a[i] = permute_bytes(low, high, 0x6420);
                 a[i + 2] = permute_bytes(low, high, 0x7531);
                 continue;
             }
             if (NIBBLE) {
-                a[i] = nibbles[i] & 0x0f0f0f0f;
-                a[i + 2] = nibbles[i] >> 4 & 0x0f0f0f0f;
+                a[i] = planes[i] & 0x0f0f0f0f;
+                a[i + 2] = planes[i] >> 4 & 0x0f0f0f0f;
             }
             if (PAIR) {
-                const uint32_t v = pairs[i] >> 4 * (c % 2);
+                const uint32_t v = planes[PAIRS + i] >> 4 * (c % 2);
                 a[i] |= (v & 0x03030303) << NIBBLE;
                 a[i + 2] |= (v >> 2 & 0x03030303) << NIBBLE;
             }
             if (BIT) {
-                const uint32_t v = bits[i] >> 2 * c;
+                const uint32_t v = planes[BITS + i] >> 2 * c;
                 a[i] |= (v & 0x01010101) << (NIBBLE + PAIR);
                 a[i + 2] |= (v >> 1 & 0x01010101) << (NIBBLE + PAIR);
             }
@@ -108,14 +109,20 @@ template <typename F>
 struct Super {
     float scale[2], min[2];
 
-    DEVICE void load(const uint8_t* block, int lane) {
-        for (int i = 0; i < 2; i++) scale[i] = min[i] = 1.0f;
+    // As they are stored.
+    DEVICE static void fetch(const uint8_t* block, int lane, uint32_t (&raw)[2]) {
         if (!F::IS_SUPER) return;
-        constexpr int N = F::HAS_MIN ? 4 : 2;
-        const auto* at = reinterpret_cast<const uint32_t*>(block) + lane / 4 * (N / 2);
+        constexpr int N = F::HAS_MIN ? 2 : 1;
+        const auto* at = reinterpret_cast<const uint32_t*>(block) + lane / 4 * N;
+        for (int i = 0; i < N; i++) raw[i] = at[i];
+    }
+
+    DEVICE explicit Super(const uint32_t (&raw)[2]) {
         for (int i = 0; i < 2; i++) {
-            scale[i] = half_to_float(static_cast<uint16_t>(at[0] >> 16 * i));
-            if (F::HAS_MIN) min[i] = half_to_float(static_cast<uint16_t>(at[1] >> 16 * i));
+            scale[i] = min[i] = 1.0f;
+            if (F::IS_SUPER) scale[i] = half_to_float(static_cast<uint16_t>(raw[0] >> 16 * i));
+            if (F::IS_SUPER && F::HAS_MIN)
+                min[i] = half_to_float(static_cast<uint16_t>(raw[1] >> 16 * i));
         }
     }
 };
@@ -134,11 +141,11 @@ template <typename F>
 DEVICE void decode(const Piece<F>& piece, const Super<F>& super, int c, int i, float (&v)[8]) {
     uint32_t a[4];
     piece.words(c, a);
-    const int group = c / 2 * F::GROUPS / 2;
-    // Which of two groups a lane has is not known when this is compiled.
     float scale = scale_of(piece, super, 0, i), min = min_of(piece, super, 0, i);
-    if (F::GROUPS == 2 && group == 1)
-        scale = scale_of(piece, super, F::GROUPS - 1, i), min = min_of(piece, super, F::GROUPS - 1, i);
+    if (F::GROUPS == 2 && c / 2 == 1) {
+        scale = scale_of(piece, super, F::GROUPS - 1, i);
+        min = min_of(piece, super, F::GROUPS - 1, i);
+    }
     for (int k = 0; k < 8; k++) {
         const uint32_t byte = a[i + k / 4 * 2] >> 8 * (k % 4);
         const int32_t q = F::SIGNED ? static_cast<int8_t>(byte) : static_cast<int32_t>(byte & 0xff);
