@@ -23,7 +23,7 @@ ORDER = (
     {"ops"},
     {"models"},
     {"kvcache"},
-    {"planner", "memory_estimate"},
+    {"planner", "memory_estimate", "offload"},
     {"backends"},
     {"vocab", "tokenizer", "chat", "samplers", "sampler"},
     {"config", "batch", "guard", "request", "scheduler"},
