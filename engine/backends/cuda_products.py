@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from engine.backends.cuda_device import Device, Grid
+from engine.backends.cuda_kernels import GET_ROWS, add_launch
 from engine.backends.cuda_program import Condition, Lowering
 from engine.backends.lowering import BF16, I8, Ref, Scratch
 from engine.graph import Dim, Kind, Live, Node, Tensor
@@ -22,11 +24,15 @@ PANEL, RECORD, TILE_COLUMNS = 16, 32, 128
 MAX_WEIGHTS, MAX_MATRICES, MAX_EXPERTS = 6, 4, 1024
 # Warps of a block share the columns of a panel, 256 each at a time (of plain weights 128).
 MAX_WARPS, WARP_COLUMNS, PLAIN_WARP_COLUMNS = 8, 256, 128
-# Rows that blocks quantize for themselves at most; those of one pass over a weight; and the most that
-# are multiplied so: more are a product of matrices.
+# Rows that blocks quantize for themselves at most; those of one pass over a weight; and the most
+# that are multiplied so: more are a product of matrices.
 INLINE_ROWS, ROWS_OF_PASS, FEW_ROWS = 4, (1, 2, 4, 8, 16, 32, 64), 64
+_SOURCE_OF_PASS = dict.fromkeys(ROWS_OF_PASS, "mul_mat_rows")
+_SOURCE_OF_PASS |= {1: "mul_mat", 2: "mul_mat", 4: "mul_mat_some", 8: "mul_mat_some"}
 # Rows from which on a weight is expanded to bfloat16 for a single product.
 EXPANDED_ROWS = 256
+# Rows up to which tiles of 64 of them are taken, then of 128.
+GEMM_ROWS = 128
 # Tokens whose experts are multiplied one by one, and in tiles of 8 rows, at most.
 SINGLE_TOKENS, TILE_TOKENS = 4, 64
 # Rows of an expert's tiles, and how many an expert has on average from which on they are large.
@@ -48,13 +54,15 @@ def unsupported(node: Node, device: Device) -> str:
 
 
 def lower_get_rows(lowering: Lowering, node: Node) -> None:
-    """Rows of a packed table, or of an activation."""
-    (out,) = node.outputs
-    per_block = 8 * 128
+    """Rows of a packed table; of an activation as any small op."""
+    (out,), table = node.outputs, node.inputs["table"]
+    if table.kind is not Kind.WEIGHT:
+        add_launch(lowering, node, GET_ROWS)
+        return
     lowering.launch(
-        "get_rows", "get_rows", [node], [out, node.inputs["table"], node.inputs["ids"]],
+        "get_rows_packed", "get_rows_packed", [node], [out, table, node.inputs["ids"]],
         n_writes=1, threads=128,
-        grid=lambda live: (-(-out.shape[1] // per_block), _rows(out, live), 1),
+        grid=lambda live: (-(-out.shape[1] // (8 * 128)), _rows(out, live), 1),
     )  # fmt: skip
 
 
@@ -100,35 +108,27 @@ def _lower_passes(
         inline = n <= INLINE_ROWS
         operands = [*outs.values(), *padding, x, *([None] * 3 if inline else converted)]
         lowering.launch(
-            "mul_mat" if inline else "mul_mat_rows", f"mul_mat_{n}", [node],
+            _SOURCE_OF_PASS[n], f"mul_mat_{n}", [node],
             [*operands, *weights, *padding, *others],
             n_writes=MAX_WEIGHTS, threads=32 * warps, shared=warps * n * PANEL * 4,
-            grid=_Grid(lambda live, n=n: (blocks, -(-_rows(x, live) // n), 1)),
+            grid=partial(_grid, x, n, blocks),
             when=_Between(x, fewer, None if last else n, when),
         )  # fmt: skip
 
 
-def _lower_gemm(
-    lowering: Lowering, node: Node, out: Tensor, w: Tensor, when: Condition
-) -> None:
+def _lower_gemm(lowering: Lowering, node: Node, out: Tensor, w: Tensor, when: Condition) -> None:
     """Many rows times one weight: by cuBLAS with the weight's copy in bfloat16, else expanded into
     a buffer if that pays, else decoded on the way."""
-    rounded = _rounded(lowering, node, node.inputs["x"], when)
+    rounded = _rounded(lowering, node, node.inputs["x"])
     gate, add = node.inputs.get("gate"), node.inputs.get("add")
-    own = when
     if _is_of_step(out) and lowering.weights.keep_bf16(w):
         lowering.gemm([node], out, rounded, w, when=when)
         _lower_finish(lowering, node, out, when)
         return
+    most = None
     if _is_of_step(out):
-
-        def expanded(live: Live) -> bool:
-            return when(live) and _rows(out, live) >= EXPANDED_ROWS
-
-        def own(live: Live) -> bool:
-            return when(live) and _rows(out, live) < EXPANDED_ROWS
-
-        copy = Scratch(w.shape, BF16)
+        most = EXPANDED_ROWS - 1
+        expanded, copy = _Between(out, most, None, when), Scratch(w.shape, BF16)
         lowering.launch(
             "expand", "expand", [node], [copy, w], n_writes=1, threads=256,
             grid=lambda live: expand_grid(w), when=expanded,
@@ -136,14 +136,13 @@ def _lower_gemm(
         lowering.gemm([node], out, rounded, copy, when=expanded)
         _lower_finish(lowering, node, out, expanded)
     for rows, name, condition in (
-        (64, "gemm_64", _Between(out, 0, 64, own)),
-        (128, "gemm_128", _Between(out, 64, None, own)),
+        (64, "gemm_64", _Between(out, 0, GEMM_ROWS, when)),
+        (128, "gemm_128", _Between(out, GEMM_ROWS, most, when)),
     ):
         lowering.launch(
             "gemm", name, [node], [out, rounded, w, gate, add], n_writes=1, threads=256,
             shared=gemm_shared(rows), when=condition,
-            grid=_Grid(lambda live, rows=rows: (
-                -(-_rows(out, live) // rows), -(-w.shape[0] // TILE_COLUMNS), 1)),
+            grid=partial(_gemm_grid, out, rows, w.shape[0]),
         )  # fmt: skip
 
 
@@ -190,7 +189,7 @@ def _lower_single(lowering: Lowering, node: Node, when: Condition) -> None:
     )  # fmt: skip
 
 
-def _lower_tiles(lowering: Lowering, node: Node, when: Condition) -> None:
+def _lower_tiles(lowering: Lowering, node: Node, when: _Between) -> None:
     """Tiles of up to 8 rows of an expert times the panels as they are stored."""
     ids = node.inputs["ids"]
     order, tiles = _sorted(lowering, node, TILE_ROWS, when)
@@ -201,8 +200,7 @@ def _lower_tiles(lowering: Lowering, node: Node, when: Condition) -> None:
             "mul_mat_id_rows", "mul_mat_id_rows", [node],
             [target, node.inputs["x"], m, order, tiles],
             n_writes=1, threads=32 * share, shared=share * TILE_ROWS * PANEL * 4, when=when,
-            grid=_Grid(lambda live, m=m: (
-                -(-m.shape[1] // PANEL), _n_tiles(ids, m, TILE_ROWS, _rows(ids, live)), 1)),
+            grid=partial(_tile_grid, ids, m),
         )  # fmt: skip
         _lower_sum(lowering, node, out, target, when)
 
@@ -210,10 +208,9 @@ def _lower_tiles(lowering: Lowering, node: Node, when: Condition) -> None:
 def _lower_expert_gemm(lowering: Lowering, node: Node) -> None:
     """Tiles of an expert's rows on tensor cores, rounded to bfloat16."""
     ids, matrices = node.inputs["ids"], _matrices(node)
-    many = _Between(ids, TILE_TOKENS, None)
     n_used, n_experts = ids.shape[1], matrices[0].shape[0]
     from_tokens = -(-LARGE_FROM * n_experts // n_used)
-    rounded = _rounded(lowering, node, node.inputs["x"], many)
+    rounded = _rounded(lowering, node, node.inputs["x"])
     for rows, when in (
         (SMALL_TILE, _Between(ids, TILE_TOKENS, max(TILE_TOKENS, from_tokens))),
         (LARGE_TILE, _Between(ids, max(TILE_TOKENS, from_tokens), None)),
@@ -224,8 +221,7 @@ def _lower_expert_gemm(lowering: Lowering, node: Node) -> None:
             lowering.launch(
                 "gemm_experts", f"gemm_experts_{rows}", [node], [target, rounded, m, order, tiles],
                 n_writes=1, threads=256, shared=gemm_shared(rows), when=when,
-                grid=_Grid(lambda live, m=m, rows=rows: (
-                    _n_tiles(ids, m, rows, _rows(ids, live)), -(-m.shape[1] // TILE_COLUMNS), 1)),
+                grid=partial(_expert_grid, ids, m, rows),
             )  # fmt: skip
             _lower_sum(lowering, node, out, target, when)
 
@@ -255,27 +251,27 @@ def _quantized(lowering: Lowering, node: Node, x: Tensor, when: Condition) -> Se
     return buffers
 
 
-def _rounded(lowering: Lowering, node: Node, x: Tensor, when: Condition) -> Scratch:
+def _rounded(lowering: Lowering, node: Node, x: Tensor) -> Scratch:
     """x as bfloat16; once for all nodes that read it."""
     (buffer,), is_new = _buffers(lowering, "rounded", x, ((x.shape, BF16),))
     n_used = x.shape[1] if len(x.shape) == 3 else 1
     if is_new:
         lowering.launch(
             "round_rows", "round_rows", [node], [buffer, x], n_writes=1, threads=128,
-            grid=lambda live: (-(-x.shape[-1] // (8 * 128)), n_used, _rows(x, live)), when=when,
+            grid=lambda live: (-(-x.shape[-1] // (8 * 128)), n_used, _rows(x, live)),
+            when=_Between(x, min(FEW_ROWS, TILE_TOKENS), None),
         )  # fmt: skip
     return buffer
 
 
-def _sorted(
-    lowering: Lowering, node: Node, tile_rows: int, when: Condition
-) -> Sequence[Scratch]:
+def _sorted(lowering: Lowering, node: Node, tile_rows: int, when: _Between) -> Sequence[Scratch]:
     """Pairs by expert, and tiles of them; once for all nodes of the same routing."""
     ids, m = node.inputs["ids"], _matrices(node)[0]
     n_tokens, n_used = ids.shape
     n_tiles = _n_tiles(ids, m, tile_rows, int(n_tokens))
     shapes = (((int(n_tokens) * n_used,), I32), ((1 + n_tiles, 3), I32))
-    buffers, is_new = _buffers(lowering, ("sorted", tile_rows), ids, shapes)
+    what = ("sorted", tile_rows, when.more_than, when.most)
+    buffers, is_new = _buffers(lowering, what, ids, shapes)
     if is_new:
         lowering.launch(
             "sort_by_expert", "sort_by_expert", [node], [*buffers, ids],
@@ -355,8 +351,21 @@ def _is_of_step(t: Tensor) -> bool:
     return isinstance(t.shape[0], Dim) and t.shape[0].name == "n_tokens"
 
 
-# Calls of a function with the arguments that a loop has bound.
-_Grid = Callable[..., Any]
+def _grid(t: Tensor, rows: int, blocks: int, live: Live) -> Grid:
+    """Blocks for each group of so many rows of a tensor."""
+    return blocks, -(-_rows(t, live) // rows), 1
+
+
+def _gemm_grid(out: Tensor, rows: int, n_out: int, live: Live) -> Grid:
+    return -(-_rows(out, live) // rows), -(-n_out // TILE_COLUMNS), 1
+
+
+def _tile_grid(ids: Tensor, m: Tensor, live: Live) -> Grid:
+    return -(-m.shape[1] // PANEL), _n_tiles(ids, m, TILE_ROWS, _rows(ids, live)), 1
+
+
+def _expert_grid(ids: Tensor, m: Tensor, rows: int, live: Live) -> Grid:
+    return _n_tiles(ids, m, rows, _rows(ids, live)), -(-m.shape[1] // TILE_COLUMNS), 1
 
 
 @dataclass(frozen=True)

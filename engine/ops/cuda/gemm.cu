@@ -30,11 +30,6 @@ DEVICE void gemm(const Args& a, char* shared) {
 
 }  // namespace gdn
 
-KERNEL_FOR(gemm_32, 256, 2) {
-    DYNAMIC_SHARED(shared);
-    gdn::gemm<32>(a, shared);
-}
-
 KERNEL_FOR(gemm_64, 256, 2) {
     DYNAMIC_SHARED(shared);
     gdn::gemm<64>(a, shared);

@@ -1,4 +1,4 @@
-// MUL_MAT of few rows; see product.cuh. Each block quantizes the rows for itself.
+// MUL_MAT of 1 or 2 rows; see product.cuh. Each block quantizes the rows for itself.
 
 #include "product.cuh"
 
@@ -10,9 +10,4 @@ KERNEL_FOR(mul_mat_1, 256, 3) {
 KERNEL_FOR(mul_mat_2, 256, 2) {
     DYNAMIC_SHARED(sums);
     gdn::mul_mat_floats<2>(a, reinterpret_cast<float*>(sums));
-}
-
-KERNEL_FOR(mul_mat_4, 256, 2) {
-    DYNAMIC_SHARED(sums);
-    gdn::mul_mat_floats<4>(a, reinterpret_cast<float*>(sums));
 }

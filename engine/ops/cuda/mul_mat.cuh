@@ -128,39 +128,71 @@ DEVICE void multiply_record(const Piece<F>& piece, const Super<F>& super, const 
     }
 }
 
+// Records first … first + N - 1 of a panel, as lanes hold them.
+template <typename F, int N>
+struct Pieces {
+    Piece<F> pieces[N];
+    uint32_t super[2];
+
+    DEVICE void load(const uint8_t* panel, int first, int n_records, int lane) {
+        super[0] = super[1] = 0;
+        if (first < n_records) Super<F>::fetch(F::super_block(panel, first), lane, super);
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            if (first + i < n_records) pieces[i].load(F::record(panel, first + i), lane);
+            else pieces[i].clear();
+        }
+    }
+};
+
+// acc += the products of N records, of which the first is number `at` of its batch.
+template <int N, typename F, typename X>
+DEVICE void multiply_records(const Pieces<F, N>& w, X& x, int first, int at, float (&acc)[X::N][4]) {
+    const Super<F> super(w.super);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        uint32_t words[4];
+        w.pieces[i].words(threadIdx.x % 4, words);
+#pragma unroll
+        for (int n = 0; n < X::N; n++) {
+            Columns columns;
+            x.columns(first + i, at + i, n, columns);
+            multiply_record(w.pieces[i], super, words, columns, X::LANE_COLUMNS, acc[n]);
+        }
+    }
+}
+
 // The part of a panel's products that warp `warp` of `n_warps` computes, to sums [rows, 16].
 template <typename F, typename X>
 DEVICE void multiply_panel(F, const uint8_t* panel, X& x, int warp, int n_warps, float* sums) {
-    const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+    const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4, n = x.n_records;
     float acc[X::N][4] = {};
-    for (int first = warp * BATCH; first < x.n_records; first += n_warps * BATCH) {
-        Piece<F> pieces[BATCH];
-        uint32_t raw[2] = {};
-        Super<F>::fetch(F::super_block(panel, first), lane, raw);
-#pragma unroll
-        for (int i = 0; i < BATCH; i++) {
-            if (first + i < x.n_records) pieces[i].load(F::record(panel, first + i), lane);
-            else pieces[i].clear();
-        }
-        x.fetch(first);
-        const Super<F> super(raw);
-#pragma unroll
-        for (int i = 0; i < BATCH; i++) {
-            uint32_t words[4];
-            pieces[i].words(c, words);
-#pragma unroll
-            for (int n = 0; n < X::N; n++) {
-                Columns columns;
-                x.columns(first + i, i, n, columns);
-                multiply_record(pieces[i], super, words, columns, X::LANE_COLUMNS, acc[n]);
+    for (int first = warp * BATCH; first < n; first += n_warps * BATCH) {
+        if constexpr (X::N == 1) {
+            Pieces<F, BATCH> w;
+            w.load(panel, first, n, lane);
+            x.fetch(first);
+            multiply_records<BATCH>(w, x, first, 0, acc);
+        } else {
+            // Code for whole batches would be too long.
+            constexpr int PART = 2;
+            Pieces<F, PART> w, next;
+            next.load(panel, first, n, lane);
+#pragma unroll 1
+            for (int at = 0; at < BATCH && first + at < n; at += PART) {
+                w = next;
+                if (at + PART < BATCH) next.load(panel, first + at + PART, n, lane);
+                multiply_records<PART>(w, x, first + at, at, acc);
             }
         }
     }
-    for (int n = 0; n < X::N; n++)
+#pragma unroll
+    for (int i = 0; i < X::N; i++)
+#pragma unroll
         for (int k = 0; k < 4; k++) {
-            const int column = 8 * n + 2 * c + k % 2;
+            const int column = 8 * i + 2 * c + k % 2;
             if (k % 2 < X::LANE_COLUMNS && column < X::ROWS_OF_X)
-                sums[column * ROWS + g + k / 2 * 8] = acc[n][k];
+                sums[column * ROWS + g + k / 2 * 8] = acc[i][k];
         }
 }
 

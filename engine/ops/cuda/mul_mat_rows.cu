@@ -1,11 +1,6 @@
-// MUL_MAT of more rows, which QUANTIZE_ROWS has quantized; see product.cuh.
+// MUL_MAT of up to 64 rows, which QUANTIZE_ROWS has quantized; see product.cuh.
 
 #include "product.cuh"
-
-KERNEL_FOR(mul_mat_8, 256, 2) {
-    DYNAMIC_SHARED(sums);
-    gdn::mul_mat_quantized<1>(a, reinterpret_cast<float*>(sums));
-}
 
 KERNEL_FOR(mul_mat_16, 256, 2) {
     DYNAMIC_SHARED(sums);
