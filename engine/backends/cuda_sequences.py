@@ -1,8 +1,8 @@
 """Attention and the delta rule as launches.
 
-What a sequence's rows are computed by depends on how many of its rows are in the step, never on the
-rest of the batch: each kernel passes over the rows that are another's. A launch that would find none
-is left out where the host can tell.
+What a sequence's rows are computed by depends on how many of its rows are in the step, never on
+the rest of the batch: each kernel passes over the rows that are another's. A launch that would find
+none is left out where the host can tell.
 """
 
 from __future__ import annotations
@@ -127,8 +127,10 @@ def lower_gated_delta_net(lowering: Lowering, node: Node) -> None:
             lambda x: not only_few(x) and (x.n_seqs > 1 or x.n_tokens < chunk_rows),
         )  # fmt: skip
     if chunks:
-        in_chunks = lambda x: x.n_tokens >= chunk_rows and (chunk_rows == 1 or not only_few(x))  # noqa: E731
-        _chunks(lowering, node, chunk_rows, in_chunks)
+        _chunks(
+            lowering, node, chunk_rows,
+            lambda x: x.n_tokens >= chunk_rows and (chunk_rows == 1 or not only_few(x)),
+        )  # fmt: skip
 
 
 def _scan_steps(lowering: Lowering, node: Node, first: int, end: int, when: Condition) -> None:
@@ -161,14 +163,15 @@ def _chunks(lowering: Lowering, node: Node, first: int, when: Condition) -> None
     # Where the slots of chunks begin: first_slot in gated_delta_net_chunk.cuh.
     n_slots = _cut(n_tokens, _CHUNK) + n_seqs
     records = Scratch((n_slots, delta.n_heads, delta.record), F32)
-    operands, values = [*operands, records], [*attrs, first, _NO_END]
+    refs: list[Ref] = [*operands, records]
+    values = [*attrs, first, _NO_END]
     lowering.launch(
-        "gated_delta_net_prepare", delta.name(f"prepare_{delta.width}"), [node], operands, values,
+        "gated_delta_net_prepare", delta.name(f"prepare_{delta.width}"), [node], refs, values,
         n_writes=1, threads=_CHUNK_THREADS, shared=delta.prepare_shared, when=when,
         grid=lambda live: (live.n_tokens // _CHUNK + live.n_seqs, delta.n_heads, 1),
     )  # fmt: skip
     lowering.launch(
-        "gated_delta_net_chunk", delta.name(f"chunks_{delta.width}_{columns}"), [node], operands,
+        "gated_delta_net_chunk", delta.name(f"chunks_{delta.width}_{columns}"), [node], refs,
         values, n_writes=1, threads=_CHUNK_THREADS, shared=delta.chunk_shared(columns), when=when,
         grid=lambda live: (_cut(delta.d_v, columns), delta.n_heads, live.n_seqs),
     )  # fmt: skip

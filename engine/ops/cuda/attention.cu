@@ -1,5 +1,5 @@
-// ATTENTION with float16 caches on tensor cores (see attention_tiles.cuh): tiles of a sequence's rows,
-// loose rows by chunks of their positions, and the join of chunks.
+// ATTENTION with float16 caches on tensor cores (see attention_tiles.cuh): tiles of a sequence's
+// rows, loose rows by chunks of their positions, and the join of chunks.
 
 #include "attention_tiles.cuh"
 
@@ -50,8 +50,8 @@ DEVICE void run_tile(const Args& a, char* memory) {
     });
 }
 
-// Chunks x, x + gridDim.x, … of a loose row, for up to 16 heads of a key head's group. With PARTIALS
-// their results go there; else one block takes all chunks, joined in their order.
+// Chunks x, x + gridDim.x, … of a loose row, for up to 16 heads of a key head's group. With
+// PARTIALS their results go there; else one block takes all chunks, joined in their order.
 template <typename S>
 DEVICE void run_loose(const Args& a, char* memory) {
     __shared__ float largest[S::ROWS * S::N_WARPS], sums[S::ROWS * S::N_WARPS];

@@ -9,8 +9,8 @@ struct Found {
     int32_t seq, index;
 };
 
-// Each sequence has count(its rows) items: the sequence that has the item of a number, and its number
-// there; seq -1 if there are fewer items. By whole warps.
+// Each sequence has count(its rows) items: the sequence that has the item of a number, and its
+// number there; seq -1 if there are fewer items. By whole warps.
 template <typename F>
 DEVICE Found find(const View& seq_starts, int32_t n_seqs, int32_t index, F count) {
     const int32_t* starts = seq_starts.as<int32_t>();
