@@ -8,12 +8,11 @@ from engine.backends.cuda import CudaBackend
 from engine.backends.cuda_ops import OPS_WITH_KERNELS
 from tests.cuda_emulator import device as emulated
 from tests.cuda_emulator.device import EmulatedDevice
+from tests.int8 import check_op
 from tests.opcase import OpCase, check_case, every_case, fresh_seed
 
 pytestmark = pytest.mark.skipif(bool(emulated.missing()), reason=emulated.missing())
 
-# Sums in another order than numpy's; exp and square roots as float32 has them.
-FLOAT32_LIMIT = 1e-10
 # Tensor cores take queries and weights of attention, and the matrices of the delta rule's chunks,
 # as float16: each rounding has an NMSE of 2e-8, and their sums are float32.
 FLOAT16_LIMIT = 2e-6
@@ -25,14 +24,11 @@ def seed(request: pytest.FixtureRequest) -> int:
     return fresh_seed(request.config.getoption("--seed", None))
 
 
-def limit(c: OpCase) -> float:
-    if c.op.name == "ATTENTION" or c.case.attrs.get("algorithm") == "chunk":
-        return FLOAT16_LIMIT
-    return max(c.limit, FLOAT32_LIMIT)
-
-
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("c", CASES, ids=[str(c) for c in CASES])
 def test_op(c: OpCase, strided: bool, seed: int) -> None:
     device = EmulatedDevice(seed=seed)
-    check_case(CudaBackend(device), c.op, c.case, seed, strided, limit(c))
+    if c.op.name == "ATTENTION" or c.case.attrs.get("algorithm") == "chunk":
+        check_case(CudaBackend(device), c.op, c.case, seed, strided, FLOAT16_LIMIT)
+    else:
+        check_op(CudaBackend(device), c, strided, seed)

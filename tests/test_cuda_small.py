@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine.backends import cuda_kernels
 from engine.backends.cuda import CudaBackend
 from engine.backends.cuda_kernels import FEW_ROWS, GET_ROWS
 from engine.graph import Kind, Node, Tensor
@@ -68,7 +69,6 @@ def heads(rng: Rng, n_rows: int, transposed: bool, sizes: tuple[int, int]) -> di
     }
 
 
-# Runs of 4 rows, so that sequences begin anywhere in them.
 MANY = [1, 2, 3, 5, 1, 1, 2, 7, 3, 3, 2, 1, 90, 1, 1, 2, 130, 4, 3, 1, 200, 2, 1]
 CASES: list[tuple[str, Make, dict[str, Any]]] = [
     ("ADD_RMS_NORM", partial(wide_rows, n=9001, residual=True), {"eps": 1e-6}),
@@ -77,9 +77,6 @@ CASES: list[tuple[str, Make, dict[str, Any]]] = [
     ("L2_NORM", partial(wide_heads, n=516), {"eps": 1e-6}),
     ("L2_NORM", partial(wide_heads, n=131), {"eps": 1e-6}),
     ("RMS_NORM_GATED", partial(gated_heads, n=300), {"eps": 1e-6, "act": "silu"}),
-    ("SSM_CONV", partial(ragged, n_taps=4, n_channels=130, lengths=MANY), {}),
-    ("SSM_CONV", partial(ragged, n_taps=7, n_channels=6, lengths=MANY), {}),
-    ("SSM_CONV", partial(ragged, n_taps=4, n_channels=8, lengths=[1] * 70), {}),
     ("MUL_MAT_HEADS", partial(heads, n_rows=140, transposed=False, sizes=(72, 70)), {}),
     ("MUL_MAT_HEADS", partial(heads, n_rows=140, transposed=True, sizes=(64, 136)), {}),
     ("MUL_MAT_HEADS", partial(heads, n_rows=FEW_ROWS, transposed=True, sizes=(33, 37)), {}),
@@ -93,6 +90,18 @@ def test_case(op: str, make: Make, attrs: dict[str, Any], strided: bool, seed: i
         attrs = {"transposed": make.keywords["transposed"]}  # type: ignore[attr-defined]
     backend = CudaBackend(EmulatedDevice(seed=seed))
     check_case(backend, OPS[op], Case(str(make), make, attrs), seed, strided, LIMIT)
+
+
+@pytest.mark.parametrize("n_blocks", [1, 30, 100, 1000])
+@pytest.mark.parametrize("n_taps", [4, 7])
+@pytest.mark.parametrize("lengths", [MANY, [1] * 70])
+def test_sequences_begin_anywhere_in_a_run_of_rows(
+    lengths: list[int], n_taps: int, n_blocks: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_kernels, "CONV_BLOCKS", n_blocks)
+    make = partial(ragged, n_taps=n_taps, n_channels=130, lengths=lengths)
+    backend = CudaBackend(EmulatedDevice(seed=seed))
+    check_case(backend, OPS["SSM_CONV"], Case("ragged", make, {}), seed, limit=LIMIT)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -117,8 +126,11 @@ def test_head_products_are_the_same_for_few_rows_and_many(rng: Rng, transposed: 
     assert nmse(got[0], want) < LIMIT
 
 
-def test_a_sequence_is_convolved_as_if_alone(rng: Rng, seed: int) -> None:
+def test_a_sequence_is_convolved_as_if_alone(
+    rng: Rng, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Same bits, wherever the runs of rows end."""
+    monkeypatch.setattr(cuda_kernels, "CONV_BLOCKS", 50)
     backend, taps = CudaBackend(EmulatedDevice(seed=seed)), weight(rng.normal(size=(40, 4)))
     x = rng.normal(size=(sum(MANY), 40))
 

@@ -19,10 +19,16 @@ from engine.quants import F16, F32
 # Above any number of rows: as the fewest that make a block, all rows are loose.
 _NO_BLOCKS = float(1 << 24)
 _NO_END = 1 << 24
+# Bytes of shared memory that kernels have beside what a launch gives them, at most.
+_STATIC_SHARED = 2048
 
 
 def _cut(n: int, size: int) -> int:
     return -(-n // size)
+
+
+def _has_shared(device: Device, n_bytes: int) -> bool:
+    return n_bytes + _STATIC_SHARED <= device.shared_bytes
 
 
 def _all_short(live: Live) -> bool:
@@ -100,7 +106,7 @@ class _DeltaNet:
 
     def has_chunks(self, device: Device) -> bool:
         needed = max(self.prepare_shared, self.chunk_shared(self.chunk_columns(device)))
-        return needed <= device.shared_bytes
+        return _has_shared(device, needed)
 
 
 def lower_gated_delta_net(lowering: Lowering, node: Node) -> None:
@@ -109,7 +115,7 @@ def lower_gated_delta_net(lowering: Lowering, node: Node) -> None:
     algorithm = node.attrs["algorithm"]
     chunks = algorithm != "scan" and delta.has_chunks(device)
     chunk_rows = 1 if algorithm == "chunk" else _CHUNK_ROWS if chunks else _NO_END
-    if delta.scan_shared <= device.shared_bytes:
+    if _has_shared(device, delta.scan_shared):
         scan_rows = min(_SCAN_ROWS, chunk_rows)
     else:
         scan_rows = chunk_rows
@@ -239,12 +245,15 @@ def _tensor_core_shapes(node: Node, device: Device) -> tuple[_Shape, _Shape] | N
     """The kernels on tensor cores for a node, if its sizes and caches are theirs."""
     k, v = node.inputs["k_cache"], node.inputs["v_cache"]
     shapes = _SHAPES.get((k.shape[3], v.shape[3]))
-    if shapes is None or (k.dtype, v.dtype) != (F16, F16) or shapes[0].shared > device.shared_bytes:
+    if shapes is None or (k.dtype, v.dtype) != (F16, F16):
+        return None
+    if not _has_shared(device, shapes[0].shared):
         return None
     is_part = v.base is k.base and v.offset == k.offset and v.strides == k.strides
     block_size = int(k.shape[2])
     aligned = all(n % 8 == 0 for t in (k, v) for n in (t.offset, *t.strides[:-1]))
-    fits = aligned and block_size & (block_size - 1) == 0 and k.strides[3] == v.strides[3] == 1
+    fits = aligned and block_size >= 16 and block_size & (block_size - 1) == 0
+    fits = fits and k.strides[3] == v.strides[3] == 1
     return shapes if fits and (is_part or not shapes[0].latent) else None
 
 
@@ -261,7 +270,7 @@ def lower_attention(lowering: Lowering, node: Node) -> None:
     n_kv = int(node.inputs["k_cache"].shape[1])
     group = n_heads // n_kv
     per_row = n_kv * _cut(group, loose.rows)
-    has_tiles = tile.shared <= device.shared_bytes
+    has_tiles = _has_shared(device, tile.shared)
     n_split = _PARTIALS_BYTES // (n_heads * _MAX_CHUNKS * (d_v + 4) * 4)
     n_split = max(1, min(n_split, 1 << (int(n_tokens) - 1).bit_length()))
     partials = Scratch((n_split, n_heads, _MAX_CHUNKS, d_v + 4), F32)

@@ -31,10 +31,10 @@ struct Loose {
 
     DEVICE Loose(const Args& a, int32_t index) {
         const int32_t min_rows = static_cast<int32_t>(a.attr[1]);
-        const Found f = find(a.v[SEQ_STARTS], a.live[N_SEQS], index,
+        const Found f = find(a.v[SEQ_STARTS], a.live + N_SEQS, index,
                              [&](int32_t n) { return n < min_rows ? n : 0; });
         seq = f.seq;
-        row = f.seq < 0 ? -1 : a.v[SEQ_STARTS].as<int32_t>()[f.seq] + f.index;
+        row = f.seq < 0 ? -1 : f.begin + f.index;
     }
 };
 

@@ -123,25 +123,33 @@ struct Tiles {
     // Starts the copies of a tile; positions from `end` on are zeros.
     DEVICE void load(int stage, int begin, int end) const {
         half* to = memory + stage * S::STAGE;
-        load_rows<S::DK, S::K_STEP>(to, k, begin, end);
-        if constexpr (!S::LATENT) load_rows<S::DV, S::V_STEP>(to + S::KEYS, v, begin, end);
+        // Blocks have a multiple of 16 positions. All are looked up before the first copy.
+        int32_t blocks[S::POSITIONS / 16];
+#pragma unroll
+        for (int i = 0; i < S::POSITIONS / 16; i++) {
+            const int position = begin + i * 16;
+            blocks[i] = table[(position < end ? position : end - 1) >> shift];
+        }
+        load_rows<S::DK, S::K_STEP>(to, k, blocks, begin, end);
+        if constexpr (!S::LATENT) load_rows<S::DV, S::V_STEP>(to + S::KEYS, v, blocks, begin, end);
         fence_copies();
     }
 
     template <int SIZE, int STEP>
-    DEVICE void load_rows(half* to, const View& cache, int begin, int end) const {
-        constexpr int PARTS = SIZE / 8;
+    DEVICE void load_rows(half* to, const View& cache, const int32_t (&blocks)[S::POSITIONS / 16],
+                          int begin, int end) const {
+        constexpr int PARTS = SIZE / 8, N = S::POSITIONS * PARTS / S::THREADS;
         static_assert(S::POSITIONS * PARTS % S::THREADS == 0, "");
         const half* head = cache.as<half>() + static_cast<int64_t>(kv_head) * cache.stride[1];
 #pragma unroll
-        for (int n = 0; n < S::POSITIONS * PARTS / S::THREADS; n++) {
+        for (int n = 0; n < N; n++) {
             const int i = threadIdx.x + n * S::THREADS, row = i / PARTS, part = i % PARTS * 8;
-            const int position = begin + row;
-            const bool valid = position < end;
-            const int64_t block = valid ? table[position >> shift] : 0;
-            const int in_block = position & ((1 << shift) - 1);
+            const int position = begin + row, in_block = position & ((1 << shift) - 1);
+            int64_t block = blocks[0];
+#pragma unroll
+            for (int b = 1; b < S::POSITIONS / 16; b++) block = row < 16 * b ? block : blocks[b];
             const half* from = head + block * cache.stride[0] + in_block * cache.stride[2] + part;
-            copy_async(to + row * STEP + part, from, valid);
+            copy_async(to + row * STEP + part, from, position < end);
         }
     }
 

@@ -229,7 +229,7 @@ DEVICE void prepare_chunk(const Args& a, char* memory) {
         const int32_t rest = n - n_snapshots;
         return takes(a, n) && rest > 0 ? (rest + CHUNK - 1) / CHUNK : 0;
     };
-    const Found found = find(a.v[SEQ_STARTS], a.live[N_SEQS], blockIdx.x, count);
+    const Found found = find(a.v[SEQ_STARTS], a.live + N_SEQS, blockIdx.x, count);
     if (found.seq < 0) return;
     const Place place(a, found.seq, blockIdx.y);
     const int start = found.index * CHUNK, rest = place.n_grouped(a) - start;
