@@ -111,6 +111,22 @@ def test_deltas_do_not_depend_on_the_batch(algorithm: str, seed: int) -> None:
         np.testing.assert_array_equal(run(DELTA, alone, attrs, seed), together[rows])
 
 
+def test_invariant_deltas_do_not_depend_on_cuts(seed: int) -> None:
+    """A sequence in one step, and in two, the second from the state that the first has left."""
+    operands = delta_operands(np.random.default_rng(seed), [150], (1, 2), (16, 16))
+    attrs = {"head_map": "tiled", "scale": 0.2, "algorithm": "auto"}
+    backend = CudaBackend(EmulatedDevice(seed=seed), batch_invariant=True)
+    whole = run(DELTA, operands, attrs, seed, backend)
+    pieces = []
+    for rows in (slice(0, 128), slice(128, 150)):
+        piece = {n: part(o, rows, 0) for n, o in operands.items()}
+        backend = CudaBackend(EmulatedDevice(seed=seed), batch_invariant=True)
+        pieces.append(run(DELTA, piece, attrs, seed, backend))
+        (state,) = backend.states.save("n_slots", 1).values()
+        operands["state"] = replace(operands["state"], values=np.stack([state, state]))
+    np.testing.assert_array_equal(np.concatenate(pieces), whole)
+
+
 def test_head_sizes_of_deltas() -> None:
     make = partial(delta_operands, lengths=[2], heads=(1, 1), sizes=(260, 16))
     assert reason(delta_case("auto", make)) == "head size 260 above 256"
@@ -142,8 +158,14 @@ def part(operand: Operand, rows: slice, s: int) -> Operand:
     return replace(operand, values=values)
 
 
-def run(op: Any, operands: dict[str, Operand], attrs: dict[str, Any], seed: int) -> Any:
-    backend = CudaBackend(EmulatedDevice(seed=seed))
+def run(
+    op: Any,
+    operands: dict[str, Operand],
+    attrs: dict[str, Any],
+    seed: int,
+    backend: CudaBackend | None = None,
+) -> Any:
+    backend = backend or CudaBackend(EmulatedDevice(seed=seed))
     # `run_case` would shuffle slots.
     case = Case("same", lambda _: operands, attrs)
     graph, tensors = single_node_graph(op, case, operands)
@@ -256,6 +278,19 @@ def test_rows_do_not_depend_on_the_batch(seed: int, monkeypatch: pytest.MonkeyPa
         rows = slice(starts[s], starts[s + 1])
         alone = {n: part(o, rows, s) for n, o in operands.items()}
         np.testing.assert_array_equal(run(ATTENTION, alone, case.attrs, seed), together[rows])
+
+
+def test_invariant_rows_do_not_depend_on_cuts(seed: int) -> None:
+    """A prompt in one step, and in two."""
+    params = {"heads": (2, 1), "sizes": (64, 64), "caches": (F16, F16), "gated": False}
+    case = attention_case(pasts=[70], lengths=[30], **params)
+    operands = case.make(np.random.default_rng(seed))
+    parts = []
+    for rows in (slice(0, 30), slice(0, 20), slice(20, 30)):
+        piece = {n: part(o, rows, 0) for n, o in operands.items()}
+        backend = CudaBackend(EmulatedDevice(seed=seed), batch_invariant=True)
+        parts.append(run(ATTENTION, piece, case.attrs, seed, backend))
+    np.testing.assert_array_equal(np.concatenate(parts[1:]), parts[0])
 
 
 def test_large_scores(seed: int) -> None:

@@ -42,6 +42,8 @@ Operands = dict[str, Operand]
 # More than an L2 cache holds; at most so many layers; calls whose median counts.
 TOUCHED, MAX_LAYERS, CALLS = 256 << 20, 24, 7
 RNG = np.random.default_rng(0)
+# (rows, sequences) of the delta rule.
+SIZES = [(1, 1), (1, 8), (1, 64), *((n, 1) for n in (16, 64, 128, 256, 512, 2048, 8192)), (128, 8)]
 
 
 def normal(*shape: int, dtype: Any = np.float32) -> Any:
@@ -127,7 +129,7 @@ def delta_rows(device: CupyDevice, heads: list[int]) -> Iterator[tuple[str, Time
     op = OPS["GATED_DELTA_NET"]
     for kda in (False, True):
         for n_heads in heads:
-            for n, n_seqs in ((1, 1), (1, 8), (1, 64), (64, 1), (512, 1), (2048, 1), (8192, 1)):
+            for n, n_seqs in SIZES:
                 operands, outs = delta_operands(n, n_seqs, n_heads, kda), []
                 for algorithm in ("scan", "chunk") if n > 1 else ("scan",):
                     attrs = {"head_map": "tiled", "scale": 128**-0.5, "algorithm": algorithm}

@@ -1,8 +1,9 @@
 """Attention and the delta rule as launches.
 
 What a sequence's rows are computed by depends on how many of its rows are in the step, never on
-the rest of the batch: each kernel passes over the rows that are another's. A launch that would find
-none is left out where the host can tell.
+other sequences: each kernel passes over the rows that are another's. A launch that would find none
+is left out where the host can tell. How many rows of a prompt are in a step may depend on the batch;
+where results may not, each row is computed alone.
 """
 
 from __future__ import annotations
@@ -115,10 +116,11 @@ def lower_gated_delta_net(lowering: Lowering, node: Node) -> None:
     algorithm = node.attrs["algorithm"]
     chunks = algorithm != "scan" and delta.has_chunks(device)
     chunk_rows = 1 if algorithm == "chunk" else _CHUNK_ROWS if chunks else _NO_END
-    if _has_shared(device, delta.scan_shared):
+    if lowering.batch_invariant and algorithm != "chunk":
+        chunks, chunk_rows = False, _NO_END
+    scan_rows = chunk_rows
+    if _has_shared(device, delta.scan_shared) and not lowering.batch_invariant:
         scan_rows = min(_SCAN_ROWS, chunk_rows)
-    else:
-        scan_rows = chunk_rows
 
     def only_few(live: Live) -> bool:
         return _all_short(live) or live.n_tokens < scan_rows
@@ -270,7 +272,7 @@ def lower_attention(lowering: Lowering, node: Node) -> None:
     n_kv = int(node.inputs["k_cache"].shape[1])
     group = n_heads // n_kv
     per_row = n_kv * _cut(group, loose.rows)
-    has_tiles = _has_shared(device, tile.shared)
+    has_tiles = _has_shared(device, tile.shared) and not lowering.batch_invariant
     n_split = _PARTIALS_BYTES // (n_heads * _MAX_CHUNKS * (d_v + 4) * 4)
     n_split = max(1, min(n_split, 1 << (int(n_tokens) - 1).bit_length()))
     partials = Scratch((n_split, n_heads, _MAX_CHUNKS, d_v + 4), F32)
