@@ -1,8 +1,9 @@
 """Attention and the delta rule as launches.
 
-What a sequence's rows are computed by depends on how many of its rows are in the step, never on the
-rest of the batch: each kernel passes over the rows that are another's. A launch that would find none
-is left out where the host can tell.
+What a sequence's rows are computed by depends on how many of its rows are in the step, never on
+other sequences: each kernel passes over the rows that are another's. A launch that would find none
+is left out where the host can tell. How many rows of a prompt are in a step may depend on the batch;
+where results may not, each row is computed alone.
 """
 
 from __future__ import annotations
@@ -19,10 +20,16 @@ from engine.quants import F16, F32
 # Above any number of rows: as the fewest that make a block, all rows are loose.
 _NO_BLOCKS = float(1 << 24)
 _NO_END = 1 << 24
+# Bytes of shared memory that kernels have beside what a launch gives them, at most.
+_STATIC_SHARED = 2048
 
 
 def _cut(n: int, size: int) -> int:
     return -(-n // size)
+
+
+def _has_shared(device: Device, n_bytes: int) -> bool:
+    return n_bytes + _STATIC_SHARED <= device.shared_bytes
 
 
 def _all_short(live: Live) -> bool:
@@ -100,7 +107,7 @@ class _DeltaNet:
 
     def has_chunks(self, device: Device) -> bool:
         needed = max(self.prepare_shared, self.chunk_shared(self.chunk_columns(device)))
-        return needed <= device.shared_bytes
+        return _has_shared(device, needed)
 
 
 def lower_gated_delta_net(lowering: Lowering, node: Node) -> None:
@@ -109,10 +116,11 @@ def lower_gated_delta_net(lowering: Lowering, node: Node) -> None:
     algorithm = node.attrs["algorithm"]
     chunks = algorithm != "scan" and delta.has_chunks(device)
     chunk_rows = 1 if algorithm == "chunk" else _CHUNK_ROWS if chunks else _NO_END
-    if delta.scan_shared <= device.shared_bytes:
+    if lowering.batch_invariant and algorithm != "chunk":
+        chunks, chunk_rows = False, _NO_END
+    scan_rows = chunk_rows
+    if _has_shared(device, delta.scan_shared) and not lowering.batch_invariant:
         scan_rows = min(_SCAN_ROWS, chunk_rows)
-    else:
-        scan_rows = chunk_rows
 
     def only_few(live: Live) -> bool:
         return _all_short(live) or live.n_tokens < scan_rows
@@ -127,8 +135,10 @@ def lower_gated_delta_net(lowering: Lowering, node: Node) -> None:
             lambda x: not only_few(x) and (x.n_seqs > 1 or x.n_tokens < chunk_rows),
         )  # fmt: skip
     if chunks:
-        in_chunks = lambda x: x.n_tokens >= chunk_rows and (chunk_rows == 1 or not only_few(x))  # noqa: E731
-        _chunks(lowering, node, chunk_rows, in_chunks)
+        _chunks(
+            lowering, node, chunk_rows,
+            lambda x: x.n_tokens >= chunk_rows and (chunk_rows == 1 or not only_few(x)),
+        )  # fmt: skip
 
 
 def _scan_steps(lowering: Lowering, node: Node, first: int, end: int, when: Condition) -> None:
@@ -161,14 +171,15 @@ def _chunks(lowering: Lowering, node: Node, first: int, when: Condition) -> None
     # Where the slots of chunks begin: first_slot in gated_delta_net_chunk.cuh.
     n_slots = _cut(n_tokens, _CHUNK) + n_seqs
     records = Scratch((n_slots, delta.n_heads, delta.record), F32)
-    operands, values = [*operands, records], [*attrs, first, _NO_END]
+    refs: list[Ref] = [*operands, records]
+    values = [*attrs, first, _NO_END]
     lowering.launch(
-        "gated_delta_net_prepare", delta.name(f"prepare_{delta.width}"), [node], operands, values,
+        "gated_delta_net_prepare", delta.name(f"prepare_{delta.width}"), [node], refs, values,
         n_writes=1, threads=_CHUNK_THREADS, shared=delta.prepare_shared, when=when,
         grid=lambda live: (live.n_tokens // _CHUNK + live.n_seqs, delta.n_heads, 1),
     )  # fmt: skip
     lowering.launch(
-        "gated_delta_net_chunk", delta.name(f"chunks_{delta.width}_{columns}"), [node], operands,
+        "gated_delta_net_chunk", delta.name(f"chunks_{delta.width}_{columns}"), [node], refs,
         values, n_writes=1, threads=_CHUNK_THREADS, shared=delta.chunk_shared(columns), when=when,
         grid=lambda live: (_cut(delta.d_v, columns), delta.n_heads, live.n_seqs),
     )  # fmt: skip
@@ -236,12 +247,15 @@ def _tensor_core_shapes(node: Node, device: Device) -> tuple[_Shape, _Shape] | N
     """The kernels on tensor cores for a node, if its sizes and caches are theirs."""
     k, v = node.inputs["k_cache"], node.inputs["v_cache"]
     shapes = _SHAPES.get((k.shape[3], v.shape[3]))
-    if shapes is None or (k.dtype, v.dtype) != (F16, F16) or shapes[0].shared > device.shared_bytes:
+    if shapes is None or (k.dtype, v.dtype) != (F16, F16):
+        return None
+    if not _has_shared(device, shapes[0].shared):
         return None
     is_part = v.base is k.base and v.offset == k.offset and v.strides == k.strides
     block_size = int(k.shape[2])
     aligned = all(n % 8 == 0 for t in (k, v) for n in (t.offset, *t.strides[:-1]))
-    fits = aligned and block_size & (block_size - 1) == 0 and k.strides[3] == v.strides[3] == 1
+    fits = aligned and block_size >= 16 and block_size & (block_size - 1) == 0
+    fits = fits and k.strides[3] == v.strides[3] == 1
     return shapes if fits and (is_part or not shapes[0].latent) else None
 
 
@@ -258,7 +272,7 @@ def lower_attention(lowering: Lowering, node: Node) -> None:
     n_kv = int(node.inputs["k_cache"].shape[1])
     group = n_heads // n_kv
     per_row = n_kv * _cut(group, loose.rows)
-    has_tiles = tile.shared <= device.shared_bytes
+    has_tiles = _has_shared(device, tile.shared) and not lowering.batch_invariant
     n_split = _PARTIALS_BYTES // (n_heads * _MAX_CHUNKS * (d_v + 4) * 4)
     n_split = max(1, min(n_split, 1 << (int(n_tokens) - 1).bit_length()))
     partials = Scratch((n_split, n_heads, _MAX_CHUNKS, d_v + 4), F32)

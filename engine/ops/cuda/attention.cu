@@ -1,5 +1,5 @@
-// ATTENTION with float16 caches on tensor cores (see attention_tiles.cuh): tiles of a sequence's rows,
-// loose rows by chunks of their positions, and the join of chunks.
+// ATTENTION with float16 caches on tensor cores (see attention_tiles.cuh): tiles of a sequence's
+// rows, loose rows by chunks of their positions, and the join of chunks.
 
 #include "attention_tiles.cuh"
 
@@ -18,13 +18,12 @@ DEVICE void run_tile(const Args& a, char* memory) {
     const int group = a.v[Q].shape[1] / a.v[K_CACHE].shape[1], kv_head = blockIdx.y;
     const int min_rows = static_cast<int>(a.attr[1]);
     // The last tiles of a sequence see most positions: they come first.
-    const Found f = find(a.v[SEQ_STARTS], a.live[N_SEQS], gridDim.x - 1 - blockIdx.x,
+    const Found f = find(a.v[SEQ_STARTS], a.live + N_SEQS, gridDim.x - 1 - blockIdx.x,
                          [&](int32_t n) {
                              return n < min_rows ? 0 : (n * group + S::ROWS - 1) / S::ROWS;
                          });
     if (f.seq < 0) return;
-    const int32_t* starts = a.v[SEQ_STARTS].as<int32_t>();
-    const int32_t begin = starts[f.seq], n_rows = (starts[f.seq + 1] - begin) * group;
+    const int32_t begin = f.begin, n_rows = f.n_rows * group;
     const int32_t* positions = a.v[POSITIONS].as<int32_t>() + begin;
     const int base = f.index * S::ROWS;
     const int last = (base + S::ROWS < n_rows ? base + S::ROWS : n_rows) - 1;
@@ -50,8 +49,8 @@ DEVICE void run_tile(const Args& a, char* memory) {
     });
 }
 
-// Chunks x, x + gridDim.x, … of a loose row, for up to 16 heads of a key head's group. With PARTIALS
-// their results go there; else one block takes all chunks, joined in their order.
+// Chunks x, x + gridDim.x, … of a loose row, for up to 16 heads of a key head's group. With
+// PARTIALS their results go there; else one block takes all chunks, joined in their order.
 template <typename S>
 DEVICE void run_loose(const Args& a, char* memory) {
     __shared__ float largest[S::ROWS * S::N_WARPS], sums[S::ROWS * S::N_WARPS];

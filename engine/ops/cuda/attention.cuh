@@ -1,9 +1,9 @@
 // What the kernels of ATTENTION share: operands, which rows a block works on, sums of chunks.
 //
-// Sequences with at least `min_rows` rows in the batch are taken in tiles of rows; the rows of others
-// are loose, and each row's positions are cut into at most MAX_CHUNKS chunks, as its own position
-// says. A chunk's result is (m, l, acc): largest score, sum of weights exp(score - m), and the sum of
-// values so weighted.
+// Sequences with at least `min_rows` rows in the batch are taken in tiles of rows; the rows of
+// others are loose, and each row's positions are cut into at most MAX_CHUNKS chunks, as its own
+// position says. A chunk's result is (m, l, acc): largest score, sum of weights exp(score - m), and
+// the sum of values so weighted.
 #pragma once
 
 #include "sequences.cuh"
@@ -14,7 +14,7 @@ namespace attention_op {
 // Attributes: scale, min_rows.
 enum { OUT, PARTIALS, Q, K_CACHE, V_CACHE, GATE, POSITIONS, SEQ_STARTS, BLOCK_TABLES };
 
-// A chunk's result in memory is acc, m, l: rows of PARTIALS [loose rows, heads, MAX_CHUNKS, Dv + 4].
+// A chunk's result in memory is acc, m, l: rows of PARTIALS [rows, heads, MAX_CHUNKS, Dv + 4].
 constexpr int MAX_CHUNKS = 64, CHUNK_UNIT = 64;
 DEVICE float infinity() { return bf16_to_float(0x7f80); }
 
@@ -31,10 +31,10 @@ struct Loose {
 
     DEVICE Loose(const Args& a, int32_t index) {
         const int32_t min_rows = static_cast<int32_t>(a.attr[1]);
-        const Found f = find(a.v[SEQ_STARTS], a.live[N_SEQS], index,
+        const Found f = find(a.v[SEQ_STARTS], a.live + N_SEQS, index,
                              [&](int32_t n) { return n < min_rows ? n : 0; });
         seq = f.seq;
-        row = f.seq < 0 ? -1 : a.v[SEQ_STARTS].as<int32_t>()[f.seq] + f.index;
+        row = f.seq < 0 ? -1 : f.begin + f.index;
     }
 };
 

@@ -1,8 +1,9 @@
-// Attention of up to 16 · M_TILES rows (a token and a head of one key head's group each) over a range
-// of positions, on tensor cores, with float16 caches.
+// Attention of up to 16 · M_TILES rows (a token and a head of one key head's group each) over a
+// range of positions, on tensor cores, with float16 caches.
 //
 // Tiles of POSITIONS keys and values come to shared memory while the tile before is worked on. A
-// tile's scores are shared out among N_WARPS warps by positions, its products with values by columns.
+// tile's scores are shared out among N_WARPS warps by positions, its products with values by
+// columns.
 // Queries and weights are rounded to float16; all sums are float32.
 #pragma once
 
@@ -122,25 +123,33 @@ struct Tiles {
     // Starts the copies of a tile; positions from `end` on are zeros.
     DEVICE void load(int stage, int begin, int end) const {
         half* to = memory + stage * S::STAGE;
-        load_rows<S::DK, S::K_STEP>(to, k, begin, end);
-        if constexpr (!S::LATENT) load_rows<S::DV, S::V_STEP>(to + S::KEYS, v, begin, end);
+        // Blocks have a multiple of 16 positions. All are looked up before the first copy.
+        int32_t blocks[S::POSITIONS / 16];
+#pragma unroll
+        for (int i = 0; i < S::POSITIONS / 16; i++) {
+            const int position = begin + i * 16;
+            blocks[i] = table[(position < end ? position : end - 1) >> shift];
+        }
+        load_rows<S::DK, S::K_STEP>(to, k, blocks, begin, end);
+        if constexpr (!S::LATENT) load_rows<S::DV, S::V_STEP>(to + S::KEYS, v, blocks, begin, end);
         fence_copies();
     }
 
     template <int SIZE, int STEP>
-    DEVICE void load_rows(half* to, const View& cache, int begin, int end) const {
-        constexpr int PARTS = SIZE / 8;
+    DEVICE void load_rows(half* to, const View& cache, const int32_t (&blocks)[S::POSITIONS / 16],
+                          int begin, int end) const {
+        constexpr int PARTS = SIZE / 8, N = S::POSITIONS * PARTS / S::THREADS;
         static_assert(S::POSITIONS * PARTS % S::THREADS == 0, "");
         const half* head = cache.as<half>() + static_cast<int64_t>(kv_head) * cache.stride[1];
 #pragma unroll
-        for (int n = 0; n < S::POSITIONS * PARTS / S::THREADS; n++) {
+        for (int n = 0; n < N; n++) {
             const int i = threadIdx.x + n * S::THREADS, row = i / PARTS, part = i % PARTS * 8;
-            const int position = begin + row;
-            const bool valid = position < end;
-            const int64_t block = valid ? table[position >> shift] : 0;
-            const int in_block = position & ((1 << shift) - 1);
+            const int position = begin + row, in_block = position & ((1 << shift) - 1);
+            int64_t block = blocks[0];
+#pragma unroll
+            for (int b = 1; b < S::POSITIONS / 16; b++) block = row < 16 * b ? block : blocks[b];
             const half* from = head + block * cache.stride[0] + in_block * cache.stride[2] + part;
-            copy_async(to + row * STEP + part, from, valid);
+            copy_async(to + row * STEP + part, from, position < end);
         }
     }
 
@@ -171,7 +180,10 @@ struct Tiles {
 #pragma unroll
         for (int j = 0; j < S::N_TILES; j++) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) s[j][i] = SETS == 2 ? part[0][j][i] + part[1][j][i] : part[0][j][i];
+            for (int i = 0; i < 4; i++) {
+                s[j][i] = part[0][j][i];
+                if (SETS == 2) s[j][i] += part[SETS - 1][j][i];
+            }
         }
     }
 
@@ -212,7 +224,8 @@ struct Tiles {
     }
 
     // Weights of a tile from its scores, which become them; rescales what `to` has.
-    DEVICE void weigh(float (&s)[S::N_TILES][4], Sums<S>& to, int first, const int (&limits)[2]) const {
+    DEVICE void weigh(float (&s)[S::N_TILES][4], Sums<S>& to, int first,
+                      const int (&limits)[2]) const {
         const int lane = threadIdx.x % 32;
         const int position = first + threadIdx.x / 32 % S::N_WARPS * S::N_TILES * 8 + lane % 4 * 2;
         float most[2] = {-infinity(), -infinity()};
@@ -263,11 +276,12 @@ struct Tiles {
         } else {
             const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
             half* rows = weights + warp / S::N_WARPS * 16 * S::P_STEP;
-            half* to = rows + lane / 4 * S::P_STEP + warp % S::N_WARPS * S::N_TILES * 8 + lane % 4 * 2;
+            const int column = warp % S::N_WARPS * S::N_TILES * 8 + lane % 4 * 2;
+            half *upper = rows + lane / 4 * S::P_STEP + column, *lower = upper + 8 * S::P_STEP;
 #pragma unroll
             for (int j = 0; j < S::N_TILES; j++) {
-                *reinterpret_cast<uint32_t*>(to + j * 8) = pack_half(s[j][0], s[j][1]);
-                *reinterpret_cast<uint32_t*>(to + j * 8 + 8 * S::P_STEP) = pack_half(s[j][2], s[j][3]);
+                *reinterpret_cast<uint32_t*>(upper + j * 8) = pack_half(s[j][0], s[j][1]);
+                *reinterpret_cast<uint32_t*>(lower + j * 8) = pack_half(s[j][2], s[j][3]);
             }
             __syncthreads();
             const half* from = rows + lane % 16 * S::P_STEP + lane / 16 * 8;
@@ -276,8 +290,8 @@ struct Tiles {
         }
     }
 
-    // Attends to positions begin … end - 1; a row sees those up to its limit, the first one at least.
-    // `begin` is a multiple of POSITIONS.
+    // Attends to positions begin … end - 1; a row sees those up to its limit, at least the first
+    // one. `begin` is a multiple of POSITIONS.
     DEVICE void attend(Sums<S>& to, int begin, int end, const int (&limits)[2]) {
         to.clear();
         __syncthreads();

@@ -29,7 +29,8 @@ struct alignas(16) Scalars {
 template <int LANES, bool KDA>
 struct Tiles {
     static constexpr int WIDTH = LANES * PER, COLUMNS = THREADS / LANES;
-    static constexpr int ROWS_SIZE = TILE * WIDTH, STAGE = ROWS_SIZE * (KDA ? 3 : 2) + TILE * COLUMNS;
+    static constexpr int ROWS_SIZE = TILE * WIDTH;
+    static constexpr int STAGE = ROWS_SIZE * (KDA ? 3 : 2) + TILE * COLUMNS;
 
     float* base;
     int stage;
@@ -43,9 +44,10 @@ struct Tiles {
 
 DEVICE float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
 
-// Rows t … t + TILE - 1 of one head of a view, WIDTH floats each; zeros past row `n`, column `size`.
+// TILE rows of one head of a view, WIDTH floats each; zeros from row `n` and column `size` on.
 template <int WIDTH>
-DEVICE void load_rows(float* to, const View& x, int64_t row, int head, int size, int n, bool whole) {
+DEVICE void load_rows(float* to, const View& x, int64_t row, int head, int size, int n,
+                      bool whole) {
     const float* from = x.row(row, head);
     if (whole) {
         for (int i = threadIdx.x; i < TILE * WIDTH / 4; i += THREADS) {
@@ -173,12 +175,13 @@ DEVICE float run_group(float (&s)[PER], const Tiles<LANES, KDA>& tiles, const Sc
 #pragma unroll
         for (int j = 0; j < t; j++) d[t] = fmaf(-x.a[t][j], d[j], d[t]);
     }
+    const float last = x.grown[GROUP - 1];
     float update[GROUP];
 #pragma unroll
     for (int t = 0; t < GROUP; t++) update[t] = KDA ? d[t] : x.left[t] * d[t];
 #pragma unroll
     for (int i = 0; i < QUADS; i++) {
-        float4 decay{x.grown[GROUP - 1], x.grown[GROUP - 1], x.grown[GROUP - 1], x.grown[GROUP - 1]};
+        float4 decay{last, last, last, last};
         if (KDA) decay = load4(tiles.decay() + group * WIDTH + (i * LANES + lane) * 4);
         float* y = s + 4 * i;
         y[0] *= decay.x, y[1] *= decay.y, y[2] *= decay.z, y[3] *= decay.w;
@@ -258,6 +261,7 @@ DEVICE void run_rows(const Args& a, char* memory) {
         prepare(tiles, warp, betas[stage] + warp * GROUP, decays[stage] + warp * GROUP,
                 scalars[warp]);
         __syncthreads();
+#pragma unroll 1
         for (int i = 0; i < WARPS && t + i * GROUP < n; i++) {
             const float o = run_group(s, tiles, scalars[i], i, column, lane) * a.attr[1];
             const int token = t + i * GROUP + lane;

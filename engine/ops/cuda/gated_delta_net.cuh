@@ -1,4 +1,5 @@
-// What the kernels of GATED_DELTA_NET share: operands, and a value column of the state in registers.
+// What the kernels of GATED_DELTA_NET share: operands, and a value column of the state in
+// registers.
 //
 // A column is spread over LANES neighbouring lanes of a warp, PER floats each: float4 number
 // i · LANES + lane of it is the lane's i-th. What lies past the column's end is zero and stays so.
@@ -9,8 +10,8 @@
 namespace gdn {
 namespace delta {
 
-// Attributes: head_map (0: tiled, 1: grouped), scale, algorithm, first, end: a launch takes sequences
-// of first … end - 1 rows.
+// Attributes: head_map (0: tiled, 1: grouped), scale, algorithm, first, end: a launch takes the
+// sequences of first … end - 1 rows.
 enum { OUT, Q, K, V, G, BETA, STATE, SEQ_STARTS, STATE_SRC, STATE_DST, SNAPSHOT_DST, CHUNKS };
 
 constexpr int PER = 16, QUADS = PER / 4, THREADS = 128, WARPS = THREADS / 32;
@@ -104,18 +105,20 @@ DEVICE float column_sum(float x) {
     return x;
 }
 
+// x[i] of this lane and of the one HALF away, for the half of the values that the lane keeps.
+template <int HALF>
+DEVICE void fold(float (&x)[16]) {
+    const bool upper = threadIdx.x & HALF;
+#pragma unroll
+    for (int i = 0; i < HALF; i++) {
+        const float keep = upper ? x[HALF + i] : x[i], give = upper ? x[i] : x[HALF + i];
+        x[i] = keep + shuffle_xor(give, HALF);
+    }
+}
+
 // The sums over a warp of 16 values of each lane: lane l gets that of value l % 16.
 DEVICE float warp_sums(float (&x)[16]) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int half = 8; half > 0; half /= 2) {
-        const bool upper = lane & half;
-#pragma unroll
-        for (int i = 0; i < half; i++) {
-            const float keep = upper ? x[half + i] : x[i], give = upper ? x[i] : x[half + i];
-            x[i] = keep + shuffle_xor(give, half);
-        }
-    }
+    fold<8>(x), fold<4>(x), fold<2>(x), fold<1>(x);
     return x[0] + shuffle_xor(x[0], 16);
 }
 
@@ -185,6 +188,7 @@ DEVICE void scan(float (&s)[PER], const Args& a, const Place& place, int32_t fir
     const bool whole = rows_aligned<KDA>(a), whole_state = dk % 4 == 0;
     Token x;
     if (first < place.n) load_token<LANES, KDA>(x, a, place, first, c, lane, whole);
+#pragma unroll 1
     for (int32_t t = first; t < place.n; t++) {
         const float o = step<LANES, KDA>(s, x) * a.attr[1];
         if (t + 1 < place.n) load_token<LANES, KDA>(x, a, place, t + 1, c, lane, whole);

@@ -74,8 +74,8 @@ DEVICE void read_state(const C& chunk, float (&d)[C::N_D][4], float (&o)[C::N_D]
 
 // S <- decayed S + Dᵀ k, by columns.
 template <typename C>
-DEVICE void update_state(const C& chunk, float (&s)[C::N_STATE][4], const float2 (&decay)[C::N_STATE],
-                         int column, int key) {
+DEVICE void update_state(const C& chunk, float (&s)[C::N_STATE][4],
+                         const float2 (&decay)[C::N_STATE], int column, int key) {
 #pragma unroll
     for (int j = 0; j < C::N_STATE; j++) {
         s[j][0] *= decay[j].x, s[j][1] *= decay[j].y;
@@ -139,7 +139,8 @@ DEVICE void run_chunks(const Args& a, char* memory) {
         }
 #pragma unroll
         for (int j = 0; j < C::N_STATE; j++)
-            decay[j] = *reinterpret_cast<const float2*>(record.decay() + key + 8 * j + lane % 4 * 2);
+            decay[j] =
+                *reinterpret_cast<const float2*>(record.decay() + key + 8 * j + lane % 4 * 2);
         wait_copies<0>();
         __syncthreads();
         if (C::STAGES == 2 && i + 1 < n_chunks) C{chunk.memory, 1 - chunk.stage}.load(next);

@@ -42,7 +42,7 @@ struct Record {
 DEVICE int first_slot(int begin, int seq) { return begin / CHUNK + seq; }
 
 // Fragments (see primitives.cuh) of float16 matrices in shared memory with rows of STEP elements.
-// Left operand: rows m … m + 15, columns k … k + 15; with TRANSPOSED the matrix is stored by columns.
+// Left operand: rows m … m + 15, columns k … k + 15; with TRANSPOSED it is stored by columns.
 template <int STEP, bool TRANSPOSED = false>
 DEVICE void load_left(uint32_t (&x)[4], const half* from, int m, int k) {
     const int lane = threadIdx.x % 32;
@@ -52,8 +52,8 @@ DEVICE void load_left(uint32_t (&x)[4], const half* from, int m, int k) {
     else
         load_matrices(x, from + (m + lane % 16) * STEP + k + lane / 16 * 8);
 }
-// Right operand, columns n … n + 15, rows k … k + 15: (x[0], x[1]) are those of the first 8 columns.
-// Stored by rows, or with TRANSPOSED by columns.
+// Right operand, rows k … k + 15, columns n … n + 15: (x[0], x[1]) are those of the first 8
+// columns. Stored by rows, or with TRANSPOSED by columns.
 template <int STEP, bool TRANSPOSED = false>
 DEVICE void load_right(uint32_t (&x)[4], const half* from, int k, int n) {
     const int lane = threadIdx.x % 32;

@@ -8,7 +8,7 @@ namespace delta {
 
 constexpr int SUB = 16, A_STEP = CHUNK + 1, T_STEP = CHUNK + 8;
 
-// What lies in dynamic shared memory. Values take the place of queries when these are no more needed.
+// What lies in dynamic shared memory. Values take the place of queries when those have been used.
 template <int WIDTH, bool KDA>
 struct Memory {
     static constexpr int STEP = WIDTH + 8, V_STEP = VALUE_TILE + 8;
@@ -21,7 +21,8 @@ struct Memory {
 
 // n rows of a head as float16; zeros elsewhere.
 template <int WIDTH, int STEP>
-DEVICE void load_halves(half* to, const View& x, int64_t row, int head, int first, int size, int n) {
+DEVICE void load_halves(half* to, const View& x, int64_t row, int head, int first, int size,
+                        int n) {
     const float* from = x.row(row, head) + first;
     for (int i = threadIdx.x; i < CHUNK * WIDTH / 2; i += CHUNK_THREADS) {
         const int t = i / (WIDTH / 2), at = i % (WIDTH / 2) * 2;
@@ -228,7 +229,7 @@ DEVICE void prepare_chunk(const Args& a, char* memory) {
         const int32_t rest = n - n_snapshots;
         return takes(a, n) && rest > 0 ? (rest + CHUNK - 1) / CHUNK : 0;
     };
-    const Found found = find(a.v[SEQ_STARTS], a.live[N_SEQS], blockIdx.x, count);
+    const Found found = find(a.v[SEQ_STARTS], a.live + N_SEQS, blockIdx.x, count);
     if (found.seq < 0) return;
     const Place place(a, found.seq, blockIdx.y);
     const int start = found.index * CHUNK, rest = place.n_grouped(a) - start;
