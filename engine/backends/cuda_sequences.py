@@ -2,8 +2,8 @@
 
 What a sequence's rows are computed by depends on how many of its rows are in the step, never on
 other sequences: each kernel passes over the rows that are another's. A launch that would find none
-is left out where the host can tell. How many rows of a prompt are in a step may depend on the batch;
-where results may not, each row is computed alone.
+is left out where the host can tell. How many rows of a prompt are in a step may depend on the
+batch; where results may not, each row is computed alone.
 """
 
 from __future__ import annotations
