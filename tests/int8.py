@@ -1,4 +1,4 @@
-"""Products with quantized weights, which round activations to int8, against the naive definition."""
+"""Products with quantized weights, which round activations to int8: what error they may have."""
 
 from __future__ import annotations
 
