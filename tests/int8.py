@@ -1,4 +1,4 @@
-"""Products with quantized weights, which round activations to int8: what error they may have."""
+"""Products with quantized weights, whose activations are rounded to int8, and their limits."""
 
 from __future__ import annotations
 
