@@ -127,7 +127,7 @@ def _lower_gemm(lowering: Lowering, node: Node, out: Tensor, w: Tensor, when: Co
         return
     most = None
     if _is_of_step(out):
-        most = EXPANDED_ROWS - 1
+        most = max(EXPANDED_ROWS, FEW_ROWS + 1) - 1
         expanded, copy = _Between(out, most, None, when), Scratch(w.shape, BF16)
         lowering.launch(
             "expand", "expand", [node], [copy, w], n_writes=1, threads=256,
@@ -136,7 +136,7 @@ def _lower_gemm(lowering: Lowering, node: Node, out: Tensor, w: Tensor, when: Co
         lowering.gemm([node], out, rounded, copy, when=expanded)
         _lower_finish(lowering, node, out, expanded)
     for rows, name, condition in (
-        (64, "gemm_64", _Between(out, 0, GEMM_ROWS, when)),
+        (64, "gemm_64", _Between(out, 0, min(GEMM_ROWS, most or GEMM_ROWS), when)),
         (128, "gemm_128", _Between(out, GEMM_ROWS, most, when)),
     ):
         lowering.launch(

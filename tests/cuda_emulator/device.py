@@ -215,7 +215,8 @@ class EmulatedDevice:
         def multiply() -> None:
             a, b = _bf16(p.a, p.m, p.k), _bf16(p.b, p.n, p.k)
             out = _at(p.out, 4 * p.m * p.n).view(np.float32).reshape(p.m, p.n)
-            values = a @ b.T
+            with np.errstate(all="ignore"):
+                values = a @ b.T
             out[:] = out + values if p.accumulate else values
 
         self._do(multiply)
