@@ -74,12 +74,15 @@ def check_fits(pieces: Sequence[Piece], capacity: Capacity) -> None:
         raise BatchError(f"sequence {max(seqs, key=seqs.count)} twice in one step")
 
 
-def begin(pieces: Sequence[Piece], memory: SequenceMemory) -> list[Step]:
-    """Room in memory for every piece; if one finds none, all are undone and its error raised."""
+def begin(pieces: Sequence[Piece], memory: SequenceMemory, keep: bool = False) -> list[Step]:
+    """Room in memory for every piece; if one finds none, all are undone and its error raised.
+
+    With `keep`, the sequences stay as they are until the step is finished.
+    """
     steps: list[Step] = []
     try:
         for piece in pieces:
-            steps.append(memory.begin(piece.seq, len(piece.tokens), piece.n_snapshots))
+            steps.append(memory.begin(piece.seq, len(piece.tokens), piece.n_snapshots, keep))
     except BaseException:
         for piece in pieces[: len(steps)]:
             memory.cancel(piece.seq)
