@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,14 @@ from engine.backends import cpu_library
 from engine.batch import Batch, Logits, Piece, begin, check_fits, pack
 from engine.config import ConfigError, EngineConfig, capacity_of, context_size
 from engine.decode_ahead import DecodeAhead
-from engine.decoder import DrawingBackend
 from engine.errors import EngineError
 from engine.gguf import GGUFFile
 from engine.graph import Capacity, Graph, Live
 from engine.guard import Guard, NonFiniteError, failure
 from engine.kvcache.memory import Checkpoint, SequenceMemory
 from engine.models import BuildOptions, load_model
-from engine.planner import Executable, Instruction, Plan, Timing, place
+from engine.offload import Offload, place_where_it_fits
+from engine.planner import Executable, Instruction, Plan, Timing
 from engine.request import Completion, FinishReason, Request
 from engine.sampler import Sampler, SamplingError, SamplingParams, sequence_breakers
 from engine.samplers import Breakers
@@ -57,13 +56,8 @@ class Engine:
         self.model = load_model(file)
         self.n_ctx = context_size(config.n_ctx, self.model.n_ctx_train)
         self.capacity = capacity_of(config, self.n_ctx)
-        available = backends.create(config.backend, config.n_threads, config.cpu_isa)
-        if isinstance(available[0], DrawingBackend):
-            # For steps that run ahead of the host.
-            n_slots = self.capacity.n_slots + config.n_parallel
-            self.capacity = replace(self.capacity, n_slots=n_slots)
         graph = self._build(self.capacity, config.gdn)
-        self.plan = place(graph, available, config.strict_backend)
+        self.plan = _place(graph, config)
         self._warn_of_threads(config.n_threads)
         memory_estimate.check(self.plan)
         self._executable: Executable | None = Executable(self.plan, self.model.weights)
@@ -210,7 +204,8 @@ class Engine:
         self, seq: int, tokens: Sequence[int], logits: Logits = Logits.LAST
     ) -> NDArray[np.float32]:
         """Append tokens to a sequence in pieces; returns the logits asked for."""
-        pieces = list(cut(self.memory.n_tokens(seq), len(tokens), self.capacity.n_tokens))
+        most = self.capacity.n_outputs if logits is Logits.ALL else self.capacity.n_tokens
+        pieces = list(cut(self.memory.n_tokens(seq), len(tokens), most))
         out = []
         for part in pieces:
             wanted = Logits.NONE if logits is Logits.LAST and part != pieces[-1] else logits
@@ -406,12 +401,20 @@ class Engine:
         return f"token id {token}: expected 0 to {self.model.n_vocab - 1}"
 
 
-def plan_only(
-    path: str | Path, n_tokens: int, gdn: str = "fused", backend: str = "auto", strict: bool = False
-) -> Plan:
-    """The placed graph of a file for batches of `n_tokens`, from the file's header alone."""
-    config = EngineConfig(backend=backend, n_ubatch=n_tokens, n_batch=n_tokens)
+def plan_only(path: str | Path, n_tokens: int, gdn: str = "fused", **options: Any) -> Plan:
+    """The placed graph of a file for batches of `n_tokens`, from the file's header alone; options
+    are those of EngineConfig."""
+    config = EngineConfig(**options, n_ubatch=n_tokens, n_batch=n_tokens)
     model = load_model(GGUFFile(path))
     capacity = capacity_of(config, context_size(None, model.n_ctx_train))
-    options = BuildOptions(capacity, *config.cache_types(), "auto" if gdn == "fused" else gdn)
-    return place(model.build(options), backends.create(backend), strict)
+    kinds = config.cache_types()
+    graph = model.build(BuildOptions(capacity, *kinds, "auto" if gdn == "fused" else gdn))
+    return _place(graph, config)
+
+
+def _place(graph: Graph, config: EngineConfig) -> Plan:
+    available = backends.create(
+        config.backend, config.n_threads, config.cpu_isa, config.batch_invariant
+    )
+    told = Offload(config.n_gpu_layers, config.n_cpu_moe, config.override_tensor)
+    return place_where_it_fits(graph, available, told, config.strict_backend)

@@ -24,7 +24,7 @@ ORDER = (
     {"models"},
     {"kvcache"},
     {"decoder"},
-    {"planner", "memory_estimate"},
+    {"planner", "memory_estimate", "offload"},
     {"backends"},
     {"vocab", "tokenizer", "chat", "samplers", "sampler"},
     {"config", "batch", "guard", "request", "scheduler"},

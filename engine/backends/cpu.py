@@ -106,6 +106,10 @@ class CpuBackend:
         decoded = sum(math.prod(t.shape) for t in plain) * 4
         return sum(self.weights.packed_bytes(t) for t in packed) + decoded
 
+    def free_bytes(self) -> int | None:
+        """It uses the machine's memory."""
+        return None
+
     def load_weights(self, weights: Sequence[Tensor], source: WeightSource) -> None:
         """Weights are packed when it is known what reads them: by `compile`."""
         self._source = source

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from engine.backends import cpu_library
 from engine.backends.arena import Arena
-from engine.backends.cuda_device import Captured, Device, Gemm, Memory
+from engine.backends.cuda_device import Captured, CudaError, Device, Gemm, Memory
 from engine.backends.cuda_ops import add_node, unsupported
 from engine.backends.cuda_program import ARGS, Lowering, Product, Step, fill_view
 from engine.backends.cuda_weights import CudaWeights
@@ -28,6 +28,8 @@ Array = NDArray[Any]
 # Sequences of a decode step that is captured: up to each of these numbers.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 _LIVE_BYTES = 256
+# For cuBLAS's workspace and buffers of captured graphs.
+_RESERVED_BYTES = 128 << 20
 
 
 class CudaBackend:
@@ -55,6 +57,10 @@ class CudaBackend:
         packed, plain = used_packed(nodes)
         decoded = sum(map(self.weights.plain_bytes, plain))
         return sum(map(self.weights.packed_bytes, packed)) + decoded
+
+    def free_bytes(self) -> int | None:
+        """What the device has left, but for what libraries take when they are first used."""
+        return max(0, self.device.free_bytes() - _RESERVED_BYTES)
 
     def load_weights(self, weights: Sequence[Tensor], source: WeightSource) -> None:
         """Weights are packed when it is known what reads them: by `compile`."""
@@ -135,7 +141,7 @@ class CudaProgram:
         self._args = np.zeros(len(self._steps), ARGS)
         for args, step in zip(self._args, self._steps, strict=True):
             self._prepare(args, step)
-        self._captured: dict[int, Captured] = {}
+        self.captured: dict[int, Captured] = {}
         self.instructions = [Instruction(step.name, tuple(step.nodes)) for step in self._steps]
 
     def _prepare(self, args: Any, step: Step) -> None:
@@ -169,17 +175,21 @@ class CudaProgram:
         if watch is not None:
             for node, steps in self._spans.items():
                 self._launch(steps, live)
+                try:
+                    self._device.synchronize()
+                except CudaError as error:
+                    raise CudaError(f"{node}: {error}") from None
                 watch(node, [self._output(t, live) for t in node.outputs])
-        elif (bucket := _bucket(live)) is not None:
+        elif (bucket := bucket_of(live)) is not None:
             self._replay(bucket)
         else:
             self._launch(range(len(self._steps)), live)
 
     def _replay(self, bucket: int) -> None:
-        if bucket not in self._captured:
+        if bucket not in self.captured:
             most, steps = Live(bucket, bucket, bucket), range(len(self._steps))
-            self._captured[bucket] = self._device.capture(lambda: self._launch(steps, most))
-        self._captured[bucket].replay()
+            self.captured[bucket] = self._device.capture(lambda: self._launch(steps, most))
+        self.captured[bucket].replay()
 
     def _launch(self, steps: Sequence[int], live: Live) -> None:
         device, base = self._device, self._args.ctypes.data
@@ -195,7 +205,10 @@ class CudaProgram:
                 continue
             shared = step.shared(live) if callable(step.shared) else step.shared
             address = base + i * ARGS.itemsize
-            device.launch(self._functions[i], grid, step.threads, shared, address)
+            try:
+                device.launch(self._functions[i], grid, step.threads, shared, address)
+            except CudaError as error:
+                raise CudaError(f"{_who(step)}: {error}") from None
 
     def _multiply(self, step: Product, live: Live) -> None:
         assert step.out is not None
@@ -226,7 +239,11 @@ class CudaProgram:
         return values
 
 
-def _bucket(live: Live) -> int | None:
+def _who(step: Step) -> str:
+    return f"{step.nodes[0]} (kernel {step.name})"
+
+
+def bucket_of(live: Live) -> int | None:
     """The bucket of a decode step that is captured; None for other steps."""
     if not live.n_tokens == live.n_seqs == live.n_outputs:
         return None

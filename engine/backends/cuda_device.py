@@ -132,6 +132,7 @@ class CupyDevice:
         self.name = cupy.cuda.runtime.getDeviceProperties(index)["name"].decode()
         self.detail = f"{self.name}, {self.target}"
         self.stream = cupy.cuda.Stream(non_blocking=True)
+        self._errors = (cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError)
         self._modules: dict[str, Any] = {}
         self._blas: _Blas | None = None
 
@@ -163,14 +164,14 @@ class CupyDevice:
         runtime = self._cupy.cuda.runtime
         kind = runtime.memcpyHostToDevice
         runtime.memcpyAsync(address, values.ctypes.data, values.nbytes, kind, self.stream.ptr)
-        self.stream.synchronize()
+        self.synchronize()
 
     def download(self, address: int, values: Array) -> None:
         """Waits for the stream."""
         runtime = self._cupy.cuda.runtime
         kind = runtime.memcpyDeviceToHost
         runtime.memcpyAsync(values.ctypes.data, address, values.nbytes, kind, self.stream.ptr)
-        self.stream.synchronize()
+        self.synchronize()
 
     def fill(self, address: int, n_bytes: int, byte: int) -> None:
         """A memset on the stream."""
@@ -208,9 +209,13 @@ class CupyDevice:
     def launch(self, function: int, grid: Grid, threads: int, shared: int, params: int) -> None:
         """Through the driver's launch call: no more Python than this."""
         pointers = ctypes.c_void_p(params)
-        self._cupy.cuda.driver.launchKernel(
-            function, *grid, threads, 1, 1, shared, self.stream.ptr, ctypes.addressof(pointers), 0
-        )
+        first = ctypes.addressof(pointers)
+        try:
+            self._cupy.cuda.driver.launchKernel(
+                function, *grid, threads, 1, 1, shared, self.stream.ptr, first, 0
+            )
+        except self._errors as error:
+            raise CudaError(f"CUDA: {error}") from None
 
     def gemm(self, product: Gemm) -> None:
         """cuBLAS, called directly: CuPy's wrapper refuses captured streams."""
@@ -233,8 +238,14 @@ class CupyDevice:
         return _EventTimer(self)
 
     def synchronize(self) -> None:
-        """Waits for the stream."""
-        self.stream.synchronize()
+        """Waits for the stream; raises CudaError for what failed on it."""
+        try:
+            self.stream.synchronize()
+        except self._errors as error:
+            raise CudaError(
+                f"CUDA: {error}, in a launch since the device was last waited for (--check waits "
+                "after every node and names it)"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -350,10 +361,20 @@ def _capability(device: Any) -> tuple[int, int]:
     return major, minor
 
 
-def available() -> str:
-    """An empty string if there is a usable GPU, else the reason why not, in one line."""
+def missing() -> str:
+    """Why no GPU can be used, in one line; an empty string if one can.
+
+    Asks the driver first: importing CuPy takes a second.
+    """
+    count = ctypes.c_int()
     try:
-        _cupy(0)
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "no NVIDIA driver"
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        return "no GPU"
+    try:
+        _capability(_cupy(0).cuda.Device(0))
     except CudaError as error:
         return str(error).removeprefix("backend cuda: ")
     return ""

@@ -50,6 +50,10 @@ class ReferenceBackend:
         decoded = sum(math.prod(t.shape) for t in used) * self.dtype.itemsize
         return min(decoded, self._weights.limit)
 
+    def free_bytes(self) -> int | None:
+        """It uses the machine's memory."""
+        return None
+
     def load_weights(self, weights: Sequence[Tensor], source: WeightSource) -> None:
         """Nothing is read before a node needs it."""
         for tensor in weights:

@@ -36,7 +36,11 @@ DEVICE T shuffle_down(T x, int by) { return __shfl_down_sync(ALL_LANES, x, by); 
 template <typename T>
 DEVICE T shuffle_up(T x, int by) { return __shfl_up_sync(ALL_LANES, x, by); }
 DEVICE uint32_t ballot(bool x) { return __ballot_sync(ALL_LANES, x); }
+DEVICE int32_t count_bits(uint32_t x) { return __popc(x); }
 DEVICE void sync_warp() { __syncwarp(); }
+// The highest (lowest) value of a warp, in every lane.
+DEVICE uint32_t warp_highest(uint32_t x) { return __reduce_max_sync(ALL_LANES, x); }
+DEVICE uint32_t warp_lowest(uint32_t x) { return __reduce_min_sync(ALL_LANES, x); }
 
 // exp within 2 ulp; 0 for large negative x.
 DEVICE float exp_fast(float x) { return __expf(x); }

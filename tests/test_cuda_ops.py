@@ -1,0 +1,29 @@
+"""Every op with the CUDA backend on the emulated device, against the naive definition."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.backends.cuda import CudaBackend
+from engine.backends.cuda_ops import OPS_WITH_KERNELS
+from tests.cuda_emulator import device as emulated
+from tests.cuda_emulator.device import EmulatedDevice
+from tests.opcase import OpCase, check_case, every_case, fresh_seed
+
+pytestmark = pytest.mark.skipif(bool(emulated.missing()), reason=emulated.missing())
+
+# Sums in another order than numpy's; exp and square roots as float32 has them.
+FLOAT32_LIMIT = 1e-10
+CASES = [c for c in every_case() if c.op.name in OPS_WITH_KERNELS]
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    return fresh_seed(request.config.getoption("--seed", None))
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("c", CASES, ids=[str(c) for c in CASES])
+def test_op(c: OpCase, strided: bool, seed: int) -> None:
+    device = EmulatedDevice(seed=seed)
+    check_case(CudaBackend(device), c.op, c.case, seed, strided, max(c.limit, FLOAT32_LIMIT))
