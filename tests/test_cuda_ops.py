@@ -8,12 +8,11 @@ from engine.backends.cuda import CudaBackend
 from engine.backends.cuda_ops import OPS_WITH_KERNELS
 from tests.cuda_emulator import device as emulated
 from tests.cuda_emulator.device import EmulatedDevice
-from tests.opcase import OpCase, check_case, every_case, fresh_seed
+from tests.int8 import check_op
+from tests.opcase import OpCase, every_case, fresh_seed
 
 pytestmark = pytest.mark.skipif(bool(emulated.missing()), reason=emulated.missing())
 
-# Sums in another order than numpy's; exp and square roots as float32 has them.
-FLOAT32_LIMIT = 1e-10
 CASES = [c for c in every_case() if c.op.name in OPS_WITH_KERNELS]
 
 
@@ -26,4 +25,4 @@ def seed(request: pytest.FixtureRequest) -> int:
 @pytest.mark.parametrize("c", CASES, ids=[str(c) for c in CASES])
 def test_op(c: OpCase, strided: bool, seed: int) -> None:
     device = EmulatedDevice(seed=seed)
-    check_case(CudaBackend(device), c.op, c.case, seed, strided, max(c.limit, FLOAT32_LIMIT))
+    check_op(CudaBackend(device), c, strided, seed)

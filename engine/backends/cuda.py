@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from engine.backends import cpu_library
 from engine.backends.arena import Arena
+from engine.backends.cuda_args import ARGS
 from engine.backends.cuda_decoder import MAX_VOCAB, CudaDecoder, draws_input
 from engine.backends.cuda_device import Captured, CudaError, Device, Gemm, Memory
 from engine.backends.cuda_ops import add_node, unsupported
-from engine.backends.cuda_program import ARGS, Lowering, Product, Step, bucket_of, fill_view
+from engine.backends.cuda_program import Lowering, Product, Step, bucket_of, fill_view
 from engine.backends.cuda_weights import CudaWeights
 from engine.backends.lowering import DIMS, Ref, owner_of, used_packed
 from engine.graph import Kind, Live, Node, Tensor, dim_name

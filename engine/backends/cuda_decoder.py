@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.backends.cuda_args import ARGS
 from engine.backends.cuda_device import Captured, Device, Fetched
-from engine.backends.cuda_program import ARGS, Kernel, bucket_of, fill_view
+from engine.backends.cuda_program import Kernel, bucket_of, fill_view
 from engine.backends.cuda_weights import CudaWeights
 from engine.backends.lowering import Scratch
 from engine.decoder import MAX_BANNED, MAX_TOP_K, Draw

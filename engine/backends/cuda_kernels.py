@@ -16,6 +16,8 @@ from engine.graph import Live, Node, Tensor
 
 # A batch of up to so many rows is a launch for few rows, where there is one.
 FEW_ROWS = 64
+# Blocks of a convolution that keep a GPU busy.
+CONV_BLOCKS = 4096
 # As in the sources.
 _MAX_EXPERTS, _MAX_USED, _MAX_TAPS, _MAX_ROT = 512, 32, 16, 512
 _HEAD_CHUNK, _HEAD_FEW, _HEAD_ROWS, _HEAD_OUT = 32, 8, 128, 64
@@ -93,9 +95,10 @@ def _rope_attrs(node: Node) -> list[float]:
 
 
 def _conv_grid(node: Node, live: Live) -> Grid:
-    """Runs of one row for a few, of up to 32 for many: a run reads the rows before it again."""
-    n_channels, n = node.inputs["state"].shape[2], live.n_tokens
-    return _blocks(n_channels, 128), n if n <= 128 else max(128, _blocks(n, 32)), 1
+    """Runs of as many rows as still leave enough blocks: each reads the rows before it again."""
+    n_blocks, n = _blocks(node.inputs["state"].shape[2], 128), live.n_tokens
+    length = min(max(n * n_blocks // CONV_BLOCKS, 1), 32)
+    return n_blocks, _blocks(n, length), 1
 
 
 def _heads_few(node: Node, live: Live) -> Grid:

@@ -15,29 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.arena import Arena
+from engine.backends.cuda_args import MAX_ATTRS, MAX_VIEWS
 from engine.backends.cuda_device import Device, Grid
 from engine.backends.cuda_weights import CudaWeights
-from engine.backends.lowering import DIMS, DTYPES, MAX_RANK, Ref, Scratch, is_packed, owner_of
+from engine.backends.lowering import DIMS, DTYPES, Ref, Scratch, is_packed, owner_of
 from engine.graph import Dim, Kind, Live, Node, Tensor
 from engine.quants import F32
 
 Array = NDArray[Any]
-# As in kernel.cuh.
-MAX_VIEWS, MAX_ATTRS = 20, 8
-VIEW = np.dtype(
-    [
-        ("data", "u8"),
-        ("shape", "i4", MAX_RANK),
-        ("stride", "i4", MAX_RANK),
-        ("rank", "i1"),
-        ("dtype", "i1"),
-        ("dim", "i1"),
-        ("layout", "i1"),
-        ("unused", "i4"),
-    ]
-)
-ARGS = np.dtype([("v", VIEW, MAX_VIEWS), ("attr", "f4", MAX_ATTRS), ("live", "u8")])
-
 # Sequences of a decode step that is captured: up to each of these numbers.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -132,6 +117,10 @@ class Lowering:
     ) -> None:
         """Append a matrix product by cuBLAS: out [T, n] f32 = a [T, k] · b [n, k]ᵀ."""
         self.steps.append(Product(nodes, out, a, b, when, accumulate))
+
+    def has_buffer(self, key: Any) -> bool:
+        """Whether `buffer` has made one for a key."""
+        return key in self._shared
 
     def buffer(self, key: Any, shape: Sequence[int], dtype: Any) -> Scratch:
         """A buffer that is made once for each key, such as a conversion that several steps read."""

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from engine.backends.cpu_library import Library, n_cores
-from engine.backends.cuda_device import Device, Memory
-from engine.backends.lowering import PACKED
+from engine.backends.cuda_args import ARGS, VIEW
+from engine.backends.cuda_device import Device, Grid, Memory
+from engine.backends.lowering import BF16, PACKED
 from engine.backends.panels import Panels
 from engine.graph import Tensor
 from engine.planner import WeightSource
@@ -28,6 +29,7 @@ Array = NDArray[Any]
 # Of packed weights that wait for their turn on the bus.
 _AHEAD_BYTES = 256 << 20
 _SECONDS_BEFORE_BAR = 1
+_ROWS, _RECORD, _MAX_GRID = 16, 32, 65535
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,18 @@ class Packed:
 
 
 class CudaWeights:
-    """Packs weights, uploads and keeps them, by tensor."""
+    """Packs weights, uploads and keeps them, by tensor.
 
-    def __init__(self, device: Device, library: Library) -> None:
+    bf16_bytes: what copies in bfloat16 may take; by default half of the memory that is free when
+    the first one is asked for.
+    """
+
+    def __init__(self, device: Device, library: Library, bf16_bytes: int | None = None) -> None:
         self._device, self._panels = device, Panels(library)
         self._packed: dict[Tensor, Packed] = {}
         self._plain: dict[Tensor, Memory] = {}
+        self._bf16: dict[Tensor, Memory] = {}
+        self._bf16_left = bf16_bytes
 
     def load(self, packed: Sequence[Tensor], plain: Sequence[Tensor], source: WeightSource) -> None:
         """Read, convert and upload weights; shows progress when it takes long."""
@@ -76,6 +84,11 @@ class CudaWeights:
     def _keep(self, tensor: Tensor, memory: Memory) -> None:
         panel, matrix = self._panels.matrix_bytes(tensor)
         self._packed[tensor] = Packed(memory, self._panels.layout(tensor.dtype), matrix, panel)
+        n_records, n_panels = -(-tensor.shape[-1] // _RECORD), matrix // panel
+        n_matrices = math.prod(tensor.shape[:-2])
+        for first in range(0, n_matrices, _MAX_GRID):
+            n = min(_MAX_GRID, n_matrices - first)
+            self._run("repack", [self._view(tensor, first)], (n_records, n_panels, n), 128)
 
     def _upload(self, values: Array) -> Memory:
         memory = self._device.allocate(values.nbytes)
@@ -104,6 +117,43 @@ class CudaWeights:
         """The address of a weight decoded to float32; 0 if it is only packed."""
         return self._plain[tensor.base].address if tensor.base in self._plain else 0
 
+    def keep_bf16(self, tensor: Tensor) -> bool:
+        """Make a weight's copy in bfloat16, which `bf16` gives, if there is room."""
+        if tensor.base in self._bf16:
+            return True
+        if self._bf16_left is None:
+            self._bf16_left = self._device.free_bytes() // 2
+        n_bytes = math.prod(tensor.shape) * 2
+        if n_bytes > self._bf16_left:
+            return False
+        memory = self._device.allocate(n_bytes)
+        copy = np.zeros((), VIEW)
+        copy["data"], copy["rank"], copy["dtype"] = memory.address, 2, BF16
+        copy["shape"][:2], copy["stride"][:2] = tensor.shape, (tensor.shape[1], 1)
+        grid = (-(-tensor.shape[1] // (8 * _RECORD)), -(-tensor.shape[0] // _ROWS), 1)
+        self._run("expand", [copy, self._view(tensor)], grid, 256)
+        self._bf16_left -= n_bytes
+        self._bf16[tensor.base] = memory
+        return True
+
     def bf16(self, tensor: Tensor) -> int:
         """The address of a weight's copy [out, in] in bfloat16."""
-        raise NotImplementedError
+        return self._bf16[tensor.base].address
+
+    def _view(self, tensor: Tensor, first: int = 0) -> Array:
+        """A packed weight as kernels see it, from matrix number `first` on."""
+        address, strides, dtype, layout = self.packed_strides(tensor)
+        record = np.zeros((), VIEW)
+        record["data"] = address + first * strides[0]
+        record["rank"], record["dtype"], record["layout"] = len(tensor.shape), dtype, layout
+        record["shape"][: len(tensor.shape)] = tensor.shape
+        record["stride"][: len(strides)] = strides
+        return record
+
+    def _run(self, name: str, views: Sequence[Array], grid: Grid, threads: int) -> None:
+        """Launch a kernel that has a source of its own name."""
+        args = np.zeros((), ARGS)
+        for i, view in enumerate(views):
+            args["v"][i] = view
+        function = self._device.function(name, name)
+        self._device.launch(function, grid, threads, 0, args.ctypes.data)

@@ -10,6 +10,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -23,6 +24,8 @@ BUILD = HERE.parents[1] / "build" / "cuda_emulator"
 # NVRTC's warnings are the ones that count.
 _FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-w"]
 _DIGITS = 12
+# Where includes are, the emulator's own first.
+_INCLUDES = (HERE / "include", nvrtc.SOURCES)
 # Errors of the launch, see runtime.cpp; libubsan is not linked.
 _CHECKS = ["-fsanitize=bounds,alignment,null", "-fno-sanitize-recover=all"]
 
@@ -46,8 +49,8 @@ def sources(directory: Path) -> dict[str, Path]:
 @functools.cache
 def runtime() -> Path:
     """The library that launches kernels."""
-    source, kernel = HERE / "runtime.cpp", nvrtc.SOURCES / "kernel.cuh"
-    path = BUILD / f"runtime-{_digest([*_headers(), kernel, HERE / 'context.h', source])}.so"
+    source = HERE / "runtime.cpp"
+    path = BUILD / f"runtime-{_digest(source, [HERE, *_INCLUDES])}.so"
     with _lock():
         if not path.exists():
             mirror = _mirror(nvrtc.SOURCES)
@@ -55,20 +58,14 @@ def runtime() -> Path:
     return path
 
 
-def _headers() -> list[Path]:
-    return sorted(HERE.glob("include/*"))
-
-
 def kernels(directory: Path = nvrtc.SOURCES) -> dict[str, Callable[[], Path]]:
     """For each source a function that gives its library or raises BuildError.
 
     All that is missing is compiled first, on two cores; other processes wait.
     """
-    found = sources(directory)
-    common = [*_headers(), *sorted({*nvrtc.SOURCES.rglob("*.cuh"), *directory.rglob("*.cuh")})]
-    paths = {
-        n: BUILD / f"{n.replace('/', '-')}-{_digest([*common, p])}.so" for n, p in found.items()
-    }
+    found, folders = sources(directory), [*_INCLUDES, directory]
+    stems = {n: f"{n.replace('/', '-')}-{_digest(p, folders)}" for n, p in found.items()}
+    paths = {n: BUILD / f"{stem}.so" for n, stem in stems.items()}
     with _lock():
         missing = [n for n in found if not paths[n].exists()]
         if missing:
@@ -86,23 +83,13 @@ def kernels(directory: Path = nvrtc.SOURCES) -> dict[str, Callable[[], Path]]:
 
 
 def _build(mirror: Path, name: str, target: Path) -> None:
-    object_file = target.with_suffix(f".{os.getpid()}.o")
-    _run(
-        [
-            *_FLAGS,
-            *_CHECKS,
-            f"-I{mirror}",
-            "-c",
-            "-x",
-            "c++",
-            str(mirror / f"{name}.cu"),
-            "-o",
-            str(object_file),
-        ]
-    )
-    # Linked without the flags of the checks: runtime.cpp has what they call.
-    _compile(target, ["-shared", str(object_file)])
-    object_file.unlink()
+    source, part = mirror / f"{name}.cu", target.with_suffix(f".{os.getpid()}.o")
+    try:
+        _run([*_FLAGS, *_CHECKS, f"-I{mirror}", "-c", "-x", "c++", str(source), "-o", str(part)])
+        # Linked without the flags of the checks: runtime.cpp has what they call.
+        _compile(target, ["-shared", str(part)])
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _compile(target: Path, arguments: list[str]) -> None:
@@ -124,7 +111,7 @@ def _run(arguments: list[str]) -> None:
 
 def _mirror(directory: Path) -> Path:
     """A folder of links to all sources and headers of both places."""
-    mirror = BUILD / f"mirror-{_digest([], str(directory))}"
+    mirror = BUILD / f"mirror-{hashlib.sha256(str(directory).encode()).hexdigest()[:_DIGITS]}"
     shutil.rmtree(mirror, ignore_errors=True)
     for root in (nvrtc.SOURCES, directory, HERE / "include"):
         for pattern in ("*.cu", "*.cuh", "*.h"):
@@ -136,11 +123,19 @@ def _mirror(directory: Path) -> Path:
     return mirror
 
 
-def _digest(paths: list[Path], *more: str) -> str:
+def _digest(source: Path, folders: list[Path]) -> str:
+    """Of what a library is made from: compiler, flags, a source and what it includes."""
     name = compiler()
     assert name is not None, "no C++ compiler"
-    parts = [str(name), _version(name), *_FLAGS, *_CHECKS, *more]
-    parts += [p.read_text() if p.is_file() else str(p) for p in paths]
+    parts = [name, _version(name), *_FLAGS, *_CHECKS]
+    files = [source]
+    for path in files:
+        parts.append(text := path.read_text())
+        for included in re.findall(r'^#include "(.+)"', text, re.MULTILINE):
+            candidates = (folder / included for folder in folders)
+            found = next((p for p in candidates if p.exists()), None)
+            if found is not None and found not in files:
+                files.append(found)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:_DIGITS]
 
 

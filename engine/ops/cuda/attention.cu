@@ -18,9 +18,10 @@ DEVICE void run_tile(const Args& a, char* memory) {
     const int group = a.v[Q].shape[1] / a.v[K_CACHE].shape[1], kv_head = blockIdx.y;
     const int min_rows = static_cast<int>(a.attr[1]);
     // The last tiles of a sequence see most positions: they come first.
-    const Found f = find(a, gridDim.x - 1 - blockIdx.x, [&](int32_t n) {
-        return n >= min_rows ? (n * group + S::ROWS - 1) / S::ROWS : 0;
-    });
+    const Found f = find(a.v[SEQ_STARTS], a.live[N_SEQS], gridDim.x - 1 - blockIdx.x,
+                         [&](int32_t n) {
+                             return n < min_rows ? 0 : (n * group + S::ROWS - 1) / S::ROWS;
+                         });
     if (f.seq < 0) return;
     const int32_t* starts = a.v[SEQ_STARTS].as<int32_t>();
     const int32_t begin = starts[f.seq], n_rows = (starts[f.seq + 1] - begin) * group;

@@ -6,7 +6,7 @@
 // values so weighted.
 #pragma once
 
-#include "kernel.cuh"
+#include "sequences.cuh"
 
 namespace gdn {
 namespace attention_op {
@@ -25,39 +25,14 @@ DEVICE int chunk_size(int n) {
     return even > least ? even : least;
 }
 
-struct Found {
-    int32_t seq, index;
-};
-
-// Each sequence has count(its rows) items: the sequence that has the item of a number, and its number
-// there; seq -1 if there are fewer items. By whole warps.
-template <typename F>
-DEVICE Found find(const Args& a, int32_t index, F count) {
-    const int32_t* starts = a.v[SEQ_STARTS].as<int32_t>();
-    const int32_t n_seqs = a.live[N_SEQS];
-    const int lane = threadIdx.x % 32;
-    for (int32_t base = 0; base < n_seqs; base += 32) {
-        const int32_t s = base + lane;
-        const int32_t n = s < n_seqs ? count(starts[s + 1] - starts[s]) : 0;
-        int32_t sum = n;
-        for (int by = 1; by < 32; by *= 2) {
-            const int32_t below = shuffle_up(sum, by);
-            if (lane >= by) sum += below;
-        }
-        const int first = 32 - count_bits(ballot(sum > index));
-        if (first < 32) return {base + first, index - shuffle(sum - n, first)};
-        index -= shuffle(sum, 31);
-    }
-    return {-1, 0};
-}
-
 // The row of the batch that is a loose row's; -1 if there are fewer.
 struct Loose {
     int32_t seq, row;
 
     DEVICE Loose(const Args& a, int32_t index) {
         const int32_t min_rows = static_cast<int32_t>(a.attr[1]);
-        const Found f = find(a, index, [&](int32_t n) { return n < min_rows ? n : 0; });
+        const Found f = find(a.v[SEQ_STARTS], a.live[N_SEQS], index,
+                             [&](int32_t n) { return n < min_rows ? n : 0; });
         seq = f.seq;
         row = f.seq < 0 ? -1 : a.v[SEQ_STARTS].as<int32_t>()[f.seq] + f.index;
     }

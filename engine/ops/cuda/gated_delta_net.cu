@@ -62,21 +62,6 @@ DEVICE void load_rows(float* to, const View& x, int64_t row, int head, int size,
     }
 }
 
-// The sums over a warp of 16 values of each lane: lane l gets that of value l % 16.
-DEVICE float warp_sums(float (&x)[16]) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int half = 8; half > 0; half /= 2) {
-        const bool upper = lane & half;
-#pragma unroll
-        for (int i = 0; i < half; i++) {
-            const float keep = upper ? x[half + i] : x[i], give = upper ? x[i] : x[half + i];
-            x[i] = keep + shuffle_xor(give, half);
-        }
-    }
-    return x[0] + shuffle_xor(x[0], 16);
-}
-
 // The 16 products of a group: q_t·k_j at (t, j) where j <= t, k_j·k_t above the diagonal. With KDA,
 // makes of k and q what reads the state before the group, of g what updates it to the group's end.
 template <int LANES, bool KDA>
@@ -239,7 +224,7 @@ DEVICE void run_rows(const Args& a, char* memory) {
     __shared__ float betas[2][TILE], decays[2][TILE];
     constexpr int COLUMNS = Tiles<LANES, KDA>::COLUMNS;
     const Place place(a, blockIdx.z, blockIdx.y);
-    if (place.n < 1 || place.n < a.attr[MIN_ROWS_ATTR]) return;
+    if (place.n == 0) return;
     const View& v = a.v[V];
     const int lane = threadIdx.x % LANES, column = threadIdx.x / LANES, warp = threadIdx.x / 32;
     const int first = blockIdx.x * COLUMNS, c = first + column;
@@ -250,9 +235,7 @@ DEVICE void run_rows(const Args& a, char* memory) {
 
     const bool whole = rows_aligned<KDA>(a);
     const bool whole_values = v.shape[2] % 4 == 0 && v.stride[0] % 4 == 0 && is_aligned(v.data);
-    // States inside a group don't exist: tokens whose states are wanted come one by one.
-    const int n_snapshots = a.v[SNAPSHOT_DST] ? a.v[SNAPSHOT_DST].shape[1] : 0;
-    const int n = place.n > n_snapshots ? place.n - n_snapshots : 0;
+    const int n = place.n_grouped(a);
     Tiles<LANES, KDA> tiles{reinterpret_cast<float*>(memory), 0};
     auto keep_scalar = [&](float x, int stage) {
         if (threadIdx.x < TILE) betas[stage][threadIdx.x] = x;
@@ -291,7 +274,7 @@ template <int LANES, bool KDA>
 DEVICE void run_step(const Args& a) {
     constexpr int COLUMNS = THREADS / LANES;
     const Place place(a, blockIdx.z, blockIdx.y);
-    if (place.n < 1 || place.n >= a.attr[MIN_ROWS_ATTR]) return;
+    if (place.n == 0) return;
     const int lane = threadIdx.x % LANES, c = blockIdx.x * COLUMNS + threadIdx.x / LANES;
     const bool live = c < a.v[V].shape[2];
     const int read = live ? c : a.v[V].shape[2] - 1;

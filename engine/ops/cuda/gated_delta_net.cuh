@@ -4,17 +4,18 @@
 // i · LANES + lane of it is the lane's i-th. What lies past the column's end is zero and stays so.
 #pragma once
 
-#include "kernel.cuh"
+#include "sequences.cuh"
 
 namespace gdn {
 namespace delta {
 
-// Attributes: head_map (0: tiled, 1: grouped), scale, algorithm.
-enum { OUT, Q, K, V, G, BETA, STATE, SEQ_STARTS, STATE_SRC, STATE_DST, SNAPSHOT_DST };
+// Attributes: head_map (0: tiled, 1: grouped), scale, algorithm, first, end: a launch takes sequences
+// of first … end - 1 rows.
+enum { OUT, Q, K, V, G, BETA, STATE, SEQ_STARTS, STATE_SRC, STATE_DST, SNAPSHOT_DST, CHUNKS };
 
 constexpr int PER = 16, QUADS = PER / 4, THREADS = 128, WARPS = THREADS / 32;
-// Sequences of fewer rows than this are scanned token by token (attribute 3 may raise it).
-constexpr int MIN_ROWS_ATTR = 3;
+
+DEVICE bool takes(const Args& a, int32_t n) { return n > 0 && n >= a.attr[3] && n < a.attr[4]; }
 
 // A block's share of the work: some columns of one head of one sequence.
 struct Place {
@@ -29,7 +30,7 @@ struct Place {
         begin = starts[seq], n = starts[seq + 1] - begin;
         src = a.v[STATE_SRC].as<int32_t>()[seq];
         dst = a.v[STATE_DST].as<int32_t>()[seq];
-        if (sequence >= n_seqs) n = 0;
+        if (sequence >= n_seqs || !takes(a, n)) n = 0;
         const int32_t n_k = a.v[Q].shape[1], n_v = a.v[V].shape[1];
         key_head = a.attr[0] == 0.0f ? head % n_k : head / (n_v / n_k);
     }
@@ -37,6 +38,12 @@ struct Place {
         const View& s = a.v[STATE];
         return s.as<float>() + static_cast<int64_t>(slot) * s.stride[0] +
                static_cast<int64_t>(head) * s.stride[1] + static_cast<int64_t>(c) * s.stride[2];
+    }
+    // Tokens before those whose states are wanted. States inside a group or chunk don't exist: the
+    // others are scanned one by one.
+    DEVICE int32_t n_grouped(const Args& a) const {
+        const int32_t rest = n - a.v[SNAPSHOT_DST].shape[1];
+        return rest > 0 ? rest : 0;
     }
     // Slot for the state after token t of the sequence, -1 for none.
     DEVICE int32_t snapshot(const Args& a, int32_t t) const {
@@ -95,6 +102,21 @@ DEVICE float column_sum(float x) {
 #pragma unroll
     for (int mask = 1; mask < LANES; mask *= 2) x += shuffle_xor(x, mask);
     return x;
+}
+
+// The sums over a warp of 16 values of each lane: lane l gets that of value l % 16.
+DEVICE float warp_sums(float (&x)[16]) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = 8; half > 0; half /= 2) {
+        const bool upper = lane & half;
+#pragma unroll
+        for (int i = 0; i < half; i++) {
+            const float keep = upper ? x[half + i] : x[i], give = upper ? x[i] : x[half + i];
+            x[i] = keep + shuffle_xor(give, half);
+        }
+    }
+    return x[0] + shuffle_xor(x[0], 16);
 }
 
 DEVICE float dot(const float (&x)[PER], const float (&y)[PER]) {

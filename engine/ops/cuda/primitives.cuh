@@ -18,8 +18,11 @@ using uint64_t = unsigned long long;
 
 #define DEVICE __device__ __forceinline__
 // The head of a kernel named NAME; `a` lies in constant memory.
-#define KERNEL(NAME, THREADS) \
-    extern "C" __global__ void __launch_bounds__(THREADS) NAME(const __grid_constant__ gdn::Args a)
+#define KERNEL(NAME, THREADS) KERNEL_FOR(NAME, THREADS, 1)
+// With so few registers that BLOCKS blocks fit on a multiprocessor.
+#define KERNEL_FOR(NAME, THREADS, BLOCKS)                         \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) \
+        NAME(const __grid_constant__ gdn::Args a)
 // Shared memory whose size the launch gives, aligned to 128 bytes.
 #define DYNAMIC_SHARED(NAME) extern __shared__ __align__(128) char NAME[]
 
@@ -45,6 +48,13 @@ DEVICE uint32_t warp_lowest(uint32_t x) { return __reduce_min_sync(ALL_LANES, x)
 // exp within 2 ulp; 0 for large negative x.
 DEVICE float exp_fast(float x) { return __expf(x); }
 DEVICE float rsqrt_of(float x) { return rsqrtf(x); }
+
+DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+// Four of the eight bytes of a (0 to 3) and b (4 to 7): byte i is number `selector >> 4 * i & 7`.
+DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+    return __byte_perm(a, b, selector);
+}
 
 DEVICE float half_to_float(uint16_t h) {
     float f;
@@ -140,6 +150,14 @@ DEVICE void multiply_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, ui
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
                  "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// d += a · b of a warp's fragments of signed bytes: a [16, 32] row-major, b [32, 8] by columns,
+// d [16, 8] int32 (mma.sync.m16n8k32). A register has 4 neighbouring bytes.
+DEVICE void multiply_int8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, "
+                 "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 

@@ -10,6 +10,7 @@
     const int32_t NAME##_threads = THREADS;                                              \
     }                                                                                    \
     extern "C" __attribute__((visibility("default"))) void NAME(const gdn::Args& a)
+#define KERNEL_FOR(NAME, THREADS, BLOCKS) KERNEL(NAME, THREADS)
 #define DYNAMIC_SHARED(NAME) char* const NAME = emulator::dynamic_shared()
 
 namespace gdn {
@@ -98,6 +99,16 @@ DEVICE uint32_t warp_lowest(uint32_t x) {
 
 DEVICE float exp_fast(float x) { return std::exp(x); }
 DEVICE float rsqrt_of(float x) { return 1.0f / std::sqrt(x); }
+
+DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+    const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+    uint32_t out = 0;
+    for (int i = 0; i < 4; i++)
+        out |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+    return out;
+}
 
 DEVICE float half_to_float(uint16_t h) {
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = h >> 10 & 31;
@@ -233,6 +244,34 @@ DEVICE void multiply_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, ui
 DEVICE void multiply_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     Multiplied record{d, a, {b0, b1}};
     emulator::exchange("multiply_half", &record, multiply_all<half_to_float>);
+}
+struct MultipliedInt8 {
+    int32_t* d;
+    const uint32_t* a;
+    uint32_t b[2];
+};
+
+// Fragments of mma.m16n8k32: registers of 4 bytes where those of k16 have 2 elements.
+inline void multiply_all_int8(void* const* records) {
+    int8_t a[16][32], b[8][32];
+    for (int lane = 0; lane < emulator::LANES; lane++) {
+        const auto* r = static_cast<MultipliedInt8*>(records[lane]);
+        const int i = lane / 4, j = lane % 4 * 4;
+        for (int k = 0; k < 4; k++) std::memcpy(&a[i + k % 2 * 8][j + k / 2 * 16], &r->a[k], 4);
+        for (int k = 0; k < 2; k++) std::memcpy(&b[i][j + 16 * k], &r->b[k], 4);
+    }
+    for (int lane = 0; lane < emulator::LANES; lane++) {
+        int32_t* d = static_cast<MultipliedInt8*>(records[lane])->d;
+        for (int e = 0; e < 4; e++) {
+            const int8_t *row = a[lane / 4 + e / 2 * 8], *column = b[lane % 4 * 2 + e % 2];
+            for (int k = 0; k < 32; k++) d[e] += row[k] * column[k];
+        }
+    }
+}
+
+DEVICE void multiply_int8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    MultipliedInt8 record{d, a, {b0, b1}};
+    emulator::exchange("multiply_int8", &record, multiply_all_int8);
 }
 
 DEVICE int32_t add_atomic(int32_t* p, int32_t x) {
