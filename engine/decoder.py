@@ -6,8 +6,7 @@ Only the ids come back, and they are there for the next step before the host has
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +17,7 @@ from engine.graph import Live, Tensor
 MAX_TOP_K, MAX_BANNED = 128, 16
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(NamedTuple):
     """How a row's token is drawn: of the tokens that are not `banned`, the `top_k` of the highest
     logits (equal ones by their ids), of these the likeliest until they reach `top_p`, of these what
     has `min_p` times the highest probability; then by probability at a temperature, where `uniform`

@@ -251,7 +251,7 @@ class Sampler:
             return self._draw
         while len(self._uniforms) <= ahead:
             self._uniforms.append(float(self._rng.random()))
-        return replace(self._draw, uniform=self._uniforms[ahead])
+        return self._draw._replace(uniform=self._uniforms[ahead])
 
     def drew(self, token: int) -> None:
         """Count a token that a device drew."""

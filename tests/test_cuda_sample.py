@@ -113,8 +113,7 @@ def acceptable(logits: Logits, draw: Draw) -> set[int]:
     found = set()
     for d_uniform in (-NEAR, 0, NEAR):
         for factor in (1 - NEAR, 1, 1 + NEAR):
-            near = replace(
-                draw,
+            near = draw._replace(
                 uniform=min(max(draw.uniform + d_uniform, 0.0), 1 - 1e-12),
                 top_p=min(draw.top_p * factor, 1.0),
                 min_p=min(draw.min_p * factor, 1.0),
