@@ -95,9 +95,10 @@ class Engine:
     def close(self) -> None:
         """Release weights and states; nothing can be run after it."""
         self._drop_ahead()
-        self._executable = self._ahead = None
+        # What was launched ends before its programs do.
         for backend in self.plan.backends:
             backend.release()
+        self._executable = self._ahead = None
 
     def _drop_ahead(self) -> None:
         if self._ahead is not None:
