@@ -1,10 +1,11 @@
 """Devices that tests of the CUDA backend run on: the emulated one, and the GPU where there is one.
 
-Tests that take the fixture `device` run on both; what runs on the GPU is marked `cuda`.
+What runs on the GPU is marked `cuda`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,18 +26,39 @@ from tests.cuda_emulator.device import EmulatedDevice
 from tests.cuda_emulator.device import missing as emulator_missing
 
 _NO_EMULATOR, _NO_GPU = emulator_missing(), cuda_missing()
+
+
+@functools.cache
+def _gpu() -> CupyDevice:
+    return CupyDevice()
+
+
+def emulated(seed: int = 0) -> Device:
+    """A new emulated device."""
+    return EmulatedDevice(seed=seed)
+
+
+def gpu(seed: int = 0) -> Device:
+    """The GPU."""
+    return _gpu()
+
+
+GPU = pytest.param(
+    gpu, id="gpu", marks=[pytest.mark.cuda, pytest.mark.skipif(bool(_NO_GPU), reason=_NO_GPU)]
+)
 DEVICES = [
     pytest.param(
-        EmulatedDevice,
+        emulated,
         id="emulated",
-        marks=pytest.mark.skipif(bool(_NO_EMULATOR), reason=_NO_EMULATOR or "-"),
+        marks=pytest.mark.skipif(bool(_NO_EMULATOR), reason=_NO_EMULATOR),
     ),
-    pytest.param(
-        CupyDevice,
-        id="gpu",
-        marks=[pytest.mark.cuda, pytest.mark.skipif(bool(_NO_GPU), reason=_NO_GPU or "-")],
-    ),
+    GPU,
 ]
+# Parametrizes tests over functions that give a device, from a seed.
+ON_DEVICES = pytest.mark.parametrize("make_device", DEVICES)
+
+
+MakeDevice = Callable[[int], Device]
 
 
 class PickyCuda(CudaBackend):

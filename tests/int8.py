@@ -1,4 +1,4 @@
-"""Products with quantized weights, which round activations to int8, against the naive definition."""
+"""Products with quantized weights, whose activations are rounded to int8, and their limits."""
 
 from __future__ import annotations
 

@@ -18,22 +18,24 @@ from engine.backends.cuda import CudaProgram
 from engine.backends.cuda_device import Device
 from engine.batch import Logits, Piece
 from engine.graph import Node
-from tests.cuda_devices import DEVICES, cuda_and_others, engine_on
+from tests.cuda_devices import DEVICES, GPU, MakeDevice, cuda_and_others, engine_on
 from tests.helpers import nmse, random_ids
 
 Array = np.ndarray[Any, Any]
 Models = Callable[[str, str], Path]
 Rng = np.random.Generator
-# Products in bfloat16 (prefill) and int8 activations (decode), through all layers of models whose
-# random weights magnify rounding; a wrong mask, slot or weight gives 1e-2 and more.
-LIMIT = {"F32": 1e-6, "Q8_0": 3e-3}
+# Attention of prompts is in float16 products, through all layers of models whose random weights
+# magnify rounding; a wrong mask, slot or weight gives 1e-2 and more.
+LIMIT = 1e-5
+# Quantized weights: products round activations, as the CPU's do, and may be as far off.
+SHARE_OF_CPU = 2.0
 OPTIONS = {"n_ctx": 512, "n_ubatch": 128, "n_parallel": 4}
 
 
 @pytest.fixture(scope="module", params=DEVICES)
 def device(request: pytest.FixtureRequest) -> Device:
-    made: Device = request.param()
-    return made
+    make: MakeDevice = request.param
+    return make(0)
 
 
 def walk(engine: Engine, ids: list[int]) -> list[Array]:
@@ -68,9 +70,11 @@ def test_models_give_the_reference_s_logits(
     path, ids = models(preset, dtype), random_ids(rng, 100)
     with Engine.load(path, backend="reference", type_k="f16", type_v="f16", **OPTIONS) as engine:
         expected = walk(engine, ids)
+    with Engine.load(path, backend="cpu", **OPTIONS) as engine:
+        limit = max(LIMIT, SHARE_OF_CPU * worst(walk(engine, ids), expected))
     with engine_on(path, cuda_and_others(device), strict_backend=True, **OPTIONS) as engine:
         assert {b.name for b in engine.plan.backends} == {"cuda"}
-        assert worst(walk(engine, ids), expected) <= LIMIT[dtype]
+        assert worst(walk(engine, ids), expected) <= limit
 
 
 REFUSALS: dict[str, Callable[[Node], str]] = {
@@ -94,7 +98,7 @@ def test_models_on_both_sides_are_right(
     with engine_on(path, cuda_and_others(device, REFUSALS[refused]), **OPTIONS) as engine:
         is_split = any(REFUSALS[refused](node) for node in engine.plan.graph.nodes)
         assert ({b.name for b in engine.plan.backends} == {"cuda", "cpu"}) == is_split
-        assert worst(walk(engine, ids), expected) <= LIMIT[dtype]
+        assert worst(walk(engine, ids), expected) <= LIMIT
 
 
 @pytest.mark.parametrize("preset", ["tiny", "tiny-moe", "tiny-kimi"])
@@ -156,11 +160,10 @@ def test_pieces_of_a_prompt(device: Device, models: Models, rng: Rng) -> None:
         options = OPTIONS | {"n_ubatch": n_ubatch}
         with engine_on(path, cuda_and_others(device), **options) as engine:
             runs.append(engine.logits(ids))
-    assert nmse(*runs) <= LIMIT["F32"]
+    assert nmse(*runs) <= LIMIT
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("device", DEVICES[1:], indirect=True)
+@pytest.mark.parametrize("device", [GPU], indirect=True)
 @pytest.mark.parametrize("preset", ["tiny", "tiny-kimi"])
 def test_drift_over_a_thousand_tokens(
     device: Device, models: Models, rng: Rng, preset: str
@@ -175,7 +178,7 @@ def test_drift_over_a_thousand_tokens(
             np.concatenate([engine.step([Piece(0, [i])]) for i in _with_sequence(engine, ids)])
         )
     for part in (slice(0, 100), slice(900, 1000)):
-        assert nmse(runs[1][part], runs[0][part]) <= LIMIT["F32"]
+        assert nmse(runs[1][part], runs[0][part]) <= LIMIT
 
 
 def _with_sequence(engine: Engine, ids: list[int]) -> list[int]:
