@@ -293,12 +293,9 @@ class Sampler:
         in_order = [name for name in ("top_k", "top_p", "min_p", "temperature") if name in steps]
         if steps != in_order or "top_k" not in steps or p.top_k > MAX_TOP_K or p.dynatemp_range:
             return None
-        if "temperature" not in steps:
-            return Draw(banned, p.top_k, p.top_p, p.min_p)
+        draw = Draw(banned, **{name: getattr(p, name) for name in steps})
         low, high = _DEVICE_TEMPERATURES
-        if not low <= p.temperature <= high:
-            return None
-        return Draw(banned, p.top_k, p.top_p, p.min_p, p.temperature)
+        return draw if low <= draw.temperature <= high else None
 
     def _highest(self, logits: NDArray[np.float32]) -> int:
         values = logits.copy()
