@@ -166,7 +166,7 @@ def fill_view(record: Array, ref: Ref, step: Step, address: int, weights: CudaWe
         address += ref.offset * (2 if ref.dtype.name == "F16" and dtype != DTYPES[F32] else 4)
     record["data"], record["rank"] = address, len(shape)
     record["shape"][: len(shape)] = shape
-    record["stride"][: len(shape)] = strides
+    record["stride"][: len(strides)] = strides
     record["dtype"], record["layout"] = dtype, layout
     first = shape[0] if shape else 0
     if isinstance(first, Dim) and first.name in DIMS:
