@@ -98,11 +98,13 @@ def capacity_of(config: EngineConfig, n_ctx: int, n_tokens: int | None = None) -
     block_size = Capacity.block_size
     # Every holder of a sequence may keep one partly filled block of its own.
     n_blocks = math.ceil(n_ctx / block_size) + config.n_parallel + config.n_checkpoints
+    # Decode steps that run ahead write slots of their own.
+    n_ahead = config.n_parallel if backends.first_of(config.backend) == "cuda" else 0
     return Capacity(
         n_tokens=n_tokens,
         n_seqs=min(config.n_parallel, n_tokens),
         n_outputs=min(n_tokens, max(MAX_OUTPUTS, config.n_parallel)),
-        n_slots=config.n_parallel * (1 + config.n_snapshots) + config.n_checkpoints,
+        n_slots=config.n_parallel * (1 + config.n_snapshots) + config.n_checkpoints + n_ahead,
         n_blocks=n_blocks,
         n_snapshots=config.n_snapshots,
     )

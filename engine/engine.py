@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from engine import backends, memory_estimate
 from engine.backends import cpu_library
 from engine.batch import Batch, Logits, Piece, begin, check_fits, pack
 from engine.config import ConfigError, EngineConfig, capacity_of, context_size
+from engine.decode_ahead import DecodeAhead
 from engine.errors import EngineError
 from engine.gguf import GGUFFile
 from engine.graph import Capacity, Graph, Live
-from engine.guard import Guard, NonFiniteError
+from engine.guard import Guard, NonFiniteError, failure
 from engine.kvcache.memory import Checkpoint, SequenceMemory
 from engine.models import BuildOptions, load_model
 from engine.offload import Offload, place_where_it_fits
@@ -60,9 +61,12 @@ class Engine:
         self._warn_of_threads(config.n_threads)
         memory_estimate.check(self.plan)
         self._executable: Executable | None = Executable(self.plan, self.model.weights)
-        cap = self.capacity
+        cap, decoder = self.capacity, self._executable.decoder()
         self.memory = SequenceMemory(cap.n_blocks, cap.n_slots, cap.block_size, self._copy_block)
         self._scheduler = Scheduler(self.memory, cap)
+        self._ahead: DecodeAhead | None = None
+        if decoder is not None and not config.check:
+            self._ahead = DecodeAhead(decoder, self._scheduler, self.memory, cap)
         self._breakers: dict[tuple[str, ...], Breakers] = {}
 
     @classmethod
@@ -90,9 +94,15 @@ class Engine:
 
     def close(self) -> None:
         """Release weights and states; nothing can be run after it."""
-        self._executable = None
+        self._drop_ahead()
+        # What was launched ends before its programs do.
         for backend in self.plan.backends:
             backend.release()
+        self._executable = self._ahead = None
+
+    def _drop_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead.drop()
 
     def _running(self) -> Executable:
         if self._executable is None:
@@ -162,6 +172,7 @@ class Engine:
     def _batch(self, pieces: Sequence[Piece]) -> Iterator[Batch]:
         """The inputs of a step; the memory of its sequences follows what becomes of it."""
         check_fits(pieces, self.capacity)
+        self._drop_ahead()
         steps = begin(pieces, self.memory)
         try:
             yield pack(pieces, steps, self.capacity)
@@ -312,20 +323,14 @@ class Engine:
 
     def advance(self) -> bool:
         """Run one step of everything that was started; False if there was nothing to do."""
+        if self._advance_ahead():
+            return True
         work = self._scheduler.schedule()
         if not work:
             return False
         start = time.perf_counter()
-        try:
+        with self._ending([request for request, _ in work]):
             logits, failures = self.run([piece for _, piece in work])
-        except BaseException as error:
-            for request, _ in work:
-                if isinstance(error, KeyboardInterrupt):
-                    self.cancel(request)
-                else:
-                    request.finish(FinishReason.ERROR, f"its step broke off: {error!r}")
-                    self._scheduler.remove(request)
-            raise
         seconds = time.perf_counter() - start
         rows = iter(logits)
         for i, (request, piece) in enumerate(work):
@@ -341,6 +346,38 @@ class Engine:
             if request.finish_reason:
                 self._scheduler.remove(request)
         return True
+
+    def _advance_ahead(self) -> bool:
+        """Do it by a step whose tokens come from the device; False if it can't be one."""
+        if self._ahead is None:
+            return False
+        with self._ending(r for r in self._scheduler.running if not r.is_prefilling):
+            work = self._ahead.step()
+            for request, token in work:
+                if token >= 0:
+                    request.take(token)
+                else:
+                    position = self.memory.n_tokens(request.seq) - 1
+                    self._wipe(request.seq)
+                    detail = failure("the logits", request.seq, position)
+                    request.finish(FinishReason.ERROR, detail)
+                if request.finish_reason:
+                    self._scheduler.remove(request)
+        return bool(work)
+
+    @contextmanager
+    def _ending(self, requests: Iterable[Request]) -> Iterator[None]:
+        """What breaks a step off ends its requests."""
+        try:
+            yield
+        except BaseException as error:
+            for request in list(requests):
+                if isinstance(error, KeyboardInterrupt):
+                    self.cancel(request)
+                else:
+                    request.finish(FinishReason.ERROR, f"its step broke off: {error!r}")
+                    self._scheduler.remove(request)
+            raise
 
     def cancel(self, request: Request) -> None:
         """End a request now and free its memory."""

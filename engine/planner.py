@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.decoder import Decoder, DrawingBackend
 from engine.errors import EngineError
 from engine.graph import Graph, Kind, Live, Node, Tensor
 
@@ -383,6 +384,17 @@ class Executable:
 
     def _read_outputs(self) -> dict[str, Array]:
         return {name: backend.read(t) for name, (backend, t) in self._outputs.items()}
+
+    def decoder(self) -> Decoder | None:
+        """What draws tokens on the device, if all runs on one that can."""
+        if len(self._programs) != 1:
+            return None
+        ((split, program),), ((_, inputs),) = self._programs, self._inputs
+        _, logits = self._outputs["logits"]
+        backend: object = split.backend
+        if not isinstance(backend, DrawingBackend):
+            return None
+        return backend.decoder(program, inputs, logits)
 
     @property
     def stores(self) -> list[StateStore]:

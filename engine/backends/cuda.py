@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from engine.backends import cpu_library
 from engine.backends.arena import Arena
 from engine.backends.cuda_args import ARGS
+from engine.backends.cuda_decoder import MAX_VOCAB, CudaDecoder, draws_input
 from engine.backends.cuda_device import Captured, CudaError, Device, Gemm, Memory
 from engine.backends.cuda_ops import add_node, unsupported
-from engine.backends.cuda_program import Lowering, Product, Step, fill_view
+from engine.backends.cuda_program import Lowering, Product, Step, bucket_of, fill_view
 from engine.backends.cuda_weights import CudaWeights
 from engine.backends.lowering import DIMS, Ref, owner_of, used_packed
 from engine.graph import Kind, Live, Node, Tensor, dim_name
@@ -26,8 +27,6 @@ from engine.planner import Instruction, Split, Support, Watch, WeightSource
 from engine.quants import numpy_dtype
 
 Array = NDArray[Any]
-# Sequences of a decode step that is captured: up to each of these numbers.
-BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 _LIVE_BYTES = 256
 # For cuBLAS's workspace and buffers of captured graphs.
 _RESERVED_BYTES = 128 << 20
@@ -43,7 +42,7 @@ class CudaBackend:
         self.detail = device.detail
         self.states = DeviceStates(device)
         self.weights = CudaWeights(device, cpu_library.load())
-        self.inputs = InputRegion(device)
+        self.inputs, self.draws = InputRegion(device), draws_input(0)
         self._source: WeightSource | None = None
         self._fixed: dict[Tensor, Memory] = {}
         self._live: Live | None = None
@@ -72,8 +71,10 @@ class CudaBackend:
         self.states.allocate(states)
 
     def declare_inputs(self, inputs: Sequence[Tensor]) -> None:
-        """One region for all of them."""
-        self.inputs = InputRegion(self.device, inputs)
+        """One region for all of them, and for the draws of decode steps."""
+        n_seqs = (int(t.shape[0]) for t in inputs if dim_name(t) == "n_seqs")
+        self.draws = draws_input(max(n_seqs, default=0))
+        self.inputs = InputRegion(self.device, [*inputs, self.draws])
 
     def compile(self, split: Split) -> CudaProgram:
         """Load the split's weights and lay out its program."""
@@ -82,6 +83,17 @@ class CudaBackend:
         if self._source is not None:
             self.weights.load(packed, plain, self._source)
         return CudaProgram(self, split)
+
+    def decoder(
+        self, program: CudaProgram, inputs: Sequence[Tensor], logits: Tensor
+    ) -> CudaDecoder | None:
+        """What draws tokens on the device, but for vocabularies larger than there are."""
+        return CudaDecoder(self, program, inputs, logits) if logits.shape[1] <= MAX_VOCAB else None
+
+    @property
+    def live_address(self) -> int:
+        """Where the live counts lie."""
+        return self.inputs.live_address
 
     def write(self, tensor: Tensor, values: Array) -> None:
         """Set the live rows of a tensor; of an input when the next program runs."""
@@ -99,7 +111,8 @@ class CudaBackend:
         return values
 
     def release(self) -> None:
-        """Forget weights, states and activations."""
+        """Forget weights, states and activations, once nothing runs that uses them."""
+        self.device.synchronize()
         self.weights = CudaWeights(self.device, cpu_library.load())
         self.states, self.inputs = DeviceStates(self.device), InputRegion(self.device)
         self._fixed.clear()
@@ -184,12 +197,16 @@ class CudaProgram:
         elif (bucket := bucket_of(live)) is not None:
             self._replay(bucket)
         else:
-            self._launch(range(len(self._steps)), live)
+            self.launch(live)
+
+    def launch(self, live: Live) -> None:
+        """Launch all of it."""
+        self._launch(range(len(self._steps)), live)
 
     def _replay(self, bucket: int) -> None:
         if bucket not in self.captured:
-            most, steps = Live(bucket, bucket, bucket), range(len(self._steps))
-            self.captured[bucket] = self._device.capture(lambda: self._launch(steps, most))
+            most = Live(bucket, bucket, bucket)
+            self.captured[bucket] = self._device.capture(lambda: self.launch(most))
         self.captured[bucket].replay()
 
     def _launch(self, steps: Sequence[int], live: Live) -> None:
@@ -242,13 +259,6 @@ class CudaProgram:
 
 def _who(step: Step) -> str:
     return f"{step.nodes[0]} (kernel {step.name})"
-
-
-def bucket_of(live: Live) -> int | None:
-    """The bucket of a decode step that is captured; None for other steps."""
-    if not live.n_tokens == live.n_seqs == live.n_outputs:
-        return None
-    return next((b for b in BUCKETS if live.n_tokens <= b), None)
 
 
 class InputRegion:

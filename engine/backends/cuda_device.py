@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from engine.backends import nvrtc
+from engine.backends.cuda_pinned import PinnedBytes, PinnedTurns
 from engine.errors import EngineError
 
 Array = NDArray[Any]
@@ -62,6 +63,13 @@ class Captured(Protocol):
         """Run them again, in the device's order of work."""
 
 
+class Fetched(Protocol):
+    """Bytes on their way to the host."""
+
+    def values(self) -> Array:
+        """Waits for them, but not for later work; uint8."""
+
+
 class Timer(Protocol):
     """Marks in the device's order of work."""
 
@@ -92,6 +100,12 @@ class Device(Protocol):
 
     def download(self, address: int, values: Array) -> None:
         """Wait for all work and copy to `values`, which lies without gaps."""
+
+    def fetch(self, address: int, n_bytes: int) -> Fetched:
+        """Copy to the host what lies there when the work so far is done, without waiting for it.
+
+        For few bytes; they may be asked for until three more were fetched.
+        """
 
     def fill(self, address: int, n_bytes: int, byte: int) -> None:
         """Set bytes."""
@@ -135,6 +149,10 @@ class CupyDevice:
         self._errors = (cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError)
         self._modules: dict[str, Any] = {}
         self._blas: _Blas | None = None
+        small, large, back = (8, 256 << 10), (2, 32 << 20), (4, 4 << 10)
+        self._small, self._large, self._back = (
+            PinnedTurns(cupy.cuda, self.wait, *sizes) for sizes in (small, large, back)
+        )
 
     @property
     def target(self) -> str:
@@ -159,19 +177,35 @@ class CupyDevice:
         return _CupyMemory(memory, int(memory.ptr), n_bytes)
 
     def upload(self, address: int, values: Array) -> None:
-        """Through the driver's own staging; large arrays wait for the copy."""
-        values = np.ascontiguousarray(values)
+        """Through pinned memory in turns, so that only the copy to that is waited for."""
+        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        pinned = self._small if len(data) <= self._small.size else self._large
+        for begin in range(0, len(data), pinned.size):
+            part = data[begin : begin + pinned.size]
+            turn = pinned.next()
+            turn.data[: len(part)] = part
+            self._copy_async(address + begin, turn.address, len(part), to_device=True)
+            turn.event.record(self.stream)
+
+    def _copy_async(self, target: int, source: int, n_bytes: int, to_device: bool) -> None:
         runtime = self._cupy.cuda.runtime
-        kind = runtime.memcpyHostToDevice
-        runtime.memcpyAsync(address, values.ctypes.data, values.nbytes, kind, self.stream.ptr)
-        self.synchronize()
+        kind = runtime.memcpyHostToDevice if to_device else runtime.memcpyDeviceToHost
+        try:
+            runtime.memcpyAsync(target, source, n_bytes, kind, self.stream.ptr)
+        except self._errors as error:
+            raise CudaError(f"CUDA: {error}") from None
 
     def download(self, address: int, values: Array) -> None:
         """Waits for the stream."""
-        runtime = self._cupy.cuda.runtime
-        kind = runtime.memcpyDeviceToHost
-        runtime.memcpyAsync(values.ctypes.data, address, values.nbytes, kind, self.stream.ptr)
+        self._copy_async(values.ctypes.data, address, values.nbytes, to_device=False)
         self.synchronize()
+
+    def fetch(self, address: int, n_bytes: int) -> Fetched:
+        """To pinned memory, with an event after it."""
+        turn = self._back.next()
+        self._copy_async(turn.address, address, n_bytes, to_device=False)
+        turn.event.record(self.stream)
+        return PinnedBytes(turn, n_bytes, self.wait)
 
     def fill(self, address: int, n_bytes: int, byte: int) -> None:
         """A memset on the stream."""
@@ -239,8 +273,12 @@ class CupyDevice:
 
     def synchronize(self) -> None:
         """Waits for the stream; raises CudaError for what failed on it."""
+        self.wait(self.stream)
+
+    def wait(self, what: Any) -> None:
+        """Waits for the stream, or an event on it."""
         try:
-            self.stream.synchronize()
+            what.synchronize()
         except self._errors as error:
             raise CudaError(
                 f"CUDA: {error}, in a launch since the device was last waited for (--check waits "

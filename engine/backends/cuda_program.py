@@ -23,6 +23,9 @@ from engine.graph import Dim, Kind, Live, Node, Tensor
 from engine.quants import F32
 
 Array = NDArray[Any]
+# Sequences of a decode step that is captured: up to each of these numbers.
+BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+
 Sizes = Callable[[Live], Grid]
 Condition = Callable[[Live], bool]
 
@@ -138,6 +141,13 @@ class Lowering:
                 if isinstance(owner, Scratch) or owner.kind is Kind.ACTIVATION:
                     lives[owner] = (lives.get(owner, (i, 0))[0], i)
         arena.plan([(owner, owner.nbytes, *life) for owner, life in lives.items()])
+
+
+def bucket_of(live: Live) -> int | None:
+    """The bucket of a decode step that is captured; None for other steps."""
+    if not live.n_tokens == live.n_seqs == live.n_outputs:
+        return None
+    return next((b for b in BUCKETS if live.n_tokens <= b), None)
 
 
 def fill_view(record: Array, ref: Ref, step: Step, address: int, weights: CudaWeights) -> None:

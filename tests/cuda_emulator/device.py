@@ -159,6 +159,12 @@ class EmulatedDevice:
         self._expect_owned(address, values.nbytes)
         ctypes.memmove(values.ctypes.data, address, values.nbytes)
 
+    def fetch(self, address: int, n_bytes: int) -> EmulatedBytes:
+        """Copy from the device."""
+        self._refuse_captured("fetch")
+        self._expect_owned(address, n_bytes)
+        return EmulatedBytes(_at(address, n_bytes).copy())
+
     def fill(self, address: int, n_bytes: int, byte: int) -> None:
         """Set bytes."""
         self._expect_owned(address, n_bytes)
@@ -266,6 +272,17 @@ class EmulatedDevice:
         memory = self._memory[starts[i]]() if i >= 0 else None
         if n_bytes and (memory is None or address + n_bytes > memory.address + memory.nbytes):
             raise CudaError(f"emulated: {n_bytes} bytes at {address:#x}: not the device's memory")
+
+
+@dataclass(frozen=True)
+class EmulatedBytes:
+    """What was fetched."""
+
+    _values: Array
+
+    def values(self) -> Array:
+        """There already."""
+        return self._values
 
 
 @dataclass(frozen=True)
