@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.backends.cuda_args import ARGS
 from engine.backends.cuda_device import Device, Grid
-from engine.backends.cuda_program import ARGS
 from engine.backends.lowering import DTYPES, F32_CODE
 from engine.quants import F16, F32, I32
 
