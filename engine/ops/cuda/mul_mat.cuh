@@ -78,8 +78,9 @@ struct QuantizedRows {
     const int32_t* sum;
     int n_records, n_blocks;
 
-    DEVICE QuantizedRows(const Args& a, int first_view, int first_row, int n_rows, int n_records_)
-        : n_records(n_records_), n_blocks((n_rows - first_row + 7) / 8) {
+    // `capacity`: of rows.
+    DEVICE QuantizedRows(const Args& a, int first_view, int first_row, int capacity, int n_records_)
+        : n_records(n_records_), n_blocks((capacity - first_row + 7) / 8) {
         const int64_t at = static_cast<int64_t>(first_row / 8) * n_records;
         q = a.v[first_view].as<Words2>() + at * 32;
         scale = a.v[first_view + 1].as<float>() + at * 8;

@@ -4,6 +4,7 @@
 
 namespace gdn {
 
+// There is a live token wherever a kernel is launched, so that the first one needs no check.
 constexpr int MAX_MATRICES = 4;
 enum MulMatId { OUT, X = MAX_MATRICES, MATRIX, IDS = MATRIX + MAX_MATRICES, WEIGHTS };
 
@@ -12,8 +13,13 @@ struct ExpertPlace {
     int matrix, panel;
 
     DEVICE explicit ExpertPlace(const Args& a) : matrix(0), panel(blockIdx.x) {
-        while (matrix + 1 < MAX_MATRICES && panel >= n_panels(a.v[MATRIX + matrix]))
-            panel -= n_panels(a.v[MATRIX + matrix++]);
+        bool found = false;
+#pragma unroll
+        for (int i = 0; i + 1 < MAX_MATRICES; i++) {
+            const int n = (a.v[MATRIX + i].shape[1] + ROWS - 1) / ROWS;
+            found = found || panel < n;
+            if (!found) panel -= n, matrix = i + 1;
+        }
     }
 };
 
@@ -44,7 +50,7 @@ KERNEL_FOR(mul_mat_id, 256, 3) {
     DYNAMIC_SHARED(shared);
     float* sums = reinterpret_cast<float*>(shared);
     const int t = blockIdx.z, u = blockIdx.y, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
-    if (t >= a.rows(a.v[IDS])) return;
+    if (t > 0 && t >= a.rows(a.v[IDS])) return;
     const ExpertPlace at(a);
     const View& w = a.v[MATRIX + at.matrix];
     with_format(w.layout, [&](auto f) {
@@ -66,7 +72,7 @@ KERNEL_FOR(mul_mat_id_sum, 256, 2) {
     float* sums = reinterpret_cast<float*>(shared);
     const int t = blockIdx.y, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
     const int share = static_cast<int>(a.attr[0]), n_used = a.v[IDS].shape[1];
-    if (t >= a.rows(a.v[IDS])) return;
+    if (t > 0 && t >= a.rows(a.v[IDS])) return;
     const ExpertPlace at(a);
     const View &w = a.v[MATRIX + at.matrix], &weights = a.v[WEIGHTS];
     with_format(w.layout, [&](auto f) {

@@ -15,8 +15,13 @@ struct Place {
     int weight, panel, half, n_rows;
 
     DEVICE explicit Place(const Args& a) : weight(0), panel(blockIdx.x) {
-        while (weight + 1 < MAX_WEIGHTS && panel >= n_blocks(a.v[WEIGHT + weight]))
-            panel -= n_blocks(a.v[WEIGHT + weight++]);
+        bool found = false;
+#pragma unroll
+        for (int i = 0; i + 1 < MAX_WEIGHTS; i++) {
+            const int n = n_blocks(a.v[WEIGHT + i]);
+            found = found || panel < n;
+            if (!found) panel -= n, weight = i + 1;
+        }
         const bool is_plain = is_plain_layout(a.v[WEIGHT + weight].layout);
         half = is_plain ? panel % 2 : 0;
         n_rows = is_plain ? HALF : ROWS;
@@ -24,7 +29,7 @@ struct Place {
     }
 
     DEVICE static int n_blocks(const View& w) {
-        return n_panels(w) * (is_plain_layout(w.layout) ? 2 : 1);
+        return (w.shape[0] + ROWS - 1) / ROWS * (is_plain_layout(w.layout) ? 2 : 1);
     }
 };
 
@@ -43,14 +48,21 @@ DEVICE void store_products(const Args& a, const Place& at, const float* sums, in
     }
 }
 
+// Row t, or the last that there is room for.
+DEVICE const float* row_of(const View& x, int t) {
+    return x.row(t < x.shape[0] ? t : x.shape[0] - 1);
+}
+
 // Grid: (panels of all weights, rows / ROWS_OF_X). Threads: 32 for each warp that shares the
 // columns. Dynamic shared memory: warps · ROWS_OF_X · 16 floats.
 template <typename Rows, typename MakeRows>
 DEVICE void mul_mat(const Args& a, float* sums, MakeRows make_rows) {
     constexpr int N = Rows::ROWS_OF_X, PER_WARP = N * ROWS, AT_ONCE = N < 8 ? N : 8;
     const View& x = a.v[X];
+    // Weights are fetched before it is known how many rows are live: those past them are multiplied
+    // with whatever they have, and not stored.
     const int n_rows = a.rows(x), first = blockIdx.y * N, n_in = x.shape[1];
-    if (first >= n_rows) return;
+    if (first > 0 && first >= n_rows) return;
     const Place at(a);
     const View& w = a.v[WEIGHT + at.weight];
     const uint8_t* panel = panel_at(w, at.panel);
@@ -58,16 +70,14 @@ DEVICE void mul_mat(const Args& a, float* sums, MakeRows make_rows) {
     float* own = sums + warp * PER_WARP;
     with_format(w.layout, [&](auto f) {
         if constexpr (is_plain(decltype(f){})) {
-            for (int t = 0; t < N && first + t < n_rows; t += AT_ONCE) {
-                const auto row_at = [&](int i) {
-                    const int row = first + t + i;
-                    return x.row(row < n_rows ? row : n_rows - 1);
-                };
+            for (int t = 0; t < N; t += AT_ONCE) {
+                if (t > 0 && first + t >= n_rows) break;
+                const auto row_at = [&](int i) { return row_of(x, first + t + i); };
                 multiply_plain<AT_ONCE>(f, panel, at.half, row_at, n_in, warp, n_warps,
                                         own + t * ROWS);
             }
         } else {
-            auto rows = make_rows(first, n_rows);
+            auto rows = make_rows(first);
             multiply_panel(f, panel, rows, warp, n_warps, own);
         }
     });
@@ -77,19 +87,17 @@ DEVICE void mul_mat(const Args& a, float* sums, MakeRows make_rows) {
 
 template <int R>
 DEVICE void mul_mat_floats(const Args& a, float* sums) {
-    mul_mat<FloatRows<R>>(a, sums, [&](int first, int n_rows) {
+    mul_mat<FloatRows<R>>(a, sums, [&](int first) {
         const View& x = a.v[X];
-        const auto row_at = [&](int i) {
-            return x.row(first + i < n_rows ? first + i : n_rows - 1);
-        };
+        const auto row_at = [&](int i) { return row_of(x, first + i); };
         return FloatRows<R>(row_at, x.shape[1] / RECORD, is_aligned(x));
     });
 }
 
 template <int N>
 DEVICE void mul_mat_quantized(const Args& a, float* sums) {
-    mul_mat<QuantizedRows<N>>(a, sums, [&](int first, int n_rows) {
-        return QuantizedRows<N>(a, Q, first, n_rows, a.v[X].shape[1] / RECORD);
+    mul_mat<QuantizedRows<N>>(a, sums, [&](int first) {
+        return QuantizedRows<N>(a, Q, first, a.v[X].shape[0], a.v[X].shape[1] / RECORD);
     });
 }
 

@@ -31,11 +31,10 @@ DEVICE Eight load_eight(const float* p, bool aligned) {
     return x;
 }
 
-// Whether all rows of an activation begin where 16 bytes can be loaded at once.
+// Whether all rows of an activation [T, in] or [T, U, in] begin where 16 bytes can be loaded at once.
 DEVICE bool is_aligned(const View& x) {
-    bool all = reinterpret_cast<uint64_t>(x.data) % 16 == 0;
-    for (int i = 0; i + 1 < x.rank; i++) all = all && x.stride[i] % 4 == 0;
-    return all;
+    const int32_t strides = x.stride[0] | (x.rank == 3 ? x.stride[1] : 0);
+    return reinterpret_cast<uint64_t>(x.data) % 16 == 0 && strides % 4 == 0;
 }
 
 struct Quantized {
