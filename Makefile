@@ -8,7 +8,7 @@ DEMO := build/demo.gguf
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard engine/ops/cpu/* engine/backends/*.cpp)
 COMPILERS := $(if $(filter default,$(origin CXX)),c++ g++ clang++,$(CXX))
 
-.PHONY: demo test lint parity lines clean compiler
+.PHONY: demo test test-cuda lint parity lines clean compiler
 
 demo: $(VENV)/.run
 	@mkdir -p build
@@ -19,6 +19,10 @@ demo: $(VENV)/.run
 test: lint
 	$(VENV)/bin/python -m pytest -q -n 2 -m "not timing"
 	$(VENV)/bin/python -m pytest -q -m timing
+
+# On a machine with a GPU and a Python that has CuPy: PYTHON=python3 make test-cuda
+test-cuda: $(VENV)/.test
+	$(VENV)/bin/python -m pytest -q -m cuda tests
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

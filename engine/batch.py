@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,9 @@ class Piece:
     @property
     def n_outputs(self) -> int:
         """How many of its rows need logits."""
-        return {Logits.NONE: 0, Logits.LAST: 1, Logits.ALL: len(self.tokens)}[self.logits]
+        if self.logits is Logits.LAST:
+            return 1
+        return len(self.tokens) if self.logits is Logits.ALL else 0
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,15 @@ def check_fits(pieces: Sequence[Piece], capacity: Capacity) -> None:
         raise BatchError(f"sequence {max(seqs, key=seqs.count)} twice in one step")
 
 
-def begin(pieces: Sequence[Piece], memory: SequenceMemory) -> list[Step]:
-    """Room in memory for every piece; if one finds none, all are undone and its error raised."""
+def begin(pieces: Sequence[Piece], memory: SequenceMemory, keep: bool = False) -> list[Step]:
+    """Room in memory for every piece; if one finds none, all are undone and its error raised.
+
+    With `keep`, the sequences stay as they are until the step is finished.
+    """
     steps: list[Step] = []
     try:
         for piece in pieces:
-            steps.append(memory.begin(piece.seq, len(piece.tokens), piece.n_snapshots))
+            steps.append(memory.begin(piece.seq, len(piece.tokens), piece.n_snapshots, keep))
     except BaseException:
         for piece in pieces[: len(steps)]:
             memory.cancel(piece.seq)
@@ -108,31 +114,36 @@ def row_blocks(pasts: Sequence[int], lengths: Sequence[int]) -> tuple[tuple[int,
 
 def pack(pieces: Sequence[Piece], steps: Sequence[Step], capacity: Capacity) -> Batch:
     """The inputs of a step over `pieces`, whose room in memory is `steps`."""
-    lengths = [len(piece.tokens) for piece in pieces]
-    starts = np.cumsum([0, *lengths])
-    tables = np.full((len(pieces), capacity.n_blocks), -1)
+    lengths, outputs = [len(p.tokens) for p in pieces], [p.n_outputs for p in pieces]
+    pasts, starts = [step.n_past for step in steps], np.cumsum([0, *lengths])
+    positions = _ranges(pasts, lengths)
+    tables = np.full((len(pieces), capacity.n_blocks), -1, np.int32)
     snapshots = np.full((len(pieces), capacity.n_snapshots), -1)
     for s, step in enumerate(steps):
         tables[s, : len(step.blocks)] = step.blocks
         snapshots[s, capacity.n_snapshots - len(step.snapshots) :] = step.snapshots
-    positions = [np.arange(s.n_past, s.n_past + n) for s, n in zip(steps, lengths, strict=True)]
-    ends = zip(pieces, starts[1:].tolist(), strict=True)
     inputs: dict[str, Any] = {
-        "tokens": np.concatenate([piece.tokens for piece in pieces]),
-        "positions": np.concatenate(positions),
+        "tokens": np.fromiter(chain.from_iterable(p.tokens for p in pieces), np.int32, starts[-1]),
+        "positions": positions,
         "seq_starts": starts,
         "state_src": [step.state_src for step in steps],
         "state_dst": [step.state_dst for step in steps],
         "snapshot_dst": snapshots,
         "block_tables": tables,
-        "output_rows": np.concatenate([np.arange(end - p.n_outputs, end) for p, end in ends]),
+        "output_rows": _ranges(starts[1:] - outputs, outputs),
     }
     live = Live(
         n_tokens=int(starts[-1]),
         n_seqs=len(pieces),
         n_outputs=len(inputs["output_rows"]),
-        kv_rows=sum(int(p[-1]) + 1 for p in positions),
-        kv_pairs=sum(int(p.sum()) + len(p) for p in positions),
-        blocks=row_blocks([step.n_past for step in steps], lengths),
+        kv_rows=sum(pasts) + sum(lengths),
+        kv_pairs=int(positions.sum()) + len(positions),
+        blocks=row_blocks(pasts, lengths),
     )
     return Batch({name: np.asarray(v, np.int32) for name, v in inputs.items()}, live)
+
+
+def _ranges(firsts: Any, lengths: Sequence[int]) -> NDArray[np.int64]:
+    """As many numbers as a length says, from each first one on."""
+    ends = np.cumsum(lengths)
+    return np.asarray(np.arange(ends[-1]) + np.repeat(firsts - (ends - lengths), lengths))

@@ -11,6 +11,8 @@ from engine.graph import Capacity
 from engine.quants import F16, F32, DType
 
 DEFAULT_CTX = 4096
+# Rows of a step that may need logits: all at once, those of a large vocabulary take gigabytes.
+MAX_OUTPUTS = 512
 # Positions are int32.
 MAX_CTX = 2**31 - 1
 CACHE_TYPES = {"f32": F32, "f16": F16}
@@ -23,12 +25,15 @@ class ConfigError(EngineError):
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Options of an engine; see Engine.load. Raises ConfigError for values out of range."""
+    """Options of an engine; see Engine.load. Raises ConfigError for values out of range.
+
+    n_batch and n_ubatch: 0 for what suits the backend.
+    """
 
     backend: str = "auto"
     n_ctx: int | None = None
-    n_batch: int = 2048
-    n_ubatch: int = 512
+    n_batch: int = 0
+    n_ubatch: int = 0
     n_parallel: int = 1
     n_checkpoints: int = 4
     n_snapshots: int = 0
@@ -38,17 +43,23 @@ class EngineConfig:
     type_v: str | None = None
     gdn: str = "auto"
     strict_backend: bool = False
+    batch_invariant: bool = False
+    n_gpu_layers: int | None = None
+    n_cpu_moe: int = 0
+    override_tensor: tuple[str, ...] = ()
     check: bool = False
 
     def __post_init__(self) -> None:
         for name, low in (
             ("n_ctx", 0),
-            ("n_batch", 1),
-            ("n_ubatch", 1),
+            ("n_batch", 0),
+            ("n_ubatch", 0),
             ("n_parallel", 1),
             ("n_checkpoints", 0),
             ("n_snapshots", 0),
             ("n_threads", 1),
+            ("n_gpu_layers", 0),
+            ("n_cpu_moe", 0),
         ):
             value = getattr(self, name)
             if value is not None and value < low:
@@ -62,6 +73,10 @@ class EngineConfig:
             if (value := getattr(self, name)) not in known:
                 choices = ", ".join(k for k in known if k)
                 raise ConfigError(f"{name}: expected one of {choices}, got {value}")
+        suits = 4096 if backends.first_of(self.backend) == "cuda" else 512
+        n_ubatch = self.n_ubatch or (min(suits, self.n_batch) if self.n_batch else suits)
+        object.__setattr__(self, "n_ubatch", n_ubatch)
+        object.__setattr__(self, "n_batch", self.n_batch or max(2048, n_ubatch))
 
     def cache_types(self) -> tuple[DType, DType]:
         """Types of the K and V cache. The reference backend keeps float32 unless told."""
@@ -83,11 +98,13 @@ def capacity_of(config: EngineConfig, n_ctx: int, n_tokens: int | None = None) -
     block_size = Capacity.block_size
     # Every holder of a sequence may keep one partly filled block of its own.
     n_blocks = math.ceil(n_ctx / block_size) + config.n_parallel + config.n_checkpoints
+    # Decode steps that run ahead write slots of their own.
+    n_ahead = config.n_parallel if backends.first_of(config.backend) == "cuda" else 0
     return Capacity(
         n_tokens=n_tokens,
         n_seqs=min(config.n_parallel, n_tokens),
-        n_outputs=n_tokens,
-        n_slots=config.n_parallel * (1 + config.n_snapshots) + config.n_checkpoints,
+        n_outputs=min(n_tokens, max(MAX_OUTPUTS, config.n_parallel)),
+        n_slots=config.n_parallel * (1 + config.n_snapshots) + config.n_checkpoints + n_ahead,
         n_blocks=n_blocks,
         n_snapshots=config.n_snapshots,
     )

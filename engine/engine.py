@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,15 @@ from engine import backends, memory_estimate
 from engine.backends import cpu_library
 from engine.batch import Batch, Logits, Piece, begin, check_fits, pack
 from engine.config import ConfigError, EngineConfig, capacity_of, context_size
+from engine.decode_ahead import DecodeAhead
 from engine.errors import EngineError
 from engine.gguf import GGUFFile
 from engine.graph import Capacity, Graph, Live
-from engine.guard import Guard, NonFiniteError
+from engine.guard import Guard, NonFiniteError, failure
 from engine.kvcache.memory import Checkpoint, SequenceMemory
 from engine.models import BuildOptions, load_model
-from engine.planner import Executable, Instruction, Plan, Timing, place
+from engine.offload import Offload, place_where_it_fits
+from engine.planner import Executable, Instruction, Plan, Timing
 from engine.request import Completion, FinishReason, Request
 from engine.sampler import Sampler, SamplingError, SamplingParams, sequence_breakers
 from engine.samplers import Breakers
@@ -55,14 +57,16 @@ class Engine:
         self.n_ctx = context_size(config.n_ctx, self.model.n_ctx_train)
         self.capacity = capacity_of(config, self.n_ctx)
         graph = self._build(self.capacity, config.gdn)
-        available = backends.create(config.backend, config.n_threads, config.cpu_isa)
-        self.plan = place(graph, available, config.strict_backend)
+        self.plan = _place(graph, config)
         self._warn_of_threads(config.n_threads)
         memory_estimate.check(self.plan)
         self._executable: Executable | None = Executable(self.plan, self.model.weights)
-        cap = self.capacity
+        cap, decoder = self.capacity, self._executable.decoder()
         self.memory = SequenceMemory(cap.n_blocks, cap.n_slots, cap.block_size, self._copy_block)
         self._scheduler = Scheduler(self.memory, cap)
+        self._ahead: DecodeAhead | None = None
+        if decoder is not None and not config.check:
+            self._ahead = DecodeAhead(decoder, self._scheduler, self.memory, cap)
         self._breakers: dict[tuple[str, ...], Breakers] = {}
 
     @classmethod
@@ -90,9 +94,15 @@ class Engine:
 
     def close(self) -> None:
         """Release weights and states; nothing can be run after it."""
-        self._executable = None
+        self._drop_ahead()
+        # What was launched ends before its programs do.
         for backend in self.plan.backends:
             backend.release()
+        self._executable = self._ahead = None
+
+    def _drop_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead.drop()
 
     def _running(self) -> Executable:
         if self._executable is None:
@@ -162,6 +172,7 @@ class Engine:
     def _batch(self, pieces: Sequence[Piece]) -> Iterator[Batch]:
         """The inputs of a step; the memory of its sequences follows what becomes of it."""
         check_fits(pieces, self.capacity)
+        self._drop_ahead()
         steps = begin(pieces, self.memory)
         try:
             yield pack(pieces, steps, self.capacity)
@@ -194,7 +205,8 @@ class Engine:
         self, seq: int, tokens: Sequence[int], logits: Logits = Logits.LAST
     ) -> NDArray[np.float32]:
         """Append tokens to a sequence in pieces; returns the logits asked for."""
-        pieces = list(cut(self.memory.n_tokens(seq), len(tokens), self.capacity.n_tokens))
+        most = self.capacity.n_outputs if logits is Logits.ALL else self.capacity.n_tokens
+        pieces = list(cut(self.memory.n_tokens(seq), len(tokens), most))
         out = []
         for part in pieces:
             wanted = Logits.NONE if logits is Logits.LAST and part != pieces[-1] else logits
@@ -311,20 +323,14 @@ class Engine:
 
     def advance(self) -> bool:
         """Run one step of everything that was started; False if there was nothing to do."""
+        if self._advance_ahead():
+            return True
         work = self._scheduler.schedule()
         if not work:
             return False
         start = time.perf_counter()
-        try:
+        with self._ending([request for request, _ in work]):
             logits, failures = self.run([piece for _, piece in work])
-        except BaseException as error:
-            for request, _ in work:
-                if isinstance(error, KeyboardInterrupt):
-                    self.cancel(request)
-                else:
-                    request.finish(FinishReason.ERROR, f"its step broke off: {error!r}")
-                    self._scheduler.remove(request)
-            raise
         seconds = time.perf_counter() - start
         rows = iter(logits)
         for i, (request, piece) in enumerate(work):
@@ -340,6 +346,38 @@ class Engine:
             if request.finish_reason:
                 self._scheduler.remove(request)
         return True
+
+    def _advance_ahead(self) -> bool:
+        """Do it by a step whose tokens come from the device; False if it can't be one."""
+        if self._ahead is None:
+            return False
+        with self._ending(r for r in self._scheduler.running if not r.is_prefilling):
+            work = self._ahead.step()
+            for request, token in work:
+                if token >= 0:
+                    request.take(token)
+                else:
+                    position = self.memory.n_tokens(request.seq) - 1
+                    self._wipe(request.seq)
+                    detail = failure("the logits", request.seq, position)
+                    request.finish(FinishReason.ERROR, detail)
+                if request.finish_reason:
+                    self._scheduler.remove(request)
+        return bool(work)
+
+    @contextmanager
+    def _ending(self, requests: Iterable[Request]) -> Iterator[None]:
+        """What breaks a step off ends its requests."""
+        try:
+            yield
+        except BaseException as error:
+            for request in list(requests):
+                if isinstance(error, KeyboardInterrupt):
+                    self.cancel(request)
+                else:
+                    request.finish(FinishReason.ERROR, f"its step broke off: {error!r}")
+                    self._scheduler.remove(request)
+            raise
 
     def cancel(self, request: Request) -> None:
         """End a request now and free its memory."""
@@ -364,12 +402,20 @@ class Engine:
         return f"token id {token}: expected 0 to {self.model.n_vocab - 1}"
 
 
-def plan_only(
-    path: str | Path, n_tokens: int, gdn: str = "fused", backend: str = "auto", strict: bool = False
-) -> Plan:
-    """The placed graph of a file for batches of `n_tokens`, from the file's header alone."""
-    config = EngineConfig(backend=backend, n_ubatch=n_tokens, n_batch=n_tokens)
+def plan_only(path: str | Path, n_tokens: int, gdn: str = "fused", **options: Any) -> Plan:
+    """The placed graph of a file for batches of `n_tokens`, from the file's header alone; options
+    are those of EngineConfig."""
+    config = EngineConfig(**options, n_ubatch=n_tokens, n_batch=n_tokens)
     model = load_model(GGUFFile(path))
     capacity = capacity_of(config, context_size(None, model.n_ctx_train))
-    options = BuildOptions(capacity, *config.cache_types(), "auto" if gdn == "fused" else gdn)
-    return place(model.build(options), backends.create(backend), strict)
+    kinds = config.cache_types()
+    graph = model.build(BuildOptions(capacity, *kinds, "auto" if gdn == "fused" else gdn))
+    return _place(graph, config)
+
+
+def _place(graph: Graph, config: EngineConfig) -> Plan:
+    available = backends.create(
+        config.backend, config.n_threads, config.cpu_isa, config.batch_invariant
+    )
+    told = Offload(config.n_gpu_layers, config.n_cpu_moe, config.override_tensor)
+    return place_where_it_fits(graph, available, told, config.strict_backend)

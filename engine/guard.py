@@ -46,7 +46,9 @@ class Guard:
         pieces = np.searchsorted(self._inputs["seq_starts"], rows, side="right") - 1
         for piece, row in zip(pieces.tolist(), rows.tolist(), strict=True):
             position = self._inputs["positions"][row]
-            self.failures.setdefault(
-                piece,
-                f"non-finite values in {what}, sequence {self._seqs[piece]}, position {position}",
-            )
+            self.failures.setdefault(piece, failure(what, self._seqs[piece], position))
+
+
+def failure(what: str, seq: int, position: int) -> str:
+    """Where a sequence went wrong, in words."""
+    return f"non-finite values in {what}, sequence {seq}, position {position}"

@@ -7,12 +7,13 @@ each sequence. The pages of the file itself are the system's to give back and ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import EngineError
 from engine.graph import Graph, Kind, Tensor, dim_name
-from engine.planner import Plan
+from engine.planner import Backend, Plan
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
@@ -37,37 +38,61 @@ class Estimate:
         return self.weights + self.states + self.kv_cache + self.activations
 
 
-def estimate(plan: Plan) -> Estimate:
-    """What a plan will need."""
-    weights = 0
-    for backend in plan.backends:
+def estimate(plan: Plan, backends: Sequence[Backend] | None = None) -> Estimate:
+    """What a plan, or the part of it that is on some backends, will need."""
+    weights = states = kv_cache = 0
+    for backend in plan.backends if backends is None else backends:
         nodes = [node for node, p in plan.placements.items() if p.backend is backend]
         weights += backend.weight_bytes(nodes)
-    return Estimate(weights, *plan.graph.state_bytes(), _activation_bytes(plan.graph))
+        for t in plan.tensors_of(backend, Kind.STATE):
+            if dim_name(t) == "n_blocks":
+                kv_cache += t.nbytes
+            else:
+                states += t.nbytes
+    return Estimate(weights, states, kv_cache, _activation_bytes(plan.graph))
 
 
 def check(plan: Plan) -> None:
     """Raise NotEnoughMemoryError, in one line, if a plan needs more than there is."""
-    available = available_bytes()
-    need = estimate(plan)
-    if available is None or need.total <= available:
-        return
+    for where, backends, available in _memories(plan):
+        need = estimate(plan, backends)
+        if available is not None and need.total > available:
+            raise _refusal(where, need, available)
+
+
+def fits(plan: Plan, backend: Backend) -> bool:
+    """Whether a backend that has memory of its own has enough."""
+    available = backend.free_bytes()
+    return available is None or estimate(plan, [backend]).total <= available
+
+
+def _memories(plan: Plan) -> list[tuple[str, list[Backend], int | None]]:
+    """(name, backends, bytes left) of the machine's memory and of those that backends have."""
+    own = [(b, b.free_bytes()) for b in plan.backends]
+    machine = [b for b, n in own if n is None]
+    rest: list[tuple[str, list[Backend], int | None]] = [
+        (f" on {b.name}", [b], n) for b, n in own if n is not None
+    ]
+    return [("", machine, available_bytes()), *rest] if machine else rest
+
+
+def _refusal(where: str, need: Estimate, available: int) -> NotEnoughMemoryError:
     unit, size = ("GiB", 2**30) if need.total >= 2**30 else ("MiB", 2**20)
 
     def shown(n_bytes: int) -> str:
         return f"{n_bytes / size:.1f}"
 
-    raise NotEnoughMemoryError(
-        f"not enough memory: expected at most {shown(available)} {unit} (available), the model "
-        f"needs {shown(need.total)} {unit} (weights {shown(need.weights)}, states "
+    return NotEnoughMemoryError(
+        f"not enough memory{where}: expected at most {shown(available)} {unit} (available), "
+        f"the model needs {shown(need.total)} {unit} (weights {shown(need.weights)}, states "
         f"{shown(need.states)}, KV cache {shown(need.kv_cache)}, activations "
-        f"{shown(need.activations)}): {_advice(need, available)}"
+        f"{shown(need.activations)}): {_advice(need, available, where)}"
     )
 
 
-def _advice(need: Estimate, available: int) -> str:
+def _advice(need: Estimate, available: int, where: str) -> str:
     if need.weights > available:
-        return "take a file of smaller types"
+        return "lower -ngl" if where else "take a file of smaller types"
     parts = (("-c", need.kv_cache), ("-np", need.states), ("-ub", need.activations))
     largest = max(n for _, n in parts)
     return "lower " + " or ".join(option for option, n in parts if 10 * n >= largest)

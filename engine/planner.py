@@ -12,11 +12,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.decoder import Decoder, DrawingBackend
 from engine.errors import EngineError
 from engine.graph import Graph, Kind, Live, Node, Tensor
 
@@ -114,11 +117,17 @@ class Backend(Protocol):
     def weight_bytes(self, nodes: Sequence[Node]) -> int:
         """Bytes that the weights of some nodes will take in memory."""
 
+    def free_bytes(self) -> int | None:
+        """What is left of a memory of its own; None if it uses the machine's."""
+
     def load_weights(self, weights: Sequence[Tensor], source: WeightSource) -> None:
         """Take the weights of its nodes."""
 
     def allocate_states(self, states: Sequence[Tensor]) -> None:
         """Make room for the states of its nodes; contents are arbitrary until written."""
+
+    def declare_inputs(self, inputs: Sequence[Tensor]) -> None:
+        """The INPUTs of all its nodes, before programs are compiled."""
 
     def compile(self, split: Split) -> Program:
         """Turn a split into something that runs without Python between nodes where it can."""
@@ -172,22 +181,32 @@ class Plan:
         return list(dict.fromkeys(p.backend for p in self.placements.values()))
 
 
-def place(graph: Graph, backends: Sequence[Backend], strict: bool = False) -> Plan:
-    """Place every node; `backends` in order of priority.
+# Nodes that are told where to run: (name of the backend, reason).
+Rules = Mapping[Node, tuple[str, str]]
+
+
+def place(
+    graph: Graph,
+    backends: Sequence[Backend],
+    strict: bool = False,
+    rules: Rules = MappingProxyType({}),
+) -> Plan:
+    """Place every node; `backends` in order of priority. A rule counts as the others' refusal.
 
     Raises PlacementError for a node that none supports, or with `strict` for one that the first
-    backend doesn't.
+    backend doesn't and no rule sends elsewhere.
     """
     assert len({b.name for b in backends}) == len(backends), backends
-    refusals = {node: _refusals(node, backends) for node in graph.nodes}
+    refusals = {node: _refusals(node, backends, rules.get(node)) for node in graph.nodes}
     homes: dict[Tensor, tuple[Backend, str]] = {}
     for nodes in _groups(graph):
         _place_group(nodes, backends, refusals, homes)
     placements: dict[Node, Placement] = {}
     producers: dict[Tensor, Node] = {}
     for node in graph.nodes:
-        placement = _place_node(node, backends, refusals[node], homes, producers, placements)
-        if strict and placement.backend is not backends[0]:
+        told = rules.get(node)
+        placement = _place_node(node, backends, refusals[node], told, homes, producers, placements)
+        if strict and placement.backend is not backends[0] and node not in rules:
             why = "; ".join(refusals[node].values()) or placement.reason
             raise PlacementError(
                 f"{node}: expected backend {backends[0].name} (strict), "
@@ -198,10 +217,16 @@ def place(graph: Graph, backends: Sequence[Backend], strict: bool = False) -> Pl
     return Plan(graph, placements)
 
 
-def _refusals(node: Node, backends: Sequence[Backend]) -> dict[str, str]:
-    """Backend name -> why it refuses the node."""
+def _refusals(
+    node: Node, backends: Sequence[Backend], rule: tuple[str, str] | None
+) -> dict[str, str]:
+    """Backend name -> why it refuses the node, or why it must not have it."""
     answers = {b.name: b.supports(node) for b in backends}
     refused = {name: f"{name}: {a.reason}" for name, a in answers.items() if not a.ok}
+    if rule is not None and len(refused) < len(backends):
+        wanted, reason = rule
+        before = list(takewhile(lambda name: name != wanted, answers))
+        refused |= {name: f"{name}: {reason}" for name in before if name not in refused}
     if len(refused) == len(backends):
         raise PlacementError(f"no backend supports {node} ({'; '.join(refused.values())})")
     return refused
@@ -243,6 +268,7 @@ def _place_node(
     node: Node,
     backends: Sequence[Backend],
     refused: Mapping[str, str],
+    told: tuple[str, str] | None,
     homes: dict[Tensor, tuple[Backend, str]],
     producers: Mapping[Tensor, Node],
     placements: Mapping[Node, Placement],
@@ -252,6 +278,11 @@ def _place_node(
         if t.kind is Kind.STATE:
             return Placement(*homes[t.base])
     weights = [t.base for t in operands if t.kind is Kind.WEIGHT]
+    if told is not None and told[0] not in refused:
+        backend = next(b for b in backends if b.name == told[0])
+        for w in weights:
+            homes.setdefault(w, (backend, told[1]))
+        return Placement(backend, told[1])
     for w in weights:
         if w in homes and homes[w][0].name not in refused:
             return Placement(homes[w][0], f"holds {w.name}")
@@ -311,6 +342,7 @@ class Executable:
         for backend in plan.backends:
             backend.load_weights(plan.tensors_of(backend, Kind.WEIGHT), source)
             backend.allocate_states(plan.tensors_of(backend, Kind.STATE))
+            backend.declare_inputs(plan.tensors_of(backend, Kind.INPUT))
         self._programs = [(split, split.backend.compile(split)) for split in plan.splits]
         self._inputs = [(b, plan.tensors_of(b, Kind.INPUT)) for b in plan.backends]
         made = {t: s for s in plan.splits for node in s.nodes for t in node.outputs}
@@ -352,6 +384,17 @@ class Executable:
 
     def _read_outputs(self) -> dict[str, Array]:
         return {name: backend.read(t) for name, (backend, t) in self._outputs.items()}
+
+    def decoder(self) -> Decoder | None:
+        """What draws tokens on the device, if all runs on one that can."""
+        if len(self._programs) != 1:
+            return None
+        ((split, program),), ((_, inputs),) = self._programs, self._inputs
+        _, logits = self._outputs["logits"]
+        backend: object = split.backend
+        if not isinstance(backend, DrawingBackend):
+            return None
+        return backend.decoder(program, inputs, logits)
 
     @property
     def stores(self) -> list[StateStore]:

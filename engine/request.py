@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.decoder import Draw
 from engine.errors import EngineError
 from engine.sampler import Sampler, SamplingParams
 from engine.tokenizer import StreamDecoder
@@ -127,28 +128,47 @@ class Request:
             self.timings.n_eval += n_tokens
             self.timings.eval_s += seconds
 
+    def goes_on(self, n_more: int) -> bool:
+        """Whether no limit ends it with its next `n_more` tokens."""
+        return not self._limit_at(len(self.tokens) + n_more)
+
+    def draw(self, ahead: int) -> Draw | None:
+        """How a device draws a token for `take`; see Sampler.draw."""
+        return self._sampler.draw(ahead)
+
     def receive(self, logits: NDArray[np.float32]) -> None:
         """Draw the next token from the logits of the last one, and end if it is time to."""
         token = self._sampler.sample(logits)
         self._sampler.accept(token)
+        self._continue(token)
+
+    def take(self, token: int) -> None:
+        """As `receive`, with the token that a device drew."""
+        self._sampler.drew(token)
+        self._continue(token)
+
+    def _continue(self, token: int) -> None:
         if token in self._ends:
             self._emit(token, self._rest())
             self.finish(FinishReason.STOP, f"end-of-generation token {token}")
             return
         self.tokens.append(token)
         text, stopped = self._stops.push(self._decoder.push(token))
-        n = len(self.tokens)
         if stopped:
             self._emit(token, text)
             self.finish(FinishReason.STOP, "stop text")
-        elif n == self.params.max_tokens:
+        elif limit := self._limit_at(len(self.tokens)):
             self._emit(token, text + self._rest(), always=True)
-            self.finish(FinishReason.LENGTH, f"{n} tokens were asked for")
-        elif self.prompt_end + n > self.limit:
-            self._emit(token, text + self._rest(), always=True)
-            self.finish(FinishReason.LENGTH, f"the context of {self.limit} positions is full")
+            self.finish(FinishReason.LENGTH, limit)
         else:
             self._emit(token, text, always=True)
+
+    def _limit_at(self, n: int) -> str:
+        """What ends it when it has n tokens; nothing if it may go on."""
+        if n == self.params.max_tokens:
+            return f"{n} tokens were asked for"
+        full = self.prompt_end + n > self.limit
+        return f"the context of {self.limit} positions is full" if full else ""
 
     def finish(self, reason: FinishReason, detail: str = "") -> None:
         """End it; the first reason counts."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine import samplers
+from engine.decoder import MAX_BANNED, MAX_TOP_K, Draw
 from engine.errors import EngineError
 from engine.samplers import Breakers, Candidates
 from engine.tokenizer import Tokenizer
@@ -140,6 +142,8 @@ _DEFAULTS: dict[str, tuple[str, float]] = {
 }
 _INF, _MAX_FLOAT = math.inf, sys.float_info.max
 _MAX_WINDOW = 2**31 - 1
+# Temperatures that a device gets: no logit leaves float32's range.
+_DEVICE_TEMPERATURES = (2**-10, 2**10)
 # A breaker's tail is cut to this many tokens, as in llama.cpp.
 _MAX_TAIL = 20
 _RANGES: dict[str, tuple[float, float]] = {
@@ -199,12 +203,15 @@ class Sampler:
         self._bias = np.fromiter(bias.values(), np.float64, len(bias))
         seed = params.seed if params.seed not in (None, -1) else None
         self._rng = np.random.default_rng(seed)
+        # Numbers of `draw` whose tokens have not come yet.
+        self._uniforms: deque[float] = deque()
         self._breakers = breakers or {}
         self._recent: list[int] = []
         self._mu = 2.0 * self._p.mirostat_tau
         self._room = np.empty(0)
         self._steps = self._chain()
         self._is_greedy = self._takes_highest()
+        self._draw = self._device_draw()
 
     def accept(self, token: int) -> None:
         """Count a token of the prompt or of the output for the penalties."""
@@ -223,7 +230,7 @@ class Sampler:
             with np.errstate(over="raise", invalid="raise"):
                 for step in self._steps:
                     c = step(c)
-                chosen = samplers.draw(c, self._rng)
+                chosen = samplers.draw(c, self._uniform())
         except FloatingPointError as error:
             raise SamplingError(f"parameters too extreme for the logits: {error}") from None
         if self._p.mirostat:
@@ -231,14 +238,64 @@ class Sampler:
             self._mu -= self._p.mirostat_eta * (surprise - self._p.mirostat_tau)
         return int(c.ids[chosen])
 
+    def _uniform(self) -> float:
+        return self._uniforms.popleft() if self._uniforms else float(self._rng.random())
+
+    def draw(self, ahead: int) -> Draw | None:
+        """How a device draws the token that comes `ahead` tokens after the next one.
+
+        None if only `sample` can. Follow with `drew` for each token that was drawn so; what is
+        asked for again, or sampled after all, gets the same random number.
+        """
+        if self._draw is None or self._is_greedy:
+            return self._draw
+        while len(self._uniforms) <= ahead:
+            self._uniforms.append(float(self._rng.random()))
+        return self._draw._replace(uniform=self._uniforms[ahead])
+
+    def drew(self, token: int) -> None:
+        """Count a token that a device drew."""
+        if self._uniforms:
+            self._uniforms.popleft()
+        self.accept(token)
+
+    def _active(self) -> list[str]:
+        """The steps of the chain that can change anything."""
+        p = self._p
+        neutral = {
+            "penalties": (p.repeat_penalty, p.frequency_penalty, p.presence_penalty) == (1, 0, 0),
+            "dry": not p.dry_multiplier,
+            "top_n_sigma": p.top_n_sigma <= 0,
+            "top_k": p.top_k <= 0,
+            "typ_p": p.typical_p >= 1,
+            "top_p": p.top_p >= 1,
+            "min_p": p.min_p <= 0,
+            "xtc": p.xtc_probability <= 0 or p.xtc_threshold > 0.5,
+            "temperature": p.temperature == 1 and not p.dynatemp_range,
+        }
+        return [name for name in p.samplers if not neutral[name]]
+
     def _takes_highest(self) -> bool:
         """Whether all the chain does is to find the highest logit that is not banned."""
         p = self._p
-        unchanged = (p.repeat_penalty, p.frequency_penalty, p.presence_penalty) == (1, 0, 0)
-        keeps_highest = p.typical_p >= 1 and not p.xtc_probability and not p.dry_multiplier
+        keeps_highest = not {"penalties", "dry", "typ_p", "xtc"} & set(self._active())
         cold = p.temperature <= 0 and not p.dynatemp_range and "temperature" in p.samplers
         only_banned = bool(np.all(self._bias == -_INF))
-        return unchanged and keeps_highest and cold and only_banned and not p.mirostat
+        return keeps_highest and cold and only_banned and not p.mirostat
+
+    def _device_draw(self) -> Draw | None:
+        """What the chain is as a Draw, without its random number; None if it is none."""
+        p, banned, steps = self._p, tuple(self._biased.tolist()), self._active()
+        if len(banned) > MAX_BANNED or not np.all(self._bias == -_INF) or p.mirostat:
+            return None
+        if self._is_greedy:
+            return Draw(banned)
+        in_order = [name for name in ("top_k", "top_p", "min_p", "temperature") if name in steps]
+        if steps != in_order or "top_k" not in steps or p.top_k > MAX_TOP_K or p.dynatemp_range:
+            return None
+        draw = Draw(banned, **{name: getattr(p, name) for name in steps})
+        low, high = _DEVICE_TEMPERATURES
+        return draw if low <= draw.temperature <= high else None
 
     def _highest(self, logits: NDArray[np.float32]) -> int:
         values = logits.copy()

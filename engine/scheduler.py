@@ -74,6 +74,11 @@ class Scheduler:
         self.running = deque(sorted(self.running, key=lambda r: got.get(id(r), 0)))
         return work + prefill
 
+    def decoding(self) -> list[Request]:
+        """All that runs, if the next step is a row of each; none if there are prompts to run."""
+        self._admit()
+        return [] if any(r.is_prefilling for r in self.running) else list(self.running)
+
     def _admit(self) -> None:
         """Start waiting requests, first come first served, as far as memory goes."""
         while self.waiting and len(self.running) < self._capacity.n_seqs:

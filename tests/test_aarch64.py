@@ -20,12 +20,13 @@ from unittest.mock import patch
 import pytest
 
 from engine.backends.cpu import CpuBackend, CpuProgram
-from engine.backends.cpu_lowering import DIMS, I8, PACKED, VIEW
+from engine.backends.lowering import DIMS, I8, PACKED, VIEW
 from engine.graph import Live
 from engine.planner import Split
 from engine.quants import BY_GGML_ID
+from tests.int8 import check_op
 from tests.opcase import OpCase, fresh_seed
-from tests.test_cpu_ops import CASES, check_op
+from tests.test_cpu_ops import CASES
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"

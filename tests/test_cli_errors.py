@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.backends import cuda_missing
 from engine.gguf import GGUFFile
 from tests.helpers import Cli
 
@@ -114,16 +115,40 @@ def test_a_terminal_gives_no_prompt(cli: Cli, tiny: Path) -> None:
          "the prompt has 4 tokens, the context 3: shorten it or raise n_ctx (-c)"),
         (("-c", str(2**62)), f"n_ctx: expected at most 2147483647, got {2**62}"),
         (("-p", ""), "the prompt is empty: expected at least one token"),
-        (("--backend", "cuda"),
-         "backend cuda: not part of this version; available: cpu, reference"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_run(cli: Cli, tiny: Path, options: tuple[str, ...], line: str) -> None:
     assert cli("-m", tiny, "-p", "a", *options).refused() == line
 
 
-def test_graph_for_a_backend_that_is_not_there(cli: Cli, tiny: Path) -> None:
-    assert cli("graph", "-m", tiny, "--backend", "cuda").refused().startswith("backend cuda: ")
+@pytest.mark.skipif(not cuda_missing(), reason="there is a GPU")
+@pytest.mark.parametrize("command", [("-p", "a"), ("graph",), ("sweep-bench",)])
+def test_a_backend_that_is_not_there(cli: Cli, tiny: Path, command: tuple[str, ...]) -> None:
+    line = cli(*command, "-m", tiny, "--backend", "cuda").refused()
+    assert line.startswith("backend cuda: expected ")
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (("-ot", "a=b"), "--override-tensor: expected REGEX=cpu or REGEX=cuda, got 'a=b'"),
+        (("-ot", "(=cpu"), "--override-tensor (=cpu: no regular expression: missing ), "
+         "unterminated subpattern at position 0"),
+        (("-ot", "ffn_oops=cpu"), "--override-tensor ffn_oops=cpu: matches no weight of the model"),
+        (("-ot", "ffn=cuda"), "--override-tensor ffn=cuda: expected one of cpu, reference "
+         "(in use)"),
+    ],
+)  # fmt: skip
+def test_placement_that_cannot_be(
+    cli: Cli, tiny: Path, options: tuple[str, ...], line: str
+) -> None:
+    assert cli("-m", tiny, "-p", "a", "--backend", "cpu", *options).refused() == line
+
+
+def test_a_negative_number_of_layers(cli: Cli, tiny: Path) -> None:
+    result = cli("-m", tiny, "-p", "a", "-ngl", "-1")
+    assert result.status == 2
+    assert "-ngl/--n-gpu-layers: expected at least 0, got -1" in result.err
 
 
 def test_a_prompt_must_come_before_the_model_is_read(cli: Cli, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from engine.ops.mul_mat import mul_mat
 from engine.ops.swiglu import swiglu
 from engine.planner import Executable, place
 from engine.quants import F32, WEIGHT_TYPES, dequantize
+from tests.int8 import INT8_LIMIT
 from tests.opcase import RawWeights, assert_close
-from tests.test_cpu_ops import INT8_LIMIT
 from tools.randblocks import TYPES, random_blocks
 
 Array = np.ndarray[Any, Any]

@@ -20,7 +20,8 @@ from engine import Engine
 from engine.backends.arena import ALIGNMENT, Arena
 from engine.backends.cpu import CpuBackend
 from engine.backends.cpu_fusion import Uses
-from engine.backends.cpu_program import Lowering, Scratch, Step
+from engine.backends.cpu_program import Lowering, Step
+from engine.backends.lowering import Scratch
 from engine.graph import Capacity, Dim, Graph, Kind, Live, Node, Tensor
 from engine.ops.add_rms_norm import add_rms_norm
 from engine.ops.mul_mat import mul_mat

@@ -21,8 +21,8 @@ from engine.ops.mul_mat import mul_mat
 from engine.ops.mul_mat_id import mul_mat_id
 from engine.planner import Executable, place
 from engine.quants import F16, F32, I32, WEIGHT_TYPES, DType, dequantize, quantize_q8_0
+from tests.int8 import INT8_LIMIT
 from tests.opcase import RawWeights, assert_close, nmse
-from tests.test_cpu_ops import INT8_LIMIT
 from tools.randblocks import TYPES, random_blocks
 
 Array = np.ndarray[Any, Any]

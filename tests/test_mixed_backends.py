@@ -43,7 +43,7 @@ def path(models: Models) -> Path:
 
 def names(path: Path) -> list[str]:
     """The nodes in execution order."""
-    return [node.name for node in plan_only(path, 128, "fused", "reference").graph.nodes]
+    return [node.name for node in plan_only(path, 128, "fused", backend="reference").graph.nodes]
 
 
 @contextmanager

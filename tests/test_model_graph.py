@@ -56,12 +56,12 @@ def path(preset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plans(path: Path) -> dict[int, Plan]:
-    return {n: plan_only(path, n, "fused", "reference") for n in BATCHES}
+    return {n: plan_only(path, n, "fused", backend="reference") for n in BATCHES}
 
 
 @pytest.fixture(scope="module", params=["fused", "decomposed"])
 def graph(request: pytest.FixtureRequest, path: Path) -> Graph:
-    return plan_only(path, 128, request.param, "reference").graph
+    return plan_only(path, 128, request.param, backend="reference").graph
 
 
 def test_a_model_has_few_nodes_and_as_many_for_every_batch(
@@ -162,7 +162,7 @@ def test_the_decomposed_form_has_the_nodes_that_the_fused_one_saves(
     preset: str, path: Path, plans: dict[int, Plan]
 ) -> None:
     for n, n_nodes in N_DECOMPOSED[preset].items():
-        plan = plan_only(path, n, "decomposed", "reference")
+        plan = plan_only(path, n, "decomposed", backend="reference")
         assert len(plan.graph.nodes) == n_nodes
         assert "GATED_DELTA_NET" not in dict(histogram(plan))
         assert plan.graph.weights.keys() == plans[1].graph.weights.keys()

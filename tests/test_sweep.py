@@ -275,7 +275,6 @@ def test_usage_errors(tiny: Path, cli: Cli, options: tuple[object, ...], expecte
         (("--plot", "{}/a.bmp"), "{}/a.bmp: expected a name that ends in .png, .svg, .pdf"),
         (("--plot", "{}/d.png"), "{}/d.png: Is a directory"),
         (("-c", 2**31), "n_ctx: expected at most 2147483647, got 2147483776"),
-        (("--backend", "cuda"), "backend cuda: not part of this version"),
     ],
 )
 def test_refusals_before_anything_is_measured(

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from engine.backends import cpu_library
 from engine.backends.arena import Arena
 from engine.backends.cpu_fusion import Uses
-from engine.backends.cpu_lowering import (
+from engine.backends.cpu_program import PACKED_KERNELS, Lowering, Step
+from engine.backends.cpu_weights import CpuWeights
+from engine.backends.lowering import (
     DIMS,
     F32_CODE,
     I32_CODE,
@@ -25,11 +27,12 @@ from engine.backends.cpu_lowering import (
     MAX_RANK,
     SIGNATURES,
     VIEW,
+    Ref,
+    Scratch,
     tensor_view,
+    used_packed,
     view,
 )
-from engine.backends.cpu_program import PACKED_KERNELS, Lowering, Ref, Scratch, Step, used_packed
-from engine.backends.cpu_weights import CpuWeights
 from engine.backends.states import ArrayStates
 from engine.graph import Kind, Live, Node, Tensor
 from engine.planner import Instruction, Split, Support, Watch, WeightSource
@@ -101,6 +104,10 @@ class CpuBackend:
         decoded = sum(math.prod(t.shape) for t in plain) * 4
         return sum(self.weights.packed_bytes(t) for t in packed) + decoded
 
+    def free_bytes(self) -> int | None:
+        """It uses the machine's memory."""
+        return None
+
     def load_weights(self, weights: Sequence[Tensor], source: WeightSource) -> None:
         """Weights are packed when it is known what reads them: by `compile`."""
         self._source = source
@@ -108,6 +115,9 @@ class CpuBackend:
     def allocate_states(self, states: Sequence[Tensor]) -> None:
         """States as arrays of their stored type."""
         self.states.allocate(states)
+
+    def declare_inputs(self, inputs: Sequence[Tensor]) -> None:
+        """Nothing to do: each input has memory of its own."""
 
     def compile(self, split: Split) -> CpuProgram:
         """Load the split's weights and lay out its program."""

@@ -11,43 +11,32 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.arena import Arena
 from engine.backends.cpu_fusion import FUSIONS, Uses, grouped, has_tiles
-from engine.backends.cpu_lowering import BF16, I8, parts
+from engine.backends.lowering import (
+    BF16,
+    I8,
+    PACKED_OPERANDS,
+    Ref,
+    Scratch,
+    is_packed,
+    owner_of,
+    parts,
+)
 from engine.graph import Dim, Kind, Node, Tensor
-from engine.quants import F32, I32, DType
+from engine.quants import F32, I32
 
 Array = NDArray[Any]
 # Columns that share a scale where activations are int8, and those that share a sum.
 ACTIVATION_GROUP, SUM_GROUP = 32, 16
-# Ops that read weights in panels, and how their operands' names begin.
-_PACKED_OPERANDS = {"MUL_MAT": "weight", "MUL_MAT_ID": "matrix", "GET_ROWS": "table"}
-PACKED_KERNELS = frozenset({*_PACKED_OPERANDS, *(fusion.kernel for fusion in FUSIONS)})
-_ITEM = {F32: 4, I32: 4, I8: 1, BF16: 2}
+PACKED_KERNELS = frozenset({*PACKED_OPERANDS, *(fusion.kernel for fusion in FUSIONS)})
 # Columns of a tile; and the most columns of an expert's rows that are gathered (mul_mat_id.cpp).
 TILE_SIDE, TILE_DEPTH, MAX_GATHERED = 16, 32, 1 << 14
 # Of how many loose rows ATTENTION may take chunks of positions apart, into how many chunks, and the
 # elements before a chunk's sums (attention_rows.cpp).
 SPLIT_ROWS, MAX_CHUNKS, PARTIAL_HEAD = 16, 32, 16
-
-
-@dataclass(frozen=True, eq=False)
-class Scratch:
-    """A buffer of a program's own; `dtype`: F32, I32 or the codes I8 and BF16."""
-
-    shape: tuple[int, ...]
-    dtype: DType | int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes at full capacity."""
-        return int(np.prod(self.shape)) * _ITEM[self.dtype]
-
-
-Ref = Tensor | Scratch | None
 
 
 @dataclass
@@ -208,10 +197,10 @@ class Lowering:
         attrs: Sequence[float],
         n: int,
     ) -> None:
-        written = {_owner(r) for r in operands[:n] if r is not None}
-        owners = {_owner(r) for r in operands}
+        written = {owner_of(r) for r in operands[:n] if r is not None}
+        owners = {owner_of(r) for r in operands}
         written |= {t for node in nodes for t in node.written if t in owners}
-        read = {_owner(r) for r in operands[n:] if r is not None} - written
+        read = {owner_of(r) for r in operands[n:] if r is not None} - written
         if written & (self._read | self._written) or read & self._written:
             self._phase += 1
             self._read, self._written = set(), set()
@@ -227,7 +216,7 @@ class Lowering:
             # A node's outputs are looked at when its last step has run, also those nobody reads.
             made = (t for node in step.nodes for t in node.outputs if t in lives)
             for ref in (*step.operands, *made):
-                owner = _owner(ref)
+                owner = owner_of(ref)
                 if owner is None or owner in elsewhere:
                     continue
                 if isinstance(owner, Scratch) or owner.kind is Kind.ACTIVATION:
@@ -247,24 +236,3 @@ def _key(kernel: str, choice: bool, x: Tensor) -> tuple[Any, ...]:
 
 def _tile_rows(x: Tensor) -> int:
     return -(-int(x.shape[0]) // TILE_SIDE) * TILE_SIDE
-
-
-def _owner(ref: Ref) -> Any:
-    return ref.base if isinstance(ref, Tensor) else ref
-
-
-def used_packed(nodes: Iterable[Node]) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights of some nodes that are packed, and those that are decoded to float32."""
-    packed: dict[Tensor, None] = {}
-    plain: dict[Tensor, None] = {}
-    for node in nodes:
-        for name, t in node.inputs.items():
-            if t.kind is Kind.WEIGHT:
-                (packed if is_packed(node, name) else plain)[t.base] = None
-    return list(packed), list(plain)
-
-
-def is_packed(node: Node, operand: str) -> bool:
-    """Whether a kernel reads a weight in panels."""
-    prefix = _PACKED_OPERANDS.get(node.op.name)
-    return prefix is not None and operand.startswith(prefix)

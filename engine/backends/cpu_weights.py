@@ -1,17 +1,10 @@
-"""Weights as the CPU's kernels read them: packed panels for products and tables, else float32.
-
-Each type is packed into a layout that keeps its values exactly (engine/ops/cpu/layout.h); types
-that have none are rounded to Q8_0 first, which is off by at most 1/226 of the largest of 32
-neighbours: half of a step, and what the step loses as a float16.
-"""
+"""Weights as the CPU's kernels read them: packed panels for products and tables, else float32."""
 
 from __future__ import annotations
 
-import logging
-import math
 import mmap
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -21,17 +14,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from engine.backends.cpu_library import Library
-from engine.backends.cpu_lowering import PACKED, tensor_view, view
+from engine.backends.lowering import PACKED, tensor_view, view
+from engine.backends.panels import Panels
 from engine.graph import Tensor
 from engine.planner import WeightSource
-from engine.quants import F32, WEIGHT_TYPES, DType, dequantize, quantize_q8_0
+from engine.quants import F32, dequantize
 
 Array = NDArray[Any]
-_log = logging.getLogger(__name__)
-_ROWS = 16
-_Q8_0 = WEIGHT_TYPES["Q8_0"]
-# What one task packs: enough to be worth a call, and many for every thread.
-_TASK_BYTES = 1 << 20
 # Of tensors that are begun before the oldest is finished: enough to keep every thread busy.
 _AHEAD_BYTES = 64 << 20
 _SECONDS_BEFORE_BAR = 1
@@ -52,7 +41,7 @@ class CpuWeights:
     """Packs weights and keeps them, by tensor."""
 
     def __init__(self, library: Library, n_threads: int) -> None:
-        self._lib, self._n_threads = library, n_threads
+        self._panels, self._n_threads = Panels(library), n_threads
         self._memory = _Memory()
         self._packed: dict[Tensor, Packed] = {}
         self._plain: dict[Tensor, Array] = {}
@@ -64,7 +53,7 @@ class CpuWeights:
                 values = dequantize(tensor.dtype, source.raw(tensor.name), tensor.shape)
                 self._plain[tensor] = np.ascontiguousarray(values)
         todo = [t for t in packed if t not in self._packed]
-        self._warn_of_rounding(todo)
+        self._panels.warn_of_rounding(todo)
         total = sum(t.nbytes for t in todo)
         with (
             tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", leave=False,
@@ -83,53 +72,16 @@ class CpuWeights:
     def _pack(
         self, tensor: Tensor, source: WeightSource, pool: ThreadPoolExecutor
     ) -> list[Future[None]]:
-        """Find room for a weight and begin to pack it; its bytes' pages are let go piece by piece,
-        so that a large one is never in memory twice."""
-        *lead, n_out, n_in = tensor.shape
-        raw, dtype = source.raw(tensor.name), self._stored_as(tensor.dtype)
-        panel, matrix_bytes = self._matrix_bytes(tensor)
-        n_panels, n_matrices = matrix_bytes // panel, math.prod(lead)
-        data = self._memory.take(n_matrices * matrix_bytes)
-        row_bytes = tensor.dtype.row_bytes(n_in)
-
-        def pack(matrix: int, begin: int, end: int) -> None:
-            first = (matrix * n_out + begin * _ROWS) * row_bytes
-            last = (matrix * n_out + min(end * _ROWS, n_out)) * row_bytes
-            rows = raw[first:last]
-            if dtype is not tensor.dtype:
-                rows = quantize_q8_0(dequantize(tensor.dtype, rows, (-1, n_in)))
-            n_rows = min(end * _ROWS, n_out) - begin * _ROWS
-            target = data.ctypes.data + matrix * matrix_bytes + begin * panel
-            address = rows.ctypes.data
-            self._lib.pack(dtype.ggml_id, address, n_rows, n_in, target, 0, end - begin)
-            source.release(tensor.name, first, last)
-
-        layout = self._lib.layout_of(dtype.ggml_id)
+        """Find room for a weight and begin to pack it."""
+        panel, matrix_bytes = self._panels.matrix_bytes(tensor)
+        data = self._memory.take(self._panels.packed_bytes(tensor))
+        layout = self._panels.layout(tensor.dtype)
         self._packed[tensor] = Packed(data, layout, matrix_bytes, panel)
-        tasks = _tasks(n_matrices, n_panels, max(1, _TASK_BYTES // panel))
-        return [pool.submit(pack, *task) for task in tasks]
-
-    def _matrix_bytes(self, tensor: Tensor) -> tuple[int, int]:
-        """Bytes of a panel, and of a whole matrix."""
-        layout = self._lib.layout_of(self._stored_as(tensor.dtype).ggml_id)
-        panel = self._lib.panel_bytes(layout, tensor.shape[-1])
-        return panel, -(-tensor.shape[-2] // _ROWS) * panel
+        return self._panels.pack(tensor, source, data, pool)
 
     def packed_bytes(self, tensor: Tensor) -> int:
         """Bytes of a weight when it is packed."""
-        return math.prod(tensor.shape[:-2]) * self._matrix_bytes(tensor)[1]
-
-    def _warn_of_rounding(self, tensors: Sequence[Tensor]) -> None:
-        for dtype in {t.dtype: None for t in tensors if self._stored_as(t.dtype) is not t.dtype}:
-            rounded = [t for t in tensors if t.dtype is dtype]
-            stored, kept = sum(t.nbytes for t in rounded), sum(map(self.packed_bytes, rounded))
-            _log.warning(
-                "%s is kept as Q8_0: %d tensors, %.1f MiB in the file, %.1f MiB in memory",
-                dtype.name, len(rounded), stored / 2**20, kept / 2**20,
-            )  # fmt: skip
-
-    def _stored_as(self, dtype: DType) -> DType:
-        return dtype if self._lib.layout_of(dtype.ggml_id) >= 0 else _Q8_0
+        return self._panels.packed_bytes(tensor)
 
     def packed_view(self, tensor: Tensor) -> Array:
         """The view of a packed weight: strides in bytes, of matrices and panels."""
@@ -146,12 +98,6 @@ class CpuWeights:
         """Bytes of all weights as they are kept."""
         packed = sum(p.data.nbytes for p in self._packed.values())
         return packed + sum(a.nbytes for a in self._plain.values())
-
-
-def _tasks(n_matrices: int, n_panels: int, step: int) -> Iterator[tuple[int, int, int]]:
-    for matrix in range(n_matrices):
-        for begin in range(0, n_panels, step):
-            yield matrix, begin, min(begin + step, n_panels)
 
 
 class _Memory:

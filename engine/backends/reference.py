@@ -50,6 +50,10 @@ class ReferenceBackend:
         decoded = sum(math.prod(t.shape) for t in used) * self.dtype.itemsize
         return min(decoded, self._weights.limit)
 
+    def free_bytes(self) -> int | None:
+        """It uses the machine's memory."""
+        return None
+
     def load_weights(self, weights: Sequence[Tensor], source: WeightSource) -> None:
         """Nothing is read before a node needs it."""
         for tensor in weights:
@@ -58,6 +62,9 @@ class ReferenceBackend:
     def allocate_states(self, states: Sequence[Tensor]) -> None:
         """States as numpy arrays of their stored type."""
         self.states.allocate(states)
+
+    def declare_inputs(self, inputs: Sequence[Tensor]) -> None:
+        """Nothing to do: inputs are kept as they are given."""
 
     def compile(self, split: Split) -> ReferenceProgram:
         """A list of nodes, and after each the tensors that nobody needs any more."""

@@ -81,9 +81,8 @@ def _config(args: argparse.Namespace, cases: list[BatchedCase]) -> dict[str, Any
             facts.check_context(case.n_kv, f"{sizes} -npl {case.n_seqs}", config["n_ctx"])
         else:
             facts.check_context(case.n_prompt + case.n_gen, sizes)
-    n_ubatch = min(
-        config.get(name, getattr(EngineConfig, name)) for name in ("n_batch", "n_ubatch")
-    )
+    sizes_of_step = EngineConfig(**config)
+    n_ubatch = min(sizes_of_step.n_batch, sizes_of_step.n_ubatch)
     if n_seqs > n_ubatch:
         raise BenchError(f"-npl {n_seqs}: expected at most the {n_ubatch} tokens of a step (-ub)")
     # Sequences that share a prompt have a checkpoint each too: it is what gives them room for

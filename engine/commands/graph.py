@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 
 from engine import report
-from engine.commands.options import Parser, backend_options, common_options, integers, write_text
+from engine.commands.options import (
+    Parser,
+    backend_options,
+    common_options,
+    given_fields,
+    integers,
+    write_text,
+)
+from engine.config import EngineConfig
 from engine.engine import plan_only
 
 ABOUT = "Show a model's compute graph: node counts, and which backend runs each and why."
@@ -17,7 +25,7 @@ def add_options(p: Parser) -> None:
     backend_options(p)
     add = p.add_argument
     add("--bs", type=integers(1), default=[512, 1], metavar="N[,N…]", help="batch sizes (512,1)")
-    add("--gdn", choices=("fused", "decomposed"), default="fused",
+    add("--gdn", dest="gdn_form", choices=("fused", "decomposed"), default="fused",
         help="the delta net as one node, or as primitive ops")  # fmt: skip
     add("--json", action="store_true", help="print JSON")
     add("--dot", metavar="FILE", help="write the graph for Graphviz")
@@ -25,9 +33,8 @@ def add_options(p: Parser) -> None:
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
     """Print the report."""
-    plans = {
-        bs: plan_only(args.model, bs, args.gdn, args.backend, args.strict_backend) for bs in args.bs
-    }
+    options = given_fields(args, EngineConfig)
+    plans = {bs: plan_only(args.model, bs, args.gdn_form, **options) for bs in args.bs}
     if args.dot is not None:
         write_text(args.dot, report.as_dot(plans[args.bs[0]]))
     print(report.as_json(plans) if args.json else report.text(plans, args.verbose))

@@ -47,6 +47,10 @@ def common_options(p: Parser, many: bool = False) -> None:
     p.add_argument("-v", "--verbose", action="store_true", help="more detail; tracebacks of errors")
 
 
+def _comma_list(text: str) -> list[str]:
+    return text.split(",")
+
+
 def _paths(text: str) -> list[str]:
     paths = text.split(",")
     if not all(paths):
@@ -65,6 +69,24 @@ def backend_options(p: Parser) -> None:
     p.add_argument(
         "--strict-backend", action="store_true", help="fail rather than run a node elsewhere"
     )
+    given: Any = {"default": argparse.SUPPRESS}
+    group = p.add_argument_group("placement")
+    group.add_argument(
+        "-ngl", "--n-gpu-layers", type=at_least(0), metavar="N", dest="n_gpu_layers",
+        help="layers on the GPU, from the last; the head is one more (all that fit)", **given,
+    )  # fmt: skip
+    group.add_argument(
+        "-ncmoe", "--n-cpu-moe", type=at_least(0), metavar="N", dest="n_cpu_moe",
+        help="layers, from the first, whose experts stay on the CPU (0)", **given,
+    )  # fmt: skip
+    group.add_argument(
+        "-cmoe", "--cpu-moe", action="store_const", const=ALL_LAYERS, dest="n_cpu_moe",
+        help="the experts of all layers stay on the CPU", **given,
+    )  # fmt: skip
+    group.add_argument(
+        "-ot", "--override-tensor", action="extend", type=_comma_list, metavar="REGEX=cpu|cuda",
+        dest="override_tensor", help="nodes whose weight's name matches run there", **given,
+    )  # fmt: skip
 
 
 def prompt_options(p: Parser, many: bool = False) -> None:
@@ -83,13 +105,15 @@ def prompt_options(p: Parser, many: bool = False) -> None:
     )
 
 
+# More layers than any model has.
+ALL_LAYERS = 1 << 20
 _CACHE_TYPES = ("f32", "f16")
 # Names, the field of an options class that they set, how to read a value, and what it means.
 OptionRow = tuple[str, str, Any, str]
 _ENGINE_OPTIONS: list[OptionRow] = [
     ("-c --ctx-size", "n_ctx", at_least(0), "context (4096 or the model's; 0: the model's)"),
-    ("-b --batch-size", "n_batch", at_least(1), "most tokens of a batch (2048)"),
-    ("-ub --ubatch-size", "n_ubatch", at_least(1), "most tokens of a step (512)"),
+    ("-b --batch-size", "n_batch", at_least(1), "most tokens of a batch (2048, or -ub)"),
+    ("-ub --ubatch-size", "n_ubatch", at_least(1), "most tokens of a step (512; cuda: 4096)"),
     ("-t --threads", "n_threads", at_least(1), "threads (all cores)"),
     ("--cpu-isa", "cpu_isa", str, "instruction set of the CPU kernels (the best there is)"),
     ("-np --parallel", "n_parallel", at_least(1), "sequences that run together (1)"),
@@ -125,13 +149,20 @@ def engine_options(p: Parser, without: tuple[str, ...] = ()) -> None:
             **given,
         )
     group.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="cuda: a sequence's bits don't depend on what runs beside it, at some cost",
+        **given,
+    )
+    group.add_argument(
         "--gdn", choices=("auto", "scan", "chunk"), help="algorithm of the delta net", **given
     )
 
 
 def given_fields(args: argparse.Namespace, options: type) -> dict[str, Any]:
     """The fields of a dataclass that the command line sets."""
-    return {f.name: getattr(args, f.name) for f in fields(options) if hasattr(args, f.name)}
+    given = {f.name: getattr(args, f.name) for f in fields(options) if hasattr(args, f.name)}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
 
 def integers(low: int) -> Callable[[str], list[int]]:

@@ -43,7 +43,8 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
     n_tokens = args.n_prompt or 1
     repeats = args.repetitions if args.n_prompt else args.n_gen or 16
     options = given_fields(args, EngineConfig)
-    if n_tokens > (limit := options.setdefault("n_ubatch", max(n_tokens, EngineConfig.n_ubatch))):
+    usual = EngineConfig(**options).n_ubatch
+    if n_tokens > (limit := options.setdefault("n_ubatch", max(n_tokens, usual))):
         parser.error(f"argument -p: expected at most the {limit} tokens of a step (-ub)")
     options["n_batch"] = max(options["n_ubatch"], options.get("n_batch", 0))
     options.setdefault("n_ctx", args.n_depth + n_tokens)

@@ -59,8 +59,8 @@ def add_options(p: Parser) -> None:
 def run(parser: Parser, args: argparse.Namespace) -> int:
     """Print a row for every depth."""
     options = given_fields(args, EngineConfig)
-    n_prompt = options.setdefault("n_ubatch", EngineConfig.n_ubatch)
-    options.setdefault("n_batch", max(n_prompt, EngineConfig.n_batch))
+    n_prompt = EngineConfig(**options).n_ubatch
+    options |= {"n_ubatch": n_prompt, "n_batch": options.get("n_batch", max(n_prompt, 2048))}
     if args.n_kv_max < n_prompt:
         parser.error(f"argument -c: expected at least the {n_prompt} of -ub, got {args.n_kv_max}")
     n_gen = args.n_gen or max(1, n_prompt // 4)

@@ -36,7 +36,8 @@ class Span:
         return Span(self.n_tokens, self.table.fork(self.n_tokens), self.state.fork(), marks)
 
     def release(self) -> None:
-        """Give everything back."""
+        """Give everything back; a step that was begun is not waited for."""
+        self.state.cancel()
         self.drop_snapshots()
         self.drop_marks(0)
         self.table.truncate(0)
@@ -126,24 +127,26 @@ class SequenceMemory:
     def owned(self, seq: int) -> tuple[list[int], list[int]]:
         """(state slots, blocks) that a sequence holds and nobody else does."""
         span = self._sequences[seq]
-        slots = [state.slot for state in (span.state, *span.snapshots.values()) if state.slot >= 0]
+        slots = [s for state in (span.state, *span.snapshots.values()) for s in state.slots]
         return (
             [slot for slot in slots if not self.slots.is_shared(slot)],
             [block for block in span.table.blocks if not self.blocks.is_shared(block)],
         )
 
-    def begin(self, seq: int, n_new: int, n_snapshots: int = 0) -> Step:
+    def begin(self, seq: int, n_new: int, n_snapshots: int = 0, keep: bool = False) -> Step:
         """Make room for `n_new` tokens and say where the step reads and writes.
 
         The states after each of the last `n_snapshots` of them are kept until the next step. Follow
-        with `finish` or `cancel`. Raises MemoryFullError with the contents unchanged.
+        with `finish` or `cancel`: with `keep` also after the step was run, as it then writes no
+        slot or position that the sequence holds. Raises MemoryFullError with the contents
+        unchanged.
         """
         span = self._sequences[seq]
         span.drop_snapshots()
         n_snapshots = min(n_snapshots, n_new)
-        self.slots.require(span.state.missing() + n_snapshots)
+        self.slots.require((keep or span.state.missing()) + n_snapshots)
         span.table.extend(span.n_tokens, n_new, self._copy_block)
-        source, target = span.state.begin()
+        source, target = span.state.begin(keep)
         last = span.n_tokens + n_new
         for n in range(last - n_snapshots + 1, last + 1):
             span.snapshots[n] = StateSlot(self.slots, self.slots.acquire())
@@ -165,9 +168,7 @@ class SequenceMemory:
 
     def reset(self, seq: int) -> None:
         """Make a sequence empty, after a step that broke off and left its state half written."""
-        span = self._sequences[seq]
-        span.state.cancel()
-        span.release()
+        self._sequences[seq].release()
 
     def mark(self, seq: int) -> None:
         """Keep the state at this position, so that `truncate` can come back to it."""

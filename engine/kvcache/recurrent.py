@@ -22,9 +22,17 @@ class StateSlot:
         """How many slots `begin` would take from the pool."""
         return int(self.slot == NO_SLOT or self._pool.is_shared(self.slot))
 
-    def begin(self) -> tuple[int, int]:
-        """(state_src, state_dst) of the coming step; raises MemoryFullError."""
-        self._next = self._pool.acquire() if self.missing() else self.slot
+    @property
+    def slots(self) -> list[int]:
+        """The slots in use: that of the state, and another one that a pending step writes."""
+        return sorted({self.slot, self._next} - {NO_SLOT})
+
+    def begin(self, keep: bool = False) -> tuple[int, int]:
+        """(state_src, state_dst) of the coming step; raises MemoryFullError.
+
+        With `keep`, the step leaves the state as it is until `finish`.
+        """
+        self._next = self._pool.acquire() if keep or self.missing() else self.slot
         return self.slot, self._next
 
     def finish(self) -> None:

@@ -1,4 +1,4 @@
-"""Nodes as the CPU's instructions: operands and attributes of each kernel, in its order.
+"""Nodes as instructions: operands and attributes of each kernel, in its order, for all backends.
 
 Views and instructions are numpy records laid out as the structs of engine/ops/cpu/kernel.h and
 engine/backends/cpu_executor.cpp, so that a program is a few arrays which one native call runs.
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.graph import Dim, Node, Tensor
+from engine.graph import Dim, Kind, Node, Tensor
 from engine.ops.gated_delta_net import ALGORITHMS, HEAD_MAPS
 from engine.ops.router import GATINGS
 from engine.quants import F16, F32, I32, DType
@@ -22,7 +22,10 @@ MAX_RANK = 4
 # As Dim and DType in kernel.h.
 DIMS = ("", "n_tokens", "n_seqs", "n_seqs + 1", "n_outputs")
 F32_CODE, F16_CODE, I32_CODE, I8, PACKED, BF16 = range(6)
-_DTYPES = {F32: F32_CODE, F16: F16_CODE, I32: I32_CODE}
+DTYPES = {F32: F32_CODE, F16: F16_CODE, I32: I32_CODE}
+# Ops that read weights in panels, and how their operands' names begin.
+PACKED_OPERANDS = {"MUL_MAT": "weight", "MUL_MAT_ID": "matrix", "GET_ROWS": "table"}
+_ITEM = {F32: 4, I32: 4, I8: 1, BF16: 2}
 
 VIEW = np.dtype(
     [
@@ -111,7 +114,7 @@ def view(
 
 def tensor_view(tensor: Tensor, base_address: int, dtype: DType | None = None) -> NDArray[Any]:
     """The view of a plain tensor whose base lies at an address."""
-    code = _DTYPES[dtype or tensor.dtype]
+    code = DTYPES[dtype or tensor.dtype]
     item = 2 if code == F16_CODE else 4
     return view(base_address + tensor.offset * item, tensor.shape, tensor.strides, code)
 
@@ -130,3 +133,41 @@ def parts(node: Node) -> list[tuple[str, list[Tensor | None], list[float]]]:
     outputs += [None] * (signature.n_outputs - len(outputs))
     operands = [node.inputs.get(name) for name in signature.operands]
     return [(node.op.name, outputs + operands, numbers(node.attrs, signature.attrs))]
+
+
+@dataclass(frozen=True, eq=False)
+class Scratch:
+    """A buffer of a program's own; `dtype`: F32, I32 or the codes I8 and BF16."""
+
+    shape: tuple[int, ...]
+    dtype: DType | int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes at full capacity."""
+        return int(np.prod(self.shape)) * _ITEM[self.dtype]
+
+
+Ref = Tensor | Scratch | None
+
+
+def owner_of(ref: Ref) -> Any:
+    """What owns an operand's memory: a base tensor, or a buffer."""
+    return ref.base if isinstance(ref, Tensor) else ref
+
+
+def used_packed(nodes: Iterable[Node]) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights of some nodes that are packed, and those that are decoded to float32."""
+    packed: dict[Tensor, None] = {}
+    plain: dict[Tensor, None] = {}
+    for node in nodes:
+        for name, t in node.inputs.items():
+            if t.kind is Kind.WEIGHT:
+                (packed if is_packed(node, name) else plain)[t.base] = None
+    return list(packed), list(plain)
+
+
+def is_packed(node: Node, operand: str) -> bool:
+    """Whether a kernel reads a weight in panels."""
+    prefix = PACKED_OPERANDS.get(node.op.name)
+    return prefix is not None and operand.startswith(prefix)

@@ -1,0 +1,350 @@
+"""The CUDA backend: every op of the models on one GPU.
+
+A split becomes launches on one stream; a decode step is one captured graph. Inputs and live counts
+lie in one region of device memory, which one copy fills for each step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.backends import cpu_library
+from engine.backends.arena import Arena
+from engine.backends.cuda_args import ARGS
+from engine.backends.cuda_decoder import MAX_VOCAB, CudaDecoder, draws_input
+from engine.backends.cuda_device import Captured, CudaError, Device, Gemm, Memory
+from engine.backends.cuda_ops import add_node, unsupported
+from engine.backends.cuda_program import Lowering, Product, Step, bucket_of, fill_view
+from engine.backends.cuda_weights import CudaWeights
+from engine.backends.lowering import DIMS, Ref, owner_of, used_packed
+from engine.graph import Kind, Live, Node, Tensor, dim_name
+from engine.planner import Instruction, Split, Support, Watch, WeightSource
+from engine.quants import numpy_dtype
+
+Array = NDArray[Any]
+_LIVE_BYTES = 256
+# For cuBLAS's workspace and buffers of captured graphs.
+_RESERVED_BYTES = 128 << 20
+
+
+class CudaBackend:
+    """Runs on a device; `batch_invariant`: a row's bits don't depend on the rest of its batch."""
+
+    name = "cuda"
+
+    def __init__(self, device: Device, batch_invariant: bool = False) -> None:
+        self.device, self.batch_invariant = device, batch_invariant
+        self.detail = device.detail
+        self.states = DeviceStates(device)
+        self.weights = CudaWeights(device, cpu_library.load())
+        self.inputs, self.draws = InputRegion(device), draws_input(0)
+        self._source: WeightSource | None = None
+        self._fixed: dict[Tensor, Memory] = {}
+        self._live: Live | None = None
+
+    def supports(self, node: Node) -> Support:
+        """All ops of the models; the reason says what about an operand no kernel takes."""
+        reason = unsupported(node, self.device)
+        return Support(not reason, reason)
+
+    def weight_bytes(self, nodes: Sequence[Node]) -> int:
+        """Packed weights, and those decoded to float32."""
+        packed, plain = used_packed(nodes)
+        decoded = sum(map(self.weights.plain_bytes, plain))
+        return sum(map(self.weights.packed_bytes, packed)) + decoded
+
+    def free_bytes(self) -> int | None:
+        """What the device has left, but for what libraries take when they are first used."""
+        return max(0, self.device.free_bytes() - _RESERVED_BYTES)
+
+    def load_weights(self, weights: Sequence[Tensor], source: WeightSource) -> None:
+        """Weights are packed when it is known what reads them: by `compile`."""
+        self._source = source
+
+    def allocate_states(self, states: Sequence[Tensor]) -> None:
+        """States on the device, zeros."""
+        self.states.allocate(states)
+
+    def declare_inputs(self, inputs: Sequence[Tensor]) -> None:
+        """One region for all of them, and for the draws of decode steps."""
+        n_seqs = (int(t.shape[0]) for t in inputs if dim_name(t) == "n_seqs")
+        self.draws = draws_input(max(n_seqs, default=0))
+        self.inputs = InputRegion(self.device, [*inputs, self.draws])
+
+    def compile(self, split: Split) -> CudaProgram:
+        """Load the split's weights and lay out its program."""
+        packed, plain = used_packed(split.nodes)
+        assert self._source is not None or not (packed or plain)
+        if self._source is not None:
+            self.weights.load(packed, plain, self._source)
+        return CudaProgram(self, split)
+
+    def decoder(
+        self, program: CudaProgram, inputs: Sequence[Tensor], logits: Tensor
+    ) -> CudaDecoder | None:
+        """What draws tokens on the device, but for vocabularies larger than there are."""
+        return CudaDecoder(self, program, inputs, logits) if logits.shape[1] <= MAX_VOCAB else None
+
+    @property
+    def live_address(self) -> int:
+        """Where the live counts lie."""
+        return self.inputs.live_address
+
+    def write(self, tensor: Tensor, values: Array) -> None:
+        """Set the live rows of a tensor; of an input when the next program runs."""
+        values = np.ascontiguousarray(values, numpy_dtype(tensor.dtype))
+        if tensor.kind is Kind.INPUT:
+            self.inputs.write(tensor, values)
+        else:
+            self.device.upload(self.fixed(tensor), values)
+
+    def read(self, tensor: Tensor) -> Array:
+        """The live rows of a tensor that is kept."""
+        assert self._live is not None
+        values = np.empty(self._live.shape(tensor.shape), numpy_dtype(tensor.dtype))
+        self.device.download(self.fixed(tensor), values)
+        return values
+
+    def release(self) -> None:
+        """Forget weights, states and activations, once nothing runs that uses them."""
+        self.device.synchronize()
+        self.weights = CudaWeights(self.device, cpu_library.load())
+        self.states, self.inputs = DeviceStates(self.device), InputRegion(self.device)
+        self._fixed.clear()
+
+    def fixed(self, tensor: Tensor) -> int:
+        """The address of a tensor that outlives programs; made at its first use."""
+        if tensor.kind is Kind.INPUT:
+            return self.inputs.address(tensor)
+        if tensor not in self._fixed:
+            self._fixed[tensor] = self.device.allocate(tensor.nbytes)
+        return self._fixed[tensor].address
+
+    def begin(self, live: Live) -> None:
+        """Bring inputs and live counts to the device."""
+        self._live = live
+        self.inputs.flush(live)
+
+
+class CudaProgram:
+    """A compiled split."""
+
+    def __init__(self, backend: CudaBackend, split: Split) -> None:
+        self._backend, self._device = backend, backend.device
+        lowering = Lowering(backend.device, backend.weights, backend.batch_invariant)
+        self._spans: dict[Node, range] = {}
+        for node in split.nodes:
+            first = len(lowering.steps)
+            add_node(lowering, node)
+            self._spans[node] = range(first, len(lowering.steps))
+        self._steps = lowering.steps
+        made = {t for node in split.nodes for t in node.outputs}
+        used = {t.base for node in split.nodes for t in node.inputs.values()}
+        given = {t for t in used if t.kind is Kind.ACTIVATION and t not in made}
+        self._fixed = given | set(split.keeps)
+        arena: Arena[Any] = Arena()
+        lowering.place(arena, self._fixed)
+        self._offsets = arena.offsets
+        self._arena = self._device.allocate(arena.size)
+        self._functions: list[int] = []
+        self._args = np.zeros(len(self._steps), ARGS)
+        for args, step in zip(self._args, self._steps, strict=True):
+            self._prepare(args, step)
+        self.captured: dict[int, Captured] = {}
+        self.instructions = [Instruction(step.name, tuple(step.nodes)) for step in self._steps]
+
+    def _prepare(self, args: Any, step: Step) -> None:
+        """The function and the parameter of a launch."""
+        if isinstance(step, Product):
+            self._functions.append(0)
+            return
+        capacity = self._device.shared_bytes if callable(step.shared) else step.shared
+        self._functions.append(self._device.function(step.source, step.name, capacity))
+        for i, ref in enumerate(step.operands):
+            fill_view(args["v"][i], ref, step, self._address(ref), self._backend.weights)
+        args["attr"][: len(step.attrs)] = step.attrs
+        args["live"] = self._backend.inputs.live_address
+
+    def _address(self, ref: Ref) -> int:
+        """Where an operand's base lies; 0 for packed weights, whose view knows better."""
+        owner = owner_of(ref)
+        if owner is None:
+            return 0
+        if owner in self._offsets:
+            return self._arena.address + int(self._offsets[owner])
+        if owner.kind is Kind.WEIGHT:
+            return self._backend.weights.plain_or_zero(owner)
+        if owner.kind is Kind.STATE:
+            return self._backend.states.address(owner)
+        return self._backend.fixed(owner)
+
+    def run(self, live: Live, watch: Watch | None = None) -> None:
+        """Run the nodes on the live rows of their operands."""
+        self._backend.begin(live)
+        if watch is not None:
+            for node, steps in self._spans.items():
+                self._launch(steps, live)
+                try:
+                    self._device.synchronize()
+                except CudaError as error:
+                    raise CudaError(f"{node}: {error}") from None
+                watch(node, [self._output(t, live) for t in node.outputs])
+        elif (bucket := bucket_of(live)) is not None:
+            self._replay(bucket)
+        else:
+            self.launch(live)
+
+    def launch(self, live: Live) -> None:
+        """Launch all of it."""
+        self._launch(range(len(self._steps)), live)
+
+    def _replay(self, bucket: int) -> None:
+        if bucket not in self.captured:
+            most = Live(bucket, bucket, bucket)
+            self.captured[bucket] = self._device.capture(lambda: self.launch(most))
+        self.captured[bucket].replay()
+
+    def _launch(self, steps: Sequence[int], live: Live) -> None:
+        device, base = self._device, self._args.ctypes.data
+        for i in steps:
+            step = self._steps[i]
+            if step.when is not None and not step.when(live):
+                continue
+            if isinstance(step, Product):
+                self._multiply(step, live)
+                continue
+            grid = step.grid(live)
+            if 0 in grid:
+                continue
+            shared = step.shared(live) if callable(step.shared) else step.shared
+            address = base + i * ARGS.itemsize
+            try:
+                device.launch(self._functions[i], grid, step.threads, shared, address)
+            except CudaError as error:
+                raise CudaError(f"{_who(step)}: {error}") from None
+
+    def _multiply(self, step: Product, live: Live) -> None:
+        assert step.out is not None
+        assert step.a is not None
+        m = live.shape(step.out.shape)[0]
+        n, k = step.b.shape[-2:]
+        if isinstance(step.b, Tensor):
+            b = self._backend.weights.bf16(step.b)
+        else:
+            b = self._address(step.b)
+        if m:
+            out, a = self._address(step.out), self._address(step.a)
+            self._device.gemm(Gemm(out, a, b, m, n, k, step.accumulate))
+
+    def run_timed(self, live: Live) -> Sequence[float]:
+        """As `run`, without a captured graph; the seconds of each instruction."""
+        self._backend.begin(live)
+        timer = self._device.timer()
+        for i in range(len(self._steps)):
+            self._launch([i], live)
+            timer.mark()
+        return timer.seconds()
+
+    def _output(self, tensor: Tensor, live: Live) -> Array:
+        """A node's output right after the node ran."""
+        values = np.empty(live.shape(tensor.shape), numpy_dtype(tensor.dtype))
+        self._device.download(self._address(tensor), values)
+        return values
+
+
+def _who(step: Step) -> str:
+    return f"{step.nodes[0]} (kernel {step.name})"
+
+
+class InputRegion:
+    """Live counts and INPUT tensors side by side on the device, and their image on the host."""
+
+    def __init__(self, device: Device, inputs: Sequence[Tensor] = ()) -> None:
+        self._device, offset = device, _LIVE_BYTES
+        self._offsets: dict[Tensor, int] = {}
+        # The largest last: fewer bytes travel.
+        for t in sorted(inputs, key=lambda t: t.nbytes):
+            self._offsets[t] = offset
+            offset += -(-t.nbytes // 64) * 64
+        self._image = np.zeros(offset, np.uint8)
+        self._memory = device.allocate(offset)
+        self._end = 0
+
+    @property
+    def live_address(self) -> int:
+        """Where the live counts lie."""
+        return self._memory.address
+
+    def address(self, tensor: Tensor) -> int:
+        """Where an input lies."""
+        return self._memory.address + self._offsets[tensor]
+
+    def write(self, tensor: Tensor, values: Array) -> None:
+        """Set an input's live part."""
+        begin = self._offsets[tensor]
+        end = begin + values.nbytes
+        self._image[begin:end] = np.ravel(values).view(np.uint8)
+        self._end = max(self._end, end)
+
+    def flush(self, live: Live) -> None:
+        """Bring what was written, and the live counts, to the device."""
+        counts = np.array([live.dim(name) or 0 for name in DIMS], np.int32)
+        self._image[: counts.nbytes] = counts.view(np.uint8)
+        end = max(self._end, counts.nbytes)
+        self._device.upload(self.live_address, self._image[:end])
+        self._end = 0
+
+
+class DeviceStates:
+    """State tensors in device memory; see StateStore."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._memory: dict[Tensor, Memory] = {}
+
+    def allocate(self, states: Sequence[Tensor]) -> None:
+        """Zeros."""
+        for t in states:
+            self._memory[t] = self._device.allocate(t.nbytes)
+            self._device.fill(self._memory[t].address, t.nbytes, 0)
+
+    def address(self, tensor: Tensor) -> int:
+        """Where a state lies."""
+        return self._memory[tensor].address
+
+    def _of(self, dim: str) -> list[tuple[Tensor, int, int]]:
+        """(state, its address, bytes of one slot or block)."""
+        states = self._memory.items()
+        return [
+            (t, m.address, t.nbytes // int(t.shape[0])) for t, m in states if dim_name(t) == dim
+        ]
+
+    def zero(self, dim: str, index: int) -> None:
+        """Assign zeros to a slot or block of every layer."""
+        for _, address, n in self._of(dim):
+            self._device.fill(address + index * n, n, 0)
+
+    def copy(self, dim: str, source: int, target: int) -> None:
+        """Copy a slot or block of every layer."""
+        for _, address, n in self._of(dim):
+            self._device.copy(address + target * n, address + source * n, n)
+
+    def save(self, dim: str, index: int) -> dict[str, Array]:
+        """Copies of a slot's or block's contents on the host, by state tensor name."""
+        saved = {}
+        for t, address, n in self._of(dim):
+            saved[t.name] = np.empty(t.shape[1:], numpy_dtype(t.dtype))
+            self._device.download(address + index * n, saved[t.name])
+        return saved
+
+    def load(self, dim: str, index: int, contents: Mapping[str, Array]) -> None:
+        """The reverse of `save`."""
+        for t, address, n in self._of(dim):
+            values = np.ascontiguousarray(contents[t.name], numpy_dtype(t.dtype))
+            assert values.nbytes == n == math.prod(t.shape[1:]) * values.itemsize, t
+            self._device.upload(address + index * n, values)

@@ -1,0 +1,35 @@
+"""Every op as launches of the GPU, and what no kernel takes."""
+
+from __future__ import annotations
+
+from engine.backends import cuda_kernels, cuda_products, cuda_sequences
+from engine.backends.cuda_device import Device
+from engine.backends.cuda_kernels import SMALL, add_small
+from engine.backends.cuda_program import Lowering
+from engine.backends.lowering import MAX_RANK
+from engine.graph import Node
+
+_LOWERINGS = cuda_products.LOWERINGS | cuda_sequences.LOWERINGS
+OPS_WITH_KERNELS = {*_LOWERINGS, *SMALL, "SWIGLU"}
+
+
+def add_node(lowering: Lowering, node: Node) -> None:
+    """Append the launches of a node."""
+    if (lower := _LOWERINGS.get(node.op.name)) is not None:
+        lower(lowering, node)
+        return
+    add_small(lowering, node)
+
+
+def unsupported(node: Node, device: Device) -> str:
+    """Why a node can't be run on a device; an empty string if it can."""
+    name = node.op.name
+    if name not in OPS_WITH_KERNELS:
+        return f"no kernel for {name}"
+    if any(len(t.shape) > MAX_RANK for t in (*node.inputs.values(), *node.outputs)):
+        return f"more than {MAX_RANK} dimensions"
+    if name not in _LOWERINGS:
+        return cuda_kernels.unsupported(node)
+    if name in cuda_sequences.LOWERINGS:
+        return cuda_sequences.unsupported(node, device)
+    return cuda_products.unsupported(node, device)

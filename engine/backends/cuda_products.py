@@ -1,0 +1,389 @@
+"""Matrix products and tables of packed weights as launches.
+
+Few rows are multiplied by the panels as they are stored, with int8 activations (product.cuh); many
+as bfloat16 by cuBLAS, or by gemm.cuh where there is no room for a weight's copy. Each step says for
+which numbers of rows it is launched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from engine.backends.cuda_device import Device, Grid
+from engine.backends.cuda_kernels import GET_ROWS, add_launch
+from engine.backends.cuda_program import Condition, Lowering
+from engine.backends.lowering import BF16, I8, Ref, Scratch
+from engine.graph import Dim, Kind, Live, Node, Tensor
+from engine.quants import F32, I32, WEIGHT_TYPES
+
+PANEL, RECORD, TILE_COLUMNS = 16, 32, 128
+# As in product.cuh and mul_mat_id.cu.
+MAX_WEIGHTS, MAX_MATRICES, MAX_EXPERTS = 6, 4, 1024
+# Warps of a block share the columns of a panel, 256 each at a time (of plain weights 128).
+MAX_WARPS, WARP_COLUMNS, PLAIN_WARP_COLUMNS = 8, 256, 128
+# Rows that blocks quantize for themselves at most; those of one pass over a weight; and the most
+# that are multiplied so: more are a product of matrices.
+INLINE_ROWS, ROWS_OF_PASS, FEW_ROWS = 4, (1, 2, 4, 8, 16, 32, 64), 64
+_SOURCE_OF_PASS = dict.fromkeys(ROWS_OF_PASS, "mul_mat_rows")
+_SOURCE_OF_PASS |= {1: "mul_mat", 2: "mul_mat", 4: "mul_mat_some", 8: "mul_mat_some"}
+# Rows from which on a weight is expanded to bfloat16 for a single product.
+EXPANDED_ROWS = 256
+# Rows up to which tiles of 64 of them are taken, then of 128.
+GEMM_ROWS = 128
+# Tokens whose experts are multiplied one by one, and in tiles of 8 rows, at most.
+SINGLE_TOKENS, TILE_TOKENS = 4, 64
+# Rows of an expert's tiles, and how many an expert has on average from which on they are large.
+TILE_ROWS, SMALL_TILE, LARGE_TILE, LARGE_FROM = 8, 32, 64, 48
+_STAGES = 3
+
+
+def unsupported(node: Node, device: Device) -> str:
+    """Why a node of LOWERINGS can't be run; an empty string if it can."""
+    if node.op.name == "MUL_MAT" and len(_matrices(node)) > MAX_WEIGHTS:
+        return f"more than {MAX_WEIGHTS} weights of one product"
+    if node.op.name == "MUL_MAT_ID":
+        matrices = _matrices(node)
+        if len(matrices) > MAX_MATRICES:
+            return f"more than {MAX_MATRICES} matrices of experts in one product"
+        if matrices[0].shape[0] > MAX_EXPERTS:
+            return f"more than {MAX_EXPERTS} experts"
+    return ""
+
+
+def lower_get_rows(lowering: Lowering, node: Node) -> None:
+    """Rows of a packed table; of an activation as any small op."""
+    (out,), table = node.outputs, node.inputs["table"]
+    if table.kind is not Kind.WEIGHT:
+        add_launch(lowering, node, GET_ROWS)
+        return
+    lowering.launch(
+        "get_rows_packed", "get_rows_packed", [node], [out, table, node.inputs["ids"]],
+        n_writes=1, threads=128,
+        grid=lambda live: (-(-out.shape[1] // (8 * 128)), _rows(out, live), 1),
+    )  # fmt: skip
+
+
+def lower_mul_mat(lowering: Lowering, node: Node) -> None:
+    """One launch for all weights of few rows; of many, one product for each."""
+    weights = _matrices(node)
+    tiled = [] if lowering.batch_invariant else [w for w in weights if has_tiles(w)]
+    outs = dict(zip(weights, node.outputs, strict=True))
+    x = node.inputs["x"]
+
+    def many(live: Live) -> bool:
+        return _rows(x, live) > FEW_ROWS
+
+    if tiled:
+        _lower_passes(lowering, node, outs, when=lambda live: not many(live))
+        rest = {w: out for w, out in outs.items() if w not in tiled}
+        if rest:
+            _lower_passes(lowering, node, rest, when=many)
+        for w in tiled:
+            _lower_gemm(lowering, node, outs[w], w, many)
+    else:
+        _lower_passes(lowering, node, outs, when=lambda live: True)
+
+
+def _lower_passes(
+    lowering: Lowering, node: Node, outs: dict[Tensor, Tensor], when: Condition
+) -> None:
+    """Passes of up to 64 rows over the panels, for each size of pass a launch."""
+    x, weights = node.inputs["x"], list(outs)
+    quantized = any(is_quantized(w) for w in weights)
+    sizes = [n for n in ROWS_OF_PASS if quantized or n <= TILE_ROWS]
+    warps = _warps(x.shape[1], plain=not all(is_quantized(w) for w in weights))
+    blocks = sum(-(-w.shape[0] // PANEL) * (1 if is_quantized(w) else 2) for w in weights)
+    converted: Sequence[Ref] = (None, None, None)
+    if quantized:
+        converted = _quantized(
+            lowering, node, x, lambda live: when(live) and _rows(x, live) > INLINE_ROWS
+        )
+    padding = [None] * (MAX_WEIGHTS - len(weights))
+    others = [node.inputs.get("gate"), node.inputs.get("add")]
+    for i, n in enumerate(sizes):
+        fewer, last = sizes[i - 1] if i else 0, n == sizes[-1]
+        inline = n <= INLINE_ROWS
+        operands = [*outs.values(), *padding, x, *([None] * 3 if inline else converted)]
+        lowering.launch(
+            _SOURCE_OF_PASS[n], f"mul_mat_{n}", [node],
+            [*operands, *weights, *padding, *others],
+            n_writes=MAX_WEIGHTS, threads=32 * warps, shared=warps * n * PANEL * 4,
+            grid=partial(_grid, x, n, blocks),
+            when=_Between(x, fewer, None if last else n, when),
+        )  # fmt: skip
+
+
+def _lower_gemm(lowering: Lowering, node: Node, out: Tensor, w: Tensor, when: Condition) -> None:
+    """Many rows times one weight: by cuBLAS with the weight's copy in bfloat16, else expanded into
+    a buffer if that pays, else decoded on the way."""
+    rounded = _rounded(lowering, node, node.inputs["x"])
+    gate, add = node.inputs.get("gate"), node.inputs.get("add")
+    if _is_of_step(out) and lowering.weights.keep_bf16(w):
+        lowering.gemm([node], out, rounded, w, when=when)
+        _lower_finish(lowering, node, out, when)
+        return
+    most = None
+    if _is_of_step(out):
+        most = max(EXPANDED_ROWS, FEW_ROWS + 1) - 1
+        expanded, copy = _Between(out, most, None, when), Scratch(w.shape, BF16)
+        lowering.launch(
+            "expand", "expand", [node], [copy, w], n_writes=1, threads=256,
+            grid=lambda live: expand_grid(w), when=expanded,
+        )  # fmt: skip
+        lowering.gemm([node], out, rounded, copy, when=expanded)
+        _lower_finish(lowering, node, out, expanded)
+    for rows, name, condition in (
+        (64, "gemm_64", _Between(out, 0, min(GEMM_ROWS, most or GEMM_ROWS), when)),
+        (128, "gemm_128", _Between(out, GEMM_ROWS, most, when)),
+    ):
+        lowering.launch(
+            "gemm", name, [node], [out, rounded, w, gate, add], n_writes=1, threads=256,
+            shared=gemm_shared(rows), when=condition,
+            grid=partial(_gemm_grid, out, rows, w.shape[0]),
+        )  # fmt: skip
+
+
+def _lower_finish(lowering: Lowering, node: Node, out: Tensor, when: Condition) -> None:
+    """What is left of a product by cuBLAS."""
+    others = [node.inputs.get("gate"), node.inputs.get("add")]
+    if any(others):
+        lowering.launch(
+            "finish_product", "finish_product", [node], [out, *others], n_writes=1, threads=256,
+            grid=lambda live: (-(-out.shape[1] // 256), _rows(out, live), 1), when=when,
+        )  # fmt: skip
+
+
+def lower_mul_mat_id(lowering: Lowering, node: Node) -> None:
+    """Experts one by one for few tokens, in tiles of rows of one expert for more."""
+    matrices, ids = _matrices(node), node.inputs["ids"]
+    tiled = not lowering.batch_invariant and all(map(has_tiles, matrices))
+    _lower_single(lowering, node, _Between(ids, 0, SINGLE_TOKENS))
+    _lower_tiles(lowering, node, _Between(ids, SINGLE_TOKENS, TILE_TOKENS if tiled else None))
+    if tiled:
+        _lower_expert_gemm(lowering, node)
+
+
+def _lower_single(lowering: Lowering, node: Node, when: Condition) -> None:
+    """A block for each panel of each (token, choice), or of each token with their sum."""
+    x, ids, gates = (node.inputs.get(name) for name in ("x", "ids", "weights"))
+    assert ids is not None
+    matrices, n_used = _matrices(node), ids.shape[1]
+    padding = [None] * (MAX_MATRICES - len(matrices))
+    operands = [*node.outputs, *padding, x, *matrices, *padding, ids, gates]
+    blocks, share = sum(-(-m.shape[1] // PANEL) for m in matrices), _share(node)
+    if gates is None:
+        lowering.launch(
+            "mul_mat_id", "mul_mat_id", [node], operands, n_writes=MAX_MATRICES,
+            threads=32 * share, shared=share * PANEL * 4, when=when,
+            grid=lambda live: (blocks, n_used, _rows(ids, live)),
+        )  # fmt: skip
+        return
+    warps = min(MAX_WARPS // share, n_used) * share
+    lowering.launch(
+        "mul_mat_id", "mul_mat_id_sum", [node], operands, [float(share)], n_writes=MAX_MATRICES,
+        threads=32 * warps, shared=n_used * share * PANEL * 4, when=when,
+        grid=lambda live: (blocks, _rows(ids, live), 1),
+    )  # fmt: skip
+
+
+def _lower_tiles(lowering: Lowering, node: Node, when: _Between) -> None:
+    """Tiles of up to 8 rows of an expert times the panels as they are stored."""
+    ids = node.inputs["ids"]
+    order, tiles = _sorted(lowering, node, TILE_ROWS, when)
+    share = _share(node)
+    for out, m in zip(node.outputs, _matrices(node), strict=True):
+        target = _per_choice(node, out, m)
+        lowering.launch(
+            "mul_mat_id_rows", "mul_mat_id_rows", [node],
+            [target, node.inputs["x"], m, order, tiles],
+            n_writes=1, threads=32 * share, shared=share * TILE_ROWS * PANEL * 4, when=when,
+            grid=partial(_tile_grid, ids, m),
+        )  # fmt: skip
+        _lower_sum(lowering, node, out, target, when)
+
+
+def _lower_expert_gemm(lowering: Lowering, node: Node) -> None:
+    """Tiles of an expert's rows on tensor cores, rounded to bfloat16."""
+    ids, matrices = node.inputs["ids"], _matrices(node)
+    n_used, n_experts = ids.shape[1], matrices[0].shape[0]
+    from_tokens = -(-LARGE_FROM * n_experts // n_used)
+    rounded = _rounded(lowering, node, node.inputs["x"])
+    for rows, when in (
+        (SMALL_TILE, _Between(ids, TILE_TOKENS, max(TILE_TOKENS, from_tokens))),
+        (LARGE_TILE, _Between(ids, max(TILE_TOKENS, from_tokens), None)),
+    ):
+        order, tiles = _sorted(lowering, node, rows, when)
+        for out, m in zip(node.outputs, matrices, strict=True):
+            target = _per_choice(node, out, m)
+            lowering.launch(
+                "gemm_experts", f"gemm_experts_{rows}", [node], [target, rounded, m, order, tiles],
+                n_writes=1, threads=256, shared=gemm_shared(rows), when=when,
+                grid=partial(_expert_grid, ids, m, rows),
+            )  # fmt: skip
+            _lower_sum(lowering, node, out, target, when)
+
+
+def _lower_sum(lowering: Lowering, node: Node, out: Tensor, target: Ref, when: Condition) -> None:
+    if (gates := node.inputs.get("weights")) is not None:
+        lowering.launch(
+            "sum_experts", "sum_experts", [node], [out, target, gates], n_writes=1, threads=256,
+            grid=lambda live: (-(-out.shape[1] // 256), _rows(out, live), 1), when=when,
+        )  # fmt: skip
+
+
+def _quantized(lowering: Lowering, node: Node, x: Tensor, when: Condition) -> Sequence[Scratch]:
+    """x as int8 in fragments of 8 rows (quantize.cuh); once for all nodes that read it."""
+    n_blocks, n_records = -(-int(x.shape[0]) // 8), x.shape[1] // RECORD
+    shapes = (
+        ((n_blocks, n_records * 8 * RECORD), I8),
+        ((n_blocks, n_records * 8), F32),
+        ((n_blocks, n_records * 16), I32),
+    )
+    buffers, is_new = _buffers(lowering, "quantized", x, shapes)
+    if is_new:
+        lowering.launch(
+            "quantize_rows", "quantize_rows", [node], [*buffers, x], n_writes=3, threads=256,
+            grid=lambda live: (-(-n_records // 8), -(-_rows(x, live) // 8), 1), when=when,
+        )  # fmt: skip
+    return buffers
+
+
+def _rounded(lowering: Lowering, node: Node, x: Tensor) -> Scratch:
+    """x as bfloat16; once for all nodes that read it."""
+    (buffer,), is_new = _buffers(lowering, "rounded", x, ((x.shape, BF16),))
+    n_used = x.shape[1] if len(x.shape) == 3 else 1
+    if is_new:
+        lowering.launch(
+            "round_rows", "round_rows", [node], [buffer, x], n_writes=1, threads=128,
+            grid=lambda live: (-(-x.shape[-1] // (8 * 128)), n_used, _rows(x, live)),
+            when=_Between(x, min(FEW_ROWS, TILE_TOKENS), None),
+        )  # fmt: skip
+    return buffer
+
+
+def _sorted(lowering: Lowering, node: Node, tile_rows: int, when: _Between) -> Sequence[Scratch]:
+    """Pairs by expert, and tiles of them; once for all nodes of the same routing."""
+    ids, m = node.inputs["ids"], _matrices(node)[0]
+    n_tokens, n_used = ids.shape
+    n_tiles = _n_tiles(ids, m, tile_rows, int(n_tokens))
+    shapes = (((int(n_tokens) * n_used,), I32), ((1 + n_tiles, 3), I32))
+    what = ("sorted", tile_rows, when.more_than, when.most)
+    buffers, is_new = _buffers(lowering, what, ids, shapes)
+    if is_new:
+        lowering.launch(
+            "sort_by_expert", "sort_by_expert", [node], [*buffers, ids],
+            [float(m.shape[0]), float(tile_rows)], n_writes=2, threads=1024,
+            grid=lambda live: (1, 1, 1), when=when,
+        )  # fmt: skip
+    return buffers
+
+
+def _buffers(
+    lowering: Lowering, what: Any, x: Tensor, shapes: Sequence[tuple[Sequence[int], Any]]
+) -> tuple[list[Scratch], bool]:
+    """Buffers for what is made of x, and whether they are new."""
+    key = (what, x.base, x.offset, x.shape, x.strides)
+    is_new = not lowering.has_buffer((key, 0))
+    return [lowering.buffer((key, i), *s) for i, s in enumerate(shapes)], is_new
+
+
+def _per_choice(node: Node, out: Tensor, m: Tensor) -> Ref:
+    """Where an expert's products go: the output, or what will be summed up."""
+    if "weights" not in node.inputs:
+        return out
+    return Scratch((*node.inputs["ids"].shape, m.shape[1]), F32)
+
+
+def _n_tiles(ids: Tensor, m: Tensor, rows: int, n_tokens: int) -> int:
+    """The most tiles that some tokens can have."""
+    n_pairs = n_tokens * int(ids.shape[1])
+    return min(n_pairs, n_pairs // rows + int(m.shape[0]))
+
+
+def _share(node: Node) -> int:
+    """Warps that share the columns of an expert's panel."""
+    m = _matrices(node)[0]
+    return _warps(m.shape[2], plain=not is_quantized(m))
+
+
+def _warps(n_in: int, plain: bool) -> int:
+    """Warps that share a panel's columns; whatever the rows, as sums depend on it."""
+    return min(MAX_WARPS, -(-n_in // (PLAIN_WARP_COLUMNS if plain else WARP_COLUMNS)))
+
+
+def expand_grid(w: Tensor) -> Grid:
+    """Of the kernel that expands a weight [out, in]."""
+    return (-(-w.shape[1] // (8 * RECORD)), -(-w.shape[0] // PANEL), 1)
+
+
+def gemm_shared(rows: int) -> int:
+    """Shared memory of a tile of that many rows (gemm.cuh)."""
+    return (_STAGES * rows + 2 * TILE_COLUMNS) * RECORD * 2
+
+
+def is_quantized(w: Tensor) -> bool:
+    """Whether a weight meets int8 activations."""
+    return w.dtype.block_elems > 1
+
+
+def has_tiles(w: Tensor) -> bool:
+    """Whether bfloat16 keeps a weight's digits, as far as quantized ones have them."""
+    is_bf16 = w.dtype is WEIGHT_TYPES["BF16"] and w.shape[-1] % RECORD == 0
+    return is_quantized(w) or is_bf16
+
+
+def _matrices(node: Node) -> list[Tensor]:
+    prefix = "weight" if node.op.name == "MUL_MAT" else "matrix"
+    inputs = node.inputs.items()
+    return [t for name, t in inputs if name.startswith(prefix) and t.kind is Kind.WEIGHT
+            and name != "weights"]  # fmt: skip
+
+
+def _rows(t: Tensor, live: Live) -> int:
+    return live.shape(t.shape)[0]
+
+
+def _is_of_step(t: Tensor) -> bool:
+    """Whether it has a row for each token, rather than for each that needs logits."""
+    return isinstance(t.shape[0], Dim) and t.shape[0].name == "n_tokens"
+
+
+def _grid(t: Tensor, rows: int, blocks: int, live: Live) -> Grid:
+    """Blocks for each group of so many rows of a tensor."""
+    return blocks, -(-_rows(t, live) // rows), 1
+
+
+def _gemm_grid(out: Tensor, rows: int, n_out: int, live: Live) -> Grid:
+    return -(-_rows(out, live) // rows), -(-n_out // TILE_COLUMNS), 1
+
+
+def _tile_grid(ids: Tensor, m: Tensor, live: Live) -> Grid:
+    return -(-m.shape[1] // PANEL), _n_tiles(ids, m, TILE_ROWS, _rows(ids, live)), 1
+
+
+def _expert_grid(ids: Tensor, m: Tensor, rows: int, live: Live) -> Grid:
+    return _n_tiles(ids, m, rows, _rows(ids, live)), -(-m.shape[1] // TILE_COLUMNS), 1
+
+
+@dataclass(frozen=True)
+class _Between:
+    """Whether a tensor has more live rows than one number, and at most another."""
+
+    tensor: Tensor
+    more_than: int
+    most: int | None
+    also: Condition = lambda live: True
+
+    def __call__(self, live: Live) -> bool:
+        n = _rows(self.tensor, live)
+        return n > self.more_than and (self.most is None or n <= self.most) and self.also(live)
+
+
+LOWERINGS: dict[str, Callable[[Lowering, Node], None]] = {
+    "GET_ROWS": lower_get_rows,
+    "MUL_MAT": lower_mul_mat,
+    "MUL_MAT_ID": lower_mul_mat_id,
+}

@@ -1,0 +1,89 @@
+// What every CUDA kernel gets, and the few device primitives that kernels use.
+//
+// A launch has operands (`View`s, in the order of its signature in engine/backends/lowering.py; one
+// that is absent has data == nullptr), attributes, and the live counts of the batch, which lie in
+// device memory: a captured launch serves every batch up to the sizes that it was captured for. So
+// grids are sized for the most rows, and what lies past the live ones returns at once.
+//
+// Kernels are plain CUDA C++17 for NVRTC without any header. Whatever needs PTX is a function of
+// this file, so that tests can run kernels without a GPU (see primitives.cuh).
+#pragma once
+
+#include "primitives.cuh"
+
+namespace gdn {
+
+// Live counts by the number that View::dim has: 0 stands for "always the capacity".
+enum Dim : int32_t { FIXED, N_TOKENS, N_SEQS, N_SEQS_1, N_OUTPUTS, N_DIMS };
+
+enum DType : int32_t { F32, F16, I32, I8, PACKED, BF16 };
+
+constexpr int MAX_RANK = 4, MAX_VIEWS = 20, MAX_ATTRS = 8;
+
+// A row-major array or a strided part of one; strides count elements. A weight in a packed layout
+// has dtype PACKED, its layout's number, and the layout's strides in bytes (see layout.cuh).
+struct View {
+    char* data;
+    int32_t shape[MAX_RANK];
+    int32_t stride[MAX_RANK];
+    int8_t rank, dtype, dim, layout;
+    int32_t unused;
+
+    template <typename T>
+    DEVICE T* as() const {
+        return reinterpret_cast<T*>(data);
+    }
+    // Row i of the first axis, and with more indices entries of the following ones.
+    DEVICE float* row(int64_t i) const { return as<float>() + i * stride[0]; }
+    DEVICE float* row(int64_t i, int64_t j) const { return row(i) + j * stride[1]; }
+    DEVICE explicit operator bool() const { return data != nullptr; }
+};
+
+struct Args {
+    View v[MAX_VIEWS];
+    float attr[MAX_ATTRS];
+    const int32_t* live;  // [N_DIMS]
+
+    // The live size of a view's first axis.
+    DEVICE int32_t rows(const View& view) const {
+        return view.dim ? live[view.dim] : view.shape[0];
+    }
+};
+
+// The sequence that row t belongs to.
+DEVICE int32_t sequence_of(const int32_t* seq_starts, int32_t n_seqs, int32_t t) {
+    int32_t low = 0, high = n_seqs;
+    while (high - low > 1) {
+        const int32_t middle = (low + high) / 2;
+        (seq_starts[middle] <= t ? low : high) = middle;
+    }
+    return low;
+}
+
+DEVICE float sigmoid(float x) { return 1.0f / (1.0f + exp_fast(-fmaxf(x, -80.0f))); }
+DEVICE float silu(float x) { return x * sigmoid(x); }
+
+// The sum over a warp, in every lane; always added in the same order.
+DEVICE float warp_sum(float x) {
+    for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+    return x;
+}
+
+DEVICE float warp_max(float x) {
+    for (int mask = 16; mask > 0; mask /= 2) x = fmaxf(x, shuffle_xor(x, mask));
+    return x;
+}
+
+// The sum over a block, in every thread; `shared` is of 32 floats. Ends and begins with a barrier.
+DEVICE float block_sum(float x, float* shared) {
+    x = warp_sum(x);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+    __syncthreads();
+    const int n_warps = (blockDim.x + 31) / 32;
+    float total = 0.0f;
+    for (int i = 0; i < n_warps; i++) total += shared[i];
+    return total;
+}
+
+}  // namespace gdn

@@ -1,0 +1,18 @@
+// MUL_MAT of up to 64 rows, which QUANTIZE_ROWS has quantized; see product.cuh.
+
+#include "product.cuh"
+
+KERNEL_FOR(mul_mat_16, 256, 2) {
+    DYNAMIC_SHARED(sums);
+    gdn::mul_mat_quantized<2>(a, reinterpret_cast<float*>(sums));
+}
+
+KERNEL_FOR(mul_mat_32, 256, 2) {
+    DYNAMIC_SHARED(sums);
+    gdn::mul_mat_quantized<4>(a, reinterpret_cast<float*>(sums));
+}
+
+KERNEL_FOR(mul_mat_64, 256, 1) {
+    DYNAMIC_SHARED(sums);
+    gdn::mul_mat_quantized<8>(a, reinterpret_cast<float*>(sums));
+}

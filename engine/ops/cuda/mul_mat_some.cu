@@ -1,0 +1,13 @@
+// MUL_MAT of up to 4 rows, and of 8, which QUANTIZE_ROWS has quantized; see product.cuh.
+
+#include "product.cuh"
+
+KERNEL_FOR(mul_mat_4, 256, 2) {
+    DYNAMIC_SHARED(sums);
+    gdn::mul_mat_floats<4>(a, reinterpret_cast<float*>(sums));
+}
+
+KERNEL_FOR(mul_mat_8, 256, 2) {
+    DYNAMIC_SHARED(sums);
+    gdn::mul_mat_quantized<1>(a, reinterpret_cast<float*>(sums));
+}

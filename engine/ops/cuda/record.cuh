@@ -1,0 +1,161 @@
+// How a warp reads records of packed weights.
+//
+// repack.cu has put a record's words into the order of tensor cores' fragments: lane 4g + c of a
+// warp has columns 8c … 8c+7 (words 2c and 2c+1) of rows g and g + 8, its "piece", and reads what
+// belongs to it, word by word of the planes and element by element of the scales, in one access.
+#pragma once
+
+#include "layout.cuh"
+
+namespace gdn {
+
+template <typename T>
+DEVICE T load_words(const uint8_t* p) { return load_stream(reinterpret_cast<const T*>(p)); }
+
+// The codebook of IQ4, four int8 a word; a nibble counts from the lowest byte of the first.
+constexpr uint32_t IQ4_WORDS[4] = {0xbfad9881, 0xf6eaddcf, 0x26190d01, 0x71594535};
+
+// The codebook's values for the 4 nibbles in the lower half of a word.
+DEVICE uint32_t look_up(uint32_t nibbles) {
+    const uint32_t low = nibbles & 0x7777, high = nibbles >> 3 & 0x1111;
+    const uint32_t mask = permute_bytes(0x0000ff00, 0, high);
+    const uint32_t a = permute_bytes(IQ4_WORDS[0], IQ4_WORDS[1], low);
+    const uint32_t b = permute_bytes(IQ4_WORDS[2], IQ4_WORDS[3], low);
+    return (b & mask) | (a & ~mask);
+}
+
+template <typename F>
+struct Piece {
+    static constexpr bool IS_BYTES = F::BITS == 8;
+    static constexpr int NIBBLE = !IS_BYTES && F::BITS >= 4 ? 4 : 0;
+    static constexpr int PAIR = !IS_BYTES && F::BITS % 4 >= 2 ? 2 : 0;
+    static constexpr int BIT = F::BITS % 2;
+    // Bytes of scales (and mins) of rows g and g + 8.
+    static constexpr int HEAD = F::HEAD_BYTES / 8;
+    static constexpr int PAIRS_AT = F::HEAD_BYTES + NIBBLE * WORD_BYTES;
+    static constexpr int BITS_AT = PAIRS_AT + PAIR * WORD_BYTES;
+
+    // Where pairs and bits of rows g and g + 8 are among `planes`.
+    static constexpr int PAIRS = NIBBLE ? 2 : 0, BITS = PAIRS + PAIR;
+
+    uint32_t planes[4], head[2];
+
+    DEVICE void load(const uint8_t* record, int lane) {
+        const int g = lane / 4, c = lane % 4;
+        const uint8_t* at = record + F::HEAD_BYTES;
+        if (IS_BYTES) {
+            const Words4 v = load_words<Words4>(at + lane * 16);
+            for (int i = 0; i < 4; i++) planes[i] = v.w[i];
+        }
+        if (NIBBLE) put(planes, load_words<Words2>(at + lane * 8));
+        if (PAIR) put(planes + PAIRS, load_words<Words2>(record + PAIRS_AT + (2 * g + c / 2) * 8));
+        if (BIT) put(planes + BITS, load_words<Words2>(record + BITS_AT + g * 8));
+        at = record + g * HEAD;
+        if (HEAD == 8) put(head, load_words<Words2>(at));
+        if (HEAD == 4) head[0] = load_words<uint32_t>(at);
+        if (HEAD == 2) head[0] = *reinterpret_cast<const uint16_t*>(at);
+    }
+    DEVICE static void put(uint32_t* to, Words2 v) { to[0] = v.w[0], to[1] = v.w[1]; }
+
+    DEVICE void clear() {
+        for (int i = 0; i < 4; i++) planes[i] = 0;
+        head[0] = head[1] = 0;
+    }
+
+    // Word 2c of rows g and g + 8, then word 2c + 1 of both: bytes with the values' own signs, not
+    // less than 0 where there is a ZERO.
+    DEVICE void words(int c, uint32_t (&a)[4]) const {
+        for (int i = 0; i < 2; i++) {
+            if (IS_BYTES) {
+                a[i] = planes[i], a[i + 2] = planes[i + 2];
+                continue;
+            }
+            a[i] = a[i + 2] = 0;
+            if (F::CODEBOOK) {
+                // Nibbles of the two words alternate.
+                const uint32_t low = look_up(planes[i] & 0xffff), high = look_up(planes[i] >> 16);
+                a[i] = permute_bytes(low, high, 0x6420);
+                a[i + 2] = permute_bytes(low, high, 0x7531);
+                continue;
+            }
+            if (NIBBLE) {
+                a[i] = planes[i] & 0x0f0f0f0f;
+                a[i + 2] = planes[i] >> 4 & 0x0f0f0f0f;
+            }
+            if (PAIR) {
+                const uint32_t v = planes[PAIRS + i] >> 4 * (c % 2);
+                a[i] |= (v & 0x03030303) << NIBBLE;
+                a[i + 2] |= (v >> 2 & 0x03030303) << NIBBLE;
+            }
+            if (BIT) {
+                const uint32_t v = planes[BITS + i] >> 2 * c;
+                a[i] |= (v & 0x01010101) << (NIBBLE + PAIR);
+                a[i + 2] |= (v >> 1 & 0x01010101) << (NIBBLE + PAIR);
+            }
+        }
+    }
+
+    // Number `at` of the scales and mins: (min · GROUPS + group) · 2 + row / 8.
+    DEVICE float number(int at) const {
+        if (!F::IS_SUPER) return half_to_float(static_cast<uint16_t>(head[at / 2] >> 16 * (at % 2)));
+        const uint32_t byte = head[at / 4] >> 8 * (at % 4) & 0xff;
+        return static_cast<float>(F::HAS_MIN ? static_cast<int32_t>(byte)
+                                             : static_cast<int32_t>(static_cast<int8_t>(byte)));
+    }
+};
+
+// What scales and mins of a super-block are in units of, for rows g and g + 8; else 1.
+template <typename F>
+struct Super {
+    float scale[2], min[2];
+
+    // As they are stored.
+    DEVICE static void fetch(const uint8_t* block, int lane, uint32_t (&raw)[2]) {
+        if (!F::IS_SUPER) return;
+        constexpr int N = F::HAS_MIN ? 2 : 1;
+        const auto* at = reinterpret_cast<const uint32_t*>(block) + lane / 4 * N;
+        for (int i = 0; i < N; i++) raw[i] = at[i];
+    }
+
+    DEVICE explicit Super(const uint32_t (&raw)[2]) {
+        for (int i = 0; i < 2; i++) {
+            scale[i] = min[i] = 1.0f;
+            if (F::IS_SUPER) scale[i] = half_to_float(static_cast<uint16_t>(raw[0] >> 16 * i));
+            if (F::IS_SUPER && F::HAS_MIN)
+                min[i] = half_to_float(static_cast<uint16_t>(raw[1] >> 16 * i));
+        }
+    }
+};
+
+template <typename F>
+DEVICE float scale_of(const Piece<F>& piece, const Super<F>& super, int group, int i) {
+    return super.scale[i] * piece.number(group * 2 + i);
+}
+template <typename F>
+DEVICE float min_of(const Piece<F>& piece, const Super<F>& super, int group, int i) {
+    return F::HAS_MIN ? super.min[i] * piece.number((F::GROUPS + group) * 2 + i) : 0.0f;
+}
+
+// Values of columns 8c … 8c+7 of rows g (i = 0) or g + 8 (i = 1).
+template <typename F>
+DEVICE void decode(const Piece<F>& piece, const Super<F>& super, int c, int i, float (&v)[8]) {
+    uint32_t a[4];
+    piece.words(c, a);
+    float scale = scale_of(piece, super, 0, i), min = min_of(piece, super, 0, i);
+    if (F::GROUPS == 2 && c / 2 == 1) {
+        scale = scale_of(piece, super, F::GROUPS - 1, i);
+        min = min_of(piece, super, F::GROUPS - 1, i);
+    }
+    for (int k = 0; k < 8; k++) {
+        const uint32_t byte = a[i + k / 4 * 2] >> 8 * (k % 4);
+        const int32_t q = F::SIGNED ? static_cast<int8_t>(byte) : static_cast<int32_t>(byte & 0xff);
+        v[k] = scale * static_cast<float>(q - F::ZERO) - min;
+    }
+}
+
+DEVICE const uint8_t* panel_at(const View& w, int64_t p) {
+    return w.as<uint8_t>() + p * w.stride[w.rank - 2];
+}
+DEVICE int n_panels(const View& w) { return (w.shape[w.rank - 2] + ROWS - 1) / ROWS; }
+
+}  // namespace gdn

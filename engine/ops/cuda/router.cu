@@ -1,0 +1,139 @@
+// ROUTER: the experts of a token and their weights, a warp for each row.
+//
+// Lane l has experts l, l + 32, ... Scores are compared as integers of the same order, of which 0
+// marks what can't be chosen (any more): so a choice is always an expert that there is, even if
+// logits are NaN.
+
+#include "kernel.cuh"
+
+namespace gdn {
+
+// Attributes: n_used, gating, scale, eps, n_groups, n_groups_used.
+enum { IDS, WEIGHTS, LOGITS, BIAS };
+enum { SOFTMAX, SIGMOID };
+enum { N_USED, GATING, SCALE, EPS, N_GROUPS, N_GROUPS_USED };
+
+constexpr int MAX_EXPERTS = 512, PER_LANE = MAX_EXPERTS / 32;
+constexpr float LOWEST = -3.402823466e38f;
+constexpr uint32_t NEVER = 0;
+
+// Integers in the order of floats, above NEVER; NaN is as low as can be.
+DEVICE uint32_t ordered(float x) {
+    const uint32_t bits = __float_as_uint(fmaxf(x, LOWEST) + 0.0f);
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+// The index of the highest of a warp's scores, the first of equal ones; marks it as taken.
+DEVICE int take_best(uint32_t (&scores)[PER_LANE]) {
+    uint32_t best = scores[0];
+    int where = 0;
+#pragma unroll
+    for (int i = 1; i < PER_LANE; i++)
+        if (scores[i] > best) best = scores[i], where = i;
+    const uint32_t lane = threadIdx.x % 32, index = where * 32 + lane;
+    const uint32_t highest = warp_highest(best);
+    const uint32_t taken = warp_lowest(best == highest ? index : 0xffffffffu);
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++)
+        if (taken == i * 32 + lane) scores[i] = NEVER;
+    return static_cast<int>(taken);
+}
+
+// p of a row of n logits.
+DEVICE void probabilities(float (&p)[PER_LANE], const float* logits, int n, bool softmax) {
+    const int lane = threadIdx.x % 32;
+    float highest = LOWEST, total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+        const int x = i * 32 + lane;
+        p[i] = x < n ? logits[x] : LOWEST;
+        highest = fmaxf(highest, p[i]);
+    }
+    if (softmax) highest = warp_max(highest);
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+        const bool is_expert = i * 32 + lane < n;
+        if (softmax)
+            p[i] = is_expert ? exp_fast(p[i] - highest) : 0.0f;
+        else
+            // Not below -80, so that even the smallest ones have a sum to be divided by.
+            p[i] = 1.0f / (1.0f + exp_fast(-(p[i] < -80.0f ? -80.0f : p[i])));
+        total += p[i];
+    }
+    if (!softmax) return;
+    const float scale = 1.0f / warp_sum(total);
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) p[i] *= scale;
+}
+
+// Marks the experts outside of the best groups. A group is as good as the sum of its two best.
+// `shared` is of MAX_EXPERTS floats.
+DEVICE void keep_best_groups(uint32_t (&scores)[PER_LANE], const float (&values)[PER_LANE], int n,
+                             int n_groups, int n_kept, float* shared) {
+    const int lane = threadIdx.x % 32, size = n / n_groups;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) shared[i * 32 + lane] = values[i];
+    sync_warp();
+    uint32_t goodness[PER_LANE];
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+        const int g = i * 32 + lane;
+        float first = LOWEST, second = LOWEST;
+        for (int k = 0; g < n_groups && k < size; k++) {
+            const float v = shared[g * size + k];
+            second = v > first ? first : v > second ? v : second;
+            first = v > first ? v : first;
+        }
+        goodness[i] = g < n_groups ? ordered(first + second) : NEVER;
+    }
+    for (int u = 0; u < n_kept; u++) take_best(goodness);
+    sync_warp();
+    // What is left of goodness: the groups that were not taken.
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) shared[i * 32 + lane] = goodness[i] == NEVER ? 1.0f : 0.0f;
+    sync_warp();
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++)
+        if (i * 32 + lane < n && shared[(i * 32 + lane) / size] == 0.0f) scores[i] = NEVER;
+    sync_warp();
+}
+
+}  // namespace gdn
+
+// Grid: rows. At most 512 experts, of which 32 are used.
+KERNEL(router, 32) {
+    using namespace gdn;
+    __shared__ float shared[MAX_EXPERTS];
+    const int t = blockIdx.x, lane = threadIdx.x;
+    if (t >= a.rows(a.v[LOGITS])) return;
+    const int n = a.v[LOGITS].shape[1], n_used = a.v[IDS].shape[1];
+    const int n_groups = static_cast<int>(a.attr[N_GROUPS]);
+    const float* bias = a.v[BIAS].as<float>();
+    float p[PER_LANE], values[PER_LANE];
+    uint32_t scores[PER_LANE];
+    probabilities(p, a.v[LOGITS].row(t), n, a.attr[GATING] == SOFTMAX);
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+        const int x = i * 32 + lane;
+        values[i] = x < n && bias ? p[i] + bias[x] : p[i];
+        scores[i] = x < n ? ordered(values[i]) : NEVER;
+    }
+    if (n_groups > 1) {
+        const int n_kept = static_cast<int>(a.attr[N_GROUPS_USED]);
+        keep_best_groups(scores, values, n, n_groups, n_kept, shared);
+    }
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) shared[i * 32 + lane] = p[i];
+    sync_warp();
+    // Lane u has the choice of number u.
+    int id = 0;
+    for (int u = 0; u < n_used; u++) {
+        const int taken = take_best(scores);
+        if (lane == u) id = taken;
+    }
+    const float mine = lane < n_used ? shared[id] : 0.0f;
+    const float total = warp_sum(mine) + a.attr[EPS];
+    if (lane >= n_used) return;
+    a.v[IDS].as<int32_t>()[static_cast<int64_t>(t) * a.v[IDS].stride[0] + lane] = id;
+    a.v[WEIGHTS].row(t)[lane] = mine / total * a.attr[SCALE];
+}

@@ -1,0 +1,179 @@
+// Draws a token from each row of logits: top-k, top-p, min-p, temperature, by probability.
+//
+// A logit and its id make one key; keys are all different, and the highest is that of the highest
+// logit, of equal ones of the lowest id. Blocks take the best keys of a segment of the vocabulary,
+// then one block for each row takes the best of these.
+
+#include "kernel.cuh"
+
+namespace gdn {
+
+constexpr int THREADS = 256, MAX_K = 128, MAX_BANNED = 16;
+constexpr int PER_SEGMENT = 16, SEGMENT = THREADS * PER_SEGMENT, MAX_SEGMENTS = 64;
+constexpr int PER_JOIN = MAX_SEGMENTS * MAX_K / THREADS;
+
+// How a row is drawn, as in engine/backends/cuda_decoder.py; with `feed` >= 0 its token is what that
+// row got in the step before.
+struct Draw {
+    float temperature, top_p, log_min_p, uniform;
+    int32_t top_k, feed, n_banned, unused;
+    int32_t banned[MAX_BANNED];
+};
+
+// The upper half of a key grows with the logit; at its ends is what is not finite, and what is none.
+constexpr uint32_t NOT_FINITE = 0xffffffffu, NONE = 0;
+
+DEVICE uint64_t key_of(uint32_t order, int id) {
+    return static_cast<uint64_t>(order) << 32 | ~static_cast<uint32_t>(id);
+}
+DEVICE uint32_t order_of(uint64_t key) { return static_cast<uint32_t>(key >> 32); }
+DEVICE int id_of(uint64_t key) { return static_cast<int>(~static_cast<uint32_t>(key)); }
+
+DEVICE uint64_t key_of_logit(float x, int id) {
+    // -0 is 0.
+    const uint32_t bits = __float_as_uint(x + 0.0f);
+    if ((bits & 0x7f800000u) == 0x7f800000u) return key_of(NOT_FINITE, id);
+    return key_of(bits >> 31 ? ~bits : bits | 0x80000000u, id);
+}
+DEVICE float logit_of(uint64_t key) {
+    const uint32_t order = order_of(key);
+    return __uint_as_float(order >> 31 ? order & 0x7fffffffu : ~order);
+}
+
+DEVICE uint64_t highest(uint64_t a, uint64_t b) { return a > b ? a : b; }
+
+// The `k` highest of a block's keys, falling, in `best`; of N keys of each thread, all different.
+template <int N>
+DEVICE void take_best(const uint64_t (&keys)[N], int k, uint64_t* best) {
+    __shared__ uint64_t maxima[THREADS];
+    // Of what a thread has, all may be among the best, but no more than k threads have any.
+    __shared__ uint64_t kept[N * MAX_K];
+    __shared__ uint64_t floor;
+    __shared__ int32_t n_kept;
+    const int t = threadIdx.x;
+    uint64_t mine = keys[0];
+    for (int i = 1; i < N; i++) mine = highest(mine, keys[i]);
+    if (k == 1) {
+        for (int mask = 16; mask > 0; mask /= 2) mine = highest(mine, shuffle_xor(mine, mask));
+        if (t % 32 == 0) maxima[t / 32] = mine;
+        __syncthreads();
+        for (int i = 0; i < THREADS / 32; i++) mine = highest(mine, maxima[i]);
+        if (t == 0) best[0] = mine;
+        __syncthreads();
+        return;
+    }
+    maxima[t] = mine;
+    if (t == 0) n_kept = 0;
+    __syncthreads();
+    int rank = 0;
+    for (int i = 0; i < THREADS; i++) rank += maxima[i] > mine;
+    // The k-th highest maximum: k keys are at least that.
+    if (rank == k - 1) floor = mine;
+    __syncthreads();
+    for (int i = 0; i < N; i++) {
+        if (keys[i] >= floor) kept[add_atomic(&n_kept, 1)] = keys[i];
+    }
+    __syncthreads();
+    for (int i = t; i < n_kept; i += THREADS) {
+        const uint64_t key = kept[i];
+        int above = 0;
+        for (int j = 0; j < n_kept; j++) above += kept[j] > key;
+        if (above < k) best[above] = key;
+    }
+    __syncthreads();
+}
+
+// Of `n` falling keys the index of the one that is drawn; `weights` are their probabilities but for
+// a factor, `tempered` those at the temperature.
+DEVICE int drawn(const Draw& draw, const uint64_t* keys, int n, const float* weights,
+                 const float* tempered) {
+    const float top_p = draw.top_p, least = logit_of(keys[0]) + draw.log_min_p;
+    if (top_p < 1.0f) {
+        float total = 0.0f, sum = 0.0f;
+        for (int i = 0; i < n; i++) total += weights[i];
+        int i = 0;
+        while (i < n - 1 && (sum += weights[i]) < top_p * total) i++;
+        n = i + 1;
+    }
+    float total = 0.0f, sum = 0.0f;
+    int n_likely = 0;
+    while (n_likely < n && logit_of(keys[n_likely]) >= least) total += tempered[n_likely++];
+    const float end = draw.uniform * total;
+    int i = 0;
+    while (i < n_likely - 1 && (sum += tempered[i]) <= end) i++;
+    return i;
+}
+
+}  // namespace gdn
+
+// The tokens of rows that continue with what the step before drew. Grid: (rows / threads).
+KERNEL(feed_tokens, 64) {
+    using namespace gdn;
+    enum { TOKENS, DRAWN, DRAWS };
+    const int row = blockIdx.x * blockDim.x + threadIdx.x;
+    if (row >= a.live[N_OUTPUTS]) return;
+    const int from = a.v[DRAWS].as<Draw>()[row].feed;
+    if (from < 0) return;
+    const int token = a.v[DRAWN].as<int32_t>()[from];
+    a.v[TOKENS].as<int32_t>()[row] = token < 0 ? 0 : token;
+}
+
+// The best keys of each segment. Grid: (segments, rows).
+KERNEL(sample_segments, 256) {
+    using namespace gdn;
+    enum { BEST, LOGITS, DRAWS };
+    __shared__ uint64_t best[MAX_K];
+    const int row = blockIdx.y, first = blockIdx.x * SEGMENT, n_vocab = a.v[LOGITS].shape[1];
+    if (row >= a.live[N_OUTPUTS]) return;
+    const Draw& draw = a.v[DRAWS].as<Draw>()[row];
+    const float* logits = a.v[LOGITS].row(row);
+    uint64_t keys[PER_SEGMENT];
+    for (int i = 0; i < PER_SEGMENT; i++) {
+        const int id = first + i * THREADS + threadIdx.x;
+        keys[i] = id < n_vocab ? key_of_logit(logits[id], id) : key_of(NONE, id);
+    }
+    for (int b = 0; b < draw.n_banned; b++) {
+        const int id = draw.banned[b];
+        for (int i = 0; i < PER_SEGMENT; i++) {
+            const bool is_banned = id_of(keys[i]) == id && order_of(keys[i]) != NOT_FINITE;
+            if (is_banned) keys[i] = key_of(NONE, id);
+        }
+    }
+    take_best(keys, draw.top_k, best);
+    uint64_t* out = a.v[BEST].as<uint64_t>() + (row * MAX_SEGMENTS + blockIdx.x) * MAX_K;
+    if (threadIdx.x < draw.top_k) out[threadIdx.x] = best[threadIdx.x];
+}
+
+// A row's token; -1 if a logit is not finite, or all are banned. Grid: (rows).
+KERNEL(sample_rows, 256) {
+    using namespace gdn;
+    enum { DRAWN, BEST, DRAWS };
+    __shared__ uint64_t best[MAX_K];
+    __shared__ float weights[MAX_K], tempered[MAX_K];
+    const int row = blockIdx.x, n_segments = static_cast<int>(a.attr[0]);
+    if (row >= a.live[N_OUTPUTS]) return;
+    const Draw& draw = a.v[DRAWS].as<Draw>()[row];
+    const uint64_t* found = a.v[BEST].as<uint64_t>() + row * MAX_SEGMENTS * MAX_K;
+    const int k = draw.top_k, t = threadIdx.x;
+    uint64_t keys[PER_JOIN];
+    for (int i = 0; i < PER_JOIN; i++) {
+        const int at = i * THREADS + t;
+        // Ids that no logit has.
+        keys[i] = at < n_segments * k ? found[at / k * MAX_K + at % k] : key_of(NONE, -2 - at);
+    }
+    take_best(keys, k, best);
+    if (t < k && order_of(best[t]) != NONE) {
+        const float distance = logit_of(best[t]) - logit_of(best[0]);
+        weights[t] = expf(distance);
+        tempered[t] = expf(distance / draw.temperature);
+    }
+    __syncthreads();
+    if (t > 0) return;
+    int n = 0;
+    while (n < k && order_of(best[n]) != NONE) n++;
+    int32_t& id = a.v[DRAWN].as<int32_t>()[row];
+    id = -1;
+    if (n > 0 && order_of(best[0]) != NOT_FINITE) {
+        id = id_of(best[drawn(draw, best, n, weights, tempered)]);
+    }
+}

@@ -1,0 +1,192 @@
+"""Matrix products alone on a GPU: microseconds and bandwidth of few rows, TFLOP/s of many.
+
+    python tools/time_cuda_products.py [few] [many] [experts] [--types Q8_0,Q4_K,…] [--set NAME=N …]
+
+Nodes of one weight each go through the backend's own lowering, as launches of one captured graph:
+so many weights that the L2 cache doesn't serve them. `--set` changes a constant of
+engine/backends/cuda_products.py, such as MAX_WARPS=4 or INLINE_ROWS=8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from engine.backends import cpu_library, cuda_products
+from engine.backends.cuda import CudaBackend
+from engine.backends.cuda_device import CupyDevice, Device
+from engine.backends.cuda_weights import CudaWeights
+from engine.graph import Capacity, Dim, Graph, Kind, Live, Tensor
+from engine.ops.mul_mat import mul_mat
+from engine.ops.mul_mat_id import mul_mat_id
+from engine.planner import Split
+from engine.quants import F32, I32, WEIGHT_TYPES, DType
+from tools.randblocks import TYPES, generator, random_blocks
+
+# (in, out) of nodes of Qwen3.5-0.8B, 4B and 9B: narrow, square, wide and deep.
+FEW_SHAPES = (
+    (1024, 1024), (1024, 7168), (3584, 1024), (2560, 2560), (2560, 18432), (9216, 2560),
+    (4096, 4096), (4096, 24576), (12288, 4096),
+)  # fmt: skip
+MANY_SHAPES = ((1024, 7168), (2560, 18432), (4096, 12288), (12288, 4096))
+# 35B-A3B: experts, used, in, out.
+EXPERTS, USED, WIDTH, D_FF = 256, 8, 2048, 512
+# Bytes that the L2 cache doesn't hold, and the most weights of one graph.
+PAST_CACHE, MAX_COPIES, REPEATS = 200 << 20, 100, 7
+
+
+class RandomWeights:
+    """The same random rows again and again: what bytes there are shows in no time."""
+
+    def __init__(self, dtype: DType, n_elems: int) -> None:
+        n_blocks = min(n_elems, 1 << 22) // dtype.block_elems
+        some = random_blocks(TYPES[dtype.name], n_blocks, 0.02, generator(1))
+        n_bytes = n_elems // dtype.block_elems * dtype.block_bytes
+        self._raw = np.resize(some, n_bytes)
+
+    def raw(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """A weight's bytes."""
+        return self._raw
+
+    def release(self, name: str, begin: int = 0, end: int | None = None) -> None:
+        """They are needed again."""
+
+
+class Products:
+    """`n_copies` nodes on one activation, with room for `capacity` rows."""
+
+    def __init__(
+        self, device: Device, dtype: DType, shape: tuple[int, ...], capacity: int, n_copies: int,
+        bf16_bytes: int | None = 0, used: int = 0, summed: bool = False,
+    ) -> None:  # fmt: skip
+        self._device, self._backend, graph = device, CudaBackend(device), Graph(Capacity(capacity))
+        self._backend.weights = CudaWeights(device, cpu_library.load(), bf16_bytes)
+        tokens, n_in = Dim(capacity, "n_tokens"), shape[-1]
+        x_shape = (tokens, used, n_in) if summed else (tokens, n_in)
+        x = Tensor("x", x_shape, F32, Kind.ACTIVATION)
+        ids = Tensor("ids", (tokens, used), I32, Kind.ACTIVATION)
+        shares = Tensor("shares", (tokens, used), F32, Kind.ACTIVATION)
+        for i in range(n_copies):
+            w = graph.weight(f"w{i}", shape, dtype)
+            if used:
+                mul_mat_id(graph, f"n{i}", x, ids, w, weights=shares if summed else None)
+            else:
+                mul_mat(graph, f"n{i}", x, w)
+        self._backend.load_weights([], RandomWeights(dtype, int(np.prod(shape))))
+        self._program = self._backend.compile(Split(self._backend, graph.nodes))
+        rng = np.random.default_rng(0)
+        self._backend.write(x, rng.normal(size=tuple(map(int, x_shape))))
+        if used:
+            order = np.argsort(rng.random((capacity, shape[0])), axis=1)[:, :used]
+            self._backend.write(ids, order.astype(np.int32))
+            self._backend.write(shares, np.full((capacity, used), 1 / used))
+        self._n = n_copies
+        self.nbytes = self._backend.weights.packed_bytes(w)
+
+    def seconds(self, n_rows: int) -> float:
+        """Of one node: the least of several replays."""
+        live = Live(n_rows, n_rows, n_rows)
+        self._backend.begin(live)
+        steps = range(len(self._program._steps))
+        self._program._launch(steps, live)
+        graph = self._device.capture(lambda: self._program._launch(steps, live))
+        graph.replay()
+        timer = self._device.timer()
+        for _ in range(REPEATS):
+            graph.replay()
+            timer.mark()
+        return min(timer.seconds()) / self._n
+
+
+def few(device: Device, types: Sequence[DType]) -> None:
+    """1 to 64 rows: µs and the share of bytes per second."""
+    rows = (1, 2, 4, 8, 16, 32, 64)
+    print("type    in    out      " + "".join(f"{n:>5} rows, GB/s" for n in rows))
+    for dtype in types:
+        for n_in, n_out in FEW_SHAPES:
+            n_bytes = n_out * dtype.row_bytes(n_in)
+            n_copies = min(MAX_COPIES, -(-PAST_CACHE // n_bytes))
+            products = Products(device, dtype, (n_out, n_in), 64, n_copies)
+            cells = []
+            for n in rows:
+                s = products.seconds(n)
+                cells.append(f"{s * 1e6:8.2f} {products.nbytes / s / 1e9:6.0f}")
+            print(f"{dtype.name:6}{n_in:6}{n_out:7}   " + "".join(cells), flush=True)
+
+
+def many(device: Device, types: Sequence[DType]) -> None:
+    """512 and 2048 rows: TFLOP/s by cuBLAS from a copy, by expanding each time, by gemm.cu."""
+    ways: list[tuple[str, int | None, int]] = [
+        ("cuBLAS, copy", None, 0), ("cuBLAS, expanded", 0, 0), ("gemm.cu", 0, 1 << 30)
+    ]  # fmt: skip
+    for dtype in types:
+        for n_in, n_out in MANY_SHAPES:
+            line = f"{dtype.name:6}{n_in:6}{n_out:7}   "
+            for name, bf16_bytes, expanded_rows in ways:
+                with changed(EXPANDED_ROWS=expanded_rows):
+                    products = Products(device, dtype, (n_out, n_in), 2048, 4, bf16_bytes)
+                for n in (128, 512, 2048):
+                    rate = 2 * n * n_in * n_out / products.seconds(n) / 1e12
+                    line += f" {name} {n}: {rate:4.0f}"
+            print(line, flush=True)
+
+
+def experts(device: Device, types: Sequence[DType]) -> None:
+    """Gate or up, and down with its sum: µs, and GB/s of the experts that one token uses."""
+    for dtype in types:
+        for summed, shape in ((False, (EXPERTS, D_FF, WIDTH)), (True, (EXPERTS, WIDTH, D_FF))):
+            products = Products(device, dtype, shape, 2048, 4, used=USED, summed=summed)
+            line = f"{dtype.name:6}{'down' if summed else 'gate':6}"
+            for n in (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048):
+                s, touched = products.seconds(n), min(1.0, n * USED / EXPERTS)
+                line += f"  {n}: {s * 1e6:.1f} µs"
+                if n == 1:
+                    line += f" ({products.nbytes * touched / s / 1e9:.0f} GB/s)"
+            print(line, flush=True)
+
+
+class changed:
+    """Constants of cuda_products.py, for a while."""
+
+    def __init__(self, **values: int) -> None:
+        self._values = values
+
+    def __enter__(self) -> None:
+        self._before = {name: getattr(cuda_products, name) for name in self._values}
+        vars(cuda_products).update(self._values)
+
+    def __exit__(self, *_: object) -> None:
+        vars(cuda_products).update(self._before)
+
+
+PARTS: dict[str, Callable[[Device, Sequence[DType]], None]] = {
+    "few": few,
+    "many": many,
+    "experts": experts,
+}
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description="Times matrix products on a GPU.")
+    parser.add_argument("parts", nargs="*", default=[], help="few, many, experts; default: all")
+    parser.add_argument("--types", default="Q8_0,Q4_0,Q4_K,Q6_K,BF16")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=N")
+    args = parser.parse_args()
+    values = {name: int(number) for name, number in (item.split("=") for item in args.set)}
+    device = CupyDevice()
+    print(device.detail)
+    with changed(**values):
+        for part in args.parts or PARTS:
+            PARTS[part](device, [WEIGHT_TYPES[name] for name in args.types.split(",")])
+
+
+if __name__ == "__main__":
+    main()
