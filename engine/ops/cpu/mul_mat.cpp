@@ -33,7 +33,7 @@ void multiply_tiles(const Args& a, const Activation& x, const TileTasks& tasks, 
     const int64_t first = tasks.first_row(task);
     const int64_t begin = tasks.begin(task), end = tasks.end(task);
     auto& s = *reinterpret_cast<TileScratch*>(a.scratch);
-    Pair pairs[MAX_PAIRS];
+    Pair pairs[MAX_PAIRS] = {};
     for (int64_t pair = begin; pair < end; pair++)
         pairs[pair - begin] = {&w, pair, (pair - begin) * PAIR};
     const auto fetch = [&](int64_t row, int64_t n_rows) {

@@ -48,7 +48,7 @@ inline const uint8_t* panel_at(const View& weight, int64_t p) {
 // Rows of blocks for which a panel is expanded once, columns expanded at a time, and the most pairs
 // of panels of a task. The expanded panels stay in the L2 cache and meet 32 rows after 32, which are
 // fetched ahead: from L3, tiles come at a fifth of the speed (Xeon, measured).
-constexpr int64_t MAX_ROWS = 512, MAX_COLUMNS = 1024, MAX_PAIRS = 4, MIN_TASKS = 16;
+constexpr int64_t MAX_ROWS = 512, MAX_COLUMNS = 1024, MAX_PAIRS = 8, MIN_TASKS = 8;
 constexpr int64_t PAIR = 2 * ROWS, SUMS = MAX_PAIRS * PAIR;
 
 struct TileScratch {

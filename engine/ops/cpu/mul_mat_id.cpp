@@ -110,7 +110,7 @@ void run_task(const Args& a, int64_t task) {
     const int64_t last = std::min(n_panels(a), first + TASK_PANELS);
     const int64_t most = std::min(MAX_GATHERED, GATHERED / a.v[MATRIX].shape[2] / SIDE * SIDE);
     const View m = matrix_of(a, expert);
-    Pair panels[MAX_PAIRS];
+    Pair panels[MAX_PAIRS] = {};
     int64_t n_pairs = 0;
     for (int64_t p = first; p < last; p += 2) panels[n_pairs++] = {&m, p / 2, (p - first) * ROWS};
     auto& s = *reinterpret_cast<Scratch*>(a.scratch);

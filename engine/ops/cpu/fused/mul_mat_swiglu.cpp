@@ -45,7 +45,7 @@ void multiply_tiles(const Args& a, const Activation& x, const TileTasks& tasks, 
     const int64_t first = tasks.first_row(task);
     const int64_t begin = tasks.begin(task), end = tasks.end(task);
     auto& s = *reinterpret_cast<TileScratch*>(a.scratch);
-    Pair pairs[MAX_PAIRS];
+    Pair pairs[MAX_PAIRS] = {};
     int64_t n_pairs = 0;
     for (int64_t pair = begin; pair < end; pair++) {
         pairs[n_pairs++] = {&a.v[GATE], pair, (pair - begin) * PAIR};
