@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from engine import Engine
+from engine.backends.cpu import CpuBackend
 from engine.bench.limits import Limits, measure_limits
 from engine.bench.profile import by_layer_kind, by_op, entries_of, profile_step
 from engine.graph import Live, Node
@@ -116,7 +117,7 @@ def test_parts_of_a_node_and_fused_nodes_are_one_entry(tiny: Path) -> None:
 
 def test_limits_are_those_of_a_machine() -> None:
     """Nothing on this planet reads less than 0.5 GB/s or more than 10 TB/s from memory."""
-    limits = measure_limits(2)
+    limits = measure_limits(CpuBackend(2), 2)
     assert 0.5e9 < limits.bytes_per_s < 1e13
     assert 1e8 < limits.flops_per_s < 1e16
 

@@ -28,6 +28,8 @@ from engine.quants import numpy_dtype
 
 Array = NDArray[Any]
 _LIVE_BYTES = 256
+# What the host takes at most to launch a kernel and record an event.
+_LAUNCH_SECONDS = 50e-6
 # For cuBLAS's workspace and buffers of captured graphs.
 _RESERVED_BYTES = 128 << 20
 
@@ -65,6 +67,7 @@ class CudaBackend:
     def load_weights(self, weights: Sequence[Tensor], source: WeightSource) -> None:
         """Weights are packed when it is known what reads them: by `compile`."""
         self._source = source
+        self.device.prepare()
 
     def allocate_states(self, states: Sequence[Tensor]) -> None:
         """States on the device, zeros."""
@@ -244,11 +247,15 @@ class CudaProgram:
     def run_timed(self, live: Live) -> Sequence[float]:
         """As `run`, without a captured graph; the seconds of each instruction."""
         self._backend.begin(live)
-        timer = self._device.timer()
-        for i in range(len(self._steps)):
+        chosen = [i for i, s in enumerate(self._steps) if s.when is None or s.when(live)]
+        timer = self._device.timer(len(chosen) * _LAUNCH_SECONDS)
+        for i in chosen:
             self._launch([i], live)
             timer.mark()
-        return timer.seconds()
+        seconds = [0.0] * len(self._steps)
+        for i, s in zip(chosen, timer.seconds(), strict=True):
+            seconds[i] = s
+        return seconds
 
     def _output(self, tensor: Tensor, live: Live) -> Array:
         """A node's output right after the node ran."""

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from engine.backends import nvrtc
+from engine.backends.cuda_args import ARGS
 from engine.backends.cuda_pinned import PinnedBytes, PinnedTurns
 from engine.errors import EngineError
 
@@ -125,8 +126,11 @@ class Device(Protocol):
     def capture(self, launches: Callable[[], None]) -> Captured:
         """Record what `launches` launches, without running it."""
 
-    def timer(self) -> Timer:
-        """A timer whose first mark is now."""
+    def prepare(self) -> None:
+        """Compile what isn't compiled yet."""
+
+    def timer(self, delay_s: float = 0.0) -> Timer:
+        """A timer whose first mark is now, or comes after a delay in which launches queue up."""
 
     def synchronize(self) -> None:
         """Wait for all work."""
@@ -218,7 +222,7 @@ class CupyDevice:
         runtime.memcpyAsync(target, source, n_bytes, kind, self.stream.ptr)
 
     def function(self, source: str, name: str, shared_bytes: int = 0) -> int:
-        """Compiles the source at its first use, unless `compile_all` did."""
+        """Compiles the source at its first use, unless `prepare` did."""
         if source not in self._modules:
             code = nvrtc.cached(source, self.target) or nvrtc.compile_and_keep(source, self.target)
             self._modules[source] = self._cupy.cuda.function.Module()
@@ -230,7 +234,7 @@ class CupyDevice:
             driver.funcSetAttribute(function.ptr, limit, shared_bytes)
         return int(function.ptr)
 
-    def compile_all(self) -> None:
+    def prepare(self) -> None:
         """Compile what is not yet kept on disk, with a progress bar."""
         missing = [n for n in nvrtc.sources() if nvrtc.cached(n, self.target) is None]
         if not missing:
@@ -267,8 +271,12 @@ class CupyDevice:
         graph.upload(self.stream)
         return _CupyGraph(graph, self.stream)
 
-    def timer(self) -> Timer:
-        """Events on the stream."""
+    def timer(self, delay_s: float = 0.0) -> Timer:
+        """Events on the stream, behind a kernel that waits."""
+        if delay_s:
+            args = np.zeros(1, ARGS)
+            args["attr"][0, 0] = delay_s * 1e9
+            self.launch(self.function("delay", "delay"), (1, 1, 1), 1, 0, args.ctypes.data)
         return _EventTimer(self)
 
     def synchronize(self) -> None:

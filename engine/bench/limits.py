@@ -1,7 +1,8 @@
 """What this machine can do at best: a short probe of its bandwidth and its multiplication rate.
 
-Memory far larger than any cache is read by a kernel on the CPU backend's own threads; the rate is
-that of a float32 matrix product of the BLAS that numpy was built with.
+On the CPU, memory far larger than any cache is read by a kernel on the backend's own threads; the
+rate is that of a float32 matrix product of the BLAS that numpy was built with. On a GPU it is a copy
+within its memory, read and written, and a bfloat16 product by cuBLAS.
 """
 
 from __future__ import annotations
@@ -13,29 +14,59 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.backends.cpu import CpuBackend
+from engine.backends.cuda import CudaBackend
+from engine.backends.cuda_device import Device, Gemm
+from engine.planner import Backend
 
 _READ_BYTES, _READ_ROW = 256 << 20, 64 << 10
-_MATRIX = 2048
+_COPY_BYTES = 1 << 30
+_MATRIX, _GPU_MATRIX = 2048, 8192
 _REPEATS = 5
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes read and floating point operations done per second."""
+    """Bytes moved and floating point operations done per second; `what` was probed."""
 
     bytes_per_s: float
     flops_per_s: float
+    what: str
 
 
-def measure_limits(n_threads: int) -> Limits:
-    """The best of a few tries, about half a second in all."""
+def measure_limits(backend: Backend, n_threads: int) -> Limits:
+    """The best of a few tries, about half a second in all, of what a backend runs on."""
+    if isinstance(backend, CudaBackend):
+        return _limits_of_device(backend.device)
     rows = np.ones((_READ_BYTES // _READ_ROW, _READ_ROW // 4), np.float32)
-    backend = CpuBackend(n_threads)
-    read_s = _fastest(lambda: backend.read_probe(rows))
+    cpu = CpuBackend(n_threads)
+    read_s = _fastest(lambda: cpu.read_probe(rows))
     a = np.ones((_MATRIX, _MATRIX), np.float32)
     product = np.empty_like(a)
     multiply_s = _fastest(lambda: np.matmul(a, a, out=product))
-    return Limits(rows.nbytes / read_s, 2 * _MATRIX**3 / multiply_s)
+    flops = 2 * _MATRIX**3 / multiply_s
+    return Limits(rows.nbytes / read_s, flops, "read; float32 products, numpy")
+
+
+def _limits_of_device(device: Device) -> Limits:
+    size, n = _COPY_BYTES, _GPU_MATRIX
+    memory, target = device.allocate(size), device.allocate(size)
+    # As a matrix: small numbers of both signs, as products of zeros take less power.
+    device.upload(
+        memory.address, np.random.default_rng(0).integers(0x3C00, 0x3E00, size // 2, "u2")
+    )
+    product = Gemm(target.address, memory.address, memory.address, n, n, n)
+    copy_s = _fastest_on(device, lambda: device.copy(target.address, memory.address, size))
+    multiply_s = _fastest_on(device, lambda: device.gemm(product))
+    return Limits(2 * size / copy_s, 2 * n**3 / multiply_s, "copied; bfloat16 products, cuBLAS")
+
+
+def _fastest_on(device: Device, action: Callable[[], object]) -> float:
+    action()
+    timer = device.timer()
+    for _ in range(_REPEATS):
+        action()
+        timer.mark()
+    return min(timer.seconds())
 
 
 def _fastest(action: Callable[[], object]) -> float:

@@ -51,7 +51,7 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
     with Engine.load(args.model, **options) as engine:
         rng = np.random.default_rng(args.seed)
         profile = profile_step(engine, n_tokens, args.n_depth, repeats, rng)
-        limits = measure_limits(n_threads(engine))
+        limits = measure_limits(engine.plan.backends[0], n_threads(engine))
         kinds = by_layer_kind(profile, engine.plan.graph.layer_kinds)
         if args.output == "json":
             print(json.dumps(_document(profile, limits, kinds), indent=1))
@@ -89,8 +89,8 @@ def _table(profile: StepProfile, limits: Limits, kinds: list[Row], verbose: bool
         f"step of {profile.live.n_tokens} tokens after {profile.n_past}: "
         f"{profile.seconds * 1e3:.2f} ms, {total / profile.seconds:.1%} of it below; "
         f"{profile.plain_seconds * 1e3:.2f} ms without timers",
-        f"this machine: {limits.bytes_per_s / 1e9:.1f} GB/s read, "
-        f"{limits.flops_per_s / 1e9:.0f} GFLOP/s (float32, numpy)",
+        f"this machine: {limits.bytes_per_s / 1e9:.1f} GB/s, "
+        f"{limits.flops_per_s / 1e9:.0f} GFLOP/s ({limits.what})",
     ]
     sections = {"op": by_op(profile), "layer kind": kinds}
     if verbose:

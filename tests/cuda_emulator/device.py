@@ -243,7 +243,10 @@ class EmulatedDevice:
         else:
             self._recording.append(work)
 
-    def timer(self) -> EmulatedTimer:
+    def prepare(self) -> None:
+        """Each source is compiled when it is first used."""
+
+    def timer(self, delay_s: float = 0.0) -> EmulatedTimer:
         """A timer of the host's clock."""
         return EmulatedTimer()
 

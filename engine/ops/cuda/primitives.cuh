@@ -161,6 +161,13 @@ DEVICE void multiply_int8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, 
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The GPU's clock.
+DEVICE uint64_t nanoseconds() {
+    uint64_t t;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+    return t;
+}
+
 DEVICE int32_t add_atomic(int32_t* p, int32_t x) { return atomicAdd(p, x); }
 
 }  // namespace gdn

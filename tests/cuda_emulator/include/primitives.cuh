@@ -1,6 +1,8 @@
 // The functions of engine/ops/cuda/primitives.cuh on the host: same names, same results.
 #pragma once
 
+#include <chrono>
+
 #include "emulator.h"
 
 #define DEVICE inline
@@ -272,6 +274,11 @@ inline void multiply_all_int8(void* const* records) {
 DEVICE void multiply_int8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     MultipliedInt8 record{d, a, {b0, b1}};
     emulator::exchange("multiply_int8", &record, multiply_all_int8);
+}
+
+DEVICE uint64_t nanoseconds() {
+    const auto now = std::chrono::steady_clock::now().time_since_epoch();
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
 }
 
 DEVICE int32_t add_atomic(int32_t* p, int32_t x) {

@@ -1,0 +1,9 @@
+// Keeps the stream busy for some nanoseconds, so that what is launched meanwhile runs without gaps.
+
+#include "kernel.cuh"
+
+KERNEL(delay, 1) {
+    using namespace gdn;
+    const uint64_t end = nanoseconds() + static_cast<uint64_t>(a.attr[0]);
+    while (nanoseconds() < end) {}
+}
