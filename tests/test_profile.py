@@ -123,11 +123,13 @@ def test_limits_are_those_of_a_machine() -> None:
 
 
 def test_the_table(tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.commands.profile.measure_limits", lambda n: Limits(2e9, 4e9))
+    monkeypatch.setattr(
+        "engine.commands.profile.measure_limits", lambda *given: Limits(2e9, 4e9, "probed")
+    )
     status, out, _ = cli("profile", "-m", tiny, "-p", 20, "-d", 10, "-r", 1)
     assert status == 0
     assert "step of 20 tokens after 10" in out
-    assert "2.0 GB/s read, 4 GFLOP/s" in out
+    assert "2.0 GB/s, 4 GFLOP/s (probed)" in out
     rows = re.findall(r"^(\S.*?) +(\d+) +([\d.]+) +([\d.]+)% +([\d.]+) +([\d.]+) ", out, re.M)
     total = next(row for row in rows if row[0] == "total")
     ops = [row for row in rows if row[0].isupper()]

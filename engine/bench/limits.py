@@ -1,8 +1,8 @@
 """What this machine can do at best: a short probe of its bandwidth and its multiplication rate.
 
 On the CPU, memory far larger than any cache is read by a kernel on the backend's own threads; the
-rate is that of a float32 matrix product of the BLAS that numpy was built with. On a GPU it is a copy
-within its memory, read and written, and a bfloat16 product by cuBLAS.
+rate is that of a float32 matrix product of the BLAS that numpy was built with. On a GPU it is a
+copy within its memory, read and written, and a bfloat16 product by cuBLAS.
 """
 
 from __future__ import annotations
@@ -50,10 +50,9 @@ def measure_limits(backend: Backend, n_threads: int) -> Limits:
 def _limits_of_device(device: Device) -> Limits:
     size, n = _COPY_BYTES, _GPU_MATRIX
     memory, target = device.allocate(size), device.allocate(size)
-    # As a matrix: small numbers of both signs, as products of zeros take less power.
-    device.upload(
-        memory.address, np.random.default_rng(0).integers(0x3C00, 0x3E00, size // 2, "u2")
-    )
+    # Random bfloat16 numbers below 1: products of zeros take less power.
+    values = np.random.default_rng(0).integers(0x3C00, 0x3F80, n * n, np.uint16)
+    device.upload(memory.address, values)
     product = Gemm(target.address, memory.address, memory.address, n, n, n)
     copy_s = _fastest_on(device, lambda: device.copy(target.address, memory.address, size))
     multiply_s = _fastest_on(device, lambda: device.gemm(product))
