@@ -59,8 +59,8 @@ DEVICE void expand(Plain<L>, const Record& from, int, int i, Words4& to) {
     }
 }
 
-// The threads' parts of a tile's work: warp w has the weight's panel w of 8 while it is decoded, and
-// rows w % 2 · BM / 2 and columns w / 2 · 32 of the product.
+// The threads' parts of a tile's work: warp w has the weight's panel w of 8 while it is decoded,
+// and rows w % 2 · BM / 2 and columns w / 2 · 32 of the product.
 template <int BM>
 struct Gemm {
     static constexpr int THREADS = 256, A_SIZE = BM * TILE_K, B_SIZE = TILE_N * TILE_K;

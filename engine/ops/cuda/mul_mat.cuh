@@ -1,8 +1,8 @@
 // Products of panels of a weight with up to 8, or N · 8, rows of an activation.
 //
 // Quantized weights meet int8 activations on tensor cores: a panel's 16 rows and a record's 32
-// columns are one fragment, whose integer sums are exact; records are summed in float32. A block has
-// one panel, its warps share the columns: warp w takes records 8w … 8w+7, then those of W warps
+// columns are one fragment, whose integer sums are exact; records are summed in float32. A block
+// has one panel, its warps share the columns: warp w takes records 8w … 8w+7, then those of W warps
 // further on. So a row's bits depend on neither the number of rows nor its place among them.
 // Plain weights meet float32 activations in float32.
 #pragma once
@@ -105,8 +105,9 @@ struct QuantizedRows {
 
 // acc += one record's products.
 template <typename F>
-DEVICE void multiply_record(const Piece<F>& piece, const Super<F>& super, const uint32_t (&words)[4],
-                            const Columns& x, int n_columns, float (&acc)[4]) {
+DEVICE void multiply_record(const Piece<F>& piece, const Super<F>& super,
+                            const uint32_t (&words)[4], const Columns& x, int n_columns,
+                            float (&acc)[4]) {
     const int c = threadIdx.x % 4;
     for (int group = 0; group < F::GROUPS; group++) {
         int32_t sum[2], d[4];
@@ -148,7 +149,8 @@ struct Pieces {
 
 // acc += the products of N records, of which the first is number `at` of its batch.
 template <int N, typename F, typename X>
-DEVICE void multiply_records(const Pieces<F, N>& w, X& x, int first, int at, float (&acc)[X::N][4]) {
+DEVICE void multiply_records(const Pieces<F, N>& w, X& x, int first, int at,
+                             float (&acc)[X::N][4]) {
     const Super<F> super(w.super);
 #pragma unroll
     for (int i = 0; i < N; i++) {

@@ -1,8 +1,8 @@
 // Activations as int8, as QUANTIZE_ROWS of the CPU rounds them: a float32 scale per 32 columns,
 // max |x| / 127.
 //
-// Quantized rows lie as tensor cores take them. For 8 rows and a record: Q has 8 bytes per lane, for
-// lane 4g + c columns 8c … 8c+7 of row g; SCALE has the scales of the 8 rows; SUM the sums of the
+// Quantized rows lie as tensor cores take them. For 8 rows and a record: Q has 8 bytes per lane,
+// for lane 4g + c columns 8c … 8c+7 of row g; SCALE has the scales of the 8 rows; SUM the sums of the
 // integers of the first and the second 16 columns, 8 each.
 #pragma once
 
@@ -31,7 +31,7 @@ DEVICE Eight load_eight(const float* p, bool aligned) {
     return x;
 }
 
-// Whether all rows of an activation [T, in] or [T, U, in] begin where 16 bytes can be loaded at once.
+// Whether all rows of an activation [T, in] or [T, U, in] begin where 16 bytes can be loaded.
 DEVICE bool is_aligned(const View& x) {
     const int32_t strides = x.stride[0] | (x.rank == 3 ? x.stride[1] : 0);
     return reinterpret_cast<uint64_t>(x.data) % 16 == 0 && strides % 4 == 0;

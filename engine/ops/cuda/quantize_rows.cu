@@ -2,7 +2,7 @@
 
 #include "quantize.cuh"
 
-// Grid: (records / 8, rows / 8); a warp for each record of 8 rows. Rows past the live ones are zeros.
+// Grid: (records / 8, rows / 8); a warp for each record of 8 rows. Past the live ones are zeros.
 KERNEL(quantize_rows, 256) {
     using namespace gdn;
     enum { Q, SCALE, SUM, X };

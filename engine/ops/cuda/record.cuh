@@ -97,7 +97,8 @@ struct Piece {
 
     // Number `at` of the scales and mins: (min · GROUPS + group) · 2 + row / 8.
     DEVICE float number(int at) const {
-        if (!F::IS_SUPER) return half_to_float(static_cast<uint16_t>(head[at / 2] >> 16 * (at % 2)));
+        if (!F::IS_SUPER)
+            return half_to_float(static_cast<uint16_t>(head[at / 2] >> 16 * (at % 2)));
         const uint32_t byte = head[at / 4] >> 8 * (at % 4) & 0xff;
         return static_cast<float>(F::HAS_MIN ? static_cast<int32_t>(byte)
                                              : static_cast<int32_t>(static_cast<int8_t>(byte)));
