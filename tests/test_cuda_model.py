@@ -92,10 +92,12 @@ REFUSALS: dict[str, Callable[[Node], str]] = {
 def test_models_on_both_sides_are_right(
     device: Device, models: Models, rng: Rng, preset: str, dtype: str, refused: str
 ) -> None:
+    # With a cache in float32: rounding to float16 may turn a choice of experts around.
+    options = OPTIONS | {"type_k": "f32", "type_v": "f32"}
     path, ids = models(preset, dtype), random_ids(rng, 100)
-    with Engine.load(path, backend="reference", type_k="f16", type_v="f16", **OPTIONS) as engine:
+    with Engine.load(path, backend="reference", **options) as engine:
         expected = walk(engine, ids)
-    with engine_on(path, cuda_and_others(device, REFUSALS[refused]), **OPTIONS) as engine:
+    with engine_on(path, cuda_and_others(device, REFUSALS[refused]), **options) as engine:
         is_split = any(REFUSALS[refused](node) for node in engine.plan.graph.nodes)
         assert ({b.name for b in engine.plan.backends} == {"cuda", "cpu"}) == is_split
         assert worst(walk(engine, ids), expected) <= LIMIT

@@ -26,6 +26,7 @@ if not __package__:  # run as a script, so Python looks for modules in tools/ on
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine import backends
 from engine.backends import cpu_library
+from engine.backends.cpu import CpuBackend
 from engine.bench.limits import measure_limits
 from engine.commands.options import InputError, Parser, at_least, integers, write_text
 from engine.errors import EngineError
@@ -211,7 +212,7 @@ def _progress(text: str) -> None:
 def machine(n_threads: int) -> dict[str, Any]:
     """What it runs on, and how busy that was before."""
     load = os.getloadavg()[0]
-    limits = measure_limits(n_threads)
+    limits = measure_limits(CpuBackend(n_threads), n_threads)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from engine.backends import nvrtc
 from engine.backends.cuda_args import ARGS
+from engine.backends.cuda_launch import Launcher
 from engine.backends.cuda_pinned import PinnedBytes, PinnedTurns
 from engine.errors import EngineError
 
@@ -150,6 +151,7 @@ class CupyDevice:
         self.name = cupy.cuda.runtime.getDeviceProperties(index)["name"].decode()
         self.detail = f"{self.name}, {self.target}"
         self.stream = cupy.cuda.Stream(non_blocking=True)
+        self._launcher = Launcher(self.stream.ptr, overlap=self.capability >= (9, 0))
         self._errors = (cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError)
         self._modules: dict[str, Any] = {}
         self._blas: _Blas | None = None
@@ -246,14 +248,8 @@ class CupyDevice:
 
     def launch(self, function: int, grid: Grid, threads: int, shared: int, params: int) -> None:
         """Through the driver's launch call: no more Python than this."""
-        pointers = ctypes.c_void_p(params)
-        first = ctypes.addressof(pointers)
-        try:
-            self._cupy.cuda.driver.launchKernel(
-                function, *grid, threads, 1, 1, shared, self.stream.ptr, first, 0
-            )
-        except self._errors as error:
-            raise CudaError(f"CUDA: {error}") from None
+        if reason := self._launcher.launch(function, grid, threads, shared, params):
+            raise CudaError(f"CUDA: {reason}")
 
     def gemm(self, product: Gemm) -> None:
         """cuBLAS, called directly: CuPy's wrapper refuses captured streams."""

@@ -2,12 +2,12 @@
 
 #include "product.cuh"
 
-KERNEL_FOR(mul_mat_1, 256, 3) {
+EAGER_KERNEL_FOR(mul_mat_1, 256, 3) {
     DYNAMIC_SHARED(sums);
     gdn::mul_mat_floats<1>(a, reinterpret_cast<float*>(sums));
 }
 
-KERNEL_FOR(mul_mat_2, 256, 2) {
+EAGER_KERNEL_FOR(mul_mat_2, 256, 2) {
     DYNAMIC_SHARED(sums);
     gdn::mul_mat_floats<2>(a, reinterpret_cast<float*>(sums));
 }

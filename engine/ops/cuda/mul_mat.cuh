@@ -174,6 +174,7 @@ DEVICE void multiply_panel(F, const uint8_t* panel, X& x, int warp, int n_warps,
         if constexpr (X::N == 1) {
             Pieces<F, BATCH> w;
             w.load(panel, first, n, lane);
+            wait_for_inputs();
             x.fetch(first);
             multiply_records<BATCH>(w, x, first, 0, acc);
         } else {
@@ -181,6 +182,7 @@ DEVICE void multiply_panel(F, const uint8_t* panel, X& x, int warp, int n_warps,
             constexpr int PART = 2;
             Pieces<F, PART> w, next;
             next.load(panel, first, n, lane);
+            wait_for_inputs();
 #pragma unroll 1
             for (int at = 0; at < BATCH && first + at < n; at += PART) {
                 w = next;
@@ -250,6 +252,7 @@ DEVICE void multiply_plain(Plain<L>, const uint8_t* panel, int half, RowAt row_a
             w[u] = Loaded{};
             if (k < n_in) w[u].load(panel, half, k, lane);
         }
+        wait_for_inputs();
 #pragma unroll
         for (int u = 0; u < AT_ONCE; u++) {
             const int k = first + u * STEP + lane / 2 * PER;

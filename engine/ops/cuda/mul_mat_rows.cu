@@ -2,17 +2,17 @@
 
 #include "product.cuh"
 
-KERNEL_FOR(mul_mat_16, 256, 2) {
+EAGER_KERNEL_FOR(mul_mat_16, 256, 2) {
     DYNAMIC_SHARED(sums);
     gdn::mul_mat_quantized<2>(a, reinterpret_cast<float*>(sums));
 }
 
-KERNEL_FOR(mul_mat_32, 256, 2) {
+EAGER_KERNEL_FOR(mul_mat_32, 256, 2) {
     DYNAMIC_SHARED(sums);
     gdn::mul_mat_quantized<4>(a, reinterpret_cast<float*>(sums));
 }
 
-KERNEL_FOR(mul_mat_64, 256, 1) {
+EAGER_KERNEL_FOR(mul_mat_64, 256, 1) {
     DYNAMIC_SHARED(sums);
     gdn::mul_mat_quantized<8>(a, reinterpret_cast<float*>(sums));
 }

@@ -17,18 +17,53 @@ using uint64_t = unsigned long long;
 #endif
 
 #define DEVICE __device__ __forceinline__
-// The head of a kernel named NAME; `a` lies in constant memory.
+// The head of a kernel named NAME; `a` lies in constant memory. Its blocks may start while the
+// kernel before is still at work, so every thread waits for that one first; see wait_for_inputs.
 #define KERNEL(NAME, THREADS) KERNEL_FOR(NAME, THREADS, 1)
 // With so few registers that BLOCKS blocks fit on a multiprocessor.
 #define KERNEL_FOR(NAME, THREADS, BLOCKS)                         \
+    namespace gdn {                                               \
+    DEVICE void NAME##_body(const Args& a);                       \
+    }                                                             \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) \
-        NAME(const __grid_constant__ gdn::Args a)
+        NAME(const __grid_constant__ gdn::Args a) {               \
+        gdn::let_next_start();                                    \
+        gdn::wait_for_inputs();                                   \
+        gdn::NAME##_body(a);                                      \
+    }                                                             \
+    DEVICE void gdn::NAME##_body(const gdn::Args& a)
+// Every thread of these waits by itself, after it has begun to fetch what is no kernel's output.
+#define EAGER_KERNEL_FOR(NAME, THREADS, BLOCKS)                   \
+    namespace gdn {                                               \
+    DEVICE void NAME##_body(const Args& a);                       \
+    }                                                             \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) \
+        NAME(const __grid_constant__ gdn::Args a) {               \
+        gdn::let_next_start();                                    \
+        gdn::NAME##_body(a);                                      \
+    }                                                             \
+    DEVICE void gdn::NAME##_body(const gdn::Args& a)
 // Shared memory whose size the launch gives, aligned to 128 bytes.
 #define DYNAMIC_SHARED(NAME) extern __shared__ __align__(128) char NAME[]
 
 namespace gdn {
 
 constexpr uint32_t ALL_LANES = 0xffffffffu;
+
+// Programmatic dependent launch (from compute capability 9.0 on): the next kernel's blocks may take
+// their places as soon as all of this one's have started …
+DEVICE void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// … and wait here until the kernel before is done and what it wrote can be seen. As that one has
+// waited too, so are all before it. Until then a kernel may read weights and live counts alone.
+DEVICE void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 template <typename T>
 DEVICE T shuffle_xor(T x, int mask) { return __shfl_xor_sync(ALL_LANES, x, mask); }

@@ -62,7 +62,10 @@ DEVICE void mul_mat(const Args& a, float* sums, MakeRows make_rows) {
     // Weights are fetched before it is known how many rows are live: those past them are multiplied
     // with whatever they have, and not stored.
     const int n_rows = a.rows(x), first = blockIdx.y * N, n_in = x.shape[1];
-    if (first > 0 && first >= n_rows) return;
+    if (first > 0 && first >= n_rows) {
+        wait_for_inputs();
+        return;
+    }
     const Place at(a);
     const View& w = a.v[WEIGHT + at.weight];
     const uint8_t* panel = panel_at(w, at.panel);
@@ -81,6 +84,7 @@ DEVICE void mul_mat(const Args& a, float* sums, MakeRows make_rows) {
             multiply_panel(f, panel, rows, warp, n_warps, own);
         }
     });
+    wait_for_inputs();  // Warps without columns, too.
     __syncthreads();
     store_products(a, at, sums, PER_WARP, first, n_rows - first < N ? n_rows - first : N);
 }

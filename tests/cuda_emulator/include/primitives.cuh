@@ -13,11 +13,15 @@
     }                                                                                    \
     extern "C" __attribute__((visibility("default"))) void NAME(const gdn::Args& a)
 #define KERNEL_FOR(NAME, THREADS, BLOCKS) KERNEL(NAME, THREADS)
+#define EAGER_KERNEL_FOR(NAME, THREADS, BLOCKS) KERNEL(NAME, THREADS)
 #define DYNAMIC_SHARED(NAME) char* const NAME = emulator::dynamic_shared()
 
 namespace gdn {
 
 constexpr uint32_t ALL_LANES = 0xffffffffu;
+
+// A launch is over before the next one starts.
+DEVICE void wait_for_inputs() {}
 
 // A lane's part of a shuffle: what it gives, what it asks for, what it gets.
 template <typename T>

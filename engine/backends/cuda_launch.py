@@ -1,0 +1,73 @@
+"""The driver's launch call with attributes, which CuPy does not have.
+
+From compute capability 9.0 on, a kernel may start while the one before it is still at work
+(programmatic dependent launch); kernels wait themselves for what they read (primitives.cuh).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_int, c_uint, c_void_p
+
+# CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION of cuda.h, and the driver's version from
+# which on a captured graph keeps it.
+_PROGRAMMATIC, _LEAST_DRIVER = 6, 12030
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: a value of 64 bytes, aligned to 8."""
+
+    _fields_ = [("id", c_int), ("padding", c_int), ("value", c_int), ("rest", c_int * 15)]
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", c_uint * 3),
+        ("block", c_uint * 3),
+        ("shared", c_uint),
+        ("stream", c_void_p),
+        ("attributes", c_void_p),
+        ("n_attributes", c_uint),
+    ]
+
+
+class Launcher:
+    """Launches kernels of one parameter on a stream; `overlap`: let them start early."""
+
+    def __init__(self, stream: int, overlap: bool) -> None:
+        self._driver = ctypes.CDLL("libcuda.so.1")
+        version = c_int()
+        self._driver.cuDriverGetVersion(ctypes.byref(version))
+        self._attribute = _Attribute(_PROGRAMMATIC, 0, 1)
+        self._config = _Config()
+        self._config.stream = stream
+        self._config.block[1] = self._config.block[2] = 1
+        if overlap and version.value >= _LEAST_DRIVER:
+            self._config.attributes = ctypes.addressof(self._attribute)
+            self._config.n_attributes = 1
+        self._parameters = (c_void_p * 1)()
+        self._launch = self._driver.cuLaunchKernelEx
+        self._launch.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p]
+        self._where = (ctypes.addressof(self._config), ctypes.addressof(self._parameters))
+
+    def launch(
+        self, function: int, grid: tuple[int, int, int], threads: int, shared: int, params: int
+    ) -> str:
+        """What went wrong, in the driver's words; an empty string if nothing did."""
+        config = self._config
+        config.grid[:] = grid
+        config.block[0], config.shared = threads, shared
+        self._parameters[0] = params
+        status = self._launch(self._where[0], function, self._where[1], None)
+        return self._reason(status) if status else ""
+
+    def _reason(self, status: int) -> str:
+        text = ctypes.c_char_p()
+        self._driver.cuGetErrorString(status, ctypes.byref(text))
+        return (text.value or f"error {status}".encode()).decode()
+
+
+assert ctypes.sizeof(_Attribute) == 72
+assert ctypes.sizeof(_Config) == 56
