@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from engine import Engine
 from engine.backends.arena import ALIGNMENT, Arena
 from engine.backends.cpu import CpuBackend
-from engine.backends.cpu_fusion import Uses
 from engine.backends.cpu_program import Lowering, Step
 from engine.backends.lowering import Scratch
+from engine.backends.uses import Uses
 from engine.graph import Capacity, Dim, Graph, Kind, Live, Node, Tensor
 from engine.ops.add_rms_norm import add_rms_norm
 from engine.ops.mul_mat import mul_mat

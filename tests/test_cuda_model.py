@@ -17,7 +17,7 @@ from engine import Engine, SamplingParams
 from engine.backends.cuda import CudaProgram
 from engine.backends.cuda_device import Device
 from engine.batch import Logits, Piece
-from engine.graph import Node
+from engine.graph import Live, Node
 from tests.cuda_devices import DEVICES, GPU, MakeDevice, cuda_and_others, engine_on
 from tests.helpers import nmse, random_ids
 
@@ -119,6 +119,40 @@ def test_captured_steps_are_eager_ones_bit_for_bit(
             assert bool(program.captured) == captured
     for got, expected in zip(*runs, strict=True):
         np.testing.assert_array_equal(got, expected)
+
+
+# Activations that differ in their last bit may be rounded to another int8.
+FUSED_LIMIT = 1e-4
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-next", "tiny-kimi"])
+def test_fused_launches_compute_what_single_ones_do(
+    device: Device, models: Models, rng: Rng, preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, ids = models(preset, "Q8_0"), random_ids(rng, 100)
+    runs, n_launches = [], []
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr("engine.backends.cuda.FUSIONS", ())
+        with engine_on(path, cuda_and_others(device), **OPTIONS) as engine:
+            runs.append(walk(engine, ids))
+            ((_, program),) = engine._running()._programs
+            assert isinstance(program, CudaProgram)
+            n_launches.append(program.n_launches(Live(1, 1, 1)))
+    assert n_launches[0] < n_launches[1]
+    assert worst(*runs) <= FUSED_LIMIT
+
+
+def test_a_watched_program_has_every_node_s_outputs(
+    device: Device, models: Models, rng: Rng
+) -> None:
+    path, ids = models("tiny", "Q8_0"), random_ids(rng, 30)
+    runs = []
+    for check in (True, False):
+        with engine_on(path, cuda_and_others(device), check=check, **OPTIONS) as engine:
+            seq = engine.memory.create()
+            runs.append([engine.prefill(seq, ids), engine.step([Piece(seq, [5])])])
+    assert worst(*runs) <= FUSED_LIMIT
 
 
 @pytest.mark.parametrize("preset", ["tiny", "tiny-moe", "tiny-kimi"])

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from engine.backends import cpu_library
 from engine.backends.arena import Arena
-from engine.backends.cpu_fusion import Uses
 from engine.backends.cpu_program import PACKED_KERNELS, Lowering, Step
 from engine.backends.cpu_weights import CpuWeights
 from engine.backends.lowering import (
@@ -34,6 +33,7 @@ from engine.backends.lowering import (
     view,
 )
 from engine.backends.states import ArrayStates
+from engine.backends.uses import Uses
 from engine.graph import Kind, Live, Node, Tensor
 from engine.planner import Instruction, Split, Support, Watch, WeightSource
 from engine.quants import F32, I32, numpy_dtype

@@ -6,33 +6,12 @@ node by node do without fusions.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from engine.backends.uses import Uses
 from engine.graph import Kind, Node, Tensor
 from engine.quants import F16, F32
-
-
-@dataclass
-class Uses:
-    """What reads each tensor of a split (by its base), and what is needed outside."""
-
-    readers: dict[Tensor, list[tuple[Node, str]]] = field(default_factory=lambda: defaultdict(list))
-    kept: frozenset[Tensor] = frozenset()
-
-    @classmethod
-    def of(cls, nodes: Iterable[Node], kept: Iterable[Tensor]) -> Uses:
-        """Those of some nodes, whose outputs `kept` are read later."""
-        uses = cls(kept=frozenset(kept))
-        for node in nodes:
-            for name, tensor in node.inputs.items():
-                uses.readers[tensor.base].append((node, name))
-        return uses
-
-    def only_by(self, tensor: Tensor, node: Node) -> bool:
-        """Whether nothing but a node reads a tensor."""
-        return tensor not in self.kept and all(n is node for n, _ in self.readers[tensor])
 
 
 @dataclass(frozen=True)
@@ -64,18 +43,3 @@ def _gated_pair(nodes: Sequence[Node], uses: Uses) -> bool:
 
 
 FUSIONS = (Fusion("MUL_MAT_SWIGLU", ("MUL_MAT", "SWIGLU"), _gated_pair),)
-
-
-def grouped(nodes: Sequence[Node], uses: Uses) -> Iterator[tuple[Fusion | None, Sequence[Node]]]:
-    """The nodes in order, with the fusion of those that are computed together."""
-    i = 0
-    while i < len(nodes):
-        fusion, group = None, nodes[i : i + 1]
-        for candidate in FUSIONS:
-            some = nodes[i : i + len(candidate.pattern)]
-            ops = tuple(node.op.name for node in some)
-            if ops == candidate.pattern and candidate.supports(some, uses):
-                fusion, group = candidate, some
-                break
-        yield fusion, group
-        i += len(group)

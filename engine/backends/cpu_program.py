@@ -14,7 +14,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from engine.backends.arena import Arena
-from engine.backends.cpu_fusion import FUSIONS, Uses, grouped, has_tiles
+from engine.backends.cpu_fusion import FUSIONS, has_tiles
 from engine.backends.lowering import (
     BF16,
     I8,
@@ -25,6 +25,7 @@ from engine.backends.lowering import (
     owner_of,
     parts,
 )
+from engine.backends.uses import Uses, grouped
 from engine.graph import Dim, Kind, Node, Tensor
 from engine.quants import F32, I32
 
@@ -68,7 +69,7 @@ class Lowering:
 
     def add_all(self, nodes: Sequence[Node], fused: bool = True) -> None:
         """Append the instructions of nodes, `fused` where one kernel computes several."""
-        for fusion, group in grouped(nodes, self.uses) if fused else ((None, [n]) for n in nodes):
+        for fusion, group in grouped(nodes, self.uses, FUSIONS if fused else ()):
             if fusion is None:
                 self._add(group[0])
             else:

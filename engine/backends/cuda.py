@@ -18,10 +18,12 @@ from engine.backends.arena import Arena
 from engine.backends.cuda_args import ARGS
 from engine.backends.cuda_decoder import MAX_VOCAB, CudaDecoder, draws_input
 from engine.backends.cuda_device import Captured, CudaError, Device, Gemm, Memory
+from engine.backends.cuda_fusion import FUSIONS
 from engine.backends.cuda_ops import add_node, unsupported
 from engine.backends.cuda_program import Lowering, Product, Step, bucket_of, fill_view
 from engine.backends.cuda_weights import CudaWeights
 from engine.backends.lowering import DIMS, Ref, owner_of, used_packed
+from engine.backends.uses import Uses, grouped
 from engine.graph import Kind, Live, Node, Tensor, dim_name
 from engine.planner import Instruction, Split, Support, Watch, WeightSource
 from engine.quants import numpy_dtype
@@ -137,14 +139,21 @@ class CudaBackend:
 class CudaProgram:
     """A compiled split."""
 
-    def __init__(self, backend: CudaBackend, split: Split) -> None:
-        self._backend, self._device = backend, backend.device
+    def __init__(self, backend: CudaBackend, split: Split, fused: bool = True) -> None:
+        self._backend, self._device, self._split = backend, backend.device, split
+        self._is_fused = fused
+        self._unfused: CudaProgram | None = None
         lowering = Lowering(backend.device, backend.weights, backend.batch_invariant)
         self._spans: dict[Node, range] = {}
-        for node in split.nodes:
+        uses = Uses.of(split.nodes, split.keeps)
+        fusions = FUSIONS if fused and not backend.batch_invariant else ()
+        for fusion, group in grouped(split.nodes, uses, fusions):
             first = len(lowering.steps)
-            add_node(lowering, node)
-            self._spans[node] = range(first, len(lowering.steps))
+            if fusion is None:
+                add_node(lowering, group[0])
+            else:
+                fusion.lower(lowering, group)
+            self._spans[group[0]] = range(first, len(lowering.steps))
         self._steps = lowering.steps
         made = {t for node in split.nodes for t in node.outputs}
         used = {t.base for node in split.nodes for t in node.inputs.values()}
@@ -188,6 +197,10 @@ class CudaProgram:
 
     def run(self, live: Live, watch: Watch | None = None) -> None:
         """Run the nodes on the live rows of their operands."""
+        if watch is not None and self._is_fused:
+            self._unfused = self._unfused or CudaProgram(self._backend, self._split, fused=False)
+            self._unfused.run(live, watch)
+            return
         self._backend.begin(live)
         if watch is not None:
             for node, steps in self._spans.items():
@@ -201,6 +214,10 @@ class CudaProgram:
             self._replay(bucket)
         else:
             self.launch(live)
+
+    def n_launches(self, live: Live) -> int:
+        """Of a step with such counts."""
+        return sum(step.when is None or step.when(live) for step in self._steps)
 
     def launch(self, live: Live) -> None:
         """Launch all of it."""

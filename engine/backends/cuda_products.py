@@ -13,9 +13,10 @@ from functools import partial
 from typing import Any
 
 from engine.backends.cuda_device import Device, Grid
-from engine.backends.cuda_kernels import GET_ROWS, add_launch
+from engine.backends.cuda_kernels import GET_ROWS, add_launch, add_small
 from engine.backends.cuda_program import Condition, Lowering
 from engine.backends.lowering import BF16, I8, Ref, Scratch
+from engine.backends.uses import Uses
 from engine.graph import Dim, Kind, Live, Node, Tensor
 from engine.quants import F32, I32, WEIGHT_TYPES
 
@@ -87,17 +88,50 @@ def lower_mul_mat(lowering: Lowering, node: Node) -> None:
         _lower_passes(lowering, node, outs, when=lambda live: True)
 
 
+def lower_swiglu_mul_mat(lowering: Lowering, nodes: Sequence[Node]) -> None:
+    """SWIGLU and the product that alone reads it: of few rows in one launch."""
+    act, product = nodes
+    pair = act.inputs["gate"], act.inputs["up"]
+
+    def few(live: Live) -> bool:
+        return _rows(product.inputs["x"], live) <= INLINE_ROWS
+
+    with lowering.only(lambda live: not few(live)):
+        add_small(lowering, act)
+        lower_mul_mat(lowering, product)
+    (weight,), (out,) = _matrices(product), product.outputs
+    _lower_passes(lowering, product, {weight: out}, few, (act, *pair))
+
+
+def reads_swiglu(nodes: Sequence[Node], uses: Uses) -> bool:
+    """Whether these can be lowered by `lower_swiglu_mul_mat`."""
+    act, product = nodes
+    if len(act.outputs) != 1 or product.inputs["x"] is not act.outputs[0]:
+        return False
+    (out,), weights = act.outputs, _matrices(product)
+    return uses.only_by(out, product) and len(weights) == 1 and is_quantized(weights[0])
+
+
 def _lower_passes(
-    lowering: Lowering, node: Node, outs: dict[Tensor, Tensor], when: Condition
+    lowering: Lowering,
+    node: Node,
+    outs: dict[Tensor, Tensor],
+    when: Condition,
+    swiglu: tuple[Node, Tensor, Tensor] | None = None,
 ) -> None:
-    """Passes of up to 64 rows over the panels, for each size of pass a launch."""
+    """Passes of up to 64 rows over the panels, for each size of pass a launch. `swiglu`: a node and
+    its operands, which is computed on the way to passes of few rows; there are no others then."""
     x, weights = node.inputs["x"], list(outs)
     quantized = any(is_quantized(w) for w in weights)
     sizes = [n for n in ROWS_OF_PASS if quantized or n <= TILE_ROWS]
+    nodes, up = [node], None
+    if swiglu is not None:
+        act, x, up = swiglu
+        nodes, sizes = [act, node], [n for n in sizes if n <= INLINE_ROWS]
     warps = _warps(x.shape[1], plain=not all(is_quantized(w) for w in weights))
     blocks = sum(-(-w.shape[0] // PANEL) * (1 if is_quantized(w) else 2) for w in weights)
     converted: Sequence[Ref] = (None, None, None)
-    if quantized:
+    if quantized and up is None:
         converted = _quantized(
             lowering, node, x, lambda live: when(live) and _rows(x, live) > INLINE_ROWS
         )
@@ -108,8 +142,8 @@ def _lower_passes(
         inline = n <= INLINE_ROWS
         operands = [*outs.values(), *padding, x, *([None] * 3 if inline else converted)]
         lowering.launch(
-            _SOURCE_OF_PASS[n], f"mul_mat_{n}", [node],
-            [*operands, *weights, *padding, *others],
+            _SOURCE_OF_PASS[n], f"mul_mat_{n}", nodes,
+            [*operands, *weights, *padding, *others, up],
             n_writes=MAX_WEIGHTS, threads=32 * warps, shared=warps * n * PANEL * 4,
             grid=partial(_grid, x, n, blocks),
             when=_Between(x, fewer, None if last else n, when),
@@ -310,8 +344,11 @@ def _share(node: Node) -> int:
 
 
 def _warps(n_in: int, plain: bool) -> int:
-    """Warps that share a panel's columns; whatever the rows, as sums depend on it."""
-    return min(MAX_WARPS, -(-n_in // (PLAIN_WARP_COLUMNS if plain else WARP_COLUMNS)))
+    """Warps that share a panel's columns, so many that all have as much to do; whatever the rows,
+    as sums depend on it."""
+    parts = -(-n_in // (PLAIN_WARP_COLUMNS if plain else WARP_COLUMNS))
+    rounds = -(-parts // MAX_WARPS)
+    return -(-parts // rounds)
 
 
 def expand_grid(w: Tensor) -> Grid:

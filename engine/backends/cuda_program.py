@@ -7,7 +7,8 @@ work on, live counts included, is the contents of device memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,18 @@ class Lowering:
         self.device, self.weights, self.batch_invariant = device, weights, batch_invariant
         self.steps: list[Step] = []
         self._shared: dict[Any, Scratch] = {}
+        self._conditions: list[Condition] = []
+
+    @contextmanager
+    def only(self, when: Condition) -> Iterator[None]:
+        """What is appended within it is launched only when this holds, too."""
+        self._conditions.append(when)
+        yield
+        self._conditions.pop()
+
+    def _when(self, when: Condition | None) -> Condition | None:
+        every = [*self._conditions, *([when] if when else [])]
+        return (lambda live: all(c(live) for c in every)) if every else None
 
     def launch(
         self,
@@ -102,8 +115,11 @@ class Lowering:
         assert len(operands) <= MAX_VIEWS, (name, len(operands))
         assert len(attrs) <= MAX_ATTRS, (name, len(attrs))
         self.steps.append(
-            Kernel(source, name, nodes, operands, attrs, n_writes, threads, grid, shared, when)
-        )
+            Kernel(
+                source, name, nodes, operands, attrs, n_writes, threads, grid, shared,
+                self._when(when),
+            )
+        )  # fmt: skip
 
     def gemm(
         self,
@@ -116,7 +132,7 @@ class Lowering:
         accumulate: bool = False,
     ) -> None:
         """Append a matrix product by cuBLAS: out [T, n] f32 = a [T, k] · b [n, k]ᵀ."""
-        self.steps.append(Product(nodes, out, a, b, when, accumulate))
+        self.steps.append(Product(nodes, out, a, b, self._when(when), accumulate))
 
     def has_buffer(self, key: Any) -> bool:
         """Whether `buffer` has made one for a key."""

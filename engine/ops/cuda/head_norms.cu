@@ -1,40 +1,9 @@
 // L2_NORM: x / sqrt(Σx² + eps); RMS_NORM_GATED: rms(x) · weight · act(gate). A warp for each head
 // of a row.
 
-#include "vectors.cuh"
+#include "head_norms.cuh"
 
 namespace gdn {
-
-// What a lane keeps in registers; the rest it reads twice.
-constexpr int KEPT = 2;
-
-// scale(Σx²) is what the row is multiplied by; more(c) gives what each column is besides, and is
-// asked for before the sum is known.
-template <int V, typename Scale, typename More>
-DEVICE void norm_head(const float* x, float* out, int n, Scale scale, More more) {
-    constexpr int STEP = 32 * V;
-    const int first = threadIdx.x % 32 * V;
-    Floats<V> kept[KEPT], factors[KEPT];
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < KEPT; i++) {
-        const int c = first + i * STEP;
-        if (c >= n) break;
-        kept[i] = load<V>(x + c);
-        factors[i] = more(c);
-        sum += squares(kept[i]);
-    }
-    for (int c = first + KEPT * STEP; c < n; c += STEP) sum += squares(load<V>(x + c));
-    const float s = scale(warp_sum(sum));
-    const auto put = [&](int c, Floats<V> y, Floats<V> factor) {
-        for (int j = 0; j < V; j++) y.v[j] *= s * factor.v[j];
-        store<V>(out + c, y);
-    };
-#pragma unroll
-    for (int i = 0; i < KEPT; i++)
-        if (first + i * STEP < n) put(first + i * STEP, kept[i], factors[i]);
-    for (int c = first + KEPT * STEP; c < n; c += STEP) put(c, load<V>(x + c), more(c));
-}
 
 namespace l2 {
 
@@ -43,13 +12,9 @@ enum { OUT, X };
 
 template <int V>
 DEVICE void run(const Args& a, int t, int h) {
-    const auto ones = [](int) {
-        Floats<V> one;
-        for (int j = 0; j < V; j++) one.v[j] = 1.0f;
-        return one;
-    };
-    const auto scale = [&](float sum) { return rsqrt_of(sum + a.attr[0]); };
-    norm_head<V>(a.v[X].row(t, h), a.v[OUT].row(t, h), a.v[X].shape[2], scale, ones);
+    const auto scale = [&](float sum) { return l2_scale(sum, a.attr[0]); };
+    const auto more = [](int) { return ones<V>(); };
+    norm_head<V>(a.v[X].row(t, h), a.v[OUT].row(t, h), a.v[X].shape[2], scale, more);
 }
 
 }  // namespace l2

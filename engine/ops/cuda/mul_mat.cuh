@@ -32,6 +32,7 @@ struct FloatRows {
     static constexpr int ROWS_OF_X = R, N = 1, PER_ROUND = 8 / R, LANE_COLUMNS = R == 1 ? 1 : 2;
 
     const float* row;  // This lane's.
+    const float* up = nullptr;  // With it, columns are silu(row) · up.
     int n_records;
     bool aligned;
     Eight values[R];
@@ -42,13 +43,21 @@ struct FloatRows {
     DEVICE FloatRows(RowAt row_at, int n_records_, bool aligned_)
         : row(row_at(threadIdx.x % 32 / 4 % R)), n_records(n_records_), aligned(aligned_) {}
 
+    template <typename RowAt>
+    DEVICE void set_up(RowAt row_at) { up = row_at(threadIdx.x % 32 / 4 % R); }
+
     // Fetches a batch's columns.
     DEVICE void fetch(int first) {
         const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
         for (int i = 0; i < R; i++) {
             const int record = first + i * PER_ROUND + g / R;
             values[i] = Eight{};
-            if (record < n_records) values[i] = load_eight(row + record * RECORD + 8 * c, aligned);
+            if (record >= n_records) continue;
+            const int at = record * RECORD + 8 * c;
+            values[i] = load_eight(row + at, aligned);
+            if (!up) continue;
+            const Eight more = load_eight(up + at, aligned);
+            for (int j = 0; j < 8; j++) values[i].v[j] = more.v[j] * silu(values[i].v[j]);
         }
     }
 

@@ -6,9 +6,12 @@
 namespace gdn {
 
 // Outputs and weights are MAX_WEIGHTS each; Q, SCALE and SUM: see quantize.cuh, absent where rows
-// are quantized on the way.
+// are quantized on the way. With UP, an activation is SWIGLU's of X and UP (of few rows, and of
+// quantized weights).
 constexpr int MAX_WEIGHTS = 6;
-enum MulMat { OUT, X = MAX_WEIGHTS, Q, SCALE, SUM, WEIGHT, GATE = WEIGHT + MAX_WEIGHTS, ADD };
+enum MulMat {
+    OUT, X = MAX_WEIGHTS, Q, SCALE, SUM, WEIGHT, GATE = WEIGHT + MAX_WEIGHTS, ADD, UP
+};
 
 // Which weight and panel a block has; of plain ones a half.
 struct Place {
@@ -93,8 +96,12 @@ template <int R>
 DEVICE void mul_mat_floats(const Args& a, float* sums) {
     mul_mat<FloatRows<R>>(a, sums, [&](int first) {
         const View& x = a.v[X];
+        const View& up = a.v[UP];
         const auto row_at = [&](int i) { return row_of(x, first + i); };
-        return FloatRows<R>(row_at, x.shape[1] / RECORD, is_aligned(x));
+        const bool aligned = is_aligned(x) && (!up || is_aligned(up));
+        FloatRows<R> rows(row_at, x.shape[1] / RECORD, aligned);
+        if (up) rows.set_up([&](int i) { return row_of(up, first + i); });
+        return rows;
     });
 }
 

@@ -1,0 +1,58 @@
+// SSM_CONV, L2_NORM and (where it comes with them) GDN_GATE of steps that have one row of each
+// sequence: a block convolves 128 channels of a row, then its warps scale the heads among them; the
+// last blocks have the gates. What each entry is, is what the ops' own kernels make it.
+
+#include "gdn_gate.cuh"
+#include "head_norms.cuh"
+#include "ssm_conv.cuh"
+
+namespace gdn {
+
+// After SSM_CONV's views. QK: the heads of OUT that are scaled. Attribute: eps.
+enum { NORMED = X + 2 * N_PARTS, QK, G, STEP, ALPHA, BETA, A, DT };
+constexpr int CHANNELS = 128;
+
+template <int N_TAPS>
+DEVICE void convolve_row(const Args& a, const Channel& channel, int t) {
+    const int n_taps = N_TAPS ? N_TAPS : a.v[WEIGHT].shape[1];
+    float taps[N_TAPS ? N_TAPS : MAX_TAPS];
+    for (int j = 0; j < n_taps; j++) taps[j] = channel.weight[j];
+    const Window<N_TAPS> window{a, channel, taps, n_taps, t, 1,
+                                a.v[STATE_SRC].as<int32_t>()[t], a.v[STATE_DST].as<int32_t>()[t]};
+    window.convolve(0, 1);
+    window.save_all(t);
+}
+
+template <int V>
+DEVICE void normalize(const Args& a, int t, int h) {
+    const auto scale = [&](float sum) { return l2_scale(sum, a.attr[0]); };
+    const auto more = [](int) { return ones<V>(); };
+    norm_head<V>(a.v[QK].row(t, h), a.v[NORMED].row(t, h), a.v[QK].shape[2], scale, more);
+}
+
+}  // namespace gdn
+
+// Grid: (channels / 128 + gates' entries / 128, rows).
+KERNEL(delta_net_inputs, 128) {
+    using namespace gdn;
+    const int t = blockIdx.y, n_blocks = (a.v[OUT].shape[1] + CHANNELS - 1) / CHANNELS;
+    if (t >= a.rows(a.v[OUT])) return;
+    const int block = blockIdx.x;
+    if (block >= n_blocks) {
+        const int c = (block - n_blocks) * CHANNELS + threadIdx.x;
+        const GateViews gates{a.v[G], a.v[STEP], a.v[ALPHA], a.v[BETA], a.v[A], a.v[DT]};
+        if (c < gate_entries(gates.alpha)) gate_entry(gates, t, c);
+        return;
+    }
+    Channel channel;
+    if (find_channel(a, block * CHANNELS + threadIdx.x, channel))
+        a.v[WEIGHT].shape[1] == 4 ? convolve_row<4>(a, channel, t) : convolve_row<0>(a, channel, t);
+    __syncthreads();
+    const View& qk = a.v[QK];
+    const int heads = CHANNELS / qk.shape[2];
+    const bool fours = in_fours(qk) && in_fours(a.v[NORMED]);
+    for (int i = threadIdx.x / 32; i < heads; i += CHANNELS / 32) {
+        const int h = block * heads + i;
+        if (h < qk.shape[1]) fours ? normalize<4>(a, t, h) : normalize<1>(a, t, h);
+    }
+}
