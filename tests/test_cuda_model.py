@@ -28,7 +28,7 @@ Rng = np.random.Generator
 # magnify rounding; a wrong mask, slot or weight gives 1e-2 and more.
 LIMIT = 1e-5
 # Quantized weights: products round activations, as the CPU's do, and may be as far off.
-SHARE_OF_CPU = 3.0
+SHARE_OF_CPU = 4.0
 OPTIONS = {"n_ctx": 512, "n_ubatch": 128, "n_parallel": 4}
 
 

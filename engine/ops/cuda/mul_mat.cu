@@ -2,6 +2,13 @@
 
 #include "product.cuh"
 
+// With registers for all it wants: where columns are few, a block's own latency counts.
+EAGER_KERNEL_FOR(mul_mat_1_narrow, 320, 2) {
+    DYNAMIC_SHARED(sums);
+    gdn::mul_mat_floats<1>(a, reinterpret_cast<float*>(sums));
+}
+
+// With so many blocks at a time that weights keep coming.
 EAGER_KERNEL_FOR(mul_mat_1, 256, 3) {
     DYNAMIC_SHARED(sums);
     gdn::mul_mat_floats<1>(a, reinterpret_cast<float*>(sums));
