@@ -28,7 +28,7 @@ ORDER = (
     {"vocab", "tokenizer", "chat", "samplers", "sampler"},
     {"config", "batch", "guard", "request", "scheduler"},
     {"engine"},
-    {"report", "prompts", "bench"},
+    {"report", "prompts", "perplexity", "bench"},
     {"commands"},
     {"cli"},
 )
