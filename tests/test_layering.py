@@ -25,7 +25,7 @@ ORDER = (
     {"kvcache"},
     {"planner", "memory_estimate"},
     {"backends"},
-    {"vocab", "tokenizer", "chat", "samplers", "sampler"},
+    {"vocab", "tokenizer", "template", "chat", "samplers", "sampler"},
     {"config", "batch", "guard", "request", "scheduler"},
     {"engine"},
     {"report", "prompts", "perplexity", "bench"},

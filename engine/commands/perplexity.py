@@ -36,7 +36,7 @@ def add_options(p: Parser) -> None:
     add("-c", "--ctx-size", dest="n_ctx_chunk", type=at_least(MIN_CTX), default=DEFAULT_CTX,
         metavar="N", help=f"tokens of a chunk ({DEFAULT_CTX})")  # fmt: skip
     add("--stride", "--ppl-stride", type=at_least(0), default=0, metavar="N",
-        help="windows of -c and N/2 tokens, each N further, that score N tokens (0: off)")  # fmt: skip
+        help="windows of -c and N/2 tokens, each N further, scoring N tokens (0: off)")  # fmt: skip
     engine_options(p, without=("n_ctx", "n_parallel"))
 
 

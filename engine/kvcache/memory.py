@@ -83,6 +83,21 @@ class Checkpoint:
         assert self._span is not None, "this checkpoint was released"
         return self._span
 
+    @property
+    def marks(self) -> frozenset[int]:
+        """The earlier positions that `back_to` can go to."""
+        return frozenset(self.span.marks)
+
+    def back_to(self, n_tokens: int) -> Checkpoint:
+        """Another checkpoint, of the sequence as it was at one of `marks`."""
+        marks = {n: state.fork() for n, state in self.span.marks.items() if n <= n_tokens}
+        table, state = self.span.table.fork(n_tokens), self.span.marks[n_tokens].fork()
+        return Checkpoint(Span(n_tokens, table, state, marks))
+
+    def fork(self) -> Checkpoint:
+        """Another checkpoint of the same, to be released on its own."""
+        return Checkpoint(self.span.fork())
+
     def release(self) -> None:
         """Give its blocks and its slot back; it can't be restored any more."""
         self.span.release()
@@ -169,9 +184,14 @@ class SequenceMemory:
         span.state.cancel()
         span.release()
 
-    def mark(self, seq: int) -> None:
-        """Keep the state at this position, so that `truncate` can come back to it."""
+    def mark(self, seq: int, only: bool = False) -> None:
+        """Keep the state at this position, so that `truncate` can come back to it.
+
+        With `only`, instead of the marks there are. Raises MemoryFullError if no slot is left.
+        """
         span = self._sequences[seq]
+        if only:
+            span.drop_marks(0)
         if span.n_tokens and span.n_tokens not in span.marks:
             self.slots.require(1)  # The next step needs a slot of its own.
             span.marks[span.n_tokens] = span.state.fork()
