@@ -63,6 +63,8 @@ class Conversation:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        self._special = {k: tokenizer.text(i) for k, i in named.items() if i is not None}
         self._held: Checkpoint | None = None
         self._parts: list[Part] = []
 
@@ -92,7 +94,7 @@ class Conversation:
         text (in an answer, <think> and </think> excepted). Raises ChatError.
         """
         guarded = [self._guarded(message) for message in _checked(messages)]
-        text = template.render(guarded, tools, reasoning)
+        text = template.render(guarded, tools, reasoning, special=self._special)
         n_parts, end, after = self._agreement(text)
         parts = self._parts[:n_parts]
         known = _ids(parts)
@@ -159,7 +161,8 @@ class Conversation:
         """How many characters of `text` begin the next turn's text, whatever the answer is."""
         following = [{"role": role, "content": _PROBE} for role in ("assistant", "user")]
         try:
-            later = template.render([*messages, *following], tools, reasoning)
+            messages = [*messages, *following]
+            later = template.render(messages, tools, reasoning, special=self._special)
         except ChatError:  # It refuses a turn after these messages, so there is nothing to expect.
             return 0
         pairs = zip(text, later, strict=False)

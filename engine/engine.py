@@ -235,12 +235,6 @@ class Engine:
         """
         return Completion(self, self._submit(prompt, params, after))
 
-    def chat_template(self, choice: str | None = None) -> ChatTemplate:
-        """The model's chat template, or another one: see engine.template.find_template."""
-        ids = {"bos_token": self.tokenizer.bos_id, "eos_token": self.tokenizer.eos_id}
-        special = {name: self.tokenizer.text(i) for name, i in ids.items() if i is not None}
-        return find_template(self.file, choice, special)
-
     def chat(
         self,
         messages: Sequence[Message],
@@ -260,13 +254,12 @@ class Engine:
         Raises ChatError for messages or a template that can't be used, and as `generate` does.
         """
         if template is None:
-            self._template = template = self._template or self.chat_template()
+            self._template = template = self._template or find_template(self.file)
         prompt = self.conversation.prompt(template, messages, tools, reasoning)
 
         try:
-            return ChatCompletion(
-                self, self._submit(prompt.ids, params, prompt.after, prompt), prompt
-            )
+            request = self._submit(prompt.ids, params, prompt.after, prompt)
+            return ChatCompletion(self, request, prompt)
         finally:
             if prompt.after:
                 prompt.after.release()

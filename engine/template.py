@@ -44,12 +44,11 @@ class ChatError(EngineError):
 class ChatTemplate:
     """A compiled template; `name` is for messages, `variables` are the names that it reads.
 
-    `special` holds the texts of special tokens as a template knows them: bos_token, eos_token.
     Raises ChatError for a template that doesn't parse.
     """
 
-    def __init__(self, source: str, name: str, special: Mapping[str, str] | None = None) -> None:
-        self.name, self._special = name, dict(special or {})
+    def __init__(self, source: str, name: str = "chat template") -> None:
+        self.name = name
         environment = _environment()
         try:
             self.variables = meta.find_undeclared_variables(environment.parse(source))
@@ -65,14 +64,16 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         reasoning: bool | None = None,
         add_generation_prompt: bool = True,
+        special: Mapping[str, str] | None = None,
     ) -> str:
         """The text of a conversation, as transformers' apply_chat_template has it.
 
         messages: each with `role` and `content`, and whatever else the template reads. tools: JSON
-        schemas. reasoning: the template's `enable_thinking` (None: its own default).
+        schemas. reasoning: the template's `enable_thinking` (None: its own default). special: the
+        texts of special tokens, by the names that templates have for them (`bos_token`, …).
         Raises ChatError if the template fails, by itself or because the sandbox stops it.
         """
-        given: dict[str, Any] = dict(self._special)
+        given: dict[str, Any] = dict(special or {})
         if reasoning is not None:
             given["enable_thinking"] = reasoning
         try:
@@ -91,9 +92,7 @@ class ChatTemplate:
         return ChatError(f"{self.name}: {' '.join(message.split())}")
 
 
-def find_template(
-    file: GGUFFile, choice: str | None = None, special: Mapping[str, str] | None = None
-) -> ChatTemplate:
+def find_template(file: GGUFFile, choice: str | None = None) -> ChatTemplate:
     """The template of a model's file, or the one that `choice` names.
 
     choice: a name of BUILT_IN, the name of another template in the file, or a file with one. A
@@ -101,11 +100,11 @@ def find_template(
     """
     if choice is None:
         if source := file.string(_KEY, ""):
-            return ChatTemplate(source, f"{file.path}: chat template", special)
+            return ChatTemplate(source, f"{file.path}: chat template")
         _log.warning("%s has no chat template: taking chatml", file.path)
         choice = "chatml"
     if source := BUILT_IN.get(choice, "") or file.string(f"{_KEY}.{choice}", ""):
-        return ChatTemplate(source, f"chat template {choice}", special)
+        return ChatTemplate(source, f"chat template {choice}")
     try:
         source = Path(choice).read_bytes().decode()
     except UnicodeDecodeError as error:
@@ -117,7 +116,7 @@ def find_template(
             f"chat template {choice}: expected a file or one of {', '.join([*BUILT_IN, *in_file])} "
             f"({getattr(error, 'strerror', None) or error})"
         ) from None
-    return ChatTemplate(source, f"chat template {choice}", special)
+    return ChatTemplate(source, f"chat template {choice}")
 
 
 def _environment() -> jinja2.Environment:
