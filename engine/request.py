@@ -130,10 +130,9 @@ class Request:
         return self.mark_at if self.position < self.mark_at else self.prompt_end
 
     @property
-    def slots_ahead(self) -> int:
-        """State slots that it will still take: with its first step, and with the one after its
-        mark, which leaves the marked state as it is."""
-        return int(not self.n_done) + int(self.position < self.mark_at or self.is_at_mark)
+    def needs_slot(self) -> bool:
+        """Whether a mark is to come, or the step after it, which leaves the marked state alone."""
+        return self.position < self.mark_at or self.is_at_mark
 
     def count(self, n_tokens: int, seconds: float) -> None:
         """Note that a step of so many seconds processed its next `n_tokens`."""

@@ -88,8 +88,9 @@ class Scheduler:
             request = self.waiting[0]
             promised = sum(self._unclaimed_blocks(r) for r in self.running)
             blocks, slots = self._memory.blocks.n_free, self._memory.slots.n_free
-            slots -= sum(r.slots_ahead for r in self.running)
-            if self._unclaimed_blocks(request) > blocks - promised or request.slots_ahead > slots:
+            slots -= sum(map(self._unclaimed_slots, self.running))
+            no_blocks = self._unclaimed_blocks(request) > blocks - promised
+            if no_blocks or self._unclaimed_slots(request) > slots:
                 if self.running:
                     return
                 if not self._reclaim():
@@ -109,6 +110,11 @@ class Scheduler:
             f"it needs {request.limit} positions and a state slot: {n_blocks * size} positions and "
             f"{n_slots} slots are free, others are held (by checkpoints, say)",
         )
+
+    def _unclaimed_slots(self, request: Request) -> int:
+        """State slots that it will still take: with its first step, and for a mark."""
+        first = 0 if request.n_done else self._memory.missing_slots(request.seq)
+        return first + request.needs_slot
 
     def _unclaimed_blocks(self, request: Request) -> int:
         """Blocks that a request may still need; a partly filled one that it shares counts too."""

@@ -53,9 +53,7 @@ class Fake:
 
     piece_limit = prompt_end
 
-    @property
-    def slots_ahead(self) -> int:
-        return int(not self.n_done)
+    needs_slot = False
 
     def finish(self, reason: FinishReason, detail: str = "") -> None:
         self.finish_reason, self.detail = reason, detail

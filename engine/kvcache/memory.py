@@ -138,6 +138,10 @@ class SequenceMemory:
         """Positions that a sequence holds."""
         return self._sequences[seq].n_tokens
 
+    def missing_slots(self, seq: int) -> int:
+        """State slots that its next step takes, snapshots apart."""
+        return self._sequences[seq].state.missing()
+
     def owned(self, seq: int) -> tuple[list[int], list[int]]:
         """(state slots, blocks) that a sequence holds and nobody else does."""
         span = self._sequences[seq]
