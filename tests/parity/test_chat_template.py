@@ -44,9 +44,14 @@ def rendered_by_transformers(source: str, messages: Messages, **options: Any) ->
         return None
 
 
+@functools.cache
+def compiled(source: str) -> ChatTemplate:
+    return ChatTemplate(source)
+
+
 def rendered(source: str, messages: Messages, **options: Any) -> str | None:
     try:
-        return ChatTemplate(source).render(messages, special=SPECIAL, **options)
+        return compiled(source).render(messages, special=SPECIAL, **options)
     except ChatError:
         return None
 
