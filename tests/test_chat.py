@@ -18,12 +18,12 @@ from engine.request import ChatCompletion
 from engine.template import ChatError
 from engine.tokenizer import GUARD, TokenizerError
 from tests.chats import CHATML, QWEN35_STYLE, Messages
-from tests.helpers import STD, assert_all_free, failing_at, float64_engine
+from tests.helpers import N_VOCAB, STD, assert_all_free, failing_at, float64_engine
 from tests.test_tokenizer import spm_metadata
-from tools.makevocab import made_vocabulary
+from tools.makevocab import made_vocabulary, padded_vocabulary
 from tools.synth import write_model
 
-GREEDY = SamplingParams(temperature=0, max_tokens=12)
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
 PLAIN, THINKING = ChatTemplate(CHATML), ChatTemplate(QWEN35_STYLE)
 # Trims what it is given, as many do.
 TRIMMING = ChatTemplate(CHATML.replace("message.content", "message.content | trim"))
@@ -91,7 +91,7 @@ def test_a_turn_processes_only_its_own_tokens(engine: Engine, fresh: Engine) -> 
     encode = engine.tokenizer.encode
     n_held = 0
     for turn in range(10):
-        question = f"question {turn}: the cat and the hat"
+        question = f"{turn}: the cat"
         own = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
         if turn:
             own = "<|im_end|>\n" + own
@@ -104,7 +104,7 @@ def test_a_turn_processes_only_its_own_tokens(engine: Engine, fresh: Engine) -> 
         # The last token of an answer that was cut short is processed in the next turn.
         assert unprocessed in (0, 1)
         assert n_held - engine.conversation.n_tokens == int(answer.finish_reason == "length")
-    assert n_held > 300
+    assert n_held > 200
 
 
 def test_thinking_that_is_left_out_is_all_that_is_processed_again(
@@ -150,7 +150,9 @@ def test_without_reasoning_nothing_else_is_dropped(engine: Engine, fresh: Engine
 
 
 def test_an_answer_that_the_template_trims(engine: Engine, fresh: Engine) -> None:
-    talk = Talk(engine, fresh, TRIMMING, SamplingParams(temperature=0, max_tokens=4, logit_bias=dict.fromkeys((32, 10), 100.0)))  # fmt: skip
+    spaces = dict.fromkeys((32, 10), 100.0)
+    params = SamplingParams(temperature=0, max_tokens=4, logit_bias=spaces)
+    talk = Talk(engine, fresh, TRIMMING, params)
     answer = talk.ask("the cat")
     assert answer.text.strip() == ""
     answer = talk.ask("more")
@@ -313,11 +315,11 @@ def test_a_stopped_answer_stays_in_the_history(engine: Engine, fresh: Engine) ->
     endless = SamplingParams(temperature=0, ignore_eos=True)
     answer = engine.chat(messages, endless, template=PLAIN)
     for token in answer:
+        last = token.token
         if len(answer.tokens) == 7:
             answer.stop()
     assert answer.finish_reason == "cancelled"
-    assert answer.tokens[-1] == token.token
-    assert len(answer.tokens) == 7
+    assert (len(answer.tokens), answer.tokens[-1]) == (7, last)
     talk = Talk(engine, fresh, PLAIN)
     talk.messages = [*messages, {"role": "assistant", "content": answer.text}]
     following = talk.ask("more")
@@ -495,11 +497,9 @@ def test_templates_without_special_tokens(engine: Engine, fresh: Engine) -> None
 
 def test_sentencepiece_texts_go_on_without_a_space(tmp_path: Path) -> None:
     """After an answer, a text without special tokens goes on where it is."""
-    vocabulary = spm_metadata()
-    n_vocab = len(vocabulary["tokenizer.ggml.tokens"])
-    vocabulary |= {"tokenizer.ggml.pre": None, "tokenizer.ggml.merges": None,
-                   "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}  # fmt: skip
-    path = write_model(tmp_path / "spm.gguf", "tiny", overrides=vocabulary, vocab_size=n_vocab + 60)
+    vocabulary = padded_vocabulary(spm_metadata(), N_VOCAB)
+    vocabulary |= {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
+    path = write_model(tmp_path / "spm.gguf", "tiny", overrides=vocabulary)
     spm = Engine.load(path, n_ctx=64)
     source = "{% for m in messages %}{{ m.content }}|{% endfor %}"
     template = ChatTemplate(source)
