@@ -165,5 +165,5 @@ def negative_log_likelihood(
         highest = rows.max(axis=1, keepdims=True)
         total = np.exp(rows - highest).sum(axis=1, dtype=np.float64)
         chosen = rows[np.arange(len(rows)), targets[start : start + n_rows]].astype(np.float64)
-        out[start : start + n_rows] = np.log(total) + highest[:, 0] - chosen
+        out[start : start + n_rows] = np.log(total) + (highest[:, 0] - chosen)
     return out
