@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
+import pty
 import re
+import select
 import signal
 import subprocess
-import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,19 +40,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answers(path: Path, *messages: str, system: str | None = None, **options: Any) -> list[str]:
-    """What the engine's own interface answers, turn by turn, each on a new engine."""
+    """What the engine's own interface answers, turn by turn."""
     params = SamplingParams(max_tokens=6, temperature=0)
     history = [] if system is None else [{"role": "system", "content": system}]
-    found = []
-    for message in messages:
-        history.append({"role": "user", "content": message})
-        with Engine.load(path) as engine:
+    with Engine.load(path) as engine:
+        for message in messages:
+            history.append({"role": "user", "content": message})
             answer = engine.chat(history, params, **options)
             for _ in answer:
                 pass
-        found.append(answer.text)
-        history.append({"role": "assistant", "content": answer.text})
-    return found
+            history.append({"role": "assistant", "content": answer.text})
+    return [message["content"] for message in history if message["role"] == "assistant"]
 
 
 def turns(err: str) -> list[tuple[int, ...]]:
@@ -57,10 +58,6 @@ def turns(err: str) -> list[tuple[int, ...]]:
     matches = [TURN.fullmatch(line) for line in err.splitlines()]
     assert all(matches), err
     return [tuple(int(n or 0) for n in match.groups()) for match in matches if match]
-
-
-# A turn's answer hangs on its tokens alone, however they were cut and kept: with few tokens of a
-# greedy answer, on any backend.
 
 
 def test_a_chat(cli: Cli, model: Path) -> None:
@@ -172,7 +169,8 @@ def test_messages(monkeypatch: pytest.MonkeyPatch, given: str, expected: list[st
         (("-sys", "x", "-p", "a"), "argument --system-prompt: expected -cnv too"),
         (("--chat-template", "x"), "argument --chat-template: expected -cnv too"),
         (("--no-reasoning", "-p", "a"), "argument --reasoning: expected -cnv too"),
-        (("-cnv", "-p", "a", "-f", "b"), "argument -f/--file: not allowed with argument -p/--prompt"),
+        (("-cnv", "-p", "a", "-f", "b"),
+         "argument -f/--file: not allowed with argument -p/--prompt"),
         (("-cnv", "--reasoning=1"), "argument --reasoning/--no-reasoning: ignored explicit argument"
          " '1'"),
     ],
@@ -260,14 +258,19 @@ class Running:
 
 @pytest.fixture
 def start() -> Any:
-    started: list[Running] = []
+    started: list[tuple[Running, threading.Timer]] = []
 
     def run(*argv: object) -> Running:
-        started.append(Running(*argv))
-        return started[-1]
+        running = Running(*argv)
+        # Whoever waits for it in vain then sees the end of its output.
+        timer = threading.Timer(60, running.process.kill)
+        timer.start()
+        started.append((running, timer))
+        return running
 
     yield run
-    for running in started:
+    for running, timer in started:
+        timer.cancel()
         running.process.kill()
         running.process.communicate()
 
@@ -319,32 +322,37 @@ def test_the_reader_of_the_answers_leaves(model: Path, start: Callable[..., Runn
     assert chat.process.stderr.read() == b""
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_typing(model: Path) -> None:
     """On a terminal lines can be edited, and the end of the input ends the chat."""
-    import os
-    import pty
-
     terminal, child = pty.openpty()
     command = [*COMMAND, "-m", str(model), "-cnv", "-n", "3", "--temp", "0"]
     with subprocess.Popen(
         command, env={**ENV, "TERM": "dumb"}, stdin=child, stdout=child, stderr=subprocess.PIPE
     ) as process:
         os.close(child)
-        # X is deleted again; the last character is Ctrl-D.
-        os.write(terminal, b"the catX\x7f\n\x04")
         shown = b""
+
+        def read_until(n_prompts: int) -> None:
+            nonlocal shown
+            while shown.count(b"> ") < n_prompts:
+                assert select.select([terminal], [], [], 30)[0], shown
+                shown += os.read(terminal, 1000)
+
         try:
-            while piece := os.read(terminal, 1000):
-                shown += piece
-        except OSError:  # The other end is closed.
-            pass
-        assert process.wait(30) == 0
-        assert process.stderr is not None
-        lines = process.stderr.read().decode().splitlines()
-    os.close(terminal)
-    assert b"> " in shown
-    assert lines[0].startswith("/exit")
-    (turn,) = [line for line in lines if line.startswith("[turn")]
-    n_prompt = len("<user\nthe cat>\n<assistant\n")
-    assert turns(turn)[0][1] <= n_prompt
+            read_until(1)
+            os.write(terminal, b"the catX\x7f\n")  # X is deleted again.
+            read_until(2)
+            os.write(terminal, b"\x04")  # Ctrl-D
+            _, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+            os.close(terminal)
+    assert process.returncode == 0
+    told, turn = [line for line in err.decode().splitlines() if line]
+    assert told.startswith("/exit")
+    assert turns(turn)[0][1] == len(prompt_ids(model, "the cat"))
+
+
+def prompt_ids(path: Path, message: str) -> list[int]:
+    with Engine.load(path) as engine:
+        return engine.chat([{"role": "user", "content": message}]).prompt.ids
