@@ -95,21 +95,20 @@ class Conversation:
         """
         guarded = [self._guarded(message) for message in _checked(messages)]
         text = template.render(guarded, tools, reasoning, special=self._special)
-        n_parts, end, after = self._agreement(text)
+        n_parts, end, n_kept = self._agreement(text)
         parts = self._parts[:n_parts]
         known = _ids(parts)
         new = [Part(*piece) for piece in self._tokenizer.pieces(text[end:], continues=end > 0)]
         if not known and self._tokenizer.add_bos and _first_id(new) != self._tokenizer.bos_id:
             assert self._tokenizer.bos_id is not None
             new = [Part("", [self._tokenizer.bos_id]), *new]
-        n_kept = after.n_tokens if after else 0
         same = self._same_next_time(template, guarded, text, tools, reasoning)
         mark_at = _position([*parts, *new], same)
         return ChatPrompt(
             # The last token of an answer that was cut short has not been processed yet.
             known[n_kept:] + _ids(new),
             [*parts, *new],
-            after,
+            self._checkpoint(n_kept),
             n_kept,
             self.n_tokens - n_kept,
             mark_at if mark_at > n_kept else 0,
@@ -133,22 +132,32 @@ class Conversation:
         shown = self._guarded({"role": "assistant", "content": text})["content"]
         self._parts = [*prompt.parts, Part(shown if is_whole else None, ids)]
 
-    def _agreement(self, text: str) -> tuple[int, int, Checkpoint | None]:
-        """(parts that stay, the end of their text, a checkpoint of them): see the module."""
+    def _agreement(self, text: str) -> tuple[int, int, int]:
+        """(parts that stay, the end of their text, positions of them): see the module.
+
+        Some text must follow them, for the logits of its last token.
+        """
+        if self._held is None:
+            return 0, 0, 0
         ends = [0]
         for part in self._parts:
             if part.text is None or not text.startswith(part.text, ends[-1]):
                 break
             ends.append(ends[-1] + len(part.text))
-        if self._held is None:
-            return 0, 0, None
         if len(ends) == len(self._parts) + 1 and ends[-1] < len(text):
-            return len(self._parts), ends[-1], self._held.fork()
+            return len(self._parts), ends[-1], self._held.n_tokens
         starts = {len(_ids(self._parts[:n])): n for n in range(len(ends)) if ends[n] < len(text)}
-        if marks := self._held.marks & starts.keys():
-            n = starts[max(marks)]
-            return n, ends[n], self._held.back_to(max(marks))
-        return 0, 0, None
+        marks = self._held.marks & starts.keys()
+        if not marks:
+            return 0, 0, 0
+        n_parts = starts[max(marks)]
+        return n_parts, ends[n_parts], max(marks)
+
+    def _checkpoint(self, n_tokens: int) -> Checkpoint | None:
+        if self._held is None or not n_tokens:
+            return None
+        is_end = n_tokens == self._held.n_tokens
+        return self._held.fork() if is_end else self._held.back_to(n_tokens)
 
     def _same_next_time(
         self,

@@ -251,12 +251,12 @@ class Engine:
         template: None for the model's own. The state after the last answer is kept: where the
         messages go on from it, with the answer's `text` as the assistant's content, nothing of the
         history is processed again. See engine/chat.py for what happens where they don't.
+        Control tokens that a message spells are text.
         Raises ChatError for messages or a template that can't be used, and as `generate` does.
         """
         if template is None:
             self._template = template = self._template or find_template(self.file)
         prompt = self.conversation.prompt(template, messages, tools, reasoning)
-
         try:
             request = self._submit(prompt.ids, params, prompt.after, prompt)
             return ChatCompletion(self, request, prompt)

@@ -469,6 +469,16 @@ def test_messages_that_cannot_be_used(engine: Engine, messages: Any, words: str)
     assert str(error.value).startswith(words)
 
 
+def test_text_that_has_no_tokens_holds_nothing(engine: Engine, fresh: Engine) -> None:
+    """An error in the middle of a turn's prompt gives back what it was to go on from."""
+    talk = Talk(engine, fresh, PLAIN)
+    talk.ask("the cat")
+    asked = [*talk.messages, {"role": "user", "content": "more"}]
+    broken = ChatTemplate(CHATML + "{{ '\\ud800' if messages | length > 1 }}")
+    with pytest.raises(TokenizerError, match="lone surrogate"):
+        engine.chat(asked, GREEDY, template=broken)
+
+
 def test_the_models_own_template(tmp_path: Path) -> None:
     overrides = {"tokenizer.chat_template": "{{ messages[0].content }}:"}
     path = write_model(tmp_path / "m.gguf", "tiny", "Q8_0", std=STD, overrides=overrides)
