@@ -181,7 +181,7 @@ def integers(low: int) -> Callable[[str], list[int]]:
 def read_prompt(parser: Parser, args: argparse.Namespace) -> str:
     """The prompt that `prompt_options` name."""
     if args.prompt is not None:
-        return args.prompt if args.no_escape else _unescape(args.prompt)
+        return unescaped(args, args.prompt)
     if args.file is None and (sys.stdin is None or sys.stdin.isatty()):
         parser.error("a prompt is needed: -p TEXT, -f FILE, or standard input")
     return read_text(args.file).removesuffix("\n")
@@ -200,7 +200,10 @@ def read_text(path: str | None) -> str:
         raise InputError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _unescape(text: str) -> str:
+def unescaped(args: argparse.Namespace, text: str) -> str:
+    """A text of the command line with escapes as what they mean, unless --no-escape."""
+    if args.no_escape:
+        return text
     return re.sub(r"\\([ntr'\"\\])", lambda match: _ESCAPES[match[1]], text)
 
 
