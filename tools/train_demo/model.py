@@ -74,10 +74,17 @@ class GatedNorm(nn.Module):
         return (y * F.silu(gate.float())).to(gate.dtype)
 
 
-def _linear(n_in: int, n_out: int, zero: bool = False) -> nn.Linear:
-    layer = nn.Linear(n_in, n_out, bias=False)
-    nn.init.zeros_(layer.weight) if zero else nn.init.normal_(layer.weight, std=n_in**-0.5 / 2)
-    return layer
+class Linear(nn.Linear):
+    """A product in the type `compute`; weights stay float32."""
+
+    compute = torch.float32
+
+    def __init__(self, n_in: int, n_out: int, zero: bool = False) -> None:
+        super().__init__(n_in, n_out, bias=False)
+        nn.init.normal_(self.weight, std=0.0 if zero else n_in**-0.5 / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.compute), self.weight.to(self.compute))
 
 
 class DeltaNet(nn.Module):
@@ -87,17 +94,17 @@ class DeltaNet(nn.Module):
         super().__init__()
         self.n_heads, self.head_dim, self.kernel = s.n_linear_heads, s.head_dim, s.conv_kernel
         n = s.n_linear_heads * s.head_dim
-        self.in_proj_qkv = _linear(s.n_embd, 3 * n)
-        self.in_proj_z = _linear(s.n_embd, n)
-        self.in_proj_b = _linear(s.n_embd, s.n_linear_heads)
-        self.in_proj_a = _linear(s.n_embd, s.n_linear_heads)
+        self.in_proj_qkv = Linear(s.n_embd, 3 * n)
+        self.in_proj_z = Linear(s.n_embd, n)
+        self.in_proj_b = Linear(s.n_embd, s.n_linear_heads)
+        self.in_proj_a = Linear(s.n_embd, s.n_linear_heads)
         self.conv1d = nn.Conv1d(3 * n, 3 * n, s.conv_kernel, groups=3 * n, bias=False)
         self.A_log = nn.Parameter(torch.empty(s.n_linear_heads).uniform_(1, 8).log())
         # Time steps from 0.001 to 0.1, as Mamba has them: some heads forget slowly.
         step = torch.exp(torch.rand(s.n_linear_heads) * math.log(100) + math.log(0.001))
         self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))
         self.norm = GatedNorm(s.head_dim, s.eps)
-        self.out_proj = _linear(n, s.n_embd, zero=True)
+        self.out_proj = Linear(n, s.n_embd, zero=True)
 
     def _conv(self, x: Tensor) -> Tensor:
         """A causal depthwise convolution as a sum of shifted products, which can be fused."""
@@ -116,8 +123,7 @@ class DeltaNet(nn.Module):
         z = self.in_proj_z(x).reshape(b, n, self.n_heads, self.head_dim)
         beta = self.in_proj_b(x).float().sigmoid()
         g = -self.A_log.exp() * F.softplus(self.in_proj_a(x).float() + self.dt_bias)
-        with torch.autocast(x.device.type, enabled=False):
-            out = gated_delta_rule(_unit(q), _unit(k), v.float(), g, beta)
+        out = gated_delta_rule(_unit(q), _unit(k), v.float(), g, beta)
         return self.out_proj(self.norm(out, z).reshape(b, n, -1))
 
 
@@ -132,10 +138,10 @@ class Attention(nn.Module):
     def __init__(self, s: Sizes) -> None:
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = s.n_heads, s.n_kv_heads, s.head_dim
-        self.q_proj = _linear(s.n_embd, 2 * s.n_heads * s.head_dim)
-        self.k_proj = _linear(s.n_embd, s.n_kv_heads * s.head_dim)
-        self.v_proj = _linear(s.n_embd, s.n_kv_heads * s.head_dim)
-        self.o_proj = _linear(s.n_heads * s.head_dim, s.n_embd, zero=True)
+        self.q_proj = Linear(s.n_embd, 2 * s.n_heads * s.head_dim)
+        self.k_proj = Linear(s.n_embd, s.n_kv_heads * s.head_dim)
+        self.v_proj = Linear(s.n_embd, s.n_kv_heads * s.head_dim)
+        self.o_proj = Linear(s.n_heads * s.head_dim, s.n_embd, zero=True)
         self.q_norm, self.k_norm = RMSNorm(s.head_dim, s.eps), RMSNorm(s.head_dim, s.eps)
         turns = s.rope_base ** -(torch.arange(0, s.n_rot, 2).float() / s.n_rot)
         self.register_buffer("turns", turns, persistent=False)
@@ -166,9 +172,9 @@ class MLP(nn.Module):
 
     def __init__(self, s: Sizes) -> None:
         super().__init__()
-        self.gate_proj = _linear(s.n_embd, s.n_ff)
-        self.up_proj = _linear(s.n_embd, s.n_ff)
-        self.down_proj = _linear(s.n_ff, s.n_embd, zero=True)
+        self.gate_proj = Linear(s.n_embd, s.n_ff)
+        self.up_proj = Linear(s.n_embd, s.n_ff)
+        self.down_proj = Linear(s.n_ff, s.n_embd, zero=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -209,11 +215,18 @@ class Trunk(nn.Module):
 
 
 class DemoModel(nn.Module):
-    """The whole model; the output matrix is the embedding."""
+    """The whole model; the output matrix is the embedding.
 
-    def __init__(self, sizes: Sizes) -> None:
+    `compute`: what its products are in. Norms, decays, the delta rule and the residual stream are
+    float32 whatever it is.
+    """
+
+    def __init__(self, sizes: Sizes, compute: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.sizes, self.model = sizes, Trunk(sizes)
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.compute = compute
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits [B, T, n_vocab] of ids [B, T]; T in whole chunks of the delta rule."""

@@ -68,6 +68,7 @@ class Run:
         args.out.mkdir(parents=True, exist_ok=True)
         self.feed = Feed(args.corpus, args.length + 1, args.seed, args.workers)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.compute = torch.bfloat16 if self.device == "cuda" else torch.float32
         torch.set_float32_matmul_precision("high")
         self.log = (args.out / "log.jsonl").open("w")
         self.facts: dict[str, Any] = {
@@ -118,7 +119,7 @@ class Run:
 
     def _build(self, compiled: bool) -> None:
         torch.manual_seed(self.args.seed)
-        self.model = DemoModel(self.sizes).to(self.device)
+        self.model = DemoModel(self.sizes, self.compute).to(self.device)
         self.optimizer = Optimizer(self.model, self.rate)
         self.loss_of = _loss
         self.weight_of = torch.tensor(WEIGHT_OF, device=self.device)
@@ -133,9 +134,10 @@ class Run:
         if self.device == "cuda":
             ids, kinds = (x.pin_memory().to("cuda", non_blocking=True) for x in (ids, kinds))
         ids, weights = ids.long(), self.weight_of[kinds[:, 1:].long()]
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-            hidden = self.model.model(ids[:, :-1])
-            loss = self.loss_of(hidden, self.model.model.embed_tokens.weight, ids[:, 1:], weights)
+        hidden, embedding = self.model.model(ids[:, :-1]), self.model.model.embed_tokens.weight
+        loss: torch.Tensor = self.loss_of(
+            hidden.to(self.compute), embedding.to(self.compute), ids[:, 1:], weights
+        )
         loss.backward()
         return loss.detach()
 
