@@ -38,6 +38,8 @@ from engine.template import ChatTemplate, Message, find_template
 from engine.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
+# What runs where no model is named; tools/train_demo made it.
+DEMO_MODEL = Path(__file__).parent / "data" / "demo.gguf"
 
 
 class PromptError(EngineError):
@@ -75,9 +77,14 @@ class Engine:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, backend: str = "auto", n_ctx: int | None = None, **options: Any
+        cls,
+        path: str | Path | None = None,
+        *,
+        backend: str = "auto",
+        n_ctx: int | None = None,
+        **options: Any,
     ) -> Engine:
-        """Load a GGUF file.
+        """Load a GGUF file; with no path, the small model that comes with the engine.
 
         backend: auto, cpu, cuda or reference. n_ctx: positions of memory (None: 4096 or what the
         model was trained on, whichever is less; 0: the latter). Other options are those of
@@ -92,7 +99,7 @@ class Engine:
         if unknown:
             raise ConfigError(f"unknown option {min(unknown)}")
         config = EngineConfig(backend=backend, n_ctx=n_ctx, **options)
-        engine = cls(GGUFFile(path), config)
+        engine = cls(GGUFFile(DEMO_MODEL if path is None else path), config)
         engine.load_s = time.perf_counter() - start
         return engine
 

@@ -237,7 +237,7 @@ class StreamDecoder:
 
 def pretokenize(pre: str, text: str) -> list[str]:
     """How the pre-tokenizer called `pre` cuts `text` into the pieces that BPE merges within."""
-    pieces = _pre_tokenizer(pre).pre_tokenize_str(text)
+    pieces = pre_tokenizer(pre).pre_tokenize_str(text)
     return [text[start:end] for _, (start, end) in pieces]
 
 
@@ -251,7 +251,7 @@ class _ByteLevelBPE:
         from tokenizers import Tokenizer as Pipeline
 
         self._pipeline = Pipeline(_bpe(file, vocab, ignore_merges=pre == "llama-bpe"))
-        self._pipeline.pre_tokenizer = _pre_tokenizer(pre)
+        self._pipeline.pre_tokenizer = pre_tokenizer(pre)
         self._missing = {byte for char, byte in BYTE_OF.items() if char not in vocab.ids}
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
@@ -330,7 +330,7 @@ def _pre_name(file: GGUFFile) -> str:
     return pre
 
 
-def _pre_tokenizer(pre: str) -> Any:
+def pre_tokenizer(pre: str) -> Any:
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 

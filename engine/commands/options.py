@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from engine.engine import DEMO_MODEL
 from engine.errors import EngineError
 
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "'": "'", '"': '"', "\\": "\\"}
@@ -41,9 +42,12 @@ def at_least(low: int) -> Callable[[str], int]:
 
 def common_options(p: Parser, many: bool = False) -> None:
     """The model, or with `many` a list of them, and how much to say."""
-    several: Any = {"type": _paths, "action": "extend"} if many else {}
-    name = "FILE[,FILE…]" if many else "FILE"
-    p.add_argument("-m", "--model", required=True, metavar=name, help="GGUF file", **several)
+    how: Any = {"default": str(DEMO_MODEL), "metavar": "FILE"}
+    about = "GGUF file (default: the small model that comes with the engine)"
+    if many:
+        how = {"type": _paths, "action": "extend", "required": True, "metavar": "FILE[,FILE…]"}
+        about = "GGUF file"
+    p.add_argument("-m", "--model", help=about, **how)
     p.add_argument("-v", "--verbose", action="store_true", help="more detail; tracebacks of errors")
 
 
