@@ -426,6 +426,8 @@ class Engine:
             yield
         except BaseException as error:
             for request in list(requests):
+                # It may be half written: nothing is to go on from it.
+                self.memory.reset(request.seq)
                 if isinstance(error, KeyboardInterrupt):
                     self.cancel(request)
                 else:

@@ -6,6 +6,7 @@ The reference for an answer is the same tokens as one prompt on a fresh sequence
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import pytest
 
 from engine import ChatTemplate, Engine, SamplingParams
 from engine.engine import PromptError
+from engine.kvcache.memory import Checkpoint
 from engine.request import ChatCompletion
 from engine.template import ChatError
 from engine.tokenizer import GUARD, TokenizerError
 from tests.chats import CHATML, QWEN35_STYLE, Messages
-from tests.helpers import N_VOCAB, STD, assert_all_free, failing_at, float64_engine
+from tests.helpers import N_VOCAB, STD, assert_all_free, failing_at, float64_engine, nmse
+from tests.lazy_backend import lazy_engine
 from tests.test_tokenizer import spm_metadata
 from tools.makevocab import made_vocabulary, padded_vocabulary
 from tools.synth import write_model
@@ -35,9 +38,10 @@ def fresh(tiny: Path) -> Engine:
     return float64_engine(tiny, n_ctx=1024)
 
 
-@pytest.fixture
-def engine(tiny: Path) -> Iterator[Engine]:
-    with float64_engine(tiny, n_ctx=1024) as engine:
+@pytest.fixture(params=[float64_engine, lazy_engine])
+def engine(tiny: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """Decode steps one by one, and steps that run ahead of the host."""
+    with request.param(tiny, n_ctx=1024) as engine:
         yield engine
         engine.conversation.release()
         assert_all_free(engine)
@@ -388,6 +392,74 @@ def test_invisible_tokens_stay(engine: Engine, fresh: Engine) -> None:
 
 
 # Memory.
+
+
+def states(engine: Engine, checkpoint: Checkpoint) -> dict[int, dict[str, Any]]:
+    """Contents of a checkpoint's slots, by position: its own, and those of its marks."""
+    slots = {n: state.slot for n, state in checkpoint.span.marks.items()}
+    slots[checkpoint.n_tokens] = checkpoint.span.state.slot
+    store = engine.plan.backends[0].states
+    return {n: store.save("n_slots", slot) for n, slot in slots.items()}
+
+
+def assert_holds(engine: Engine, fresh: Engine, answer: ChatCompletion, n_tokens: int) -> None:
+    """The conversation holds the state after so many of the tokens, and that at the mark."""
+    ids = [*answer.prompt.before, *answer.prompt.ids, *answer.tokens]
+    held = engine.conversation._held
+    assert held is not None
+    found = states(engine, held)
+    assert found.keys() == {n_tokens, answer.prompt.mark_at} - {0}
+    for n, got in found.items():
+        seq = fresh.memory.create()
+        fresh.prefill(seq, ids[:n])
+        checkpoint = fresh.memory.checkpoint(seq)
+        expected = states(fresh, checkpoint)[n]
+        assert max(nmse(got[name], expected[name]) for name in expected) < 1e-18
+        checkpoint.release()
+        fresh.memory.free(seq)
+
+
+@pytest.mark.parametrize("template", [PLAIN, THINKING])
+@pytest.mark.parametrize("n", range(6))
+def test_what_is_held_where_an_answer_is_stopped(
+    engine: Engine, fresh: Engine, template: ChatTemplate, n: int
+) -> None:
+    """After any token, by stop(), cancel(), a limit or a stop text, all held are the tokens that
+    came, the last one excepted, which no step has read."""
+    messages: Messages = [{"role": "user", "content": "the cat"}]
+    endless = SamplingParams(temperature=0, ignore_eos=True)
+    text = engine.tokenizer.decode(fresh_answer(fresh, template, messages)[n : n + 1])
+    limits = [endless, endless, replace(endless, max_tokens=n + 1), replace(endless, stop=(text,))]
+    for how, params in enumerate(limits):
+        engine.conversation.release()
+        answer = engine.chat(messages, params, template=template)
+        for _ in answer:
+            if how < 2 and len(answer.tokens) == n + 1:
+                [answer.stop, answer.cancel][how]()
+        assert len(answer.tokens) <= n + 1
+        assert_holds(engine, fresh, answer, len(answer.prompt.ids) + len(answer.tokens) - 1)
+
+
+def fresh_answer(fresh: Engine, template: ChatTemplate, messages: Messages) -> list[int]:
+    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=6)
+    ids = fresh.conversation.prompt(template, messages).ids
+    return [token.token for token in fresh.generate(ids, params)]
+
+
+def test_what_is_held_where_an_answer_ends_by_itself(engine: Engine, fresh: Engine) -> None:
+    """All tokens that came were read; the one that ended it was not."""
+    params = SamplingParams(temperature=100, top_k=128, top_p=1, min_p=0, max_tokens=70)
+    reasons = set()
+    for seed in range(6):
+        engine.conversation.release()
+        messages: Messages = [{"role": "user", "content": "the cat"}]
+        answer = engine.chat(messages, replace(params, seed=seed), template=THINKING)
+        list(answer)
+        reasons.add(answer.finish_reason)
+        unread = answer.finish_reason == "length"
+        n_tokens = len(answer.prompt.ids) + len(answer.tokens) - unread
+        assert_holds(engine, fresh, answer, n_tokens)
+    assert "stop" in reasons
 
 
 def test_others_get_the_memory_that_is_held(tiny: Path) -> None:
