@@ -25,7 +25,7 @@ from engine.gguf import GGUFFile
 Message = Mapping[str, Any]
 
 _log = logging.getLogger(__name__)
-_KEY = "tokenizer.chat_template"
+TEMPLATE_KEY = "tokenizer.chat_template"
 # What each `--chat-template NAME` is that no file has to bring.
 BUILT_IN = {
     "chatml": (
@@ -99,11 +99,11 @@ def find_template(file: GGUFFile, choice: str | None = None) -> ChatTemplate:
     model without a template gets chatml, with a warning. Raises ChatError, GGUFError.
     """
     if choice is None:
-        if source := file.string(_KEY, ""):
+        if source := file.string(TEMPLATE_KEY, ""):
             return ChatTemplate(source, f"{file.path}: chat template")
         _log.warning("%s has no chat template: taking chatml", file.path)
         choice = "chatml"
-    if source := BUILT_IN.get(choice, "") or file.string(f"{_KEY}.{choice}", ""):
+    if source := BUILT_IN.get(choice, "") or file.string(f"{TEMPLATE_KEY}.{choice}", ""):
         return ChatTemplate(source, f"chat template {choice}")
     try:
         source = Path(choice).read_bytes().decode()
@@ -111,7 +111,11 @@ def find_template(file: GGUFFile, choice: str | None = None) -> ChatTemplate:
         came = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
         raise ChatError(f"chat template {choice}: expected UTF-8, got {came}") from None
     except (OSError, ValueError) as error:
-        in_file = [k.removeprefix(f"{_KEY}.") for k in file.metadata if k.startswith(f"{_KEY}.")]
+        in_file = [
+            k.removeprefix(f"{TEMPLATE_KEY}.")
+            for k in file.metadata
+            if k.startswith(f"{TEMPLATE_KEY}.")
+        ]
         raise ChatError(
             f"chat template {choice}: expected a file or one of {', '.join([*BUILT_IN, *in_file])} "
             f"({getattr(error, 'strerror', None) or error})"

@@ -27,8 +27,9 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.prompts import read_prompts, result_line
-from engine.request import Completion
+from engine.request import Completion, FinishReason
 from engine.sampler import SamplingParams
+from engine.template import TEMPLATE_KEY
 from engine.version import __version__
 
 ABOUT = "Complete a prompt, or chat (-cnv). Other commands: %s."
@@ -137,6 +138,9 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
             raise
         _write("\n")
         print(_timings(engine.load_s, completion), file=sys.stderr)
+        ended_at_once = completion.finish_reason is FinishReason.STOP and not completion.text
+        if ended_at_once and engine.file.string(TEMPLATE_KEY, ""):
+            print("it said nothing: with -cnv, it is asked by its chat template", file=sys.stderr)
     return status
 
 
