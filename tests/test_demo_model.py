@@ -21,6 +21,7 @@ from engine import Engine
 from engine.backends import cuda_missing
 from engine.engine import DEMO_MODEL
 from engine.perplexity import encode, perplexity
+from tests.cuda_devices import DEVICES, MakeDevice, cuda_and_others, engine_on
 from tools.train_demo.answers import GREEDY, n_right, questions
 from tools.train_demo.heldout import EVALUATED, held_out
 
@@ -209,6 +210,22 @@ def test_answers_of_a_chat(engine: Engine) -> None:
         messages.append({"role": "assistant", "content": answer.text})
     assert_right(found, len(tasks), *tasks)
     engine.conversation.release()
+
+
+@pytest.mark.parametrize("make_device", DEVICES)
+def test_answers_of_a_chat_on_cuda_devices(make_device: MakeDevice) -> None:
+    """Also the emulated one, which takes its time; its steps run ahead of the host."""
+    asked = [("What is 27 plus 48?", "75"), ("The cup is blue. What color is the cup?", "blue")]
+    with engine_on(DEMO_MODEL, cuda_and_others(make_device(0)), n_ctx=256, n_ubatch=64) as engine:
+        assert engine._ahead is not None
+        messages: list[dict[str, str]] = []
+        for question, right in asked:
+            messages.append({"role": "user", "content": question})
+            answer = engine.chat(messages, GREEDY)
+            list(answer)
+            assert (answer.text, answer.prompt.n_dropped) == (right, 0)
+            messages.append({"role": "assistant", "content": answer.text})
+        assert answer.prompt.n_kept == 20
 
 
 # Without a name.
