@@ -1,9 +1,8 @@
-# make demo: a small random model, its graph, and text from it.   make test: everything CI needs.
+# make demo: the small model that comes with the engine, and answers of it.   make test: everything CI needs.
 # Both set up .venv here first. make parity: compare with transformers (installs torch, .venv-parity).
 
 PYTHON ?= python3
 VENV := .venv
-DEMO := build/demo.gguf
 # What pip installs depends on: the kernels are built with it.
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard engine/ops/cpu/* engine/backends/*.cpp)
 COMPILERS := $(if $(filter default,$(origin CXX)),c++ g++ clang++,$(CXX))
@@ -11,10 +10,12 @@ COMPILERS := $(if $(filter default,$(origin CXX)),c++ g++ clang++,$(CXX))
 .PHONY: demo test test-cuda lint parity lines clean compiler
 
 demo: $(VENV)/.run
-	@mkdir -p build
-	$(VENV)/bin/python tools/synth.py tiny-untied --type Q8_0 --std 0.1 -o $(DEMO)
-	$(VENV)/bin/python cli.py graph -m $(DEMO)
-	$(VENV)/bin/python cli.py -m $(DEMO) -p "Once upon a time" -n 64 --seed 1
+	$(VENV)/bin/python cli.py graph
+	$(VENV)/bin/python cli.py --no-display-prompt -p "Question: What can you do?\nAnswer:"
+	$(VENV)/bin/python cli.py -p "Question: What is 27 plus 48?\nAnswer:"
+	$(VENV)/bin/python cli.py -p "Question: Sort these numbers: 42, 7, 95, 19\nAnswer:"
+	$(VENV)/bin/python cli.py -p "Question: Anna went to the kitchen. Anna took the ball. Anna \
+	went to the garden. Where is the ball?\nAnswer:"
 
 test: lint
 	$(VENV)/bin/python -m pytest -q -n 2 -m "not timing"

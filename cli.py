@@ -15,7 +15,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("graph", "tokenize", "sweep-bench", "plot-bench", "bench", "batched-bench", "profile")
+COMMANDS = (
+    "graph", "tokenize", "perplexity",
+    "sweep-bench", "plot-bench", "bench", "batched-bench", "profile",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,5 +3,6 @@
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.sampler import SamplingParams
+from engine.template import ChatTemplate
 
-__all__ = ["Engine", "EngineError", "SamplingParams"]
+__all__ = ["ChatTemplate", "Engine", "EngineError", "SamplingParams"]

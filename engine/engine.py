@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from engine import backends, memory_estimate
 from engine.backends import cpu_library
 from engine.batch import Batch, Logits, Piece, begin, check_fits, pack
+from engine.chat import ChatPrompt, Conversation
 from engine.config import ConfigError, EngineConfig, capacity_of, context_size
 from engine.decode_ahead import DecodeAhead
 from engine.errors import EngineError
@@ -29,13 +30,16 @@ from engine.kvcache.memory import Checkpoint, SequenceMemory
 from engine.models import BuildOptions, load_model
 from engine.offload import Offload, place_where_it_fits
 from engine.planner import Executable, Instruction, Plan, Timing
-from engine.request import Completion, FinishReason, Request
+from engine.request import ChatCompletion, Completion, FinishReason, Request
 from engine.sampler import Sampler, SamplingError, SamplingParams, sequence_breakers
 from engine.samplers import Breakers
 from engine.scheduler import Scheduler, cut
+from engine.template import ChatTemplate, Message, find_template
 from engine.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
+# What runs where no model is named; tools/train_demo made it.
+DEMO_MODEL = Path(__file__).parent / "data" / "demo.gguf"
 
 
 class PromptError(EngineError):
@@ -46,8 +50,8 @@ class Engine:
     """A loaded model. Make one with `Engine.load`; use it as a context manager, or `close` it.
 
     `tokenizer`, `model`, `memory` (of sequences) and `plan` (the placed graph) are there to be
-    looked at; so are `n_ctx` (positions of memory), `capacity` (of one step) and `load_s` (seconds
-    that loading took).
+    looked at; so are `n_ctx` (positions of memory), `capacity` (of one step), `conversation` (what
+    is held for the next `chat`) and `load_s` (seconds that loading took).
     """
 
     def __init__(self, file: GGUFFile, config: EngineConfig) -> None:
@@ -63,7 +67,9 @@ class Engine:
         self._executable: Executable | None = Executable(self.plan, self.model.weights)
         cap, decoder = self.capacity, self._executable.decoder()
         self.memory = SequenceMemory(cap.n_blocks, cap.n_slots, cap.block_size, self._copy_block)
-        self._scheduler = Scheduler(self.memory, cap)
+        self.conversation = Conversation(self.tokenizer)
+        self._template: ChatTemplate | None = None
+        self._scheduler = Scheduler(self.memory, cap, self.conversation.release)
         self._ahead: DecodeAhead | None = None
         if decoder is not None and not config.check:
             self._ahead = DecodeAhead(decoder, self._scheduler, self.memory, cap)
@@ -71,9 +77,14 @@ class Engine:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, backend: str = "auto", n_ctx: int | None = None, **options: Any
+        cls,
+        path: str | Path | None = None,
+        *,
+        backend: str = "auto",
+        n_ctx: int | None = None,
+        **options: Any,
     ) -> Engine:
-        """Load a GGUF file.
+        """Load a GGUF file; with no path, the small model that comes with the engine.
 
         backend: auto, cpu, cuda or reference. n_ctx: positions of memory (None: 4096 or what the
         model was trained on, whichever is less; 0: the latter). Other options are those of
@@ -88,7 +99,7 @@ class Engine:
         if unknown:
             raise ConfigError(f"unknown option {min(unknown)}")
         config = EngineConfig(backend=backend, n_ctx=n_ctx, **options)
-        engine = cls(GGUFFile(path), config)
+        engine = cls(GGUFFile(DEMO_MODEL if path is None else path), config)
         engine.load_s = time.perf_counter() - start
         return engine
 
@@ -243,6 +254,35 @@ class Engine:
         """
         return Completion(self, self._submit(prompt, params, after))
 
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        reasoning: bool | None = None,
+        template: ChatTemplate | None = None,
+    ) -> ChatCompletion:
+        """Stream the answer to a conversation, as `generate` streams a completion.
+
+        messages: each a dict with `role` (system, user, assistant, tool) and `content`; tools: JSON
+        schemas; reasoning: whether to think, for templates that take it (`enable_thinking`);
+        template: None for the model's own. The state after the last answer is kept: where the
+        messages go on from it, with the answer's `text` as the assistant's content, nothing of the
+        history is processed again. See engine/chat.py for what happens where they don't.
+        Control tokens that a message spells are text.
+        Raises ChatError for messages or a template that can't be used, and as `generate` does.
+        """
+        if template is None:
+            self._template = template = self._template or find_template(self.file)
+        prompt = self.conversation.prompt(template, messages, tools, reasoning)
+        try:
+            request = self._submit(prompt.ids, params, prompt.after, prompt)
+            return ChatCompletion(self, request, prompt)
+        finally:
+            if prompt.after:
+                prompt.after.release()
+
     def generate_batch(
         self,
         prompts: Sequence[str | Sequence[int]],
@@ -288,18 +328,29 @@ class Engine:
         prompt: str | Sequence[int],
         params: SamplingParams | None,
         after: Checkpoint | None = None,
+        chat: ChatPrompt | None = None,
     ) -> Request:
         ids = self.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         n_past = after.n_tokens if after else 0
         self._check_prompt(ids, n_past)
-        request = self._request(ids, params or SamplingParams(), n_past)
+        before = chat.before if chat else ()
+        request = self._request(ids, params or SamplingParams(), n_past, before)
+        if chat:
+            request.mark_at = chat.mark_at
+            request.keep = lambda r, held: self.conversation.keep(chat, held, r.text, r.tokens)
         if request.params.max_tokens == 0:
             request.finish(FinishReason.LENGTH, "0 tokens were asked for")
         else:
             self._scheduler.add(request, after)
         return request
 
-    def _request(self, ids: Sequence[int], params: SamplingParams, n_past: int = 0) -> Request:
+    def _request(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams,
+        n_past: int = 0,
+        before: Sequence[int] = (),
+    ) -> Request:
         params = params.resolved(self.file.metadata)
         for token in params.logit_bias:
             if not 0 <= token < self.model.n_vocab:
@@ -312,7 +363,8 @@ class Engine:
         share = max(self.n_ctx // self.config.n_parallel, end)
         limit = end + params.max_tokens if params.max_tokens >= 0 else share
         decoder = self.tokenizer.stream(at_start=False)
-        return Request(ids, params, sampler, decoder, ends, min(limit, self.n_ctx), n_past)
+        limit = min(limit, self.n_ctx)
+        return Request(ids, params, sampler, decoder, ends, limit, n_past, before)
 
     def _sequence_breakers(self, params: SamplingParams) -> Breakers:
         """DRY's breakers; finding them looks at the whole vocabulary, so it is done once."""
@@ -336,6 +388,8 @@ class Engine:
         for i, (request, piece) in enumerate(work):
             row = next(rows) if piece.n_outputs else None
             request.count(len(piece.tokens), seconds)
+            if request.is_at_mark:
+                self.memory.mark(request.seq, only=True)
             if i in failures:
                 request.finish(FinishReason.ERROR, failures[i])
             elif row is not None:
@@ -372,6 +426,8 @@ class Engine:
             yield
         except BaseException as error:
             for request in list(requests):
+                # It may be half written: nothing is to go on from it.
+                self.memory.reset(request.seq)
                 if isinstance(error, KeyboardInterrupt):
                     self.cancel(request)
                 else:

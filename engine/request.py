@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -11,8 +11,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.chat import ChatPrompt
 from engine.decoder import Draw
 from engine.errors import EngineError
+from engine.kvcache.memory import Checkpoint
 from engine.sampler import Sampler, SamplingParams
 from engine.tokenizer import StreamDecoder
 
@@ -76,7 +78,9 @@ def _overlap(text: str, stop: str) -> int:
 class Request:
     """A prompt on its way to a completion.
 
-    `limit`: most positions that it may fill in memory. `n_past`: positions that came before it.
+    `limit`: most positions that it may fill in memory. `before`: the tokens that came before it,
+    which penalties see. `mark_at`: a position of its prompt (0: none) at which a step ends and a
+    mark is to be taken. `keep` is called when it ends, with a checkpoint to hold or release.
     """
 
     def __init__(
@@ -88,13 +92,16 @@ class Request:
         ends: Container[int],
         limit: int,
         n_past: int = 0,
+        before: Sequence[int] = (),
     ) -> None:
         self.ids, self.params, self.limit = list(ids), params, limit
         self._sampler, self._decoder, self._ends = sampler, decoder, ends
         self._stops = StopTexts(params.stop)
-        for token in self.ids:
+        for token in (*before, *self.ids):
             sampler.accept(token)
         self.seq = -1
+        self.mark_at, self.is_at_mark = 0, False
+        self.keep: Callable[[Request, Checkpoint], None] | None = None
         self.n_past, self.n_done = n_past, 0
         self.tokens: list[int] = []
         self.text = ""
@@ -118,8 +125,19 @@ class Request:
         """The position after its prompt."""
         return self.n_past + len(self.ids)
 
+    @property
+    def piece_limit(self) -> int:
+        """The position that its next piece of prompt may not pass."""
+        return self.mark_at if self.position < self.mark_at else self.prompt_end
+
+    @property
+    def needs_slot(self) -> bool:
+        """Whether a mark is to come, or the step after it, which leaves the marked state alone."""
+        return self.position < self.mark_at or self.is_at_mark
+
     def count(self, n_tokens: int, seconds: float) -> None:
         """Note that a step of so many seconds processed its next `n_tokens`."""
+        self.is_at_mark = self.position < self.mark_at == self.position + n_tokens
         if self.is_prefilling:
             self.n_done += n_tokens
             self.timings.n_prompt += n_tokens
@@ -209,6 +227,7 @@ class Completion:
 
     def __init__(self, engine: Runner, request: Request) -> None:
         self._engine, self._request = engine, request
+        self._is_stopping = False
 
     def __iter__(self) -> Completion:
         return self
@@ -220,7 +239,10 @@ class Completion:
                 raise GenerationError(request.detail)
             if request.finish_reason:
                 raise StopIteration
-            self._engine.advance()
+            if self._is_stopping:
+                self.cancel()
+            else:
+                self._engine.advance()
         return request.ready.popleft()
 
     @property
@@ -248,6 +270,11 @@ class Completion:
         """What its steps took."""
         return self._request.timings
 
+    def stop(self) -> None:
+        """Let asking for the next piece cancel it. Unlike `cancel`, this may come in the middle of
+        a step, from a signal's handler: the step ends as it would, and its memory is whole."""
+        self._is_stopping = True
+
     def cancel(self) -> None:
         """End it; the reason is then `cancelled`, unless it had ended before."""
         self._engine.cancel(self._request)
@@ -256,3 +283,12 @@ class Completion:
 
     def __del__(self) -> None:
         self._engine.cancel(self._request)
+
+
+class ChatCompletion(Completion):
+    """An answer of a chat: a Completion with its `prompt`, which says what was kept of the last
+    turn's memory (`n_kept` positions) and what could not be (`n_dropped`)."""
+
+    def __init__(self, engine: Runner, request: Request, prompt: ChatPrompt) -> None:
+        super().__init__(engine, request)
+        self.prompt = prompt

@@ -9,7 +9,7 @@ ever need is free, in order of arrival; what is admitted never runs out.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import ceil
 
 from engine.batch import BLOCK_POSITIONS, Logits, Piece
@@ -38,8 +38,14 @@ def cut(n_past: int, n_tokens: int, n_ubatch: int) -> Iterator[slice]:
 class Scheduler:
     """Requests waiting and running; at most `capacity.n_seqs` run at a time."""
 
-    def __init__(self, memory: SequenceMemory, capacity: Capacity) -> None:
-        self._memory, self._capacity = memory, capacity
+    def __init__(
+        self,
+        memory: SequenceMemory,
+        capacity: Capacity,
+        reclaim: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`reclaim` gives back memory that is held for later, and says whether there was any."""
+        self._memory, self._capacity, self._reclaim = memory, capacity, reclaim
         self.waiting: deque[Request] = deque()
         self.running: deque[Request] = deque()
         self._prefill_turn = False
@@ -56,6 +62,8 @@ class Scheduler:
         for queue in (self.waiting, self.running):
             if request in queue:
                 queue.remove(request)
+                if request.keep is not None:
+                    request.keep(request, self._memory.checkpoint(request.seq))
                 self._memory.free(request.seq)
 
     def schedule(self) -> list[tuple[Request, Piece]]:
@@ -85,13 +93,17 @@ class Scheduler:
             request = self.waiting[0]
             promised = sum(self._unclaimed_blocks(r) for r in self.running)
             blocks, slots = self._memory.blocks.n_free, self._memory.slots.n_free
-            # A request takes its slot with its first step.
-            promised_slots = sum(not r.n_done for r in self.running)
-            if self._unclaimed_blocks(request) > blocks - promised or slots <= promised_slots:
-                if not self.running:
-                    self._refuse(self.waiting.popleft(), blocks, slots)
-                    continue
-                return
+            slots -= sum(map(self._unclaimed_slots, self.running))
+            no_blocks = self._unclaimed_blocks(request) > blocks - promised
+            if no_blocks or self._unclaimed_slots(request) > slots:
+                if self.running:
+                    return
+                if not self._reclaim():
+                    if request.mark_at:
+                        request.mark_at = 0  # It can do without.
+                    else:
+                        self._refuse(self.waiting.popleft(), blocks, slots)
+                continue
             self.running.append(self.waiting.popleft())
 
     def _refuse(self, request: Request, n_blocks: int, n_slots: int) -> None:
@@ -103,6 +115,11 @@ class Scheduler:
             f"it needs {request.limit} positions and a state slot: {n_blocks * size} positions and "
             f"{n_slots} slots are free, others are held (by checkpoints, say)",
         )
+
+    def _unclaimed_slots(self, request: Request) -> int:
+        """State slots that it will still take: with its first step, and for a mark."""
+        first = 0 if request.n_done else self._memory.missing_slots(request.seq)
+        return first + request.needs_slot
 
     def _unclaimed_blocks(self, request: Request) -> int:
         """Blocks that a request may still need; a partly filled one that it shares counts too."""
@@ -118,7 +135,7 @@ class Scheduler:
         while growing:
             grown = []
             for r in growing:
-                end = self._next_end(ends[id(r)], r.prompt_end, budget)
+                end = self._next_end(ends[id(r)], r.piece_limit, budget)
                 budget -= end - ends[id(r)]
                 if end > ends[id(r)]:
                     grown.append(r)

@@ -28,10 +28,12 @@ from engine.vocab import (
     strings,
 )
 
-__all__ = ["StreamDecoder", "Tokenizer", "TokenizerError", "pretokenize"]
+__all__ = ["GUARD", "StreamDecoder", "Tokenizer", "TokenizerError", "pretokenize"]
 
 _log = logging.getLogger(__name__)
 _KEY = "tokenizer.ggml."
+# Stands inside of what is not to be a special token. No text has it, for it is not Unicode.
+GUARD = "\udfff"
 
 _CONTRACTION = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -140,13 +142,7 @@ class Tokenizer:
     ) -> list[int]:
         """The ids of `text`. User-defined tokens in it are recognized, control and unknown ones
         with `parse_special`. Raises TokenizerError for text that is not Unicode (surrogates)."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise TokenizerError(
-                f"text cannot be encoded: lone surrogate {text[error.start]!r} at character "
-                f"{error.start}"
-            ) from None
+        _check_unicode(text)
         ids: list[int] = []
         if add_special and self.add_bos and self.bos_id is not None:
             ids.append(self.bos_id)
@@ -158,6 +154,32 @@ class Tokenizer:
         if add_special and self.add_eos and self.eos_id is not None:
             ids.append(self.eos_id)
         return ids
+
+    def guard(self, text: str) -> str:
+        """`text` with a GUARD inside of each control or unknown token that it spells, so that
+        `pieces` takes it as text. Raises TokenizerError for text that is not Unicode."""
+        _check_unicode(text)
+        for special, token_id in self._specials:
+            # A guard finds no room inside of a single character.
+            if special in text and self._vocab.types[token_id] != USER_DEFINED and special[1:]:
+                text = text.replace(special, special[0] + GUARD + special[1:])
+        return text
+
+    def pieces(self, text: str, continues: bool = False) -> list[tuple[str, list[int]]]:
+        """`text`, in which there may be guards, cut at its special tokens: (text, ids) of each.
+
+        Together the ids are those of `encode` with parse_special. `continues`: the text goes on
+        from another one, so that nothing is put before it.
+        """
+        _check_unicode(text.replace(GUARD, ""))
+        found: list[tuple[str, list[int]]] = []
+        for part in self._cut(text, self._specials):
+            if isinstance(part, int):
+                found.append((self._vocab.tokens[part], [part]))
+            else:
+                first = continues and not found
+                found.append((part, self._encoder.encode(part.replace(GUARD, ""), first)))
+        return found
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Control and unknown tokens
@@ -215,13 +237,13 @@ class StreamDecoder:
 
 def pretokenize(pre: str, text: str) -> list[str]:
     """How the pre-tokenizer called `pre` cuts `text` into the pieces that BPE merges within."""
-    pieces = _pre_tokenizer(pre).pre_tokenize_str(text)
+    pieces = pre_tokenizer(pre).pre_tokenize_str(text)
     return [text[start:end] for _, (start, end) in pieces]
 
 
 class _Encoder(Protocol):
-    def encode(self, text: str) -> list[int]:
-        """The ids of a non-empty text without special tokens."""
+    def encode(self, text: str, continues: bool = False) -> list[int]:
+        """The ids of a non-empty text without special tokens, or of what goes on from one."""
 
 
 class _ByteLevelBPE:
@@ -229,10 +251,10 @@ class _ByteLevelBPE:
         from tokenizers import Tokenizer as Pipeline
 
         self._pipeline = Pipeline(_bpe(file, vocab, ignore_merges=pre == "llama-bpe"))
-        self._pipeline.pre_tokenizer = _pre_tokenizer(pre)
+        self._pipeline.pre_tokenizer = pre_tokenizer(pre)
         self._missing = {byte for char, byte in BYTE_OF.items() if char not in vocab.ids}
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, continues: bool = False) -> list[int]:
         # The package would drop these bytes without a word.
         if self._missing and (lost := self._missing.intersection(text.encode())):
             raise TokenizerError(
@@ -254,10 +276,21 @@ class _SentencePiece:
                 f"{file.path}: sentencepiece refuses the vocabulary: {_one_line(error)}"
             ) from None
 
-    def encode(self, text: str) -> list[int]:
-        # Every text comes first or after a special token, so it always gets the prefix.
-        ids: list[int] = self._processor.encode(self._prefix + text, out_type=int)
+    def encode(self, text: str, continues: bool = False) -> list[int]:
+        # Every other text comes first or after a special token, so it gets the prefix.
+        prefix = "" if continues else self._prefix
+        ids: list[int] = self._processor.encode(prefix + text, out_type=int)
         return ids
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"text cannot be encoded: lone surrogate {text[error.start]!r} at character "
+            f"{error.start}"
+        ) from None
 
 
 def _one_line(error: Exception) -> str:
@@ -297,7 +330,7 @@ def _pre_name(file: GGUFFile) -> str:
     return pre
 
 
-def _pre_tokenizer(pre: str) -> Any:
+def pre_tokenizer(pre: str) -> Any:
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 

@@ -182,7 +182,7 @@ def test_generation_fills_the_context(cli: Cli, tiny: Path) -> None:
     assert result.out == f"Once{completion(tiny, 'Once', 20 - 3, ignore_eos=True)}\n"
 
 
-@pytest.mark.parametrize("command", [(), ("graph",), ("tokenize",)])
+@pytest.mark.parametrize("command", [(), ("graph",), ("tokenize",), ("perplexity",)])
 def test_help(cli: Cli, command: tuple[str, ...]) -> None:
     result = cli(*command, "--help")
     assert result.status == 0

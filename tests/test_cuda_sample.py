@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from engine import Engine, SamplingParams, samplers
+from engine import ChatTemplate, Engine, SamplingParams, samplers
 from engine.backends.cuda_decoder import MAX_VOCAB, CudaDecoder, CudaTicket, draws_input
 from engine.backends.cuda_device import Device, Memory
 from engine.backends.cuda_weights import CudaWeights
@@ -21,8 +21,9 @@ from engine.decoder import MAX_BANNED, MAX_TOP_K, Draw
 from engine.graph import Dim, Kind, Live, Tensor
 from engine.quants import F32, I32
 from engine.samplers import Candidates
+from tests.chats import CHATML, QWEN35_STYLE
 from tests.cuda_devices import DEVICES, cuda_and_others, engine_on
-from tests.helpers import assert_all_free, random_ids
+from tests.helpers import assert_all_free, nmse, random_ids
 from tests.lazy_backend import drawn
 
 Rng = np.random.Generator
@@ -273,4 +274,37 @@ def test_checkpoints_while_a_step_runs_ahead(device: Device, models: Models) -> 
         seq = engine.memory.create()
         engine.step([Piece(seq, [1])])
         engine.memory.free(seq)
+        assert_all_free(engine)
+
+
+# Chats: the turns of test_chat.py, on a device.
+
+
+@pytest.mark.parametrize("source", [CHATML, QWEN35_STYLE], ids=["chatml", "thinking"])
+def test_turns_go_on_from_the_tokens_that_came(device: Device, models: Models, source: str) -> None:
+    """The row that runs on when a turn ends or is stopped leaves nothing in what is held."""
+    template, messages = ChatTemplate(source), list[dict[str, str]]()
+    with engine_on(models("tiny", "F32"), cuda_and_others(device), n_ctx=1024) as engine:
+        assert engine._ahead is not None
+        for turn in range(3):
+            messages.append({"role": "user", "content": f"turn {turn}"})
+            answer = engine.chat(messages, GREEDY, template=template)
+            for i, _ in enumerate(answer):
+                if i == 5 and turn == 1:
+                    answer.stop()
+            messages.append({"role": "assistant", "content": answer.text})
+            ids = [*answer.prompt.before, *answer.prompt.ids, *answer.tokens]
+            assert (answer.prompt.n_kept > 0) == (turn > 0)
+            assert (answer.prompt.n_dropped > 0) == (turn > 0 and source == QWEN35_STYLE)
+            assert len(answer.tokens) == (6 if turn == 1 else 10)
+            # What comes next after all but the last token, which no step has read.
+            held = engine.conversation._held
+            assert held is not None
+            assert held.n_tokens == len(ids) - 1
+            seq = engine.memory.create()
+            engine.memory.restore(seq, held)
+            after_turn = engine.step([Piece(seq, ids[-1:])])
+            engine.memory.free(seq)
+            assert nmse(after_turn, engine.logits(ids)[-1:]) < 1e-5
+        engine.conversation.release()
         assert_all_free(engine)

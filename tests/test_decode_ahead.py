@@ -20,6 +20,7 @@ from engine.batch import Piece
 from engine.decode_ahead import DecodeAhead
 from engine.kvcache.pool import MemoryFullError
 from engine.request import Completion, GenerationError
+from engine.template import BUILT_IN, ChatTemplate
 from tests.helpers import assert_all_free, failing_at, float64_engine, nmse, random_ids, replaced_op
 from tests.lazy_backend import LazyTicket, decoder_of, lazy_engine
 
@@ -247,6 +248,76 @@ def test_what_runs_ahead_takes_no_room_from_others(load: Load, alone: Engine) ->
         pass
     assert completion.tokens == expected(alone, [1], GREEDY)[0]
     engine.memory.free(seq)
+
+
+# Chats (test_chat.py runs on both kinds of steps).
+
+CHATML = ChatTemplate(BUILT_IN["chatml"])
+
+
+def test_turns_run_ahead_and_go_on_from_each_other(load: Load, alone: Engine) -> None:
+    engine, messages = load(), list[dict[str, str]]()
+    for turn in range(4):
+        messages.append({"role": "user", "content": f"turn {turn}"})
+        answer = engine.chat(messages, GREEDY, template=CHATML)
+        prompt = answer.prompt
+        assert (prompt.n_kept > 0, prompt.n_dropped) == (turn > 0, 0)
+        list(answer)
+        want = expected(alone, [*prompt.before, *prompt.ids], GREEDY)
+        assert answer.tokens == want[0]
+        messages.append({"role": "assistant", "content": answer.text})
+        assert n_ahead(engine) == 10 * (turn + 1)
+    engine.conversation.release()
+
+
+def test_turns_beside_completions(load: Load, alone: Engine) -> None:
+    """A mark is taken, a turn ends and another begins while rows of others are on their way."""
+    engine, messages = load(n_parallel=3, n_ubatch=16), list[dict[str, str]]()
+    others = [engine.generate([i], replace(GREEDY, max_tokens=90)) for i in (1, 2)]
+    for turn in range(4):
+        messages.append({"role": "user", "content": f"turn {turn} " * 5})
+        answer = engine.chat(messages, replace(DRAWN, seed=turn), template=CHATML)
+        for i, _ in enumerate(answer):
+            next(others[turn % 2])
+            if i == turn:
+                answer.stop()
+        want = expected(
+            alone, [*answer.prompt.before, *answer.prompt.ids], replace(DRAWN, seed=turn)
+        )
+        assert answer.tokens == want[0][: turn + 1]
+        assert (answer.prompt.n_kept > 0, answer.prompt.n_dropped) == (turn > 0, 0)
+        messages.append({"role": "assistant", "content": answer.text})
+    for i, other in zip((1, 2), others, strict=True):
+        list(other)
+        assert other.tokens == expected(alone, [i], replace(GREEDY, max_tokens=90))[0]
+    assert n_ahead(engine)
+    engine.conversation.release()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_turn_whose_step_breaks_off_keeps_nothing(
+    load: Load, alone: Engine, error: type[BaseException]
+) -> None:
+    """Its state may be half written; what was held before the turn stays."""
+    engine = load()
+    messages = [{"role": "user", "content": "one"}]
+    first = engine.chat(messages, GREEDY, template=CHATML)
+    list(first)
+    n_held = engine.conversation.n_tokens
+    messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "two"}]
+    broken = engine.chat(messages, GREEDY, template=CHATML)
+    for _ in range(4):
+        next(broken)
+    with failing_at(engine, NODE, error), pytest.raises(error):
+        list(broken)
+    engine.plan.backends[0].queue.clear()  # type: ignore[attr-defined]
+    assert engine.conversation.n_tokens == n_held
+    again = engine.chat(messages, GREEDY, template=CHATML)
+    list(again)
+    assert again.prompt.n_kept == n_held
+    ids = [*again.prompt.before, *again.prompt.ids]
+    assert again.tokens == expected(alone, ids, GREEDY)[0]
+    engine.conversation.release()
 
 
 # What goes wrong.

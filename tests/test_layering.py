@@ -26,11 +26,11 @@ ORDER = (
     {"decoder"},
     {"planner", "memory_estimate", "offload"},
     {"backends"},
-    {"vocab", "tokenizer", "chat", "samplers", "sampler"},
+    {"vocab", "tokenizer", "template", "chat", "samplers", "sampler"},
     {"config", "batch", "guard", "request", "scheduler"},
     {"decode_ahead"},
     {"engine"},
-    {"report", "prompts", "bench"},
+    {"report", "prompts", "perplexity", "bench"},
     {"commands"},
     {"cli"},
 )

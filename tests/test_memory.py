@@ -347,6 +347,41 @@ def test_a_fork_has_marks_of_its_own() -> None:
     assert memory.n_tokens(a) == 0
 
 
+def test_a_checkpoint_goes_back_to_its_marks() -> None:
+    contents = Contents(8, 8)
+    memory, seq = contents.memory, contents.memory.create()
+    for n in (1, 2, 3):
+        stepped(contents, seq, [n, -n, 0])
+        memory.mark(seq)
+    stepped(contents, seq, [4])
+    held = memory.checkpoint(seq)
+    memory.free(seq)
+    assert held.marks == {3, 6, 9}
+    back, again = held.back_to(6), held.fork()
+    assert (back.marks, again.marks) == ({3, 6}, {3, 6, 9})
+    contents.check(back.span, [1, -1, 0, 2, -2, 0])
+    held.release()
+    contents.check(again.span, [1, -1, 0, 2, -2, 0, 3, -3, 0, 4])
+    again.release()
+    seq = memory.create()
+    memory.restore(seq, back)
+    back.release()
+    stepped(contents, seq, [7])
+    contents.check(memory.checkpoint(seq).span, [1, -1, 0, 2, -2, 0, 7])
+
+
+def test_one_mark_instead_of_others() -> None:
+    contents = Contents(8, 8)
+    memory, seq = contents.memory, contents.memory.create()
+    for n in (1, 2, 3):
+        stepped(contents, seq, [n])
+        memory.mark(seq, only=True)
+    stepped(contents, seq, [4])
+    assert memory.slots.n_free == 6
+    assert memory.checkpoint(seq).marks == {3}
+    assert memory.truncate(seq, 3) == 3
+
+
 def test_a_mark_needs_a_slot_for_the_next_step() -> None:
     contents = Contents(8, 1)
     seq = contents.memory.create()

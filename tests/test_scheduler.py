@@ -35,6 +35,8 @@ class Fake:
         self.seq, self.n_done, self.n_past = -1, 0, 0
         self.finish_reason: FinishReason | None = None
         self.detail = ""
+        self.keep = None
+        self.mark_at = 0
         self.n_waited = 0
 
     @property
@@ -48,6 +50,10 @@ class Fake:
     @property
     def prompt_end(self) -> int:
         return len(self.ids)
+
+    piece_limit = prompt_end
+
+    needs_slot = False
 
     def finish(self, reason: FinishReason, detail: str = "") -> None:
         self.finish_reason, self.detail = reason, detail

@@ -301,6 +301,32 @@ def test_round_trip_with_specials(bpe: Tokenizer, text: str) -> None:
     assert bpe.decode(ids, special=True) == text
 
 
+SPELLED = ("<tool>", "<|im_start|>", "<unk>", "<s>", "<mark>", "<", "a", " ", "b", "é")
+
+
+@given(text=st.lists(st.sampled_from(SPELLED)).map("".join))
+@BOTH
+def test_pieces_are_the_text_and_guards_make_it_text(
+    bpe: Tokenizer, spm: Tokenizer, text: str
+) -> None:
+    for tokenizer in (bpe, spm):
+        for given_text, parse_special in ((text, True), (tokenizer.guard(text), False)):
+            pieces = tokenizer.pieces(given_text)
+            assert "".join(piece for piece, _ in pieces) == given_text
+            ids = [i for _, ids in pieces for i in ids]
+            assert ids == tokenizer.encode(text, parse_special=parse_special)
+
+
+def test_pieces_that_go_on_have_no_prefix_space(bpe: Tokenizer, spm: Tokenizer) -> None:
+    assert [texts(spm, ids) for _, ids in spm.pieces("ab<s>a", continues=True)] == [
+        ["ab"], ["<s>"], ["▁a"]]  # fmt: skip
+    assert [texts(spm, ids) for _, ids in spm.pieces("<s>a", continues=True)] == [["<s>"], ["▁a"]]
+    assert bpe.pieces("ab", continues=True) == bpe.pieces("ab")
+    for tokenizer in (bpe, spm):
+        with pytest.raises(TokenizerError, match="lone surrogate"):
+            tokenizer.pieces("a\ud800")
+
+
 @pytest.mark.parametrize("text", ["\ud800", "ok \udfff", "\udc80<tool>"])
 def test_lone_surrogates_are_refused(bpe: Tokenizer, spm: Tokenizer, text: str) -> None:
     for tokenizer in (bpe, spm):

@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from engine.engine import DEMO_MODEL
 from engine.errors import EngineError
 
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "'": "'", '"': '"', "\\": "\\"}
@@ -41,9 +42,12 @@ def at_least(low: int) -> Callable[[str], int]:
 
 def common_options(p: Parser, many: bool = False) -> None:
     """The model, or with `many` a list of them, and how much to say."""
-    several: Any = {"type": _paths, "action": "extend"} if many else {}
-    name = "FILE[,FILE…]" if many else "FILE"
-    p.add_argument("-m", "--model", required=True, metavar=name, help="GGUF file", **several)
+    how: Any = {"default": str(DEMO_MODEL), "metavar": "FILE"}
+    about = "GGUF file (default: the small model that comes with the engine)"
+    if many:
+        how = {"type": _paths, "action": "extend", "required": True, "metavar": "FILE[,FILE…]"}
+        about = "GGUF file"
+    p.add_argument("-m", "--model", help=about, **how)
     p.add_argument("-v", "--verbose", action="store_true", help="more detail; tracebacks of errors")
 
 
@@ -181,7 +185,7 @@ def integers(low: int) -> Callable[[str], list[int]]:
 def read_prompt(parser: Parser, args: argparse.Namespace) -> str:
     """The prompt that `prompt_options` name."""
     if args.prompt is not None:
-        return args.prompt if args.no_escape else _unescape(args.prompt)
+        return unescaped(args, args.prompt)
     if args.file is None and (sys.stdin is None or sys.stdin.isatty()):
         parser.error("a prompt is needed: -p TEXT, -f FILE, or standard input")
     return read_text(args.file).removesuffix("\n")
@@ -200,7 +204,10 @@ def read_text(path: str | None) -> str:
         raise InputError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _unescape(text: str) -> str:
+def unescaped(args: argparse.Namespace, text: str) -> str:
+    """A text of the command line with escapes as what they mean, unless --no-escape."""
+    if args.no_escape:
+        return text
     return re.sub(r"\\([ntr'\"\\])", lambda match: _ESCAPES[match[1]], text)
 
 

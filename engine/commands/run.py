@@ -1,4 +1,4 @@
-"""`cli.py`: complete a prompt, or many."""
+"""`cli.py`: complete a prompt, or many, or chat."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from engine import backends
+from engine.commands import chat
 from engine.commands.options import (
     OptionRow,
     Parser,
@@ -26,11 +27,12 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.prompts import read_prompts, result_line
-from engine.request import Completion
+from engine.request import Completion, FinishReason
 from engine.sampler import SamplingParams
+from engine.template import TEMPLATE_KEY
 from engine.version import __version__
 
-ABOUT = "Complete a prompt. Other commands: %s."
+ABOUT = "Complete a prompt, or chat (-cnv). Other commands: %s."
 _SAMPLING_OPTIONS: list[OptionRow] = [
     ("-n --predict --n-predict", "max_tokens", at_least(-1), "most tokens (-1: until full)"),
     ("-s --seed", "seed", at_least(-1), "seed (-1: a random one)"),
@@ -69,6 +71,7 @@ def add_options(p: Parser) -> None:
     p.add_argument("--version", action="version", version=line)
     common_options(p)
     prompt_options(p, many=True)
+    chat.add_options(p)
     engine_options(p)
     table_options(p.add_argument_group("sampling"), _SAMPLING_OPTIONS)
     given: Any = {"default": argparse.SUPPRESS}
@@ -108,7 +111,11 @@ def _sampling(args: argparse.Namespace) -> SamplingParams:
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
-    """Stream the completion, or print one line of JSON for each of many prompts."""
+    """Stream the completion, chat, or print one line of JSON for each of many prompts."""
+    chat.check_options(parser, args)
+    if args.conversation:
+        has_first = args.prompt is not None or args.file is not None
+        return chat.run(args, read_prompt(parser, args) if has_first else None, _sampling(args))
     prompts = None if args.prompts is None else read_text(args.prompts).split("\n")
     prompt = read_prompt(parser, args) if prompts is None else ""
     params = _sampling(args)
@@ -131,6 +138,9 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
             raise
         _write("\n")
         print(_timings(engine.load_s, completion), file=sys.stderr)
+        ended_at_once = completion.finish_reason is FinishReason.STOP and not completion.text
+        if ended_at_once and engine.file.string(TEMPLATE_KEY, ""):
+            print("it said nothing: with -cnv, it is asked by its chat template", file=sys.stderr)
     return status
 
 

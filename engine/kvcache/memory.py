@@ -84,6 +84,21 @@ class Checkpoint:
         assert self._span is not None, "this checkpoint was released"
         return self._span
 
+    @property
+    def marks(self) -> frozenset[int]:
+        """The earlier positions that `back_to` can go to."""
+        return frozenset(self.span.marks)
+
+    def back_to(self, n_tokens: int) -> Checkpoint:
+        """Another checkpoint, of the sequence as it was at one of `marks`."""
+        marks = {n: state.fork() for n, state in self.span.marks.items() if n <= n_tokens}
+        table, state = self.span.table.fork(n_tokens), self.span.marks[n_tokens].fork()
+        return Checkpoint(Span(n_tokens, table, state, marks))
+
+    def fork(self) -> Checkpoint:
+        """Another checkpoint of the same, to be released on its own."""
+        return Checkpoint(self.span.fork())
+
     def release(self) -> None:
         """Give its blocks and its slot back; it can't be restored any more."""
         self.span.release()
@@ -123,6 +138,10 @@ class SequenceMemory:
     def n_tokens(self, seq: int) -> int:
         """Positions that a sequence holds."""
         return self._sequences[seq].n_tokens
+
+    def missing_slots(self, seq: int) -> int:
+        """State slots that its next step takes, snapshots apart."""
+        return self._sequences[seq].state.missing()
 
     def owned(self, seq: int) -> tuple[list[int], list[int]]:
         """(state slots, blocks) that a sequence holds and nobody else does."""
@@ -170,9 +189,14 @@ class SequenceMemory:
         """Make a sequence empty, after a step that broke off and left its state half written."""
         self._sequences[seq].release()
 
-    def mark(self, seq: int) -> None:
-        """Keep the state at this position, so that `truncate` can come back to it."""
+    def mark(self, seq: int, only: bool = False) -> None:
+        """Keep the state at this position, so that `truncate` can come back to it.
+
+        With `only`, instead of the marks there are. Raises MemoryFullError if no slot is left.
+        """
         span = self._sequences[seq]
+        if only:
+            span.drop_marks(0)
         if span.n_tokens and span.n_tokens not in span.marks:
             self.slots.require(1)  # The next step needs a slot of its own.
             span.marks[span.n_tokens] = span.state.fork()
