@@ -21,8 +21,10 @@ test: lint
 	$(VENV)/bin/python -m pytest -q -n 2 -m "not timing"
 	$(VENV)/bin/python -m pytest -q -m timing
 
-# On a machine with a GPU and a Python that has CuPy: PYTHON=python3 make test-cuda
+# Needs a GPU; CUDA=12 for a driver of CUDA 12.
+CUDA ?= 13
 test-cuda: $(VENV)/.test
+	$(VENV)/bin/pip install -q ".[cuda$(CUDA)]"
 	$(VENV)/bin/python -m pytest -q -m cuda tests
 
 lint: $(VENV)/.test
