@@ -35,13 +35,13 @@ def _headers() -> dict[str, str]:
     return {str(p.relative_to(SOURCES)): p.read_text() for p in sorted(paths)}
 
 
-def compile_source(name: str, target: str) -> bytes:
+def compile_source(name: str, target: str, more_options: tuple[str, ...] = ()) -> bytes:
     """Machine code (a cubin) of one source for a target such as sm_90a.
 
     Raises CompileError with the compiler's log; warnings are errors too.
     """
     text = (SOURCES / f"{name}.cu").read_text()
-    lib, options = _library(), (*_OPTIONS, f"--gpu-architecture={target}")
+    lib, options = _library(), (*_OPTIONS, f"--gpu-architecture={target}", *more_options)
     headers = _headers()
     keys, values = list(headers), list(headers.values())
     program = ctypes.c_void_p()

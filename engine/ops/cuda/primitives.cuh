@@ -118,7 +118,11 @@ DEVICE uint32_t pack_half(float low, float high) {
 }
 
 // c + the four products of signed bytes of a and b; of unsigned bytes of a and signed ones of b.
-DEVICE int32_t dot4(int32_t a, int32_t b, int32_t c) { return __dp4a(a, b, c); }
+DEVICE int32_t dot4(int32_t a, int32_t b, int32_t c) {
+    int32_t d;
+    asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
 DEVICE int32_t dot4_unsigned(uint32_t a, int32_t b, int32_t c) {
     int32_t d;
     asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
