@@ -125,7 +125,7 @@ def test_captured_steps_are_eager_ones_bit_for_bit(
 FUSED_LIMIT = 1e-4
 
 
-@pytest.mark.parametrize("preset", ["tiny", "tiny-next", "tiny-kimi"])
+@pytest.mark.parametrize("preset", ["tiny", "tiny-kimi"])
 def test_fused_launches_compute_what_single_ones_do(
     device: Device, models: Models, rng: Rng, preset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
