@@ -88,10 +88,11 @@ class Engine:
 
         backend: auto, cpu, cuda or reference. n_ctx: positions of memory (None: 4096 or what the
         model was trained on, whichever is less; 0: the latter). Other options are those of
-        EngineConfig: n_batch and n_ubatch (most tokens of a step), n_parallel (most sequences),
-        n_checkpoints, n_threads, cpu_isa (avx512, avx2, portable; None: the best), type_k and
-        type_v (f32, f16), gdn (auto, scan, chunk, decomposed), strict_backend (fail rather than
-        place a node elsewhere).
+        EngineConfig: n_batch and n_ubatch (most tokens of a step; 0: what suits the backend),
+        n_parallel (most sequences), n_checkpoints, n_threads, cpu_isa (amx, avx512, avx2, portable;
+        None: the best), type_k and type_v (f32, f16), gdn (auto, scan, chunk, decomposed),
+        strict_backend (fail rather than place a node elsewhere), batch_invariant (see CudaBackend),
+        n_gpu_layers, n_cpu_moe and override_tensor (see Offload).
         Raises EngineError, in one line, for whatever the file or the options have wrong.
         """
         start = time.perf_counter()

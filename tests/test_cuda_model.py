@@ -111,12 +111,12 @@ def test_captured_steps_are_eager_ones_bit_for_bit(
     runs = []
     for captured in (True, False):
         if not captured:
-            monkeypatch.setattr("engine.backends.cuda.bucket_of", lambda live: None)
+            monkeypatch.setattr("engine.backends.cuda_program.bucket_of", lambda live: None)
         with engine_on(path, cuda_and_others(device), **OPTIONS) as engine:
             runs.append(walk(engine, ids))
             (program,) = (p for _, p in engine._running()._programs)
             assert isinstance(program, CudaProgram)
-            assert bool(program.captured) == captured
+            assert bool(program.replays.captured) == captured
     for got, expected in zip(*runs, strict=True):
         np.testing.assert_array_equal(got, expected)
 

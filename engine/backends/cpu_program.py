@@ -21,12 +21,14 @@ from engine.backends.lowering import (
     PACKED_OPERANDS,
     Ref,
     Scratch,
-    is_packed,
+    matrices_of,
     owner_of,
     parts,
+    place_buffers,
+    view_key,
 )
 from engine.backends.uses import Uses, grouped
-from engine.graph import Dim, Kind, Node, Tensor
+from engine.graph import Dim, Node, Tensor
 from engine.quants import F32, I32
 
 Array = NDArray[Any]
@@ -90,7 +92,7 @@ class Lowering:
 
     def _mul_mat(self, node: Node) -> None:
         others = node.inputs.get("gate"), node.inputs.get("add")
-        weights = _matrices(node)
+        weights = matrices_of(node)
         activation = self._activation(node, weights)
         for out, w in zip(node.outputs, weights, strict=True):
             operands = [*activation, w, *others]
@@ -100,7 +102,7 @@ class Lowering:
 
     def _mul_mat_swiglu(self, nodes: Sequence[Node]) -> None:
         product, act = nodes
-        weights = _matrices(product)
+        weights = matrices_of(product)
         activation = self._activation(product, weights)
         (out,) = act.outputs
         tiles = self._tiles_at_once(out) if activation[-1] else None
@@ -118,7 +120,9 @@ class Lowering:
         if out in self.uses.kept or out.shape[1] % TILE_DEPTH:
             return None
         for node, name in readers:
-            if node.op.name != "MUL_MAT" or name != "x" or not all(map(has_tiles, _matrices(node))):
+            if (node.op.name, name) != ("MUL_MAT", "x"):
+                return None
+            if not all(map(has_tiles, matrices_of(node))):
                 return None
             if node.inputs["x"] is not out:
                 return None
@@ -128,7 +132,7 @@ class Lowering:
 
     def _mul_mat_id(self, node: Node) -> None:
         x, ids, gates = (node.inputs.get(name) for name in ("x", "ids", "weights"))
-        matrices = _matrices(node)
+        matrices = matrices_of(node)
         assert x is not None
         assert ids is not None
         packed = self._round(node, x, matrices, tiled=False)
@@ -211,28 +215,12 @@ class Lowering:
 
     def place(self, arena: Arena[Any], outside: Iterable[Any]) -> None:
         """Find room for all activations and buffers that are not `outside`, with fixed places."""
-        elsewhere = set(outside)
-        lives: dict[Any, tuple[int, int]] = {}
-        for step in self.steps:
-            # A node's outputs are looked at when its last step has run, also those nobody reads.
-            made = (t for node in step.nodes for t in node.outputs if t in lives)
-            for ref in (*step.operands, *made):
-                owner = owner_of(ref)
-                if owner is None or owner in elsewhere:
-                    continue
-                if isinstance(owner, Scratch) or owner.kind is Kind.ACTIVATION:
-                    first, _ = lives.get(owner, (step.phase, 0))
-                    lives[owner] = (first, step.phase)
-        arena.plan([(owner, owner.nbytes, *life) for owner, life in lives.items()])
-
-
-def _matrices(node: Node) -> list[Tensor]:
-    """The weights that a product reads in panels."""
-    return [t for name, t in node.inputs.items() if is_packed(node, name)]
+        steps = ((step.phase, step.nodes, step.operands) for step in self.steps)
+        place_buffers(steps, arena, outside)
 
 
 def _key(kernel: str, choice: bool, x: Tensor) -> tuple[Any, ...]:
-    return (kernel, choice, x.base, x.offset, x.shape, x.strides)
+    return (kernel, choice, *view_key(x))
 
 
 def _tile_rows(x: Tensor) -> int:

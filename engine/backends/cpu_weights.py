@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import mmap
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from engine.backends.cpu_library import Library
 from engine.backends.lowering import PACKED, tensor_view, view
@@ -21,9 +18,8 @@ from engine.planner import WeightSource
 from engine.quants import F32, dequantize
 
 Array = NDArray[Any]
-# Of tensors that are begun before the oldest is finished: enough to keep every thread busy.
+# Of packed weights that are begun before the oldest is finished: enough to keep every thread busy.
 _AHEAD_BYTES = 64 << 20
-_SECONDS_BEFORE_BAR = 1
 _MAP_BYTES = 256 << 20
 
 
@@ -53,31 +49,16 @@ class CpuWeights:
                 values = dequantize(tensor.dtype, source.raw(tensor.name), tensor.shape)
                 self._plain[tensor] = np.ascontiguousarray(values)
         todo = [t for t in packed if t not in self._packed]
-        self._panels.warn_of_rounding(todo)
-        total = sum(t.nbytes for t in todo)
-        with (
-            tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", leave=False,
-                 disable=None, delay=_SECONDS_BEFORE_BAR) as bar,
-            ThreadPoolExecutor(self._n_threads) as pool,
-        ):  # fmt: skip
-            pending: deque[tuple[int, list[Future[None]]]] = deque()
-            for tensor in todo:
-                pending.append((tensor.nbytes, self._pack(tensor, source, pool)))
-                while pending and (tensor is todo[-1] or sum(n for n, _ in pending) > _AHEAD_BYTES):
-                    n_bytes, tasks = pending.popleft()
-                    for task in tasks:
-                        task.result()
-                    bar.update(n_bytes)
+        ready = self._panels.pack_all(todo, source, self._n_threads, _AHEAD_BYTES, self._room)
+        for _ in ready:
+            pass
 
-    def _pack(
-        self, tensor: Tensor, source: WeightSource, pool: ThreadPoolExecutor
-    ) -> list[Future[None]]:
-        """Find room for a weight and begin to pack it."""
+    def _room(self, tensor: Tensor, n_bytes: int) -> Array:
+        """Where a weight is packed to, and stays."""
         panel, matrix_bytes = self._panels.matrix_bytes(tensor)
-        data = self._memory.take(self._panels.packed_bytes(tensor))
-        layout = self._panels.layout(tensor.dtype)
+        data, layout = self._memory.take(n_bytes), self._panels.layout(tensor.dtype)
         self._packed[tensor] = Packed(data, layout, matrix_bytes, panel)
-        return self._panels.pack(tensor, source, data, pool)
+        return data
 
     def packed_bytes(self, tensor: Tensor) -> int:
         """Bytes of a weight when it is packed."""

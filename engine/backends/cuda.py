@@ -17,10 +17,10 @@ from engine.backends import cpu_library
 from engine.backends.arena import Arena
 from engine.backends.cuda_args import ARGS
 from engine.backends.cuda_decoder import MAX_VOCAB, CudaDecoder, draws_input
-from engine.backends.cuda_device import Captured, CudaError, Device, Gemm, Memory
+from engine.backends.cuda_device import CudaError, Device, Gemm, Memory
 from engine.backends.cuda_fusion import FUSIONS
 from engine.backends.cuda_ops import add_node, unsupported
-from engine.backends.cuda_program import Lowering, Product, Step, bucket_of, fill_view
+from engine.backends.cuda_program import Lowering, Product, Replays, Step, fill_view
 from engine.backends.cuda_weights import CudaWeights
 from engine.backends.lowering import DIMS, Ref, owner_of, used_packed
 from engine.backends.uses import Uses, grouped
@@ -167,7 +167,7 @@ class CudaProgram:
         self._args = np.zeros(len(self._steps), ARGS)
         for args, step in zip(self._args, self._steps, strict=True):
             self._prepare(args, step)
-        self.captured: dict[int, Captured] = {}
+        self.replays = Replays(self._device, self.launch)
         self.instructions = [Instruction(step.name, tuple(step.nodes)) for step in self._steps]
 
     def _prepare(self, args: Any, step: Step) -> None:
@@ -175,8 +175,7 @@ class CudaProgram:
         if isinstance(step, Product):
             self._functions.append(0)
             return
-        capacity = self._device.shared_bytes if callable(step.shared) else step.shared
-        self._functions.append(self._device.function(step.source, step.name, capacity))
+        self._functions.append(self._device.function(step.source, step.name, step.shared))
         for i, ref in enumerate(step.operands):
             fill_view(args["v"][i], ref, step, self._address(ref), self._backend.weights)
         args["attr"][: len(step.attrs)] = step.attrs
@@ -210,30 +209,22 @@ class CudaProgram:
                 except CudaError as error:
                     raise CudaError(f"{node}: {error}") from None
                 watch(node, [self._output(t, live) for t in node.outputs])
-        elif (bucket := bucket_of(live)) is not None:
-            self._replay(bucket)
         else:
-            self.launch(live)
+            self.replays.run(live)
 
     def n_launches(self, live: Live) -> int:
         """Of a step with such counts."""
-        return sum(step.when is None or step.when(live) for step in self._steps)
+        return sum(step.when(live) for step in self._steps)
 
     def launch(self, live: Live) -> None:
         """Launch all of it."""
         self._launch(range(len(self._steps)), live)
 
-    def _replay(self, bucket: int) -> None:
-        if bucket not in self.captured:
-            most = Live(bucket, bucket, bucket)
-            self.captured[bucket] = self._device.capture(lambda: self.launch(most))
-        self.captured[bucket].replay()
-
     def _launch(self, steps: Sequence[int], live: Live) -> None:
         device, base = self._device, self._args.ctypes.data
         for i in steps:
             step = self._steps[i]
-            if step.when is not None and not step.when(live):
+            if not step.when(live):
                 continue
             if isinstance(step, Product):
                 self._multiply(step, live)
@@ -241,10 +232,9 @@ class CudaProgram:
             grid = step.grid(live)
             if 0 in grid:
                 continue
-            shared = step.shared(live) if callable(step.shared) else step.shared
             address = base + i * ARGS.itemsize
             try:
-                device.launch(self._functions[i], grid, step.threads, shared, address)
+                device.launch(self._functions[i], grid, step.threads, step.shared, address)
             except CudaError as error:
                 raise CudaError(f"{_who(step)}: {error}") from None
 
@@ -259,12 +249,12 @@ class CudaProgram:
             b = self._address(step.b)
         if m:
             out, a = self._address(step.out), self._address(step.a)
-            self._device.gemm(Gemm(out, a, b, m, n, k, step.accumulate))
+            self._device.gemm(Gemm(out, a, b, m, n, k))
 
     def run_timed(self, live: Live) -> Sequence[float]:
         """As `run`, without a captured graph; the seconds of each instruction."""
         self._backend.begin(live)
-        chosen = [i for i, s in enumerate(self._steps) if s.when is None or s.when(live)]
+        chosen = [i for i, s in enumerate(self._steps) if s.when(live)]
         timer = self._device.timer(len(chosen) * _LAUNCH_SECONDS)
         for i in chosen:
             self._launch([i], live)

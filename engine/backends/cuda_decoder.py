@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.cuda_args import ARGS
-from engine.backends.cuda_device import Captured, Device, Fetched
-from engine.backends.cuda_program import Kernel, bucket_of, fill_view
+from engine.backends.cuda_device import Device, Fetched
+from engine.backends.cuda_program import Kernel, Replays, fill_view
 from engine.backends.cuda_weights import CudaWeights
 from engine.backends.lowering import Scratch
 from engine.decoder import MAX_BANNED, MAX_TOP_K, Draw
@@ -110,7 +110,7 @@ class CudaDecoder:
         places |= {t: backend.fixed(t) for t in (tokens, self._draws, logits)}
 
         def kernel(name: str, operands: Sequence[Any], threads: int, grid: Any) -> _Launch:
-            step = Kernel("sample", name, (), operands, (n_segments,), 1, threads, grid)
+            step = Kernel("sample", name, (), operands, (n_segments,), threads, grid)
             return _Launch(backend, step, [places[ref] for ref in operands])
 
         self._feed = kernel(
@@ -128,7 +128,7 @@ class CudaDecoder:
         self._rows = kernel(
             "sample_rows", (drawn, best, self._draws), _THREADS, lambda live: (live.n_outputs, 1, 1)
         )
-        self._captured: dict[int, Captured] = {}
+        self._replays = Replays(backend.device, self._run)
 
     def launch(
         self,
@@ -143,18 +143,9 @@ class CudaDecoder:
             backend.write(t, inputs[t.name])
         backend.write(self._draws, records(draws, feed))
         backend.begin(live)
-        if (bucket := bucket_of(live)) is None:
-            self._run(live)
-        else:
-            self._graph(bucket).replay()
+        self._replays.run(live)
         n_bytes = 4 * len(draws)
         return CudaTicket(backend.device.fetch(self._memory[0].address, n_bytes))
-
-    def _graph(self, bucket: int) -> Captured:
-        if bucket not in self._captured:
-            most = Live(bucket, bucket, bucket)
-            self._captured[bucket] = self._backend.device.capture(lambda: self._run(most))
-        return self._captured[bucket]
 
     def _run(self, live: Live) -> None:
         self._feed(live)

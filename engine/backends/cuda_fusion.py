@@ -59,7 +59,6 @@ def _lower_delta_net_inputs(lowering: Lowering, nodes: Sequence[Node]) -> None:
         nodes,
         views,
         [norm.attrs["eps"]],
-        n_writes=1,
         threads=_CHANNELS,
         grid=lambda live: (n_blocks, live.n_tokens, 1),
         when=decodes,

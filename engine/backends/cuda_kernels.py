@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from engine.backends.cuda_device import Grid
-from engine.backends.cuda_program import Lowering
+from engine.backends.cuda_program import Condition, Lowering, always
 from engine.backends.lowering import SIGNATURES, numbers, parts
 from engine.graph import Live, Node, Tensor
 
@@ -35,7 +35,7 @@ def _takes_all(node: Node) -> str:
 class Small:
     """A kernel; `shared` is bytes of dynamic shared memory, `attrs` its attributes.
 
-    when: launched only for such batches (None: always); refuses: why it can't take a node, or "".
+    when: launched only for such batches; refuses: why it can't take a node, or "".
     """
 
     source: str
@@ -44,7 +44,7 @@ class Small:
     grid: Callable[[Node, Live], Grid]
     shared: Callable[[Node], int] = lambda node: 0
     attrs: Callable[[Node], Sequence[float]] = _by_signature
-    when: Callable[[Live], bool] | None = None
+    when: Condition = always
     refuses: Callable[[Node], str] = _takes_all
 
 
@@ -172,9 +172,7 @@ def add_small(lowering: Lowering, node: Node) -> None:
     if node.op.name == "SWIGLU":
         for (_, operands, attrs), out in zip(parts(node), node.outputs, strict=True):
             grid = partial(_swiglu_grid, out)
-            lowering.launch(
-                "swiglu", "swiglu", [node], operands, attrs, n_writes=1, threads=256, grid=grid
-            )
+            lowering.launch("swiglu", "swiglu", [node], operands, attrs, threads=256, grid=grid)
         return
     for small in SMALL[node.op.name]:
         add_launch(lowering, node, small)
@@ -189,7 +187,6 @@ def add_launch(lowering: Lowering, node: Node, small: Small) -> None:
         [node],
         operands,
         small.attrs(node),
-        n_writes=len(node.outputs),
         threads=small.threads,
         grid=partial(small.grid, node),
         shared=small.shared(node),

@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from engine.backends.cuda_device import Device, Grid
 from engine.backends.cuda_kernels import GET_ROWS, add_launch, add_small
-from engine.backends.cuda_program import Condition, Lowering
-from engine.backends.lowering import BF16, I8, Ref, Scratch
+from engine.backends.cuda_program import Condition, Lowering, always
+from engine.backends.cuda_weights import PANEL, RECORD, expand_grid
+from engine.backends.lowering import BF16, I8, Ref, Scratch, matrices_of, view_key
 from engine.backends.uses import Uses
 from engine.graph import Dim, Kind, Live, Node, Tensor
 from engine.quants import F32, I32, WEIGHT_TYPES
 
-PANEL, RECORD, TILE_COLUMNS = 16, 32, 128
+TILE_COLUMNS = 128
 # As in product.cuh and mul_mat_id.cu.
 MAX_WEIGHTS, MAX_MATRICES, MAX_EXPERTS = 6, 4, 1024
 # Warps of a block share the columns of a panel, 256 each at a time (of plain weights 128).
@@ -46,10 +46,10 @@ _STAGES = 3
 
 def unsupported(node: Node, device: Device) -> str:
     """Why a node of LOWERINGS can't be run; an empty string if it can."""
-    if node.op.name == "MUL_MAT" and len(_matrices(node)) > MAX_WEIGHTS:
+    if node.op.name == "MUL_MAT" and len(matrices_of(node)) > MAX_WEIGHTS:
         return f"more than {MAX_WEIGHTS} weights of one product"
     if node.op.name == "MUL_MAT_ID":
-        matrices = _matrices(node)
+        matrices = matrices_of(node)
         if len(matrices) > MAX_MATRICES:
             return f"more than {MAX_MATRICES} matrices of experts in one product"
         if matrices[0].shape[0] > MAX_EXPERTS:
@@ -65,14 +65,14 @@ def lower_get_rows(lowering: Lowering, node: Node) -> None:
         return
     lowering.launch(
         "get_rows_packed", "get_rows_packed", [node], [out, table, node.inputs["ids"]],
-        n_writes=1, threads=128,
+        threads=128,
         grid=lambda live: (-(-out.shape[1] // (8 * 128)), _rows(out, live), 1),
     )  # fmt: skip
 
 
 def lower_mul_mat(lowering: Lowering, node: Node) -> None:
     """One launch for all weights of few rows; of many, one product for each."""
-    weights = _matrices(node)
+    weights = matrices_of(node)
     tiled = [] if lowering.batch_invariant else [w for w in weights if has_tiles(w)]
     outs = dict(zip(weights, node.outputs, strict=True))
     x = node.inputs["x"]
@@ -88,7 +88,7 @@ def lower_mul_mat(lowering: Lowering, node: Node) -> None:
         for w in tiled:
             _lower_gemm(lowering, node, outs[w], w, many)
     else:
-        _lower_passes(lowering, node, outs, when=lambda live: True)
+        _lower_passes(lowering, node, outs, when=always)
 
 
 def lower_swiglu_mul_mat(lowering: Lowering, nodes: Sequence[Node]) -> None:
@@ -102,7 +102,7 @@ def lower_swiglu_mul_mat(lowering: Lowering, nodes: Sequence[Node]) -> None:
     with lowering.only(lambda live: not few(live)):
         add_small(lowering, act)
         lower_mul_mat(lowering, product)
-    (weight,), (out,) = _matrices(product), product.outputs
+    (weight,), (out,) = matrices_of(product), product.outputs
     _lower_passes(lowering, product, {weight: out}, few, (act, *pair))
 
 
@@ -111,7 +111,7 @@ def reads_swiglu(nodes: Sequence[Node], uses: Uses) -> bool:
     act, product = nodes
     if len(act.outputs) != 1 or product.inputs["x"] is not act.outputs[0]:
         return False
-    (out,), weights = act.outputs, _matrices(product)
+    (out,), weights = act.outputs, matrices_of(product)
     return uses.only_by(out, product) and len(weights) == 1 and is_quantized(weights[0])
 
 
@@ -147,7 +147,7 @@ def _lower_passes(
         lowering.launch(
             _SOURCE_OF_PASS[n], _kernel_of_pass(n, x), nodes,
             [*operands, *weights, *padding, *others, up],
-            n_writes=MAX_WEIGHTS, threads=32 * warps, shared=warps * n * PANEL * 4,
+            threads=32 * warps, shared=warps * n * PANEL * 4,
             grid=partial(_grid, x, n, blocks),
             when=_Between(x, fewer, None if last else n, when),
         )  # fmt: skip
@@ -167,7 +167,7 @@ def _lower_gemm(lowering: Lowering, node: Node, out: Tensor, w: Tensor, when: Co
         most = max(EXPANDED_ROWS, FEW_ROWS + 1) - 1
         expanded, copy = _Between(out, most, None, when), Scratch(w.shape, BF16)
         lowering.launch(
-            "expand", "expand", [node], [copy, w], n_writes=1, threads=256,
+            "expand", "expand", [node], [copy, w], threads=256,
             grid=lambda live: expand_grid(w), when=expanded,
         )  # fmt: skip
         lowering.gemm([node], out, rounded, copy, when=expanded)
@@ -177,7 +177,7 @@ def _lower_gemm(lowering: Lowering, node: Node, out: Tensor, w: Tensor, when: Co
         (128, "gemm_128", _Between(out, GEMM_ROWS, most, when)),
     ):
         lowering.launch(
-            "gemm", name, [node], [out, rounded, w, gate, add], n_writes=1, threads=256,
+            "gemm", name, [node], [out, rounded, w, gate, add], threads=256,
             shared=gemm_shared(rows), when=condition,
             grid=partial(_gemm_grid, out, rows, w.shape[0]),
         )  # fmt: skip
@@ -188,14 +188,14 @@ def _lower_finish(lowering: Lowering, node: Node, out: Tensor, when: Condition) 
     others = [node.inputs.get("gate"), node.inputs.get("add")]
     if any(others):
         lowering.launch(
-            "finish_product", "finish_product", [node], [out, *others], n_writes=1, threads=256,
+            "finish_product", "finish_product", [node], [out, *others], threads=256,
             grid=lambda live: (-(-out.shape[1] // 256), _rows(out, live), 1), when=when,
         )  # fmt: skip
 
 
 def lower_mul_mat_id(lowering: Lowering, node: Node) -> None:
     """Experts one by one for few tokens, in tiles of rows of one expert for more."""
-    matrices, ids = _matrices(node), node.inputs["ids"]
+    matrices, ids = matrices_of(node), node.inputs["ids"]
     tiled = not lowering.batch_invariant and all(map(has_tiles, matrices))
     _lower_single(lowering, node, _Between(ids, 0, SINGLE_TOKENS))
     _lower_tiles(lowering, node, _Between(ids, SINGLE_TOKENS, TILE_TOKENS if tiled else None))
@@ -207,20 +207,20 @@ def _lower_single(lowering: Lowering, node: Node, when: Condition) -> None:
     """A block for each panel of each (token, choice), or of each token with their sum."""
     x, ids, gates = (node.inputs.get(name) for name in ("x", "ids", "weights"))
     assert ids is not None
-    matrices, n_used = _matrices(node), ids.shape[1]
+    matrices, n_used = matrices_of(node), ids.shape[1]
     padding = [None] * (MAX_MATRICES - len(matrices))
     operands = [*node.outputs, *padding, x, *matrices, *padding, ids, gates]
     blocks, share = sum(-(-m.shape[1] // PANEL) for m in matrices), _share(node)
     if gates is None:
         lowering.launch(
-            "mul_mat_id", "mul_mat_id", [node], operands, n_writes=MAX_MATRICES,
+            "mul_mat_id", "mul_mat_id", [node], operands,
             threads=32 * share, shared=share * PANEL * 4, when=when,
             grid=lambda live: (blocks, n_used, _rows(ids, live)),
         )  # fmt: skip
         return
     warps = min(MAX_WARPS // share, n_used) * share
     lowering.launch(
-        "mul_mat_id", "mul_mat_id_sum", [node], operands, [float(share)], n_writes=MAX_MATRICES,
+        "mul_mat_id", "mul_mat_id_sum", [node], operands, [float(share)],
         threads=32 * warps, shared=n_used * share * PANEL * 4, when=when,
         grid=lambda live: (blocks, _rows(ids, live), 1),
     )  # fmt: skip
@@ -231,12 +231,12 @@ def _lower_tiles(lowering: Lowering, node: Node, when: _Between) -> None:
     ids = node.inputs["ids"]
     order, tiles = _sorted(lowering, node, TILE_ROWS, when)
     share = _share(node)
-    for out, m in zip(node.outputs, _matrices(node), strict=True):
+    for out, m in zip(node.outputs, matrices_of(node), strict=True):
         target = _per_choice(node, out, m)
         lowering.launch(
             "mul_mat_id_rows", "mul_mat_id_rows", [node],
             [target, node.inputs["x"], m, order, tiles],
-            n_writes=1, threads=32 * share, shared=share * TILE_ROWS * PANEL * 4, when=when,
+            threads=32 * share, shared=share * TILE_ROWS * PANEL * 4, when=when,
             grid=partial(_tile_grid, ids, m),
         )  # fmt: skip
         _lower_sum(lowering, node, out, target, when)
@@ -244,7 +244,7 @@ def _lower_tiles(lowering: Lowering, node: Node, when: _Between) -> None:
 
 def _lower_expert_gemm(lowering: Lowering, node: Node) -> None:
     """Tiles of an expert's rows on tensor cores, rounded to bfloat16."""
-    ids, matrices = node.inputs["ids"], _matrices(node)
+    ids, matrices = node.inputs["ids"], matrices_of(node)
     n_used, n_experts = ids.shape[1], matrices[0].shape[0]
     from_tokens = -(-LARGE_FROM * n_experts // n_used)
     rounded = _rounded(lowering, node, node.inputs["x"])
@@ -257,7 +257,7 @@ def _lower_expert_gemm(lowering: Lowering, node: Node) -> None:
             target = _per_choice(node, out, m)
             lowering.launch(
                 "gemm_experts", f"gemm_experts_{rows}", [node], [target, rounded, m, order, tiles],
-                n_writes=1, threads=256, shared=gemm_shared(rows), when=when,
+                threads=256, shared=gemm_shared(rows), when=when,
                 grid=partial(_expert_grid, ids, m, rows),
             )  # fmt: skip
             _lower_sum(lowering, node, out, target, when)
@@ -266,7 +266,7 @@ def _lower_expert_gemm(lowering: Lowering, node: Node) -> None:
 def _lower_sum(lowering: Lowering, node: Node, out: Tensor, target: Ref, when: Condition) -> None:
     if (gates := node.inputs.get("weights")) is not None:
         lowering.launch(
-            "sum_experts", "sum_experts", [node], [out, target, gates], n_writes=1, threads=256,
+            "sum_experts", "sum_experts", [node], [out, target, gates], threads=256,
             grid=lambda live: (-(-out.shape[1] // 256), _rows(out, live), 1), when=when,
         )  # fmt: skip
 
@@ -279,10 +279,10 @@ def _quantized(lowering: Lowering, node: Node, x: Tensor, when: Condition) -> Se
         ((n_blocks, n_records * 8), F32),
         ((n_blocks, n_records * 16), I32),
     )
-    buffers, is_new = _buffers(lowering, "quantized", x, shapes)
+    buffers, is_new = lowering.buffers(("quantized", view_key(x)), shapes)
     if is_new:
         lowering.launch(
-            "quantize_rows", "quantize_rows", [node], [*buffers, x], n_writes=3, threads=256,
+            "quantize_rows", "quantize_rows", [node], [*buffers, x], threads=256,
             grid=lambda live: (-(-n_records // 8), -(-_rows(x, live) // 8), 1), when=when,
         )  # fmt: skip
     return buffers
@@ -290,11 +290,11 @@ def _quantized(lowering: Lowering, node: Node, x: Tensor, when: Condition) -> Se
 
 def _rounded(lowering: Lowering, node: Node, x: Tensor) -> Scratch:
     """x as bfloat16; once for all nodes that read it."""
-    (buffer,), is_new = _buffers(lowering, "rounded", x, ((x.shape, BF16),))
+    (buffer,), is_new = lowering.buffers(("rounded", view_key(x)), ((x.shape, BF16),))
     n_used = x.shape[1] if len(x.shape) == 3 else 1
     if is_new:
         lowering.launch(
-            "round_rows", "round_rows", [node], [buffer, x], n_writes=1, threads=128,
+            "round_rows", "round_rows", [node], [buffer, x], threads=128,
             grid=lambda live: (-(-x.shape[-1] // (8 * 128)), n_used, _rows(x, live)),
             when=_Between(x, min(FEW_ROWS, TILE_TOKENS), None),
         )  # fmt: skip
@@ -303,28 +303,19 @@ def _rounded(lowering: Lowering, node: Node, x: Tensor) -> Scratch:
 
 def _sorted(lowering: Lowering, node: Node, tile_rows: int, when: _Between) -> Sequence[Scratch]:
     """Pairs by expert, and tiles of them; once for all nodes of the same routing."""
-    ids, m = node.inputs["ids"], _matrices(node)[0]
+    ids, m = node.inputs["ids"], matrices_of(node)[0]
     n_tokens, n_used = ids.shape
     n_tiles = _n_tiles(ids, m, tile_rows, int(n_tokens))
     shapes = (((int(n_tokens) * n_used,), I32), ((1 + n_tiles, 3), I32))
-    what = ("sorted", tile_rows, when.more_than, when.most)
-    buffers, is_new = _buffers(lowering, what, ids, shapes)
+    key = ("sorted", tile_rows, when.more_than, when.most, view_key(ids))
+    buffers, is_new = lowering.buffers(key, shapes)
     if is_new:
         lowering.launch(
             "sort_by_expert", "sort_by_expert", [node], [*buffers, ids],
-            [float(m.shape[0]), float(tile_rows)], n_writes=2, threads=1024,
+            [float(m.shape[0]), float(tile_rows)], threads=1024,
             grid=lambda live: (1, 1, 1), when=when,
         )  # fmt: skip
     return buffers
-
-
-def _buffers(
-    lowering: Lowering, what: Any, x: Tensor, shapes: Sequence[tuple[Sequence[int], Any]]
-) -> tuple[list[Scratch], bool]:
-    """Buffers for what is made of x, and whether they are new."""
-    key = (what, x.base, x.offset, x.shape, x.strides)
-    is_new = not lowering.has_buffer((key, 0))
-    return [lowering.buffer((key, i), *s) for i, s in enumerate(shapes)], is_new
 
 
 def _per_choice(node: Node, out: Tensor, m: Tensor) -> Ref:
@@ -342,7 +333,7 @@ def _n_tiles(ids: Tensor, m: Tensor, rows: int, n_tokens: int) -> int:
 
 def _share(node: Node) -> int:
     """Warps that share the columns of an expert's panel."""
-    m = _matrices(node)[0]
+    m = matrices_of(node)[0]
     return _warps(m.shape[2], plain=not is_quantized(m))
 
 
@@ -356,11 +347,6 @@ def _warps(n_in: int, plain: bool) -> int:
     parts = -(-n_in // (PLAIN_WARP_COLUMNS if plain else WARP_COLUMNS))
     rounds = -(-parts // MAX_WARPS)
     return -(-parts // rounds)
-
-
-def expand_grid(w: Tensor) -> Grid:
-    """Of the kernel that expands a weight [out, in]."""
-    return (-(-w.shape[1] // (8 * RECORD)), -(-w.shape[0] // PANEL), 1)
 
 
 def gemm_shared(rows: int) -> int:
@@ -377,13 +363,6 @@ def has_tiles(w: Tensor) -> bool:
     """Whether bfloat16 keeps a weight's digits, as far as quantized ones have them."""
     is_bf16 = w.dtype is WEIGHT_TYPES["BF16"] and w.shape[-1] % RECORD == 0
     return is_quantized(w) or is_bf16
-
-
-def _matrices(node: Node) -> list[Tensor]:
-    prefix = "weight" if node.op.name == "MUL_MAT" else "matrix"
-    inputs = node.inputs.items()
-    return [t for name, t in inputs if name.startswith(prefix) and t.kind is Kind.WEIGHT
-            and name != "weights"]  # fmt: skip
 
 
 def _rows(t: Tensor, live: Live) -> int:
@@ -419,7 +398,7 @@ class _Between:
     tensor: Tensor
     more_than: int
     most: int | None
-    also: Condition = lambda live: True
+    also: Condition = always
 
     def __call__(self, live: Live) -> bool:
         n = _rows(self.tensor, live)

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from engine.backends.arena import Arena
 from engine.backends.cuda_args import MAX_ATTRS, MAX_VIEWS
-from engine.backends.cuda_device import Device, Grid
+from engine.backends.cuda_device import Captured, Device, Grid
 from engine.backends.cuda_weights import CudaWeights
-from engine.backends.lowering import DIMS, DTYPES, Ref, Scratch, is_packed, owner_of
+from engine.backends.lowering import DIMS, DTYPES, Ref, Scratch, is_packed, place_buffers
 from engine.graph import Dim, Kind, Live, Node, Tensor
 from engine.quants import F32
 
@@ -31,20 +31,24 @@ Sizes = Callable[[Live], Grid]
 Condition = Callable[[Live], bool]
 
 
+def always(live: Live) -> bool:
+    """The condition of what every step launches."""
+    return True
+
+
 @dataclass(frozen=True)
 class Kernel:
-    """One launch before addresses are known; the first `n_writes` operands are written."""
+    """One launch before addresses are known."""
 
     source: str
     name: str
     nodes: Sequence[Node]
     operands: Sequence[Ref]
     attrs: Sequence[float]
-    n_writes: int
     threads: int
     grid: Sizes
-    shared: int | Callable[[Live], int] = 0
-    when: Condition | None = None
+    shared: int = 0
+    when: Condition = always
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,7 @@ class Product:
     out: Ref
     a: Ref
     b: Tensor | Scratch
-    when: Condition | None = None
-    accumulate: bool = False
+    when: Condition = always
 
     @property
     def name(self) -> str:
@@ -78,7 +81,7 @@ class Lowering:
     def __init__(self, device: Device, weights: CudaWeights, batch_invariant: bool = False) -> None:
         self.device, self.weights, self.batch_invariant = device, weights, batch_invariant
         self.steps: list[Step] = []
-        self._shared: dict[Any, Scratch] = {}
+        self._shared: dict[Any, list[Scratch]] = {}
         self._conditions: list[Condition] = []
 
     @contextmanager
@@ -88,9 +91,11 @@ class Lowering:
         yield
         self._conditions.pop()
 
-    def _when(self, when: Condition | None) -> Condition | None:
-        every = [*self._conditions, *([when] if when else [])]
-        return (lambda live: all(c(live) for c in every)) if every else None
+    def _when(self, when: Condition) -> Condition:
+        if not self._conditions:
+            return when
+        every = (*self._conditions, when)
+        return lambda live: all(condition(live) for condition in every)
 
     def launch(
         self,
@@ -100,24 +105,22 @@ class Lowering:
         operands: Sequence[Ref],
         attrs: Sequence[float] = (),
         *,
-        n_writes: int,
         threads: int,
         grid: Sizes,
-        shared: int | Callable[[Live], int] = 0,
-        when: Condition | None = None,
+        shared: int = 0,
+        when: Condition = always,
     ) -> None:
         """Append a launch of a kernel of `source`.
 
-        operands: outputs, then what is read; None where one is absent. `grid` and `shared` (bytes
-        of dynamic shared memory) are functions of a batch's counts, and so is `when`: whether it is
+        operands: outputs, then what is read; None where one is absent. shared: bytes of dynamic
+        shared memory. `grid` is a function of a batch's counts, and so is `when`: whether it is
         launched at all.
         """
         assert len(operands) <= MAX_VIEWS, (name, len(operands))
         assert len(attrs) <= MAX_ATTRS, (name, len(attrs))
         self.steps.append(
             Kernel(
-                source, name, nodes, operands, attrs, n_writes, threads, grid, shared,
-                self._when(when),
+                source, name, nodes, operands, attrs, threads, grid, shared, self._when(when)
             )
         )  # fmt: skip
 
@@ -128,35 +131,25 @@ class Lowering:
         a: Ref,
         b: Tensor | Scratch,
         *,
-        when: Condition | None = None,
-        accumulate: bool = False,
+        when: Condition = always,
     ) -> None:
         """Append a matrix product by cuBLAS: out [T, n] f32 = a [T, k] · b [n, k]ᵀ."""
-        self.steps.append(Product(nodes, out, a, b, self._when(when), accumulate))
+        self.steps.append(Product(nodes, out, a, b, self._when(when)))
 
-    def has_buffer(self, key: Any) -> bool:
-        """Whether `buffer` has made one for a key."""
-        return key in self._shared
-
-    def buffer(self, key: Any, shape: Sequence[int], dtype: Any) -> Scratch:
-        """A buffer that is made once for each key, such as a conversion that several steps read."""
-        if key not in self._shared:
-            self._shared[key] = Scratch(tuple(shape), dtype)
-        return self._shared[key]
+    def buffers(
+        self, key: Any, shapes: Sequence[tuple[Sequence[int], Any]]
+    ) -> tuple[list[Scratch], bool]:
+        """Buffers (shape, dtype) that are made once for each key, such as a conversion that several
+        steps read; and whether they are new."""
+        is_new = key not in self._shared
+        if is_new:
+            self._shared[key] = [Scratch(tuple(shape), dtype) for shape, dtype in shapes]
+        return self._shared[key], is_new
 
     def place(self, arena: Arena[Any], outside: Iterable[Any]) -> None:
         """Find room for all activations and buffers that are not `outside`, with fixed places."""
-        elsewhere = set(outside)
-        lives: dict[Any, tuple[int, int]] = {}
-        for i, step in enumerate(self.steps):
-            made = (t for node in step.nodes for t in node.outputs if t in lives)
-            for ref in (*step.operands, *made):
-                owner = owner_of(ref)
-                if owner is None or owner in elsewhere:
-                    continue
-                if isinstance(owner, Scratch) or owner.kind is Kind.ACTIVATION:
-                    lives[owner] = (lives.get(owner, (i, 0))[0], i)
-        arena.plan([(owner, owner.nbytes, *life) for owner, life in lives.items()])
+        steps = ((i, step.nodes, step.operands) for i, step in enumerate(self.steps))
+        place_buffers(steps, arena, outside)
 
 
 def bucket_of(live: Live) -> int | None:
@@ -164,6 +157,24 @@ def bucket_of(live: Live) -> int | None:
     if not live.n_tokens == live.n_seqs == live.n_outputs:
         return None
     return next((b for b in BUCKETS if live.n_tokens <= b), None)
+
+
+class Replays:
+    """Steps that `launch` makes: those of a bucket are captured once, then replayed."""
+
+    def __init__(self, device: Device, launch: Callable[[Live], None]) -> None:
+        self._device, self._launch = device, launch
+        self.captured: dict[int, Captured] = {}
+
+    def run(self, live: Live) -> None:
+        """Make one step."""
+        if (bucket := bucket_of(live)) is None:
+            self._launch(live)
+            return
+        if bucket not in self.captured:
+            most = Live(bucket, bucket, bucket)
+            self.captured[bucket] = self._device.capture(lambda: self._launch(most))
+        self.captured[bucket].replay()
 
 
 def fill_view(record: Array, ref: Ref, step: Step, address: int, weights: CudaWeights) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.backends.cuda_device import Device, Grid
-from engine.backends.cuda_program import Condition, Lowering
+from engine.backends.cuda_program import Condition, Lowering, always
 from engine.backends.lowering import Ref, Scratch, parts
 from engine.graph import Live, Node, Tensor
 from engine.quants import F16, F32
@@ -127,11 +127,11 @@ def lower_gated_delta_net(lowering: Lowering, node: Node) -> None:
 
     if chunk_rows > 1:
         # Empty sequences beside long ones would look like a decode step: so it takes all rows then.
-        _scan_steps(lowering, node, 1, _NO_END, only_few)
-        _scan_steps(lowering, node, 1, scan_rows, lambda x: x.n_seqs > 1 and not only_few(x))
+        _scan(lowering, node, "step", 1, _NO_END, only_few)
+        _scan(lowering, node, "step", 1, scan_rows, lambda x: x.n_seqs > 1 and not only_few(x))
     if scan_rows < chunk_rows:
-        _scan_tiles(
-            lowering, node, scan_rows, chunk_rows,
+        _scan(
+            lowering, node, "rows", scan_rows, chunk_rows,
             lambda x: not only_few(x) and (x.n_seqs > 1 or x.n_tokens < chunk_rows),
         )  # fmt: skip
     if chunks:
@@ -141,25 +141,16 @@ def lower_gated_delta_net(lowering: Lowering, node: Node) -> None:
         )  # fmt: skip
 
 
-def _scan_steps(lowering: Lowering, node: Node, first: int, end: int, when: Condition) -> None:
+def _scan(lowering: Lowering, node: Node, kind: str, first: int, end: int, when: Condition) -> None:
+    """Sequences of `first` to end - 1 rows: kind `step` token by token, `rows` in tiles."""
     ((_, operands, attrs),) = parts(node)
     delta = _DeltaNet.of(node)
     n_columns = _cut(delta.d_v, _SCAN_THREADS // delta.lanes)
     lowering.launch(
-        "gated_delta_net", delta.name(f"step_{delta.lanes}"), [node], operands,
-        [*attrs, first, end], n_writes=1, threads=_SCAN_THREADS, when=when,
+        "gated_delta_net", delta.name(f"{kind}_{delta.lanes}"), [node], operands,
+        [*attrs, first, end], threads=_SCAN_THREADS, when=when,
         grid=lambda live: (n_columns, delta.n_heads, live.n_seqs),
-    )  # fmt: skip
-
-
-def _scan_tiles(lowering: Lowering, node: Node, first: int, end: int, when: Condition) -> None:
-    ((_, operands, attrs),) = parts(node)
-    delta = _DeltaNet.of(node)
-    n_columns = _cut(delta.d_v, _SCAN_THREADS // delta.lanes)
-    lowering.launch(
-        "gated_delta_net", delta.name(f"rows_{delta.lanes}"), [node], operands,
-        [*attrs, first, end], n_writes=1, threads=_SCAN_THREADS, when=when,
-        grid=lambda live: (n_columns, delta.n_heads, live.n_seqs), shared=delta.scan_shared,
+        shared=delta.scan_shared if kind == "rows" else 0,
     )  # fmt: skip
 
 
@@ -175,12 +166,12 @@ def _chunks(lowering: Lowering, node: Node, first: int, when: Condition) -> None
     values = [*attrs, first, _NO_END]
     lowering.launch(
         "gated_delta_net_prepare", delta.name(f"prepare_{delta.width}"), [node], refs, values,
-        n_writes=1, threads=_CHUNK_THREADS, shared=delta.prepare_shared, when=when,
+        threads=_CHUNK_THREADS, shared=delta.prepare_shared, when=when,
         grid=lambda live: (live.n_tokens // _CHUNK + live.n_seqs, delta.n_heads, 1),
     )  # fmt: skip
     lowering.launch(
         "gated_delta_net_chunk", delta.name(f"chunks_{delta.width}_{columns}"), [node], refs,
-        values, n_writes=1, threads=_CHUNK_THREADS, shared=delta.chunk_shared(columns), when=when,
+        values, threads=_CHUNK_THREADS, shared=delta.chunk_shared(columns), when=when,
         grid=lambda live: (_cut(delta.d_v, columns), delta.n_heads, live.n_seqs),
     )  # fmt: skip
 
@@ -298,20 +289,20 @@ def lower_attention(lowering: Lowering, node: Node) -> None:
         name, values = f"attention_loose_{loose.name}", [*attrs, min_rows]
         lowering.launch(
             "attention", name, [node], [out, partials, *operands], values,
-            n_writes=2, threads=loose.threads, grid=split_grid, shared=loose.shared, when=split,
+            threads=loose.threads, grid=split_grid, shared=loose.shared, when=split,
         )  # fmt: skip
         lowering.launch(
             "attention", "attention_join", [node], [out, partials, *operands], values,
-            n_writes=1, threads=256, grid=lambda live: (n_heads, n_loose(live), 1), when=split,
+            threads=256, grid=lambda live: (n_heads, n_loose(live), 1), when=split,
         )  # fmt: skip
         lowering.launch(
             "attention", name, [node], [out, None, *operands], values,
-            n_writes=1, threads=loose.threads, grid=lambda live: (1, per_row, n_loose(live)),
+            threads=loose.threads, grid=lambda live: (1, per_row, n_loose(live)),
             shared=loose.shared, when=whole,
         )  # fmt: skip
 
     if not has_tiles:
-        add_loose(_NO_BLOCKS, lambda live: True)
+        add_loose(_NO_BLOCKS, always)
         return
     add_loose(_NO_BLOCKS, _all_short)
     add_loose(_TILE_ROWS, lambda live: not _all_short(live))
@@ -321,7 +312,7 @@ def lower_attention(lowering: Lowering, node: Node) -> None:
 
     lowering.launch(
         "attention", f"attention_tiles_{tile.name}", [node], [out, None, *operands],
-        [*attrs, _TILE_ROWS], n_writes=1, threads=tile.threads, grid=tile_grid, shared=tile.shared,
+        [*attrs, _TILE_ROWS], threads=tile.threads, grid=tile_grid, shared=tile.shared,
         when=lambda live: not _all_short(live) and live.n_tokens >= _TILE_ROWS,
     )  # fmt: skip
 
@@ -334,7 +325,7 @@ def _attention_rows(
     n_heads = node.outputs[0].shape[1]
     lowering.launch(
         "attention_rows", f"attention_rows_{size}", [node], operands, attrs,
-        n_writes=1, threads=256, grid=lambda live: (n_heads, live.n_tokens, 1),
+        threads=256, grid=lambda live: (n_heads, live.n_tokens, 1),
     )  # fmt: skip
 
 

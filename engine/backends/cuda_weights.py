@@ -6,15 +6,12 @@ Threads pack on the host while what is ready travels.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from engine.backends.cpu_library import Library, n_cores
 from engine.backends.cuda_args import ARGS, VIEW
@@ -28,8 +25,9 @@ from engine.quants import dequantize
 Array = NDArray[Any]
 # Of packed weights that wait for their turn on the bus.
 _AHEAD_BYTES = 256 << 20
-_SECONDS_BEFORE_BAR = 1
-_ROWS, _RECORD, _MAX_GRID = 16, 32, 65535
+# Rows of a panel and columns of a record, as in layout.cuh.
+PANEL, RECORD = 16, 32
+_MAX_GRID = 65535
 
 
 @dataclass(frozen=True)
@@ -62,29 +60,13 @@ class CudaWeights:
             values = dequantize(tensor.dtype, source.raw(tensor.name), tensor.shape)
             self._plain[tensor] = self._upload(values)
         todo = [t for t in packed if t not in self._packed]
-        self._panels.warn_of_rounding(todo)
-        with (
-            tqdm(total=sum(t.nbytes for t in todo), unit="B", unit_scale=True, leave=False,
-                 desc="loading weights", disable=None, delay=_SECONDS_BEFORE_BAR) as bar,
-            ThreadPoolExecutor(n_cores()) as pool,
-        ):  # fmt: skip
-            pending: deque[tuple[Tensor, Array, list[Future[None]]]] = deque()
-            for tensor in todo:
-                data = np.empty(self._panels.packed_bytes(tensor), np.uint8)
-                pending.append((tensor, data, self._panels.pack(tensor, source, data, pool)))
-                ahead = sum(len(data) for _, data, _ in pending)
-                while pending and (tensor is todo[-1] or ahead > _AHEAD_BYTES):
-                    ready, data, tasks = pending.popleft()
-                    for task in tasks:
-                        task.result()
-                    self._keep(ready, self._upload(data))
-                    ahead -= len(data)
-                    bar.update(ready.nbytes)
+        for tensor, data in self._panels.pack_all(todo, source, n_cores(), _AHEAD_BYTES, _room):
+            self._keep(tensor, self._upload(data))
 
     def _keep(self, tensor: Tensor, memory: Memory) -> None:
         panel, matrix = self._panels.matrix_bytes(tensor)
         self._packed[tensor] = Packed(memory, self._panels.layout(tensor.dtype), matrix, panel)
-        n_records, n_panels = -(-tensor.shape[-1] // _RECORD), matrix // panel
+        n_records, n_panels = -(-tensor.shape[-1] // RECORD), matrix // panel
         n_matrices = math.prod(tensor.shape[:-2])
         for first in range(0, n_matrices, _MAX_GRID):
             n = min(_MAX_GRID, n_matrices - first)
@@ -102,10 +84,6 @@ class CudaWeights:
     def plain_bytes(self, tensor: Tensor) -> int:
         """Bytes of a weight when it is decoded to float32."""
         return math.prod(tensor.shape) * 4
-
-    def packed(self, tensor: Tensor) -> Packed:
-        """A packed weight."""
-        return self._packed[tensor.base]
 
     def packed_strides(self, tensor: Tensor) -> tuple[int, list[int], int, int]:
         """A packed weight's address, strides in bytes (of matrices and panels), dtype, layout."""
@@ -130,8 +108,7 @@ class CudaWeights:
         copy = np.zeros((), VIEW)
         copy["data"], copy["rank"], copy["dtype"] = memory.address, 2, BF16
         copy["shape"][:2], copy["stride"][:2] = tensor.shape, (tensor.shape[1], 1)
-        grid = (-(-tensor.shape[1] // (8 * _RECORD)), -(-tensor.shape[0] // _ROWS), 1)
-        self._run("expand", [copy, self._view(tensor)], grid, 256)
+        self._run("expand", [copy, self._view(tensor)], expand_grid(tensor), 256)
         self._bf16_left -= n_bytes
         self._bf16[tensor.base] = memory
         return True
@@ -157,3 +134,12 @@ class CudaWeights:
             args["v"][i] = view
         function = self._device.function(name, name)
         self._device.launch(function, grid, threads, 0, args.ctypes.data)
+
+
+def expand_grid(w: Tensor) -> Grid:
+    """Of the kernel that expands a weight [out, in] to bfloat16."""
+    return (-(-w.shape[1] // (8 * RECORD)), -(-w.shape[0] // PANEL), 1)
+
+
+def _room(tensor: Tensor, n_bytes: int) -> Array:
+    return np.empty(n_bytes, np.uint8)

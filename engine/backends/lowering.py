@@ -6,13 +6,14 @@ engine/backends/cpu_executor.cpp, so that a program is a few arrays which one na
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.backends.arena import Arena
 from engine.graph import Dim, Kind, Node, Tensor
 from engine.ops.gated_delta_net import ALGORITHMS, HEAD_MAPS
 from engine.ops.router import GATINGS
@@ -171,3 +172,37 @@ def is_packed(node: Node, operand: str) -> bool:
     """Whether a kernel reads a weight in panels."""
     prefix = PACKED_OPERANDS.get(node.op.name)
     return prefix is not None and operand.startswith(prefix)
+
+
+def matrices_of(node: Node) -> list[Tensor]:
+    """The weights that a product reads in panels."""
+    return [t for name, t in node.inputs.items() if is_packed(node, name)]
+
+
+def view_key(x: Tensor) -> tuple[Any, ...]:
+    """Equal for views of the same part of a tensor."""
+    return (x.base, x.offset, x.shape, x.strides)
+
+
+def place_buffers(
+    steps: Iterable[tuple[int, Sequence[Node], Sequence[Ref]]],
+    arena: Arena[Any],
+    outside: Iterable[Any],
+) -> None:
+    """Find room for all activations and buffers that are not `outside`, with fixed places.
+
+    steps: when each runs, never falling, its nodes, and its operands.
+    """
+    elsewhere = set(outside)
+    lives: dict[Any, tuple[int, int]] = {}
+    for time, nodes, operands in steps:
+        # A node's outputs are looked at when its last step has run, also those nobody reads.
+        made = (t for node in nodes for t in node.outputs if t in lives)
+        for ref in (*operands, *made):
+            owner = owner_of(ref)
+            if owner is None or owner in elsewhere:
+                continue
+            if isinstance(owner, Scratch) or owner.kind is Kind.ACTIVATION:
+                first, _ = lives.get(owner, (time, 0))
+                lives[owner] = (first, time)
+    arena.plan([(owner, owner.nbytes, *life) for owner, life in lives.items()])

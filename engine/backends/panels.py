@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from engine.backends.cpu_library import Library
 from engine.graph import Tensor
@@ -26,6 +28,7 @@ _ROWS = 16
 _Q8_0 = WEIGHT_TYPES["Q8_0"]
 # What one task packs: enough to be worth a call, and many for every thread.
 _TASK_BYTES = 1 << 20
+_SECONDS_BEFORE_BAR = 1
 
 
 class Panels:
@@ -34,7 +37,38 @@ class Panels:
     def __init__(self, library: Library) -> None:
         self._lib = library
 
-    def pack(
+    def pack_all(
+        self,
+        tensors: Sequence[Tensor],
+        source: WeightSource,
+        n_threads: int,
+        ahead_bytes: int,
+        room: Callable[[Tensor, int], Array],
+    ) -> Iterator[tuple[Tensor, Array]]:
+        """Pack weights into what `room(tensor, n_bytes)` gives, and yield each when it is whole.
+
+        Others are begun meanwhile, of up to `ahead_bytes`. Shows progress when it takes long.
+        """
+        self._warn_of_rounding(tensors)
+        with (
+            tqdm(total=sum(t.nbytes for t in tensors), unit="B", unit_scale=True, leave=False,
+                 desc="loading weights", disable=None, delay=_SECONDS_BEFORE_BAR) as bar,
+            ThreadPoolExecutor(n_threads) as pool,
+        ):  # fmt: skip
+            pending: deque[tuple[Tensor, Array, list[Future[None]]]] = deque()
+            for tensor in tensors:
+                data = room(tensor, self.packed_bytes(tensor))
+                pending.append((tensor, data, self._pack(tensor, source, data, pool)))
+                ahead = sum(len(data) for _, data, _ in pending)
+                while pending and (tensor is tensors[-1] or ahead > ahead_bytes):
+                    ready, data, tasks = pending.popleft()
+                    for task in tasks:
+                        task.result()
+                    yield ready, data
+                    ahead -= len(data)
+                    bar.update(ready.nbytes)
+
+    def _pack(
         self, tensor: Tensor, source: WeightSource, target: Array, pool: ThreadPoolExecutor
     ) -> list[Future[None]]:
         """Begin to pack a weight into `target`, uint8; the pages of its bytes are let go piece by
@@ -76,7 +110,7 @@ class Panels:
         """Bytes of a weight when it is packed."""
         return math.prod(tensor.shape[:-2]) * self.matrix_bytes(tensor)[1]
 
-    def warn_of_rounding(self, tensors: Sequence[Tensor]) -> None:
+    def _warn_of_rounding(self, tensors: Sequence[Tensor]) -> None:
         """Log what is kept in another type than the file's."""
         for dtype in {t.dtype: None for t in tensors if self.stored_as(t.dtype) is not t.dtype}:
             rounded = [t for t in tensors if t.dtype is dtype]

@@ -65,10 +65,19 @@ _SAMPLING_OPTIONS: list[OptionRow] = [
 ]
 
 
+class _Version(argparse.Action):
+    """Prints the version and the backends, which are looked for only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: object) -> None:
+        print(f"gdn-engine {__version__}: {backends.describe()}")
+        parser.exit()
+
+
 def add_options(p: Parser) -> None:
     """Its options."""
-    line = f"gdn-engine {__version__}: {backends.describe()}"
-    p.add_argument("--version", action="version", version=line)
+    p.add_argument(
+        "--version", action=_Version, nargs=0, help="show program's version number and exit"
+    )
     common_options(p)
     prompt_options(p, many=True)
     chat.add_options(p)

@@ -21,25 +21,18 @@ using uint64_t = unsigned long long;
 // kernel before is still at work, so every thread waits for that one first; see wait_for_inputs.
 #define KERNEL(NAME, THREADS) KERNEL_FOR(NAME, THREADS, 1)
 // With so few registers that BLOCKS blocks fit on a multiprocessor.
-#define KERNEL_FOR(NAME, THREADS, BLOCKS)                         \
-    namespace gdn {                                               \
-    DEVICE void NAME##_body(const Args& a);                       \
-    }                                                             \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) \
-        NAME(const __grid_constant__ gdn::Args a) {               \
-        gdn::let_next_start();                                    \
-        gdn::wait_for_inputs();                                   \
-        gdn::NAME##_body(a);                                      \
-    }                                                             \
-    DEVICE void gdn::NAME##_body(const gdn::Args& a)
+#define KERNEL_FOR(NAME, THREADS, BLOCKS) \
+    KERNEL_THAT_FIRST(gdn::wait_for_inputs(), NAME, THREADS, BLOCKS)
 // Every thread of these waits by itself, after it has begun to fetch what is no kernel's output.
-#define EAGER_KERNEL_FOR(NAME, THREADS, BLOCKS)                   \
+#define EAGER_KERNEL_FOR(NAME, THREADS, BLOCKS) KERNEL_THAT_FIRST((void)0, NAME, THREADS, BLOCKS)
+#define KERNEL_THAT_FIRST(BEGIN, NAME, THREADS, BLOCKS)           \
     namespace gdn {                                               \
     DEVICE void NAME##_body(const Args& a);                       \
     }                                                             \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) \
         NAME(const __grid_constant__ gdn::Args a) {               \
         gdn::let_next_start();                                    \
+        BEGIN;                                                    \
         gdn::NAME##_body(a);                                      \
     }                                                             \
     DEVICE void gdn::NAME##_body(const gdn::Args& a)
