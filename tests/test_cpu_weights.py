@@ -1,8 +1,9 @@
 """Packed weights of every type: what tables give back, and what products compute, exactly.
 
 A product rounds its activation to int8 as QUANTIZE_ROWS does; in blocks of rows, both sides to
-bfloat16 (on AMX, or emulated). With them rounded the same way here, what is left is float32
-arithmetic; only against what is not rounded must the limit be as lax as the rounding is.
+bfloat16 (on AMX, or emulated), but for quantized weights of experts. With them rounded the same way
+here, what is left is float32 arithmetic; only against what is not rounded must the limit be as lax
+as the rounding is.
 """
 
 from __future__ import annotations
@@ -153,10 +154,12 @@ class Check:
     counts together, since a few outputs may by chance be smaller than their terms."""
 
     def __init__(self, backend: CpuBackend, dtype: DType, raw: Array, *lead: int) -> None:
-        self._backend, self._dtype = backend, dtype
+        self._dtype = dtype
         self._kept = kept(dtype, raw, *lead).astype(np.float64)
         self._true = dequantize(dtype, raw, self._kept.shape).astype(np.float64)
+        plain = dtype.block_elems == 1
         self._has_tiles = backend.matrix and dtype not in (F32, F16) and columns_of(dtype) % 32 == 0
+        self._has_tiles &= plain or len(lead) == 1
         self._got: list[Array] = []
         self._want: list[Array] = []
 
@@ -224,6 +227,27 @@ def test_products_with_experts(
 
         check.add(live, executable.run({}, live)["out0"], values, product)
     check.end()
+
+
+@pytest.mark.parametrize("dtype", [t for t in WEIGHT_TYPES.values() if t.block_elems > 1], ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_experts_by_tiles_of_int8(isa: str, dtype: DType, rng: np.random.Generator) -> None:
+    """The bits of rows one by one: dot products are exact, and summed in the same order."""
+    n_in, lead = columns_of(dtype), (N_EXPERTS, N_OUT)
+    raw, graph = random_weight(dtype, *lead, rng=rng), Graph(Capacity(CAPACITY))
+    x, ids = activation("x", n_in), activation("ids", N_USED, dtype=I32)
+    outputs = mul_mat_id(graph, "product", x, ids, graph.weight("w", (*lead, n_in), dtype))
+    backends = [CpuBackend(2, isa, matrix) for matrix in (False, True)]
+    executables = [run(backend, graph, outputs, raw) for backend in backends]
+    # One expert has a pair of each token: tiles that are full, and rests of all sizes.
+    for n in (2, 4, 5, 13, 16, 19, 20, 31, 64, 65, 130, 160):
+        values, live = random_rows(rng, n, n_in), Live(n, 1, 1, blocks=BLOCKS.get(n, ()))
+        chosen = np.stack([np.zeros(n), rng.integers(1, N_EXPERTS, n)], axis=1).astype(np.int32)
+        for backend in backends:
+            backend.write(x, values)
+            backend.write(ids, chosen)
+        rows, tiles = (executable.run({}, live)["out0"] for executable in executables)
+        assert rows.tobytes() == tiles.tobytes(), n
 
 
 def test_halves_are_rounded_to_even(backend: CpuBackend, rng: np.random.Generator) -> None:

@@ -19,7 +19,7 @@ from engine.errors import EngineError
 # Best first, with the processor's features (as Linux names them) that each needs.
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "fma", "f16c")
 ISAS = {
-    "amx": (*_AVX512, "avx512_bf16", "amx_tile", "amx_bf16"),
+    "amx": (*_AVX512, "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"),
     "avx512": _AVX512,
     "avx2": ("avx2", "fma", "f16c"),
     "portable": (),

@@ -135,8 +135,9 @@ class Lowering:
         matrices = matrices_of(node)
         assert x is not None
         assert ids is not None
-        packed = self._round(node, x, matrices, tiled=False)
-        quantized = self._quantize(node, x, matrices, loose=packed is not None)
+        plain = [m for m in matrices if m.dtype.block_elems == 1]
+        packed = self._round(node, x, plain, tiled=False)
+        quantized = self._quantize(node, x, matrices, loose=False)
         n_tokens, n_used = ids.shape
         order = Scratch((int(n_tokens) * n_used,), I32)
         starts = Scratch((2 * matrices[0].shape[0] + 1,), I32)
@@ -144,9 +145,11 @@ class Lowering:
         for out, m in zip(node.outputs, matrices, strict=True):
             shape = (n_tokens, n_used, m.shape[1])
             target: Ref = out if gates is None else Scratch(shape, F32)
-            rows = packed if has_tiles(m) else None
+            is_plain = m.dtype.block_elems == 1
+            rows = packed if is_plain and has_tiles(m) else None
+            by_bytes = self.matrix and not is_plain and m.shape[2] <= MAX_GATHERED
             operands = [target, x, *quantized, rows, m, order, starts, ids]
-            self._append("MUL_MAT_ID", [node], operands, [], 1)
+            self._append("MUL_MAT_ID", [node], operands, [float(by_bytes)], 1)
             if gates is not None:
                 self._append("SUM_EXPERTS", [node], [out, target, gates], [], 1)
 

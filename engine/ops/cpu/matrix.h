@@ -71,6 +71,12 @@ struct Tiles {
     const bf16* tile(int64_t i, int64_t k) const { return at + i * side + k * depth; }
 };
 
+// Rows of sums, `stride` elements apart; with at == nullptr zeros.
+struct TileSums {
+    float* at = nullptr;
+    int64_t stride = 0;
+};
+
 #if defined(__AMX_BF16__)
 
 // What AMX must be told before its use, on every thread: all eight tiles are 16 rows of 64 bytes.
@@ -108,27 +114,26 @@ GDN_INLINE void multiply_tile() {
 }
 
 template <int I, int J>
-GDN_INLINE void begin_sum(const float* c, int64_t stride, bool add) {
+GDN_INLINE void begin_sum(TileSums from) {
     constexpr int T = 2 * I + J;
-    if (add)
-        load_tile<T>(c + I * SIDE * stride + J * SIDE, 4 * stride);
+    if (from.at)
+        load_tile<T>(from.at + I * SIDE * from.stride + J * SIDE, 4 * from.stride);
     else
         clear_tile<T>();
 }
 template <int I, int J>
-GDN_INLINE void end_sum(float* c, int64_t stride) {
-    store_tile<2 * I + J>(c + I * SIDE * stride + J * SIDE, 4 * stride);
+GDN_INLINE void end_sum(TileSums to) {
+    store_tile<2 * I + J>(to.at + I * SIDE * to.stride + J * SIDE, 4 * to.stride);
 }
 
-// c [16 · MT, 16 · NT] = a · b, or += with `add`, summed over n tiles; MT and NT are 1 or 2.
+// to [16 · MT, 16 · NT] = from + a · b, summed over n tiles; MT and NT are 1 or 2.
 template <int MT, int NT>
-void multiply_tiles(Tiles a, Tiles b, int64_t n, float* c, int64_t c_stride, bool add,
-                    Soon soon = {}) {
+void multiply_tiles(Tiles a, Tiles b, int64_t n, TileSums from, TileSums to, Soon soon) {
     constexpr int A0 = 4, A1 = 5, B0 = 6, B1 = 7;
-    begin_sum<0, 0>(c, c_stride, add);
-    if constexpr (NT == 2) begin_sum<0, 1>(c, c_stride, add);
-    if constexpr (MT == 2) begin_sum<1, 0>(c, c_stride, add);
-    if constexpr (MT == 2 && NT == 2) begin_sum<1, 1>(c, c_stride, add);
+    begin_sum<0, 0>(from);
+    if constexpr (NT == 2) begin_sum<0, 1>(from);
+    if constexpr (MT == 2) begin_sum<1, 0>(from);
+    if constexpr (MT == 2 && NT == 2) begin_sum<1, 1>(from);
     for (int64_t k = 0; k < n; k++) {
         for (int64_t i = 0; i < soon.bytes; i += 64)
             __builtin_prefetch(soon.at + k * soon.bytes + i, 0, 2);
@@ -145,10 +150,10 @@ void multiply_tiles(Tiles a, Tiles b, int64_t n, float* c, int64_t c_stride, boo
         }
         if constexpr (MT == 2 && NT == 2) multiply_tile<3, A1, B1>();
     }
-    end_sum<0, 0>(c, c_stride);
-    if constexpr (NT == 2) end_sum<0, 1>(c, c_stride);
-    if constexpr (MT == 2) end_sum<1, 0>(c, c_stride);
-    if constexpr (MT == 2 && NT == 2) end_sum<1, 1>(c, c_stride);
+    end_sum<0, 0>(to);
+    if constexpr (NT == 2) end_sum<0, 1>(to);
+    if constexpr (MT == 2) end_sum<1, 0>(to);
+    if constexpr (MT == 2 && NT == 2) end_sum<1, 1>(to);
 }
 
 #else
@@ -158,12 +163,11 @@ inline void begin_matrix_products() {}
 inline void end_matrix_products() {}
 
 template <int MT, int NT>
-void multiply_tiles(Tiles a, Tiles b, int64_t n, float* c, int64_t c_stride, bool add, Soon = {}) {
+void multiply_tiles(Tiles a, Tiles b, int64_t n, TileSums from, TileSums to, Soon) {
     constexpr int PARTS = SIDE / W;
     for (int i = 0; i < MT * SIDE; i++)
         for (int j = 0; j < NT * PARTS; j++) {
-            float* to = c + i * c_stride + j * W;
-            vf sum = add ? load(to) : vf{};
+            vf sum = from.at ? load(from.at + i * from.stride + j * W) : vf{};
             for (int64_t k = 0; k < n; k++) {
                 const bf16* x = a.tile(i / SIDE, k) + i % SIDE * DEPTH;
                 const bf16* y = b.tile(j / PARTS, k) + j % PARTS * 2 * W;
@@ -173,18 +177,18 @@ void multiply_tiles(Tiles a, Tiles b, int64_t n, float* c, int64_t c_stride, boo
                     sum += bf16_to_float(x[d + 1]) * from_bits(pair & ~0xffff);
                 }
             }
-            store(to, sum);
+            store(to.at + i * to.stride + j * W, sum);
         }
 }
 
 #endif
 
 // The same with MT and NT as numbers.
-inline void multiply_some(int64_t mt, int64_t nt, Tiles a, Tiles b, int64_t n, float* c,
-                          int64_t c_stride, bool add, Soon soon = {}) {
+inline void multiply_some(int64_t mt, int64_t nt, Tiles a, Tiles b, int64_t n, TileSums from,
+                          TileSums to, Soon soon = {}) {
     const auto f = mt == 2 ? (nt == 2 ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)
                            : (nt == 2 ? multiply_tiles<1, 2> : multiply_tiles<1, 1>);
-    f(a, b, n, c, c_stride, add, soon);
+    f(a, b, n, from, to, soon);
 }
 
 struct Nothing {
@@ -200,8 +204,9 @@ void multiply_matrices(Tiles a, int64_t m, Tiles b, int64_t n_columns, int64_t n
         for (int64_t i = 0; i < m; i += 2) {
             between();
             const Tiles x{a.tile(i, 0), a.side, a.depth}, y{b.tile(j, 0), b.side, b.depth};
-            float* to = c + i * SIDE * c_stride + j * SIDE;
-            multiply_some(i + 1 < m ? 2 : 1, j + 1 < n_columns ? 2 : 1, x, y, n, to, c_stride, add);
+            const TileSums to{c + i * SIDE * c_stride + j * SIDE, c_stride};
+            multiply_some(i + 1 < m ? 2 : 1, j + 1 < n_columns ? 2 : 1, x, y, n,
+                          add ? to : TileSums{}, to);
         }
 }
 

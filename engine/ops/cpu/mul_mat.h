@@ -73,11 +73,6 @@ struct Pair {
     }
 };
 
-// Asks for the lines of n elements that will be written: rows lie on pages of their own.
-inline void fetch_to_write(const float* p, int64_t n) {
-    for (int64_t c = 0; c < n; c += 16) __builtin_prefetch(p + c, 1);
-}
-
 // The part of 32 rows' tiles, from tile i on and `depth` deep, that is fetched with pair p: each
 // pair fetches as much, half of them of the first 16 rows.
 inline Soon next_strip(Tiles rows, int64_t i, int64_t depth, int64_t p, int64_t n_pairs) {
@@ -88,32 +83,38 @@ inline Soon next_strip(Tiles rows, int64_t i, int64_t depth, int64_t p, int64_t 
     return {at + p % half * depth * bytes, bytes};
 }
 
-// n rows as tiles times pairs of weights of the same width. Before the last products of 32 rows,
-// fetch(row, n of them) is called, and with complete sums done(row, n, sums [n, SUMS]).
-template <typename Fetch, typename Done>
+// n rows as tiles times pairs of weights of the same width, 32 rows after 32. Complete sums of them go
+// where direct(row, n of them) says; if nowhere, done(row, n, sums [n, SUMS]) is called.
+template <typename Direct, typename Done>
 void multiply_pairs(const bf16* x, int64_t n, const Pair* pairs, int64_t n_pairs, TileScratch& s,
-                    Fetch fetch, Done done) {
+                    Direct direct, Done done) {
     const int64_t n_in = pairs[0].weight->shape[1], n_tiles = (n + SIDE - 1) / SIDE;
     for (int64_t k = 0; k < n_in; k += MAX_COLUMNS) {
         const int64_t begin = k / DEPTH, end = std::min(n_in, k + MAX_COLUMNS) / DEPTH;
+        const bool is_last = end * DEPTH == n_in;
         Tiles b[MAX_PAIRS];
         for (int64_t p = 0; p < n_pairs; p++) b[p] = pairs[p].expand_into(s.panels[p], begin, end);
         const Tiles rows{x + begin * TILE_SIZE, SIDE * n_in, TILE_SIZE};
         for (int64_t i = 0; i < n_tiles; i += 2) {
             const int64_t row = i * SIDE, n_rows = std::min<int64_t>(2 * SIDE, n - row);
-            if (end * DEPTH == n_in) fetch(row, n_rows);
-            // Sums that are complete at once need no room for all rows.
-            auto* sums = s.sums[n_in <= MAX_COLUMNS ? 0 : row];
+            // TileSums that are complete at once need no room for all rows.
+            const TileSums sums{s.sums[n_in <= MAX_COLUMNS ? 0 : row], SUMS};
+            const TileSums out = is_last ? direct(row, n_rows) : TileSums{};
             for (int64_t p = 0; p < n_pairs; p++) {
-                const Soon soon = next_strip(rows, i + 2, end - begin, p, n_pairs);
+                const TileSums part{sums.at + pairs[p].column, SUMS};
                 multiply_some(std::min<int64_t>(2, n_tiles - i), pairs[p].n_wide(),
                               {rows.tile(i, 0), rows.side, rows.depth}, b[p], end - begin,
-                              sums + pairs[p].column, SUMS, k > 0, soon);
+                              k > 0 ? part : TileSums{},
+                              out.at ? TileSums{out.at + pairs[p].column, out.stride} : part,
+                              next_strip(rows, i + 2, end - begin, p, n_pairs));
             }
-            if (end * DEPTH == n_in) done(row, n_rows, sums);
+            if (is_last && !out.at) done(row, n_rows, sums.at);
         }
     }
 }
+
+// For sums that need more done.
+inline TileSums nowhere(int64_t, int64_t) { return {}; }
 
 // How the products of blocks with pairs of panels are cut into tasks.
 struct TileTasks {

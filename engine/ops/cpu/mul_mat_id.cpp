@@ -1,12 +1,14 @@
 // MUL_MAT_ID: rows times the matrices of the experts that they chose.
 //
-// SORT_BY_EXPERT lists the pairs (token, choice) by expert, those of blocks first. Pairs of blocks
-// are gathered and multiplied as tiles, for which a few panels of an expert's matrix, a task, are
-// expanded to bfloat16; of other pairs a task is one panel as it is stored. SUM_EXPERTS adds a
-// token's results in the router's order, so that they do not depend on the rest of the batch.
+// SORT_BY_EXPERT lists the pairs (token, choice) by expert, those of blocks first. Of a BF16 matrix,
+// pairs of blocks are gathered and multiplied as tiles with a few panels, a task. Other pairs are
+// multiplied with panels as they are stored, on matrix units 16 of an expert's at once by tiles of
+// int8: experts have too few of them for what expanding panels to bfloat16 takes. SUM_EXPERTS adds
+// a token's results in the router's order, so that they do not depend on the rest of the batch.
 
 #include <algorithm>
 
+#include "byte_tiles.h"
 #include "kernels.h"
 #include "mul_mat.h"
 
@@ -117,12 +119,11 @@ void run_task(const Args& a, int64_t task) {
     for (int64_t i = starts[2 * expert]; i < starts[2 * expert + 1]; i += most) {
         const int64_t n = std::min(most, starts[2 * expert + 1] - i);
         gather(a, order + i, n, s.gathered);
-        const auto fetch = [](int64_t, int64_t) {};
         const auto done = [&](int64_t row, int64_t n_rows, const float* sums) {
             for (const int32_t* pair = order + i + row; n_rows-- > 0; pair++, sums += SUMS)
                 for (int64_t p = first; p < last; p++) put(a, *pair, p, sums + (p - first) * ROWS);
         };
-        multiply_pairs(s.gathered, n, panels, n_pairs, s.tiles, fetch, done);
+        multiply_pairs(s.gathered, n, panels, n_pairs, s.tiles, nowhere, done);
     }
 }
 
@@ -130,7 +131,20 @@ void run_task(const Args& a, int64_t task) {
 
 namespace rows {
 
-int64_t n_tasks(const Args& a) { return a.rows(a.v[IDS]) ? n_experts(a) * n_panels(a) : 0; }
+// Panels of a task where rows are gathered for int8 tiles, and the most columns that have room.
+constexpr int64_t GATHERED_PANELS = 32, MOST_COLUMNS = 1 << 14;
+static_assert(TILE / SIDE * gathered_bytes(MOST_COLUMNS) <= SCRATCH_BYTES);
+
+// Attribute: whether there are such tiles. An expert has at most a pair of each token.
+bool by_tiles(const Args& a) {
+    return a.attr[0] != 0 && a.rows(a.v[IDS]) >= min_gathered(a.v[MATRIX].layout);
+}
+
+int64_t task_panels(const Args& a) { return by_tiles(a) ? GATHERED_PANELS : 1; }
+
+int64_t n_groups(const Args& a) { return (n_panels(a) + task_panels(a) - 1) / task_panels(a); }
+
+int64_t n_tasks(const Args& a) { return a.rows(a.v[IDS]) ? n_experts(a) * n_groups(a) : 0; }
 
 // Row i of [T, in], or of [T, U, in] taken as [T · U, in].
 template <typename T>
@@ -146,30 +160,48 @@ Row row_of(const Args& a, int64_t pair) {
             flat_row<float>(a.v[SCALE], i), flat_row<int32_t>(a.v[SUM], i)};
 }
 
-// One panel of an expert's matrix times n of the expert's pairs.
-void multiply_panel(const Args& a, int64_t expert, int64_t p, const int32_t* pairs, int64_t n) {
+// Panels begin … end - 1 of an expert's matrix times n ≤ TILE of the expert's pairs.
+void multiply_panels(const Args& a, int64_t expert, int64_t begin, int64_t end,
+                     const int32_t* pairs, int64_t n) {
+    const int64_t n_in = a.v[MATRIX].shape[2], room = gathered_bytes(n_in);
+    const int32_t layout = a.v[MATRIX].layout;
     Row rows[TILE];
     float out[TILE][ROWS];
-    rows[0] = row_of(a, pairs[0]);
-    for (int64_t i = 1; i < n; i++) rows[i] = row_of(a, pairs[i]);
-    multiply(a.v[MATRIX].layout, panel_at(a, expert, p), a.v[MATRIX].shape[2], rows, n, out);
-    for (int64_t i = 0; i < n; i++) put(a, pairs[i], p, out[i]);
+    for (int64_t i = 0; i < n; i++) rows[i] = row_of(a, pairs[i]);
+    // How many rows go through tiles, 16 by 16. Of too few left, one by one has the same bits.
+    const int64_t rest = n % SIDE, n_tiled = rest < min_gathered(layout) ? n - rest : n;
+    const int64_t n_gathered = by_tiles(a) ? n_tiled : 0;
+    for (int64_t i = 0; i < n_gathered; i += SIDE)
+        gather_bytes(layout, rows + i, std::min<int64_t>(SIDE, n - i), n_in,
+                     a.scratch + i / SIDE * room);
+    if (n_gathered) begin_byte_products(layout);
+    for (int64_t p = begin; p < end; p++) {
+        const uint8_t* panel = panel_at(a, expert, p);
+        for (int64_t i = 0; i < n_gathered; i += SIDE)
+            multiply_bytes(layout, panel, n_in, a.scratch + i / SIDE * room,
+                           std::min<int64_t>(SIDE, n - i), out + i);
+        if (n_gathered < n)
+            multiply(layout, panel, n_in, rows + n_gathered, n - n_gathered, out + n_gathered);
+        for (int64_t i = 0; i < n; i++) put(a, pairs[i], p, out[i]);
+    }
+    if (n_gathered) begin_matrix_products();
 }
 
 void run(const Args& a, int64_t begin, int64_t end) {
-    const int64_t panels = n_panels(a);
+    const int64_t groups = n_groups(a), n = task_panels(a);
     const auto *order = a.v[ORDER].as<int32_t>(), *starts = a.v[STARTS].as<int32_t>();
     for (int64_t task = begin; task < end; task++) {
-        const int64_t expert = task / panels, p = task % panels;
+        const int64_t expert = task / groups, p = task % groups * n;
         const int64_t first = starts[2 * expert + (a.v[PACKED_X] ? 1 : 0)];
         const int64_t last = starts[2 * expert + 2];
         if (first == last) {
             // The rest of this expert's panels have nothing to do either.
-            task = (expert + 1) * panels - 1;
+            task = (expert + 1) * groups - 1;
             continue;
         }
         for (int64_t i = first; i < last; i += TILE)
-            multiply_panel(a, expert, p, order + i, std::min(TILE, last - i));
+            multiply_panels(a, expert, p, std::min(n_panels(a), p + n), order + i,
+                            std::min(TILE, last - i));
     }
 }
 

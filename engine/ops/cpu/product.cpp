@@ -80,12 +80,6 @@ GDN_INLINE void dot_words(const uint8_t* planes, const int8_t* const* x, vi (*do
 #endif
 }
 
-// The sum of an activation's group G of record i.
-template <typename F, int G>
-GDN_INLINE int32_t sum_of(const Row& row, int64_t i) {
-    return F::GROUPS == 2 ? row.sum[2 * i + G] : row.sum[2 * i] + row.sum[2 * i + 1];
-}
-
 // acc[t] += scale · (dot - ZERO · sum) for one group of columns of record i.
 template <typename F, int G, int NT>
 GDN_INLINE void add_group(const uint8_t* record, const Row* rows, int64_t i, vf (*acc)[PARTS]) {
@@ -100,7 +94,7 @@ GDN_INLINE void add_group(const uint8_t* record, const Row* rows, int64_t i, vf 
 #pragma GCC unroll 8
         for (int t = 0; t < NT; t++) {
             if (offset_of<F>()) dot[t][p] -= splat(offset_of<F>() * sum_of<F, G>(rows[t], i));
-            acc[t][p] += to_float(dot[t][p]) * (scale * splat(rows[t].scale[i]));
+            add_scaled(acc[t][p], dot[t][p], scale, rows[t].scale[i]);
         }
     }
 }
@@ -113,7 +107,7 @@ GDN_INLINE void subtract_mins(const uint8_t* record, const Row* rows, int64_t i,
         const vf min = min_of<F, G>(record, p);
 #pragma GCC unroll 8
         for (int t = 0; t < NT; t++)
-            acc[t][p] -= min * splat(rows[t].scale[i] * static_cast<float>(sum_of<F, G>(rows[t], i)));
+            subtract_min(acc[t][p], min, scaled_sum<F, G>(rows[t], i));
     }
 }
 
@@ -201,7 +195,7 @@ inline void panel_product(Plain<L>, const uint8_t* panel, int64_t n_in, const Ro
 template <typename F>
 void multiply_rows(F f, const uint8_t* panel, int64_t n_in, const Row* rows, int64_t n,
                    float (*out)[ROWS]) {
-    constexpr int NT = is_plain(F{}) ? 2 : 4;
+    constexpr int NT = is_plain(F{}) && PARTS > 1 ? 2 : 4;
     int64_t i = 0;
     for (; i + NT <= n; i += NT) panel_product<NT>(f, panel, n_in, rows + i, out + i);
     for (; i < n; i++) panel_product<1>(f, panel, n_in, rows + i, out + i);

@@ -20,6 +20,26 @@ constexpr int SUM_GROUP = 16;
 // The most rows of one call: what meets a panel while it is in the cache.
 constexpr int64_t TILE = 64;
 
+// The sum of an activation's group G of record i.
+template <typename F, int G>
+GDN_INLINE int32_t sum_of(const Row& row, int64_t i) {
+    return F::GROUPS == 2 ? row.sum[2 * i + G] : row.sum[2 * i] + row.sum[2 * i + 1];
+}
+
+// The same, with the activation's scale.
+template <typename F, int G>
+GDN_INLINE float scaled_sum(const Row& row, int64_t i) {
+    return row.scale[i] * static_cast<float>(sum_of<F, G>(row, i));
+}
+
+// acc += scale · x_scale · dot.
+GDN_INLINE void add_scaled(vf& acc, vi dot, vf scale, float x_scale) {
+    acc += to_float(dot) * (scale * splat(x_scale));
+}
+
+// acc -= min · scaled_sum.
+GDN_INLINE void subtract_min(vf& acc, vf min, float scaled_sum) { acc -= min * splat(scaled_sum); }
+
 // out[i] = the 16 rows of a panel times rows[i], for n ≤ TILE rows.
 void multiply(int32_t layout, const uint8_t* panel, int64_t n_in, const Row* rows, int64_t n,
               float (*out)[ROWS]);

@@ -51,11 +51,6 @@ void multiply_tiles(const Args& a, const Activation& x, const TileTasks& tasks, 
         pairs[n_pairs++] = {&a.v[GATE], pair, (pair - begin) * PAIR};
         pairs[n_pairs++] = {&a.v[UP], pair, (pair - begin) * PAIR + UP_SUMS};
     }
-    const auto fetch = [&](int64_t row, int64_t n_rows) {
-        if (a.v[OUT_TILES]) return;  // These are next to each other.
-        for (int64_t i = first + row; i < first + row + n_rows; i++)
-            fetch_to_write(a.v[OUT].row(x.step.blocked[i]) + begin * PAIR, (end - begin) * PAIR);
-    };
     const auto done = [&](int64_t row, int64_t n_rows, float* sums) {
         for (int64_t i = first + row; i < first + row + n_rows; i++, sums += SUMS)
             for (int64_t pair = begin; pair < end; pair++) {
@@ -63,7 +58,7 @@ void multiply_tiles(const Args& a, const Activation& x, const TileTasks& tasks, 
                 put_pair(a, i, pair, gate, gate + UP_SUMS);
             }
     };
-    multiply_pairs(x.blocked(first), tasks.n_rows(task), pairs, n_pairs, s, fetch, done);
+    multiply_pairs(x.blocked(first), tasks.n_rows(task), pairs, n_pairs, s, nowhere, done);
 }
 
 int64_t n_tasks(const Args& a) {

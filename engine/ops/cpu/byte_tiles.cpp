@@ -1,0 +1,283 @@
+#include "byte_tiles.h"
+
+#include <algorithm>
+
+#include "record.h"
+
+namespace gdn {
+
+namespace {
+
+// Records that are summed up at once: those of a super-block. Tiles of dot products of a batch.
+constexpr int BLOCK_RECORDS = SUPER / RECORD, BATCH = 4;
+
+// Gathered rows: q [records, 16, 32], scale [records, 16], sum [records · groups, 16].
+struct Gathered {
+    int8_t* q;
+    float *scale, *sum;
+
+    Gathered(char* room, int64_t n_in)
+        : q(reinterpret_cast<int8_t*>(room)),
+          scale(reinterpret_cast<float*>(room + n_in * SIDE)),
+          sum(scale + n_in / RECORD * SIDE) {}
+};
+
+template <typename F>
+int64_t few_rows(F) { return F::GROUPS == 2 ? 8 : 5; }
+template <Layout L>
+int64_t few_rows(Plain<L>) { return TILE + 1; }
+
+template <typename F>
+void gather_rows(F, const Row* rows, int64_t n, int64_t n_in, char* room) {
+    const Gathered to(room, n_in);
+    for (int64_t i = 0; i < n_in / RECORD; i++)
+        for (int64_t t = 0; t < SIDE; t++) {
+            const Row& row = rows[std::min(t, n - 1)];
+            const int64_t at = i * SIDE + t;
+            std::memcpy(to.q + at * RECORD, row.q + i * RECORD, RECORD);
+            to.scale[at] = row.scale[i];
+            if constexpr (F::HAS_MIN)
+                for_constants<0, F::GROUPS>([&](auto g) {
+                    to.sum[(i * F::GROUPS + g) * SIDE + t] = scaled_sum<F, g>(row, i);
+                });
+        }
+}
+template <Layout L>
+void gather_rows(Plain<L>, const Row*, int64_t, int64_t, char*) {}
+
+// Values of a record as int8, words one after another, which are the rows of B tiles.
+template <typename F>
+GDN_INLINE void expand_bytes(const uint8_t* record, int8_t* to) {
+    typedef int8_t bytes __attribute__((vector_size(4 * W)));
+    for (int b = 0; b < F::RECORD_BYTES; b += 64) __builtin_prefetch(record + b + AHEAD);
+    for_constants<0, WORDS>([&](auto i) __attribute__((always_inline)) {
+        for (int p = 0; p < PARTS; p++) {
+            const auto v = reinterpret_cast<bytes>(word<F, i>(record + F::HEAD_BYTES, p));
+            const bytes signed_v = v - static_cast<int8_t>(F::ZERO);
+            std::memcpy(to + i * WORD_BYTES + p * 4 * W, &signed_v, sizeof(bytes));
+        }
+    });
+}
+
+#if defined(__AMX_INT8__)
+
+// Sums are in tile T, which is one of BATCH, from `dot_tile` to `store_dots`.
+struct DotTiles {};
+
+// x [16, GROUP], whose rows lie 32 bytes apart, times w [GROUP, 16].
+template <int GROUP, int T>
+GDN_INLINE void dot_tile(const int8_t* x, const int8_t* w, DotTiles&) {
+    constexpr int A = BATCH + T % 2, B = BATCH + 2 + T % 2;
+    clear_tile<T>();
+    load_tile<A>(x, RECORD);
+    load_tile<B>(w, WORD_BYTES);
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(T), "i"(A), "i"(B));
+}
+template <int T>
+GDN_INLINE void store_dots(int32_t* to, const DotTiles&) { store_tile<T>(to, WORD_BYTES); }
+
+template <typename F>
+void begin_tiles(F) {
+    TileConfig config;
+    for (int i = 0; i < 2; i++) {
+        config.row_bytes[BATCH + i] = F::GROUP;
+        config.rows[BATCH + 2 + i] = F::GROUP / 4;
+    }
+    asm volatile("ldtilecfg %0" : : "m"(config));
+}
+template <Layout L>
+void begin_tiles(Plain<L>) {}
+
+#else
+
+struct DotTiles {
+    int32_t sums[BATCH][SIDE * ROWS] = {};
+};
+
+template <int GROUP, int T>
+GDN_INLINE void dot_tile(const int8_t* x, const int8_t* w, DotTiles& tiles) {
+    for (int t = 0; t < SIDE; t++)
+        for (int r = 0; r < ROWS; r++) {
+            int32_t sum = 0;
+            for (int c = 0; c < GROUP; c++)
+                sum += x[t * RECORD + c] * w[c / 4 * WORD_BYTES + 4 * r + c % 4];
+            tiles.sums[T][t * ROWS + r] = sum;
+        }
+}
+template <int T>
+GDN_INLINE void store_dots(int32_t* to, const DotTiles& tiles) {
+    std::memcpy(to, tiles.sums[T], sizeof(tiles.sums[T]));
+}
+
+template <typename F>
+void begin_tiles(F) {}
+
+#endif
+
+// A panel's products with 16 gathered rows. A tile can't be loaded before what was stored before
+// that is in the cache, so tiles go in batches: all are multiplied, then, while that takes its time,
+// the next one's values are made and the sums of the one before are scaled, then all are stored.
+template <typename F>
+class PanelProduct {
+   public:
+    PanelProduct(const uint8_t* panel, int64_t n_in, const Gathered& x)
+        : panel_(panel), x_(x), n_records_(n_in / RECORD) {}
+
+    void run() {
+        std::memset(total_, 0, sizeof(total_));
+        expand_batch(0);
+        dot_batch(0);
+        expand_batch(PER_BATCH);
+        store_batch();
+        for (int64_t i = 0; i < n_records_; i += BLOCK_RECORDS) add_block(i);
+    }
+
+    const float* total(int64_t t) const { return total_[t]; }
+
+   private:
+    static constexpr int PER_BATCH = BATCH / F::GROUPS;
+
+    int8_t* words_of(int64_t i) { return words_[i % (2 * PER_BATCH)]; }
+
+    GDN_INLINE void expand_batch(int64_t first) {
+        const int64_t end = std::min(n_records_, first + PER_BATCH);
+        for (int64_t i = first; i < end; i++) expand_bytes<F>(F::record(panel_, i), words_of(i));
+    }
+
+    // Past the last record, tiles have what was in the memory: nobody asks for their sums.
+    GDN_INLINE void dot_batch(int64_t first) {
+        if (first >= n_records_) return;
+        for_constants<0, BATCH>([&](auto t) __attribute__((always_inline)) {
+            constexpr int R = t / F::GROUPS, G = t % F::GROUPS;
+            if (first + R >= n_records_) return;
+            dot_tile<F::GROUP, t>(x_.q + (first + R) * SIDE * RECORD + G * F::GROUP,
+                                  words_of(first + R) + G * F::GROUP * ROWS, tiles_);
+        });
+    }
+
+    GDN_INLINE void store_batch() {
+        for_constants<0, BATCH>(
+            [&](auto t) __attribute__((always_inline)) { store_dots<t>(dots_[t], tiles_); });
+    }
+
+    // The sums of 8 records; their first batch's dot products are there.
+    GDN_INLINE void add_block(int64_t first) {
+        vf acc[SIDE][PARTS];
+#pragma GCC unroll 16
+        for (int t = 0; t < SIDE; t++)
+            for (int p = 0; p < PARTS; p++)
+                acc[t][p] = F::IS_SUPER ? vf{} : load(total_[t] + p * W);
+        for_constants<0, BLOCK_RECORDS / PER_BATCH>([&](auto b) __attribute__((always_inline)) {
+            const int64_t i = first + b * PER_BATCH;
+            if (i >= n_records_) return;
+            dot_batch(i + PER_BATCH);
+            expand_batch(i + 2 * PER_BATCH);
+            for_constants<0, PER_BATCH>([&](auto r) __attribute__((always_inline)) {
+                if (i + r >= n_records_) return;
+                for_constants<0, F::GROUPS>([&](auto g) __attribute__((always_inline)) {
+                    add_dots<r * F::GROUPS + g, g>(i + r, acc);
+                });
+                if constexpr (!F::IS_SUPER && F::HAS_MIN) subtract_mins(i + r, acc);
+            });
+            store_batch();
+        });
+        for (int p = 0; p < PARTS; p++) end_block(first, p, acc);
+    }
+
+    GDN_INLINE void end_block(int64_t first, int p, const vf (*acc)[PARTS]) {
+        const uint8_t* block = F::super_block(panel_, first);
+        const vf scale = super_of<F>(block, p);
+#pragma GCC unroll 16
+        for (int t = 0; t < SIDE; t++) {
+            vf total = acc[t][p];
+            if constexpr (F::IS_SUPER) total = load(total_[t] + p * W) + total * scale;
+            store(total_[t] + p * W, total);
+        }
+        if constexpr (F::IS_SUPER && F::HAS_MIN)
+            add_mins(first, p, super_of<F>(block, PARTS + p));
+    }
+
+    // acc [16] += what a tile of dot products gives.
+    template <int T, int G>
+    GDN_INLINE void add_dots(int64_t i, vf (*acc)[PARTS]) {
+#pragma GCC unroll 4
+        for (int p = 0; p < PARTS; p++) {
+            const vf scale = scale_of<F, G>(F::record(panel_, i), p);
+#pragma GCC unroll 16
+            for (int t = 0; t < SIDE; t++)
+                add_scaled(acc[t][p], load_as<vi>(dots_[T] + t * ROWS + p * W), scale,
+                           x_.scale[i * SIDE + t]);
+        }
+    }
+
+    // acc [16] -= a record's mins.
+    GDN_INLINE void subtract_mins(int64_t i, vf (*acc)[PARTS]) {
+        for_constants<0, F::GROUPS>([&](auto g) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+            for (int p = 0; p < PARTS; p++) {
+                const vf min = min_of<F, g>(F::record(panel_, i), p);
+#pragma GCC unroll 16
+                for (int t = 0; t < SIDE; t++)
+                    subtract_min(acc[t][p], min, x_.sum[(i * F::GROUPS + g) * SIDE + t]);
+            }
+        });
+    }
+
+    // The mins of a super-block.
+    GDN_INLINE void add_mins(int64_t first, int p, vf scale) {
+        vf mins[BLOCK_RECORDS * F::GROUPS];
+#pragma GCC unroll 8
+        for (int r = 0; r < BLOCK_RECORDS; r++)
+            for_constants<0, F::GROUPS>([&](auto g) __attribute__((always_inline)) {
+                mins[r * F::GROUPS + g] = min_of<F, g>(F::record(panel_, first + r), p);
+            });
+        const float* sums = x_.sum + first * F::GROUPS * SIDE;
+        for (int t = 0; t < SIDE; t++) {
+            vf acc{};
+#pragma GCC unroll 16
+            for (int i = 0; i < BLOCK_RECORDS * F::GROUPS; i++)
+                subtract_min(acc, mins[i], sums[i * SIDE + t]);
+            store(total_[t] + p * W, load(total_[t] + p * W) + acc * scale);
+        }
+    }
+
+    const uint8_t* panel_;
+    const Gathered x_;
+    const int64_t n_records_;
+    DotTiles tiles_{};
+    alignas(64) int32_t dots_[BATCH][SIDE * ROWS];
+    alignas(64) int8_t words_[2 * PER_BATCH][WORDS * WORD_BYTES];
+    alignas(64) float total_[SIDE][ROWS];
+};
+
+template <typename F>
+void panel_product(F, const uint8_t* panel, int64_t n_in, const Gathered& x, int64_t n,
+                   float (*out)[ROWS]) {
+    PanelProduct<F> product(panel, n_in, x);
+    product.run();
+    for (int64_t t = 0; t < n; t++) std::memcpy(out[t], product.total(t), sizeof(*out));
+}
+template <Layout L>
+void panel_product(Plain<L>, const uint8_t*, int64_t, const Gathered&, int64_t, float (*)[ROWS]) {}
+
+}  // namespace
+
+void gather_bytes(int32_t layout, const Row* rows, int64_t n, int64_t n_in, char* room) {
+    with_format(layout, [&](auto f) { gather_rows(f, rows, n, n_in, room); });
+}
+
+int64_t min_gathered(int32_t layout) {
+    return with_format(layout, [](auto f) { return few_rows(f); });
+}
+
+void begin_byte_products(int32_t layout) {
+    with_format(layout, [](auto f) { begin_tiles(f); });
+}
+
+void multiply_bytes(int32_t layout, const uint8_t* panel, int64_t n_in, const char* gathered,
+                    int64_t n, float (*out)[ROWS]) {
+    const Gathered x(const_cast<char*>(gathered), n_in);
+    with_format(layout, [&](auto f) { panel_product(f, panel, n_in, x, n, out); });
+}
+
+}  // namespace gdn
