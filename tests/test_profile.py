@@ -13,7 +13,8 @@ import pytest
 from engine import Engine
 from engine.backends.cpu import CpuBackend
 from engine.bench.limits import Limits, measure_limits
-from engine.bench.profile import by_layer_kind, by_op, entries_of, profile_step
+from engine.bench.profile import Row, by_layer_kind, by_op, entries_of, profile_step
+from engine.commands.profile import _cells
 from engine.graph import Live, Node
 from engine.planner import Instruction, Timing
 from tests.helpers import Cli
@@ -142,6 +143,13 @@ def test_the_table(tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Non
         assert share / 100 * total_ms - 0.0005 * total_ms <= ms + 0.001
         assert (mb - 0.005) / (ms + 0.0005) <= rate + 0.005
         assert (rate - 0.005) * (ms - 0.0005) <= mb + 0.005
+
+
+def test_what_took_no_time_has_no_rate() -> None:
+    """As a GPU's clock may say of a small kernel."""
+    limits = Limits(bytes_per_s=1e9, flops_per_s=1e9, what="")
+    cells = _cells(Row("NODE", 1, 0.0, flops=5, bytes=7), total=1.0, limits=limits)
+    assert cells == ("NODE", "1", "0.000", "0.0%", "0.00", "0.00", "0.0%", "0.000", "0.0", "0.0%")
 
 
 def test_verbose_names_nodes(tiny: Path, cli: Cli) -> None:

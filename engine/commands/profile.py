@@ -112,7 +112,9 @@ def _table(profile: StepProfile, limits: Limits, kinds: list[Row], verbose: bool
 
 
 def _cells(row: Row, total: float, limits: Limits) -> tuple[str, ...]:
-    bandwidth, rate = row.bytes / row.seconds, row.flops / row.seconds
+    # A GPU's clock may see no time at all between two small kernels.
+    per_second = 1 / row.seconds if row.seconds else 0.0
+    bandwidth, rate = row.bytes * per_second, row.flops * per_second
     return (
         row.name,
         str(row.n),
