@@ -39,7 +39,8 @@ def device(request: pytest.FixtureRequest) -> Device:
 
 
 def walk(engine: Engine, ids: list[int]) -> list[Array]:
-    """Logits of a prompt in pieces, of two sequences together, of decode steps, of a return."""
+    """Logits of a prompt in pieces, of two sequences together, of decode steps, of a return, and of
+    decode steps alone."""
     memory = engine.memory
     one, two = memory.create(), memory.create()
     found = [engine.step([Piece(one, ids[:70], Logits.ALL)])]
@@ -50,6 +51,7 @@ def walk(engine: Engine, ids: list[int]) -> list[Array]:
     memory.restore(one, checkpoint)
     checkpoint.release()
     found.append(engine.step([Piece(one, ids[80:83], Logits.ALL)]))
+    found += [engine.step([Piece(one, [token])]) for token in ids[83:86]]
     for seq in (one, two):
         memory.free(seq)
     return found
@@ -57,6 +59,11 @@ def walk(engine: Engine, ids: list[int]) -> list[Array]:
 
 def worst(got: list[Array], expected: list[Array]) -> float:
     return max(nmse(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def pooled(got: list[Array], expected: list[Array]) -> float:
+    """Of all rows together: int8 may turn a row's choice of experts around."""
+    return nmse(np.concatenate(got), np.concatenate(expected))
 
 
 MODELS = [("tiny", "Q8_0"), ("tiny-untied", "F32"), ("tiny-moe", "Q8_0"), ("tiny-next", "F32"),
@@ -68,13 +75,14 @@ def test_models_give_the_reference_s_logits(
     device: Device, models: Models, rng: Rng, preset: str, dtype: str
 ) -> None:
     path, ids = models(preset, dtype), random_ids(rng, 100)
+    error = worst if dtype == "F32" else pooled
     with Engine.load(path, backend="reference", type_k="f16", type_v="f16", **OPTIONS) as engine:
         expected = walk(engine, ids)
     with Engine.load(path, backend="cpu", **OPTIONS) as engine:
-        limit = max(LIMIT, SHARE_OF_CPU * worst(walk(engine, ids), expected))
+        limit = max(LIMIT, SHARE_OF_CPU * error(walk(engine, ids), expected))
     with engine_on(path, cuda_and_others(device), strict_backend=True, **OPTIONS) as engine:
         assert {b.name for b in engine.plan.backends} == {"cuda"}
-        assert worst(walk(engine, ids), expected) <= limit
+        assert error(walk(engine, ids), expected) <= limit
 
 
 REFUSALS: dict[str, Callable[[Node], str]] = {

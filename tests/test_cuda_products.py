@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.backends import cpu_library
+from engine.backends import cpu_library, cuda_products
 from engine.backends.cuda import CudaBackend
 from engine.backends.cuda_device import Device
 from engine.backends.cuda_weights import CudaWeights
@@ -147,10 +147,20 @@ def test_products_without_room_for_copies(device: Device, dtype: DType, rng: Rng
 
 
 @some_types
-def test_wide_and_deep_products(device: Device, dtype: DType, rng: Rng) -> None:
-    """More columns than a block's warps have at once, and more rows than a tile."""
-    product = Product(backend_of(device, copies=False), dtype, 150, columns(dtype, 9), rng)
-    check_product(product, dtype, rng, (1, 2, 3, 7, 33, 65))
+@pytest.mark.parametrize("n_out", [N_OUT, 150])
+def test_wide_and_deep_products(device: Device, dtype: DType, n_out: int, rng: Rng) -> None:
+    """More columns than a block's warps have at once, and more rows than a tile; of few outputs
+    several blocks share the columns."""
+    product = Product(backend_of(device, copies=False), dtype, n_out, columns(dtype, 16), rng)
+    check_product(product, dtype, rng, (1, 2, 3, 7, 33, 64, 65))
+    check_product(product, dtype, rng, (1, 2))
+
+
+def test_how_many_blocks_share_columns(device: Device) -> None:
+    n = device.n_multiprocessors
+    cases = {(1, 4095): 1, (1, 4096): 2, (n, 9216): 4, (2 * n, 9216): 2, (3 * n, 9216): 1}
+    for (blocks, n_in), splits in cases.items():
+        assert cuda_products.splits_of(device, blocks, n_in) == splits, (blocks, n_in)
 
 
 @some_types
@@ -158,7 +168,7 @@ def test_a_row_has_the_same_bits_alone_and_among_others(
     device: Device, dtype: DType, rng: Rng
 ) -> None:
     """However many there are: up to 64 always, else if that is asked for."""
-    n_in = columns(dtype, 2)
+    n_in = columns(dtype, 16)
     for batch_invariant in (False, True):
         backend = backend_of(device, batch_invariant=batch_invariant)
         product = Product(backend, dtype, N_OUT, n_in, rng)
@@ -182,10 +192,12 @@ def test_a_row_of_a_tile_has_the_same_bits_wherever_it_is(
 
 
 @pytest.mark.parametrize("n", [1, 5, 64, 65, 260])
-@pytest.mark.parametrize("copies", [False, True])
-def test_mixed_weights_and_what_follows(device: Device, n: int, copies: bool, rng: Rng) -> None:
+@pytest.mark.parametrize(("copies", "n_in"), [(False, 256), (True, 256), (False, 4352)])
+def test_mixed_weights_and_what_follows(
+    device: Device, n: int, copies: bool, n_in: int, rng: Rng
+) -> None:
     """Several weights of one node; and a product that is gated and added to something."""
-    backend, n_in, graph = backend_of(device, copies), 256, Graph(Capacity(CAPACITY))
+    backend, graph = backend_of(device, copies), Graph(Capacity(CAPACITY))
     types = [WEIGHT_TYPES[name] for name in ("Q4_K", "F32", "Q8_0", "BF16", "F16", "Q6_K")]
     made = [weight_bytes(t, 16 * i + 7, n_in, rng=rng) for i, t in enumerate(types)]
     weights = [graph.weight(f"w{i}", (16 * i + 7, n_in), t) for i, t in enumerate(types)]

@@ -22,7 +22,7 @@ from engine.backends.cuda_fusion import FUSIONS
 from engine.backends.cuda_ops import add_node, unsupported
 from engine.backends.cuda_program import Lowering, Product, Replays, Step, fill_view
 from engine.backends.cuda_weights import CudaWeights
-from engine.backends.lowering import DIMS, Ref, owner_of, used_packed
+from engine.backends.lowering import DIMS, Ref, Zeros, owner_of, used_packed
 from engine.backends.uses import Uses, grouped
 from engine.graph import Kind, Live, Node, Tensor, dim_name
 from engine.planner import Instruction, Split, Support, Watch, WeightSource
@@ -159,8 +159,9 @@ class CudaProgram:
         used = {t.base for node in split.nodes for t in node.inputs.values()}
         given = {t for t in used if t.kind is Kind.ACTIVATION and t not in made}
         self._fixed = given | set(split.keeps)
+        self._zeros = self._allocate_zeros()
         arena: Arena[Any] = Arena()
-        lowering.place(arena, self._fixed)
+        lowering.place(arena, self._fixed | self._zeros.keys())
         self._offsets = arena.offsets
         self._arena = self._device.allocate(arena.size)
         self._functions: list[int] = []
@@ -169,6 +170,13 @@ class CudaProgram:
             self._prepare(args, step)
         self.replays = Replays(self._device, self.launch)
         self.instructions = [Instruction(step.name, tuple(step.nodes)) for step in self._steps]
+
+    def _allocate_zeros(self) -> dict[Any, Memory]:
+        zeros: dict[Any, Memory] = {}
+        for ref in {ref for step in self._steps for ref in step.operands if isinstance(ref, Zeros)}:
+            zeros[ref] = self._device.allocate(ref.nbytes)
+            self._device.fill(zeros[ref].address, ref.nbytes, 0)
+        return zeros
 
     def _prepare(self, args: Any, step: Step) -> None:
         """The function and the parameter of a launch."""
@@ -188,6 +196,8 @@ class CudaProgram:
             return 0
         if owner in self._offsets:
             return self._arena.address + int(self._offsets[owner])
+        if owner in self._zeros:
+            return self._zeros[owner].address
         if owner.kind is Kind.WEIGHT:
             return self._backend.weights.plain_or_zero(owner)
         if owner.kind is Kind.STATE:

@@ -7,7 +7,7 @@ import numpy as np
 from engine.backends.lowering import MAX_RANK
 
 # As in kernel.cuh.
-MAX_VIEWS, MAX_ATTRS = 20, 8
+MAX_VIEWS, MAX_ATTRS = 22, 8
 # View and Args.
 VIEW = np.dtype(
     [

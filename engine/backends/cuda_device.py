@@ -148,6 +148,7 @@ class CupyDevice:
         attributes = self._device.attributes
         self.n_multiprocessors = int(attributes["MultiProcessorCount"])
         self.shared_bytes = int(attributes["MaxSharedMemoryPerBlockOptin"])
+        self._allowed: dict[str, int] = {}
         self.name = cupy.cuda.runtime.getDeviceProperties(index)["name"].decode()
         self.detail = f"{self.name}, {self.target}"
         self.stream = cupy.cuda.Stream(non_blocking=True)
@@ -231,9 +232,11 @@ class CupyDevice:
             self._modules[source].load(code)
         function = self._modules[source].get_function(name)
         driver = self._cupy.cuda.driver
-        if shared_bytes > 48 << 10:
+        # What it is allowed must not shrink again.
+        if shared_bytes > self._allowed.get(name, 48 << 10):
             limit = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             driver.funcSetAttribute(function.ptr, limit, shared_bytes)
+            self._allowed[name] = shared_bytes
         return int(function.ptr)
 
     def prepare(self) -> None:

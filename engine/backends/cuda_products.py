@@ -13,7 +13,7 @@ from functools import partial
 
 from engine.backends.cuda_device import Device, Grid
 from engine.backends.cuda_kernels import GET_ROWS, add_launch, add_small
-from engine.backends.cuda_program import Condition, Lowering, always
+from engine.backends.cuda_program import MAX_COUNTERS, Condition, Lowering, always
 from engine.backends.cuda_weights import PANEL, RECORD, expand_grid
 from engine.backends.lowering import BF16, I8, Ref, Scratch, matrices_of, view_key
 from engine.backends.uses import Uses
@@ -25,14 +25,18 @@ TILE_COLUMNS = 128
 MAX_WEIGHTS, MAX_MATRICES, MAX_EXPERTS = 6, 4, 1024
 # Warps of a block share the columns of a panel, 256 each at a time (of plain weights 128).
 MAX_WARPS, WARP_COLUMNS, PLAIN_WARP_COLUMNS = 8, 256, 128
+# Where a node has few panels, blocks share their columns, of which each has at least so many: up to
+# SPLIT_BLOCKS blocks for each multiprocessor.
+SPLIT_BLOCKS, SPLIT_COLUMNS = 4, 2048
 # Rows that blocks quantize for themselves at most; those of one pass over a weight; and the most
 # that are multiplied so: more are a product of matrices.
 INLINE_ROWS, ROWS_OF_PASS, FEW_ROWS = 4, (1, 2, 4, 8, 16, 32, 64), 64
 _SOURCE_OF_PASS = dict.fromkeys(ROWS_OF_PASS, "mul_mat_rows")
 _SOURCE_OF_PASS |= {1: "mul_mat", 2: "mul_mat", 4: "mul_mat_some", 8: "mul_mat_some"}
-# Columns up to which one row is multiplied by blocks with more registers (0.8B Q4_0 on an H200: 6 %
-# more tokens/s).
-NARROW = 3584
+# Warps on a multiprocessor with all the registers that products of one row want. Where all of a
+# launch are there at once, a warp's own time counts, else how many there are (H200: 6 % more
+# tokens/s of 0.8B Q4_0 with these registers, 7 % more of 4B Q4_K_M without).
+ROOMY_WARPS = 20
 # Rows from which on a weight is expanded to bfloat16 for a single product.
 EXPANDED_ROWS = 256
 # Rows up to which tiles of 64 of them are taken, then of 128.
@@ -131,8 +135,12 @@ def _lower_passes(
     if swiglu is not None:
         act, x, up = swiglu
         nodes, sizes = [act, node], [n for n in sizes if n <= INLINE_ROWS]
-    warps = _warps(x.shape[1], plain=not all(is_quantized(w) for w in weights))
+    plain = not all(is_quantized(w) for w in weights)
     blocks = sum(-(-w.shape[0] // PANEL) * (1 if is_quantized(w) else 2) for w in weights)
+    may_split = not plain and not lowering.batch_invariant
+    splits = splits_of(lowering.device, blocks, x.shape[1]) if may_split else 1
+    warps = _warps(-(-x.shape[1] // splits), plain)
+    is_roomy = blocks * splits <= lowering.device.n_multiprocessors * (ROOMY_WARPS // warps)
     converted: Sequence[Ref] = (None, None, None)
     if quantized and up is None:
         converted = _quantized(
@@ -145,12 +153,25 @@ def _lower_passes(
         inline = n <= INLINE_ROWS
         operands = [*outs.values(), *padding, x, *([None] * 3 if inline else converted)]
         lowering.launch(
-            _SOURCE_OF_PASS[n], _kernel_of_pass(n, x), nodes,
-            [*operands, *weights, *padding, *others, up],
+            _SOURCE_OF_PASS[n], "mul_mat_1_roomy" if n == 1 and is_roomy else f"mul_mat_{n}", nodes,
+            [*operands, *weights, *padding, *others, up, *_shared_sums(lowering, blocks, splits)],
             threads=32 * warps, shared=warps * n * PANEL * 4,
-            grid=partial(_grid, x, n, blocks),
+            grid=partial(_grid, x, n, blocks, splits),
             when=_Between(x, fewer, None if last else n, when),
         )  # fmt: skip
+
+
+def splits_of(device: Device, blocks: int, n_in: int) -> int:
+    """Blocks that share a panel's columns."""
+    most = SPLIT_BLOCKS * device.n_multiprocessors // blocks
+    return max(1, min(most, n_in // SPLIT_COLUMNS)) if blocks <= MAX_COUNTERS else 1
+
+
+def _shared_sums(lowering: Lowering, blocks: int, splits: int) -> Sequence[Ref]:
+    """Room for what `splits` blocks have of up to 64 rows of a panel, and counters."""
+    if splits == 1:
+        return (None, None)
+    return (Scratch((blocks * splits, FEW_ROWS * PANEL), F32), lowering.counters)
 
 
 def _lower_gemm(lowering: Lowering, node: Node, out: Tensor, w: Tensor, when: Condition) -> None:
@@ -337,10 +358,6 @@ def _share(node: Node) -> int:
     return _warps(m.shape[2], plain=not is_quantized(m))
 
 
-def _kernel_of_pass(n: int, x: Tensor) -> str:
-    return "mul_mat_1_narrow" if n == 1 and x.shape[1] <= NARROW else f"mul_mat_{n}"
-
-
 def _warps(n_in: int, plain: bool) -> int:
     """Warps that share a panel's columns, so many that all have as much to do; whatever the rows,
     as sums depend on it."""
@@ -374,9 +391,9 @@ def _is_of_step(t: Tensor) -> bool:
     return isinstance(t.shape[0], Dim) and t.shape[0].name == "n_tokens"
 
 
-def _grid(t: Tensor, rows: int, blocks: int, live: Live) -> Grid:
+def _grid(t: Tensor, rows: int, blocks: int, splits: int, live: Live) -> Grid:
     """Blocks for each group of so many rows of a tensor."""
-    return blocks, -(-_rows(t, live) // rows), 1
+    return blocks, -(-_rows(t, live) // rows), splits
 
 
 def _gemm_grid(out: Tensor, rows: int, n_out: int, live: Live) -> Grid:

@@ -19,13 +19,15 @@ from engine.backends.arena import Arena
 from engine.backends.cuda_args import MAX_ATTRS, MAX_VIEWS
 from engine.backends.cuda_device import Captured, Device, Grid
 from engine.backends.cuda_weights import CudaWeights
-from engine.backends.lowering import DIMS, DTYPES, Ref, Scratch, is_packed, place_buffers
+from engine.backends.lowering import DIMS, DTYPES, Ref, Scratch, Zeros, is_packed, place_buffers
 from engine.graph import Dim, Kind, Live, Node, Tensor
-from engine.quants import F32
+from engine.quants import F32, I32
 
 Array = NDArray[Any]
 # Sequences of a decode step that is captured: up to each of these numbers.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+# Counters that blocks of a launch may meet at.
+MAX_COUNTERS = 4096
 
 Sizes = Callable[[Live], Grid]
 Condition = Callable[[Live], bool]
@@ -81,6 +83,7 @@ class Lowering:
     def __init__(self, device: Device, weights: CudaWeights, batch_invariant: bool = False) -> None:
         self.device, self.weights, self.batch_invariant = device, weights, batch_invariant
         self.steps: list[Step] = []
+        self.counters = Zeros((MAX_COUNTERS,), I32)
         self._shared: dict[Any, list[Scratch]] = {}
         self._conditions: list[Condition] = []
 

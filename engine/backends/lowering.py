@@ -149,6 +149,10 @@ class Scratch:
         return int(np.prod(self.shape)) * _ITEM[self.dtype]
 
 
+class Zeros(Scratch):
+    """One with a place of its own: zeros at first, and again whenever a step is done."""
+
+
 Ref = Tensor | Scratch | None
 
 

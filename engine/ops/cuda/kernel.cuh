@@ -18,7 +18,7 @@ enum Dim : int32_t { FIXED, N_TOKENS, N_SEQS, N_SEQS_1, N_OUTPUTS, N_DIMS };
 
 enum DType : int32_t { F32, F16, I32, I8, PACKED, BF16 };
 
-constexpr int MAX_RANK = 4, MAX_VIEWS = 20, MAX_ATTRS = 8;
+constexpr int MAX_RANK = 4, MAX_VIEWS = 22, MAX_ATTRS = 8;
 
 // A row-major array or a strided part of one; strides count elements. A weight in a packed layout
 // has dtype PACKED, its layout's number, and the layout's strides in bytes (see layout.cuh).

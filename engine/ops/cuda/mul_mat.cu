@@ -2,8 +2,8 @@
 
 #include "product.cuh"
 
-// With registers for all it wants: where columns are few, a block's own latency counts.
-EAGER_KERNEL_FOR(mul_mat_1_narrow, 320, 2) {
+// With registers for all it wants: where all blocks are there at once, a block's own latency counts.
+EAGER_KERNEL_FOR(mul_mat_1_roomy, 320, 2) {
     DYNAMIC_SHARED(sums);
     gdn::mul_mat_floats<1>(a, reinterpret_cast<float*>(sums));
 }

@@ -201,5 +201,9 @@ DEVICE uint64_t nanoseconds() {
 }
 
 DEVICE int32_t add_atomic(int32_t* p, int32_t x) { return atomicAdd(p, x); }
+// What this thread has written can be seen by other blocks before what it writes from now on …
+DEVICE void publish() { __threadfence(); }
+// … and is read by them past the L1 cache.
+DEVICE float load_published(const float* p) { return __ldcg(p); }
 
 }  // namespace gdn

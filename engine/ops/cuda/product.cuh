@@ -7,10 +7,11 @@ namespace gdn {
 
 // Outputs and weights are MAX_WEIGHTS each; Q, SCALE and SUM: see quantize.cuh, absent where rows
 // are quantized on the way. With UP, an activation is SWIGLU's of X and UP (of few rows, and of
-// quantized weights).
+// quantized weights). PARTIAL and COUNTERS are there where several blocks share a panel's columns.
 constexpr int MAX_WEIGHTS = 6;
 enum MulMat {
-    OUT, X = MAX_WEIGHTS, Q, SCALE, SUM, WEIGHT, GATE = WEIGHT + MAX_WEIGHTS, ADD, UP
+    OUT, X = MAX_WEIGHTS, Q, SCALE, SUM, WEIGHT, GATE = WEIGHT + MAX_WEIGHTS, ADD, UP, PARTIAL,
+    COUNTERS
 };
 
 // Which weight and panel a block has; of plain ones a half.
@@ -36,19 +37,35 @@ struct Place {
     }
 };
 
-// Adds up what the warps have, in order, and stores n rows of the block's products.
-DEVICE void store_products(const Args& a, const Place& at, const float* sums, int per_warp,
-                           int first, int n) {
-    const int n_warps = blockDim.x / 32, n_out = a.v[WEIGHT + at.weight].shape[0];
+// Stores n rows of the block's products: `value(i)` is number i of [n, 16].
+template <typename Value>
+DEVICE void store_products(const Args& a, const Place& at, int first, int n, Value value) {
+    const int n_out = a.v[WEIGHT + at.weight].shape[0];
     for (int i = threadIdx.x; i < n * ROWS; i += blockDim.x) {
         const int t = first + i / ROWS, column = at.panel * ROWS + at.half * HALF + i % ROWS;
         if (column >= n_out || i % ROWS >= at.n_rows) continue;
-        float value = 0.0f;
-        for (int w = 0; w < n_warps; w++) value += sums[w * per_warp + i];
-        if (a.v[GATE]) value *= sigmoid(a.v[GATE].row(t)[0]);
-        if (a.v[ADD]) value += a.v[ADD].row(t)[column];
-        a.v[OUT + at.weight].row(t)[column] = value;
+        float y = value(i);
+        if (a.v[GATE]) y *= sigmoid(a.v[GATE].row(t)[0]);
+        if (a.v[ADD]) y += a.v[ADD].row(t)[column];
+        a.v[OUT + at.weight].row(t)[column] = y;
     }
+}
+
+// Leaves a block's sums (`value(i)` for i < n) for the one of a panel's blocks that comes last:
+// whether it is this one. That one resets the counter. `room`: of all sums of a block.
+template <typename Value>
+DEVICE bool leave_sums(const Args& a, int room, int n, Value value) {
+    float* own = a.v[PARTIAL].as<float>() + (blockIdx.x * gridDim.z + blockIdx.z) * room;
+    int32_t* counter = a.v[COUNTERS].as<int32_t>() + blockIdx.x;
+    __shared__ int32_t n_before;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) own[i] = value(i);
+    publish();
+    __syncthreads();
+    if (threadIdx.x == 0) n_before = add_atomic(counter, 1);
+    __syncthreads();
+    const bool is_last = n_before == static_cast<int32_t>(gridDim.z) - 1;
+    if (is_last && threadIdx.x == 0) *counter = 0;
+    return is_last;
 }
 
 // Row t, or the last that there is room for.
@@ -56,8 +73,9 @@ DEVICE const float* row_of(const View& x, int t) {
     return x.row(t < x.shape[0] ? t : x.shape[0] - 1);
 }
 
-// Grid: (panels of all weights, rows / ROWS_OF_X). Threads: 32 for each warp that shares the
-// columns. Dynamic shared memory: warps · ROWS_OF_X · 16 floats.
+// Grid: (panels of all weights, rows / ROWS_OF_X, blocks that share a panel's columns: where there
+// are several, no more rows than ROWS_OF_X). Threads: 32 for each warp that shares a block's columns.
+// Dynamic shared memory: warps · ROWS_OF_X · 16 floats.
 template <typename Rows, typename MakeRows>
 DEVICE void mul_mat(const Args& a, float* sums, MakeRows make_rows) {
     constexpr int N = Rows::ROWS_OF_X, PER_WARP = N * ROWS, AT_ONCE = N < 8 ? N : 8;
@@ -72,8 +90,9 @@ DEVICE void mul_mat(const Args& a, float* sums, MakeRows make_rows) {
     const Place at(a);
     const View& w = a.v[WEIGHT + at.weight];
     const uint8_t* panel = panel_at(w, at.panel);
-    const int warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
-    float* own = sums + warp * PER_WARP;
+    const int own_warp = threadIdx.x / 32, own_warps = blockDim.x / 32;
+    const int warp = blockIdx.z * own_warps + own_warp, n_warps = gridDim.z * own_warps;
+    float* own = sums + own_warp * PER_WARP;
     with_format(w.layout, [&](auto f) {
         if constexpr (is_plain(decltype(f){})) {
             for (int t = 0; t < N; t += AT_ONCE) {
@@ -89,7 +108,23 @@ DEVICE void mul_mat(const Args& a, float* sums, MakeRows make_rows) {
     });
     wait_for_inputs();  // Warps without columns, too.
     __syncthreads();
-    store_products(a, at, sums, PER_WARP, first, n_rows - first < N ? n_rows - first : N);
+    const int n = n_rows - first < N ? n_rows - first : N;
+    // Added up in order: of warps, then of blocks.
+    const auto of_warps = [&](int i) {
+        float value = 0.0f;
+        for (int w = 0; w < own_warps; w++) value += sums[w * PER_WARP + i];
+        return value;
+    };
+    if (gridDim.z == 1) {
+        store_products(a, at, first, n, of_warps);
+    } else if (leave_sums(a, PER_WARP, n * ROWS, of_warps)) {
+        const float* all = a.v[PARTIAL].as<float>() + blockIdx.x * gridDim.z * PER_WARP;
+        store_products(a, at, first, n, [&](int i) {
+            float value = 0.0f;
+            for (unsigned z = 0; z < gridDim.z; z++) value += load_published(all + z * PER_WARP + i);
+            return value;
+        });
+    }
 }
 
 template <int R>
