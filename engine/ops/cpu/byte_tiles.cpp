@@ -23,7 +23,7 @@ struct Gathered {
 };
 
 template <typename F>
-int64_t few_rows(F) { return F::GROUPS == 2 ? 8 : 5; }
+int64_t few_rows(F) { return F::GROUPS == 2 ? 12 : 9; }
 template <Layout L>
 int64_t few_rows(Plain<L>) { return TILE + 1; }
 
