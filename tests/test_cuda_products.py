@@ -51,6 +51,12 @@ def device(request: pytest.FixtureRequest) -> Device:
     return made
 
 
+@pytest.fixture(autouse=True)
+def shared_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks share columns where these are fewer than would pay."""
+    monkeypatch.setattr(cuda_products, "SPLIT_COLUMNS", 256)
+
+
 def backend_of(device: Device, copies: bool = True, **options: Any) -> CudaBackend:
     """A backend, with or without room for weights' copies in bfloat16."""
     backend = CudaBackend(device, **options)
@@ -151,15 +157,15 @@ def test_products_without_room_for_copies(device: Device, dtype: DType, rng: Rng
 def test_wide_and_deep_products(device: Device, dtype: DType, n_out: int, rng: Rng) -> None:
     """More columns than a block's warps have at once, and more rows than a tile; of few outputs
     several blocks share the columns."""
-    product = Product(backend_of(device, copies=False), dtype, n_out, columns(dtype, 16), rng)
+    product = Product(backend_of(device, copies=False), dtype, n_out, columns(dtype, 9), rng)
     check_product(product, dtype, rng, (1, 2, 3, 7, 33, 64, 65))
     check_product(product, dtype, rng, (1, 2))
 
 
 def test_how_many_blocks_share_columns(device: Device) -> None:
-    n = device.n_multiprocessors
-    cases = {(1, 4095): 1, (1, 4096): 2, (n, 9216): 4, (2 * n, 9216): 2, (3 * n, 9216): 1}
-    for (blocks, n_in), splits in cases.items():
+    n, least = device.n_multiprocessors, cuda_products.SPLIT_COLUMNS
+    cases = {(1, 2 * least - 1): 1, (1, 2 * least): 2, (n, 9 * least): 4, (2 * n, 9 * least): 2}
+    for (blocks, n_in), splits in {**cases, (3 * n, 9 * least): 1}.items():
         assert cuda_products.splits_of(device, blocks, n_in) == splits, (blocks, n_in)
 
 
@@ -168,7 +174,7 @@ def test_a_row_has_the_same_bits_alone_and_among_others(
     device: Device, dtype: DType, rng: Rng
 ) -> None:
     """However many there are: up to 64 always, else if that is asked for."""
-    n_in = columns(dtype, 16)
+    n_in = columns(dtype, 2)
     for batch_invariant in (False, True):
         backend = backend_of(device, batch_invariant=batch_invariant)
         product = Product(backend, dtype, N_OUT, n_in, rng)
@@ -192,7 +198,7 @@ def test_a_row_of_a_tile_has_the_same_bits_wherever_it_is(
 
 
 @pytest.mark.parametrize("n", [1, 5, 64, 65, 260])
-@pytest.mark.parametrize(("copies", "n_in"), [(False, 256), (True, 256), (False, 4352)])
+@pytest.mark.parametrize(("copies", "n_in"), [(False, 256), (True, 256), (False, 768)])
 def test_mixed_weights_and_what_follows(
     device: Device, n: int, copies: bool, n_in: int, rng: Rng
 ) -> None:

@@ -4,6 +4,13 @@
 
 #include "record.h"
 
+// Where there are no such tiles, this is for tests alone: not inlined, it compiles in seconds.
+#if defined(__AMX_INT8__)
+#define TILE_INLINE GDN_INLINE
+#else
+#define TILE_INLINE inline __attribute__((noinline))
+#endif
+
 namespace gdn {
 
 namespace {
@@ -47,7 +54,7 @@ void gather_rows(Plain<L>, const Row*, int64_t, int64_t, char*) {}
 
 // Values of a record as int8, words one after another, which are the rows of B tiles.
 template <typename F>
-GDN_INLINE void expand_bytes(const uint8_t* record, int8_t* to) {
+TILE_INLINE void expand_bytes(const uint8_t* record, int8_t* to) {
     typedef int8_t bytes __attribute__((vector_size(4 * W)));
     for (int b = 0; b < F::RECORD_BYTES; b += 64) __builtin_prefetch(record + b + AHEAD);
     for_constants<0, WORDS>([&](auto i) __attribute__((always_inline)) {
@@ -61,12 +68,15 @@ GDN_INLINE void expand_bytes(const uint8_t* record, int8_t* to) {
 
 #if defined(__AMX_INT8__)
 
+// Sums of 16 rows stay in registers.
+constexpr int UNROLL = 16;
+
 // Sums are in tile T, which is one of BATCH, from `dot_tile` to `store_dots`.
 struct DotTiles {};
 
 // x [16, GROUP], whose rows lie 32 bytes apart, times w [GROUP, 16].
 template <int GROUP, int T>
-GDN_INLINE void dot_tile(const int8_t* x, const int8_t* w, DotTiles&) {
+TILE_INLINE void dot_tile(const int8_t* x, const int8_t* w, DotTiles&) {
     constexpr int A = BATCH + T % 2, B = BATCH + 2 + T % 2;
     clear_tile<T>();
     load_tile<A>(x, RECORD);
@@ -74,7 +84,7 @@ GDN_INLINE void dot_tile(const int8_t* x, const int8_t* w, DotTiles&) {
     asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(T), "i"(A), "i"(B));
 }
 template <int T>
-GDN_INLINE void store_dots(int32_t* to, const DotTiles&) { store_tile<T>(to, WORD_BYTES); }
+TILE_INLINE void store_dots(int32_t* to, const DotTiles&) { store_tile<T>(to, WORD_BYTES); }
 
 template <typename F>
 void begin_tiles(F) {
@@ -90,12 +100,14 @@ void begin_tiles(Plain<L>) {}
 
 #else
 
+constexpr int UNROLL = 1;
+
 struct DotTiles {
     int32_t sums[BATCH][SIDE * ROWS] = {};
 };
 
 template <int GROUP, int T>
-GDN_INLINE void dot_tile(const int8_t* x, const int8_t* w, DotTiles& tiles) {
+TILE_INLINE void dot_tile(const int8_t* x, const int8_t* w, DotTiles& tiles) {
     for (int t = 0; t < SIDE; t++)
         for (int r = 0; r < ROWS; r++) {
             int32_t sum = 0;
@@ -105,7 +117,7 @@ GDN_INLINE void dot_tile(const int8_t* x, const int8_t* w, DotTiles& tiles) {
         }
 }
 template <int T>
-GDN_INLINE void store_dots(int32_t* to, const DotTiles& tiles) {
+TILE_INLINE void store_dots(int32_t* to, const DotTiles& tiles) {
     std::memcpy(to, tiles.sums[T], sizeof(tiles.sums[T]));
 }
 
@@ -139,13 +151,13 @@ class PanelProduct {
 
     int8_t* words_of(int64_t i) { return words_[i % (2 * PER_BATCH)]; }
 
-    GDN_INLINE void expand_batch(int64_t first) {
+    TILE_INLINE void expand_batch(int64_t first) {
         const int64_t end = std::min(n_records_, first + PER_BATCH);
         for (int64_t i = first; i < end; i++) expand_bytes<F>(F::record(panel_, i), words_of(i));
     }
 
     // Past the last record, tiles have what was in the memory: nobody asks for their sums.
-    GDN_INLINE void dot_batch(int64_t first) {
+    TILE_INLINE void dot_batch(int64_t first) {
         if (first >= n_records_) return;
         for_constants<0, BATCH>([&](auto t) __attribute__((always_inline)) {
             constexpr int R = t / F::GROUPS, G = t % F::GROUPS;
@@ -155,15 +167,15 @@ class PanelProduct {
         });
     }
 
-    GDN_INLINE void store_batch() {
+    TILE_INLINE void store_batch() {
         for_constants<0, BATCH>(
             [&](auto t) __attribute__((always_inline)) { store_dots<t>(dots_[t], tiles_); });
     }
 
     // The sums of 8 records; their first batch's dot products are there.
-    GDN_INLINE void add_block(int64_t first) {
+    TILE_INLINE void add_block(int64_t first) {
         vf acc[SIDE][PARTS];
-#pragma GCC unroll 16
+#pragma GCC unroll UNROLL
         for (int t = 0; t < SIDE; t++)
             for (int p = 0; p < PARTS; p++)
                 acc[t][p] = F::IS_SUPER ? vf{} : load(total_[t] + p * W);
@@ -184,10 +196,10 @@ class PanelProduct {
         for (int p = 0; p < PARTS; p++) end_block(first, p, acc);
     }
 
-    GDN_INLINE void end_block(int64_t first, int p, const vf (*acc)[PARTS]) {
+    TILE_INLINE void end_block(int64_t first, int p, const vf (*acc)[PARTS]) {
         const uint8_t* block = F::super_block(panel_, first);
         const vf scale = super_of<F>(block, p);
-#pragma GCC unroll 16
+#pragma GCC unroll UNROLL
         for (int t = 0; t < SIDE; t++) {
             vf total = acc[t][p];
             if constexpr (F::IS_SUPER) total = load(total_[t] + p * W) + total * scale;
@@ -199,11 +211,11 @@ class PanelProduct {
 
     // acc [16] += what a tile of dot products gives.
     template <int T, int G>
-    GDN_INLINE void add_dots(int64_t i, vf (*acc)[PARTS]) {
-#pragma GCC unroll 4
+    TILE_INLINE void add_dots(int64_t i, vf (*acc)[PARTS]) {
+#pragma GCC unroll UNROLL
         for (int p = 0; p < PARTS; p++) {
             const vf scale = scale_of<F, G>(F::record(panel_, i), p);
-#pragma GCC unroll 16
+#pragma GCC unroll UNROLL
             for (int t = 0; t < SIDE; t++)
                 add_scaled(acc[t][p], load_as<vi>(dots_[T] + t * ROWS + p * W), scale,
                            x_.scale[i * SIDE + t]);
@@ -211,12 +223,12 @@ class PanelProduct {
     }
 
     // acc [16] -= a record's mins.
-    GDN_INLINE void subtract_mins(int64_t i, vf (*acc)[PARTS]) {
+    TILE_INLINE void subtract_mins(int64_t i, vf (*acc)[PARTS]) {
         for_constants<0, F::GROUPS>([&](auto g) __attribute__((always_inline)) {
-#pragma GCC unroll 4
+#pragma GCC unroll UNROLL
             for (int p = 0; p < PARTS; p++) {
                 const vf min = min_of<F, g>(F::record(panel_, i), p);
-#pragma GCC unroll 16
+#pragma GCC unroll UNROLL
                 for (int t = 0; t < SIDE; t++)
                     subtract_min(acc[t][p], min, x_.sum[(i * F::GROUPS + g) * SIDE + t]);
             }
@@ -224,9 +236,9 @@ class PanelProduct {
     }
 
     // The mins of a super-block.
-    GDN_INLINE void add_mins(int64_t first, int p, vf scale) {
+    TILE_INLINE void add_mins(int64_t first, int p, vf scale) {
         vf mins[BLOCK_RECORDS * F::GROUPS];
-#pragma GCC unroll 8
+#pragma GCC unroll UNROLL
         for (int r = 0; r < BLOCK_RECORDS; r++)
             for_constants<0, F::GROUPS>([&](auto g) __attribute__((always_inline)) {
                 mins[r * F::GROUPS + g] = min_of<F, g>(F::record(panel_, first + r), p);
@@ -234,7 +246,7 @@ class PanelProduct {
         const float* sums = x_.sum + first * F::GROUPS * SIDE;
         for (int t = 0; t < SIDE; t++) {
             vf acc{};
-#pragma GCC unroll 16
+#pragma GCC unroll UNROLL
             for (int i = 0; i < BLOCK_RECORDS * F::GROUPS; i++)
                 subtract_min(acc, mins[i], sums[i * SIDE + t]);
             store(total_[t] + p * W, load(total_[t] + p * W) + acc * scale);
