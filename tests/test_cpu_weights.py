@@ -39,8 +39,10 @@ ROUNDING_BOUND = 1 / 254 + 2**-11
 # Sums of float32 products, in any order.
 EXACT_LIMIT = 1e-10
 # A weight is computed in another order than gguf's, which moves it by up to 2^-8 of a step and tips
-# some over to the next bfloat16, 2^-8 away: seldom more than one in 200.
+# some over to the next bfloat16, 2^-8 away: seldom more than one in 200. Of three values all that
+# are not 0 have one size in a block, so that they tip over together.
 TIPPED_LIMIT = 5e-7
+TIPPED_TOGETHER = {"TQ1_0": 2e-6, "TQ2_0": 2e-6}
 # Rounding two operands to bfloat16: at most 2^-9 of a value each, a third of its square on average.
 TILES_LIMIT = 2 * 2.0**-18 / 3
 N_OUT, N_EXPERTS, N_USED = 37, 3, 2
@@ -168,7 +170,8 @@ class Check:
         for row, n in live.blocks if self._has_tiles else ():
             in_blocks[row : row + n] = True
         tiles = product(to_bfloat16(x), to_bfloat16(self._kept))
-        assert_close(got[in_blocks], tiles[in_blocks], TIPPED_LIMIT, "in tiles")
+        limit = TIPPED_TOGETHER.get(self._dtype.name, TIPPED_LIMIT)
+        assert_close(got[in_blocks], tiles[in_blocks], limit, "in tiles")
         if self._dtype.block_elems == 1:
             rows = product(x.astype(np.float64), self._kept)
             assert_close(got[~in_blocks], rows[~in_blocks], EXACT_LIMIT, "float32")
