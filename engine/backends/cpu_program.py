@@ -21,6 +21,7 @@ from engine.backends.lowering import (
     PACKED_OPERANDS,
     Ref,
     Scratch,
+    is_quantized,
     matrices_of,
     owner_of,
     parts,
@@ -135,7 +136,7 @@ class Lowering:
         matrices = matrices_of(node)
         assert x is not None
         assert ids is not None
-        plain = [m for m in matrices if m.dtype.block_elems == 1]
+        plain = [m for m in matrices if not is_quantized(m)]
         packed = self._round(node, x, plain, tiled=False)
         quantized = self._quantize(node, x, matrices, loose=False)
         n_tokens, n_used = ids.shape
@@ -145,9 +146,8 @@ class Lowering:
         for out, m in zip(node.outputs, matrices, strict=True):
             shape = (n_tokens, n_used, m.shape[1])
             target: Ref = out if gates is None else Scratch(shape, F32)
-            is_plain = m.dtype.block_elems == 1
-            rows = packed if is_plain and has_tiles(m) else None
-            by_bytes = self.matrix and not is_plain and m.shape[2] <= MAX_GATHERED
+            rows = packed if has_tiles(m) and not is_quantized(m) else None
+            by_bytes = self.matrix and is_quantized(m) and m.shape[2] <= MAX_GATHERED
             operands = [target, x, *quantized, rows, m, order, starts, ids]
             self._append("MUL_MAT_ID", [node], operands, [float(by_bytes)], 1)
             if gates is not None:
@@ -165,7 +165,7 @@ class Lowering:
         self, node: Node, x: Tensor, weights: Sequence[Tensor], loose: bool
     ) -> tuple[Ref, ...]:
         """x as int8 with scales and sums if a weight needs that; `loose`: not its blocks' rows."""
-        if not any(w.dtype.block_elems > 1 for w in weights):
+        if not any(map(is_quantized, weights)):
             return (None, None, None)
         *lead, n_in = x.shape
         shapes = (

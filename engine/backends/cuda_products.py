@@ -15,7 +15,15 @@ from engine.backends.cuda_device import Device, Grid
 from engine.backends.cuda_kernels import GET_ROWS, add_launch, add_small
 from engine.backends.cuda_program import MAX_COUNTERS, Condition, Lowering, always
 from engine.backends.cuda_weights import PANEL, RECORD, expand_grid
-from engine.backends.lowering import BF16, I8, Ref, Scratch, matrices_of, view_key
+from engine.backends.lowering import (
+    BF16,
+    I8,
+    Ref,
+    Scratch,
+    is_quantized,
+    matrices_of,
+    view_key,
+)
 from engine.backends.uses import Uses
 from engine.graph import Dim, Kind, Live, Node, Tensor
 from engine.quants import F32, I32, WEIGHT_TYPES
@@ -369,11 +377,6 @@ def _warps(n_in: int, plain: bool) -> int:
 def gemm_shared(rows: int) -> int:
     """Shared memory of a tile of that many rows (gemm.cuh)."""
     return (_STAGES * rows + 2 * TILE_COLUMNS) * RECORD * 2
-
-
-def is_quantized(w: Tensor) -> bool:
-    """Whether a weight meets int8 activations."""
-    return w.dtype.block_elems > 1
 
 
 def has_tiles(w: Tensor) -> bool:

@@ -178,6 +178,11 @@ def is_packed(node: Node, operand: str) -> bool:
     return prefix is not None and operand.startswith(prefix)
 
 
+def is_quantized(w: Tensor) -> bool:
+    """Whether a weight meets int8 activations."""
+    return w.dtype.block_elems > 1
+
+
 def matrices_of(node: Node) -> list[Tensor]:
     """The weights that a product reads in panels."""
     return [t for name, t in node.inputs.items() if is_packed(node, name)]
