@@ -28,13 +28,14 @@ PRESETS = ("tiny", "tiny-untied", "tiny-moe", "tiny-next", "tiny-kimi")
 # Q4_K; the others get it where it fits, and IQ4_NL or F16 elsewhere.
 TYPES = {"tiny": "Q4_K", "tiny-moe": "Q4_K", "tiny-next": "Q4_K"}
 N_PROMPT = 203
-# Measured over 40 prompts of each: at most 7e-12 (tiny), 1e-11 (tiny-untied, tiny-moe), 3e-11
-# (tiny-next) and 4e-12 (tiny-kimi). Prompts are drawn anew, and some amplify rounding.
-REFERENCE_LIMIT = 1e-8
-# With attention and the delta rule on tiles, 9 prompts each: at most 1.2e-7 and 4.5e-5; with
-# experts 1.8e-2, as some choices of experts turn around.
-TILES_LIMITS = {"tiny": 1e-6, "tiny-untied": 3e-4}
-TILES_LIMITS |= dict.fromkeys(("tiny-moe", "tiny-next", "tiny-kimi"), 1e-1)
+# Of a few prompts the middle error counts: in one of a hundred a choice of experts turns round,
+# which makes 1e-4 and more. Of 120 prompts 19 in 20 had at most 1e-10 (tiny-kimi, whose latent
+# values all go through one cache, 4e-9 if that is F16) …
+N_PROMPTS = 5
+REFERENCE_LIMIT, LATENT_F16_LIMIT = 1e-9, 3e-8
+# … and with attention and the delta rule on tiles 1e-7, 6e-5, 2e-7, 1e-2 and 9e-3.
+TILES_LIMITS = {"tiny": 1e-6, "tiny-untied": 3e-4, "tiny-moe": 1e-6}
+TILES_LIMITS |= {"tiny-next": 3e-2, "tiny-kimi": 3e-2}
 
 
 @pytest.fixture(scope="module", params=PRESETS)
@@ -127,12 +128,14 @@ def test_the_reference_computes_the_same(
     models: Models, rng: np.random.Generator, preset: str, types: tuple[str, str], matrix: bool
 ) -> None:
     """With plain weights, and caches of the same types, all that differs is rounding."""
-    ids = random_ids(rng, N_PROMPT)
-    options = {"n_ctx": 256} | dict(zip(("type_k", "type_v"), types, strict=True))
+    prompts = [random_ids(rng, N_PROMPT // 2) for _ in range(N_PROMPTS)]
+    options = {"n_ctx": 128} | dict(zip(("type_k", "type_v"), types, strict=True))
     path = models(preset, "F32")
     with Engine.load(path, backend="reference", **options) as engine:
-        want = engine.logits(ids)
+        want = [engine.logits(ids) for ids in prompts]
     with engine_on(path, **options) as engine:
         assert {b.name for b in engine.plan.backends} == {"cpu"}
-        error = nmse(engine.logits(ids), want)
-    assert error <= (TILES_LIMITS[preset] if matrix else REFERENCE_LIMIT)
+        errors = [nmse(engine.logits(ids), w) for ids, w in zip(prompts, want, strict=True)]
+    latent_f16 = preset == "tiny-kimi" and types[0] == "f16"
+    exact_limit = LATENT_F16_LIMIT if latent_f16 else REFERENCE_LIMIT
+    assert np.median(errors) <= (TILES_LIMITS[preset] if matrix else exact_limit)
