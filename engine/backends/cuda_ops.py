@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from engine.backends import cuda_kernels, cuda_products, cuda_sequences
+from engine.backends import cuda_experts, cuda_kernels, cuda_products, cuda_sequences
 from engine.backends.cuda_device import Device
 from engine.backends.cuda_kernels import SMALL, add_small
 from engine.backends.cuda_program import Lowering
 from engine.backends.lowering import MAX_RANK
 from engine.graph import Node
 
-_LOWERINGS = cuda_products.LOWERINGS | cuda_sequences.LOWERINGS
+_GROUPS = (cuda_products, cuda_experts, cuda_sequences)
+_LOWERINGS = {name: lower for group in _GROUPS for name, lower in group.LOWERINGS.items()}
 OPS_WITH_KERNELS = {*_LOWERINGS, *SMALL, "SWIGLU"}
 
 
@@ -28,8 +29,8 @@ def unsupported(node: Node, device: Device) -> str:
         return f"no kernel for {name}"
     if any(len(t.shape) > MAX_RANK for t in (*node.inputs.values(), *node.outputs)):
         return f"more than {MAX_RANK} dimensions"
-    if name not in _LOWERINGS:
-        return cuda_kernels.unsupported(node)
-    if name in cuda_sequences.LOWERINGS:
-        return cuda_sequences.unsupported(node, device)
-    return cuda_products.unsupported(node, device)
+    for group in _GROUPS:
+        if name in group.LOWERINGS:
+            reason: str = group.unsupported(node, device)
+            return reason
+    return cuda_kernels.unsupported(node)

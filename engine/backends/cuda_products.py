@@ -1,4 +1,4 @@
-"""Matrix products and tables of packed weights as launches.
+"""Matrix products and tables of packed weights as launches; those of experts: cuda_experts.py.
 
 Few rows are multiplied by the panels as they are stored, with int8 activations (product.cuh); many
 as bfloat16 by cuBLAS, or by gemm.cuh where there is no room for a weight's copy. Each step says for
@@ -29,8 +29,7 @@ from engine.graph import Dim, Kind, Live, Node, Tensor
 from engine.quants import F32, I32, WEIGHT_TYPES
 
 TILE_COLUMNS = 128
-# As in product.cuh and mul_mat_id.cu.
-MAX_WEIGHTS, MAX_MATRICES, MAX_EXPERTS = 6, 4, 1024
+MAX_WEIGHTS = 6  # As in product.cuh.
 # Warps of a block share the columns of a panel, 256 each at a time (of plain weights 128).
 MAX_WARPS, WARP_COLUMNS, PLAIN_WARP_COLUMNS = 8, 256, 128
 # Where a node has few panels, blocks share their columns, of which each has at least so many: up to
@@ -39,6 +38,7 @@ SPLIT_BLOCKS, SPLIT_COLUMNS = 4, 2048
 # Rows that blocks quantize for themselves at most; those of one pass over a weight; and the most
 # that are multiplied so: more are a product of matrices.
 INLINE_ROWS, ROWS_OF_PASS, FEW_ROWS = 4, (1, 2, 4, 8, 16, 32, 64), 64
+PLAIN_ROWS = 8  # Of a pass over plain weights, at most.
 _SOURCE_OF_PASS = dict.fromkeys(ROWS_OF_PASS, "mul_mat_rows")
 _SOURCE_OF_PASS |= {1: "mul_mat", 2: "mul_mat", 4: "mul_mat_some", 8: "mul_mat_some"}
 # Warps on a multiprocessor with all the registers that products of one row want. Where all of a
@@ -49,10 +49,6 @@ ROOMY_WARPS = 20
 EXPANDED_ROWS = 256
 # Rows up to which tiles of 64 of them are taken, then of 128.
 GEMM_ROWS = 128
-# Tokens whose experts are multiplied one by one, and in tiles of 8 rows, at most.
-SINGLE_TOKENS, TILE_TOKENS = 4, 64
-# Rows of an expert's tiles, and how many an expert has on average from which on they are large.
-TILE_ROWS, SMALL_TILE, LARGE_TILE, LARGE_FROM = 8, 32, 64, 48
 _STAGES = 3
 
 
@@ -60,12 +56,6 @@ def unsupported(node: Node, device: Device) -> str:
     """Why a node of LOWERINGS can't be run; an empty string if it can."""
     if node.op.name == "MUL_MAT" and len(matrices_of(node)) > MAX_WEIGHTS:
         return f"more than {MAX_WEIGHTS} weights of one product"
-    if node.op.name == "MUL_MAT_ID":
-        matrices = matrices_of(node)
-        if len(matrices) > MAX_MATRICES:
-            return f"more than {MAX_MATRICES} matrices of experts in one product"
-        if matrices[0].shape[0] > MAX_EXPERTS:
-            return f"more than {MAX_EXPERTS} experts"
     return ""
 
 
@@ -78,7 +68,7 @@ def lower_get_rows(lowering: Lowering, node: Node) -> None:
     lowering.launch(
         "get_rows_packed", "get_rows_packed", [node], [out, table, node.inputs["ids"]],
         threads=128,
-        grid=lambda live: (-(-out.shape[1] // (8 * 128)), _rows(out, live), 1),
+        grid=lambda live: (-(-out.shape[1] // (8 * 128)), rows_of(out, live), 1),
     )  # fmt: skip
 
 
@@ -90,7 +80,7 @@ def lower_mul_mat(lowering: Lowering, node: Node) -> None:
     x = node.inputs["x"]
 
     def many(live: Live) -> bool:
-        return _rows(x, live) > FEW_ROWS
+        return rows_of(x, live) > FEW_ROWS
 
     if tiled:
         _lower_passes(lowering, node, outs, when=lambda live: not many(live))
@@ -109,7 +99,7 @@ def lower_swiglu_mul_mat(lowering: Lowering, nodes: Sequence[Node]) -> None:
     pair = act.inputs["gate"], act.inputs["up"]
 
     def few(live: Live) -> bool:
-        return _rows(product.inputs["x"], live) <= INLINE_ROWS
+        return rows_of(product.inputs["x"], live) <= INLINE_ROWS
 
     with lowering.only(lambda live: not few(live)):
         add_small(lowering, act)
@@ -138,7 +128,7 @@ def _lower_passes(
     its operands, which is computed on the way to passes of few rows; there are no others then."""
     x, weights = node.inputs["x"], list(outs)
     quantized = any(is_quantized(w) for w in weights)
-    sizes = [n for n in ROWS_OF_PASS if quantized or n <= TILE_ROWS]
+    sizes = [n for n in ROWS_OF_PASS if quantized or n <= PLAIN_ROWS]
     nodes, up = [node], None
     if swiglu is not None:
         act, x, up = swiglu
@@ -147,12 +137,12 @@ def _lower_passes(
     blocks = sum(-(-w.shape[0] // PANEL) * (1 if is_quantized(w) else 2) for w in weights)
     may_split = not plain and not lowering.batch_invariant
     splits = splits_of(lowering.device, blocks, x.shape[1]) if may_split else 1
-    warps = _warps(-(-x.shape[1] // splits), plain)
+    warps = warps_of(-(-x.shape[1] // splits), plain)
     is_roomy = blocks * splits <= lowering.device.n_multiprocessors * (ROOMY_WARPS // warps)
     converted: Sequence[Ref] = (None, None, None)
     if quantized and up is None:
         converted = _quantized(
-            lowering, node, x, lambda live: when(live) and _rows(x, live) > INLINE_ROWS
+            lowering, node, x, lambda live: when(live) and rows_of(x, live) > INLINE_ROWS
         )
     padding = [None] * (MAX_WEIGHTS - len(weights))
     others = [node.inputs.get("gate"), node.inputs.get("add")]
@@ -165,7 +155,7 @@ def _lower_passes(
             [*operands, *weights, *padding, *others, up, *_shared_sums(lowering, blocks, splits)],
             threads=32 * warps, shared=warps * n * PANEL * 4,
             grid=partial(_grid, x, n, blocks, splits),
-            when=_Between(x, fewer, None if last else n, when),
+            when=Between(x, fewer, None if last else n, when),
         )  # fmt: skip
 
 
@@ -185,7 +175,7 @@ def _shared_sums(lowering: Lowering, blocks: int, splits: int) -> Sequence[Ref]:
 def _lower_gemm(lowering: Lowering, node: Node, out: Tensor, w: Tensor, when: Condition) -> None:
     """Many rows times one weight: by cuBLAS with the weight's copy in bfloat16, else expanded into
     a buffer if that pays, else decoded on the way."""
-    rounded = _rounded(lowering, node, node.inputs["x"])
+    rounded = rounded_rows(lowering, node, node.inputs["x"])
     gate, add = node.inputs.get("gate"), node.inputs.get("add")
     if _is_of_step(out) and lowering.weights.keep_bf16(w):
         lowering.gemm([node], out, rounded, w, when=when)
@@ -194,7 +184,7 @@ def _lower_gemm(lowering: Lowering, node: Node, out: Tensor, w: Tensor, when: Co
     most = None
     if _is_of_step(out):
         most = max(EXPANDED_ROWS, FEW_ROWS + 1) - 1
-        expanded, copy = _Between(out, most, None, when), Scratch(w.shape, BF16)
+        expanded, copy = Between(out, most, None, when), Scratch(w.shape, BF16)
         lowering.launch(
             "expand", "expand", [node], [copy, w], threads=256,
             grid=lambda live: expand_grid(w), when=expanded,
@@ -202,8 +192,8 @@ def _lower_gemm(lowering: Lowering, node: Node, out: Tensor, w: Tensor, when: Co
         lowering.gemm([node], out, rounded, copy, when=expanded)
         _lower_finish(lowering, node, out, expanded)
     for rows, name, condition in (
-        (64, "gemm_64", _Between(out, 0, min(GEMM_ROWS, most or GEMM_ROWS), when)),
-        (128, "gemm_128", _Between(out, GEMM_ROWS, most, when)),
+        (64, "gemm_64", Between(out, 0, min(GEMM_ROWS, most or GEMM_ROWS), when)),
+        (128, "gemm_128", Between(out, GEMM_ROWS, most, when)),
     ):
         lowering.launch(
             "gemm", name, [node], [out, rounded, w, gate, add], threads=256,
@@ -218,85 +208,7 @@ def _lower_finish(lowering: Lowering, node: Node, out: Tensor, when: Condition) 
     if any(others):
         lowering.launch(
             "finish_product", "finish_product", [node], [out, *others], threads=256,
-            grid=lambda live: (-(-out.shape[1] // 256), _rows(out, live), 1), when=when,
-        )  # fmt: skip
-
-
-def lower_mul_mat_id(lowering: Lowering, node: Node) -> None:
-    """Experts one by one for few tokens, in tiles of rows of one expert for more."""
-    matrices, ids = matrices_of(node), node.inputs["ids"]
-    tiled = not lowering.batch_invariant and all(map(has_tiles, matrices))
-    _lower_single(lowering, node, _Between(ids, 0, SINGLE_TOKENS))
-    _lower_tiles(lowering, node, _Between(ids, SINGLE_TOKENS, TILE_TOKENS if tiled else None))
-    if tiled:
-        _lower_expert_gemm(lowering, node)
-
-
-def _lower_single(lowering: Lowering, node: Node, when: Condition) -> None:
-    """A block for each panel of each (token, choice), or of each token with their sum."""
-    x, ids, gates = (node.inputs.get(name) for name in ("x", "ids", "weights"))
-    assert ids is not None
-    matrices, n_used = matrices_of(node), ids.shape[1]
-    padding = [None] * (MAX_MATRICES - len(matrices))
-    operands = [*node.outputs, *padding, x, *matrices, *padding, ids, gates]
-    blocks, share = sum(-(-m.shape[1] // PANEL) for m in matrices), _share(node)
-    if gates is None:
-        lowering.launch(
-            "mul_mat_id", "mul_mat_id", [node], operands,
-            threads=32 * share, shared=share * PANEL * 4, when=when,
-            grid=lambda live: (blocks, n_used, _rows(ids, live)),
-        )  # fmt: skip
-        return
-    warps = min(MAX_WARPS // share, n_used) * share
-    lowering.launch(
-        "mul_mat_id", "mul_mat_id_sum", [node], operands, [float(share)],
-        threads=32 * warps, shared=n_used * share * PANEL * 4, when=when,
-        grid=lambda live: (blocks, _rows(ids, live), 1),
-    )  # fmt: skip
-
-
-def _lower_tiles(lowering: Lowering, node: Node, when: _Between) -> None:
-    """Tiles of up to 8 rows of an expert times the panels as they are stored."""
-    ids = node.inputs["ids"]
-    order, tiles = _sorted(lowering, node, TILE_ROWS, when)
-    share = _share(node)
-    for out, m in zip(node.outputs, matrices_of(node), strict=True):
-        target = _per_choice(node, out, m)
-        lowering.launch(
-            "mul_mat_id_rows", "mul_mat_id_rows", [node],
-            [target, node.inputs["x"], m, order, tiles],
-            threads=32 * share, shared=share * TILE_ROWS * PANEL * 4, when=when,
-            grid=partial(_tile_grid, ids, m),
-        )  # fmt: skip
-        _lower_sum(lowering, node, out, target, when)
-
-
-def _lower_expert_gemm(lowering: Lowering, node: Node) -> None:
-    """Tiles of an expert's rows on tensor cores, rounded to bfloat16."""
-    ids, matrices = node.inputs["ids"], matrices_of(node)
-    n_used, n_experts = ids.shape[1], matrices[0].shape[0]
-    from_tokens = -(-LARGE_FROM * n_experts // n_used)
-    rounded = _rounded(lowering, node, node.inputs["x"])
-    for rows, when in (
-        (SMALL_TILE, _Between(ids, TILE_TOKENS, max(TILE_TOKENS, from_tokens))),
-        (LARGE_TILE, _Between(ids, max(TILE_TOKENS, from_tokens), None)),
-    ):
-        order, tiles = _sorted(lowering, node, rows, when)
-        for out, m in zip(node.outputs, matrices, strict=True):
-            target = _per_choice(node, out, m)
-            lowering.launch(
-                "gemm_experts", f"gemm_experts_{rows}", [node], [target, rounded, m, order, tiles],
-                threads=256, shared=gemm_shared(rows), when=when,
-                grid=partial(_expert_grid, ids, m, rows),
-            )  # fmt: skip
-            _lower_sum(lowering, node, out, target, when)
-
-
-def _lower_sum(lowering: Lowering, node: Node, out: Tensor, target: Ref, when: Condition) -> None:
-    if (gates := node.inputs.get("weights")) is not None:
-        lowering.launch(
-            "sum_experts", "sum_experts", [node], [out, target, gates], threads=256,
-            grid=lambda live: (-(-out.shape[1] // 256), _rows(out, live), 1), when=when,
+            grid=lambda live: (-(-out.shape[1] // 256), rows_of(out, live), 1), when=when,
         )  # fmt: skip
 
 
@@ -312,61 +224,25 @@ def _quantized(lowering: Lowering, node: Node, x: Tensor, when: Condition) -> Se
     if is_new:
         lowering.launch(
             "quantize_rows", "quantize_rows", [node], [*buffers, x], threads=256,
-            grid=lambda live: (-(-n_records // 8), -(-_rows(x, live) // 8), 1), when=when,
+            grid=lambda live: (-(-n_records // 8), -(-rows_of(x, live) // 8), 1), when=when,
         )  # fmt: skip
     return buffers
 
 
-def _rounded(lowering: Lowering, node: Node, x: Tensor) -> Scratch:
+def rounded_rows(lowering: Lowering, node: Node, x: Tensor) -> Scratch:
     """x as bfloat16; once for all nodes that read it."""
     (buffer,), is_new = lowering.buffers(("rounded", view_key(x)), ((x.shape, BF16),))
     n_used = x.shape[1] if len(x.shape) == 3 else 1
     if is_new:
         lowering.launch(
             "round_rows", "round_rows", [node], [buffer, x], threads=128,
-            grid=lambda live: (-(-x.shape[-1] // (8 * 128)), n_used, _rows(x, live)),
-            when=_Between(x, min(FEW_ROWS, TILE_TOKENS), None),
+            grid=lambda live: (-(-x.shape[-1] // (8 * 128)), n_used, rows_of(x, live)),
+            when=Between(x, FEW_ROWS, None),
         )  # fmt: skip
     return buffer
 
 
-def _sorted(lowering: Lowering, node: Node, tile_rows: int, when: _Between) -> Sequence[Scratch]:
-    """Pairs by expert, and tiles of them; once for all nodes of the same routing."""
-    ids, m = node.inputs["ids"], matrices_of(node)[0]
-    n_tokens, n_used = ids.shape
-    n_tiles = _n_tiles(ids, m, tile_rows, int(n_tokens))
-    shapes = (((int(n_tokens) * n_used,), I32), ((1 + n_tiles, 3), I32))
-    key = ("sorted", tile_rows, when.more_than, when.most, view_key(ids))
-    buffers, is_new = lowering.buffers(key, shapes)
-    if is_new:
-        lowering.launch(
-            "sort_by_expert", "sort_by_expert", [node], [*buffers, ids],
-            [float(m.shape[0]), float(tile_rows)], threads=1024,
-            grid=lambda live: (1, 1, 1), when=when,
-        )  # fmt: skip
-    return buffers
-
-
-def _per_choice(node: Node, out: Tensor, m: Tensor) -> Ref:
-    """Where an expert's products go: the output, or what will be summed up."""
-    if "weights" not in node.inputs:
-        return out
-    return Scratch((*node.inputs["ids"].shape, m.shape[1]), F32)
-
-
-def _n_tiles(ids: Tensor, m: Tensor, rows: int, n_tokens: int) -> int:
-    """The most tiles that some tokens can have."""
-    n_pairs = n_tokens * int(ids.shape[1])
-    return min(n_pairs, n_pairs // rows + int(m.shape[0]))
-
-
-def _share(node: Node) -> int:
-    """Warps that share the columns of an expert's panel."""
-    m = matrices_of(node)[0]
-    return _warps(m.shape[2], plain=not is_quantized(m))
-
-
-def _warps(n_in: int, plain: bool) -> int:
+def warps_of(n_in: int, plain: bool) -> int:
     """Warps that share a panel's columns, so many that all have as much to do; whatever the rows,
     as sums depend on it."""
     parts = -(-n_in // (PLAIN_WARP_COLUMNS if plain else WARP_COLUMNS))
@@ -385,7 +261,7 @@ def has_tiles(w: Tensor) -> bool:
     return is_quantized(w) or is_bf16
 
 
-def _rows(t: Tensor, live: Live) -> int:
+def rows_of(t: Tensor, live: Live) -> int:
     return live.shape(t.shape)[0]
 
 
@@ -396,23 +272,15 @@ def _is_of_step(t: Tensor) -> bool:
 
 def _grid(t: Tensor, rows: int, blocks: int, splits: int, live: Live) -> Grid:
     """Blocks for each group of so many rows of a tensor."""
-    return blocks, -(-_rows(t, live) // rows), splits
+    return blocks, -(-rows_of(t, live) // rows), splits
 
 
 def _gemm_grid(out: Tensor, rows: int, n_out: int, live: Live) -> Grid:
-    return -(-_rows(out, live) // rows), -(-n_out // TILE_COLUMNS), 1
-
-
-def _tile_grid(ids: Tensor, m: Tensor, live: Live) -> Grid:
-    return -(-m.shape[1] // PANEL), _n_tiles(ids, m, TILE_ROWS, _rows(ids, live)), 1
-
-
-def _expert_grid(ids: Tensor, m: Tensor, rows: int, live: Live) -> Grid:
-    return _n_tiles(ids, m, rows, _rows(ids, live)), -(-m.shape[1] // TILE_COLUMNS), 1
+    return -(-rows_of(out, live) // rows), -(-n_out // TILE_COLUMNS), 1
 
 
 @dataclass(frozen=True)
-class _Between:
+class Between:
     """Whether a tensor has more live rows than one number, and at most another."""
 
     tensor: Tensor
@@ -421,12 +289,11 @@ class _Between:
     also: Condition = always
 
     def __call__(self, live: Live) -> bool:
-        n = _rows(self.tensor, live)
+        n = rows_of(self.tensor, live)
         return n > self.more_than and (self.most is None or n <= self.most) and self.also(live)
 
 
 LOWERINGS: dict[str, Callable[[Lowering, Node], None]] = {
     "GET_ROWS": lower_get_rows,
     "MUL_MAT": lower_mul_mat,
-    "MUL_MAT_ID": lower_mul_mat_id,
 }
