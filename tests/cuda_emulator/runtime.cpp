@@ -29,6 +29,8 @@ namespace emulator {
 namespace {
 
 constexpr size_t STACK = 256 << 10, PAGE = 64 << 10, GUARD = 1024, MAX_SHARED = 1 << 20;
+// What a warp's lanes keep at the same depth of their stacks would share a few sets of the cache.
+constexpr size_t STAGGER = 128;
 constexpr unsigned MAX_THREADS = 1024;
 constexpr unsigned char POISON = 0xff, GUARD_BYTE = 0xfe;
 
@@ -102,7 +104,7 @@ void start_fiber(unsigned thread) {
         mprotect(p, PAGE, PROT_NONE);
         fiber.stack = static_cast<char*>(p) + PAGE;
     }
-    make_context(fiber.context, fiber.stack, STACK, run_thread);
+    make_context(fiber.context, fiber.stack, STACK - thread % LANES * STAGGER, run_thread);
     fiber.groups.clear();
 }
 
@@ -247,7 +249,7 @@ void exchange(const char* what, void* record, Combine combine) {
         now.queue.erase(now.queue.begin(), now.queue.begin() + static_cast<long>(now.head));
         now.head = 0;
     }
-    for (int i = 0; i < LANES - 1; i++) now.queue.push_back(warp.lanes[i]);
+    now.queue.insert(now.queue.end(), warp.lanes, warp.lanes + LANES - 1);
 }
 
 void check(const char* what, const void* p, size_t size, bool in_shared) {
