@@ -226,7 +226,9 @@ def test_products_with_experts(
 
         def product(x: Array, w: Array, chosen: Array = chosen, share: Array = share) -> Array:
             rows = x if per_expert else np.repeat(x[:, np.newaxis], N_USED, axis=1)
-            out = np.einsum("tui,tuoi->tuo", rows, w[chosen])
+            # Of every expert: one product of matrices is faster than many with vectors.
+            every = (rows @ w.reshape(-1, n_in).T).reshape(*rows.shape[:2], *lead)
+            out = np.take_along_axis(every, chosen[..., np.newaxis, np.newaxis], 2)[:, :, 0]
             return np.einsum("tu,tuo->to", share.astype(np.float64), out) if per_expert else out
 
         check.add(live, executable.run({}, live)["out0"], values, product)
