@@ -8,12 +8,14 @@ definition in float64 of what is stored, that is of decoded weights and rounded 
 
 from __future__ import annotations
 
+import functools
 import math
 import secrets
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import gguf
 import numpy as np
@@ -45,6 +47,9 @@ Array = np.ndarray[Any, Any]
 Outputs = list[Array]
 States = dict[str, Array]
 Blocks = tuple[tuple[int, int], ...]
+Made = TypeVar("Made")
+# More than the runs that int8.py takes together.
+_N_REMEMBERED = 32
 # NaNs that no computation makes, so that one that was written anew is told from an old one.
 _POISON_BITS = {"F32": 0x7FC0DEAD, "F16": 0x7EAD}
 # Around routed ids, which can't be NaN: no expert has this number.
@@ -88,6 +93,24 @@ def assert_close(got: Array, want: Array, limit: float, what: str) -> None:
     assert error <= limit, f"{what}: NMSE {error:.3g}, expected at most {limit:g}"
 
 
+def _remembered(make: Callable[[Op, Case, int], Made]) -> Callable[[Op, Case, int], Made]:
+    """With its latest results: most is made for one backend after another. None may be changed."""
+    # The cases are kept too, so that no other one gets the id of one of them.
+    results: dict[tuple[str, int, int], tuple[Case, Made]] = {}
+
+    @functools.wraps(make)
+    def remembering(op: Op, case: Case, seed: int) -> Made:
+        key = (op.name, id(case), seed)
+        if key not in results:
+            results[key] = case, make(op, case, seed)
+            if len(results) > _N_REMEMBERED:
+                del results[next(iter(results))]
+        return results[key][1]
+
+    return remembering
+
+
+@_remembered
 def make_operands(op: Op, case: Case, seed: int) -> dict[str, Operand]:
     """A case's operands as they are stored: activations float32, states rounded and poisoned.
 
@@ -107,6 +130,8 @@ def make_operands(op: Op, case: Case, seed: int) -> dict[str, Operand]:
             stored = operand.values.astype(numpy_dtype(operand.dtype))
             _poison(stored, operand.dtype, ~_read(op, name, stored, operands))
             operands[name] = replace(operand, values=stored)
+    for operand in operands.values():
+        operand.values.flags.writeable = False
     return operands
 
 
@@ -167,6 +192,13 @@ def encode(operand: Operand) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.ascontiguousarray(raw).reshape(-1).view(np.uint8)
 
 
+@_remembered
+def _encoded(op: Op, case: Case, seed: int) -> dict[str, np.ndarray[Any, np.dtype[np.uint8]]]:
+    """The bytes of a case's weights."""
+    operands = make_operands(op, case, seed).items()
+    return {name: encode(o) for name, o in operands if o.kind is Kind.WEIGHT}
+
+
 class RawWeights:
     """Stored weights by name, where an engine has a file."""
 
@@ -193,9 +225,7 @@ def run_case(
     graph, tensors = single_node_graph(op, case, operands, strided=strided)
     if strided:
         graph, tensors = _interleaved(graph, tensors)
-    weights = {
-        tensors[name].name: encode(o) for name, o in operands.items() if o.kind is Kind.WEIGHT
-    }
+    weights = {tensors[name].name: raw for name, raw in _encoded(op, case, seed).items()}
     executable = Executable(place(graph, [backend]), RawWeights(weights))
     states = {name: t for name, t in tensors.items() if t.kind is Kind.STATE}
     _load_states(backend, states, operands)
@@ -254,19 +284,20 @@ def _saved_states(backend: Any, states: dict[str, Tensor]) -> States:
     return saved
 
 
+@_remembered
 def expected(op: Op, case: Case, seed: int) -> tuple[Outputs, States]:
     """(outputs, states after) in float64, not rounded to the type that states are stored in."""
-    operands = make_operands(op, case, seed)
-    arrays = {name: _stored_values(operand) for name, operand in operands.items()}
+    operands, weights = make_operands(op, case, seed), _encoded(op, case, seed)
+    arrays = {name: _stored_values(o, weights.get(name)) for name, o in operands.items()}
     outputs, after = NAIVE[op.name](**arrays, **case.attrs)
     return outputs, {n: arrays[n] for n, o in operands.items() if o.kind is Kind.STATE} | after
 
 
-def _stored_values(operand: Operand) -> Array:
+def _stored_values(operand: Operand, raw: Array | None) -> Array:
     if operand.dtype is I32:
         return operand.values
-    if operand.kind is Kind.WEIGHT:
-        rows = encode(operand).reshape(*operand.values.shape[:-1], -1)
+    if raw is not None:
+        rows = raw.reshape(*operand.values.shape[:-1], -1)
         kind = gguf.GGMLQuantizationType(operand.dtype.ggml_id)
         return gguf.quants.dequantize(rows, kind).astype(np.float64)
     return operand.values.astype(np.float64)

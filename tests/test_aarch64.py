@@ -175,7 +175,7 @@ def remote() -> Iterator[Remote]:
     remote.process.communicate()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def seed(request: pytest.FixtureRequest) -> int:
     return fresh_seed(request.config.getoption("--seed", None))
 
