@@ -31,7 +31,7 @@ def with_limit(c: OpCase) -> OpCase:
 CASES = [with_limit(c) for c in every_case() if c.op.name in OPS_WITH_KERNELS]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def seed(request: pytest.FixtureRequest) -> int:
     return fresh_seed(request.config.getoption("--seed", None))
 
