@@ -10,9 +10,10 @@ import io
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 # Before numpy comes: for matrices this small threads only wait for each other, and on a machine
 # that is busy with something else for long.
@@ -38,6 +39,17 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     seed = secrets.randbits(32) if seed is None else seed
     request.node.add_report_section("setup", "random numbers", f"repeat with --seed {seed}")
     return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def share_of_cores() -> Iterator[None]:
+    """Each of pytest's workers has its part of the cores, one at least: where a test names no
+    number of threads, more would spin while they wait for each other."""
+    cores = sorted(os.sched_getaffinity(0))
+    n_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    share = set(cores[: max(len(cores) // n_workers, 1)])
+    with patch("os.sched_getaffinity", lambda pid: share):
+        yield
 
 
 @pytest.fixture(scope="session")
