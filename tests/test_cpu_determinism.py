@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -44,13 +45,19 @@ def path(request: pytest.FixtureRequest, models: Models) -> Path:
     return models(request.param, TYPES.get(request.param, "Q8_0"))
 
 
-@pytest.fixture(params=[False, True], ids=["rows", "tiles"])
-def matrix(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+@contextmanager
+def with_tiles(wanted: bool) -> Iterator[None]:
     """Whether blocks of rows are multiplied as tiles."""
-    wanted: bool = request.param
     init = partialmethod(CpuBackend.__init__, matrix=wanted)
-    monkeypatch.setattr(CpuBackend, "__init__", init)
-    return wanted
+    with patch.object(CpuBackend, "__init__", init):
+        yield
+
+
+@pytest.fixture(params=[False, True], ids=["rows", "tiles"])
+def matrix(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Without tiles and with them."""
+    with with_tiles(request.param):
+        yield request.param
 
 
 @contextmanager
@@ -125,7 +132,7 @@ def in_steps(engine: Engine, ids: list[int], lengths: tuple[int, ...]) -> Array:
 @pytest.mark.parametrize("types", [("f32", "f32"), ("f16", "f32"), ("f32", "f16")], ids="-".join)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_reference_computes_the_same(
-    models: Models, rng: np.random.Generator, preset: str, types: tuple[str, str], matrix: bool
+    models: Models, rng: np.random.Generator, preset: str, types: tuple[str, str]
 ) -> None:
     """With plain weights, and caches of the same types, all that differs is rounding."""
     prompts = [random_ids(rng, N_PROMPT // 2) for _ in range(N_PROMPTS)]
@@ -133,9 +140,10 @@ def test_the_reference_computes_the_same(
     path = models(preset, "F32")
     with Engine.load(path, backend="reference", **options) as engine:
         want = [engine.logits(ids) for ids in prompts]
-    with engine_on(path, **options) as engine:
-        assert {b.name for b in engine.plan.backends} == {"cpu"}
-        errors = [nmse(engine.logits(ids), w) for ids, w in zip(prompts, want, strict=True)]
     latent_f16 = preset == "tiny-kimi" and types[0] == "f16"
     exact_limit = LATENT_F16_LIMIT if latent_f16 else REFERENCE_LIMIT
-    assert np.median(errors) <= (TILES_LIMITS[preset] if matrix else exact_limit)
+    for matrix, limit in ((False, exact_limit), (True, TILES_LIMITS[preset])):
+        with with_tiles(matrix), engine_on(path, **options) as engine:
+            assert {b.name for b in engine.plan.backends} == {"cpu"}
+            errors = [nmse(engine.logits(ids), w) for ids, w in zip(prompts, want, strict=True)]
+        assert np.median(errors) <= limit, f"matrix={matrix}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,7 +29,7 @@ Array = np.ndarray[Any, Any]
 Backends = list[Picky]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def seed(request: pytest.FixtureRequest) -> int:
     return fresh_seed(request.config.getoption("--seed", None))
 
@@ -76,6 +77,7 @@ def walk(engine: Engine, seed: int) -> list[Array]:
     return logits
 
 
+@cache
 def alone(path: Path, seed: int, **options: Any) -> list[Array]:
     """The standard: the same walk on one backend."""
     with engine_on(path, [Picky("only")], **options) as engine:
