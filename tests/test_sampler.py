@@ -1,7 +1,8 @@
 """Sampling against a plain definition of every step in Python floats, step by step and together.
 
 A temperature so high that all that is left becomes equally likely shows what the truncations kept;
-a chi-square test compares draws with the probabilities. Its seeds are fixed, so it cannot flake.
+random numbers that are spread evenly show each token's share. A chi-square test compares draws with
+the probabilities; its seeds are fixed, so it cannot flake.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from engine.sampler import Sampler, SamplingError, SamplingParams
 
@@ -111,15 +113,41 @@ def test_truncations_keep_what_the_definition_keeps(seed: int) -> None:
     assert kept(logits, recent, **params) == sorted(definition(logits, recent, resolved))
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_draws_follow_the_definition(seed: int) -> None:
+def random_draws(seed: int) -> tuple[Sampler, NDArray[np.float32], dict[int, float]]:
+    """A sampler at some temperature, logits, and the probabilities of their tokens."""
     rng = np.random.default_rng([seed, 1])
     logits, recent, params = random_case(rng)
     params["temperature"] = float(rng.uniform(0.3, 3))
     expected = definition(logits, recent, SamplingParams(**{**OFF, **params}))
-    made, n = sampler(recent, seed=seed, **params), 3000
-    values = np.array(logits, np.float32)
-    check_draws(Counter(made.sample(values) for _ in range(n)), expected, n)
+    return sampler(recent, seed=seed, **params), np.array(logits, np.float32), expected
+
+
+class Even:
+    """A generator of n numbers in the middle of as many equal parts."""
+
+    def __init__(self, n: int) -> None:
+        self._numbers = iter((np.arange(n) + 0.5) / n)
+
+    def random(self) -> float:
+        return float(next(self._numbers))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_token_gets_its_share(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Of numbers that are spread evenly, but for less than one: finer than chance could show it."""
+    n = 400
+    made, logits, expected = random_draws(seed)
+    monkeypatch.setattr(made, "_rng", Even(n))
+    drawn = Counter(made.sample(logits) for _ in range(n))
+    assert set(drawn) <= set(expected)
+    assert all(abs(drawn[i] - p * n) < 1 + 1e-3 for i, p in expected.items())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_draws_follow_the_definition(seed: int) -> None:
+    made, logits, expected = random_draws(seed)
+    n = 3000
+    check_draws(Counter(made.sample(logits) for _ in range(n)), expected, n)
 
 
 def check_draws(drawn: Counter[int], expected: dict[int, float], n: int) -> None:
