@@ -341,7 +341,8 @@ def test_the_batched_table(tiny: Path, cli: Cli) -> None:
     assert out.startswith(BATCHED_HEAD)
     pattern = r"\|( *\d+) \|( *\d+) \|( *\d+) \|( *\d+) \|" + r"( *\d+\.\d+) \|" * 6
     lines = out.removeprefix(BATCHED_HEAD).splitlines()
-    assert {len(line) for line in lines} == {len(BATCHED_HEAD) // 2 - 1}
+    # Speeds of small models may need more digits than llama-batched-bench has room for.
+    assert min(map(len, lines)) >= len(BATCHED_HEAD) // 2 - 1
     rows = [tuple(map(float, m.groups())) for line in lines if (m := re.fullmatch(pattern, line))]
     assert [row[:4] for row in rows] == [
         (8, 3, 1, 11), (8, 3, 4, 44), (70, 3, 1, 73), (70, 3, 4, 292),

@@ -13,7 +13,7 @@ from engine import Engine, SamplingParams
 from engine.config import ConfigError
 from engine.engine import PromptError
 from engine.request import Token
-from tests.helpers import N_VOCAB, STD, assert_all_free, random_ids
+from tests.helpers import N_VOCAB, ROW_BY_ROW, STD, assert_all_free, random_ids
 from tools.makevocab import made_vocabulary
 from tools.synth import write_model
 
@@ -36,7 +36,7 @@ def ids_of(tokens: Iterator[Token]) -> list[int]:
 
 @pytest.mark.parametrize("n_ubatch", [3, 512])
 def test_greedy_is_the_highest_logit_step_by_step(path: Path, rng: Rng, n_ubatch: int) -> None:
-    with Engine.load(path, n_ctx=128, n_ubatch=n_ubatch) as engine:
+    with Engine.load(path, n_ctx=128, n_ubatch=n_ubatch, **ROW_BY_ROW) as engine:
         ids = random_ids(rng, 20)
         allowed = np.ones(N_VOCAB, bool)
         allowed[list(engine.tokenizer.eog_ids)] = False

@@ -20,7 +20,7 @@ from engine.gguf import GGUFFile
 from engine.guard import NonFiniteError
 from engine.quants import dequantize
 from engine.request import Completion, GenerationError
-from tests.helpers import STD, assert_all_free, nmse, random_ids
+from tests.helpers import ROW_BY_ROW, STD, assert_all_free, nmse, random_ids
 from tools.synth import write_model
 
 Rng = np.random.Generator
@@ -66,7 +66,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=[False, True], ids=["logits only", "every node"])
 def engine(bad_row: Path, request: pytest.FixtureRequest, backend: str) -> Iterator[Engine]:
     options = {"n_ctx": 512, "n_parallel": 3, "n_ubatch": 192, "n_checkpoints": 2}
-    options |= {"backend": backend, "check": request.param}
+    options |= {"backend": backend, "check": request.param, **ROW_BY_ROW}
     with Engine.load(bad_row, **options) as engine, np.errstate(all="ignore"):
         yield engine
         assert_all_free(engine)
@@ -75,7 +75,8 @@ def engine(bad_row: Path, request: pytest.FixtureRequest, backend: str) -> Itera
 
 @pytest.fixture(scope="module")
 def sane(models: Callable[[str, str], Path], backend: str) -> Engine:
-    return Engine.load(models("tiny-untied", "F32"), backend=backend, n_ctx=512, n_ubatch=128)
+    options = {"n_ctx": 512, "n_ubatch": 128, **ROW_BY_ROW}
+    return Engine.load(models("tiny-untied", "F32"), backend=backend, **options)
 
 
 def states(engine: Engine) -> dict[Any, NDArray[Any]]:

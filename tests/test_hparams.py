@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from engine import Engine
 from engine.gguf import GGUFFile
 from engine.quants import dequantize
-from tests.helpers import STD, random_ids
+from tests.helpers import ROW_BY_ROW, STD, random_ids
 from tools.presets import PRESETS, Preset, tensors
 from tools.synth import write_model
 
@@ -39,7 +39,7 @@ def load(tmp_path: Path) -> Iterator[Callable[..., Engine]]:
         # Each its own file: an engine reads its weights when it first needs them.
         path = tmp_path / f"{next(numbers)}.gguf"
         path = write_model(path, preset, "F32", std=STD, **options)
-        return stack.enter_context(Engine.load(path, n_ctx=256))
+        return stack.enter_context(Engine.load(path, n_ctx=256, **ROW_BY_ROW))
 
     with stack:
         yield written
