@@ -160,12 +160,13 @@ class Live:
 
     def dim(self, name: str) -> int | None:
         """The live count of a `Dim`, or None if it always has its capacity (slots, blocks)."""
-        return {
-            "n_tokens": self.n_tokens,
-            "n_seqs": self.n_seqs,
-            "n_seqs + 1": self.n_seqs + 1,
-            "n_outputs": self.n_outputs,
-        }.get(name)
+        if name == "n_tokens":
+            return self.n_tokens
+        if name == "n_seqs":
+            return self.n_seqs
+        if name == "n_seqs + 1":
+            return self.n_seqs + 1
+        return self.n_outputs if name == "n_outputs" else None
 
     def shape(self, shape: Shape) -> Shape:
         """`shape` with every varying dimension at its live count."""

@@ -89,10 +89,10 @@ def run(backend: CpuBackend, graph: Graph, outputs: tuple[Tensor, ...], raw: Arr
     return Executable(place(graph, [backend], strict=True), RawWeights({"w": raw}))
 
 
-def rounded(x: Array) -> Array:
-    """x [..., in] in float64 as QUANTIZE_ROWS leaves it: per 32 columns, max |x| / 127 steps."""
+def rounded(x: Array, steps: int = 127) -> Array:
+    """x [..., in] in float64 as QUANTIZE_ROWS leaves it: per 32 columns, steps of max |x| / 127."""
     groups = x.astype(np.float32).reshape(-1, 32)
-    scale = np.abs(groups).max(axis=1, keepdims=True) / np.float32(127)
+    scale = np.abs(groups).max(axis=1, keepdims=True) / np.float32(steps)
     inverse = np.divide(np.float32(1), scale, where=scale > 0, out=np.zeros_like(scale))
     # np.rint rounds halves to even.
     return (np.rint(groups * inverse).astype(np.float64) * scale).reshape(x.shape)

@@ -66,6 +66,7 @@ def pooled(got: list[Array], expected: list[Array]) -> float:
     return nmse(np.concatenate(got), np.concatenate(expected))
 
 
+DENSE = ("tiny", "tiny-untied")
 MODELS = [("tiny", "Q8_0"), ("tiny-untied", "F32"), ("tiny-moe", "Q8_0"), ("tiny-next", "F32"),
           ("tiny-kimi", "Q8_0"), ("tiny-kimi", "F32")]  # fmt: skip
 
@@ -74,15 +75,23 @@ MODELS = [("tiny", "Q8_0"), ("tiny-untied", "F32"), ("tiny-moe", "Q8_0"), ("tiny
 def test_models_give_the_reference_s_logits(
     device: Device, models: Models, rng: Rng, preset: str, dtype: str
 ) -> None:
-    path, ids = models(preset, dtype), random_ids(rng, 100)
-    error = worst if dtype == "F32" else pooled
+    """Of models with experts the middle one of three prompts counts, as a choice may turn round."""
+    path, quantized = models(preset, dtype), dtype != "F32"
+    prompts = [random_ids(rng, 100) for _ in range(1 if preset in DENSE else 3)]
+
+    def errors(engine: Engine) -> float:
+        error = pooled if quantized else worst
+        return float(np.median([error(walk(engine, p), e) for p, e in expected]))
+
     with Engine.load(path, backend="reference", type_k="f16", type_v="f16", **OPTIONS) as engine:
-        expected = walk(engine, ids)
-    with Engine.load(path, backend="cpu", **OPTIONS) as engine:
-        limit = max(LIMIT, SHARE_OF_CPU * error(walk(engine, ids), expected))
+        expected = [(ids, walk(engine, ids)) for ids in prompts]
+    limit = LIMIT
+    if quantized:
+        with Engine.load(path, backend="cpu", **OPTIONS) as engine:
+            limit = max(LIMIT, SHARE_OF_CPU * errors(engine))
     with engine_on(path, cuda_and_others(device), strict_backend=True, **OPTIONS) as engine:
         assert {b.name for b in engine.plan.backends} == {"cuda"}
-        assert error(walk(engine, ids), expected) <= limit
+        assert errors(engine) <= limit
 
 
 REFUSALS: dict[str, Callable[[Node], str]] = {

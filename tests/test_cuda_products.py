@@ -7,15 +7,16 @@ arithmetic.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from engine.backends import cpu_library, cuda_products
+from engine.backends import cpu_library, cuda_experts, cuda_panels, cuda_products, cuda_row
 from engine.backends.cuda import CudaBackend
 from engine.backends.cuda_device import Device
+from engine.backends.cuda_experts import SINGLE_TOKENS
 from engine.backends.cuda_weights import CudaWeights
 from engine.graph import Capacity, Dim, Graph, Kind, Live, Tensor
 from engine.ops.get_rows import get_rows
@@ -39,7 +40,21 @@ Array = np.ndarray[Any, Any]
 Rng = np.random.Generator
 CAPACITY, N_OUT, N_EXPERTS, N_USED = 300, 37, 3, 2
 # One of each pass over the panels, all of them, and numbers beside their sizes.
-FEW, MANY = (1, 2, 3, 4, 5, 8, 9, 17, 40, 64), (65, 130)
+ROWS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 40, 64, 65, 130)
+
+
+@dataclass(frozen=True)
+class Ways:
+    """Up to how many rows each has a kernel of its own, and up to how many they are int8."""
+
+    single: int
+    few: int
+
+
+COPIED, TILED = Ways(1, cuda_products.COPIED_ROWS), Ways(1, cuda_products.TILED_ROWS)
+OF_EXPERTS = Ways(SINGLE_TOKENS, cuda_experts.TILE_TOKENS)
+# A single row is rounded to so many steps; a part of 1,000 lies within float32's error of a tie.
+STEPS, ROW_LIMIT = 127 * 128, 1e-9
 every_type = pytest.mark.parametrize("dtype", WEIGHT_TYPES.values(), ids=str)
 SOME = [F32, BF16, *(WEIGHT_TYPES[name] for name in ("Q8_0", "Q4_K", "Q6_K", "IQ4_XS"))]
 some_types = pytest.mark.parametrize("dtype", SOME, ids=str)
@@ -53,8 +68,12 @@ def device(request: pytest.FixtureRequest) -> Device:
 
 @pytest.fixture(autouse=True)
 def shared_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks share columns where these are fewer than would pay."""
-    monkeypatch.setattr(cuda_products, "SPLIT_COLUMNS", 256)
+    """Blocks share columns where these are fewer than would pay, and have several panels where
+    these are few."""
+    monkeypatch.setattr(cuda_panels, "SPLIT_COLUMNS", 256)
+    monkeypatch.setattr(cuda_products, "MANY_ELEMENTS", 0)
+    monkeypatch.setattr(cuda_row, "MAX_WARPS", 4)
+    monkeypatch.setattr(cuda_row, "RESIDENT_WARPS", 1)
 
 
 def backend_of(device: Device, copies: bool = True, **options: Any) -> CudaBackend:
@@ -108,22 +127,28 @@ class Product:
         return self._executable.run({}, Live(len(x), 1, 1))["out0"]
 
 
-def limit(n_rows: int) -> float:
-    return EXACT_LIMIT if n_rows <= max(FEW) else TIPPED_LIMIT
+def limit(n_rows: int, ways: Ways) -> float:
+    if n_rows <= ways.single:
+        return ROW_LIMIT
+    return EXACT_LIMIT if n_rows <= ways.few else TIPPED_LIMIT
 
 
-def wanted(dtype: DType, n_rows: int, x: Array, w: Array, product: Any) -> Array:
+def wanted(dtype: DType, n_rows: int, x: Array, w: Array, product: Any, ways: Ways) -> Array:
     """What comes of operands rounded as kernels for so many rows round them."""
-    if n_rows > max(FEW) and (dtype.block_elems > 1 or dtype is BF16):
+    if n_rows > ways.few and (dtype.block_elems > 1 or dtype is BF16):
         return np.asarray(product(to_bfloat16(x), to_bfloat16(w)))
-    return np.asarray(product(x.astype(np.float64) if dtype.block_elems == 1 else rounded(x), w))
+    if dtype.block_elems == 1:
+        return np.asarray(product(x.astype(np.float64), w))
+    return np.asarray(product(rounded(x, STEPS if n_rows <= ways.single else 127), w))
 
 
-def check_product(product: Product, dtype: DType, rng: Rng, rows: Sequence[int]) -> None:
+def check_product(
+    product: Product, dtype: DType, rng: Rng, rows: Sequence[int], ways: Ways
+) -> None:
     for n in rows:
         x = random_rows(rng, n, product.values.shape[1])
-        want = wanted(dtype, n, x, product.values, lambda x, w: x @ w.T)
-        assert_close(product(x), want, limit(n), f"{dtype}, {n} rows")
+        want = wanted(dtype, n, x, product.values, lambda x, w: x @ w.T, ways)
+        assert_close(product(x), want, limit(n, ways), f"{dtype}, {n} rows")
 
 
 @every_type
@@ -142,14 +167,14 @@ def test_tables(device: Device, dtype: DType, rng: Rng) -> None:
 @every_type
 def test_products(device: Device, dtype: DType, rng: Rng) -> None:
     product = Product(backend_of(device), dtype, N_OUT, columns(dtype), rng)
-    check_product(product, dtype, rng, (*FEW, *MANY))
+    check_product(product, dtype, rng, ROWS, COPIED)
 
 
 @every_type
 def test_products_without_room_for_copies(device: Device, dtype: DType, rng: Rng) -> None:
     """By gemm.cu, and of more rows with a buffer."""
     product = Product(backend_of(device, copies=False), dtype, N_OUT, columns(dtype), rng)
-    check_product(product, dtype, rng, (*MANY, 256))
+    check_product(product, dtype, rng, (16, 17, 65, 130, 256), TILED)
 
 
 @some_types
@@ -158,31 +183,31 @@ def test_wide_and_deep_products(device: Device, dtype: DType, n_out: int, rng: R
     """More columns than a block's warps have at once, and more rows than a tile; of few outputs
     several blocks share the columns."""
     product = Product(backend_of(device, copies=False), dtype, n_out, columns(dtype, 9), rng)
-    check_product(product, dtype, rng, (1, 2, 3, 7, 33, 64, 65))
-    check_product(product, dtype, rng, (1, 2))
+    check_product(product, dtype, rng, (1, 2, 3, 7, 16, 33, 65), TILED)
+    check_product(product, dtype, rng, (1, 2), TILED)
 
 
 def test_how_many_blocks_share_columns(device: Device) -> None:
-    n, least = device.n_multiprocessors, cuda_products.SPLIT_COLUMNS
+    n, least = device.n_multiprocessors, cuda_panels.SPLIT_COLUMNS
     cases = {(1, 2 * least - 1): 1, (1, 2 * least): 2, (n, 9 * least): 4, (2 * n, 9 * least): 2}
     for (blocks, n_in), splits in {**cases, (3 * n, 9 * least): 1}.items():
-        assert cuda_products.splits_of(device, blocks, n_in) == splits, (blocks, n_in)
+        assert cuda_panels.splits_of(device, blocks, n_in) == splits, (blocks, n_in)
 
 
 @some_types
 def test_a_row_has_the_same_bits_alone_and_among_others(
     device: Device, dtype: DType, rng: Rng
 ) -> None:
-    """However many there are: up to 64 always, else if that is asked for."""
+    """However many there are, if that is asked for; else from 2 to 8."""
     n_in = columns(dtype, 2)
     for batch_invariant in (False, True):
         backend = backend_of(device, batch_invariant=batch_invariant)
         product = Product(backend, dtype, N_OUT, n_in, rng)
-        x = random_rows(rng, 130, n_in)
-        alone = np.concatenate([product(x[i : i + 1]) for i in range(20)])
-        for n in (2, 3, 4, 6, 8, 11, 32, 50, 64, *((66, 130) if batch_invariant else ())):
+        x, step = random_rows(rng, 130, n_in), 1 if batch_invariant else 2
+        want = np.concatenate([product(x[i : i + step]) for i in range(0, 20, step)])
+        for n in (2, 3, 4, 6, 8, *((11, 32, 50, 130) if batch_invariant else ())):
             got = product(x[:n])[:20]
-            assert np.array_equal(got, alone[: len(got)]), f"{n} rows"
+            assert np.array_equal(got, want[: len(got)]), f"{n} rows"
 
 
 @pytest.mark.parametrize("dtype", [BF16, WEIGHT_TYPES["Q8_0"], WEIGHT_TYPES["Q5_K"]], ids=str)
@@ -197,12 +222,13 @@ def test_a_row_of_a_tile_has_the_same_bits_wherever_it_is(
     assert np.array_equal(product(x[:65]), want[:65])
 
 
-@pytest.mark.parametrize("n", [1, 5, 64, 65, 260])
+@pytest.mark.parametrize("n", [1, 5, 8, 16, 260])
 @pytest.mark.parametrize(("copies", "n_in"), [(False, 256), (True, 256), (False, 768)])
 def test_mixed_weights_and_what_follows(
     device: Device, n: int, copies: bool, n_in: int, rng: Rng
 ) -> None:
     """Several weights of one node; and a product that is gated and added to something."""
+    ways = COPIED if copies else TILED
     backend, graph = backend_of(device, copies), Graph(Capacity(CAPACITY))
     types = [WEIGHT_TYPES[name] for name in ("Q4_K", "F32", "Q8_0", "BF16", "F16", "Q6_K")]
     made = [weight_bytes(t, 16 * i + 7, n_in, rng=rng) for i, t in enumerate(types)]
@@ -219,11 +245,11 @@ def test_mixed_weights_and_what_follows(
         backend.write(tensor, values)
     got = run.run({}, Live(n, 1, 1))
     for i, (dtype, (_, w)) in enumerate(zip(types, made, strict=True)):
-        want = wanted(dtype, n, rows, w, lambda x, w: x @ w.T)
-        assert_close(got[f"out{i}"], want, limit(n), f"{dtype}")
-    want = wanted(types[0], n, rows, made[0][1], lambda x, w: x @ w.T)
+        want = wanted(dtype, n, rows, w, lambda x, w: x @ w.T, ways)
+        assert_close(got[f"out{i}"], want, limit(n, ways), f"{dtype}")
+    want = wanted(types[0], n, rows, made[0][1], lambda x, w: x @ w.T, ways)
     want = added + want / (1 + np.exp(-gates.astype(np.float64)))
-    assert_close(got["out6"], want, limit(n), "gated")
+    assert_close(got["out6"], want, limit(n, ways), "gated")
 
 
 class Experts:
@@ -272,8 +298,8 @@ def test_experts(device: Device, dtype: DType, summed: bool, rng: Rng) -> None:
             return np.einsum("tu,tuo->to", shares, out) if summed else out
 
         for got, w in zip(product(x, ids, shares), product.values, strict=True):
-            want = wanted(dtype, n, x, w, by_expert)
-            assert_close(got, want, limit(n), f"{n} tokens")
+            want = wanted(dtype, n, x, w, by_expert, OF_EXPERTS)
+            assert_close(got, want, limit(n, OF_EXPERTS), f"{n} tokens")
 
 
 @some_types
@@ -281,16 +307,18 @@ def test_experts(device: Device, dtype: DType, summed: bool, rng: Rng) -> None:
 def test_a_token_of_experts_has_the_same_bits(
     device: Device, dtype: DType, summed: bool, rng: Rng
 ) -> None:
-    """Up to 64 tokens always, else if that is asked for."""
+    """However many there are, if that is asked for; else up to 4, and from 5 to 64."""
     for batch_invariant in (False, True):
         backend = backend_of(device, batch_invariant=batch_invariant)
         product = Experts(backend, dtype, columns(dtype, 2), summed, rng)
         given = product.rows(70, rng)
-        alone = [product(*(a[i : i + 1] for a in given)) for i in range(10)]
-        for n in (2, 4, 5, 30, *((70,) if batch_invariant else ())):
-            for i, got in enumerate(product(*(a[:n] for a in given))):
-                want = np.concatenate([outputs[i] for outputs in alone])[:n]
-                assert np.array_equal(got[:10], want), f"{n} tokens, output {i}"
+        alone = (1, (2, 4, 5, 30, 70)) if batch_invariant else (1, (2, 4))
+        for step, others in (alone, (5, (7, 30, 64))):
+            parts = [product(*(a[i : i + step] for a in given)) for i in range(0, 10, step)]
+            for n in others:
+                for i, got in enumerate(product(*(a[:n] for a in given))):
+                    want = np.concatenate([outputs[i] for outputs in parts])[:n]
+                    assert np.array_equal(got[:10], want), f"{n} tokens, output {i}"
 
 
 @pytest.mark.parametrize("n", [1, 4, 18, 70])

@@ -4,7 +4,7 @@
 
 Nodes of one weight each go through the backend's own lowering, as launches of one captured graph:
 so many weights that the L2 cache doesn't serve them. `--set` changes a constant of
-engine/backends/cuda_products.py, such as MAX_WARPS=4 or INLINE_ROWS=8.
+engine/backends/cuda_panels.py, cuda_row.py or cuda_products.py, such as MAX_WARPS=4.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.backends import cpu_library, cuda_products
+from engine.backends import cpu_library, cuda_panels, cuda_products, cuda_row
 from engine.backends.cuda import CudaBackend
 from engine.backends.cuda_device import CupyDevice, Device
 from engine.backends.cuda_weights import CudaWeights
@@ -153,17 +154,25 @@ def experts(device: Device, types: Sequence[DType]) -> None:
 
 
 class changed:
-    """Constants of cuda_products.py, for a while."""
+    """Constants of the backend's files on products, for a while."""
 
     def __init__(self, **values: int) -> None:
-        self._values = values
+        files = (cuda_panels, cuda_row, cuda_products)
+        self._changes = [
+            (f, name, n) for name, n in values.items() for f in files if name in vars(f)
+        ]
 
     def __enter__(self) -> None:
-        self._before = {name: getattr(cuda_products, name) for name in self._values}
-        vars(cuda_products).update(self._values)
+        self._before = [(f, name, getattr(f, name)) for f, name, _ in self._changes]
+        _assign(self._changes)
 
     def __exit__(self, *_: object) -> None:
-        vars(cuda_products).update(self._before)
+        _assign(self._before)
+
+
+def _assign(changes: Sequence[tuple[ModuleType, str, int]]) -> None:
+    for module, name, value in changes:
+        setattr(module, name, value)
 
 
 PARTS: dict[str, Callable[[Device, Sequence[DType]], None]] = {

@@ -17,10 +17,10 @@ from engine.backends import cpu_library
 from engine.backends.arena import Arena
 from engine.backends.cuda_args import ARGS
 from engine.backends.cuda_decoder import MAX_VOCAB, CudaDecoder, draws_input
-from engine.backends.cuda_device import CudaError, Device, Gemm, Memory
+from engine.backends.cuda_device import CudaError, Device, Gemm, Grid, Memory
 from engine.backends.cuda_fusion import FUSIONS
 from engine.backends.cuda_ops import add_node, unsupported
-from engine.backends.cuda_program import Lowering, Product, Replays, Step, fill_view
+from engine.backends.cuda_program import Kernel, Lowering, Product, Replays, Step, fill_view
 from engine.backends.cuda_weights import CudaWeights
 from engine.backends.lowering import DIMS, Ref, Zeros, owner_of, used_packed
 from engine.backends.uses import Uses, grouped
@@ -34,6 +34,8 @@ _LIVE_BYTES = 256
 _LAUNCH_SECONDS = 50e-6
 # For cuBLAS's workspace and buffers of captured graphs.
 _RESERVED_BYTES = 128 << 20
+# Batches of so many different sizes whose launches are kept.
+_MAX_KEPT = 64
 
 
 class CudaBackend:
@@ -142,6 +144,7 @@ class CudaProgram:
     def __init__(self, backend: CudaBackend, split: Split, fused: bool = True) -> None:
         self._backend, self._device, self._split = backend, backend.device, split
         self._is_fused = fused
+        self._kept: dict[tuple[int, int, int], Mapping[int, Grid | Gemm]] = {}
         self._unfused: CudaProgram | None = None
         lowering = Lowering(backend.device, backend.weights, backend.batch_invariant)
         self._spans: dict[Node, range] = {}
@@ -224,31 +227,44 @@ class CudaProgram:
 
     def n_launches(self, live: Live) -> int:
         """Of a step with such counts."""
-        return sum(step.when(live) for step in self._steps)
+        return len(self._chosen(live))
 
     def launch(self, live: Live) -> None:
         """Launch all of it."""
         self._launch(range(len(self._steps)), live)
 
     def _launch(self, steps: Sequence[int], live: Live) -> None:
-        device, base = self._device, self._args.ctypes.data
+        device, base, chosen = self._device, self._args.ctypes.data, self._chosen(live)
         for i in steps:
-            step = self._steps[i]
-            if not step.when(live):
+            what = chosen.get(i)
+            if what is None:
                 continue
-            if isinstance(step, Product):
-                self._multiply(step, live)
+            if isinstance(what, Gemm):
+                device.gemm(what)
                 continue
-            grid = step.grid(live)
-            if 0 in grid:
-                continue
-            address = base + i * ARGS.itemsize
+            step, address = self._steps[i], base + i * ARGS.itemsize
+            assert isinstance(step, Kernel)
             try:
-                device.launch(self._functions[i], grid, step.threads, step.shared, address)
+                device.launch(self._functions[i], what, step.threads, step.shared, address)
             except CudaError as error:
                 raise CudaError(f"{_who(step)}: {error}") from None
 
-    def _multiply(self, step: Product, live: Live) -> None:
+    def _chosen(self, live: Live) -> Mapping[int, Grid | Gemm]:
+        """The steps that are launched for such counts, and how; kept, as many batches are alike."""
+        counts = live.n_tokens, live.n_seqs, live.n_outputs
+        if counts not in self._kept:
+            if len(self._kept) == _MAX_KEPT:
+                self._kept.clear()
+            steps = ((i, step) for i, step in enumerate(self._steps) if step.when(live))
+            whole = ((i, self._sized(step, live)) for i, step in steps)
+            self._kept[counts] = {i: what for i, what in whole if what is not None}
+        return self._kept[counts]
+
+    def _sized(self, step: Step, live: Live) -> Grid | Gemm | None:
+        """A step for such counts; None if there is nothing to do."""
+        if isinstance(step, Kernel):
+            grid = step.grid(live)
+            return None if 0 in grid else grid
         assert step.out is not None
         assert step.a is not None
         m = live.shape(step.out.shape)[0]
@@ -257,14 +273,12 @@ class CudaProgram:
             b = self._backend.weights.bf16(step.b)
         else:
             b = self._address(step.b)
-        if m:
-            out, a = self._address(step.out), self._address(step.a)
-            self._device.gemm(Gemm(out, a, b, m, n, k))
+        return Gemm(self._address(step.out), self._address(step.a), b, m, n, k) if m else None
 
     def run_timed(self, live: Live) -> Sequence[float]:
         """As `run`, without a captured graph; the seconds of each instruction."""
         self._backend.begin(live)
-        chosen = [i for i, s in enumerate(self._steps) if s.when(live)]
+        chosen = list(self._chosen(live))
         timer = self._device.timer(len(chosen) * _LAUNCH_SECONDS)
         for i in chosen:
             self._launch([i], live)

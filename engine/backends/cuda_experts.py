@@ -11,18 +11,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from engine.backends.cuda_device import Device, Grid
-from engine.backends.cuda_products import (
-    FEW_ROWS,
-    MAX_WARPS,
-    TILE_COLUMNS,
-    Between,
-    gemm_shared,
-    has_tiles,
-    rounded_rows,
-    rows_of,
-    warps_of,
-)
+from engine.backends.cuda_panels import Between, rows_of, warps_of
+from engine.backends.cuda_products import TILE_COLUMNS, gemm_shared, has_tiles, rounded_rows
 from engine.backends.cuda_program import Condition, Lowering
+from engine.backends.cuda_row import MAX_WARPS, Share
 from engine.backends.cuda_weights import PANEL
 from engine.backends.lowering import Ref, Scratch, is_quantized, matrices_of, view_key
 from engine.graph import Live, Node, Tensor
@@ -30,7 +22,7 @@ from engine.quants import F32, I32
 
 MAX_MATRICES, MAX_EXPERTS = 4, 1024  # As in mul_mat_id.cu.
 # Tokens whose experts are multiplied one by one, and in tiles of 8 rows, at most.
-SINGLE_TOKENS, TILE_TOKENS = 4, FEW_ROWS
+SINGLE_TOKENS, TILE_TOKENS = 4, 64
 # Rows of an expert's tiles, and how many an expert has on average from which on they are large.
 TILE_ROWS, SMALL_TILE, LARGE_TILE, LARGE_FROM = 8, 32, 64, 48
 
@@ -49,8 +41,10 @@ def lower_mul_mat_id(lowering: Lowering, node: Node) -> None:
     """Experts one by one for few tokens, in tiles of rows of one expert for more."""
     matrices, ids = matrices_of(node), node.inputs["ids"]
     tiled = not lowering.batch_invariant and all(map(has_tiles, matrices))
-    _lower_single(lowering, node, Between(ids, 0, SINGLE_TOKENS))
-    _lower_tiles(lowering, node, Between(ids, SINGLE_TOKENS, TILE_TOKENS if tiled else None))
+    n_single = 0 if lowering.batch_invariant else SINGLE_TOKENS
+    if n_single:
+        _lower_single(lowering, node, Between(ids, 0, n_single))
+    _lower_tiles(lowering, node, Between(ids, n_single, TILE_TOKENS if tiled else None))
     if tiled:
         _lower_expert_gemm(lowering, node)
 
@@ -62,20 +56,30 @@ def _lower_single(lowering: Lowering, node: Node, when: Condition) -> None:
     matrices, n_used = matrices_of(node), ids.shape[1]
     padding = [None] * (MAX_MATRICES - len(matrices))
     operands = [*node.outputs, *padding, x, *matrices, *padding, ids, gates]
-    blocks, share = sum(-(-m.shape[1] // PANEL) for m in matrices), _share(node)
+    blocks = sum(-(-m.shape[1] // PANEL) for m in matrices)
+    share = _single_share(lowering, matrices)
+    n, attrs = share.warps, [float(v) for v in (share.rounds, share.slot_bytes, share.warps)]
     if gates is None:
         lowering.launch(
-            "mul_mat_id", "mul_mat_id", [node], operands,
-            threads=32 * share, shared=share * PANEL * 4, when=when,
+            "mul_mat_id", "mul_mat_id", [node], operands, attrs,
+            threads=32 * n, shared=n * share.warp_bytes(1), when=when,
             grid=lambda live: (blocks, n_used, rows_of(ids, live)),
         )  # fmt: skip
         return
-    warps = min(MAX_WARPS // share, n_used) * share
+    warps = min(max(MAX_WARPS // n, 1), n_used) * n
     lowering.launch(
-        "mul_mat_id", "mul_mat_id_sum", [node], operands, [float(share)],
-        threads=32 * warps, shared=n_used * share * PANEL * 4, when=when,
+        "mul_mat_id", "mul_mat_id_sum", [node], operands, attrs,
+        threads=32 * warps, shared=warps * share.warp_bytes(0) + n_used * n * PANEL * 4, when=when,
         grid=lambda live: (blocks, rows_of(ids, live), 1),
     )  # fmt: skip
+
+
+def _single_share(lowering: Lowering, matrices: Sequence[Tensor]) -> Share:
+    """How warps share an expert's panel."""
+    quantized, n_in = [m for m in matrices if is_quantized(m)], matrices[0].shape[2]
+    if not quantized:
+        return Share(1, 1, warps_of(n_in, plain=True), 0, 0)
+    return Share(1, 1, *Share.of_warps(lowering, quantized, n_in))
 
 
 def _lower_tiles(lowering: Lowering, node: Node, when: Between) -> None:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+from engine.backends import cuda_row
 from engine.backends.cuda_kernels import add_small
-from engine.backends.cuda_products import lower_swiglu_mul_mat, reads_swiglu
+from engine.backends.cuda_panels import Between
+from engine.backends.cuda_products import lower_mul_mat
 from engine.backends.cuda_program import Lowering
-from engine.backends.lowering import SIGNATURES, Ref
+from engine.backends.lowering import SIGNATURES, Ref, is_quantized, matrices_of
 from engine.backends.uses import Uses
 from engine.graph import Live, Node
 
@@ -65,9 +68,53 @@ def _lower_delta_net_inputs(lowering: Lowering, nodes: Sequence[Node]) -> None:
     )
 
 
+def _lower_row_of(
+    make: Callable[[Sequence[Node]], cuda_row.Row], lowering: Lowering, nodes: Sequence[Node]
+) -> None:
+    """An op and the product that alone reads it: of one row in one launch."""
+    before, product = nodes
+    is_row = Between(product.inputs["x"], 0, 1)
+    with lowering.only(lambda live: not is_row(live)):
+        add_small(lowering, before)
+    lower_mul_mat(lowering, product, more_than=1)
+    outs = dict(zip(matrices_of(product), product.outputs, strict=True))
+    cuda_row.lower_row(lowering, product, outs, make(nodes))
+
+
+def _is_read_alone(nodes: Sequence[Node], uses: Uses) -> bool:
+    """Whether nothing but a product reads what comes before it."""
+    before, product = nodes
+    out, x = before.outputs[0], product.inputs["x"]
+    return x.base is out and x.offset == 0 and uses.only_by(out, product)
+
+
+def _reads_swiglu(nodes: Sequence[Node], uses: Uses) -> bool:
+    act, product = nodes
+    return len(act.outputs) == 1 and _is_quantized(product) and _is_read_alone(nodes, uses)
+
+
+def _reads_gated(nodes: Sequence[Node], uses: Uses) -> bool:
+    """Heads without gaps, of which a warp's columns have whole ones."""
+    norm, product = nodes
+    head = norm.inputs["x"].shape[2]
+    dense = all(norm.inputs[name].strides[1] == head for name in ("x", "gate"))
+    whole = head in (8, 16, 32, 64, 128, 256)
+    return dense and whole and _is_quantized(product) and _is_read_alone(nodes, uses)
+
+
+def _reads_norm(nodes: Sequence[Node], uses: Uses) -> bool:
+    return cuda_row.is_worth_a_norm(matrices_of(nodes[1])) and _is_read_alone(nodes, uses)
+
+
+def _is_quantized(product: Node) -> bool:
+    return all(map(is_quantized, matrices_of(product)))
+
+
 _INPUTS = ("SSM_CONV", "L2_NORM", "GDN_GATE")
 FUSIONS = (
     Fusion(_INPUTS, _are_delta_net_inputs, _lower_delta_net_inputs),
     Fusion(_INPUTS[:2], _are_delta_net_inputs, _lower_delta_net_inputs),
-    Fusion(("SWIGLU", "MUL_MAT"), reads_swiglu, lower_swiglu_mul_mat),
+    Fusion(("SWIGLU", "MUL_MAT"), _reads_swiglu, partial(_lower_row_of, cuda_row.swiglu_row)),
+    Fusion(("ADD_RMS_NORM", "MUL_MAT"), _reads_norm, partial(_lower_row_of, cuda_row.norm_row)),
+    Fusion(("RMS_NORM_GATED", "MUL_MAT"), _reads_gated, partial(_lower_row_of, cuda_row.gated_row)),
 )

@@ -81,6 +81,10 @@ class CudaWeights:
         """Bytes of a weight when it is packed."""
         return self._panels.packed_bytes(tensor)
 
+    def part_bytes(self, tensor: Tensor, n_columns: int) -> int:
+        """Bytes of so many columns of a panel of a weight."""
+        return self._panels.part_bytes(tensor, n_columns)
+
     def plain_bytes(self, tensor: Tensor) -> int:
         """Bytes of a weight when it is decoded to float32."""
         return math.prod(tensor.shape) * 4

@@ -106,6 +106,10 @@ class Panels:
         panel = self._lib.panel_bytes(self.layout(tensor.dtype), tensor.shape[-1])
         return panel, -(-tensor.shape[-2] // _ROWS) * panel
 
+    def part_bytes(self, tensor: Tensor, n_columns: int) -> int:
+        """Bytes of so many columns of a panel."""
+        return self._lib.panel_bytes(self.layout(tensor.dtype), n_columns)
+
     def packed_bytes(self, tensor: Tensor) -> int:
         """Bytes of a weight when it is packed."""
         return math.prod(tensor.shape[:-2]) * self.matrix_bytes(tensor)[1]

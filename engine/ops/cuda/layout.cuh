@@ -29,6 +29,9 @@ struct Format {
     static constexpr int SUPER_HEAD = IS_SUPER ? ROWS * 2 * (HAS_MIN ? 2 : 1) : 0;
     static constexpr int SUPER_BYTES = SUPER_HEAD + SUPER / RECORD * RECORD_BYTES;
 
+    // Of 8 records, with the head of a super-block.
+    DEVICE static constexpr int batch_bytes() { return SUPER_HEAD + SUPER / RECORD * RECORD_BYTES; }
+
     // Where a record begins, and where its super-block does.
     DEVICE static const uint8_t* record(const uint8_t* panel, int i) {
         if (!IS_SUPER) return panel + i * RECORD_BYTES;

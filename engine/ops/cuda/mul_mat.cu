@@ -1,17 +1,81 @@
-// MUL_MAT of 1 or 2 rows; see product.cuh. Each block quantizes the rows for itself.
+// MUL_MAT of 1 row (row.cuh), with the op before it on the way, or of 2 (product.cuh).
 
 #include "product.cuh"
+#include "row.cuh"
 
-// With registers for all it wants: where all blocks are there at once, a block's own latency counts.
-EAGER_KERNEL_FOR(mul_mat_1_roomy, 320, 2) {
-    DYNAMIC_SHARED(sums);
-    gdn::mul_mat_floats<1>(a, reinterpret_cast<float*>(sums));
+namespace gdn {
+
+// One row has no use for these views of more rows' integers.
+enum RowViews { MORE = Q, FACTOR = SCALE, TOTAL = SUM };
+// HEAD: the size of heads; PANELS: of a block; ROUNDS: batches of the row that a warp has at most;
+// SLOT_BYTES: of the largest batch of weights.
+enum RowAttribute { SOURCE, EPS, HEAD, PANELS, ROUNDS, SLOT_BYTES };
+
+DEVICE Row row_of(const Args& a) {
+    Row row;
+    row.x = a.v[X].as<float>(), row.more = a.v[MORE].as<float>();
+    row.factor = a.v[FACTOR].as<float>();
+    if (blockIdx.x == 0) row.total = a.v[TOTAL].as<float>();
+    row.source = static_cast<int>(a.attr[SOURCE]), row.head = static_cast<int>(a.attr[HEAD]);
+    row.eps = a.attr[EPS];
+    row.aligned = is_aligned(row.x) && is_aligned(row.more) && is_aligned(row.factor) &&
+                  is_aligned(row.total);
+    return row;
 }
 
-// With so many blocks at a time that weights keep coming.
-EAGER_KERNEL_FOR(mul_mat_1, 256, 3) {
-    DYNAMIC_SHARED(sums);
-    gdn::mul_mat_floats<1>(a, reinterpret_cast<float*>(sums));
+}  // namespace gdn
+
+// Grid: (groups of PANELS panels of all weights, 1, blocks that share a group's columns: one where
+// the row is a norm). Dynamic shared memory: for each warp ROUNDS batches, a slot, PANELS · 16 + 1
+// floats.
+EAGER_KERNEL_FOR(mul_mat_1, 512, 2) {
+    using namespace gdn;
+    DYNAMIC_SHARED(shared);
+    const auto attribute = [&](int i) { return static_cast<int>(a.attr[i]); };
+    const int panels = attribute(PANELS), width = panels * ROWS;
+    const int rounds = attribute(ROUNDS), slot_bytes = attribute(SLOT_BYTES);
+    const Place at(a, panels);
+    const View& w = a.v[WEIGHT + at.weight];
+    const int own_warp = threadIdx.x / 32, own_warps = blockDim.x / 32, n_in = w.shape[1];
+    const int warp = blockIdx.z * own_warps + own_warp, n_warps = gridDim.z * own_warps;
+    auto* batches = reinterpret_cast<RowBatch*>(shared) + own_warp * rounds;
+    char* slots = shared + own_warps * rounds * sizeof(RowBatch);
+    float* sums = reinterpret_cast<float*>(slots + own_warps * slot_bytes);
+    float *squares = sums + own_warps * width, *own = sums + own_warp * width;
+    const int left = n_panels(w) - at.panel, n = n_in / RECORD;
+    Stream stream(w, at.panel, left < panels ? left : panels,
+                  slots + own_warp * slot_bytes, warp, n_warps);
+    Row row = row_of(a);
+    if (!is_plain_layout(w.layout)) {
+        stream.fetch();
+        wait_for_inputs();
+        for (int i = 0, first = warp * BATCH; first < n; i++, first += n_warps * BATCH)
+            row.stage(batches[i], first, n);
+    }
+    with_format(w.layout, [&](auto f) {
+        if constexpr (is_plain(decltype(f){})) {
+            const bool counts = threadIdx.x % 2 == 0;  // Two lanes have the same columns.
+            const auto value = [&](int, int k) { return row.column(k, counts); };
+            multiply_plain<1>(f, stream.panel, at.half, value, n_in, warp, n_warps, own);
+        } else {
+            multiply_row(f, stream, batches, n, warp, n_warps, own);
+        }
+    });
+    wait_for_inputs();  // Warps without columns, too.
+    const float own_squares = warp_sum(row.squares);
+    if (threadIdx.x % 32 == 0) squares[own_warp] = own_squares;
+    __syncthreads();
+    float factor = 1.0f;
+    if (row.source == NORM_OF) {
+        float total = 0.0f;
+        for (int i = 0; i < own_warps; i++) total += squares[i];
+        factor = rsqrt_of(total / static_cast<float>(n_in) + row.eps);
+    }
+    finish_products(a, at, 0, 1, width, width, [&](int i) {
+        float value = 0.0f;
+        for (int k = 0; k < own_warps; k++) value += sums[k * width + i];
+        return value * factor;
+    });
 }
 
 EAGER_KERNEL_FOR(mul_mat_2, 256, 2) {

@@ -1,4 +1,4 @@
-// Products of panels of a weight with up to 8, or N · 8, rows of an activation.
+// Products of panels of a weight with 2 to 8, or N · 8, rows of an activation; of one: row.cuh.
 //
 // Quantized weights meet int8 activations on tensor cores: a panel's 16 rows and a record's 32
 // columns are one fragment, whose integer sums are exact; records are summed in float32. A block
@@ -29,10 +29,9 @@ struct Columns {
 // records of them.
 template <int R>
 struct FloatRows {
-    static constexpr int ROWS_OF_X = R, N = 1, PER_ROUND = 8 / R, LANE_COLUMNS = R == 1 ? 1 : 2;
+    static constexpr int ROWS_OF_X = R, N = 1, PER_ROUND = 8 / R;
 
     const float* row;  // This lane's.
-    const float* up = nullptr;  // With it, columns are silu(row) · up.
     int n_records;
     bool aligned;
     Eight values[R];
@@ -43,21 +42,13 @@ struct FloatRows {
     DEVICE FloatRows(RowAt row_at, int n_records_, bool aligned_)
         : row(row_at(threadIdx.x % 32 / 4 % R)), n_records(n_records_), aligned(aligned_) {}
 
-    template <typename RowAt>
-    DEVICE void set_up(RowAt row_at) { up = row_at(threadIdx.x % 32 / 4 % R); }
-
     // Fetches a batch's columns.
     DEVICE void fetch(int first) {
         const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
         for (int i = 0; i < R; i++) {
             const int record = first + i * PER_ROUND + g / R;
             values[i] = Eight{};
-            if (record >= n_records) continue;
-            const int at = record * RECORD + 8 * c;
-            values[i] = load_eight(row + at, aligned);
-            if (!up) continue;
-            const Eight more = load_eight(up + at, aligned);
-            for (int j = 0; j < 8; j++) values[i].v[j] = more.v[j] * silu(values[i].v[j]);
+            if (record < n_records) values[i] = load_eight(row + record * RECORD + 8 * c, aligned);
         }
     }
 
@@ -68,19 +59,18 @@ struct FloatRows {
         const int base = i % PER_ROUND * R;
         const int own = R == 8 ? threadIdx.x % 32 : (base + g % R) * 4 + c;
         for (int k = 0; k < 2; k++) to.q[k] = R == 8 ? round.q[k] : shuffle(round.q[k], own);
-        for (int j = 0; j < LANE_COLUMNS; j++) {
+        for (int j = 0; j < 2; j++) {
             const int from = (base + (2 * c + j) % R) * 4;
             to.scale[j] = shuffle(round.scale, from);
             for (int k = 0; k < 2; k++) to.sum[k][j] = shuffle(round.sum, from + 2 * k);
         }
-        if (LANE_COLUMNS == 1) to.scale[1] = to.scale[0], to.sum[0][1] = to.sum[1][1] = 0;
     }
 };
 
 // 8 · N_ rows that QUANTIZE_ROWS has made.
 template <int N_>
 struct QuantizedRows {
-    static constexpr int ROWS_OF_X = 8 * N_, N = N_, LANE_COLUMNS = 2;
+    static constexpr int ROWS_OF_X = 8 * N_, N = N_;
 
     const Words2* q;
     const float* scale;
@@ -115,8 +105,7 @@ struct QuantizedRows {
 // acc += one record's products.
 template <typename F>
 DEVICE void multiply_record(const Piece<F>& piece, const Super<F>& super,
-                            const uint32_t (&words)[4], const Columns& x, int n_columns,
-                            float (&acc)[4]) {
+                            const uint32_t (&words)[4], const Columns& x, float (&acc)[4]) {
     const int c = threadIdx.x % 4;
     for (int group = 0; group < F::GROUPS; group++) {
         int32_t sum[2], d[4];
@@ -130,7 +119,7 @@ DEVICE void multiply_record(const Piece<F>& piece, const Super<F>& super,
         for (int i = 0; i < 2; i++) {
             const float scale = scale_of(piece, super, group, i);
             const float min = min_of(piece, super, group, i);
-            for (int j = 0; j < n_columns; j++) {
+            for (int j = 0; j < 2; j++) {
                 const float dot = float_of(static_cast<uint32_t>(d[2 * i + j])) - MAGIC_VALUE;
                 acc[2 * i + j] += dot * (scale * x.scale[j]);
                 if (F::HAS_MIN) acc[2 * i + j] -= min * (x.scale[j] * static_cast<float>(sum[j]));
@@ -169,7 +158,7 @@ DEVICE void multiply_records(const Pieces<F, N>& w, X& x, int first, int at,
         for (int n = 0; n < X::N; n++) {
             Columns columns;
             x.columns(first + i, at + i, n, columns);
-            multiply_record(w.pieces[i], super, words, columns, X::LANE_COLUMNS, acc[n]);
+            multiply_record(w.pieces[i], super, words, columns, acc[n]);
         }
     }
 }
@@ -205,8 +194,7 @@ DEVICE void multiply_panel(F, const uint8_t* panel, X& x, int warp, int n_warps,
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             const int column = 8 * i + 2 * c + k % 2;
-            if (k % 2 < X::LANE_COLUMNS && column < X::ROWS_OF_X)
-                sums[column * ROWS + g + k / 2 * 8] = acc[i][k];
+            if (column < X::ROWS_OF_X) sums[column * ROWS + g + k / 2 * 8] = acc[i][k];
         }
 }
 
@@ -242,17 +230,15 @@ struct PlainColumns {
     }
 };
 
-// R rows of x (`row_at(i)`) times half a plain panel: the part of warp `warp`, to sums [R, 16], of
+// R rows of x (`value(i, k)`) times half a plain panel: the part of warp `warp`, to sums [R, 16], of
 // which 8 are written.
-template <int R, Layout L, typename RowAt>
-DEVICE void multiply_plain(Plain<L>, const uint8_t* panel, int half, RowAt row_at, int n_in,
+template <int R, Layout L, typename Value>
+DEVICE void multiply_plain(Plain<L>, const uint8_t* panel, int half, Value value, int n_in,
                            int warp, int n_warps, float* sums) {
     using Loaded = PlainColumns<L>;
     constexpr int PER = Loaded::PER, AT_ONCE = 8, STEP = 16 * PER;
     const int lane = threadIdx.x % 32;
     float acc[R][4] = {};
-    const float* rows[R];
-    for (int t = 0; t < R; t++) rows[t] = row_at(t);
     for (int first = warp * AT_ONCE * STEP; first < n_in; first += n_warps * AT_ONCE * STEP) {
         Loaded w[AT_ONCE];
 #pragma unroll
@@ -268,7 +254,7 @@ DEVICE void multiply_plain(Plain<L>, const uint8_t* panel, int half, RowAt row_a
 #pragma unroll
             for (int t = 0; t < R; t++)
                 for (int j = 0; j < PER; j++) {
-                    const float x = k + j < n_in ? rows[t][k + j] : 0.0f;
+                    const float x = k + j < n_in ? value(t, k + j) : 0.0f;
                     for (int i = 0; i < 4; i++) acc[t][i] += w[u].value(i, j) * x;
                 }
         }

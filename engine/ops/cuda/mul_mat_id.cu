@@ -1,12 +1,14 @@
-// MUL_MAT_ID of few tokens: a block for each panel and (token, choice), or token; see mul_mat.cuh.
+// MUL_MAT_ID of few tokens: a block for each panel and (token, choice), or token; see row.cuh.
 
-#include "mul_mat.cuh"
+#include "row.cuh"
 
 namespace gdn {
 
 // There is a live token wherever a kernel is launched, so that the first one needs no check.
 constexpr int MAX_MATRICES = 4;
 enum MulMatId { OUT, X = MAX_MATRICES, MATRIX, IDS = MATRIX + MAX_MATRICES, WEIGHTS };
+// Batches of a row that a warp has at most, bytes of one of weights, warps that share an expert.
+enum MulMatIdAttribute { ROUNDS, SLOT_BYTES, SHARE };
 
 // Which matrix and panel a block has.
 struct ExpertPlace {
@@ -23,39 +25,64 @@ struct ExpertPlace {
     }
 };
 
-// The part of warp `warp` of n in the products of a pair's panel, to sums [16].
-template <typename F>
-DEVICE void multiply_pair(F f, const Args& a, const ExpertPlace& at, int t, int u, int warp, int n,
-                          float* sums) {
+// A warp's batches of a row, and its slot.
+struct PairMemory {
+    RowBatch* batches;
+    char* slot;
+    float* sums;  // Behind those of all warps.
+
+    DEVICE PairMemory(const Args& a, char* shared) {
+        const int rounds = static_cast<int>(a.attr[ROUNDS]), n_warps = blockDim.x / 32;
+        const int slot_bytes = static_cast<int>(a.attr[SLOT_BYTES]), warp = threadIdx.x / 32;
+        char* slots = shared + n_warps * rounds * sizeof(RowBatch);
+        batches = reinterpret_cast<RowBatch*>(shared) + warp * rounds;
+        slot = slots + warp * slot_bytes;
+        sums = reinterpret_cast<float*>(slots + n_warps * slot_bytes);
+    }
+};
+
+// The part of warp `warp` of n_warps in the products of a pair's panel, to sums [16].
+DEVICE void multiply_pair(const Args& a, const ExpertPlace& at, int t, int u, int warp, int n_warps,
+                          const PairMemory& memory, float* sums) {
     const View &x = a.v[X], &w = a.v[MATRIX + at.matrix], &ids = a.v[IDS];
     const int64_t expert = ids.as<int32_t>()[t * ids.stride[0] + u * ids.stride[1]];
-    const uint8_t* panel = panel_at(w, at.panel) + expert * w.stride[0];
     const float* row = x.rank == 3 ? x.row(t, u) : x.row(t);
-    const auto row_at = [&](int) { return row; };
-    const int n_in = w.shape[2];
-    if constexpr (is_plain(F{})) {
-        for (int half = 0; half < 2; half++)
-            multiply_plain<1>(f, panel, half, row_at, n_in, warp, n, sums + half * HALF);
-    } else {
-        FloatRows<1> rows(row_at, n_in / RECORD, is_aligned(x));
-        multiply_panel(f, panel, rows, warp, n, sums);
+    const int n_in = w.shape[2], n = n_in / RECORD;
+    Stream stream(w, at.panel, 1, memory.slot, warp, n_warps);
+    stream.panel += expert * w.stride[0];
+    if (!is_plain_layout(w.layout)) {
+        stream.fetch();
+        Row r;
+        r.x = row, r.aligned = is_aligned(row);
+        for (int i = 0, first = warp * BATCH; first < n; i++, first += n_warps * BATCH)
+            r.stage(memory.batches[i], first, n);
     }
+    with_format(w.layout, [&](auto f) {
+        if constexpr (is_plain(decltype(f){})) {
+            const auto value = [&](int, int k) { return row[k]; };
+            for (int half = 0; half < 2; half++)
+                multiply_plain<1>(f, stream.panel, half, value, n_in, warp, n_warps,
+                                  sums + half * HALF);
+        } else {
+            multiply_row(f, stream, memory.batches, n, warp, n_warps, sums);
+        }
+    });
 }
 
 }  // namespace gdn
 
-// Grid: (panels of all matrices, U, T). Dynamic shared memory: warps · 16 floats.
-KERNEL_FOR(mul_mat_id, 256, 3) {
+// Grid: (panels of all matrices, U, T). Dynamic shared memory: for each warp ROUNDS batches, a slot,
+// 16 floats.
+KERNEL_FOR(mul_mat_id, 512, 2) {
     using namespace gdn;
     DYNAMIC_SHARED(shared);
-    float* sums = reinterpret_cast<float*>(shared);
+    const PairMemory memory(a, shared);
+    float* sums = memory.sums;
     const int t = blockIdx.z, u = blockIdx.y, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
     if (t > 0 && t >= a.rows(a.v[IDS])) return;
     const ExpertPlace at(a);
     const View& w = a.v[MATRIX + at.matrix];
-    with_format(w.layout, [&](auto f) {
-        multiply_pair(f, a, at, t, u, warp, n_warps, sums + warp * ROWS);
-    });
+    multiply_pair(a, at, t, u, warp, n_warps, memory, sums + warp * ROWS);
     __syncthreads();
     const int r = threadIdx.x, column = at.panel * ROWS + r;
     if (r >= ROWS || column >= w.shape[1]) return;
@@ -64,22 +91,23 @@ KERNEL_FOR(mul_mat_id, 256, 3) {
     a.v[OUT + at.matrix].row(t, u)[column] = value;
 }
 
-// With the weighted sum over a token's experts. Grid: (panels of all matrices, T). Attribute: how
-// many warps share an expert. Dynamic shared memory: U · that · 16 floats.
-KERNEL_FOR(mul_mat_id_sum, 256, 2) {
+// With the weighted sum over a token's experts. Grid: (panels of all matrices, T). Dynamic shared
+// memory: for each warp ROUNDS batches, a slot; U · SHARE · 16 floats.
+KERNEL_FOR(mul_mat_id_sum, 512, 2) {
     using namespace gdn;
     DYNAMIC_SHARED(shared);
-    float* sums = reinterpret_cast<float*>(shared);
+    const PairMemory memory(a, shared);
+    float* sums = memory.sums;
     const int t = blockIdx.y, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
-    const int share = static_cast<int>(a.attr[0]), n_used = a.v[IDS].shape[1];
+    const int share = static_cast<int>(a.attr[SHARE]), n_used = a.v[IDS].shape[1];
     if (t > 0 && t >= a.rows(a.v[IDS])) return;
     const ExpertPlace at(a);
     const View &w = a.v[MATRIX + at.matrix], &weights = a.v[WEIGHTS];
-    with_format(w.layout, [&](auto f) {
-        for (int u = warp / share; u < n_used; u += n_warps / share)
-            multiply_pair(f, a, at, t, u, warp % share, share,
-                          sums + (u * share + warp % share) * ROWS);
-    });
+    for (int u = warp / share; u < n_used; u += n_warps / share) {
+        sync_warp();  // The pair before is done with.
+        multiply_pair(a, at, t, u, warp % share, share, memory,
+                      sums + (u * share + warp % share) * ROWS);
+    }
     __syncthreads();
     const int r = threadIdx.x, column = at.panel * ROWS + r;
     if (r >= ROWS || column >= w.shape[1]) return;

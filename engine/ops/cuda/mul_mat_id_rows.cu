@@ -13,8 +13,11 @@ DEVICE void multiply_tile(F f, const View& w, const uint8_t* panel, RowAt row_at
                           float* sums) {
     const int warp = threadIdx.x / 32, n_warps = blockDim.x / 32, n_in = w.shape[2];
     if constexpr (is_plain(F{})) {
+        const float* rows[TILE_ROWS];
+        for (int i = 0; i < TILE_ROWS; i++) rows[i] = row_at(i);
+        const auto value = [&](int i, int k) { return rows[i][k]; };
         for (int half = 0; half < 2; half++)
-            multiply_plain<TILE_ROWS>(f, panel, half, row_at, n_in, warp, n_warps,
+            multiply_plain<TILE_ROWS>(f, panel, half, value, n_in, warp, n_warps,
                                       sums + warp * TILE_ROWS * ROWS + half * HALF);
     } else {
         FloatRows<TILE_ROWS> rows(row_at, n_in / RECORD, aligned);

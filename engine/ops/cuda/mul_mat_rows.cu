@@ -1,4 +1,4 @@
-// MUL_MAT of up to 64 rows, which QUANTIZE_ROWS has quantized; see product.cuh.
+// MUL_MAT of up to 32 rows, which QUANTIZE_ROWS has quantized; see product.cuh.
 
 #include "product.cuh"
 
@@ -10,9 +10,4 @@ EAGER_KERNEL_FOR(mul_mat_16, 256, 2) {
 EAGER_KERNEL_FOR(mul_mat_32, 256, 2) {
     DYNAMIC_SHARED(sums);
     gdn::mul_mat_quantized<4>(a, reinterpret_cast<float*>(sums));
-}
-
-EAGER_KERNEL_FOR(mul_mat_64, 256, 1) {
-    DYNAMIC_SHARED(sums);
-    gdn::mul_mat_quantized<8>(a, reinterpret_cast<float*>(sums));
 }

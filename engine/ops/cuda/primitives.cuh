@@ -76,6 +76,12 @@ DEVICE uint32_t warp_lowest(uint32_t x) { return __reduce_min_sync(ALL_LANES, x)
 // exp within 2 ulp; 0 for large negative x.
 DEVICE float exp_fast(float x) { return __expf(x); }
 DEVICE float rsqrt_of(float x) { return rsqrtf(x); }
+// 1 / x within 1 ulp.
+DEVICE float reciprocal_of(float x) {
+    float y;
+    asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }

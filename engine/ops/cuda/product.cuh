@@ -6,44 +6,48 @@
 namespace gdn {
 
 // Outputs and weights are MAX_WEIGHTS each; Q, SCALE and SUM: see quantize.cuh, absent where rows
-// are quantized on the way. With UP, an activation is SWIGLU's of X and UP (of few rows, and of
-// quantized weights). PARTIAL and COUNTERS are there where several blocks share a panel's columns.
+// are quantized on the way. PARTIAL and COUNTERS are there where several blocks share a panel's
+// columns.
 constexpr int MAX_WEIGHTS = 6;
 enum MulMat {
-    OUT, X = MAX_WEIGHTS, Q, SCALE, SUM, WEIGHT, GATE = WEIGHT + MAX_WEIGHTS, ADD, UP, PARTIAL,
-    COUNTERS
+    OUT, X = MAX_WEIGHTS, Q, SCALE, SUM, WEIGHT, GATE = WEIGHT + MAX_WEIGHTS, ADD, PARTIAL, COUNTERS
 };
 
-// Which weight and panel a block has; of plain ones a half.
+// Which weight and panel a block has, the first of `panels`; of plain ones half a panel.
 struct Place {
     int weight, panel, half, n_rows;
 
-    DEVICE explicit Place(const Args& a) : weight(0), panel(blockIdx.x) {
+    DEVICE explicit Place(const Args& a, int panels = 1) : weight(0), panel(blockIdx.x) {
+        const float inverse = reciprocal_of(static_cast<float>(panels));
         bool found = false;
 #pragma unroll
         for (int i = 0; i + 1 < MAX_WEIGHTS; i++) {
-            const int n = n_blocks(a.v[WEIGHT + i]);
+            const int n = n_blocks(a.v[WEIGHT + i], panels, inverse);
             found = found || panel < n;
             if (!found) panel -= n, weight = i + 1;
         }
         const bool is_plain = is_plain_layout(a.v[WEIGHT + weight].layout);
         half = is_plain ? panel % 2 : 0;
-        n_rows = is_plain ? HALF : ROWS;
-        if (is_plain) panel /= 2;
+        n_rows = is_plain ? HALF : panels * ROWS;
+        panel = is_plain ? panel / 2 : panel * panels;
     }
 
-    DEVICE static int n_blocks(const View& w) {
-        return (w.shape[0] + ROWS - 1) / ROWS * (is_plain_layout(w.layout) ? 2 : 1);
+    DEVICE static int n_blocks(const View& w, int panels, float inverse) {
+        const int n = (w.shape[0] + ROWS - 1) / ROWS;
+        if (is_plain_layout(w.layout)) return 2 * n;
+        // (n + panels - 1) / panels without a slow division: no quotient is near an integer.
+        return static_cast<int>((static_cast<float>(n + panels) - 0.5f) * inverse);
     }
 };
 
-// Stores n rows of the block's products: `value(i)` is number i of [n, 16].
+// Stores n rows of the block's products: `value(i)` is number i of [n, width].
 template <typename Value>
-DEVICE void store_products(const Args& a, const Place& at, int first, int n, Value value) {
+DEVICE void store_products(const Args& a, const Place& at, int first, int n, int width,
+                           Value value) {
     const int n_out = a.v[WEIGHT + at.weight].shape[0];
-    for (int i = threadIdx.x; i < n * ROWS; i += blockDim.x) {
-        const int t = first + i / ROWS, column = at.panel * ROWS + at.half * HALF + i % ROWS;
-        if (column >= n_out || i % ROWS >= at.n_rows) continue;
+    for (int i = threadIdx.x; i < n * width; i += blockDim.x) {
+        const int t = first + i / width, column = at.panel * ROWS + at.half * HALF + i % width;
+        if (column >= n_out || i % width >= at.n_rows) continue;
         float y = value(i);
         if (a.v[GATE]) y *= sigmoid(a.v[GATE].row(t)[0]);
         if (a.v[ADD]) y += a.v[ADD].row(t)[column];
@@ -66,6 +70,23 @@ DEVICE bool leave_sums(const Args& a, int room, int n, Value value) {
     const bool is_last = n_before == static_cast<int32_t>(gridDim.z) - 1;
     if (is_last && threadIdx.x == 0) *counter = 0;
     return is_last;
+}
+
+// The end of a block's work, whose sums `value(i)` are for i of [n, width]: with those of other
+// blocks, in order, they are stored. `room`: of all sums of a block.
+template <typename Value>
+DEVICE void finish_products(const Args& a, const Place& at, int first, int n, int width, int room,
+                            Value value) {
+    if (gridDim.z == 1) {
+        store_products(a, at, first, n, width, value);
+    } else if (leave_sums(a, room, n * width, value)) {
+        const float* all = a.v[PARTIAL].as<float>() + blockIdx.x * gridDim.z * room;
+        store_products(a, at, first, n, width, [&](int i) {
+            float total = 0.0f;
+            for (unsigned z = 0; z < gridDim.z; z++) total += load_published(all + z * room + i);
+            return total;
+        });
+    }
 }
 
 // Row t, or the last that there is room for.
@@ -97,8 +118,10 @@ DEVICE void mul_mat(const Args& a, float* sums, MakeRows make_rows) {
         if constexpr (is_plain(decltype(f){})) {
             for (int t = 0; t < N; t += AT_ONCE) {
                 if (t > 0 && first + t >= n_rows) break;
-                const auto row_at = [&](int i) { return row_of(x, first + t + i); };
-                multiply_plain<AT_ONCE>(f, panel, at.half, row_at, n_in, warp, n_warps,
+                const float* rows[AT_ONCE];
+                for (int i = 0; i < AT_ONCE; i++) rows[i] = row_of(x, first + t + i);
+                const auto value = [&](int i, int k) { return rows[i][k]; };
+                multiply_plain<AT_ONCE>(f, panel, at.half, value, n_in, warp, n_warps,
                                         own + t * ROWS);
             }
         } else {
@@ -109,34 +132,19 @@ DEVICE void mul_mat(const Args& a, float* sums, MakeRows make_rows) {
     wait_for_inputs();  // Warps without columns, too.
     __syncthreads();
     const int n = n_rows - first < N ? n_rows - first : N;
-    // Added up in order: of warps, then of blocks.
-    const auto of_warps = [&](int i) {
+    finish_products(a, at, first, n, ROWS, PER_WARP, [&](int i) {
         float value = 0.0f;
         for (int w = 0; w < own_warps; w++) value += sums[w * PER_WARP + i];
         return value;
-    };
-    if (gridDim.z == 1) {
-        store_products(a, at, first, n, of_warps);
-    } else if (leave_sums(a, PER_WARP, n * ROWS, of_warps)) {
-        const float* all = a.v[PARTIAL].as<float>() + blockIdx.x * gridDim.z * PER_WARP;
-        store_products(a, at, first, n, [&](int i) {
-            float value = 0.0f;
-            for (unsigned z = 0; z < gridDim.z; z++) value += load_published(all + z * PER_WARP + i);
-            return value;
-        });
-    }
+    });
 }
 
 template <int R>
 DEVICE void mul_mat_floats(const Args& a, float* sums) {
     mul_mat<FloatRows<R>>(a, sums, [&](int first) {
         const View& x = a.v[X];
-        const View& up = a.v[UP];
         const auto row_at = [&](int i) { return row_of(x, first + i); };
-        const bool aligned = is_aligned(x) && (!up || is_aligned(up));
-        FloatRows<R> rows(row_at, x.shape[1] / RECORD, aligned);
-        if (up) rows.set_up([&](int i) { return row_of(up, first + i); });
-        return rows;
+        return FloatRows<R>(row_at, x.shape[1] / RECORD, is_aligned(x));
     });
 }
 

@@ -1,5 +1,5 @@
 // Activations as int8, as QUANTIZE_ROWS of the CPU rounds them: a float32 scale per 32 columns,
-// max |x| / 127.
+// max |x| / 127. A single row has room for integers of 15 bits.
 //
 // Quantized rows lie as tensor cores take them. For 8 rows and a record: Q has 8 bytes per lane,
 // for lane 4g + c columns 8c … 8c+7 of row g; SCALE has the scales of the 8 rows; SUM the sums of the
@@ -31,6 +31,17 @@ DEVICE Eight load_eight(const float* p, bool aligned) {
     return x;
 }
 
+DEVICE void store_eight(float* p, const Eight& x, bool aligned) {
+    if (aligned) {
+        auto* at = reinterpret_cast<Floats4*>(p);
+        at[0] = {x.v[0], x.v[1], x.v[2], x.v[3]}, at[1] = {x.v[4], x.v[5], x.v[6], x.v[7]};
+    } else {
+        for (int i = 0; i < 8; i++) p[i] = x.v[i];
+    }
+}
+
+DEVICE bool is_aligned(const float* p) { return reinterpret_cast<uint64_t>(p) % 16 == 0; }
+
 // Whether all rows of an activation [T, in] or [T, U, in] begin where 16 bytes can be loaded.
 DEVICE bool is_aligned(const View& x) {
     const int32_t strides = x.stride[0] | (x.rank == 3 ? x.stride[1] : 0);
@@ -43,9 +54,8 @@ struct Quantized {
     int32_t sum;  // Of the 16 columns that this lane has a part of.
 };
 
-// Quantizes 8 columns of each lane; 4 neighbouring lanes have a record's. What is not finite makes
-// the scale not finite, so that it is not lost.
-DEVICE Quantized quantize(const Eight& x) {
+// The largest size of a record, of which each of 4 neighbouring lanes has 8 columns.
+DEVICE float largest_of_record(const Eight& x) {
     // As integers, sizes of floats are in order, and NaN is the largest.
     uint32_t largest = 0;
     for (int i = 0; i < 8; i++) {
@@ -56,19 +66,61 @@ DEVICE Quantized quantize(const Eight& x) {
         const uint32_t other = shuffle_xor(largest, mask);
         largest = other > largest ? other : largest;
     }
+    return float_of(largest);
+}
+
+// Four integers' lowest bytes.
+DEVICE uint32_t low_bytes(const uint32_t (&n)[4]) {
+    const uint32_t low = permute_bytes(n[0], n[1], 0x0040);
+    return permute_bytes(low, permute_bytes(n[2], n[3], 0x0040), 0x5410);
+}
+
+constexpr int32_t ONES = 0x01010101;
+// Added to a small float, it leaves the nearest integer in the lowest bits.
+constexpr float ROUNDING = 12582912.0f;
+
+// Quantizes 8 columns of each lane; 4 neighbouring lanes have a record's. What is not finite makes
+// the scale not finite, so that it is not lost.
+DEVICE Quantized quantize(const Eight& x) {
     Quantized out;
-    out.scale = float_of(largest) / 127.0f;
+    out.scale = largest_of_record(x) / 127.0f;
     const float inverse = out.scale > 0.0f ? 1.0f / out.scale : 0.0f;
     out.sum = 0;
     for (int i = 0; i < 2; i++) {
         uint32_t n[4];
-        // Rounds to the nearest integer, which is then in the low bits.
-        for (int j = 0; j < 4; j++) n[j] = bits_of(x.v[4 * i + j] * inverse + 12582912.0f);
-        const uint32_t low = permute_bytes(n[0], n[1], 0x0040);
-        const uint32_t high = permute_bytes(n[2], n[3], 0x0040);
-        out.q[i] = permute_bytes(low, high, 0x5410);
-        out.sum = dot4(static_cast<int32_t>(out.q[i]), 0x01010101, out.sum);
+        for (int j = 0; j < 4; j++) n[j] = bits_of(x.v[4 * i + j] * inverse + ROUNDING);
+        out.q[i] = low_bytes(n);
+        out.sum = dot4(static_cast<int32_t>(out.q[i]), ONES, out.sum);
     }
+    out.sum += shuffle_xor(out.sum, 1);
+    return out;
+}
+
+// Integers of 15 bits, high · 128 + low, with low from 0 to 127.
+struct Integers {
+    uint32_t high[2], low[2];
+    float scale;
+    int32_t sum;  // Of the 16 columns that this lane has a part of.
+};
+
+// As `quantize`, with a scale of max |x| / (127 · 128).
+DEVICE Integers to_integers(const Eight& x) {
+    Integers out;
+    out.scale = largest_of_record(x) * (1.0f / 16256.0f);
+    const float inverse = out.scale > 0.0f ? reciprocal_of(out.scale) : 0.0f;
+    int32_t high = 0, low = 0;
+    for (int i = 0; i < 2; i++) {
+        uint32_t n[4], above[4];
+        for (int j = 0; j < 4; j++) {
+            n[j] = bits_of(x.v[4 * i + j] * inverse + ROUNDING);
+            above[j] = n[j] >> 7;
+        }
+        out.high[i] = low_bytes(above);
+        out.low[i] = low_bytes(n) & 0x7f7f7f7f;
+        high = dot4(static_cast<int32_t>(out.high[i]), ONES, high);
+        low = dot4(static_cast<int32_t>(out.low[i]), ONES, low);
+    }
+    out.sum = high * 128 + low;
     out.sum += shuffle_xor(out.sum, 1);
     return out;
 }

@@ -3,6 +3,7 @@
 // repack.cu has put a record's words into the order of tensor cores' fragments: lane 4g + c of a
 // warp has columns 8c … 8c+7 (words 2c and 2c+1) of rows g and g + 8, its "piece", and reads what
 // belongs to it, word by word of the planes and element by element of the scales, in one access.
+// All columns of rows g and g + 8 are a "pair"; there, 8 lanes read 128 bytes in a row at a time.
 #pragma once
 
 #include "layout.cuh"
@@ -44,10 +45,10 @@ struct Piece {
         const int g = lane / 4, c = lane % 4;
         const uint8_t* at = record + F::HEAD_BYTES;
         if (IS_BYTES) {
-            const Words4 v = load_words<Words4>(at + lane * 16);
+            const Words4 v = load_words<Words4>(at + (8 * c + g) * 16);
             for (int i = 0; i < 4; i++) planes[i] = v.w[i];
         }
-        if (NIBBLE) put(planes, load_words<Words2>(at + lane * 8));
+        if (NIBBLE) put(planes, load_words<Words2>(at + (c / 2 * 8 + g) * 16 + c % 2 * 8));
         if (PAIR) put(planes + PAIRS, load_words<Words2>(record + PAIRS_AT + (2 * g + c / 2) * 8));
         if (BIT) put(planes + BITS, load_words<Words2>(record + BITS_AT + g * 8));
         at = record + g * HEAD;
@@ -102,6 +103,50 @@ struct Piece {
         const uint32_t byte = head[at / 4] >> 8 * (at % 4) & 0xff;
         return static_cast<float>(F::HAS_MIN ? static_cast<int32_t>(byte)
                                              : static_cast<int32_t>(static_cast<int8_t>(byte)));
+    }
+};
+
+// All columns of rows g and g + 8 of a record: four pieces. Records lie in shared memory.
+template <typename F>
+struct Pair {
+    using P = Piece<F>;
+    static constexpr int N_WORDS = P::IS_BYTES ? 16 : 8;
+
+    uint32_t words[N_WORDS], pairs[4], bits[2], head[2];
+
+    DEVICE void load(const uint8_t* record, int g) {
+        const uint8_t* at = record + F::HEAD_BYTES + g * 16;
+        if (P::IS_BYTES || P::NIBBLE)
+            for (int i = 0; i < N_WORDS / 4; i++) put(words + 4 * i, at + i * 128);
+        if (P::PAIR) put(pairs, record + P::PAIRS_AT + g * 16);
+        if (P::BIT) P::put(bits, *reinterpret_cast<const Words2*>(record + P::BITS_AT + g * 8));
+        at = record + g * P::HEAD;
+        if (P::HEAD == 8) P::put(head, *reinterpret_cast<const Words2*>(at));
+        if (P::HEAD == 4) head[0] = *reinterpret_cast<const uint32_t*>(at);
+        if (P::HEAD == 2) head[0] = *reinterpret_cast<const uint16_t*>(at);
+    }
+    DEVICE static void put(uint32_t* to, const uint8_t* from) {
+        const Words4 v = *reinterpret_cast<const Words4*>(from);
+        for (int i = 0; i < 4; i++) to[i] = v.w[i];
+    }
+
+    DEVICE void clear() {
+        for (int i = 0; i < N_WORDS; i++) words[i] = 0;
+        for (int i = 0; i < 4; i++) pairs[i] = 0;
+        for (int i = 0; i < 2; i++) bits[i] = head[i] = 0;
+    }
+
+    // Columns 8c … 8c+7.
+    DEVICE Piece<F> piece(int c) const {
+        Piece<F> p;
+        for (int i = 0; i < 2; i++) {
+            if (P::IS_BYTES) p.planes[i] = words[4 * c + i], p.planes[i + 2] = words[4 * c + i + 2];
+            if (P::NIBBLE) p.planes[i] = words[2 * c + i];
+            if (P::PAIR) p.planes[P::PAIRS + i] = pairs[c / 2 * 2 + i];
+            if (P::BIT) p.planes[P::BITS + i] = bits[i];
+            p.head[i] = head[i];
+        }
+        return p;
     }
 };
 

@@ -16,9 +16,9 @@ DEVICE int head_source(int at) {
 template <typename F>
 DEVICE int word_source(int at) {
     using P = Piece<F>;
-    const int lane = at / (P::IS_BYTES ? 4 : 2), g = lane / 4, c = lane % 4;
+    const int g = at / 4 % 8, c = at / 32;
     if (P::IS_BYTES) return (2 * c + at % 4 / 2) * ROWS + g + 8 * (at % 2);
-    if (at < P::NIBBLE * ROWS) return c * ROWS + g + 8 * (at % 2);
+    if (at < P::NIBBLE * ROWS) return (2 * c + at % 4 / 2) * ROWS + g + 8 * (at % 2);
     int base = P::NIBBLE * ROWS, i = at - base;
     if (i < P::PAIR * ROWS) return base + i / 2 % 2 * ROWS + i / 4 + 8 * (i % 2);
     base += P::PAIR * ROWS, i = at - base;

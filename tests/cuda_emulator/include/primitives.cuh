@@ -105,6 +105,7 @@ DEVICE uint32_t warp_lowest(uint32_t x) {
 
 DEVICE float exp_fast(float x) { return std::exp(x); }
 DEVICE float rsqrt_of(float x) { return 1.0f / std::sqrt(x); }
+DEVICE float reciprocal_of(float x) { return 1.0f / x; }
 
 DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
