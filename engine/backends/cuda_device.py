@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -326,17 +327,20 @@ class _EventTimer:
 
 
 class _Blas:
-    """cuBLAS's handle of CuPy with a workspace of its own, as captured products need one."""
+    """A handle of cuBLAS with a workspace, as captured products need one. CuPy's own handle would
+    follow the device that was made last, and so that one's stream."""
 
     # What cuBLAS documents for Hopper.
     _WORKSPACE = 32 << 20
     _BF16, _F32, _COMPUTE_F32, _TRANSPOSE, _PLAIN, _DEFAULT = 14, 0, 68, 1, 0, -1
 
     def __init__(self, device: CupyDevice) -> None:
-        self._lib, self._handle = _cublas(), int(device._cupy.cuda.get_cublas_handle())
-        self._workspace = device.allocate(self._WORKSPACE)
-        handle, stream = ctypes.c_void_p(self._handle), ctypes.c_void_p(device.stream.ptr)
-        _check(self._lib.cublasSetStream_v2(handle, stream))
+        device._cupy.cuda.get_cublas_handle()  # Loads the library.
+        self._lib, handle = _cublas(), ctypes.c_void_p()
+        _check(self._lib.cublasCreate_v2(ctypes.byref(handle)))
+        weakref.finalize(self, self._lib.cublasDestroy_v2, handle).atexit = False
+        self._handle, self._workspace = handle, device.allocate(self._WORKSPACE)
+        _check(self._lib.cublasSetStream_v2(handle, ctypes.c_void_p(device.stream.ptr)))
         address, size = ctypes.c_void_p(self._workspace.address), ctypes.c_size_t(self._WORKSPACE)
         _check(self._lib.cublasSetWorkspace_v2(handle, address, size))
         self._one, self._zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
@@ -346,7 +350,7 @@ class _Blas:
         pointer, one = ctypes.c_void_p, ctypes.byref(self._one)
         beta = one if p.accumulate else ctypes.byref(self._zero)
         _check(self._lib.cublasGemmEx(
-            pointer(self._handle), self._TRANSPOSE, self._PLAIN, p.n, p.m, p.k, one,
+            self._handle, self._TRANSPOSE, self._PLAIN, p.n, p.m, p.k, one,
             pointer(p.b), self._BF16, p.k, pointer(p.a), self._BF16, p.k, beta,
             pointer(p.out), self._F32, p.n, self._COMPUTE_F32, self._DEFAULT,
         ))  # fmt: skip
