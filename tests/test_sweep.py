@@ -24,9 +24,10 @@ HEAD = [
     "|    PP |     TG |   N_KV |   T_PP s | S_PP t/s |   T_TG s | S_TG t/s |",
     "|-------|--------|--------|----------|----------|----------|----------|",
 ]
+# Speeds of small models may need more digits than there is room for.
 LINE = re.compile(
-    r"\|([ \d]{6}) \| ([ \d]{6}) \| ([ \d]{6}) \| ([ \d.]{8}) \| ([ \d.]{8}) "
-    r"\| ([ \d.]{8}) \| ([ \d.]{8}) \|"
+    r"\|([ \d]{6}) \| ([ \d]{6}) \| ([ \d]{6}) \| ([ \d.]{8}) \| ([ \d.]{8,}) "
+    r"\| ([ \d.]{8}) \| ([ \d.]{8,}) \|"
 )
 IK_KEYS = "n_kv_max n_batch n_ubatch flash_attn n_gpu_layers n_threads n_threads_batch pp tg n_kv"
 IK_SPEEDS = "t_pp speed_pp t_tg speed_tg"
