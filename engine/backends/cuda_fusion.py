@@ -6,6 +6,7 @@ watched node by node, and those whose bits must not depend on the batch, do with
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -82,15 +83,17 @@ def _lower_row_of(
 
 
 def _is_read_alone(nodes: Sequence[Node], uses: Uses) -> bool:
-    """Whether nothing but a product reads what comes before it."""
+    """Whether nothing but a product reads what comes before it, and all of that."""
     before, product = nodes
     out, x = before.outputs[0], product.inputs["x"]
-    return x.base is out and x.offset == 0 and uses.only_by(out, product)
+    is_whole = x.base is out and math.prod(x.shape) == math.prod(out.shape)
+    return is_whole and uses.only_by(out, product)
 
 
 def _reads_swiglu(nodes: Sequence[Node], uses: Uses) -> bool:
     act, product = nodes
-    return len(act.outputs) == 1 and _is_quantized(product) and _is_read_alone(nodes, uses)
+    is_row = len(act.outputs) == 1 and len(act.outputs[0].shape) == 2
+    return is_row and _is_quantized(product) and _is_read_alone(nodes, uses)
 
 
 def _reads_gated(nodes: Sequence[Node], uses: Uses) -> bool:
