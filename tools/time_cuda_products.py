@@ -154,10 +154,13 @@ def experts(device: Device, types: Sequence[DType]) -> None:
 
 
 class changed:
-    """Constants of the backend's files on products, for a while."""
+    """Constants of the backend's files on products, for a while; each is one of theirs."""
 
     def __init__(self, **values: int) -> None:
         files = (cuda_panels, cuda_row, cuda_products)
+        if unknown := [name for name in values if not any(name in vars(f) for f in files)]:
+            places = ", ".join(f.__name__ for f in files)
+            raise SystemExit(f"--set: expected a constant of {places}, got {unknown[0]}")
         self._changes = [
             (f, name, n) for name, n in values.items() for f in files if name in vars(f)
         ]
