@@ -7,7 +7,7 @@ lie in one region of device memory, which one copy fills for each step.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -231,9 +231,9 @@ class CudaProgram:
 
     def launch(self, live: Live) -> None:
         """Launch all of it."""
-        self._launch(range(len(self._steps)), live)
+        self._launch(self._chosen(live), live)
 
-    def _launch(self, steps: Sequence[int], live: Live) -> None:
+    def _launch(self, steps: Iterable[int], live: Live) -> None:
         device, base, chosen = self._device, self._args.ctypes.data, self._chosen(live)
         for i in steps:
             what = chosen.get(i)

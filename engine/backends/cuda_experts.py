@@ -57,7 +57,7 @@ def _lower_single(lowering: Lowering, node: Node, when: Condition) -> None:
     padding = [None] * (MAX_MATRICES - len(matrices))
     operands = [*node.outputs, *padding, x, *matrices, *padding, ids, gates]
     blocks = sum(-(-m.shape[1] // PANEL) for m in matrices)
-    share = _single_share(lowering, matrices)
+    share = Share(1, 1, *Share.of_warps(lowering, matrices, matrices[0].shape[2]))
     n, attrs = share.warps, [float(v) for v in (share.rounds, share.slot_bytes, share.warps)]
     if gates is None:
         lowering.launch(
@@ -72,14 +72,6 @@ def _lower_single(lowering: Lowering, node: Node, when: Condition) -> None:
         threads=32 * warps, shared=warps * share.warp_bytes(0) + n_used * n * PANEL * 4, when=when,
         grid=lambda live: (blocks, rows_of(ids, live), 1),
     )  # fmt: skip
-
-
-def _single_share(lowering: Lowering, matrices: Sequence[Tensor]) -> Share:
-    """How warps share an expert's panel."""
-    quantized, n_in = [m for m in matrices if is_quantized(m)], matrices[0].shape[2]
-    if not quantized:
-        return Share(1, 1, warps_of(n_in, plain=True), 0, 0)
-    return Share(1, 1, *Share.of_warps(lowering, quantized, n_in))
 
 
 def _lower_tiles(lowering: Lowering, node: Node, when: Between) -> None:

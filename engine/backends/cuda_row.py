@@ -88,7 +88,7 @@ class Share:
         device, n_in = lowering.device, weights[0].shape[-1]
         quantized = [w for w in weights if is_quantized(w)]
         if not quantized:
-            return cls(1, 1, warps_of(n_in, plain=True), 0, 0)
+            return cls(1, 1, *cls.of_warps(lowering, weights, n_in))
         n, n_panels = device.n_multiprocessors, blocks_of(quantized)
         most = min(SPLIT_BLOCKS * n, MAX_COUNTERS) // n_panels
         splits = -(-n_in // (MAX_WARPS * WARP_COLUMNS))
@@ -104,8 +104,12 @@ class Share:
     def of_warps(
         lowering: Lowering, weights: Sequence[Tensor], columns: int
     ) -> tuple[int, int, int]:
-        """A block's warps, rounds and bytes of a slot, for so many columns of quantized weights."""
-        slot = max(lowering.weights.part_bytes(w, WARP_COLUMNS) for w in weights)
+        """A block's warps, rounds and bytes of a slot, for so many columns; plain weights have use
+        for neither rounds nor slots."""
+        quantized = [w for w in weights if is_quantized(w)]
+        if not quantized:
+            return warps_of(columns, plain=True), 0, 0
+        slot = max(lowering.weights.part_bytes(w, WARP_COLUMNS) for w in quantized)
         batches = -(-columns // WARP_COLUMNS)
         room = lowering.device.shared_bytes - (batches + MAX_WARPS) * _BATCH_BYTES
         most = max(1, min(MAX_WARPS, room // (slot + _SUM_BYTES * MAX_PANELS)))

@@ -49,8 +49,7 @@ EAGER_KERNEL_FOR(mul_mat_1, 512, 2) {
     if (!is_plain_layout(w.layout)) {
         stream.fetch();
         wait_for_inputs();
-        for (int i = 0, first = warp * BATCH; first < n; i++, first += n_warps * BATCH)
-            row.stage(batches[i], first, n);
+        row.stage_all(batches, n, warp, n_warps);
     }
     with_format(w.layout, [&](auto f) {
         if constexpr (is_plain(decltype(f){})) {

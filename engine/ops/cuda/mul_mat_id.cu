@@ -54,8 +54,7 @@ DEVICE void multiply_pair(const Args& a, const ExpertPlace& at, int t, int u, in
         stream.fetch();
         Row r;
         r.x = row, r.aligned = is_aligned(row);
-        for (int i = 0, first = warp * BATCH; first < n; i++, first += n_warps * BATCH)
-            r.stage(memory.batches[i], first, n);
+        r.stage_all(memory.batches, n, warp, n_warps);
     }
     with_format(w.layout, [&](auto f) {
         if constexpr (is_plain(decltype(f){})) {

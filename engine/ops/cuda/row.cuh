@@ -89,6 +89,10 @@ struct Row {
         if (c % 2 == 0) to.records[i].sum[c / 2] = made.sum;
         if (lane < WORDS) to.zeros[lane] = 0;
     }
+    // All batches of warp `warp` of n_warps, one after the other; see multiply_row.
+    DEVICE void stage_all(RowBatch* to, int n, int warp, int n_warps) {
+        for (int first = warp * BATCH; first < n; first += n_warps * BATCH) stage(*to++, first, n);
+    }
 };
 
 // The batches of neighbouring panels that are a warp's, each through a slot of its shared memory: the
