@@ -261,5 +261,6 @@ def test_scores_that_rise_or_fall_all_the_time(
     op.keys[0][:, 0, 0], op.keys[0][:, 0, 1] = slope * (np.arange(600) // 3), 1
     op.load()
     (got,) = op.run((0, 300, 600))
-    # Few keys count, the same for all rows: their errors hardly average out.
-    assert nmse(got, op.expected(0, 300, 600)) <= 1e-5
+    # Few keys count, the same for all rows, so errors hardly average out. Rounding a weight and a
+    # value to bfloat16 is off by at most 2^-9 of each: (2 · 2^-9)² = 1.5e-5 of their product.
+    assert nmse(got, op.expected(0, 300, 600)) <= 2e-5

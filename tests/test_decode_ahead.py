@@ -23,6 +23,7 @@ from engine.request import Completion, GenerationError
 from engine.template import BUILT_IN, ChatTemplate
 from tests.helpers import assert_all_free, failing_at, float64_engine, nmse, random_ids, replaced_op
 from tests.lazy_backend import LazyTicket, decoder_of, lazy_engine
+from tests.support.timing import judge
 
 Rng = np.random.Generator
 Load = Callable[..., Engine]
@@ -441,13 +442,17 @@ def test_checked_steps_are_not_ahead(load: Load, alone: Engine) -> None:
 def test_seconds_are_those_between_tokens(load: Load) -> None:
     """The host's time counts, as it is the step's; it counts once."""
     engine = load()
-    completion = engine.generate([1], replace(GREEDY, max_tokens=40))
-    next(completion)
-    start = time.perf_counter()
-    for _ in completion:
-        pass
-    seconds = time.perf_counter() - start
-    assert 0.9 * seconds <= completion.timings.eval_s <= seconds
+
+    def share() -> float:
+        completion = engine.generate([1], replace(GREEDY, max_tokens=40))
+        next(completion)
+        start = time.perf_counter()
+        for _ in completion:
+            pass
+        return completion.timings.eval_s / (time.perf_counter() - start)
+
+    # Something else may run between a token's time and the clock here.
+    judge("seconds between tokens to seconds around them", share, 0.9, 1)
 
 
 def test_a_full_pool_is_no_reason_to_end(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -352,9 +352,9 @@ BAD_FILES |= {
 @pytest.mark.parametrize("what", BAD_FILES)
 def test_bad_files_are_refused(tmp_path: Path, what: str) -> None:
     contents, expected = BAD_FILES[what]
-    start = time.perf_counter()
+    start = time.process_time()
     assert expected in refused(tmp_path / "m.gguf", contents)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[31m", "a\u2028b", "long" * 1000])
@@ -399,9 +399,9 @@ def test_changed_bytes_raise_nothing_else(valid: tuple[Path, bytes], data: st.Da
 
 @pytest.mark.skipif(not VOCAB.exists(), reason=f"{VOCAB.name} is not there")
 def test_real_vocabulary_is_read_quickly() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     file = GGUFFile(VOCAB)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     tokens = file.metadata["tokenizer.ggml.tokens"]
     assert (len(tokens), tokens[0], len(file.tensors)) == (151936, "!", 0)
     assert len(file.metadata["tokenizer.ggml.merges"]) == 151387

@@ -64,9 +64,9 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     path = write_header(tmp_path / "m.gguf", "27b")
     machine(available)
-    start = time.perf_counter()
+    start = time.process_time()
     line = cli("-m", path, "-p", "a", "-n", 1, *options).refused()
-    assert time.perf_counter() - start < MAX_REFUSAL_SECONDS
+    assert time.process_time() - start < MAX_REFUSAL_SECONDS
     words = rf"not enough memory: expected at most {available / GIB:.1f} GiB \(available\), "
     assert re.fullmatch(words + rf"the model needs [\d.]+ GiB {SIZES}: {advice}", line), line
 

@@ -18,6 +18,7 @@ from engine.commands.profile import _cells
 from engine.graph import Live, Node
 from engine.planner import Instruction, Timing
 from tests.helpers import Cli
+from tests.support.timing import judge
 
 Rng = np.random.Generator
 
@@ -29,28 +30,33 @@ def test_times_add_up_to_the_step(
     path: Path, rng: Rng, n_tokens: int, n_past: int, backend: str
 ) -> None:
     with Engine.load(path, backend=backend, n_ctx=256, n_ubatch=256) as engine:
-        # Something else may run between the last timer and the clock around them all.
-        for _ in range(3):
+
+        def covered() -> float:
+            """The share of a step that its entries have."""
             profile = profile_step(engine, n_tokens, n_past, 5, rng)
             total = sum(e.seconds for e in profile.entries)
-            if 0.95 * profile.seconds <= total:
-                break
-        kinds = by_layer_kind(profile, engine.plan.graph.layer_kinds)
-    assert 0.95 * profile.seconds <= total <= profile.seconds
-    # Where Python is between nodes as well as around them, nodes take nearly all of a step.
-    rest = sum(e.seconds for e in profile.entries if e.label == "everything else")
-    assert backend == "cpu" or 0.95 * profile.seconds <= total - rest
-    for rows in (by_op(profile), kinds):
-        assert math.isclose(sum(row.seconds for row in rows), total)
-        assert [row.seconds for row in rows] == sorted((r.seconds for r in rows), reverse=True)
+            assert total <= profile.seconds
+            for rows in (by_op(profile), by_layer_kind(profile, engine.plan.graph.layer_kinds)):
+                assert math.isclose(sum(row.seconds for row in rows), total)
+                assert [r.seconds for r in rows] == sorted((r.seconds for r in rows), reverse=True)
+            # Where Python is between nodes as well as around them, nodes take nearly all of a step.
+            rest = sum(e.seconds for e in profile.entries if e.label == "everything else")
+            return (total - (rest if backend == "reference" else 0)) / profile.seconds
+
+        # Something else may run between the last timer and the clock around them all.
+        judge(f"{path.stem}, {n_tokens} tokens, past {n_past}, {backend}: share", covered, 0.95)
 
 
 @pytest.mark.timing
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_timers_cost_little(tiny: Path, rng: Rng, backend: str) -> None:
     with Engine.load(tiny, backend=backend, n_ctx=512) as engine:
-        profile = profile_step(engine, 256, 0, 9, rng)
-    assert 0.5 < profile.seconds / profile.plain_seconds < 2
+
+        def timed_to_plain() -> float:
+            profile = profile_step(engine, 256, 0, 9, rng)
+            return profile.seconds / profile.plain_seconds
+
+        judge(f"{backend}: timed step to plain step", timed_to_plain, 0.5, 2)
 
 
 def test_every_node_is_in_one_entry(path: Path, rng: Rng) -> None:
