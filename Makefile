@@ -1,5 +1,6 @@
 # make demo: the small model that comes with the engine, and answers of it.   make test: everything CI needs.
 # Both set up .venv here first. make parity: compare with transformers (installs torch, .venv-parity).
+# make test-sanitize: the CPU's kernels and threads under the compiler's sanitizers.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ VENV := .venv
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard engine/ops/cpu/* engine/backends/*.cpp)
 COMPILERS := $(if $(filter default,$(origin CXX)),c++ g++ clang++,$(CXX))
 
-.PHONY: demo test test-cuda lint parity lines clean compiler
+.PHONY: demo test test-cuda test-sanitize lint parity lines clean compiler
 
 demo: $(VENV)/.run
 	$(VENV)/bin/python cli.py graph
@@ -26,6 +27,9 @@ CUDA ?= 13
 test-cuda: $(VENV)/.test
 	$(VENV)/bin/pip install -q ".[cuda$(CUDA)]"
 	$(VENV)/bin/python -m pytest -q -m cuda tests
+
+test-sanitize: $(VENV)/.test
+	tests/sanitize/run $(VENV)/bin/python
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

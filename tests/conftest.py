@@ -24,12 +24,20 @@ import pytest
 
 from cli import main
 from tests.helpers import MAX_REFUSAL_SECONDS, STD, Cli, Refused, Result
+from tests.sanitize import native
 from tools.synth import write_model
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, help="seed of the tests that draw fresh random numbers")
     parser.addoption("--peer-python", help="a Python with llama-cpp-python, to compare with it")
+    parser.addoption("--native-dir", type=Path, help="a folder of CPU libraries to test instead")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Before tests ask which instruction sets there are.
+    if directory := config.getoption("--native-dir"):
+        native.use(directory)
 
 
 @pytest.fixture
@@ -99,10 +107,11 @@ def refused(tmp_path: Path, cli: Cli) -> Refused:
     ) -> str:
         path = tmp_path / "m.gguf"
         write_model(path, preset, "Q8_0", std=STD, overrides=overrides, arrays=arrays)
-        start = time.perf_counter()
+        # The process's own time: neighbours do not count.
+        start = time.process_time()
         line = cli("-m", path, "-p", "a", "-n", 1).refused()
         assert cli("graph", "-m", path).refused() == line
-        assert time.perf_counter() - start < MAX_REFUSAL_SECONDS
+        assert time.process_time() - start < MAX_REFUSAL_SECONDS
         assert line.startswith(f"{path}: ")
         return line.removeprefix(f"{path}: ")
 

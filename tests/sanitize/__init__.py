@@ -1,0 +1,1 @@
+"""The CPU's kernels and executor under the compiler's sanitizers: `make test-sanitize`."""
