@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from engine import backends
 from engine.errors import EngineError
+from engine.formats.quants import F16, F32, DType
 from engine.graph import Capacity
-from engine.quants import F16, F32, DType
 
 DEFAULT_CTX = 4096
 # Rows of a step that may need logits: all at once, those of a large vocabulary take gigabytes.

@@ -16,26 +16,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine import backends, memory_estimate
-from engine.backends import cpu_library
-from engine.batch import Batch, Logits, Piece, begin, check_fits, pack
-from engine.chat import ChatPrompt, Conversation
+from engine import backends
+from engine.backends.native import library as cpu_library
 from engine.config import ConfigError, EngineConfig, capacity_of, context_size
-from engine.decode_ahead import DecodeAhead
 from engine.errors import EngineError
-from engine.gguf import GGUFFile
+from engine.formats.gguf import GGUFFile
 from engine.graph import Capacity, Graph, Live
-from engine.guard import Guard, NonFiniteError, failure
-from engine.kvcache.memory import Checkpoint, SequenceMemory
+from engine.kvcache.sequences import Checkpoint, SequenceMemory
 from engine.models import BuildOptions, load_model
-from engine.offload import Offload, place_where_it_fits
-from engine.planner import Executable, Instruction, Plan, Timing
-from engine.request import ChatCompletion, Completion, FinishReason, Request
-from engine.sampler import Sampler, SamplingError, SamplingParams, sequence_breakers
-from engine.samplers import Breakers
-from engine.scheduler import Scheduler, cut
-from engine.template import ChatTemplate, Message, find_template
-from engine.tokenizer import Tokenizer
+from engine.placement import estimate as memory_estimate
+from engine.placement.place import Executable, Instruction, Plan, Timing
+from engine.placement.rules import Offload, place_where_it_fits
+from engine.runtime.batch import Batch, Logits, Piece, begin, check_fits, pack
+from engine.runtime.conversation import ChatPrompt, Conversation
+from engine.runtime.finite import Guard, NonFiniteError, failure
+from engine.runtime.overlap import DecodeAhead
+from engine.runtime.request import ChatCompletion, Completion, FinishReason, Request
+from engine.runtime.scheduler import Scheduler, cut
+from engine.sampling.chain import Sampler, SamplingError, SamplingParams, sequence_breakers
+from engine.sampling.steps import Breakers
+from engine.text.template import ChatTemplate, Message, find_template
+from engine.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 # What runs where no model is named; tools/train_demo made it.
@@ -270,7 +271,7 @@ class Engine:
         schemas; reasoning: whether to think, for templates that take it (`enable_thinking`);
         template: None for the model's own. The state after the last answer is kept: where the
         messages go on from it, with the answer's `text` as the assistant's content, nothing of the
-        history is processed again. See engine/chat.py for what happens where they don't.
+        history is processed again. See runtime/conversation.py for what happens where they don't.
         Control tokens that a message spells are text.
         Raises ChatError for messages or a template that can't be used, and as `generate` does.
         """

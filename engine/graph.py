@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import EngineError
-from engine.quants import F32, I32, DType
+from engine.formats.quants import F32, I32, DType
 
 
 class ShapeError(EngineError):

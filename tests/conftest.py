@@ -23,8 +23,8 @@ import numpy as np
 import pytest
 
 from cli import main
-from tests.helpers import MAX_REFUSAL_SECONDS, STD, Cli, Refused, Result
 from tests.sanitize import native
+from tests.support.helpers import MAX_REFUSAL_SECONDS, STD, Cli, Refused, Result
 from tools.synth import write_model
 
 

@@ -1,7 +1,7 @@
 """Tensors and their views, dimensions and live counts, and how a graph is put together.
 
 Views are compared with numpy's own views of the same array. The graphs of whole models are in
-tests/test_model_graph.py.
+tests/models/test_model_graph.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from numpy.lib.stride_tricks import as_strided
 
 from engine.backends.reference import ReferenceBackend
+from engine.formats.quants import F16, F32, I32, WEIGHT_TYPES
 from engine.graph import (
     Capacity,
     Cost,
@@ -28,7 +29,6 @@ from engine.graph import (
     dim_name,
     match_shapes,
 )
-from engine.quants import F16, F32, I32, WEIGHT_TYPES
 
 Array = np.ndarray[Any, Any]
 

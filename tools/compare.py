@@ -25,12 +25,12 @@ import numpy as np
 if not __package__:  # run as a script, so Python looks for modules in tools/ only
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine import backends
-from engine.backends import cpu_library
-from engine.backends.cpu import CpuBackend
+from engine.backends.cpu.backend import CpuBackend
+from engine.backends.native import library as cpu_library
 from engine.bench.limits import measure_limits
 from engine.commands.options import InputError, Parser, at_least, integers, write_text
 from engine.errors import EngineError
-from engine.gguf import GGUFFile
+from engine.formats.gguf import GGUFFile
 from engine.models import load_model
 from tools.compare_process import Worker, WorkerFailure, WorkerMissing, alternate
 from tools.compare_table import accuracy_table, distance, finite, ratio, speed_table, summary

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from engine.batch import Logits
 from engine.bench.measure import backend_names, n_threads, time_generation, time_prompt
 from engine.engine import Engine
 from engine.errors import EngineError
-from engine.kvcache.memory import Checkpoint
+from engine.kvcache.sequences import Checkpoint
+from engine.runtime.batch import Logits
 from engine.version import __version__
 
 

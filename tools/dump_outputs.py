@@ -27,11 +27,11 @@ import numpy as np
 if not __package__:  # Run as a script: Python looks for modules in tools/ only.
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine import Engine, SamplingParams
-from engine.backends import cpu_library
-from engine.backends.cpu import CpuBackend
+from engine.backends.cpu.backend import CpuBackend
+from engine.backends.native import library as cpu_library
 from engine.backends.reference import ReferenceBackend
-from engine.batch import Logits, Piece
-from tests.cuda_devices import cuda_and_others, emulated, engine_on, gpu
+from engine.runtime.batch import Logits, Piece
+from tests.support.cuda_devices import cuda_and_others, emulated, engine_on, gpu
 from tools.synth import write_model
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -48,7 +48,7 @@ def made_vocabulary() -> dict[str, Any]:
 
 def copied_vocabulary(path: str | Path) -> dict[str, Any]:
     """All `tokenizer.` keys of another GGUF."""
-    from engine.gguf import GGUFError, GGUFFile
+    from engine.formats.gguf import GGUFError, GGUFFile
 
     try:
         source = GGUFFile(path).metadata

@@ -2,7 +2,8 @@
 
 A quantized block is random bytes in which only the scale fields are set, so no quantizer is
 needed. `BlockType.rms` is the root mean square of what such blocks decode to at scale 1;
-tests/test_synth.py measures it with the gguf package. Used by tools/synth.py; needs only numpy.
+tests/tools/test_synth.py measures it with the gguf package. Used by tools/synth.py; needs only
+numpy.
 """
 
 from __future__ import annotations

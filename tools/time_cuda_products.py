@@ -4,7 +4,7 @@
 
 Nodes of one weight each go through the backend's own lowering, as launches of one captured graph:
 so many weights that the L2 cache doesn't serve them. `--set` changes a constant of
-engine/backends/cuda_panels.py, cuda_row.py or cuda_products.py, such as MAX_WARPS=4.
+engine/backends/cuda/lower/common.py, cuda_row.py or cuda_products.py, such as MAX_WARPS=4.
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.backends import cpu_library, cuda_panels, cuda_products, cuda_row
-from engine.backends.cuda import CudaBackend
-from engine.backends.cuda_device import CupyDevice, Device
-from engine.backends.cuda_weights import CudaWeights
+from engine.backends.cuda.backend import CudaBackend
+from engine.backends.cuda.cupy_device import CupyDevice, Device
+from engine.backends.cuda.lower import common as cuda_panels
+from engine.backends.cuda.lower import gemv as cuda_row
+from engine.backends.cuda.lower import mul_mat as cuda_products
+from engine.backends.cuda.weights import CudaWeights
+from engine.backends.native import library as cpu_library
+from engine.formats.quants import F32, I32, WEIGHT_TYPES, DType
 from engine.graph import Capacity, Dim, Graph, Kind, Live, Tensor
 from engine.ops.mul_mat import mul_mat
 from engine.ops.mul_mat_id import mul_mat_id
-from engine.planner import Split
-from engine.quants import F32, I32, WEIGHT_TYPES, DType
+from engine.placement.place import Split
 from tools.randblocks import TYPES, generator, random_blocks
 
 # (in, out) of nodes of Qwen3.5-0.8B, 4B and 9B: narrow, square, wide and deep.

@@ -18,14 +18,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.backends import cpu_library
-from engine.backends.cpu import CpuBackend
-from engine.batch import row_blocks
+from engine.backends.cpu.backend import CpuBackend
+from engine.backends.native import library as cpu_library
 from engine.graph import Kind, Live
 from engine.ops import OPS
 from engine.ops.cases import Case, single_node_graph
 from engine.ops.gated_delta_net import random_operands
-from engine.planner import Executable, place
+from engine.placement.place import Executable, place
+from engine.runtime.batch import row_blocks
 
 OP, SIZE, SECONDS = OPS["GATED_DELTA_NET"], 128, 0.25
 

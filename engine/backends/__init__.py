@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from engine.errors import EngineError
-from engine.planner import Backend
+from engine.placement.place import Backend
 
 # Every name that the command line knows.
 NAMES = ("auto", "cpu", "cuda", "reference")
@@ -33,13 +33,13 @@ def create(
         raise BackendError(f"backend: expected one of {', '.join(NAMES)}, got {name}")
     if name == "reference":
         return [ReferenceBackend()]
-    from engine.backends.cpu import CpuBackend
+    from engine.backends.cpu.backend import CpuBackend
 
     others: list[Backend] = [CpuBackend(n_threads, cpu_isa), ReferenceBackend()]
     if first_of(name) != "cuda":
         return others
-    from engine.backends.cuda import CudaBackend
-    from engine.backends.cuda_device import CupyDevice
+    from engine.backends.cuda.backend import CudaBackend
+    from engine.backends.cuda.cupy_device import CupyDevice
 
     return [CudaBackend(CupyDevice(), batch_invariant), *others]
 
@@ -54,14 +54,14 @@ def first_of(name: str) -> str:
 @cache
 def cuda_missing() -> str:
     """Why `auto` takes no GPU; an empty string if it does."""
-    from engine.backends.cuda_device import missing
+    from engine.backends.cuda.cupy_device import missing
 
     return missing()
 
 
 def describe() -> str:
     """The backends that are there, the best first, and the instruction set that the CPU's uses."""
-    from engine.backends import cpu_library
+    from engine.backends.native import library as cpu_library
 
     usable, built = cpu_library.usable(), cpu_library.built()
     cpu = f"cpu ({usable[0]}; built: {', '.join(built)})" if usable else "no cpu (not built)"

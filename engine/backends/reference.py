@@ -18,10 +18,10 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from engine.backends.states import ArrayStates
+from engine.backends.native.states import ArrayStates
+from engine.formats.quants import I32, dequantize, numpy_dtype
 from engine.graph import Kind, Live, Node, Tensor
-from engine.planner import Instruction, Split, Support, Watch, WeightSource
-from engine.quants import I32, dequantize, numpy_dtype
+from engine.placement.place import Instruction, Split, Support, Watch, WeightSource
 
 Array = NDArray[Any]
 # Decoded weights kept between steps; above it they are decoded again at each use.

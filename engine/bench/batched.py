@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from engine.batch import Logits, Piece
 from engine.bench.measure import random_tokens, time_generation
 from engine.bench.throughput import check_position
 from engine.engine import Engine
-from engine.scheduler import PIECE_MULTIPLE, cut
+from engine.runtime.batch import Logits, Piece
+from engine.runtime.scheduler import PIECE_MULTIPLE, cut
 
 _WARM_UP = 16
 

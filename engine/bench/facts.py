@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.bench.measure import BenchError
-from engine.gguf import GGUFFile
+from engine.formats.gguf import GGUFFile
 from engine.models import load_model
 
 

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from engine.backends import cpu_library
+from engine.backends.native import library as cpu_library
 from engine.engine import Engine
 from engine.errors import EngineError
-from engine.kvcache.memory import Checkpoint
-from engine.sampler import SamplingParams
+from engine.kvcache.sequences import Checkpoint
+from engine.sampling.chain import SamplingParams
 
 
 class BenchError(EngineError):

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.batch import Logits, Piece
 from engine.bench.measure import BenchError, random_tokens
+from engine.commands.report import layer_of
 from engine.engine import Engine
 from engine.graph import Cost, Live, Node
-from engine.planner import Timing
-from engine.report import layer_of
+from engine.placement.place import Timing
+from engine.runtime.batch import Logits, Piece
 
 
 @dataclass(frozen=True)

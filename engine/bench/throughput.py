@@ -14,10 +14,10 @@ from itertools import groupby
 
 import numpy as np
 
-from engine.batch import Logits
 from engine.bench.measure import BenchError, random_tokens, time_generation, time_prompt
 from engine.engine import Engine
-from engine.kvcache.memory import Checkpoint
+from engine.kvcache.sequences import Checkpoint
+from engine.runtime.batch import Logits
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from engine.commands.options import Parser, given_fields, unescaped
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineError
-from engine.gguf import GGUFFile
-from engine.request import ChatCompletion, FinishReason
-from engine.sampler import SamplingParams
-from engine.template import ChatError, ChatTemplate, find_template
+from engine.formats.gguf import GGUFFile
+from engine.runtime.request import ChatCompletion, FinishReason
+from engine.sampling.chain import SamplingParams
+from engine.text.template import ChatError, ChatTemplate, find_template
 
 HELP = (
     '/exit, /reset, /stats; a line that ends in \\ goes on; """ begins and ends a block of lines; '

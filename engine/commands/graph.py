@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from engine import report
+from engine.commands import report
 from engine.commands.options import (
     Parser,
     backend_options,

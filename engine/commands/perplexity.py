@@ -8,6 +8,7 @@ import time
 
 from tqdm import tqdm
 
+from engine.bench.perplexity import MIN_CTX, chunks, encode, perplexity, window
 from engine.commands.options import (
     InputError,
     Parser,
@@ -19,7 +20,6 @@ from engine.commands.options import (
 )
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.perplexity import MIN_CTX, chunks, encode, perplexity, window
 
 DEFAULT_CTX = 512
 ABOUT = (

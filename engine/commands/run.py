@@ -23,13 +23,13 @@ from engine.commands.options import (
     read_text,
     table_options,
 )
+from engine.commands.prompts import read_prompts, result_line
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineError
-from engine.prompts import read_prompts, result_line
-from engine.request import Completion, FinishReason
-from engine.sampler import SamplingParams
-from engine.template import TEMPLATE_KEY
+from engine.runtime.request import Completion, FinishReason
+from engine.sampling.chain import SamplingParams
+from engine.text.template import TEMPLATE_KEY
 from engine.version import __version__
 
 ABOUT = "Complete a prompt, or chat (-cnv). Other commands: %s."

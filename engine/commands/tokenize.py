@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from engine.commands.options import Parser, common_options, prompt_options, read_prompt
-from engine.gguf import GGUFFile
-from engine.tokenizer import Tokenizer
+from engine.formats.gguf import GGUFFile
+from engine.text.tokenizer import Tokenizer
 
 ABOUT = "Show a text's tokens."
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from engine.gguf import GGUFFile
+from engine.formats.gguf import GGUFFile
 from engine.models.hparams import ModelError
 from engine.models.kimi_linear import KimiLinear
 from engine.models.layers import BuildOptions, Model

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import EngineError
-from engine.gguf import GGUFFile
+from engine.formats.gguf import GGUFFile
 
 
 class ModelError(EngineError):

@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from engine.gguf import GGUFFile
+from engine.formats.gguf import GGUFFile
 from engine.graph import Graph, Shape
 from engine.models.attention import AttentionShape, gated_attention
 from engine.models.delta_net import DeltaNetShape, delta_net

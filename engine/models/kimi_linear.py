@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from engine.gguf import GGUFFile
+from engine.formats.gguf import GGUFFile
 from engine.graph import Graph, Shape
 from engine.models.attention import LatentShape, latent_attention
 from engine.models.delta_net import DeltaNetShape, kimi_delta

@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from engine.formats.quants import F16, DType
 from engine.graph import Capacity, Dim, Graph, Shape, Tensor
 from engine.models.weights import Weights
 from engine.ops.add_rms_norm import add_rms_norm
 from engine.ops.get_rows import get_rows
 from engine.ops.mul_mat import mul_mat
 from engine.ops.swiglu import swiglu
-from engine.quants import F16, DType
 
 
 @dataclass(frozen=True)

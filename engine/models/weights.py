@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.gguf import GGUFFile, TensorInfo
+from engine.formats.gguf import GGUFFile, TensorInfo
 from engine.graph import Shape
 from engine.models.hparams import ModelError
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from engine.formats.quants import F32
 from engine.graph import Attrs, Graph, Inputs, Op, Out, Tensor, match_shapes
+from engine.ops.base import Array, elementwise_cost, require_contiguous_rows, rms_norm
 from engine.ops.cases import Case, Operand, Rng, activation, case, weight
-from engine.ops.common import Array, elementwise_cost, require_contiguous_rows, rms_norm
-from engine.quants import F32
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:

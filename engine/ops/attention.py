@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from engine.formats.quants import F16, F32, DType
 from engine.graph import (
     Attrs,
     Cost,
@@ -26,8 +27,7 @@ from engine.graph import (
     Tensor,
     match_shapes,
 )
-from engine.ops.cases import Case, Operand, Rng, activation, blocks, case, paged_operands
-from engine.ops.common import (
+from engine.ops.base import (
     Array,
     bytes_moved,
     check_seq_starts,
@@ -36,7 +36,7 @@ from engine.ops.common import (
     sigmoid,
     spans,
 )
-from engine.quants import F16, F32, DType
+from engine.ops.cases import Case, Operand, Rng, activation, blocks, case, paged_operands
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.formats.quants import F16, F32, I32, DType
 from engine.graph import Capacity, Dim, Graph, Kind, Live, Op, Tensor
-from engine.quants import F16, F32, I32, DType
 
 Rng = np.random.Generator
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.formats.quants import F32
 from engine.graph import (
     Attrs,
     Cost,
@@ -31,8 +32,7 @@ from engine.graph import (
     Tensor,
     match_shapes,
 )
-from engine.ops.cases import Case, Operand, Rng, activation, case, recurrent_operands, slots
-from engine.ops.common import (
+from engine.ops.base import (
     Array,
     bytes_moved,
     check_recurrent,
@@ -41,7 +41,7 @@ from engine.ops.common import (
     spans,
     state_bytes,
 )
-from engine.quants import F32
+from engine.ops.cases import Case, Operand, Rng, activation, case, recurrent_operands, slots
 
 ALGORITHMS = ("auto", "scan", "chunk")
 HEAD_MAPS = ("tiled", "grouped")

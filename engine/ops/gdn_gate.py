@@ -11,16 +11,16 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from engine.formats.quants import F32
 from engine.graph import Attrs, Graph, Inputs, Op, Out, Tensor, match_shapes
-from engine.ops.cases import Case, Operand, Rng, activation, case, weight
-from engine.ops.common import (
+from engine.ops.base import (
     Array,
     elementwise_cost,
     require_contiguous_rows,
     sigmoid,
     softplus,
 )
-from engine.quants import F32
+from engine.ops.cases import Case, Operand, Rng, activation, case, weight
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from engine.formats.quants import BF16, F32, WEIGHT_TYPES, DType
 from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor, match_shapes
+from engine.ops.base import Array, live_bytes, require_contiguous_rows
 from engine.ops.cases import Case, Operand, Rng, activation, case, integers, weight
-from engine.ops.common import Array, live_bytes, require_contiguous_rows
-from engine.quants import BF16, F32, WEIGHT_TYPES, DType
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:

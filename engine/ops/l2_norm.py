@@ -9,10 +9,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from engine.formats.quants import F32
 from engine.graph import Attrs, Graph, Inputs, Op, Out, Tensor, match_shapes
+from engine.ops.base import Array, elementwise_cost, require_contiguous_rows
 from engine.ops.cases import Case, Operand, Rng, activation, case
-from engine.ops.common import Array, elementwise_cost, require_contiguous_rows
-from engine.quants import F32
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from engine.formats.quants import F16, F32, DType
 from engine.graph import (
     Attrs,
     Cost,
@@ -24,8 +25,7 @@ from engine.graph import (
     Tensor,
     match_shapes,
 )
-from engine.ops.cases import Case, Operand, Rng, activation, blocks, case, paged_operands, weight
-from engine.ops.common import (
+from engine.ops.base import (
     Array,
     bytes_moved,
     check_seq_starts,
@@ -34,7 +34,7 @@ from engine.ops.common import (
     rms_norm,
     spans,
 )
-from engine.quants import F16, F32, DType
+from engine.ops.cases import Case, Operand, Rng, activation, blocks, case, paged_operands, weight
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:

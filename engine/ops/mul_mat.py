@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from engine.formats.quants import BF16, F16, F32, WEIGHT_TYPES, DType
 from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, ShapeError, Tensor
+from engine.ops.base import Array, bytes_moved, require_contiguous_rows, sigmoid
 from engine.ops.cases import Case, Operand, Rng, activation, case, weight
-from engine.ops.common import Array, bytes_moved, require_contiguous_rows, sigmoid
-from engine.quants import BF16, F16, F32, WEIGHT_TYPES, DType
 
 
 def _weights(inputs: Inputs) -> list[tuple[str, Tensor]]:

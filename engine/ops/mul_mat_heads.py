@@ -13,10 +13,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from engine.formats.quants import F32
 from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor, match_shapes
+from engine.ops.base import Array, bytes_moved, require_contiguous_rows
 from engine.ops.cases import Case, Operand, Rng, activation, case, weight
-from engine.ops.common import Array, bytes_moved, require_contiguous_rows
-from engine.quants import F32
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from engine.formats.quants import F32, I32, WEIGHT_TYPES, DType
 from engine.graph import (
     Attrs,
     Cost,
@@ -28,9 +29,8 @@ from engine.graph import (
     Tensor,
     match_shapes,
 )
+from engine.ops.base import Array, live_bytes, require_contiguous_rows
 from engine.ops.cases import Case, Operand, Rng, activation, case, weight
-from engine.ops.common import Array, live_bytes, require_contiguous_rows
-from engine.quants import F32, I32, WEIGHT_TYPES, DType
 
 
 def _matrices(inputs: Inputs) -> list[Tensor]:

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from engine.formats.quants import F32
 from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor
+from engine.ops.base import Array, bytes_moved, elementwise_cost, initial_state, spans
 from engine.ops.cases import Case
-from engine.ops.common import Array, bytes_moved, elementwise_cost, initial_state, spans
-from engine.quants import F32
 
 
 def _no_cases() -> Iterable[Case]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from engine.formats.quants import F32
 from engine.graph import Attrs, Graph, Inputs, Op, Out, Tensor, match_shapes
-from engine.ops.cases import Case, Operand, Rng, activation, case, weight
-from engine.ops.common import (
+from engine.ops.base import (
     Array,
     elementwise_cost,
     require_contiguous_rows,
@@ -14,7 +14,7 @@ from engine.ops.common import (
     sigmoid,
     silu,
 )
-from engine.quants import F32
+from engine.ops.cases import Case, Operand, Rng, activation, case, weight
 
 _ACTIVATIONS = {"silu": silu, "sigmoid": sigmoid}
 

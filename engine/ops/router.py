@@ -14,10 +14,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from engine.formats.quants import F32, I32
 from engine.graph import Attrs, Graph, Inputs, Op, Out, ShapeError, Tensor, match_shapes
+from engine.ops.base import Array, elementwise_cost, require_contiguous_rows, sigmoid
 from engine.ops.cases import Case, Operand, Rng, activation, case, weight
-from engine.ops.common import Array, elementwise_cost, require_contiguous_rows, sigmoid
-from engine.quants import F32, I32
 
 GATINGS = ("softmax", "sigmoid")
 

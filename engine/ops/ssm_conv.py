@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from engine.formats.quants import F32
 from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor, match_shapes
-from engine.ops.cases import Case, Operand, Rng, activation, case, recurrent_operands, slots, weight
-from engine.ops.common import (
+from engine.ops.base import (
     Array,
     bytes_moved,
     check_recurrent,
@@ -25,7 +25,7 @@ from engine.ops.common import (
     spans,
     state_bytes,
 )
-from engine.quants import F32
+from engine.ops.cases import Case, Operand, Rng, activation, case, recurrent_operands, slots, weight
 
 
 def _parts(operands: Mapping[str, Any]) -> list[tuple[str, str]]:

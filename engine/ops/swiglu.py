@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from engine.formats.quants import F32
 from engine.graph import Attrs, Graph, Inputs, Op, Out, ShapeError, Tensor
+from engine.ops.base import Array, elementwise_cost, require_contiguous_rows, silu
 from engine.ops.cases import Case, Operand, Rng, activation, case
-from engine.ops.common import Array, elementwise_cost, require_contiguous_rows, silu
-from engine.quants import F32
 
 
 def _pairs(n_operands: int) -> list[tuple[str, str]]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from engine.template import BUILT_IN, ChatError, ChatTemplate
-from tests.chats import CHATML, CHATS, FEATURES, QWEN35_STYLE, TOOLS, Messages
+from engine.text.template import BUILT_IN, ChatError, ChatTemplate
+from tests.support.chats import CHATML, CHATS, FEATURES, QWEN35_STYLE, TOOLS, Messages
 
 for package in ("torch", "transformers"):
     pytest.importorskip(package, reason=f"{package}: install the parity extra")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.perplexity import chunks, perplexity
+from engine.bench.perplexity import chunks, perplexity
 from tests.parity import CASES
 from tests.parity.common import Case, Golden, case_id, random_weights
 from tests.parity.compare import load_engine

@@ -15,8 +15,10 @@ from unittest.mock import patch
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends import cpu, cpu_library, cpu_weights
-from engine.backends.arena import ALIGNMENT, Arena
+from engine.backends.cpu import backend as cpu
+from engine.backends.cpu import weights as cpu_weights
+from engine.backends.native import library as cpu_library
+from engine.backends.native.buffers import ALIGNMENT, Arena
 
 Array = NDArray[Any]
 # Numpy keeps freed arrays below this size for others, which would find forbidden bytes in them.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine.backends import cpu_library
-from engine.backends.cpu import CpuBackend
+from engine.backends.cpu.backend import CpuBackend
+from engine.backends.native import library as cpu_library
 
 
 @pytest.mark.parametrize("isa", cpu_library.usable())

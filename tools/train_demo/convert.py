@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from engine.quants import quantize_q8_0
+from engine.formats.quants import quantize_q8_0
 from tools.ggufwrite import TensorSpec, write_gguf
 from tools.train_demo.tokenizer import gguf_vocabulary
 from tools.train_demo.weights import load_weights

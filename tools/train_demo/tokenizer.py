@@ -23,7 +23,7 @@ def train_tokenizer(texts: Iterable[str]) -> Any:
     """A `tokenizers` pipeline for the normal tokens; special ones are put in by their number."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    from engine.tokenizer import pre_tokenizer
+    from engine.text.tokenizer import pre_tokenizer
 
     pipeline = Tokenizer(models.BPE())
     pipeline.pre_tokenizer = pre_tokenizer(PRE)

@@ -34,7 +34,7 @@ inline bool has_chunk_form(int64_t dk, int64_t dv) { return dk % 32 == 0 && dv %
 void chunk(const Head& h, const float* from, float* to, int64_t n_ahead, char* scratch);
 
 // Fewest rows of a block with one decay per key row for which chunk form is faster than a scan.
-// With one per head those are any block's (MIN_BLOCK_ROWS in engine/batch.py).
+// With one per head those are any block's (MIN_BLOCK_ROWS in engine/runtime/batch.py).
 constexpr int64_t LEAST_ROWS_KDA = 16;
 
 // Bytes of its scratch, at the most.

@@ -1,6 +1,6 @@
 // What every CPU kernel is: a count of independent tasks, and a function that runs some of them.
 //
-// An instruction has operands (`View`s, in the order of its op's table in engine/backends/cpu.py;
+// An instruction has operands (`View`s, in the order of its op's table in engine/backends/cpu/backend.py;
 // one that is absent has data == nullptr) and attributes as doubles. Tasks of one instruction may
 // run in any order and on any thread; a task's result must not depend on which.
 #pragma once

@@ -1,6 +1,6 @@
 // What every CUDA kernel gets, and the few device primitives that kernels use.
 //
-// A launch has operands (`View`s, in the order of its signature in engine/backends/lowering.py; one
+// A launch has operands (`View`s, in the order of its signature in engine/backends/native/signatures.py; one
 // that is absent has data == nullptr), attributes, and the live counts of the batch, which lie in
 // device memory: a captured launch serves every batch up to the sizes that it was captured for. So
 // grids are sized for the most rows, and what lies past the live ones returns at once.

@@ -12,7 +12,7 @@ constexpr int THREADS = 256, MAX_K = 128, MAX_BANNED = 16;
 constexpr int PER_SEGMENT = 16, SEGMENT = THREADS * PER_SEGMENT, MAX_SEGMENTS = 64;
 constexpr int PER_JOIN = MAX_SEGMENTS * MAX_K / THREADS;
 
-// How a row is drawn, as in engine/backends/cuda_decoder.py; with `feed` >= 0 its token is what that
+// How a row is drawn, as in engine/backends/cuda/sampling.py; with `feed` >= 0 its token is what that
 // row got in the step before.
 struct Draw {
     float temperature, top_p, log_min_p, uniform;

@@ -1,0 +1,253 @@
+// Runs a program: a flat array of instructions, on a team of threads, in one call per step.
+//
+// Threads take tasks of an instruction from a counter; those of the next one wait at a barrier if it
+// asks for that. A thread that waits spins a little, then yields; between steps the team parks.
+
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "../../ops/cpu/kernels.h"
+#include "../../ops/cpu/matrix.h"
+#include "../../ops/cpu/pack.h"
+
+using namespace gdn;
+
+namespace {
+
+struct Instruction {
+    const Kernel* kernel;
+    const View* views;
+    const double* attrs;
+    int64_t barrier;  // Whether all earlier instructions must be finished first.
+};
+
+double now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+void relax() {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// Takes numbers that are too small to be normal for zero, as long as it lives: a processor computes
+// with them a hundred times slower.
+class FlushDenormals {
+   public:
+#if defined(__x86_64__)
+    FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+    ~FlushDenormals() { _mm_setcsr(before_); }
+
+   private:
+    const unsigned before_;
+#else
+    FlushDenormals() {}
+#endif
+};
+
+constexpr int SPINS_BEFORE_YIELD = 4096;
+constexpr double SECONDS_BEFORE_PARKING = 2e-3;
+
+template <typename Done>
+void wait_until(Done done) {
+    for (int spins = 0; !done(); spins++) {
+        if (spins < SPINS_BEFORE_YIELD)
+            relax();
+        else
+            sched_yield();
+    }
+}
+
+// The rows of a step as kernels want them, from its live counts and the blocks that follow those.
+class StepRows {
+   public:
+    void set(const int64_t* live) {
+        const int64_t n_blocks = live[N_DIMS], n_tokens = live[N_TOKENS];
+        const auto* blocks = reinterpret_cast<const Block*>(live + N_DIMS + 1);
+        blocked_.clear(), loose_.clear();
+        int32_t row = 0;
+        for (int64_t i = 0; i < n_blocks; i++) {
+            while (row < blocks[i].row) loose_.push_back(row++);
+            while (row < blocks[i].row + blocks[i].n) blocked_.push_back(row++);
+        }
+        while (row < n_tokens) loose_.push_back(row++);
+        rows = {blocks, blocked_.data(), loose_.data(), n_blocks,
+                static_cast<int64_t>(blocked_.size()), static_cast<int64_t>(loose_.size())};
+    }
+
+    Rows rows{};
+
+   private:
+    std::vector<int32_t> blocked_, loose_;
+};
+
+// One cache line for each counter.
+struct alignas(64) Counter {
+    std::atomic<int64_t> next{0};
+};
+
+class Team {
+   public:
+    explicit Team(int n_threads) : n_threads_(n_threads), scratch_(n_threads) {
+        for (auto& s : scratch_) s = static_cast<char*>(std::aligned_alloc(64, SCRATCH_BYTES));
+        for (int i = 1; i < n_threads; i++) workers_.emplace_back([this, i] { work(i); });
+    }
+
+    ~Team() {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            stopping_ = true;
+            step_.fetch_add(1);
+        }
+        wake_.notify_all();
+        for (auto& w : workers_) w.join();
+        for (char* s : scratch_) std::free(s);
+    }
+
+    // `seconds`: nullptr, or room for each instruction's.
+    void run(const Instruction* program, int64_t n, const int64_t* live, double* seconds) {
+        program_ = program, n_ = n, live_ = live, seconds_ = seconds;
+        step_rows_.set(live);
+        if (static_cast<int64_t>(counters_.size()) < n) counters_ = std::vector<Counter>(n);
+        for (int64_t i = 0; i < n; i++) counters_[i].next.store(0, std::memory_order_relaxed);
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            step_.fetch_add(1);
+        }
+        if (n_parked_.load() > 0) wake_.notify_all();
+        run_program(0);
+        barrier();
+    }
+
+   private:
+    void work(int thread) {
+        uint64_t seen = 0;
+        for (;;) {
+            const double idle_since = now();
+            for (int spins = 0; step_.load(std::memory_order_acquire) == seen; spins++) {
+                relax();
+                if (spins % 256 == 255) {
+                    sched_yield();
+                    if (now() - idle_since > SECONDS_BEFORE_PARKING) park(seen);
+                }
+            }
+            seen++;
+            if (stopping_) return;
+            run_program(thread);
+            barrier();
+        }
+    }
+
+    void park(uint64_t seen) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        n_parked_.fetch_add(1);
+        wake_.wait(lock, [&] { return step_.load() != seen; });
+        n_parked_.fetch_sub(1);
+    }
+
+    void run_program(int thread) {
+        const FlushDenormals flush;
+        begin_matrix_products();
+        double start = seconds_ ? now() : 0;
+        for (int64_t i = 0; i < n_; i++) {
+            const Instruction& in = program_[i];
+            if (i > 0 && (in.barrier || seconds_)) barrier();
+            if (i > 0 && seconds_ && thread == 0) {
+                const double end = now();
+                seconds_[i - 1] = end - start;
+                start = end;
+            }
+            run_tasks(in, counters_[i],
+                      Args{in.views, in.attrs, live_, &step_rows_.rows, scratch_[thread]});
+        }
+        if (seconds_ && n_ > 0) {
+            barrier();
+            if (thread == 0) seconds_[n_ - 1] = now() - start;
+        }
+        end_matrix_products();
+    }
+
+    void run_tasks(const Instruction& in, Counter& counter, const Args& args) {
+        const int64_t n = in.kernel->n_tasks(args);
+        // A few turns each: a thread that is held up leaves its share to the others.
+        const int64_t grab = n_threads_ == 1 ? n : std::max<int64_t>(1, n / (n_threads_ * 8));
+        while (n > 0) {
+            const int64_t begin = counter.next.fetch_add(grab, std::memory_order_relaxed);
+            if (begin >= n) break;
+            in.kernel->run(args, begin, std::min(n, begin + grab));
+        }
+    }
+
+    void barrier() {
+        if (n_threads_ == 1) return;
+        const uint64_t round = rounds_.load(std::memory_order_relaxed);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) == n_threads_ - 1) {
+            arrived_.store(0, std::memory_order_relaxed);
+            rounds_.store(round + 1, std::memory_order_release);
+        } else {
+            wait_until([&] { return rounds_.load(std::memory_order_acquire) != round; });
+        }
+    }
+
+    const int n_threads_;
+    std::vector<char*> scratch_;
+    std::vector<std::thread> workers_;
+    std::vector<Counter> counters_;
+    const Instruction* program_ = nullptr;
+    int64_t n_ = 0;
+    const int64_t* live_ = nullptr;
+    StepRows step_rows_;
+    double* seconds_ = nullptr;
+    bool stopping_ = false;
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    alignas(64) std::atomic<uint64_t> step_{0};
+    std::atomic<int> n_parked_{0};
+    alignas(64) std::atomic<int> arrived_{0};
+    alignas(64) std::atomic<uint64_t> rounds_{0};
+};
+
+}  // namespace
+
+#define GDN_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Whether the operating system lets this process use what the library is built for.
+GDN_EXPORT int gdn_allowed() { return allow_matrix_products(); }
+
+GDN_EXPORT void* gdn_team_create(int n_threads) { return new Team(n_threads); }
+
+GDN_EXPORT void gdn_team_free(void* team) { delete static_cast<Team*>(team); }
+
+GDN_EXPORT const void* gdn_kernel(const char* name) {
+    for (const Kernel* k : KERNELS)
+        if (std::strcmp(k->name, name) == 0) return k;
+    return nullptr;
+}
+
+GDN_EXPORT void gdn_run(void* team, const void* program, int64_t n, const int64_t* live,
+                        double* seconds) {
+    static_cast<Team*>(team)->run(static_cast<const Instruction*>(program), n, live, seconds);
+}
+
+GDN_EXPORT int32_t gdn_layout_of(int ggml_id) { return layout_of(ggml_id); }
+
+GDN_EXPORT int64_t gdn_panel_bytes(int32_t layout, int64_t n_in) {
+    return panel_bytes(layout, n_in);
+}
+
+GDN_EXPORT void gdn_pack(int ggml_id, const uint8_t* src, int64_t n_rows, int64_t n_in,
+                         uint8_t* dst, int64_t begin, int64_t end) {
+    pack_rows(ggml_id, src, n_rows, n_in, dst, begin, end);
+}

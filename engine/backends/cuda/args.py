@@ -1,0 +1,24 @@
+"""The parameter of every CUDA kernel, laid out as the structs of engine/ops/cuda/kernel.cuh."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.backends.native.signatures import MAX_RANK
+
+# As in kernel.cuh.
+MAX_VIEWS, MAX_ATTRS = 22, 8
+# View and Args.
+VIEW = np.dtype(
+    [
+        ("data", "u8"),
+        ("shape", "i4", MAX_RANK),
+        ("stride", "i4", MAX_RANK),
+        ("rank", "i1"),
+        ("dtype", "i1"),
+        ("dim", "i1"),
+        ("layout", "i1"),
+        ("unused", "i4"),
+    ]
+)
+ARGS = np.dtype([("v", VIEW, MAX_VIEWS), ("attr", "f4", MAX_ATTRS), ("live", "u8")])

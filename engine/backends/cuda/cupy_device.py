@@ -1,0 +1,429 @@
+"""What the CUDA backend needs of a device, and the GPU through CuPy.
+
+Everything above this file deals in addresses, launches and captured graphs, so that tests can put a
+device of their own, without a GPU, in place of `CupyDevice`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from engine.backends.cuda import nvrtc
+from engine.backends.cuda.args import ARGS
+from engine.backends.cuda.driver import Launcher
+from engine.backends.cuda.staging import PinnedBytes, PinnedTurns
+from engine.errors import EngineError
+
+Array = NDArray[Any]
+Grid = tuple[int, int, int]
+MIN_CAPABILITY = (8, 0)
+
+
+class CudaError(EngineError):
+    """No usable GPU or CuPy, or a call that failed."""
+
+
+class Memory(Protocol):
+    """Bytes of device memory; given back when nothing refers to it any more."""
+
+    @property
+    def address(self) -> int:
+        """Where it begins."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """out [m, n] f32 = a [m, k] · b [n, k]ᵀ, both bfloat16, row-major without gaps."""
+
+    out: int
+    a: int
+    b: int
+    m: int
+    n: int
+    k: int
+    accumulate: bool = False
+
+
+class Captured(Protocol):
+    """Launches that were recorded; the device keeps what they need."""
+
+    def replay(self) -> None:
+        """Run them again, in the device's order of work."""
+
+
+class Fetched(Protocol):
+    """Bytes on their way to the host."""
+
+    def values(self) -> Array:
+        """Waits for them, but not for later work; uint8."""
+
+
+class Timer(Protocol):
+    """Marks in the device's order of work."""
+
+    def mark(self) -> None:
+        """The end of what was launched since the mark before."""
+
+    def seconds(self) -> list[float]:
+        """Waits; the seconds between neighbouring marks."""
+
+
+class Device(Protocol):
+    """One device, whose work is done in the order in which it is asked for."""
+
+    name: str
+    detail: str
+    capability: tuple[int, int]
+    n_multiprocessors: int
+    shared_bytes: int
+
+    def free_bytes(self) -> int:
+        """Memory that can be allocated."""
+
+    def allocate(self, n_bytes: int) -> Memory:
+        """Memory aligned to 256 bytes, of arbitrary contents; raises CudaError if there is none."""
+
+    def upload(self, address: int, values: Array) -> None:
+        """Copy to the device; `values` may be changed when this returns."""
+
+    def download(self, address: int, values: Array) -> None:
+        """Wait for all work and copy to `values`, which lies without gaps."""
+
+    def fetch(self, address: int, n_bytes: int) -> Fetched:
+        """Copy to the host what lies there when the work so far is done, without waiting for it.
+
+        For few bytes; they may be asked for until three more were fetched.
+        """
+
+    def fill(self, address: int, n_bytes: int, byte: int) -> None:
+        """Set bytes."""
+
+    def copy(self, target: int, source: int, n_bytes: int) -> None:
+        """Copy within the device."""
+
+    def function(self, source: str, name: str, shared_bytes: int = 0) -> int:
+        """A kernel of a source of ops/cuda, allowed `shared_bytes` of dynamic shared memory."""
+
+    def launch(self, function: int, grid: Grid, threads: int, shared: int, params: int) -> None:
+        """Launch a kernel of one parameter, which lies at the host's address `params`."""
+
+    def gemm(self, product: Gemm) -> None:
+        """A matrix product on tensor cores, accumulated in float32."""
+
+    def capture(self, launches: Callable[[], None]) -> Captured:
+        """Record what `launches` launches, without running it."""
+
+    def prepare(self) -> None:
+        """Compile what isn't compiled yet."""
+
+    def timer(self, delay_s: float = 0.0) -> Timer:
+        """A timer whose first mark is now, or comes after a delay in which launches queue up."""
+
+    def synchronize(self) -> None:
+        """Wait for all work."""
+
+
+class CupyDevice:
+    """A GPU through CuPy; all work is on one stream of its own."""
+
+    def __init__(self, index: int = 0) -> None:
+        self._cupy = cupy = _cupy(index)
+        self._device = cupy.cuda.Device(index)
+        self._device.use()
+        self.capability = _capability(self._device)
+        attributes = self._device.attributes
+        self.n_multiprocessors = int(attributes["MultiProcessorCount"])
+        self.shared_bytes = int(attributes["MaxSharedMemoryPerBlockOptin"])
+        self._allowed: dict[str, int] = {}
+        self.name = cupy.cuda.runtime.getDeviceProperties(index)["name"].decode()
+        self.detail = f"{self.name}, {self.target}"
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+        self._launcher = Launcher(self.stream.ptr, overlap=self.capability >= (9, 0))
+        self._errors = (cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError)
+        self._modules: dict[str, Any] = {}
+        self._blas: _Blas | None = None
+        small, large, back = (8, 256 << 10), (2, 32 << 20), (4, 4 << 10)
+        self._small, self._large, self._back = (
+            PinnedTurns(cupy.cuda, self.wait, *sizes) for sizes in (small, large, back)
+        )
+
+    @property
+    def target(self) -> str:
+        """What kernels are compiled for."""
+        major, minor = self.capability
+        return f"sm_{major}{minor}{'a' if self.capability == (9, 0) else ''}"
+
+    def free_bytes(self) -> int:
+        """What the driver has left, and what CuPy's pool holds unused."""
+        free, _ = self._cupy.cuda.runtime.memGetInfo()
+        return int(free) + int(self._cupy.get_default_memory_pool().free_bytes())
+
+    def allocate(self, n_bytes: int) -> Memory:
+        """From CuPy's pool."""
+        try:
+            memory = self._cupy.cuda.alloc(max(n_bytes, 1))
+        except self._cupy.cuda.memory.OutOfMemoryError:
+            raise CudaError(
+                f"{self.name}: expected {n_bytes / 2**20:.0f} MiB of memory, "
+                f"{self.free_bytes() / 2**20:.0f} MiB are free"
+            ) from None
+        return _CupyMemory(memory, int(memory.ptr), n_bytes)
+
+    def upload(self, address: int, values: Array) -> None:
+        """Through pinned memory in turns, so that only the copy to that is waited for."""
+        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        pinned = self._small if len(data) <= self._small.size else self._large
+        for begin in range(0, len(data), pinned.size):
+            part = data[begin : begin + pinned.size]
+            turn = pinned.next()
+            turn.data[: len(part)] = part
+            self._copy_async(address + begin, turn.address, len(part), to_device=True)
+            turn.event.record(self.stream)
+
+    def _copy_async(self, target: int, source: int, n_bytes: int, to_device: bool) -> None:
+        runtime = self._cupy.cuda.runtime
+        kind = runtime.memcpyHostToDevice if to_device else runtime.memcpyDeviceToHost
+        try:
+            runtime.memcpyAsync(target, source, n_bytes, kind, self.stream.ptr)
+        except self._errors as error:
+            raise CudaError(f"CUDA: {error}") from None
+
+    def download(self, address: int, values: Array) -> None:
+        """Waits for the stream."""
+        self._copy_async(values.ctypes.data, address, values.nbytes, to_device=False)
+        self.synchronize()
+
+    def fetch(self, address: int, n_bytes: int) -> Fetched:
+        """To pinned memory, with an event after it."""
+        turn = self._back.next()
+        self._copy_async(turn.address, address, n_bytes, to_device=False)
+        turn.event.record(self.stream)
+        return PinnedBytes(turn, n_bytes, self.wait)
+
+    def fill(self, address: int, n_bytes: int, byte: int) -> None:
+        """A memset on the stream."""
+        self._cupy.cuda.runtime.memsetAsync(address, byte, n_bytes, self.stream.ptr)
+
+    def copy(self, target: int, source: int, n_bytes: int) -> None:
+        """A copy on the stream."""
+        runtime = self._cupy.cuda.runtime
+        kind = runtime.memcpyDeviceToDevice
+        runtime.memcpyAsync(target, source, n_bytes, kind, self.stream.ptr)
+
+    def function(self, source: str, name: str, shared_bytes: int = 0) -> int:
+        """Compiles the source at its first use, unless `prepare` did."""
+        if source not in self._modules:
+            code = nvrtc.cached(source, self.target) or nvrtc.compile_and_keep(source, self.target)
+            self._modules[source] = self._cupy.cuda.function.Module()
+            self._modules[source].load(code)
+        function = self._modules[source].get_function(name)
+        driver = self._cupy.cuda.driver
+        # What it is allowed must not shrink again.
+        if shared_bytes > self._allowed.get(name, 48 << 10):
+            limit = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            driver.funcSetAttribute(function.ptr, limit, shared_bytes)
+            self._allowed[name] = shared_bytes
+        return int(function.ptr)
+
+    def prepare(self) -> None:
+        """Compile what is not yet kept on disk, with a progress bar."""
+        missing = [n for n in nvrtc.sources() if nvrtc.cached(n, self.target) is None]
+        if not missing:
+            return
+        with ThreadPoolExecutor() as pool:
+            done = pool.map(lambda n: nvrtc.compile_and_keep(n, self.target), missing)
+            title = f"compiling CUDA kernels for {self.target}, once"
+            list(tqdm(done, total=len(missing), desc=title, leave=False, disable=None))
+
+    def launch(self, function: int, grid: Grid, threads: int, shared: int, params: int) -> None:
+        """Through the driver's launch call: no more Python than this."""
+        if reason := self._launcher.launch(function, grid, threads, shared, params):
+            raise CudaError(f"CUDA: {reason}")
+
+    def gemm(self, product: Gemm) -> None:
+        """cuBLAS, called directly: CuPy's wrapper refuses captured streams."""
+        self._blas = self._blas or _Blas(self)
+        self._blas.gemm(product)
+
+    def capture(self, launches: Callable[[], None]) -> Captured:
+        """A CUDA graph of the stream's work."""
+        self._blas = self._blas or _Blas(self)
+        self.stream.begin_capture()
+        try:
+            launches()
+        finally:
+            graph = self.stream.end_capture()
+        graph.upload(self.stream)
+        return _CupyGraph(graph, self.stream)
+
+    def timer(self, delay_s: float = 0.0) -> Timer:
+        """Events on the stream, behind a kernel that waits."""
+        if delay_s:
+            args = np.zeros(1, ARGS)
+            args["attr"][0, 0] = delay_s * 1e9
+            self.launch(self.function("delay", "delay"), (1, 1, 1), 1, 0, args.ctypes.data)
+        return _EventTimer(self)
+
+    def synchronize(self) -> None:
+        """Waits for the stream; raises CudaError for what failed on it."""
+        self.wait(self.stream)
+
+    def wait(self, what: Any) -> None:
+        """Waits for the stream, or an event on it."""
+        try:
+            what.synchronize()
+        except self._errors as error:
+            raise CudaError(
+                f"CUDA: {error}, in a launch since the device was last waited for (--check waits "
+                "after every node and names it)"
+            ) from None
+
+
+@dataclass(frozen=True)
+class _CupyMemory:
+    _held: Any
+    address: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class _CupyGraph:
+    _graph: Any
+    _stream: Any
+
+    def replay(self) -> None:
+        self._graph.launch(self._stream)
+
+
+class _EventTimer:
+    def __init__(self, device: CupyDevice) -> None:
+        self._cupy, self._stream = device._cupy, device.stream
+        self._events: list[Any] = []
+        self.mark()
+
+    def mark(self) -> None:
+        self._events.append(self._cupy.cuda.Event())
+        self._events[-1].record(self._stream)
+
+    def seconds(self) -> list[float]:
+        self._events[-1].synchronize()
+        elapsed = self._cupy.cuda.get_elapsed_time
+        return [elapsed(a, b) / 1e3 for a, b in pairwise(self._events)]
+
+
+class _Blas:
+    """A handle of cuBLAS with a workspace, as captured products need one. CuPy's own handle would
+    follow the device that was made last, and so that one's stream."""
+
+    # What cuBLAS documents for Hopper.
+    _WORKSPACE = 32 << 20
+    _BF16, _F32, _COMPUTE_F32, _TRANSPOSE, _PLAIN, _DEFAULT = 14, 0, 68, 1, 0, -1
+
+    def __init__(self, device: CupyDevice) -> None:
+        device._cupy.cuda.get_cublas_handle()  # Loads the library.
+        self._lib, handle = _cublas(), ctypes.c_void_p()
+        _check(self._lib.cublasCreate_v2(ctypes.byref(handle)))
+        weakref.finalize(self, self._lib.cublasDestroy_v2, handle).atexit = False
+        self._handle, self._workspace = handle, device.allocate(self._WORKSPACE)
+        _check(self._lib.cublasSetStream_v2(handle, ctypes.c_void_p(device.stream.ptr)))
+        address, size = ctypes.c_void_p(self._workspace.address), ctypes.c_size_t(self._WORKSPACE)
+        _check(self._lib.cublasSetWorkspace_v2(handle, address, size))
+        self._one, self._zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
+
+    def gemm(self, p: Gemm) -> None:
+        # By columns, as cuBLAS counts: outᵀ [n, m] = b [n, k] · aᵀ [k, m].
+        pointer, one = ctypes.c_void_p, ctypes.byref(self._one)
+        beta = one if p.accumulate else ctypes.byref(self._zero)
+        _check(self._lib.cublasGemmEx(
+            self._handle, self._TRANSPOSE, self._PLAIN, p.n, p.m, p.k, one,
+            pointer(p.b), self._BF16, p.k, pointer(p.a), self._BF16, p.k, beta,
+            pointer(p.out), self._F32, p.n, self._COMPUTE_F32, self._DEFAULT,
+        ))  # fmt: skip
+
+
+def _check(status: int) -> None:
+    if status:
+        raise CudaError(f"cuBLAS: status {status}")
+
+
+def _cublas() -> ctypes.CDLL:
+    """The library that CuPy has loaded."""
+    with open("/proc/self/maps") as maps:
+        loaded = re.findall(r"(/\S*libcublas\.so\S*)", maps.read())
+    for name in (*dict.fromkeys(loaded), "libcublas.so.13", "libcublas.so.12"):
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise CudaError("cuBLAS: expected libcublas.so beside CuPy, found none")
+
+
+def _cupy(index: int) -> Any:
+    """CuPy, once it is known that it works with this machine's driver."""
+    try:
+        import cupy
+    except ImportError as error:
+        raise CudaError(
+            f"backend cuda: expected CuPy, got: {error}; install the extra cuda12 or cuda13"
+        ) from None
+    runtime = cupy.cuda.runtime
+    try:
+        n_devices = int(runtime.getDeviceCount())
+    except runtime.CUDARuntimeError as error:
+        raise CudaError(f"backend cuda: expected a GPU, got: {_reason(error, runtime)}") from None
+    if index >= n_devices:
+        raise CudaError(f"backend cuda: expected GPU {index}, found {n_devices}")
+    return cupy
+
+
+def _reason(error: Exception, runtime: Any) -> str:
+    """What CUDA says, and for a driver that is too old both versions."""
+    text = str(error).split(": ", 1)[-1]
+    if "insufficient" not in text:
+        return text
+    versions = (runtime.driverGetVersion(), runtime.runtimeGetVersion())
+    driver, built = (f"{v // 1000}.{v % 1000 // 10}" for v in versions)
+    return f"a driver for CUDA {driver}, where CuPy needs {built}: update it, or take cuda12"
+
+
+def _capability(device: Any) -> tuple[int, int]:
+    digits = str(device.compute_capability)
+    major, minor = int(digits[:-1]), int(digits[-1])
+    if (major, minor) < MIN_CAPABILITY:
+        least = "{}.{}".format(*MIN_CAPABILITY)
+        raise CudaError(f"backend cuda: expected compute capability {least}, got {major}.{minor}")
+    return major, minor
+
+
+def missing() -> str:
+    """Why no GPU can be used, in one line; an empty string if one can.
+
+    Asks the driver first: importing CuPy takes a second.
+    """
+    count = ctypes.c_int()
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "no NVIDIA driver"
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        return "no GPU"
+    try:
+        _capability(_cupy(0).cuda.Device(0))
+    except CudaError as error:
+        return str(error).removeprefix("backend cuda: ")
+    return ""

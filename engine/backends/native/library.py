@@ -1,0 +1,125 @@
+"""The native library: one for each instruction set, built from the same sources.
+
+The best one that the machine can run is taken. Calls release the GIL.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+from collections.abc import Callable
+from ctypes import c_char_p, c_int, c_int32, c_int64, c_void_p
+from importlib.util import find_spec
+from pathlib import Path
+
+from engine.errors import EngineError
+
+# Best first, with the processor's features (as Linux names them) that each needs.
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "fma", "f16c")
+ISAS = {
+    "amx": (*_AVX512, "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"),
+    "avx512": _AVX512,
+    "avx2": ("avx2", "fma", "f16c"),
+    "portable": (),
+}
+
+
+class LibraryError(EngineError):
+    """A native library that is missing or that the machine can't run."""
+
+
+@functools.cache
+def processor_features() -> frozenset[str]:
+    """Flags of the first processor, as Linux lists them; none where it lists none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    flags = (line.partition(":")[2].split() for line in lines if line.startswith("flags"))
+    return frozenset(next(flags, ()))
+
+
+def n_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+@functools.cache
+def built() -> dict[str, Path]:
+    """Libraries of this installation by instruction set, best first."""
+    # Of an editable installation, sources and libraries lie in different places.
+    package = find_spec("engine")
+    assert package is not None
+    directories = [Path(p) / "native" for p in package.submodule_search_locations or ()]
+    found = {}
+    for isa in ISAS:
+        paths = (d / f"libgdn_cpu_{isa}.so" for d in directories)
+        if path := next((p for p in paths if p.exists()), None):
+            found[isa] = path
+    return found
+
+
+def usable() -> list[str]:
+    """Instruction sets that are built and that this machine has, best first."""
+    has = processor_features()
+    return [isa for isa in built() if has.issuperset(ISAS[isa]) and _library(isa).allowed()]
+
+
+@functools.cache
+def _library(isa: str) -> Library:
+    return Library(isa, built()[isa])
+
+
+@functools.cache
+def load(isa: str | None = None) -> Library:
+    """The library of an instruction set, or the best one. Raises LibraryError."""
+    if isa is not None and isa not in ISAS:
+        raise LibraryError(f"cpu_isa: expected one of {', '.join(ISAS)}, got {isa}")
+    if not built():
+        raise LibraryError("the CPU kernels are not built: expected `pip install .` to build them")
+    # Where none can be run, the last one that is built says what is missing.
+    isa = isa or [*built(), *usable()[:1]][-1]
+    if isa not in built():
+        raise LibraryError(f"cpu_isa: expected one of {', '.join(built())} (built), got {isa}")
+    if missing := sorted(set(ISAS[isa]) - processor_features()):
+        raise LibraryError(f"cpu_isa {isa}: this {platform.machine()} has no {', '.join(missing)}")
+    if not _library(isa).allowed():
+        raise LibraryError(f"cpu_isa {isa}: the operating system does not allow its use")
+    return _library(isa)
+
+
+class Library:
+    """The functions of one library, as engine/backends/cpu/executor.cpp exports them."""
+
+    allowed: Callable[[], int]
+    team_create: Callable[[int], int]
+    team_free: Callable[[int], None]
+    run: Callable[[int, int, int, int, int | None], None]
+    layout_of: Callable[[int], int]
+    panel_bytes: Callable[[int, int], int]
+    pack: Callable[[int, int, int, int, int, int, int], None]
+    _kernel: Callable[[bytes], int | None]
+
+    def __init__(self, isa: str, path: Path) -> None:
+        self.isa, lib = isa, ctypes.CDLL(str(path))
+        for name, result, arguments in (
+            ("allowed", c_int, []),
+            ("team_create", c_void_p, [c_int]),
+            ("team_free", None, [c_void_p]),
+            ("_kernel", c_void_p, [c_char_p]),
+            ("run", None, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p]),
+            ("layout_of", c_int32, [c_int]),
+            ("panel_bytes", c_int64, [c_int32, c_int64]),
+            ("pack", None, [c_int, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64]),
+        ):
+            function = getattr(lib, f"gdn_{name.lstrip('_')}")
+            function.restype, function.argtypes = result, arguments
+            setattr(self, name, function)
+
+    def kernel_address(self, name: str) -> int:
+        """Where a kernel lies."""
+        address = self._kernel(name.encode())
+        assert address, name
+        return address

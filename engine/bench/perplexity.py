@@ -1,0 +1,169 @@
+"""Perplexity of a text, as llama.cpp's `llama-perplexity` defines it (tools/perplexity).
+
+The text is cut into chunks of n_ctx tokens, each on a fresh sequence. Only the second half of a
+chunk is scored, so that every scored token has some context. With a stride, windows that overlap
+are scored in their last tokens only. Logits are asked for where a token is scored, a piece of the
+prompt at a time, and never held in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.engine import Engine
+from engine.errors import EngineError
+from engine.runtime.batch import BLOCK_POSITIONS, Logits, Piece
+from engine.runtime.scheduler import cut
+
+# Of a chunk of fewer tokens, no token is scored.
+MIN_CTX = 4
+# Most bytes of logits that a step returns, and that are worked on at a time.
+_STEP_BYTES, _BLOCK_BYTES = 2**28, 2**23
+
+
+class PerplexityError(EngineError):
+    """A text or sizes that have no perplexity."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens `start` … `start + n_tokens - 1` of a text; those from `first` of it on are scored."""
+
+    start: int
+    n_tokens: int
+    first: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The perplexity of what has been scored so far.
+
+    `ppl` is e to the mean negative log-likelihood (nats) of `n_scored` tokens. `error` is
+    llama.cpp's uncertainty of it: the standard error of that mean, times ppl; NaN for one token.
+    """
+
+    ppl: float
+    error: float
+    n_scored: int
+
+
+def window(n_ctx: int, stride: int = 0) -> int:
+    """Tokens of a chunk: n_ctx, and half a stride more where there is one."""
+    return n_ctx + stride // 2
+
+
+def chunks(n_tokens: int, n_ctx: int, stride: int = 0) -> list[Chunk]:
+    """How a text of `n_tokens` is cut.
+
+    Without a stride: chunks of n_ctx, one after another; what is left over is not scored. The
+    tokens after position n_ctx/2 of each are scored. With one: windows of n_ctx + stride/2, each
+    `stride` further, whose last `stride` tokens are scored.
+    Raises PerplexityError for a text of less than one chunk, and for sizes that score nothing.
+    """
+    if n_ctx < MIN_CTX:
+        raise PerplexityError(f"n_ctx: expected at least {MIN_CTX}, got {n_ctx}")
+    if not 0 <= stride <= n_ctx:
+        raise PerplexityError(f"stride: expected 0 to the {n_ctx} of n_ctx, got {stride}")
+    size = window(n_ctx, stride)
+    # A window whose end is the text's end is left out, as llama.cpp leaves it out.
+    n_chunks = -(-(n_tokens - size) // stride) if stride else n_tokens // n_ctx
+    if n_chunks < 1:
+        needed = size + 1 if stride else size
+        raise PerplexityError(
+            f"the text has {n_tokens} tokens: expected at least the {needed} of one chunk "
+            "(-c is its size)"
+        )
+    first = size - stride if stride else n_ctx // 2 + 1
+    return [Chunk(i * (stride or n_ctx), size, first) for i in range(n_chunks)]
+
+
+def encode(engine: Engine, text: str) -> list[int]:
+    """The tokens of a text: BOS first if the model adds one; special tokens in it are text."""
+    tokenizer = engine.tokenizer
+    bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    return bos + tokenizer.encode(text)
+
+
+def perplexity(
+    engine: Engine, ids: Sequence[int], n_ctx: int = 512, stride: int = 0
+) -> Iterator[Estimate]:
+    """The estimate after each chunk of `ids`, which `encode` gave; the last one is the result.
+
+    If the model adds BOS, it replaces the first token of every chunk, in the input alone. Windows
+    of a stride keep theirs: so does llama.cpp, which puts BOS there too late to be read.
+    The engine's context must hold `window(n_ctx, stride)` tokens. Raises as `chunks` does.
+    """
+    parts = chunks(len(ids), n_ctx, stride)
+    tokenizer = engine.tokenizer
+    bos_id = tokenizer.bos_id if tokenizer.add_bos and not stride else None
+    n_scored, total, squares = 0, 0.0, 0.0
+    for chunk in parts:
+        tokens = list(ids[chunk.start : chunk.start + chunk.n_tokens])
+        given = tokens if bos_id is None else [bos_id, *tokens[1:]]
+        nll = _score(engine, given, tokens, chunk.first)
+        n_scored += len(nll)
+        total += float(nll.sum())
+        squares += float(nll @ nll)
+        yield _estimate(n_scored, total, squares)
+
+
+def _estimate(n: int, total: float, squares: float) -> Estimate:
+    """From the number of scores, their sum and the sum of their squares."""
+    mean = total / n
+    try:
+        ppl = math.exp(mean)
+    except OverflowError:
+        ppl = math.inf
+    # Rounding may leave a variance of 0 below it.
+    variance = max(0.0, squares / n - mean * mean)
+    return Estimate(ppl, ppl * math.sqrt(variance / (n - 1)) if n > 1 else math.nan, n)
+
+
+def _score(
+    engine: Engine, given: Sequence[int], targets: Sequence[int], first: int
+) -> NDArray[np.float64]:
+    """Negative log-likelihoods [n_tokens - first] of the targets from `first` on.
+
+    The logits of position i score token i + 1: the last token is no input.
+    """
+    n_rows = max(_STEP_BYTES // (4 * engine.model.n_vocab), BLOCK_POSITIONS)
+    n_rows = min(n_rows, engine.capacity.n_tokens)
+    # Pieces end at multiples of 64 positions: the few rows before `first` are dropped.
+    n_silent = (first - 1) // BLOCK_POSITIONS * BLOCK_POSITIONS
+    seq = engine.memory.create()
+    scores = []
+    try:
+        if n_silent:
+            engine.prefill(seq, given[:n_silent], Logits.NONE)
+        for part in cut(n_silent, len(given) - 1 - n_silent, n_rows):
+            at = slice(n_silent + part.start, n_silent + part.stop)
+            logits = engine.step([Piece(seq, given[at], Logits.ALL)])
+            skip = max(0, first - 1 - at.start)
+            wanted = targets[at.start + skip + 1 : at.stop + 1]
+            scores.append(negative_log_likelihood(logits[skip:], wanted))
+    finally:
+        engine.memory.free(seq)
+    return np.concatenate(scores)
+
+
+def negative_log_likelihood(
+    logits: NDArray[np.float32], targets: Sequence[int]
+) -> NDArray[np.float64]:
+    """-log softmax(logits)[target] in nats; logits [n, n_vocab], n targets.
+
+    Exponents are float32 relative to the row's maximum and summed in float64, as in llama.cpp.
+    """
+    n_rows = max(1, _BLOCK_BYTES // (4 * logits.shape[1]))
+    out = np.empty(len(targets))
+    for start in range(0, len(targets), n_rows):
+        rows = logits[start : start + n_rows]
+        highest = rows.max(axis=1, keepdims=True)
+        total = np.exp(rows - highest).sum(axis=1, dtype=np.float64)
+        chosen = rows[np.arange(len(rows)), targets[start : start + n_rows]].astype(np.float64)
+        out[start : start + n_rows] = np.log(total) + (highest[:, 0] - chosen)
+    return out

@@ -1,0 +1,348 @@
+"""Reader of GGUF files: metadata and tensor table, with the tensor data left on disk.
+
+The file is mapped, never read as a whole: opening one costs its metadata only, and tensor bytes
+are touched when a backend asks for them. Files are untrusted: every count, length and offset is
+checked against the file's size before it is used. Versions 2 and 3, little-endian; split files
+(`-00001-of-0000N.gguf`) are joined. Format: docs/gguf.md of the ggml project.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.errors import EngineError
+from engine.formats.quants import BY_GGML_ID, WEIGHT_TYPES, DType, names
+
+MAGIC = b"GGUF"
+MAX_DIMS = 4
+MAX_NAME = 256
+_U32 = struct.Struct("<I")
+_U64 = struct.Struct("<Q")
+_STRING, _ARRAY = 8, 9
+# Value type numbers of the format, except string (8) and array (9).
+_SCALARS: dict[int, np.dtype[Any]] = {
+    0: np.dtype("<u1"),
+    1: np.dtype("<i1"),
+    2: np.dtype("<u2"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<u4"),
+    5: np.dtype("<i4"),
+    6: np.dtype("<f4"),
+    7: np.dtype("?"),
+    10: np.dtype("<u8"),
+    11: np.dtype("<i8"),
+    12: np.dtype("<f8"),
+}
+# The shortest entries: a key of length 0, its type, one byte; a name of length 0, no dims, …
+_MIN_KV_BYTES, _MIN_TENSOR_BYTES = 8 + 4 + 1, 8 + 4 + 4 + 8
+_SPLIT_NAME = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$")
+
+
+class GGUFError(EngineError):
+    """The file is not a GGUF that this engine can read."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: row-major `shape`, type, and its bytes in mapped file `file_index`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType
+    offset: int
+    nbytes: int
+    file_index: int = 0
+
+
+class GGUFFile:
+    """A GGUF file (or the set of files that it is split into).
+
+    `metadata`: key -> bool, int, float, str, list of str, or a 1-D numpy array.
+    `tensors`: name -> TensorInfo, in file order. `raw(name)` maps a tensor's bytes.
+    Raises GGUFError for anything that is not a readable GGUF file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        first = _Parser(self.path, 0)
+        self.metadata: dict[str, Any] = first.metadata
+        self.tensors: dict[str, TensorInfo] = first.tensors
+        self._maps = [first.data]
+        self.size = len(first.data)
+        n_split = self.integer("split.count", 0)
+        if n_split > 1:
+            self._join_splits(n_split)
+
+    def _join_splits(self, n_split: int) -> None:
+        match = _SPLIT_NAME.match(self.path.name)
+        if match is None or int(match[3]) != n_split:
+            raise GGUFError(
+                f"{self.path}: one of {n_split} split files, so its name must end in "
+                f"-00001-of-{n_split:05d}.gguf"
+            )
+        if (number := self.integer("split.no", 0)) != 0 or int(match[2]) != 1:
+            raise GGUFError(
+                f"{self.path}: split file {number + 1} of {n_split}; open the first one"
+            )
+        for i in range(1, n_split):
+            path = self.path.with_name(f"{match[1]}-{i + 1:05d}-of-{n_split:05d}.gguf")
+            part = _Parser(path, i)
+            for key, expected in (("split.no", i), ("split.count", n_split)):
+                came = part.metadata.get(key)
+                if not isinstance(came, int) or came != expected:
+                    raise GGUFError(f"{path}: expected {key} = {expected}, got {_shown(came)}")
+            if doubled := self.tensors.keys() & part.tensors.keys():
+                raise GGUFError(f"{path}: tensor {min(doubled)} is in another split file too")
+            self.tensors.update(part.tensors)
+            self._maps.append(part.data)
+            self.size += len(part.data)
+        expected = self.integer("split.tensors.count", len(self.tensors))
+        if len(self.tensors) != expected:
+            raise GGUFError(
+                f"{self.path}: expected {expected} tensors in {n_split} split files, "
+                f"got {len(self.tensors)}"
+            )
+
+    def raw(self, name: str) -> NDArray[np.uint8]:
+        """The stored bytes of a tensor, uint8 [nbytes], mapped (read-only, nothing is copied)."""
+        info = self.tensors[name]
+        data = self._maps[info.file_index]
+        return np.frombuffer(data, np.uint8, count=info.nbytes, offset=info.offset)
+
+    def release(self, name: str, begin: int = 0, end: int | None = None) -> None:
+        """Let go of the pages that hold a tensor, or some of its bytes; they are read from the file
+        again when used."""
+        info = self.tensors[name]
+        start = -(-(info.offset + begin) // mmap.PAGESIZE) * mmap.PAGESIZE
+        stop = info.offset + (info.nbytes if end is None else end)
+        length = (stop - start) // mmap.PAGESIZE * mmap.PAGESIZE
+        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self._maps[info.file_index].madvise(mmap.MADV_DONTNEED, start, length)
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """An integer of the metadata; without `default` a missing key is an error."""
+        value = self._value(key, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise GGUFError(
+                f"{self.path}: metadata {key}: expected an integer, got {_shown(value)}"
+            )
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number of the metadata; without `default` a missing key is an error."""
+        value = self._value(key, default)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value):
+            raise GGUFError(f"{self.path}: metadata {key}: expected a number, got {_shown(value)}")
+        return float(value)
+
+    def string(self, key: str, default: str | None = None) -> str:
+        """A string of the metadata; without `default` a missing key is an error."""
+        value = self._value(key, default)
+        if not isinstance(value, str):
+            raise GGUFError(f"{self.path}: metadata {key}: expected a string, got {_shown(value)}")
+        return value
+
+    def boolean(self, key: str, default: bool | None = None) -> bool:
+        """A boolean of the metadata; without `default` a missing key is an error."""
+        value = self._value(key, default)
+        if not isinstance(value, bool):
+            raise GGUFError(
+                f"{self.path}: metadata {key}: expected true or false, got {_shown(value)}"
+            )
+        return value
+
+    def _value(self, key: str, default: Any) -> Any:
+        value = self.metadata.get(key, default)
+        if value is None:
+            raise GGUFError(f"{self.path}: metadata {key} is missing")
+        return value
+
+
+class _Parser:
+    """One pass over one file's header; afterwards `metadata`, `tensors` and `data` are set."""
+
+    def __init__(self, path: Path, file_index: int) -> None:
+        self.path, self.file_index = path, file_index
+        self.data = _map(path)
+        self.pos = 0
+        n_tensors, n_kv = self._header()
+        self.metadata = self._metadata(n_kv)
+        self.tensors = self._tensor_table(n_tensors)
+
+    def _fail(self, message: str) -> GGUFError:
+        return GGUFError(f"{self.path}: {message}")
+
+    def _need(self, nbytes: int, what: str) -> None:
+        if nbytes > len(self.data) - self.pos:
+            left = len(self.data) - self.pos
+            raise self._fail(
+                f"truncated: {what} needs {nbytes} bytes at offset {self.pos}, {left} are left"
+            )
+
+    def _u32(self, what: str) -> int:
+        self._need(4, what)
+        (value,) = _U32.unpack_from(self.data, self.pos)
+        self.pos += 4
+        return int(value)
+
+    def _u64(self, what: str) -> int:
+        self._need(8, what)
+        (value,) = _U64.unpack_from(self.data, self.pos)
+        self.pos += 8
+        return int(value)
+
+    def _strings(self, n: int, what: str) -> list[str]:
+        self._need(8 * n, what)
+        data, pos, size, unpack = self.data, self.pos, len(self.data), _U64.unpack_from
+        out = []
+        try:
+            for _ in range(n):
+                (length,) = unpack(data, pos)
+                start = pos + 8
+                pos = start + length
+                if pos > size:
+                    raise self._fail(
+                        f"truncated: a string of {what} needs {length} bytes at offset {start}, "
+                        f"{size - start} are left"
+                    )
+                out.append(data[start:pos].decode())
+        except UnicodeDecodeError as error:
+            raise self._fail(f"{what}: expected UTF-8, got {error.object[:16]!r}") from None
+        except struct.error:
+            raise self._fail(f"truncated: {what} ends at offset {size}") from None
+        self.pos = pos
+        return out
+
+    def _name(self, what: str) -> str:
+        """A key or a tensor's name: short and printable, so that every message may quote it."""
+        (name,) = self._strings(1, what)
+        if len(name) > MAX_NAME or not name.isprintable():
+            raise self._fail(
+                f"{what}: expected at most {MAX_NAME} printable characters, got {_shown(name)}"
+            )
+        return name
+
+    def _header(self) -> tuple[int, int]:
+        magic = self.data[:4]
+        if magic != MAGIC[: len(magic)]:
+            raise self._fail(f"not a GGUF file: expected magic {MAGIC!r}, got {magic!r}")
+        self.pos = 4
+        version = self._u32("the version")
+        if version not in (2, 3):
+            if int.from_bytes(version.to_bytes(4, "little"), "big") in (1, 2, 3):
+                raise self._fail("a big-endian GGUF file; only little-endian ones can be read")
+            raise self._fail(f"GGUF version {version}; expected 2 or 3")
+        n_tensors, n_kv = self._u64("the tensor count"), self._u64("the metadata count")
+        left = len(self.data) - self.pos
+        for n, each, what in (
+            (n_tensors, _MIN_TENSOR_BYTES, "tensors"),
+            (n_kv, _MIN_KV_BYTES, "metadata entries"),
+        ):
+            if n * each > left:
+                raise self._fail(f"{n} {what} cannot fit in the {left} bytes that follow")
+        return n_tensors, n_kv
+
+    def _metadata(self, n_kv: int) -> dict[str, Any]:
+        metadata: dict[str, Any] = {}
+        for i in range(n_kv):
+            key = self._name(f"the key of metadata entry {i}")
+            if key in metadata:
+                raise self._fail(f"metadata key {key} appears twice")
+            metadata[key] = self._metadata_value(self._u32(key), key)
+        return metadata
+
+    def _metadata_value(self, kind: int, key: str) -> Any:
+        if kind == _STRING:
+            return self._strings(1, key)[0]
+        if kind != _ARRAY:
+            return self._numbers(kind, 1, key)[0].item()
+        kind, n = self._u32(key), self._u64(key)
+        return self._strings(n, key) if kind == _STRING else self._numbers(kind, n, key)
+
+    def _numbers(self, kind: int, n: int, key: str) -> NDArray[Any]:
+        dtype = _SCALARS.get(kind)
+        if dtype is None:
+            raise self._fail(f"metadata {key}: unknown value type {kind}")
+        self._need(n * dtype.itemsize, f"metadata {key}")
+        values = np.frombuffer(self.data, dtype, count=n, offset=self.pos).copy()
+        if dtype.kind == "b":
+            values = values.view(np.uint8) != 0
+        self.pos += n * dtype.itemsize
+        return values
+
+    def _tensor_table(self, n_tensors: int) -> dict[str, TensorInfo]:
+        alignment = self.metadata.get("general.alignment", 32)
+        power = type(alignment) is int and alignment > 0 and not alignment & (alignment - 1)
+        if not power:
+            shown = _shown(alignment)
+            raise self._fail(f"general.alignment: expected a power of two, got {shown}")
+        entries = [self._tensor_entry(i) for i in range(n_tensors)]
+        base = -(-self.pos // alignment) * alignment
+        tensors: dict[str, TensorInfo] = {}
+        for name, shape, dtype, offset in entries:
+            if name in tensors:
+                raise self._fail(f"tensor {name} appears twice")
+            nbytes = math.prod(shape[:-1]) * dtype.row_bytes(shape[-1])
+            if offset % alignment:
+                raise self._fail(f"tensor {name}: offset {offset} is no multiple of {alignment}")
+            if base + offset + nbytes > len(self.data):
+                raise self._fail(
+                    f"truncated: tensor {name} needs {nbytes} bytes at offset {base + offset}, "
+                    f"the file has {len(self.data)}"
+                )
+            tensors[name] = TensorInfo(name, shape, dtype, base + offset, nbytes, self.file_index)
+        return tensors
+
+    def _tensor_entry(self, i: int) -> tuple[str, tuple[int, ...], DType, int]:
+        name = self._name(f"the name of tensor {i}")
+        what = f"tensor {name}"
+        n_dims = self._u32(what)
+        if not 1 <= n_dims <= MAX_DIMS:
+            raise self._fail(f"{what}: expected 1 to {MAX_DIMS} dimensions, got {n_dims}")
+        # ggml lists dimensions innermost first; ours are row-major from here on.
+        shape = tuple(self._u64(what) for _ in range(n_dims))[::-1]
+        if 0 in shape:
+            raise self._fail(f"{what}: shape {shape} has no elements")
+        type_id = self._u32(what)
+        dtype = BY_GGML_ID.get(type_id)
+        if dtype is None:
+            known = names(WEIGHT_TYPES.values())
+            raise self._fail(f"{what}: unknown tensor type {type_id}; known are {known}")
+        if shape[-1] % dtype.block_elems:
+            raise self._fail(
+                f"{what}: rows of {shape[-1]} are no whole {dtype.name} blocks of "
+                f"{dtype.block_elems}"
+            )
+        return name, shape, dtype, self._u64(what)
+
+
+def _shown(value: Any) -> str:
+    """A metadata value for a message: short, and on one line whatever the file holds."""
+    if isinstance(value, list | np.ndarray):
+        return f"an array of {len(value)}"
+    text = repr(value)
+    return text if len(text) <= 64 else f"{text[:61]}..."
+
+
+def _map(path: Path) -> mmap.mmap:
+    try:
+        if path.is_dir():
+            raise GGUFError(f"{path}: expected a GGUF file, got a directory")
+        with path.open("rb") as file:
+            if file.seek(0, 2) == 0:
+                raise GGUFError(f"{path}: expected a GGUF file, got an empty file")
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise GGUFError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:  # an embedded NUL in the name
+        raise GGUFError(f"{path!s}: {error}") from None

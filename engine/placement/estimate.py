@@ -1,0 +1,154 @@
+"""What a placed graph will need of the machine's memory, and what the machine has left of it.
+
+An estimate of what is really touched: weights as backends keep them, states and KV cache at
+capacity, the most activations that are alive at a time in a full step, and logits of one row for
+each sequence. The pages of the file itself are the system's to give back and are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import EngineError
+from engine.graph import Graph, Kind, Tensor, dim_name
+from engine.placement.place import Backend, Plan
+
+_CGROUP = Path("/sys/fs/cgroup")
+_MEMINFO = Path("/proc/meminfo")
+
+
+class NotEnoughMemoryError(EngineError):
+    """A model that doesn't fit the memory that is left."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by what takes them."""
+
+    weights: int
+    states: int
+    kv_cache: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.states + self.kv_cache + self.activations
+
+
+def estimate(plan: Plan, backends: Sequence[Backend] | None = None) -> Estimate:
+    """What a plan, or the part of it that is on some backends, will need."""
+    weights = states = kv_cache = 0
+    for backend in plan.backends if backends is None else backends:
+        nodes = [node for node, p in plan.placements.items() if p.backend is backend]
+        weights += backend.weight_bytes(nodes)
+        for t in plan.tensors_of(backend, Kind.STATE):
+            if dim_name(t) == "n_blocks":
+                kv_cache += t.nbytes
+            else:
+                states += t.nbytes
+    return Estimate(weights, states, kv_cache, _activation_bytes(plan.graph))
+
+
+def check(plan: Plan) -> None:
+    """Raise NotEnoughMemoryError, in one line, if a plan needs more than there is."""
+    for where, backends, available in _memories(plan):
+        need = estimate(plan, backends)
+        if available is not None and need.total > available:
+            raise _refusal(where, need, available)
+
+
+def fits(plan: Plan, backend: Backend) -> bool:
+    """Whether a backend that has memory of its own has enough."""
+    available = backend.free_bytes()
+    return available is None or estimate(plan, [backend]).total <= available
+
+
+def _memories(plan: Plan) -> list[tuple[str, list[Backend], int | None]]:
+    """(name, backends, bytes left) of the machine's memory and of those that backends have."""
+    own = [(b, b.free_bytes()) for b in plan.backends]
+    machine = [b for b, n in own if n is None]
+    rest: list[tuple[str, list[Backend], int | None]] = [
+        (f" on {b.name}", [b], n) for b, n in own if n is not None
+    ]
+    return [("", machine, available_bytes()), *rest] if machine else rest
+
+
+def _refusal(where: str, need: Estimate, available: int) -> NotEnoughMemoryError:
+    unit, size = ("GiB", 2**30) if need.total >= 2**30 else ("MiB", 2**20)
+
+    def shown(n_bytes: int) -> str:
+        return f"{n_bytes / size:.1f}"
+
+    return NotEnoughMemoryError(
+        f"not enough memory{where}: expected at most {shown(available)} {unit} (available), "
+        f"the model needs {shown(need.total)} {unit} (weights {shown(need.weights)}, states "
+        f"{shown(need.states)}, KV cache {shown(need.kv_cache)}, activations "
+        f"{shown(need.activations)}): {_advice(need, available, where)}"
+    )
+
+
+def _advice(need: Estimate, available: int, where: str) -> str:
+    if need.weights > available:
+        return "lower -ngl" if where else "take a file of smaller types"
+    parts = (("-c", need.kv_cache), ("-np", need.states), ("-ub", need.activations))
+    largest = max(n for _, n in parts)
+    return "lower " + " or ".join(option for option, n in parts if 10 * n >= largest)
+
+
+def _activation_bytes(graph: Graph) -> int:
+    """The most that is alive at a time, from where it is made to its last use."""
+    last_use: dict[Tensor, int] = {}
+    for i, node in enumerate(graph.nodes):
+        for t in (*node.outputs, *(t.base for t in node.inputs.values())):
+            last_use[t] = i
+    last_use |= {t.base: len(graph.nodes) for t in graph.outputs.values()}
+    ends: dict[int, list[int]] = {}
+    alive = most = 0
+    for i, node in enumerate(graph.nodes):
+        for t in node.outputs:
+            assert t.kind is Kind.ACTIVATION, t
+            n_bytes = _touched_bytes(t, graph)
+            alive += n_bytes
+            ends.setdefault(last_use[t], []).append(n_bytes)
+        most = max(most, alive)
+        alive -= sum(ends.pop(i, ()))
+    return most
+
+
+def _touched_bytes(tensor: Tensor, graph: Graph) -> int:
+    """Rows of outputs are one for each sequence: what generating text asks for."""
+    if dim_name(tensor) != "n_outputs":
+        return tensor.nbytes
+    return tensor.nbytes // int(tensor.shape[0]) * min(graph.capacity.n_seqs, tensor.shape[0])
+
+
+def available_bytes() -> int | None:
+    """What the machine, or the process's control group, has left; None where nothing says so."""
+    limits = [n for n in (_left_on_machine(), _left_in_cgroup()) if n is not None]
+    return min(limits, default=None)
+
+
+def _left_on_machine() -> int | None:
+    try:
+        lines = _MEMINFO.read_text().splitlines()
+    except OSError:
+        return None
+    kib = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return next((int(n) * 1024 for n in kib), None)
+
+
+def _left_in_cgroup() -> int | None:
+    """Of a control group of version 2; the file cache is given back when it is needed."""
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+    except OSError:
+        return None
+    if limit == "max":
+        return None
+    cached = int(stat.get("active_file", 0)) + int(stat.get("inactive_file", 0))
+    return max(0, int(limit) - used + cached)

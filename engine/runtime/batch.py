@@ -1,0 +1,149 @@
+"""Batches: pieces of several sequences packed into the inputs of one step.
+
+Rows of all pieces lie one after another, any lengths together: decode rows and prefill pieces are
+the same to the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.errors import EngineError
+from engine.graph import Capacity, Live
+from engine.kvcache.sequences import SequenceMemory, Step
+
+# Positions of a block of rows, and the fewest rows that make one.
+BLOCK_POSITIONS, MIN_BLOCK_ROWS = 64, 16
+
+
+class BatchError(EngineError):
+    """A batch larger than the graph's capacity."""
+
+
+class Logits(Enum):
+    """Which rows of a piece need logits."""
+
+    NONE = 0
+    LAST = 1
+    ALL = 2
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next `tokens` of sequence `seq`; the states after the last `n_snapshots` are kept."""
+
+    seq: int
+    tokens: Sequence[int]
+    logits: Logits = Logits.LAST
+    n_snapshots: int = 0
+
+    @property
+    def n_outputs(self) -> int:
+        """How many of its rows need logits."""
+        if self.logits is Logits.LAST:
+            return 1
+        return len(self.tokens) if self.logits is Logits.ALL else 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of one step by name, at their live sizes."""
+
+    inputs: dict[str, NDArray[np.int32]]
+    live: Live
+
+
+def check_fits(pieces: Sequence[Piece], capacity: Capacity) -> None:
+    """Raise BatchError unless a graph of this capacity can run the pieces in one step."""
+    seqs = [piece.seq for piece in pieces]
+    n_snapshots = max((piece.n_snapshots for piece in pieces), default=0)
+    for what, n, limit in (
+        ("sequences", len(pieces), capacity.n_seqs),
+        ("tokens", sum(len(piece.tokens) for piece in pieces), capacity.n_tokens),
+        ("snapshots", n_snapshots, capacity.n_snapshots),
+    ):
+        if n > limit:
+            raise BatchError(f"{n} {what} in one step: expected at most {limit}")
+    if not pieces or not all(len(piece.tokens) for piece in pieces):
+        raise BatchError("expected at least one token of each sequence, got none")
+    if len(set(seqs)) < len(seqs):
+        raise BatchError(f"sequence {max(seqs, key=seqs.count)} twice in one step")
+
+
+def begin(pieces: Sequence[Piece], memory: SequenceMemory, keep: bool = False) -> list[Step]:
+    """Room in memory for every piece; if one finds none, all are undone and its error raised.
+
+    With `keep`, the sequences stay as they are until the step is finished.
+    """
+    steps: list[Step] = []
+    try:
+        for piece in pieces:
+            steps.append(memory.begin(piece.seq, len(piece.tokens), piece.n_snapshots, keep))
+    except BaseException:
+        for piece in pieces[: len(steps)]:
+            memory.cancel(piece.seq)
+        raise
+    return steps
+
+
+def row_blocks(pasts: Sequence[int], lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Runs of at least 16 rows of a sequence whose positions lie between two multiples of 64.
+
+    Kernels of blocks may sum in another order than those of single rows. As pieces of prompts end
+    at multiples of 64, which rows form a block depends on their sequence alone, not on how it is
+    cut into steps nor on what else is in the batch.
+    """
+    blocks, first = [], 0
+    for n_past, length in zip(pasts, lengths, strict=True):
+        begin, stop = n_past, n_past + length
+        while begin < stop:
+            end = min(begin - begin % BLOCK_POSITIONS + BLOCK_POSITIONS, stop)
+            if end - begin >= MIN_BLOCK_ROWS:
+                blocks.append((first + begin - n_past, end - begin))
+            begin = end
+        first += length
+    return tuple(blocks)
+
+
+def pack(pieces: Sequence[Piece], steps: Sequence[Step], capacity: Capacity) -> Batch:
+    """The inputs of a step over `pieces`, whose room in memory is `steps`."""
+    lengths, outputs = [len(p.tokens) for p in pieces], [p.n_outputs for p in pieces]
+    pasts, starts = [step.n_past for step in steps], np.cumsum([0, *lengths])
+    positions = _ranges(pasts, lengths)
+    tables = np.full((len(pieces), capacity.n_blocks), -1, np.int32)
+    snapshots = np.full((len(pieces), capacity.n_snapshots), -1)
+    for s, step in enumerate(steps):
+        tables[s, : len(step.blocks)] = step.blocks
+        snapshots[s, capacity.n_snapshots - len(step.snapshots) :] = step.snapshots
+    inputs: dict[str, Any] = {
+        "tokens": np.fromiter(chain.from_iterable(p.tokens for p in pieces), np.int32, starts[-1]),
+        "positions": positions,
+        "seq_starts": starts,
+        "state_src": [step.state_src for step in steps],
+        "state_dst": [step.state_dst for step in steps],
+        "snapshot_dst": snapshots,
+        "block_tables": tables,
+        "output_rows": _ranges(starts[1:] - outputs, outputs),
+    }
+    live = Live(
+        n_tokens=int(starts[-1]),
+        n_seqs=len(pieces),
+        n_outputs=len(inputs["output_rows"]),
+        kv_rows=sum(pasts) + sum(lengths),
+        kv_pairs=int(positions.sum()) + len(positions),
+        blocks=row_blocks(pasts, lengths),
+    )
+    return Batch({name: np.asarray(v, np.int32) for name, v in inputs.items()}, live)
+
+
+def _ranges(firsts: Any, lengths: Sequence[int]) -> NDArray[np.int64]:
+    """As many numbers as a length says, from each first one on."""
+    ends = np.cumsum(lengths)
+    return np.asarray(np.arange(ends[-1]) + np.repeat(firsts - (ends - lengths), lengths))

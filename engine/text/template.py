@@ -1,0 +1,171 @@
+"""Chat templates: from messages to the text that a model was trained to go on from.
+
+A template is a Jinja program that comes with the model's file, from a stranger. It runs in
+jinja2's sandbox, with what transformers' `apply_chat_template` gives it: trimmed blocks, `tojson`
+that leaves HTML alone, `raise_exception`, `strftime_now`, loop controls, the tag `generation`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import ext, meta, nodes
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from engine.errors import EngineError
+from engine.formats.gguf import GGUFFile
+
+Message = Mapping[str, Any]
+
+_log = logging.getLogger(__name__)
+TEMPLATE_KEY = "tokenizer.chat_template"
+# What each `--chat-template NAME` is that no file has to bring.
+BUILT_IN = {
+    "chatml": (
+        "{%- for message in messages %}"
+        "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+        "{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+    ),
+}
+
+
+class ChatError(EngineError):
+    """A chat template, or messages, that can't be used."""
+
+
+class ChatTemplate:
+    """A compiled template; `name` is for messages, `variables` are the names that it reads.
+
+    Raises ChatError for a template that doesn't parse.
+    """
+
+    def __init__(self, source: str, name: str = "chat template") -> None:
+        self.name = name
+        environment = _environment()
+        try:
+            self.variables = meta.find_undeclared_variables(environment.parse(source))
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise self._error(f"line {error.lineno}: {error.message}") from None
+        except (jinja2.TemplateError, ArithmeticError, RecursionError) as error:
+            raise self._error(str(error)) from None
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        reasoning: bool | None = None,
+        add_generation_prompt: bool = True,
+        special: Mapping[str, str] | None = None,
+    ) -> str:
+        """The text of a conversation, as transformers' apply_chat_template has it.
+
+        messages: each with `role` and `content`, and whatever else the template reads. tools: JSON
+        schemas. reasoning: the template's `enable_thinking` (None: its own default). special: the
+        texts of special tokens, by the names that templates have for them (`bos_token`, …).
+        Raises ChatError if the template fails, by itself or because the sandbox stops it.
+        """
+        given: dict[str, Any] = dict(special or {})
+        if reasoning is not None:
+            given["enable_thinking"] = reasoning
+        try:
+            return self._template.render(
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **given,
+            )
+        except Exception as error:  # A stranger's program may raise anything.
+            said = str(error) if isinstance(error, jinja2.TemplateError) else repr(error)
+            raise self._error(said or type(error).__name__) from None
+
+    def _error(self, message: str) -> ChatError:
+        return ChatError(f"{self.name}: {' '.join(message.split())}")
+
+
+def find_template(file: GGUFFile, choice: str | None = None) -> ChatTemplate:
+    """The template of a model's file, or the one that `choice` names.
+
+    choice: a name of BUILT_IN, the name of another template in the file, or a file with one. A
+    model without a template gets chatml, with a warning. Raises ChatError, GGUFError.
+    """
+    if choice is None:
+        if source := file.string(TEMPLATE_KEY, ""):
+            return ChatTemplate(source, f"{file.path}: chat template")
+        _log.warning("%s has no chat template: taking chatml", file.path)
+        choice = "chatml"
+    if source := BUILT_IN.get(choice, "") or file.string(f"{TEMPLATE_KEY}.{choice}", ""):
+        return ChatTemplate(source, f"chat template {choice}")
+    try:
+        source = Path(choice).read_bytes().decode()
+    except UnicodeDecodeError as error:
+        came = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        raise ChatError(f"chat template {choice}: expected UTF-8, got {came}") from None
+    except (OSError, ValueError) as error:
+        in_file = [
+            k.removeprefix(f"{TEMPLATE_KEY}.")
+            for k in file.metadata
+            if k.startswith(f"{TEMPLATE_KEY}.")
+        ]
+        raise ChatError(
+            f"chat template {choice}: expected a file or one of {', '.join([*BUILT_IN, *in_file])} "
+            f"({getattr(error, 'strerror', None) or error})"
+        ) from None
+    return ChatTemplate(source, f"chat template {choice}")
+
+
+def _environment() -> jinja2.Environment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": _raise, "strftime_now": _now}
+    return environment
+
+
+class _GenerationTag(ext.Extension):
+    """`{% generation %}` marks what a model wrote, for training; here it is only its body."""
+
+    tags = {"generation"}  # noqa: RUF012  (jinja2's own type)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        # A call block, as in transformers: what is set inside stays inside.
+        return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)

@@ -1,0 +1,387 @@
+"""Text to token ids and back, for the tokenizers that GGUF files carry.
+
+Byte-level BPE (`gpt2`) runs on the `tokenizers` package, SentencePiece BPE (`llama`) on
+`sentencepiece`, of which only the one in use is imported. Special tokens are cut out of the text
+here, before either of them sees it. The ids are llama.cpp's, except for the two pre-tokenizers
+where llama.cpp leaves the model's own regex (deepseek-llm at U+3000, kimi-k2).
+"""
+
+from __future__ import annotations
+
+import codecs
+import logging
+import struct
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from engine.formats.gguf import GGUFError, GGUFFile
+from engine.text.vocab import (
+    BYTE,
+    BYTE_OF,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    TokenizerError,
+    Vocab,
+    read_vocab,
+    strings,
+)
+
+__all__ = ["GUARD", "StreamDecoder", "Tokenizer", "TokenizerError", "pretokenize"]
+
+_log = logging.getLogger(__name__)
+_KEY = "tokenizer.ggml."
+# Stands inside of what is not to be a special token. No text has it, for it is not Unicode.
+GUARD = "\udfff"
+
+_CONTRACTION = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_LINES_AND_SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SYMBOLS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+_WORD = r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_KIMI = (
+    r"[\p{Han}]+"
+    + rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SUFFIX}"
+    + rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SUFFIX}"
+    + r"|\p{N}{1,3}"
+)
+# Escaped, for several of these characters would not survive an editor that normalizes.
+_DEEPSEEK_LETTERS = (
+    "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-"
+    "\u02af\u0370-\u0373\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1"
+    "\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f\u0531-\u0556\u10a0-\u10c5\u13a0-\u13f5\u13f8-"
+    "\u13fd\u1c90-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b\u1d6b-\u1d77\u1d79-\u1d9a\u1e00-\u1f15"
+    "\u1f18-\u1f1d\u1f20-\u1f45\u1f48-\u1f4d\u1f50-\u1f57\u1f59\u1f5b\u1f5d\u1f5f-\u1f7d"
+    "\u1f80-\u1fb4\u1fb6-\u1fbc\u1fbe\u1fc2-\u1fc4\u1fc6-\u1fcc\u1fd0-\u1fd3\u1fd6-\u1fdb"
+    "\u1fe0-\u1fec\u1ff2-\u1ff4\u1ff6-\u1ffc\u2102\u2107\u210a-\u2113\u2115\u2119-\u211d"
+    "\u2124\u2126\u2128\u212a-\u212d\u212f-\u2134\u2139\u213c-\u213f\u2145-\u2149\u214e\u2183"
+    "\u2184\u2c00-\u2c7b\u2c7e-\u2ce4\u2ceb-\u2cee\u2cf2\u2cf3\ua640-\ua66d\ua680-\ua69b"
+    "\ua722-\ua76f\ua771-\ua787\ua78b-\ua78e\uab70-\uabbf\ufb00-\ufb06\ufb13-\ufb17\uff21-"
+    "\uff3a\uff41-\uff5a\U00010400-\U0001044f\U000104b0-\U000104d3\U000104d8-\U000104fb"
+    "\U00010c80-\U00010cb2\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943"
+)
+# What each `tokenizer.ggml.pre` means: regexes, each of which splits what the one before left.
+_PRE: dict[str, tuple[str, ...]] = {
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
+    "deepseek-llm": (
+        r"[\r\n]",
+        rf"\s?[{_DEEPSEEK_LETTERS}]+",
+        "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+        r"\s+$",
+        "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+        r"\p{N}+",
+    ),
+    "gpt-2": (_GPT2,),
+    "kimi-k2": (_KIMI + _SYMBOLS + _LINES_AND_SPACES,),
+    "llama-bpe": (_CONTRACTION + _WORD + r"|\p{N}{1,3}" + _SYMBOLS + _LINES_AND_SPACES,),
+    "qwen2": (_CONTRACTION + _WORD + r"|\p{N}" + _SYMBOLS + _LINES_AND_SPACES,),
+    "qwen35": (
+        _CONTRACTION
+        + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+        + r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+        + _LINES_AND_SPACES,
+    ),
+}
+_PRE_ALIASES = {
+    **dict.fromkeys(("deepseek-r1-qwen", "kormo", "f2llmv2", "megrez"), "qwen2"),
+    **dict.fromkeys(("phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4"), "gpt-2"),
+    **dict.fromkeys(
+        ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), "llama-bpe"
+    ),
+}
+
+
+class Tokenizer:
+    """The tokenizer of one GGUF file.
+
+    `n_vocab`; `bos_id` and `eos_id`, which `add_special` puts around a text if `add_bos` and
+    `add_eos` say so; `eog_ids`, the tokens that end a generation; `vocab_type`, gpt2 or llama.
+    """
+
+    def __init__(self, file: GGUFFile) -> None:
+        """As `from_gguf`, but errors of the metadata may be GGUFError."""
+        vocab = read_vocab(file)
+        self._vocab = vocab
+        self.n_vocab = len(vocab.tokens)
+        self.vocab_type = vocab.model
+        self.bos_id, self.eos_id, self.eog_ids = vocab.bos_id, vocab.eos_id, vocab.eog_ids
+        self._encoder: _Encoder
+        if vocab.model == "gpt2":
+            pre = _pre_name(file)
+            self._encoder = _ByteLevelBPE(file, vocab, pre)
+            self._space_prefix = False
+            self.add_bos = file.boolean(_KEY + "add_bos_token", pre == "llama-bpe")
+        else:
+            self._space_prefix = file.boolean(_KEY + "add_space_prefix", True)
+            self._encoder = _SentencePiece(file, vocab, self._space_prefix)
+            self.add_bos = file.boolean(_KEY + "add_bos_token", True)
+        self.add_eos = file.boolean(_KEY + "add_eos_token", False)
+        for name, add, token_id in (
+            ("bos", self.add_bos, self.bos_id),
+            ("eos", self.add_eos, self.eos_id),
+        ):
+            if add and token_id is None:
+                raise TokenizerError(f"{file.path}: a {name} token is to be added, but has no id")
+        self._specials = _specials(vocab)
+        self._always_cut = [(t, i) for t, i in self._specials if vocab.types[i] == USER_DEFINED]
+
+    @classmethod
+    def from_gguf(cls, file: GGUFFile) -> Tokenizer:
+        """The tokenizer in the metadata of `file`; TokenizerError if it cannot be used."""
+        try:
+            return cls(file)
+        except GGUFError as error:
+            raise TokenizerError(_one_line(error)) from None
+
+    def encode(
+        self, text: str, add_special: bool = False, parse_special: bool = False
+    ) -> list[int]:
+        """The ids of `text`. User-defined tokens in it are recognized, control and unknown ones
+        with `parse_special`. Raises TokenizerError for text that is not Unicode (surrogates)."""
+        _check_unicode(text)
+        ids: list[int] = []
+        if add_special and self.add_bos and self.bos_id is not None:
+            ids.append(self.bos_id)
+        for part in self._cut(text, self._specials if parse_special else self._always_cut):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                ids += self._encoder.encode(part)
+        if add_special and self.add_eos and self.eos_id is not None:
+            ids.append(self.eos_id)
+        return ids
+
+    def guard(self, text: str) -> str:
+        """`text` with a GUARD inside of each control or unknown token that it spells, so that
+        `pieces` takes it as text. Raises TokenizerError for text that is not Unicode."""
+        _check_unicode(text)
+        for special, token_id in self._specials:
+            # A guard finds no room inside of a single character.
+            if special in text and self._vocab.types[token_id] != USER_DEFINED and special[1:]:
+                text = text.replace(special, special[0] + GUARD + special[1:])
+        return text
+
+    def pieces(self, text: str, continues: bool = False) -> list[tuple[str, list[int]]]:
+        """`text`, in which there may be guards, cut at its special tokens: (text, ids) of each.
+
+        Together the ids are those of `encode` with parse_special. `continues`: the text goes on
+        from another one, so that nothing is put before it.
+        """
+        _check_unicode(text.replace(GUARD, ""))
+        found: list[tuple[str, list[int]]] = []
+        for part in self._cut(text, self._specials):
+            if isinstance(part, int):
+                found.append((self._vocab.tokens[part], [part]))
+            else:
+                first = continues and not found
+                found.append((part, self._encoder.encode(part.replace(GUARD, ""), first)))
+        return found
+
+    def decode(self, ids: Iterable[int], special: bool = False) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Control and unknown tokens
+        are left out unless `special`. Raises TokenizerError for an id that there is not."""
+        pieces = [self.token_bytes(token_id, special) for token_id in ids]
+        if pieces and self._space_prefix:
+            pieces[0] = pieces[0].removeprefix(b" ")
+        return b"".join(pieces).decode("utf-8", "replace")
+
+    def stream(self, special: bool = False, at_start: bool = True) -> StreamDecoder:
+        """A decoder for ids that come one by one. Pass `at_start=False` where they continue a
+        text: their first space is then one of their own, not the prefix that encode() added."""
+        return StreamDecoder(self, special, at_start and self._space_prefix)
+
+    def token_bytes(self, token_id: int, special: bool = False) -> bytes:
+        """The bytes that a token adds to a text, which need not be whole characters."""
+        return self._vocab.piece(self._checked(token_id), special)
+
+    def text(self, token_id: int) -> str:
+        """The token as the file stores it: spaces and bytes in the vocabulary's own alphabet."""
+        return self._vocab.tokens[self._checked(token_id)]
+
+    def _checked(self, token_id: int) -> int:
+        if not 0 <= token_id < self.n_vocab:
+            raise TokenizerError(f"token id {token_id}: expected 0 to {self.n_vocab - 1}")
+        return token_id
+
+    def _cut(self, text: str, specials: list[tuple[str, int]]) -> list[str | int]:
+        parts: list[str | int] = [text] if text else []
+        for special, token_id in specials:
+            if special in text:
+                parts = [piece for part in parts for piece in _split(part, special, token_id)]
+        return parts
+
+
+class StreamDecoder:
+    """Decodes ids one by one into text that is never cut inside a character."""
+
+    def __init__(self, tokenizer: Tokenizer, special: bool, strip_space: bool) -> None:
+        self._tokenizer, self._special, self._strip_space = tokenizer, special, strip_space
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` completes; empty while a character is incomplete."""
+        piece = self._tokenizer.token_bytes(token_id, self._special)
+        if self._strip_space:
+            piece = piece.removeprefix(b" ")
+            self._strip_space = False
+        return self._utf8.decode(piece)
+
+    def finish(self) -> str:
+        """The rest: U+FFFD if the last character was never completed, else nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+def pretokenize(pre: str, text: str) -> list[str]:
+    """How the pre-tokenizer called `pre` cuts `text` into the pieces that BPE merges within."""
+    pieces = pre_tokenizer(pre).pre_tokenize_str(text)
+    return [text[start:end] for _, (start, end) in pieces]
+
+
+class _Encoder(Protocol):
+    def encode(self, text: str, continues: bool = False) -> list[int]:
+        """The ids of a non-empty text without special tokens, or of what goes on from one."""
+
+
+class _ByteLevelBPE:
+    def __init__(self, file: GGUFFile, vocab: Vocab, pre: str) -> None:
+        from tokenizers import Tokenizer as Pipeline
+
+        self._pipeline = Pipeline(_bpe(file, vocab, ignore_merges=pre == "llama-bpe"))
+        self._pipeline.pre_tokenizer = pre_tokenizer(pre)
+        self._missing = {byte for char, byte in BYTE_OF.items() if char not in vocab.ids}
+
+    def encode(self, text: str, continues: bool = False) -> list[int]:
+        # The package would drop these bytes without a word.
+        if self._missing and (lost := self._missing.intersection(text.encode())):
+            raise TokenizerError(
+                f"text cannot be encoded: the vocabulary has no token for byte 0x{min(lost):02X}"
+            )
+        ids: list[int] = self._pipeline.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+class _SentencePiece:
+    def __init__(self, file: GGUFFile, vocab: Vocab, space_prefix: bool) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self._prefix = " " if space_prefix else ""
+        try:
+            self._processor = SentencePieceProcessor(model_proto=_model_proto(vocab))
+        except RuntimeError as error:
+            raise TokenizerError(
+                f"{file.path}: sentencepiece refuses the vocabulary: {_one_line(error)}"
+            ) from None
+
+    def encode(self, text: str, continues: bool = False) -> list[int]:
+        # Every other text comes first or after a special token, so it gets the prefix.
+        prefix = "" if continues else self._prefix
+        ids: list[int] = self._processor.encode(prefix + text, out_type=int)
+        return ids
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"text cannot be encoded: lone surrogate {text[error.start]!r} at character "
+            f"{error.start}"
+        ) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _specials(vocab: Vocab) -> list[tuple[str, int]]:
+    """Text and id of the tokens to cut out of a text, longest first."""
+    cut = {USER_DEFINED, CONTROL, UNKNOWN}
+    found = [(vocab.tokens[i], i) for i, kind in enumerate(vocab.types) if kind in cut]
+    return sorted(found, key=lambda special: -len(special[0].encode()))
+
+
+def _split(part: str | int, special: str, token_id: int) -> list[str | int]:
+    if isinstance(part, int):
+        return [part]
+    out: list[str | int] = []
+    for i, piece in enumerate(part.split(special)):
+        if i > 0:
+            out.append(token_id)
+        if piece:
+            out.append(piece)
+    return out
+
+
+def _pre_name(file: GGUFFile) -> str:
+    name = file.string(_KEY + "pre", "")
+    if not name:
+        _log.warning("%s: metadata %spre is missing, taking 'default'", file.path, _KEY)
+        return "default"
+    pre = _PRE_ALIASES.get(name, name)
+    if pre not in _PRE:
+        raise TokenizerError(
+            f"{file.path}: unknown pre-tokenizer {name!r}; known are "
+            f"{', '.join([*_PRE, *_PRE_ALIASES])}"
+        )
+    return pre
+
+
+def pre_tokenizer(pre: str) -> Any:
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+
+    splits = [Split(Regex(regex), "isolated") for regex in _PRE[pre]]
+    return Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _bpe(file: GGUFFile, vocab: Vocab, ignore_merges: bool) -> Any:
+    from tokenizers.models import BPE
+
+    # The first of equal merges counts for llama.cpp, the last one for the package.
+    merges = list(dict.fromkeys(strings(file, "merges")))
+    cuts = ((merge, merge.find(" ", 1)) for merge in merges)
+    pairs = [(merge[:cut], merge[cut + 1 :]) for merge, cut in cuts]
+    try:
+        return BPE(vocab.ids, pairs, ignore_merges=ignore_merges)
+    except Exception:  # the package raises nothing narrower
+        for merge, pair in zip(merges, pairs, strict=True):
+            if any(token not in vocab.ids for token in (*pair, "".join(pair))):
+                raise TokenizerError(
+                    f"{file.path}: metadata {_KEY}merges: expected two tokens that make a third, "
+                    f"got {merge!r}"
+                ) from None
+        raise
+
+
+def _model_proto(vocab: Vocab) -> bytes:
+    """The vocabulary as sentencepiece reads it: a ModelProto in protobuf's wire format."""
+    assert vocab.scores is not None
+    out = bytearray()
+    for text, kind, score in zip(vocab.tokens, vocab.types, vocab.scores.tolist(), strict=True):
+        # Like llama.cpp, the rest merges by score: user-defined tokens in the text are cut already.
+        kind = kind if kind in (UNKNOWN, CONTROL, BYTE) else NORMAL
+        piece = _field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + _field(3, kind)
+        out += _field(1, piece)
+    trainer = _field(3, 2) + _field(35, int(BYTE in vocab.types))  # BPE, byte_fallback
+    # No prefix space (ours differs), whitespace kept as it is, spaces escaped as U+2581.
+    normalizer = _field(1, b"identity") + _field(3, 0) + _field(4, 0) + _field(5, 1)
+    return bytes(out) + _field(2, trainer) + _field(3, normalizer)
+
+
+def _field(number: int, value: int | bytes) -> bytes:
+    """A protobuf field: a varint, or bytes after their length."""
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])

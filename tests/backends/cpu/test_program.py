@@ -1,0 +1,218 @@
+"""Programs of the CPU backend: where buffers lie, and which instructions wait for which.
+
+For random splits and for those of models: what is alive at the same time doesn't overlap, and
+instructions between two barriers neither read nor write what another of them writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine import Engine
+from engine.backends.cpu.backend import CpuBackend
+from engine.backends.cpu.lower import Lowering, Step
+from engine.backends.native.buffers import ALIGNMENT, Arena
+from engine.backends.native.fusion import Uses
+from engine.backends.native.signatures import Scratch
+from engine.formats.quants import F32, WEIGHT_TYPES
+from engine.graph import Capacity, Dim, Graph, Kind, Live, Node, Tensor
+from engine.ops.add_rms_norm import add_rms_norm
+from engine.ops.mul_mat import mul_mat
+from engine.ops.swiglu import swiglu
+from engine.placement.place import Executable, Plan, place
+from tests.support.opcase import RawWeights
+from tools.randblocks import TYPES, generator, random_blocks
+
+Buffers = list[tuple[Hashable, int, int, int]]
+WIDTH = 64
+
+buffers = st.lists(
+    st.tuples(st.integers(0, 5000), st.integers(0, 40), st.integers(0, 12)), max_size=40
+).map(lambda drawn: [(i, n, first, first + life) for i, (n, first, life) in enumerate(drawn)])
+
+
+@given(buffers)
+@settings(max_examples=200, deadline=None)
+def test_buffers_alive_together_do_not_overlap(wanted: Buffers) -> None:
+    arena: Arena[Hashable] = Arena()
+    arena.plan(wanted)
+    assert arena.offsets.keys() == {key for key, *_ in wanted}
+    for key, n, _, _ in wanted:
+        assert arena.offsets[key] % ALIGNMENT == 0
+        assert arena.offsets[key] + n <= arena.size
+    for (a, n_a, first_a, last_a), (b, n_b, first_b, last_b) in combinations(wanted, 2):
+        if first_a <= last_b and first_b <= last_a:
+            at_a, at_b = arena.offsets[a], arena.offsets[b]
+            assert at_a + n_a <= at_b or at_b + n_b <= at_a, (a, b)
+    # No more than if nothing was shared.
+    assert arena.size <= sum(-(-n // ALIGNMENT) * ALIGNMENT for _, n, _, _ in wanted)
+
+
+def test_buffers_that_follow_each_other_share_memory() -> None:
+    arena: Arena[str] = Arena()
+    arena.plan([("a", 100, 0, 1), ("b", 128, 2, 3), ("c", 64, 1, 2), ("d", 10, 4, 4)])
+    assert arena.offsets == {"a": 0, "b": 0, "c": 128, "d": 0}
+    assert arena.size == 192
+
+
+def lowered(graph: Graph, matrix: bool = False) -> Lowering:
+    lowering = Lowering(Uses.of(graph.nodes, graph.outputs.values()), matrix)
+    lowering.add_all(graph.nodes)
+    return lowering
+
+
+def touched(step: Step) -> tuple[set[Any], set[Any]]:
+    """Memory that an instruction reads and writes, by whom it belongs to."""
+    owners = [r.base if isinstance(r, Tensor) else r for r in step.operands]
+    states = {t for node in step.nodes for t in node.written} & set(owners)
+    written = {o for o in owners[: step.n_writes] if o is not None} | states
+    return {o for o in owners[step.n_writes :] if o is not None} | states, written
+
+
+def check_barriers(steps: list[Step]) -> None:
+    """Of two instructions of a phase, neither touches what the other writes."""
+    phases = [step.phase for step in steps]
+    assert phases == sorted(phases)
+    assert set(phases) == set(range(len(set(phases))))
+    for a, b in combinations(steps, 2):
+        if a.phase == b.phase:
+            (read_a, written_a), (read_b, written_b) = touched(a), touched(b)
+            shared = written_a & (read_b | written_b) | written_b & read_a
+            assert not shared, (a.kernel, a.nodes, b.kernel, b.nodes)
+
+
+def check_arena(lowering: Lowering) -> None:
+    """Every activation is somewhere, and nothing else is there in any phase in which it is."""
+    arena: Arena[Any] = Arena()
+    lowering.place(arena, ())
+    phases: dict[Any, list[int]] = {}
+    for step in lowering.steps:
+        for ref in step.operands:
+            owner = ref.base if isinstance(ref, Tensor) else ref
+            if isinstance(owner, Scratch) or (owner and owner.kind is Kind.ACTIVATION):
+                phases.setdefault(owner, []).append(step.phase)
+    assert arena.offsets.keys() == phases.keys()
+    for a, b in combinations(phases, 2):
+        if min(phases[a]) <= max(phases[b]) and min(phases[b]) <= max(phases[a]):
+            at_a, at_b = arena.offsets[a], arena.offsets[b]
+            assert at_a + a.nbytes <= at_b or at_b + b.nbytes <= at_a, (a, b)
+
+
+def random_graph(rng: np.random.Generator, n_nodes: int) -> tuple[Graph, Tensor]:
+    """Nodes that read random activations made before them, some through views."""
+    graph = Graph(Capacity(8))
+    first = Tensor("x", (Dim(8, "n_tokens"), WIDTH), F32, Kind.ACTIVATION)
+    made = [first]
+    norm = graph.weight("norm", (WIDTH,), F32)
+
+    def drawn() -> Tensor:
+        return made[rng.integers(max(0, len(made) - 6), len(made))]
+
+    for i in range(n_nodes):
+        match rng.integers(4):
+            case 0:
+                made += add_rms_norm(graph, f"n{i}", drawn(), drawn(), norm, 1e-6)
+            case 1:
+                dtype = WEIGHT_TYPES[str(rng.choice(["Q8_0", "F32"]))]
+                w = graph.weight(f"w{i}.{dtype}", (2 * WIDTH, WIDTH), dtype)
+                (wide,) = mul_mat(graph, f"n{i}", drawn(), w)
+                made += [wide.slice(1, 0, WIDTH), wide.slice(1, WIDTH, 2 * WIDTH)]
+            case 2:
+                sizes = [graph.weight(f"w{i}.{j}", (WIDTH, WIDTH), F32) for j in range(2)]
+                made += mul_mat(graph, f"n{i}", drawn(), *sizes)
+            case _:
+                made += swiglu(graph, f"n{i}", (drawn(), drawn()), (drawn(), drawn()))
+    graph.outputs = {"last": graph.nodes[-1].outputs[0]}
+    return graph, first
+
+
+@pytest.mark.parametrize("n_nodes", [1, 5, 20, 60])
+def test_random_splits(rng: np.random.Generator, n_nodes: int) -> None:
+    for _ in range(10):
+        graph, _ = random_graph(rng, n_nodes)
+        lowering = lowered(graph)
+        check_barriers(lowering.steps)
+        check_arena(lowering)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-untied", "tiny-moe", "tiny-next", "tiny-kimi"])
+def test_splits_of_models(models: Callable[[str, str], Path], preset: str) -> None:
+    with Engine.load(models(preset, "Q8_0"), backend="reference", n_ubatch=64) as engine:
+        lowering = lowered(engine.plan.graph)
+    check_barriers(lowering.steps)
+    check_arena(lowering)
+    # Independent products and halves of the same node don't wait for each other.
+    assert lowering.steps[-1].phase < len(lowering.steps) - 1
+
+
+def test_an_activation_is_made_int8_once_for_all_products(tiny: Path) -> None:
+    with Engine.load(tiny, backend="reference") as engine:
+        steps = lowered(engine.plan.graph).steps
+    made = [s.operands[3] for s in steps if s.kernel == "QUANTIZE_ROWS"]
+    keys = {(t.base, t.offset, t.shape, t.strides) for t in made if isinstance(t, Tensor)}
+    assert len(keys) == len(made) > 0
+
+
+def weights_of(graph: Graph, seed: int) -> dict[str, Any]:
+    """Random bytes of a graph's weights."""
+    raw = {}
+    for i, (name, t) in enumerate(graph.weights.items()):
+        n_blocks = t.nbytes // t.dtype.block_bytes
+        raw[name] = random_blocks(TYPES[t.dtype.name], n_blocks, 0.1, generator(seed, i))
+    return raw
+
+
+def plan_of(graph: Graph, n_threads: int) -> tuple[Plan, CpuBackend]:
+    backend = CpuBackend(n_threads)
+    return place(graph, [backend], strict=True), backend
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_watched_nodes_are_those_that_ran(rng: np.random.Generator, n_threads: int) -> None:
+    """Node by node, every output is there when its node ran, and computes the same in the end."""
+    graph, first = random_graph(rng, 40)
+    seed, live, x = int(rng.integers(1000)), Live(5, 1, 1), rng.normal(size=(5, WIDTH))
+    plan, backend = plan_of(graph, n_threads)
+    executable = Executable(plan, RawWeights(weights_of(graph, seed)))
+    seen: dict[Node, list[Any]] = {}
+
+    def watch(node: Node, outputs: Any) -> None:
+        assert [o.shape for o in outputs] == [live.shape(t.shape) for t in node.outputs]
+        seen[node] = [o.copy() for o in outputs]
+
+    backend.write(first, x)
+    want = executable.run({}, live)["last"]
+    got = executable.run({}, live, watch)["last"]
+    assert got.tobytes() == want.tobytes()
+    assert list(seen) == graph.nodes
+    assert seen[graph.nodes[-1]][0].tobytes() == want.tobytes()
+    # Where every tensor is kept, none is overwritten: what was seen is what was computed.
+    plan, backend = plan_of(graph, 1)
+    plan.splits[0].keeps[:] = [t for node in graph.nodes for t in node.outputs]
+    keeping = Executable(plan, RawWeights(weights_of(graph, seed)))
+    backend.write(first, x)
+    keeping.run({}, live)
+    for node, outputs in seen.items():
+        for tensor, values in zip(node.outputs, outputs, strict=True):
+            assert backend.read(tensor).tobytes() == values.tobytes(), node
+
+
+def test_timings_are_of_every_instruction_and_change_nothing(rng: np.random.Generator) -> None:
+    graph, first = random_graph(rng, 30)
+    live, x = Live(8, 1, 1), rng.normal(size=(8, WIDTH))
+    plan, backend = plan_of(graph, 2)
+    executable = Executable(plan, RawWeights(weights_of(graph, 1)))
+    backend.write(first, x)
+    want = executable.run({}, live)["last"]
+    timings = [t for t in executable.run_timed({}, live) if t.backend]
+    assert len(timings) == len(lowered(graph, backend.matrix).steps)
+    assert all(t.seconds >= 0 for t in timings)
+    assert backend.read(graph.outputs["last"]).tobytes() == want.tobytes()

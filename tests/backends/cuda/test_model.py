@@ -1,0 +1,259 @@
+"""Whole models on CUDA: against the reference backend, spread over both sides, captured and eager.
+
+They run on the emulated device everywhere, and on the GPU where there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine import Engine, SamplingParams
+from engine.backends.cuda.backend import CudaProgram
+from engine.backends.cuda.cupy_device import Device
+from engine.graph import Live, Node
+from engine.runtime.batch import Logits, Piece
+from tests.support.cuda_devices import DEVICES, GPU, MakeDevice, cuda_and_others, engine_on
+from tests.support.helpers import nmse, random_ids
+
+Array = np.ndarray[Any, Any]
+Models = Callable[[str, str], Path]
+Rng = np.random.Generator
+# Attention of prompts is in float16 products, through all layers of models whose random weights
+# magnify rounding; a wrong mask, slot or weight gives 1e-2 and more.
+LIMIT = 1e-5
+# Quantized weights: products round activations, as the CPU's do, and may be as far off.
+SHARE_OF_CPU = 4.0
+OPTIONS = {"n_ctx": 512, "n_ubatch": 128, "n_parallel": 4}
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Device:
+    make: MakeDevice = request.param
+    return make(0)
+
+
+def walk(engine: Engine, ids: list[int]) -> list[Array]:
+    """Logits of a prompt in pieces, of two sequences together, of decode steps, of a return, and of
+    decode steps alone."""
+    memory = engine.memory
+    one, two = memory.create(), memory.create()
+    found = [engine.step([Piece(one, ids[:70], Logits.ALL)])]
+    found.append(engine.step([Piece(one, ids[70:75]), Piece(two, ids[:33], Logits.ALL)]))
+    checkpoint = memory.checkpoint(one)
+    for i in range(75, 80):
+        found.append(engine.step([Piece(one, [ids[i]]), Piece(two, [ids[i + 9]])]))
+    memory.restore(one, checkpoint)
+    checkpoint.release()
+    found.append(engine.step([Piece(one, ids[80:83], Logits.ALL)]))
+    found += [engine.step([Piece(one, [token])]) for token in ids[83:86]]
+    for seq in (one, two):
+        memory.free(seq)
+    return found
+
+
+def worst(got: list[Array], expected: list[Array]) -> float:
+    return max(nmse(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def pooled(got: list[Array], expected: list[Array]) -> float:
+    """Of all rows together: int8 may turn a row's choice of experts around."""
+    return nmse(np.concatenate(got), np.concatenate(expected))
+
+
+DENSE = ("tiny", "tiny-untied")
+MODELS = [("tiny", "Q8_0"), ("tiny-untied", "F32"), ("tiny-moe", "Q8_0"), ("tiny-next", "F32"),
+          ("tiny-kimi", "Q8_0"), ("tiny-kimi", "F32")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("preset", "dtype"), MODELS)
+def test_models_give_the_reference_s_logits(
+    device: Device, models: Models, rng: Rng, preset: str, dtype: str
+) -> None:
+    """Of models with experts the middle one of three prompts counts, as a choice may turn round."""
+    path, quantized = models(preset, dtype), dtype != "F32"
+    prompts = [random_ids(rng, 100) for _ in range(1 if preset in DENSE else 3)]
+
+    def errors(engine: Engine) -> float:
+        error = pooled if quantized else worst
+        return float(np.median([error(walk(engine, p), e) for p, e in expected]))
+
+    with Engine.load(path, backend="reference", type_k="f16", type_v="f16", **OPTIONS) as engine:
+        expected = [(ids, walk(engine, ids)) for ids in prompts]
+    limit = LIMIT
+    if quantized:
+        with Engine.load(path, backend="cpu", **OPTIONS) as engine:
+            limit = max(LIMIT, SHARE_OF_CPU * errors(engine))
+    with engine_on(path, cuda_and_others(device), strict_backend=True, **OPTIONS) as engine:
+        assert {b.name for b in engine.plan.backends} == {"cuda"}
+        assert errors(engine) <= limit
+
+
+REFUSALS: dict[str, Callable[[Node], str]] = {
+    "attention": lambda n: "no" if n.op.name in ("ATTENTION", "QK_NORM_ROPE") else "",
+    "delta rule": lambda n: "no" if n.op.name == "GATED_DELTA_NET" else "",
+    "conv": lambda n: "no" if n.op.name == "SSM_CONV" else "",
+    "every other layer": lambda n: "no" if ".1." in n.name or ".3." in n.name else "",
+    "products": lambda n: "no" if n.op.name in ("MUL_MAT", "MUL_MAT_ID") else "",
+    "experts": lambda n: "no" if n.op.name in ("MUL_MAT_ID", "ROUTER") else "",
+}
+
+
+@pytest.mark.parametrize("refused", list(REFUSALS))
+@pytest.mark.parametrize(("preset", "dtype"), [("tiny", "F32"), ("tiny-moe", "F32")])
+def test_models_on_both_sides_are_right(
+    device: Device, models: Models, rng: Rng, preset: str, dtype: str, refused: str
+) -> None:
+    # With a cache in float32: rounding to float16 may turn a choice of experts around.
+    options = OPTIONS | {"type_k": "f32", "type_v": "f32"}
+    path, ids = models(preset, dtype), random_ids(rng, 100)
+    with Engine.load(path, backend="reference", **options) as engine:
+        expected = walk(engine, ids)
+    with engine_on(path, cuda_and_others(device, REFUSALS[refused]), **options) as engine:
+        is_split = any(REFUSALS[refused](node) for node in engine.plan.graph.nodes)
+        assert ({b.name for b in engine.plan.backends} == {"cuda", "cpu"}) == is_split
+        assert worst(walk(engine, ids), expected) <= LIMIT
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-moe", "tiny-kimi"])
+def test_captured_steps_are_eager_ones_bit_for_bit(
+    device: Device, models: Models, rng: Rng, preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, ids = models(preset, "Q8_0"), random_ids(rng, 100)
+    runs = []
+    for captured in (True, False):
+        if not captured:
+            monkeypatch.setattr("engine.backends.cuda.launches.bucket_of", lambda live: None)
+        with engine_on(path, cuda_and_others(device), **OPTIONS) as engine:
+            runs.append(walk(engine, ids))
+            (program,) = (p for _, p in engine._running()._programs)
+            assert isinstance(program, CudaProgram)
+            assert bool(program.replays.captured) == captured
+    for got, expected in zip(*runs, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+# Activations that differ in their last bit may be rounded to another int8.
+FUSED_LIMIT = 1e-4
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-kimi"])
+def test_fused_launches_compute_what_single_ones_do(
+    device: Device, models: Models, rng: Rng, preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model with experts the middle one of five prompts counts, as a choice may turn round."""
+    path = models(preset, "Q8_0")
+    prompts = [random_ids(rng, 100) for _ in range(1 if preset in DENSE else 5)]
+    runs, n_launches = [], []
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr("engine.backends.cuda.backend.FUSIONS", ())
+        with engine_on(path, cuda_and_others(device), **OPTIONS) as engine:
+            runs.append([walk(engine, ids) for ids in prompts])
+            ((_, program),) = engine._running()._programs
+            assert isinstance(program, CudaProgram)
+            n_launches.append(program.n_launches(Live(1, 1, 1)))
+    assert n_launches[0] < n_launches[1]
+    assert np.median([worst(*pair) for pair in zip(*runs, strict=True)]) <= FUSED_LIMIT
+
+
+def test_a_watched_program_has_every_node_s_outputs(
+    device: Device, models: Models, rng: Rng
+) -> None:
+    path, ids = models("tiny", "Q8_0"), random_ids(rng, 30)
+    runs = []
+    for check in (True, False):
+        with engine_on(path, cuda_and_others(device), check=check, **OPTIONS) as engine:
+            seq = engine.memory.create()
+            runs.append([engine.prefill(seq, ids), engine.step([Piece(seq, [5])])])
+    assert worst(*runs) <= FUSED_LIMIT
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-moe", "tiny-kimi"])
+def test_batch_invariance(device: Device, models: Models, rng: Rng, preset: str) -> None:
+    path = models(preset, "Q8_0")
+    prompts = [random_ids(rng, int(n)) for n in rng.integers(1, 33, 4)]
+    backends = cuda_and_others(device, batch_invariant=True)
+    with engine_on(path, backends, **OPTIONS) as engine:
+        alone = [_steps(engine, [prompt])[0] for prompt in prompts]
+        together = _steps(engine, prompts)
+    for got, expected in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def _steps(engine: Engine, prompts: list[list[int]]) -> list[Array]:
+    """Logits of each prompt's last row, and of 5 greedy steps, all prompts together."""
+    seqs = [engine.memory.create() for _ in prompts]
+    pending, found = prompts, []
+    for _ in range(6):
+        pieces = [Piece(seq, ids) for seq, ids in zip(seqs, pending, strict=True)]
+        logits = engine.step(pieces)
+        found.append(logits)
+        pending = [[int(row.argmax())] for row in logits]
+    for seq in seqs:
+        engine.memory.free(seq)
+    return list(np.stack(found, axis=1))
+
+
+def test_the_same_every_time(device: Device, models: Models, rng: Rng) -> None:
+    path, ids = models("tiny-moe", "Q8_0"), random_ids(rng, 100)
+    with engine_on(path, cuda_and_others(device), **OPTIONS) as engine:
+        for got, expected in pairwise(walk(engine, ids) for _ in range(2)):
+            for a, b in zip(got, expected, strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+def test_pieces_of_a_prompt(device: Device, models: Models, rng: Rng) -> None:
+    path, ids = models("tiny", "F32"), random_ids(rng, 200)
+    runs = []
+    for n_ubatch in (64, 128):
+        options = OPTIONS | {"n_ubatch": n_ubatch}
+        with engine_on(path, cuda_and_others(device), **options) as engine:
+            runs.append(engine.logits(ids))
+    assert nmse(*runs) <= LIMIT
+
+
+@pytest.mark.parametrize("device", [GPU], indirect=True)
+@pytest.mark.parametrize("preset", ["tiny", "tiny-kimi"])
+def test_drift_over_a_thousand_tokens(
+    device: Device, models: Models, rng: Rng, preset: str
+) -> None:
+    path, ids = models(preset, "F32"), random_ids(rng, 1000)
+    options = OPTIONS | {"n_ctx": 1024}
+    runs = []
+    with Engine.load(path, backend="reference", type_k="f16", type_v="f16", **options) as engine:
+        runs.append(engine.logits(ids))
+    with engine_on(path, cuda_and_others(device), **options) as engine:
+        runs.append(
+            np.concatenate([engine.step([Piece(0, [i])]) for i in _with_sequence(engine, ids)])
+        )
+    for part in (slice(0, 100), slice(900, 1000)):
+        assert nmse(runs[1][part], runs[0][part]) <= LIMIT
+
+
+def _with_sequence(engine: Engine, ids: list[int]) -> list[int]:
+    assert engine.memory.create() == 0
+    return ids
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-moe"])
+def test_generation_is_greedy_steps(device: Device, models: Models, rng: Rng, preset: str) -> None:
+    path, ids = models(preset, "Q8_0"), random_ids(rng, 20)
+    with engine_on(path, cuda_and_others(device), **OPTIONS) as engine:
+        seq = engine.memory.create()
+        logits, expected = engine.prefill(seq, ids), []
+        for _ in range(12):
+            expected.append(int(logits[-1].argmax()))
+            logits = engine.step([Piece(seq, [expected[-1]])])
+        engine.memory.free(seq)
+        params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+        completion = engine.generate(ids, params)
+        assert [token.token for token in completion][: len(expected)] == completion.tokens
+        eog = engine.tokenizer.eog_ids
+        if not any(token in eog for token in expected):
+            assert completion.tokens == expected

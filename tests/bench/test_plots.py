@@ -1,0 +1,196 @@
+"""plot-bench: what it reads, what it draws, and what it says of files that it can't read."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.bench import plots
+from engine.bench.plots import Curve, PlotError, Point
+from engine.bench.sweep import TABLE_HEAD, Row, table_line
+from tests.support.helpers import Cli
+
+Rng = np.random.Generator
+IK_TABLE = """
+main: n_kv_max = 1024, n_batch = 2048, n_ubatch = 512, flash_attn = 1, n_gpu_layers = 0, …
+
+|    PP |     TG |   N_KV |   T_PP s | S_PP t/s |   T_TG s | S_TG t/s |
+|-------|--------|--------|----------|----------|----------|----------|
+|   512 |    128 |      0 |    1.766 |   289.92 |    2.936 |    43.60 |
+ggml: a line of the log
+|   512 |    128 |    512 |    2.276 |   224.96 |    3.536 |    36.20 |
+"""
+IK_JSON = (
+    '{"n_kv_max": 1024, "n_batch": 2048, "n_ubatch": 512, "flash_attn": 1, "n_gpu_layers": 0, '
+    '"n_threads": 4, "n_threads_batch": 4, "pp": 512, "tg": 128, "n_kv": 512, "t_pp": 2.276, '
+    '"speed_pp": 224.956, "t_tg": 3.536, "speed_tg": 36.199}\n'
+)
+
+
+@pytest.fixture
+def rows(rng: Rng) -> list[Row]:
+    return [Row(64, 16, n_kv, *rng.uniform(0.5, 9, 2).tolist()) for n_kv in range(0, 640, 64)]
+
+
+def markdown(rows: list[Row]) -> str:
+    return "\n".join([TABLE_HEAD, *map(table_line, rows), ""])
+
+
+def json_lines(rows: list[Row]) -> str:
+    keys = ("n_kv", "speed_pp", "speed_tg")
+    return "".join(json.dumps({k: getattr(row, k) for k in keys}) + "\n" for row in rows)
+
+
+def test_ik_output_is_read() -> None:
+    expected = [Point(0, 289.92, 43.6), Point(512, 224.96, 36.2)]
+    assert plots.parse_points(IK_TABLE) == expected
+    assert plots.parse_points(IK_TABLE.replace("\n", "\r\n")) == expected
+    assert plots.parse_points(IK_JSON) == [Point(512, 224.956, 36.199)]
+    assert len(plots.parse_points("\ufeff" + IK_JSON + IK_TABLE)) == 3
+
+
+@pytest.mark.parametrize("written", [markdown, json_lines])
+def test_what_is_written_is_read(rows: list[Row], written: Callable[[list[Row]], str]) -> None:
+    points = plots.parse_points(written(rows))
+    for point, row in zip(points, rows, strict=True):
+        expected = (row.n_kv, row.speed_pp, row.speed_tg)
+        assert point == pytest.approx(expected, abs=0.0051 if written is markdown else 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "expected sweep-bench's output (its table or JSON lines), got nothing"),
+        ("\n hello\n", "(its table or JSON lines), got 'hello'"),
+        (TABLE_HEAD, "expected sweep-bench's output"),
+        ("| model | size |", "line 1: expected the columns PP | TG | N_KV | T_PP s"),
+        (IK_TABLE.rstrip()[:-2], "line 8: expected the columns"),
+        (IK_TABLE.replace("36.20", "nan"), "line 8: expected numbers for n_kv, speed_pp"),
+        (IK_TABLE.replace("36.20", "x\x1b"), "got '|   512 |"),
+        ("{", "line 1: expected a row of sweep-bench as one JSON object, got '{'"),
+        (IK_JSON[:-9], "line 1: expected a row of sweep-bench as one JSON object"),
+        ('{"a":' * 100_000, "expected a row of sweep-bench as one JSON object"),
+        (IK_JSON + '{"n_kv": 1}', "line 2: expected a row of sweep-bench with the key speed_pp"),
+        (IK_JSON.replace("36.199", "null"), "line 1: expected numbers"),
+        (IK_JSON.replace("36.199", "1e999"), "line 1: expected numbers"),
+        (IK_JSON.replace("36.199", "-1"), "line 1: expected numbers"),
+        (IK_JSON.replace("36.199", "9" * 400), "line 1: expected numbers"),
+    ],
+)
+def test_foreign_text_is_refused(text: str, expected: str) -> None:
+    with pytest.raises(PlotError) as refusal:
+        plots.parse_points(text)
+    assert expected in str(refusal.value)
+    assert len(str(refusal.value)) < 200
+    assert str(refusal.value).isprintable()
+
+
+def test_labels() -> None:
+    assert plots.labels_of(["x/a.md", "b.c.jsonl", "-"]) == ["a", "b.c", "-"]
+    assert plots.labels_of(["x/a.md", "y/a.jsonl", "b.md"]) == ["x/a.md", "y/a.jsonl", "b"]
+
+
+def test_panels(rows: list[Row]) -> None:
+    """One line per curve and panel, y from 0 to above the highest point."""
+    from matplotlib.figure import Figure
+
+    points = [Point(row.n_kv, row.speed_pp, row.speed_tg) for row in rows]
+    other = [Point(0, 1, 1000), Point(64, 1, 1000)]
+    for field in ("speed_pp", "speed_tg"):
+        axes = Figure().subplots()
+        lines = plots._panel(axes, "T", [Curve("a", points), Curve("b", other)], field)
+        for line, drawn in zip(lines, (points, other), strict=True):
+            assert line.get_xdata().tolist() == [p.n_kv for p in drawn]
+            assert line.get_ydata().tolist() == [getattr(p, field) for p in drawn]
+        low, high = axes.get_ylim()
+        assert low == 0
+        assert high > max(getattr(p, field) for p in [*points, *other])
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("N_KV (tokens)", "tokens/s")
+
+
+@pytest.mark.parametrize("suffix", plots.SUFFIXES)
+def test_the_command(cli: Cli, tmp_path: Path, rows: list[Row], suffix: str) -> None:
+    names = ["a.md", "b.jsonl", "_$x$ ünd.md", f"{'long' * 40}.md"]
+    for name in names:
+        text = json_lines(rows) if name.endswith("jsonl") else markdown(rows)
+        (tmp_path / name).write_text(text)
+    picture = tmp_path / f"out{suffix}"
+    picture.write_text("an older one")
+    status, out, err = cli("plot-bench", *(tmp_path / name for name in names), "-o", picture)
+    assert (status, out, err) == (0, "", "")
+    start = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[suffix]
+    assert picture.read_bytes().startswith(start)
+
+
+def test_strange_names_show_in_the_legend(cli: Cli, tmp_path: Path, rows: list[Row]) -> None:
+    """Many curves, no warnings; in an SVG the labels stand as comments of what was drawn."""
+    curves = [Curve(f"_${i}^", [Point(0, 0, 0)]) for i in range(23)] + [Curve("日本", [])]
+    path = tmp_path / "a.svg"
+    plots.draw(curves, str(path))
+    text = path.read_text()
+    assert all(f"<!-- _${i}^ -->" in text for i in range(23))
+    assert "<!-- 日本 -->" in text
+
+
+def test_standard_input(cli: Cli, tmp_path: Path) -> None:
+    picture = tmp_path / "a.png"
+    assert cli("plot-bench", "-", "-o", picture, stdin=IK_TABLE.encode()).status == 0
+    assert picture.exists()
+
+
+def test_bad_files(cli: Cli, tmp_path: Path) -> None:
+    good, bad, binary = tmp_path / "a.md", tmp_path / "b.md", tmp_path / "c.gguf"
+    good.write_text(IK_TABLE)
+    bad.write_text("| model | size |\n")
+    binary.write_bytes(b"GGUF\xff\xfe")
+    for file, expected in (
+        (tmp_path / "none", "No such file or directory"),
+        (tmp_path, "Is a directory"),
+        (bad, "line 1: expected the columns PP | TG"),
+        (binary, "expected UTF-8, got byte 0xff at offset 4"),
+    ):
+        line = cli("plot-bench", good, file, "-o", tmp_path / "o.png").refused()
+        assert line.startswith(f"{file}: {expected}")
+    assert not (tmp_path / "o.png").exists()
+
+
+@pytest.mark.parametrize("command", ["plot-bench", "sweep-bench"])
+def test_without_matplotlib(
+    cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """sweep-bench says so before it measures."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    file, picture = tmp_path / "a.md", tmp_path / "o.png"
+    file.write_text(IK_TABLE)
+    options = {"plot-bench": (file, "-o", picture), "sweep-bench": ("-m", tiny, "--plot", picture)}
+    assert cli(command, *options[command]).refused().startswith("plots need matplotlib")
+
+
+def test_checking_the_output_leaves_what_is_there(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.png", tmp_path / "new.png"
+    old.write_text("x")
+    for path in (old, new):
+        plots.check_output(str(path))
+    assert old.read_text() == "x"
+    assert not new.exists()
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.png").symlink_to("/dev/full")
+    with pytest.raises(PlotError, match="No space left on device"):
+        plots.draw([Curve("a", [Point(0, 1, 1)])], str(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [(("a.md",), "required: -o"), (("-o", "a.png"), "required: FILE")],
+)
+def test_usage_errors(cli: Cli, argv: tuple[str, ...], expected: str) -> None:
+    result = cli("plot-bench", *argv)
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert expected in result.err

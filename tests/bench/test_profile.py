@@ -1,0 +1,182 @@
+"""profile: times that add up, and work that a hand count agrees with."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine import Engine
+from engine.backends.cpu.backend import CpuBackend
+from engine.bench.limits import Limits, measure_limits
+from engine.bench.profile import Row, by_layer_kind, by_op, entries_of, profile_step
+from engine.commands.profile import _cells
+from engine.graph import Live, Node
+from engine.placement.place import Instruction, Timing
+from tests.support.helpers import Cli
+from tests.support.timing import judge
+
+Rng = np.random.Generator
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("n_tokens", "n_past"), [(1, 0), (1, 100), (150, 70)])
+def test_times_add_up_to_the_step(
+    path: Path, rng: Rng, n_tokens: int, n_past: int, backend: str
+) -> None:
+    with Engine.load(path, backend=backend, n_ctx=256, n_ubatch=256) as engine:
+
+        def covered() -> float:
+            """The share of a step that its entries have."""
+            profile = profile_step(engine, n_tokens, n_past, 5, rng)
+            total = sum(e.seconds for e in profile.entries)
+            assert total <= profile.seconds
+            for rows in (by_op(profile), by_layer_kind(profile, engine.plan.graph.layer_kinds)):
+                assert math.isclose(sum(row.seconds for row in rows), total)
+                assert [r.seconds for r in rows] == sorted((r.seconds for r in rows), reverse=True)
+            # Where Python is between nodes as well as around them, nodes take nearly all of a step.
+            rest = sum(e.seconds for e in profile.entries if e.label == "everything else")
+            return (total - (rest if backend == "reference" else 0)) / profile.seconds
+
+        # Something else may run between the last timer and the clock around them all.
+        judge(f"{path.stem}, {n_tokens} tokens, past {n_past}, {backend}: share", covered, 0.95)
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_timers_cost_little(tiny: Path, rng: Rng, backend: str) -> None:
+    with Engine.load(tiny, backend=backend, n_ctx=512) as engine:
+
+        def timed_to_plain() -> float:
+            profile = profile_step(engine, 256, 0, 9, rng)
+            return profile.seconds / profile.plain_seconds
+
+        judge(f"{backend}: timed step to plain step", timed_to_plain, 0.5, 2)
+
+
+def test_every_node_is_in_one_entry(path: Path, rng: Rng) -> None:
+    with Engine.load(path, n_ctx=64) as engine:
+        profile = profile_step(engine, 3, 0, 1, rng)
+        covered = [node for e in profile.entries for node in e.nodes]
+        assert covered == engine.plan.graph.nodes
+
+
+def test_a_step_leaves_nothing_behind(tiny: Path, rng: Rng) -> None:
+    with Engine.load(tiny, n_ctx=64) as engine:
+        free = engine.memory.blocks.n_free, engine.memory.slots.n_free
+        profile_step(engine, 5, 7, 2, rng)
+        assert (engine.memory.blocks.n_free, engine.memory.slots.n_free) == free
+
+
+def test_bytes_agree_with_a_hand_count(tiny: Path, cli: Cli) -> None:
+    """A product and the delta rule of layer 0 of the tiny model, generating one token.
+
+    Its embedding is 128 wide; layer 0 has 2 key heads and 4 value heads of 32.
+    """
+    status, out, _ = cli("profile", "-m", tiny, "-n", 1, "-o", "json")
+    assert status == 0
+    document = json.loads(out)
+    entries = {e["nodes"][0]: e for e in document["entries"] if e["nodes"]}
+    with Engine.load(tiny) as engine:
+        nodes = {node.name: node for node in engine.plan.graph.nodes}
+        product = next(
+            n for n in nodes.values() if n.op.name == "MUL_MAT" and n.name.startswith("blk.0.")
+        )
+        rule = nodes["blk.0.gated_delta_net"]
+    weights = [t for name, t in product.inputs.items() if name.startswith("weight")]
+    n_in = product.inputs["x"].shape[1]
+    # A block of Q8_0 is 32 weights of a byte and a scale of two.
+    stored = {"Q8_0": n_in // 32 * 34, "F32": n_in * 4}
+    by_hand = sum(w.shape[0] * (stored[w.dtype.name] + 4) for w in weights) + n_in * 4
+    assert entries[product.name]["bytes"] == by_hand
+
+    (_, n_k, d_k), (_, n_v, d_v) = rule.inputs["q"].shape, rule.inputs["v"].shape
+    state = n_v * d_v * d_k * 4
+    operands = 4 * (2 * n_k * d_k + 2 * n_v * d_v + 2 * n_v)  # q, k; v, out; g, beta
+    places = 4 * (2 + 1 + 1)  # seq_starts, state_src, state_dst; no snapshots
+    assert entries[rule.name]["bytes"] == 2 * state + operands + places
+
+
+def node_named(engine: Engine, name: str) -> Node:
+    return next(node for node in engine.plan.graph.nodes if node.name == name)
+
+
+def test_parts_of_a_node_and_fused_nodes_are_one_entry(tiny: Path) -> None:
+    with Engine.load(tiny) as engine:
+        norm, product, conv = engine.plan.graph.nodes[1:4]
+    timings = [
+        Timing("x", Instruction("q8", (product,)), 1.0),
+        Timing("x", Instruction("f32", (product,)), 2.0),
+        Timing("x", Instruction("both", (conv, norm)), 4.0),
+    ]
+    live = Live(n_tokens=2, n_seqs=1, n_outputs=1)
+    first, second = entries_of(timings, live)
+    assert (first.label, first.seconds, first.nodes) == (product.op.name, 3.0, (product,))
+    assert first.cost == product.op.cost(product, live)
+    assert second.label == f"{conv.op.name} + {norm.op.name}"
+    assert second.cost.flops == sum(n.op.cost(n, live).flops for n in (conv, norm))
+
+
+def test_limits_are_those_of_a_machine() -> None:
+    """Nothing on this planet reads less than 0.5 GB/s or more than 10 TB/s from memory."""
+    limits = measure_limits(CpuBackend(2), 2)
+    assert 0.5e9 < limits.bytes_per_s < 1e13
+    assert 1e8 < limits.flops_per_s < 1e16
+
+
+def test_the_table(tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "engine.commands.profile.measure_limits", lambda *given: Limits(2e9, 4e9, "probed")
+    )
+    status, out, _ = cli("profile", "-m", tiny, "-p", 20, "-d", 10, "-r", 1)
+    assert status == 0
+    assert "step of 20 tokens after 10" in out
+    assert "2.0 GB/s, 4 GFLOP/s (probed)" in out
+    rows = re.findall(r"^(\S.*?) +(\d+) +([\d.]+) +([\d.]+)% +([\d.]+) +([\d.]+) ", out, re.M)
+    total = next(row for row in rows if row[0] == "total")
+    ops = [row for row in rows if row[0].isupper()]
+    assert {row[0] for row in ops} >= {"MUL_MAT", "GATED_DELTA_NET", "ATTENTION"}
+    total_ms = float(total[2])
+    for _, _, *cells in ops:
+        # All that numbers can have been before they were rounded to their last digit.
+        ms, share, mb, rate = map(float, cells)
+        assert ms - 0.001 <= share / 100 * total_ms + 0.0005 * total_ms
+        assert share / 100 * total_ms - 0.0005 * total_ms <= ms + 0.001
+        assert (mb - 0.005) / (ms + 0.0005) <= rate + 0.005
+        assert (rate - 0.005) * (ms - 0.0005) <= mb + 0.005
+
+
+def test_what_took_no_time_has_no_rate() -> None:
+    """As a GPU's clock may say of a small kernel."""
+    limits = Limits(bytes_per_s=1e9, flops_per_s=1e9, what="")
+    cells = _cells(Row("NODE", 1, 0.0, flops=5, bytes=7), total=1.0, limits=limits)
+    assert cells == ("NODE", "1", "0.000", "0.0%", "0.00", "0.00", "0.0%", "0.000", "0.0", "0.0%")
+
+
+def test_verbose_names_nodes(tiny: Path, cli: Cli) -> None:
+    status, out, _ = cli("profile", "-m", tiny, "-n", 1, "-v")
+    assert status == 0
+    assert "blk.0.gated_delta_net" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "expected"),
+    [
+        (("-p", 0), 2, "expected at least 1, got 0"),
+        (("-p", 5, "-n", 5), 2, "not allowed with"),
+        (("-p", 100, "-ub", 64), 2, "expected at most the 64 tokens of a step"),
+        (("-d", 100, "-c", 50), 1, "1 tokens after 100: expected at most the 50 positions"),
+    ],
+)
+def test_bad_input(
+    tiny: Path, cli: Cli, options: tuple[object, ...], status: int, expected: str
+) -> None:
+    result = cli("profile", "-m", tiny, *options)
+    assert result.status == status
+    assert expected in result.err
+    assert "Traceback" not in result.err

@@ -1,0 +1,210 @@
+"""Random ways through the memory of sequences, against whole lists of tokens.
+
+A state machine steps (with snapshots or not), breaks, forks, marks, truncates, saves, restores and
+frees. Every sequence and every checkpoint must read back its own tokens at all times, `truncate`
+must reach exactly the nearest kept position, and at the end everything must be free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from engine.kvcache.pool import MemoryFullError
+from engine.kvcache.sequences import Checkpoint
+from engine.runtime.batch import Piece, begin
+from tests.kvcache.test_sequences import Contents
+
+
+@dataclass
+class Model:
+    """What a sequence should be: its tokens, and the positions that it can go back to."""
+
+    tokens: list[int] = field(default_factory=list)
+    marks: set[int] = field(default_factory=set)
+    snapshots: set[int] = field(default_factory=set)
+
+    def kept(self) -> Model:
+        """What forks, checkpoints and restored sequences share of it."""
+        return Model(list(self.tokens), set(self.marks))
+
+    def truncate(self, n: int) -> int:
+        """Go back to the nearest kept position."""
+        if n >= len(self.tokens):
+            return len(self.tokens)
+        reached = max((k for k in self.marks | self.snapshots if k <= n), default=0)
+        self.tokens = self.tokens[:reached]
+        self.marks = {k for k in self.marks if k <= reached}
+        self.snapshots = set()
+        return reached
+
+
+class Sequences(RuleBasedStateMachine):
+    """Pools that are small enough to run out now and then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.contents = Contents(n_blocks=16, n_slots=9)
+        self.memory = self.contents.memory
+        self.models: dict[int, Model] = {}
+        self.saved: list[tuple[Checkpoint, Model]] = []
+        self.n_tokens = 0
+
+    def new_tokens(self, n: int) -> list[int]:
+        """Never the same twice."""
+        self.n_tokens += n
+        return list(range(self.n_tokens - n, self.n_tokens))
+
+    def choose(self, data: st.DataObject) -> int:
+        return data.draw(st.sampled_from(sorted(self.models)))
+
+    @precondition(lambda self: len(self.models) < 4)
+    @rule()
+    def create(self) -> None:
+        seq = self.memory.create()
+        assert seq not in self.models
+        self.models[seq] = Model()
+
+    @precondition(lambda self: self.models and len(self.models) < 4)
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        seq = self.choose(data)
+        self.models[self.memory.fork(seq)] = self.models[seq].kept()
+
+    @precondition(lambda self: self.models)
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        seq = self.choose(data)
+        self.memory.free(seq)
+        del self.models[seq]
+
+    @precondition(lambda self: self.models)
+    @rule(data=st.data(), end=st.sampled_from(["finish", "finish", "finish", "cancel", "reset"]))
+    def batch(self, data: st.DataObject, end: str) -> None:
+        """A step of several sequences that finds no room, is run, not run, or breaks off."""
+        chosen = st.lists(st.sampled_from(sorted(self.models)), min_size=1, unique=True)
+        pieces = [
+            Piece(
+                seq,
+                self.new_tokens(data.draw(st.integers(1, 9))),
+                n_snapshots=data.draw(st.sampled_from([0, 0, 1, 3])),
+            )
+            for seq in data.draw(chosen)
+        ]
+        free = self.memory.blocks.n_free, self.memory.slots.n_free
+        try:
+            steps = begin(pieces, self.memory)
+        except MemoryFullError:
+            # It may have given snapshots back: they are kept until the next step only.
+            assert self.memory.blocks.n_free <= free[0]
+            assert self.memory.slots.n_free >= free[1]
+            for piece in pieces:
+                self.models[piece.seq].snapshots &= set(self.memory._sequences[piece.seq].snapshots)
+            return
+        if end != "cancel":
+            for piece, step in zip(pieces, steps, strict=True):
+                self.contents.run(step, list(piece.tokens))
+        for piece in pieces:
+            self.end(piece, end)
+
+    def end(self, piece: Piece, end: str) -> None:
+        model = self.models[piece.seq]
+        if end == "finish":
+            self.memory.finish(piece.seq, len(piece.tokens))
+            model.tokens = model.tokens + list(piece.tokens)
+            n, kept = len(model.tokens), min(piece.n_snapshots, len(piece.tokens))
+            model.snapshots = set(range(n - kept + 1, n + 1))
+        elif end == "cancel":
+            self.memory.cancel(piece.seq)
+            model.snapshots = set()
+        else:
+            self.memory.reset(piece.seq)
+            self.models[piece.seq] = Model()
+
+    @precondition(lambda self: self.models)
+    @rule(data=st.data())
+    def mark(self, data: st.DataObject) -> None:
+        seq = self.choose(data)
+        model, n_free = self.models[seq], self.memory.slots.n_free
+        try:
+            self.memory.mark(seq)
+        except MemoryFullError:
+            assert n_free == 0
+            return
+        model.marks |= {len(model.tokens)} - {0}
+        assert self.memory.slots.n_free == n_free
+
+    @precondition(lambda self: self.models)
+    @rule(data=st.data())
+    def truncate(self, data: st.DataObject) -> None:
+        seq = self.choose(data)
+        n = data.draw(st.integers(0, len(self.models[seq].tokens) + 1))
+        assert self.memory.truncate(seq, n) == self.models[seq].truncate(n)
+
+    @precondition(lambda self: self.models and len(self.saved) < 4)
+    @rule(data=st.data())
+    def checkpoint(self, data: st.DataObject) -> None:
+        seq = self.choose(data)
+        self.saved.append((self.memory.checkpoint(seq), self.models[seq].kept()))
+
+    @precondition(lambda self: self.models and self.saved)
+    @rule(data=st.data())
+    def restore(self, data: st.DataObject) -> None:
+        seq = self.choose(data)
+        checkpoint, model = data.draw(st.sampled_from(self.saved))
+        self.memory.restore(seq, checkpoint)
+        self.models[seq] = model.kept()
+
+    @precondition(lambda self: self.saved)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        index = data.draw(st.integers(0, len(self.saved) - 1))
+        self.saved.pop(index)[0].release()
+
+    @invariant()
+    def everybody_reads_his_own(self) -> None:
+        for seq, model in self.models.items():
+            span = self.memory._sequences[seq]
+            self.contents.check(span, model.tokens)
+            assert (set(span.marks), set(span.snapshots)) == (model.marks, model.snapshots)
+        for checkpoint, model in self.saved:
+            assert checkpoint.n_tokens == len(model.tokens)
+            self.contents.check(checkpoint.span, model.tokens)
+
+    @invariant()
+    def kept_states_are_those_of_their_positions(self) -> None:
+        spans = [(self.memory._sequences[seq], model) for seq, model in self.models.items()]
+        spans += [(checkpoint.span, model) for checkpoint, model in self.saved]
+        for span, model in spans:
+            for n, state in [*span.marks.items(), *span.snapshots.items()]:
+                assert list(self.contents.slots[state.slot]) == model.tokens[:n]
+
+    @invariant()
+    def nothing_is_held_by_nobody(self) -> None:
+        spans = [*self.memory._sequences.values(), *(c.span for c, _ in self.saved)]
+        blocks = {block for span in spans for block in span.table.blocks}
+        slots = {span.state.slot for span in spans} - {-1}
+        for span in spans:
+            slots |= {s.slot for s in [*span.marks.values(), *span.snapshots.values()]}
+        assert len(blocks) == self.memory.blocks.size - self.memory.blocks.n_free
+        assert len(slots) == self.memory.slots.size - self.memory.slots.n_free
+
+    def teardown(self) -> None:
+        for seq in self.models:
+            self.memory.free(seq)
+        for checkpoint, _ in self.saved:
+            checkpoint.release()
+        for pool in (self.memory.blocks, self.memory.slots):
+            assert pool.n_free == pool.size
+
+
+TestSequences = Sequences.TestCase
+TestSequences.settings = settings(
+    max_examples=150,
+    stateful_step_count=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)

@@ -1,0 +1,197 @@
+"""Why completions end, each beside others that go on; and requests that find no room at first.
+
+What has to wait runs when there is room; what can never fit is refused with the sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine import Engine, SamplingParams
+from engine.kvcache.sequences import Checkpoint
+from engine.runtime.request import Completion, GenerationError
+from tests.support.helpers import assert_all_free
+
+GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+
+
+@pytest.fixture
+def load(models: Callable[[str, str], Path]) -> Callable[..., Engine]:
+    def load(**options: Any) -> Engine:
+        return Engine.load(models("tiny", "F32"), **{"n_ctx": 2048, **options})
+
+    return load
+
+
+def tokens_alone(engine: Engine, prompt: Sequence[int]) -> list[int]:
+    (completion,) = engine.generate_batch([prompt], [GREEDY])
+    return completion.tokens
+
+
+# Why a completion ends.
+
+
+def ended(engine: Engine, **params: Any) -> Completion:
+    """[1, 2, 3], completed greedily beside two others."""
+    chosen = SamplingParams(**{"temperature": 0, "ignore_eos": True, "max_tokens": 6, **params})
+    return engine.generate_batch([[9] * 70, [1, 2, 3], [4]], [GREEDY, chosen, GREEDY])[1]
+
+
+@pytest.fixture(scope="module")
+def three(models: Callable[[str, str], Path]) -> Engine:
+    return Engine.load(models("tiny", "F32"), n_ctx=300, n_parallel=3)
+
+
+@pytest.fixture
+def company(three: Engine) -> Iterator[Engine]:
+    """Room for three; nothing of a test is left in it."""
+    yield three
+    assert_all_free(three)
+    assert not three.advance()
+
+
+def test_ends_by_itself(company: Engine) -> None:
+    (end, *_) = company.tokenizer.eog_ids
+    done = ended(company, ignore_eos=False, logit_bias={end: 1e9})
+    assert (done.finish_reason, done.detail) == ("stop", f"end-of-generation token {end}")
+    assert (done.tokens, done.text) == ([], "")
+
+
+def test_ends_at_a_stop_text(company: Engine) -> None:
+    whole = ended(company).text
+    stop = whole[len(whole) // 2 :][:2]
+    done = ended(company, stop=("\0never", stop))
+    assert (done.finish_reason, done.detail) == ("stop", "stop text")
+    assert done.text == whole[: whole.index(stop)]
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "n", "detail"),
+    [
+        (0, 0, "0 tokens were asked for"),
+        (1, 1, "1 tokens were asked for"),
+        (6, 6, "6 tokens were asked for"),
+        # A third of 300 positions, of which the prompt has 3; the last token needs none.
+        (-1, 98, "the context of 100 positions is full"),
+        (400, 298, "the context of 300 positions is full"),
+    ],
+)
+def test_ends_at_a_limit(company: Engine, max_tokens: int, n: int, detail: str) -> None:
+    done = ended(company, max_tokens=max_tokens)
+    assert (done.finish_reason, done.detail) == ("length", detail)
+    assert len(done.tokens) == n
+
+
+@pytest.mark.parametrize(("n_prompt", "n"), [(99, 2), (100, 1), (101, 1), (300, 1)])
+def test_a_prompt_longer_than_its_share_still_gets_a_token(
+    company: Engine, n_prompt: int, n: int
+) -> None:
+    params = SamplingParams(temperature=0, ignore_eos=True)
+    others = [company.generate([1], GREEDY), company.generate([2], GREEDY)]
+    (done,) = company.generate_batch([[5] * n_prompt], params)
+    assert (done.finish_reason, len(done.tokens)) == ("length", n)
+    del others
+
+
+def test_ends_when_its_user_says_so(company: Engine) -> None:
+    completion, other = company.generate([1], GREEDY), company.generate([2], GREEDY)
+    first = next(completion)
+    completion.cancel()
+    assert (completion.finish_reason, completion.detail) == ("cancelled", "by its user")
+    assert list(completion) == []
+    assert completion.tokens == [first.token]
+    assert [t.token for t in other] == tokens_alone(company, [2])
+    # What had ended before ended as it did.
+    other.cancel()
+    assert other.finish_reason == "length"
+
+
+def test_ends_with_an_error_of_its_own(company: Engine) -> None:
+    """A request that bans every token; the one beside it doesn't notice."""
+    nothing = SamplingParams(logit_bias=dict.fromkeys(range(320), -np.inf))
+    done, other = company.generate_batch([[1], [2]], [nothing, GREEDY])
+    assert done.finish_reason == "error"
+    assert "logits: expected a finite number" in done.detail
+    assert other.tokens == tokens_alone(company, [2])
+    with pytest.raises(GenerationError, match="logits: expected a finite number"):
+        next(company.generate([1], nothing))
+
+
+# Requests that find no room.
+
+
+def test_more_than_fit_wait_their_turn(load: Callable[..., Engine]) -> None:
+    with load(n_parallel=2) as engine:
+        all_five = [engine.generate([i], GREEDY) for i in range(5)]
+        for expected in ([1, 1, 0, 0, 0], [2, 2, 0, 0, 0]):
+            engine.advance()
+            assert [len(c.tokens) for c in all_five] == expected
+        # Whoever waits can leave too, and the last can be asked first.
+        all_five.pop(2).cancel()
+        assert len(list(all_five[-1])) == 10
+        assert [c.finish_reason for c in all_five] == ["length"] * 4
+        del all_five
+        assert_all_free(engine)
+
+
+def held_by_a_checkpoint(engine: Engine, n: int) -> Checkpoint:
+    seq = engine.memory.create()
+    engine.prefill(seq, [1] * n)
+    checkpoint = engine.memory.checkpoint(seq)
+    engine.memory.free(seq)
+    return checkpoint
+
+
+def test_what_a_checkpoint_holds_is_waited_for(load: Callable[..., Engine]) -> None:
+    """4 + 2 + 1 blocks of 64; the checkpoint holds 4, the first request's promise is 2."""
+    whole = SamplingParams(temperature=0, max_tokens=186, ignore_eos=True)
+    with load(n_ctx=256, n_parallel=2, n_checkpoints=1) as engine:
+        checkpoint = held_by_a_checkpoint(engine, 200)
+        first = engine.generate([1], replace(whole, max_tokens=100))
+        second = engine.generate([2] * 70, whole)
+        for _ in range(5):
+            engine.advance()
+        assert (len(first.tokens), second.tokens) == (5, [])
+        checkpoint.release()
+        engine.advance()
+        assert len(second.tokens) == 1
+        first.cancel()
+        assert len(list(second)) == 186
+        assert second.finish_reason == "length"
+        assert_all_free(engine)
+
+
+def test_what_can_never_fit_is_refused_with_the_sizes(load: Callable[..., Engine]) -> None:
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    with load(n_ctx=256, n_parallel=2, n_checkpoints=1) as engine:
+        checkpoint = held_by_a_checkpoint(engine, 200)
+        small, large = engine.generate_batch([[1], [2] * 200], params)
+        assert small.finish_reason == "length"
+        assert large.finish_reason == "error"
+        assert large.detail == (
+            "it needs 256 positions and a state slot: 192 positions and 2 slots are free, "
+            "others are held (by checkpoints, say)"
+        )
+        checkpoint.release()
+        assert_all_free(engine)
+
+
+@pytest.mark.parametrize("n_held", [1, 2, 3])
+def test_slots_that_checkpoints_hold_are_promised_to_nobody(
+    load: Callable[..., Engine], n_held: int
+) -> None:
+    """More checkpoints than were planned for: fewer requests run at once, none breaks."""
+    with load(n_parallel=3, n_checkpoints=0) as engine:
+        held = [held_by_a_checkpoint(engine, 5) for _ in range(n_held)]
+        done = engine.generate_batch([[1], [2], [3], [4]], GREEDY)
+        reasons = {c.finish_reason for c in done}
+        assert reasons == ({"length"} if n_held < 3 else {"error"})
+        for checkpoint in held:
+            checkpoint.release()
+        assert_all_free(engine)

@@ -1,0 +1,483 @@
+"""Decode steps that run ahead give what steps one by one give, and nobody sees them do it.
+
+The standard is an engine of the same arithmetic whose tokens are drawn on the host.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine import Engine, SamplingParams
+from engine.kvcache.pool import MemoryFullError
+from engine.runtime.batch import Piece
+from engine.runtime.overlap import DecodeAhead
+from engine.runtime.request import Completion, GenerationError
+from engine.text.template import BUILT_IN, ChatTemplate
+from tests.support.helpers import (
+    assert_all_free,
+    failing_at,
+    float64_engine,
+    nmse,
+    random_ids,
+    replaced_op,
+)
+from tests.support.lazy_backend import LazyTicket, decoder_of, lazy_engine
+from tests.support.timing import judge
+
+Rng = np.random.Generator
+Load = Callable[..., Engine]
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+DRAWN = replace(GREEDY, temperature=1.5, top_p=0.99, min_p=0.01, seed=3)
+# Drawn on the host: no device has a step for it.
+HOST = replace(DRAWN, repeat_penalty=1.3)
+NODE = "blk.1.gated_delta_net"
+
+
+@pytest.fixture(scope="module")
+def alone(models: Callable[[str, str], Path]) -> Engine:
+    """One step after the other, one completion after the other."""
+    return float64_engine(models("tiny", "F32"), n_ctx=512)
+
+
+@pytest.fixture
+def load(models: Callable[[str, str], Path]) -> Iterator[Load]:
+    engines: list[Engine] = []
+
+    def load(**options: Any) -> Engine:
+        engines.append(lazy_engine(models("tiny", "F32"), **{"n_ctx": 512, **options}))
+        return engines[-1]
+
+    yield load
+    for engine in engines:
+        assert_all_free(engine)
+        assert not engine.advance()
+
+
+def outcome(completion: Completion) -> tuple[Any, ...]:
+    t = completion.timings
+    counts = t.n_prompt, t.n_eval
+    return completion.tokens, completion.text, completion.finish_reason, completion.detail, counts
+
+
+def expected(alone: Engine, prompt: Sequence[int], params: SamplingParams) -> tuple[Any, ...]:
+    (completion,) = alone.generate_batch([prompt], params)
+    return outcome(completion)
+
+
+def n_ahead(engine: Engine) -> int:
+    """Steps that continued with tokens which the host hadn't seen."""
+    return sum(max(feed) >= 0 for feed in decoder_of(engine).feeds)
+
+
+@pytest.mark.parametrize("params", [GREEDY, DRAWN, replace(DRAWN, top_k=1), HOST])
+def test_the_tokens_are_those_of_steps_one_by_one(
+    load: Load, alone: Engine, rng: Rng, params: SamplingParams
+) -> None:
+    engine, prompt = load(), random_ids(rng, 70)
+    (completion,) = engine.generate_batch([prompt], params)
+    assert outcome(completion) == expected(alone, prompt, params)
+    # The first token comes from the prompt's logits, the second from a step that waits for none.
+    assert n_ahead(engine) == (0 if params is HOST else 10)
+    assert len(decoder_of(engine).feeds) == (0 if params is HOST else 11)
+
+
+def test_the_next_step_is_launched_before_the_tokens_are_waited_for(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, launched = load(n_parallel=2), list[int]()
+    ids = LazyTicket.ids
+
+    def waiting(self: LazyTicket) -> list[int]:
+        launched.append(len(decoder_of(engine).feeds))
+        return ids(self)
+
+    monkeypatch.setattr(LazyTicket, "ids", waiting)
+    engine.generate_batch([[1], [2]], replace(GREEDY, max_tokens=5))
+    assert launched == [2, 3, 4, 4]
+
+
+@pytest.mark.parametrize("n", range(1, 6))
+def test_it_ends_at_any_token(load: Load, alone: Engine, n: int) -> None:
+    """At a limit nothing runs ahead in vain; at a stop text one step does."""
+    engine = load()
+    tokens = expected(alone, [5, 6], GREEDY)[0]
+    (short,) = engine.generate_batch([[5, 6]], replace(GREEDY, max_tokens=n))
+    assert short.tokens == tokens[:n]
+    assert len(decoder_of(engine).feeds) == n - 1
+    stop = replace(GREEDY, stop=(engine.tokenizer.decode(tokens[n - 1 : n]),))
+    (stopped,) = engine.generate_batch([[5, 6]], stop)
+    assert outcome(stopped) == expected(alone, [5, 6], stop)
+
+
+def test_it_ends_by_itself(load: Load, alone: Engine) -> None:
+    params = replace(DRAWN, temperature=100.0, top_k=128, top_p=1, min_p=0, ignore_eos=False)
+    engine, reasons = load(n_parallel=3), set()
+    each = [replace(params, seed=seed, max_tokens=70) for seed in range(6)]
+    for done, own in zip(engine.generate_batch([[7]] * 6, each), each, strict=True):
+        assert outcome(done) == expected(alone, [7], own)
+        reasons.add(done.finish_reason)
+    assert "stop" in reasons
+
+
+@pytest.mark.parametrize("n_prompt", [1, 63, 64, 126, 127, 128])
+def test_it_ends_at_a_full_context(load: Load, n_prompt: int) -> None:
+    engine = load(n_ctx=128)
+    (done,) = engine.generate_batch([[5] * n_prompt], replace(GREEDY, max_tokens=-1))
+    assert len(done.tokens) == 128 - n_prompt + 1
+    assert done.timings.n_prompt + done.timings.n_eval == 128
+    assert len(decoder_of(engine).feeds) == 128 - n_prompt
+
+
+def random_params(rng: Rng) -> SamplingParams:
+    """Mostly what a device draws."""
+    chosen = [GREEDY, DRAWN, replace(DRAWN, stop=("e", " t"), top_k=100), HOST]
+    params = chosen[rng.choice(4, p=[0.3, 0.4, 0.2, 0.1])]
+    n, seed = int(rng.integers(1, 25)), int(rng.integers(2**32))
+    return replace(params, seed=seed, max_tokens=n, ignore_eos=bool(rng.integers(2)))
+
+
+@pytest.mark.parametrize(("n_parallel", "n_ubatch"), [(1, 64), (3, 7), (3, 512), (8, 64)])
+def test_whoever_joins_or_leaves_the_others_go_on(
+    load: Load, alone: Engine, rng: Rng, n_parallel: int, n_ubatch: int
+) -> None:
+    engine = load(n_parallel=n_parallel, n_ubatch=n_ubatch)
+    active: list[Completion] = []
+    started: list[tuple[Any, list[int], SamplingParams]] = []
+    for _ in range(90):
+        chance = rng.random()
+        if chance < 0.12 or not active:
+            prompt, params = random_ids(rng, int(rng.choice([1, 5, 64, 150]))), random_params(rng)
+            active.append(engine.generate(prompt, params))
+            started.append((active[-1]._request, prompt, params))
+        elif chance < 0.18:
+            active.pop(rng.integers(len(active))).cancel()
+        elif chance < 0.22:
+            # Somebody else's step comes between.
+            nmse(engine.logits([1, 2, 3]), alone.logits([1, 2, 3]))
+        else:
+            next(active[rng.integers(len(active))], None)
+    for completion in active:
+        for _ in completion:
+            pass
+    for request, prompt, params in started:
+        tokens, text, reason, detail, _ = expected(alone, prompt, params)
+        if request.finish_reason == "cancelled":
+            assert request.tokens == tokens[: len(request.tokens)]
+        else:
+            got = request.tokens, request.text, request.finish_reason, request.detail
+            assert got == (tokens, text, reason, detail)
+    assert n_ahead(engine)
+
+
+# What is seen between steps.
+
+
+def state_of(engine: Engine, seq: int) -> dict[str, Any]:
+    """Contents of a sequence's slot, through a checkpoint."""
+    checkpoint = engine.memory.checkpoint(seq)
+    saved = engine.plan.backends[0].states.save("n_slots", checkpoint.span.state.slot)
+    checkpoint.release()
+    return saved
+
+
+@pytest.mark.parametrize("params", [GREEDY, DRAWN])
+@pytest.mark.parametrize("n_prompt", [3, 60])
+def test_memory_is_as_if_nothing_ran_ahead(
+    load: Load, alone: Engine, n_prompt: int, params: SamplingParams
+) -> None:
+    """At every token: positions, state, and what comes after a checkpoint."""
+    engine, prompt = load(n_parallel=2, n_checkpoints=12), [9] * n_prompt
+    ours, theirs = engine.generate(prompt, params), alone.generate(prompt, params)
+    kept = []
+    for _ in range(11):
+        assert next(ours).token == next(theirs).token
+        seqs = ours._request.seq, theirs._request.seq
+        assert engine.memory.n_tokens(seqs[0]) == alone.memory.n_tokens(seqs[1])
+        got, want = state_of(engine, seqs[0]), state_of(alone, seqs[1])
+        assert max(nmse(got[name], want[name]) for name in want) < 1e-20
+        kept.append((engine.memory.checkpoint(seqs[0]), ours.tokens[-1]))
+    forked = engine.memory.fork(seqs[0])
+    row = engine.step([Piece(forked, ours.tokens[-1:])])
+    engine.memory.free(forked)
+    assert nmse(row, alone.logits([*prompt, *ours.tokens])[-1:]) < 1e-12
+    assert len(list(ours)) == len(list(theirs)) == 1
+    for i, (checkpoint, last) in enumerate(kept):
+        after = replace(GREEDY, max_tokens=4)
+        (want_after, *_) = expected(alone, [*prompt, *ours.tokens[: i + 1]], after)
+        assert [t.token for t in engine.generate([last], after, checkpoint)] == want_after
+        checkpoint.release()
+
+
+def test_a_checkpoint_of_what_ends_beside_others(load: Load, alone: Engine) -> None:
+    """Its blocks and slots go to the next while a step that has its row is on its way."""
+    engine = load(n_parallel=2, n_ctx=128, n_checkpoints=0)
+    each = [replace(GREEDY, max_tokens=n) for n in (40, 9, 4, 17, 30, 2)]
+    prompts = [[i] * 40 for i in range(6)]
+    for _ in range(2):
+        done = engine.generate_batch(prompts, each)
+        for completion, prompt, params in zip(done, prompts, each, strict=True):
+            assert outcome(completion) == expected(alone, prompt, params)
+
+
+def test_without_slots_to_spare_nothing_runs_ahead(load: Load, alone: Engine) -> None:
+    engine = load(n_parallel=2, n_checkpoints=0)
+    held = []
+    for token in (1, 2):
+        seq = engine.memory.create()
+        engine.step([Piece(seq, [token])])
+        held.append(seq)
+    done = engine.generate_batch([[1], [2]], GREEDY)
+    assert [c.tokens for c in done] == [expected(alone, [i], GREEDY)[0] for i in (1, 2)]
+    assert n_ahead(engine) == 0
+    assert len(decoder_of(engine).feeds) == 11
+    for seq in held:
+        engine.memory.free(seq)
+
+
+def test_what_runs_ahead_takes_no_room_from_others(load: Load, alone: Engine) -> None:
+    """A sequence of the user's takes the last slot while a step is ahead."""
+    engine = load(n_parallel=1, n_checkpoints=0)
+    completion = engine.generate([1], GREEDY)
+    for _ in range(3):
+        next(completion)
+    assert engine.memory.slots.n_free == 0
+    seq = engine.memory.create()
+    engine.step([Piece(seq, [3])])
+    assert engine.memory.slots.n_free == 0
+    for _ in completion:
+        pass
+    assert completion.tokens == expected(alone, [1], GREEDY)[0]
+    engine.memory.free(seq)
+
+
+# Chats (test_chat.py runs on both kinds of steps).
+
+CHATML = ChatTemplate(BUILT_IN["chatml"])
+
+
+def test_turns_run_ahead_and_go_on_from_each_other(load: Load, alone: Engine) -> None:
+    engine, messages = load(), list[dict[str, str]]()
+    for turn in range(4):
+        messages.append({"role": "user", "content": f"turn {turn}"})
+        answer = engine.chat(messages, GREEDY, template=CHATML)
+        prompt = answer.prompt
+        assert (prompt.n_kept > 0, prompt.n_dropped) == (turn > 0, 0)
+        list(answer)
+        want = expected(alone, [*prompt.before, *prompt.ids], GREEDY)
+        assert answer.tokens == want[0]
+        messages.append({"role": "assistant", "content": answer.text})
+        assert n_ahead(engine) == 10 * (turn + 1)
+    engine.conversation.release()
+
+
+def test_turns_beside_completions(load: Load, alone: Engine) -> None:
+    """A mark is taken, a turn ends and another begins while rows of others are on their way."""
+    engine, messages = load(n_parallel=3, n_ubatch=16), list[dict[str, str]]()
+    others = [engine.generate([i], replace(GREEDY, max_tokens=90)) for i in (1, 2)]
+    for turn in range(4):
+        messages.append({"role": "user", "content": f"turn {turn} " * 5})
+        answer = engine.chat(messages, replace(DRAWN, seed=turn), template=CHATML)
+        for i, _ in enumerate(answer):
+            next(others[turn % 2])
+            if i == turn:
+                answer.stop()
+        want = expected(
+            alone, [*answer.prompt.before, *answer.prompt.ids], replace(DRAWN, seed=turn)
+        )
+        assert answer.tokens == want[0][: turn + 1]
+        assert (answer.prompt.n_kept > 0, answer.prompt.n_dropped) == (turn > 0, 0)
+        messages.append({"role": "assistant", "content": answer.text})
+    for i, other in zip((1, 2), others, strict=True):
+        list(other)
+        assert other.tokens == expected(alone, [i], replace(GREEDY, max_tokens=90))[0]
+    assert n_ahead(engine)
+    engine.conversation.release()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_turn_whose_step_breaks_off_keeps_nothing(
+    load: Load, alone: Engine, error: type[BaseException]
+) -> None:
+    """Its state may be half written; what was held before the turn stays."""
+    engine = load()
+    messages = [{"role": "user", "content": "one"}]
+    first = engine.chat(messages, GREEDY, template=CHATML)
+    list(first)
+    n_held = engine.conversation.n_tokens
+    messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "two"}]
+    broken = engine.chat(messages, GREEDY, template=CHATML)
+    for _ in range(4):
+        next(broken)
+    with failing_at(engine, NODE, error), pytest.raises(error):
+        list(broken)
+    engine.plan.backends[0].queue.clear()  # type: ignore[attr-defined]
+    assert engine.conversation.n_tokens == n_held
+    again = engine.chat(messages, GREEDY, template=CHATML)
+    list(again)
+    assert again.prompt.n_kept == n_held
+    ids = [*again.prompt.before, *again.prompt.ids]
+    assert again.tokens == expected(alone, ids, GREEDY)[0]
+    engine.conversation.release()
+
+
+# What goes wrong.
+
+
+@pytest.mark.parametrize("params", [GREEDY, DRAWN])
+def test_an_interrupt_in_a_step_ends_its_completions(
+    load: Load, alone: Engine, params: SamplingParams
+) -> None:
+    engine = load(n_parallel=2)
+    both = [engine.generate([i], params) for i in (1, 2)]
+    for _ in range(4):
+        next(both[0])
+    with failing_at(engine, NODE, KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        next(both[0])
+    assert [c.finish_reason for c in both] == ["cancelled"] * 2
+    assert len(both[0].tokens) == 4
+    engine.plan.backends[0].queue.clear()  # type: ignore[attr-defined]
+    assert [t.token for t in engine.generate([1], params)] == expected(alone, [1], params)[0]
+
+
+def test_an_interrupt_between_steps_changes_nothing(load: Load, alone: Engine) -> None:
+    engine = load()
+    completion = engine.generate([1], DRAWN)
+
+    def interrupted() -> None:
+        for _ in completion:
+            if len(completion.tokens) == 4:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    for _ in completion:
+        pass
+    assert completion.tokens == expected(alone, [1], DRAWN)[0]
+
+
+def test_an_error_in_a_launch_ends_them(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load()
+    completion = engine.generate([1], GREEDY)
+    for _ in range(3):
+        next(completion)
+    with monkeypatch.context() as patch:
+
+        def broken(*args: Any) -> None:
+            raise RuntimeError("no device")
+
+        patch.setattr("tests.support.lazy_backend.LazyDecoder.launch", broken)
+        with pytest.raises(RuntimeError):
+            next(completion)
+    assert completion.finish_reason == "error"
+    assert "its step broke off: RuntimeError('no device')" in completion.detail
+
+
+@pytest.mark.parametrize("params", [GREEDY, DRAWN])
+def test_a_row_that_is_not_finite_ends_alone(
+    load: Load, alone: Engine, params: SamplingParams
+) -> None:
+    """The step after it ran with its NaN; none is left in the memory that it gave back."""
+    engine = load(n_parallel=2, n_checkpoints=0)
+    good, bad = engine.generate([1], params), engine.generate([2], params)
+    for _ in range(3):
+        next(good)
+    assert len(engine.memory.owned(bad._request.seq)[0]) == 2
+    node = next(n for n in engine.plan.graph.nodes if n.name == NODE)
+    reference, written = node.op.reference, 0
+
+    def poisoned(**operands: Any) -> Any:
+        nonlocal written
+        outputs = reference(**operands)
+        outputs[0][1] = np.nan
+        operands["state"][operands["state_dst"][1]] = np.nan
+        written += 1
+        return outputs
+
+    with replaced_op(engine, NODE, poisoned), pytest.raises(GenerationError):
+        for _ in bad:
+            pass
+    assert bad.finish_reason == "error"
+    n = len(bad.tokens)
+    assert bad.detail == f"non-finite values in the logits, sequence 1, position {n}"
+    # The step ahead has had its turn too.
+    assert written == 2
+    states: Any = engine.plan.backends[0].states
+    assert all(np.isfinite(array).all() for array in states.arrays.values())
+    for _ in good:
+        pass
+    assert good.tokens == expected(alone, [1], params)[0]
+
+
+def test_whoever_is_forgotten_leaves_nothing(load: Load) -> None:
+    engine = load(n_parallel=2)
+    for _ in range(3):
+        completion = engine.generate([1], GREEDY)
+        for _ in range(3):
+            next(completion)
+        del completion
+        gc.collect()
+        assert_all_free(engine)
+
+
+def test_closing_drops_what_runs_ahead(load: Load) -> None:
+    engine = load()
+    completion = engine.generate([1], GREEDY)
+    for _ in range(3):
+        next(completion)
+    slots = engine.memory.slots.n_free
+    engine.close()
+    assert engine.memory.slots.n_free == slots + 1
+    with pytest.raises(Exception, match="the engine is closed"):
+        next(completion)
+
+
+def test_checked_steps_are_not_ahead(load: Load, alone: Engine) -> None:
+    engine = load(check=True)
+    (done,) = engine.generate_batch([[1]], GREEDY)
+    assert outcome(done) == expected(alone, [1], GREEDY)
+    assert not decoder_of(engine).feeds
+
+
+def test_seconds_are_those_between_tokens(load: Load) -> None:
+    """The host's time counts, as it is the step's; it counts once."""
+    engine = load()
+
+    def share() -> float:
+        completion = engine.generate([1], replace(GREEDY, max_tokens=40))
+        next(completion)
+        start = time.perf_counter()
+        for _ in completion:
+            pass
+        return completion.timings.eval_s / (time.perf_counter() - start)
+
+    # Something else may run between a token's time and the clock here.
+    judge("seconds between tokens to seconds around them", share, 0.9, 1)
+
+
+def test_a_full_pool_is_no_reason_to_end(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Should blocks be short for the step ahead, they may not be for the step itself."""
+    engine, launch = load(), DecodeAhead._launch
+
+    def refusing(self: DecodeAhead, before: Any) -> Any:
+        if before is None:
+            return launch(self, None)
+        with monkeypatch.context() as patch:
+
+            def full(*args: Any, **options: Any) -> None:
+                raise MemoryFullError("out of blocks")
+
+            patch.setattr("engine.runtime.overlap.begin", full)
+            return launch(self, before)
+
+    monkeypatch.setattr(DecodeAhead, "_launch", refusing)
+    (done,) = engine.generate_batch([[1]], GREEDY)
+    assert len(done.tokens) == 12
+    assert n_ahead(engine) == 0

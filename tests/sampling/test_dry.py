@@ -1,0 +1,225 @@
+"""DRY, the repetition penalty, against a naive search through the text, with its breakers.
+
+The definition compares every run of tokens with the end of the text, token by token, as llama.cpp
+describes it; breakers are found in the bytes that tokens stand for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine import Engine, SamplingParams
+from engine.formats.gguf import GGUFFile
+from engine.sampling import steps as samplers
+from engine.sampling.chain import Sampler, SamplingError, sequence_breakers
+from engine.sampling.steps import Breakers, Candidates
+from engine.text.tokenizer import Tokenizer
+
+N = 6
+
+
+def dry(
+    recent: Sequence[int], multiplier: float, base: float, allowed: int, breakers: Breakers
+) -> list[float]:
+    """What every token's logit loses."""
+    lost = [0.0] * N
+    n, limit = len(recent), behind_the_last_breaker(recent, breakers)
+    if n <= allowed or limit < allowed:
+        return lost
+    for end in range(n - 1):
+        length = 0
+        while length <= end and recent[end - length] == recent[n - 1 - length]:
+            length += 1
+        length, token = min(length, limit), recent[end + 1]
+        if length >= allowed and () not in breakers.get(token, ()):
+            lost[token] = max(lost[token], multiplier * base ** (length - allowed))
+    return lost
+
+
+def behind_the_last_breaker(recent: Sequence[int], breakers: Breakers) -> int:
+    """How many tokens follow the breaker that begins last; the longest, if several begin there."""
+    n = len(recent)
+    for start in range(n - 1, -1, -1):
+        lengths = [
+            len(tail)
+            for tail in breakers.get(recent[start], ())
+            if list(recent[start + 1 :])[: len(tail)] == list(tail)
+        ]
+        if lengths:
+            return n - start - 1 - max(lengths)
+    return n
+
+
+def applied(
+    recent: Sequence[int], multiplier: float, base: float, allowed: int, breakers: Breakers
+) -> list[float]:
+    c = Candidates(np.arange(N)[::-1], np.zeros(N))
+    got = samplers.dry(c, recent, multiplier, base, allowed, breakers)
+    assert got.ids.tolist() == c.ids.tolist()
+    return [-float(x) for x in got.logits[::-1]]
+
+
+tokens = st.integers(0, N - 1)
+breaker_maps = st.dictionaries(
+    tokens,
+    st.lists(st.lists(tokens, max_size=3).map(tuple), min_size=1, max_size=3),
+    max_size=2,
+)
+
+
+@settings(max_examples=600, deadline=None)
+@given(
+    st.one_of(
+        st.lists(tokens, max_size=40),
+        # Few tokens: long repetitions.
+        st.lists(st.integers(0, 1), max_size=40),
+        st.lists(st.integers(0, 2), min_size=2, max_size=6).map(lambda x: x * 5),
+    ),
+    st.integers(0, 5),
+    st.one_of(st.just({}), breaker_maps),
+)
+def test_dry_is_the_naive_search(recent: list[int], allowed: int, breakers: Breakers) -> None:
+    expected = dry(recent, 0.8, 1.75, allowed, breakers)
+    assert applied(recent, 0.8, 1.75, allowed, breakers) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("recent", "lost"),
+    [
+        # llama.cpp's example: a b c c b c y a b c.
+        ([0, 1, 2, 2, 1, 2, 3, 0, 1, 2], {2: 1.75**1, 3: 1.0}),
+        ([0, 1, 0, 1], {0: 1.0}),
+        ([0, 1, 2], {}),
+        ([0, 1], {}),
+        ([], {}),
+        # The longest repetition that a token would prolong counts.
+        ([0, 1, 2, 3, 1, 2, 3, 0, 1, 2], {3: 1.75}),
+        ([4] * 6, {4: 1.75**3}),
+    ],
+)
+def test_repetitions_by_hand(recent: list[int], lost: dict[int, float]) -> None:
+    expected = [lost.get(t, 0.0) for t in range(N)]
+    assert applied(recent, 1.0, 1.75, 2, {}) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("breakers", "lost"),
+    [
+        ({}, 1.75**2),
+        # What follows the breaker counts.
+        ({5: [()]}, 1.75),
+        ({0: [()]}, 1.0),
+        ({1: [()]}, 0.0),
+        ({2: [()]}, 0.0),
+        # Of several tokens: only as a whole, the longest one.
+        ({5: [(0,)]}, 1.0),
+        ({5: [(1,)]}, 1.75**2),
+        ({5: [(0, 1)]}, 0.0),
+        ({5: [(), (0,)]}, 1.0),
+        ({2: [(4,)]}, 1.75**2),
+        # The token that would go on is a breaker itself: it is free. As the head of one it isn't.
+        ({3: [()]}, 0.0),
+        ({3: [(5,)]}, 1.75**2),
+    ],
+)
+def test_breakers_by_hand(breakers: Breakers, lost: float) -> None:
+    recent = [5, 0, 1, 2, 3, 4, 4, 5, 0, 1, 2]
+    assert applied(recent, 1.0, 1.75, 2, breakers)[3] == pytest.approx(lost)
+
+
+@pytest.mark.parametrize(("base", "most"), [(10.0, 10.0**38), (2.0, 2.0**127), (1.0, 1.0)])
+def test_long_repetitions_stay_finite(base: float, most: float) -> None:
+    """llama.cpp stops where float32 would end."""
+    assert applied([1] * 5000, 1.0, base, 1, {})[1] == pytest.approx(most)
+
+
+def test_many_tokens_take_linear_time() -> None:
+    lost = applied([0, 1] * 50_000, 1.0, 1.00001, 2, {})
+    assert lost[0] > 1
+    assert lost[1] == 0
+
+
+@pytest.mark.parametrize(("last_n", "free"), [(-1, False), (0, True), (4, False), (3, True)])
+def test_dry_looks_back_so_far(last_n: int, free: bool) -> None:
+    """0 1 0 1 is a repetition of two, seen in four tokens and not in three."""
+    params = SamplingParams(temperature=0, dry_multiplier=9.0, dry_penalty_last_n=last_n)
+    made = Sampler(params.resolved({}))
+    for token in (3, 4, 0, 1, 0, 1):
+        made.accept(token)
+    assert made.sample(np.array([1, 0.5, 0, 0, 0], np.float32)) == (0 if free else 1)
+
+
+# Breakers of a vocabulary.
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny: Path) -> Tokenizer:
+    return Tokenizer.from_gguf(GGUFFile(tiny))
+
+
+def naive_breakers(tokenizer: Tokenizer, text: str) -> dict[int, set[tuple[int, ...]]]:
+    """Every token that holds the text, or ends with its beginning and what is left to come."""
+    data, found = text.encode(), {}
+    for token in range(tokenizer.n_vocab):
+        piece = tokenizer.token_bytes(token, special=True)
+        if data in piece:
+            found[token] = {()}
+            continue
+        overlaps = [n for n in range(1, len(data)) if piece[-n:] == data[:n]]
+        tails = {tuple(tokenizer.encode(data[n:].decode())) for n in overlaps}
+        if tails:
+            found[token] = tails
+    return found
+
+
+@pytest.mark.parametrize("text", ["\n", ":", '"', "*", "the", " th", "e t", "hello", "\n\n", "aaa"])
+def test_breakers_are_found_in_tokens(tokenizer: Tokenizer, text: str) -> None:
+    got = {t: set(tails) for t, tails in sequence_breakers(tokenizer, [text]).items()}
+    assert got == naive_breakers(tokenizer, text)
+    assert got
+
+
+def test_several_breakers_are_found_together(tokenizer: Tokenizer) -> None:
+    both = sequence_breakers(tokenizer, ["the", "\n"])
+    for text in ("the", "\n"):
+        for token, tails in naive_breakers(tokenizer, text).items():
+            assert tails <= set(both[token])
+    assert sequence_breakers(tokenizer, []) == {}
+
+
+def test_long_tails_are_cut(tokenizer: Tokenizer) -> None:
+    found = sequence_breakers(tokenizer, ["q" + "zxvj" * 20])
+    assert max(len(tail) for tails in found.values() for tail in tails) == 20
+
+
+def test_a_breaker_that_is_no_text(tokenizer: Tokenizer) -> None:
+    with pytest.raises(SamplingError, match=r"dry_sequence_breakers: .* cannot be encoded"):
+        sequence_breakers(tokenizer, ["\ud800"])
+
+
+def test_a_breaker_ends_a_repetition_in_a_model(tiny: Path) -> None:
+    """A prompt that repeats itself, with a breaker in between or without."""
+    base = {"temperature": 0, "max_tokens": 1, "dry_multiplier": 1e6, "dry_allowed_length": 2}
+    with Engine.load(tiny) as engine:
+        prompt = engine.encode_prompt("xqzj kvw:xqz")
+        z, j = prompt[-1], engine.encode_prompt("j")[-1]
+        # Only a token that would go on repeating has a chance here.
+        bias = {t: -1e4 for t in range(320) if t not in (j, z)}
+        given = {**base, "logit_bias": bias | {j: 1e3}}
+
+        def first(**params: object) -> int:
+            chosen = SamplingParams(**{**given, **params})
+            return engine.generate_batch([prompt], chosen)[0].tokens[0]
+
+        assert first(dry_multiplier=0.0) == j
+        assert first(dry_sequence_breakers=()) != j
+        assert first(dry_sequence_breakers=("z",)) == j
+        assert first(dry_sequence_breakers=("w:",)) != j
+        assert first(dry_sequence_breakers=("w:x", "v")) != j
+        assert first(dry_sequence_breakers=("w:xq",)) == j

@@ -1,0 +1,156 @@
+"""What tests of the engine share: a float64 engine, random tokens, comparisons, broken nodes.
+
+For tests of the command line: what a run of it answered.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine import Engine
+from engine.backends.cpu.backend import CpuProgram
+from engine.backends.native import library as cpu_library
+from engine.backends.reference import ReferenceBackend
+from engine.formats.quants import BY_GGML_ID
+from engine.graph import Kind, Live, Tensor
+from tools.ggufwrite import TensorSpec, write_gguf
+from tools.makevocab import made_vocabulary, padded_vocabulary
+from tools.presets import PRESETS, metadata, tensors
+from tools.synth import tensor_type
+
+# Weights this large make logits of order one, so that a wrong state moves them visibly.
+STD = 0.1
+N_VOCAB = 320
+HEADER_VOCAB = 512
+# A float64 engine's results differ by the rounding of logits to float32, 1e-15; another token at
+# the start of a prompt makes 1e-3 a hundred tokens later.
+MAX_NMSE = 1e-12
+MAX_REFUSAL_SECONDS = 2
+
+
+def float64_engine(path: Path, **options: Any) -> Engine:
+    """An engine that computes and keeps its states in float64.
+
+    Random models amplify rounding: where q·k happens to be almost 0, the norm of the delta net's
+    output turns float32 noise into 1e-9 and more of the logits, and comparisons could only be lax.
+    """
+    with patch("engine.backends.create", lambda *options: [ReferenceBackend(np.float64)]):
+        engine = Engine.load(path, **options)
+    arrays = engine.plan.backends[0].states.arrays
+    for tensor, array in arrays.items():
+        arrays[tensor] = array.astype(np.float64)
+    return engine
+
+
+# The best instruction set whose kernels compute a row the same way wherever it is in a batch: where
+# there are matrix units, blocks of rows are rounded to bfloat16 and loose rows are not.
+ROW_BY_ROW = {"cpu_isa": next(isa for isa in cpu_library.usable() if isa != "amx")}
+# Backends whose logits are the same however tokens are cut and mixed: but for 1e-15, and exactly.
+EXACT = ("float64", "cpu")
+
+
+def exact_engine(backend: str, path: Path, **options: Any) -> Engine:
+    """An engine on a backend of EXACT."""
+    if backend == "float64":
+        return float64_engine(path, **options)
+    return Engine.load(path, backend=backend, strict_backend=True, **ROW_BY_ROW, **options)
+
+
+def random_ids(rng: np.random.Generator, n: int) -> list[int]:
+    return rng.integers(0, N_VOCAB, n).tolist()
+
+
+def nmse(got: NDArray[Any], expected: NDArray[Any]) -> float:
+    """‖got − expected‖² / ‖expected‖²; NaN if either has one."""
+    assert got.shape == expected.shape
+    expected = expected.astype(np.float64)
+    return float(np.sum((got - expected) ** 2) / np.sum(expected**2))
+
+
+def assert_same(got: NDArray[Any], expected: NDArray[Any]) -> None:
+    error = nmse(got, expected)
+    # Not `error > …`: NaN must fail.
+    assert error <= MAX_NMSE, f"NMSE {error:.1e}, at most {MAX_NMSE:g} expected"
+
+
+def assert_all_free(engine: Engine) -> None:
+    for pool in (engine.memory.blocks, engine.memory.slots):
+        assert pool.n_free == pool.size, f"{pool.n_free} of {pool.size} are free"
+
+
+@contextmanager
+def replaced_op(engine: Engine, node_name: str, reference: Callable[..., Any]) -> Iterator[None]:
+    """Within it, a node of the reference backend computes something else."""
+    node = next(node for node in engine.plan.graph.nodes if node.name == node_name)
+    op = node.op
+    object.__setattr__(node, "op", replace(op, reference=reference))
+    try:
+        yield
+    finally:
+        object.__setattr__(node, "op", op)
+
+
+@contextmanager
+def failing_at(engine: Engine, node_name: str, error: type[BaseException]) -> Iterator[None]:
+    """Within it, steps raise `error` where a node would run, after those before it did."""
+
+    def broken(**operands: Any) -> Any:
+        raise error
+
+    def broken_program(program: CpuProgram, live: Live, watch: Any = None) -> None:
+        (begin,) = (at for node, (at, _) in program._spans.items() if node.name == node_name)
+        program._backend.run(program._program[:begin], live)
+        raise error
+
+    if engine.config.backend == "cpu":
+        with patch.object(CpuProgram, "run", broken_program):
+            yield
+    else:
+        with replaced_op(engine, node_name, broken):
+            yield
+
+
+def write_header(path: Path, preset: str) -> Path:
+    """A GGUF of a preset's shapes in Q4_0 whose tensors all lie over the same hole in the file."""
+    p = replace(PRESETS[preset], n_vocab=HEADER_VOCAB)
+    values = {"general.architecture": p.arch} | metadata(p)
+    values |= padded_vocabulary(made_vocabulary(), HEADER_VOCAB)
+    specs, largest = [], 0
+    for name, shape in tensors(p).items():
+        block = tensor_type(p, name, shape, "Q4_0")
+        specs.append(TensorSpec(name, shape, block.ggml_id, 0, list))
+        largest = max(largest, Tensor(name, shape, BY_GGML_ID[block.ggml_id], Kind.WEIGHT).nbytes)
+    write_gguf(path, values, specs)
+    os.truncate(path, path.stat().st_size + largest)
+    return path
+
+
+class Result(NamedTuple):
+    """What a command line answered."""
+
+    status: int
+    out: str
+    err: str
+
+    def refused(self) -> str:
+        """The message, if all there is of it is one line on standard error, and status 1."""
+        assert (self.status, self.out) == (1, ""), self
+        assert self.err.startswith("error: "), self
+        assert self.err.endswith("\n"), self
+        line = self.err.removeprefix("error: ").removesuffix("\n")
+        # Also no other separator that a terminal takes for a line's end.
+        assert line.isprintable(), self
+        return line
+
+
+Cli = Callable[..., Result]
+Refused = Callable[..., str]

@@ -1,0 +1,62 @@
+"""Backends that refuse: the reference backend under another name, which also keeps a record.
+
+States start as NaN, so that a step that reads what nobody wrote is found out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from engine.backends.reference import ReferenceBackend
+from engine.formats.gguf import GGUFFile
+from engine.graph import Kind, Live, Node, Tensor
+from engine.placement.place import Support
+
+Refusal = Callable[[Node], str]
+
+
+class Picky(ReferenceBackend):
+    """`refuses(node)` is the reason for which it does not run a node, or an empty string.
+
+    `loaded`: names of the weights it was given; `most_held`: activations held at one time.
+    """
+
+    def __init__(self, name: str, refuses: Refusal = lambda node: "", **options: Any) -> None:
+        super().__init__(**options)
+        self.name, self._refuses = name, refuses
+        self.loaded: list[str] = []
+        self.most_held = 0
+
+    def supports(self, node: Node) -> Support:
+        reason = self._refuses(node)
+        return Support(not reason, reason)
+
+    def load_weights(self, weights: Sequence[Tensor], file: GGUFFile) -> None:
+        super().load_weights(weights, file)
+        self.loaded += [t.name for t in weights]
+
+    def allocate_states(self, states: Sequence[Tensor]) -> None:
+        super().allocate_states(states)
+        for array in self.states.arrays.values():
+            array.fill(np.nan)
+
+    def keep(self, tensor: Tensor, values: np.ndarray, live: Live) -> None:
+        super().keep(tensor, values, live)
+        self.most_held = max(self.most_held, len(self.held()))
+
+    def held(self) -> list[Tensor]:
+        """The activations that it has a value for."""
+        return [t for t in self._values if t.kind is Kind.ACTIVATION]
+
+
+def refuse_ops(reason: str, *ops: str) -> Refusal:
+    """Refuse nodes of these ops."""
+    return lambda node: reason if node.op.name in ops else ""
+
+
+def refuse_names(reason: str, *names: str) -> Refusal:
+    """Refuse nodes of these names."""
+    return lambda node: reason if node.name in names else ""

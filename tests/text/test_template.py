@@ -1,0 +1,159 @@
+"""Chat templates alone: where they come from, what they may do, and what is wrong with bad ones.
+
+That they render as transformers does is in tests/parity/test_chat_template.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.formats.gguf import GGUFFile
+from engine.text.template import BUILT_IN, ChatError, ChatTemplate, find_template
+from tests.support.chats import CHATML, CHATS, QWEN35_STYLE, TOOLS
+from tools.ggufwrite import write_gguf
+
+USER = [{"role": "user", "content": "a & <b>"}]
+
+
+def render(source: str, **options: Any) -> str:
+    return ChatTemplate(source).render(USER, **options)
+
+
+def test_chatml() -> None:
+    expected = (
+        "<|im_start|>system\n  Be brief.\n<|im_end|>\n"
+        "<|im_start|>user\nWhat is 6 · 7?<|im_end|>\n"
+        "<|im_start|>assistant\n42<|im_end|>\n"
+        "<|im_start|>user\nAnd <b>8 · 9</b>?<|im_end|>\n"
+    )
+    for source in (CHATML, BUILT_IN["chatml"]):
+        template = ChatTemplate(source)
+        text = template.render(CHATS["turns"], add_generation_prompt=False)
+        assert text == expected
+        assert template.render(CHATS["turns"]) == expected + "<|im_start|>assistant\n"
+
+
+def test_thinking_of_earlier_turns_is_left_out() -> None:
+    template = ChatTemplate(QWEN35_STYLE)
+    assert template.variables >= {"messages", "tools", "enable_thinking"}
+    text = template.render(CHATS["thinking"])
+    assert text.count("<think>") == 1
+    assert text.endswith("72<|im_end|>\n" + template.render([CHATS["thinking"][-1]]))
+    assert template.render(USER).endswith("assistant\n<think>\n")
+    assert template.render(USER, reasoning=True) == template.render(USER)
+    assert template.render(USER, reasoning=False).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert '"name": "product"' in template.render(USER, TOOLS)
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("  {% if true %}\na\n  {% endif %}\n", "a\n"),
+        ("{{ messages[0] | tojson }}", '{"role": "user", "content": "a & <b>"}'),
+        ("{{ 'é' | tojson }}{{ 'é' | tojson(ensure_ascii=true) }}", '"é""\\u00e9"'),
+        ("{% for i in range(9) %}{% if i == 1 %}{% continue %}{% endif %}"
+         "{% if i == 4 %}{% break %}{% endif %}{{ i }}{% endfor %}", "023"),
+        ("{% generation %}{% set a = 1 %}b{% endgeneration %}{{ a is defined }}", "bFalse"),
+        ("{{ bos_token }}{{ eos_token }}", "<s>"),
+        ("{{ tools is none and documents is none and enable_thinking is not defined }}", "True"),
+    ],
+)  # fmt: skip
+def test_what_a_template_may_use(source: str, text: str) -> None:
+    assert render(source, special={"bos_token": "<s>"}) == text
+
+
+def test_a_template_may_ask_for_the_date() -> None:
+    years = [datetime.now().year, render("{{ strftime_now('%Y') }}"), datetime.now().year]
+    assert str(years[0]) <= years[1] <= str(years[2])
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("{% if %}", "line 1: Expected an expression"),
+        ("a\n{% for x in y %}", "line 2: Unexpected end of template"),
+        ("a\n\n{{ a b }}", "line 3: expected token 'end of print statement', got 'b'"),
+        ("{{ x | nothing }}", "line 1: No filter named 'nothing'"),
+        ("{% include 'x' %}{% generation %}", "line 1: "),
+        ("(" * 20 + "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", ""),
+    ],
+)
+def test_templates_that_do_not_parse(source: str, words: str) -> None:
+    with pytest.raises(ChatError) as error:
+        ChatTemplate(source, "mine")
+    assert str(error.value).startswith(f"mine: {words}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("{{ raise_exception('roles\nmust alternate') }}", "roles must alternate"),
+        ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe"),
+        ("{{ raise_exception.__globals__['json'] }}", "access to attribute '__globals__'"),
+        ("{{ cycler.__init__.__globals__.os.system('true') }}", "access to attribute '__init__'"),
+        ("{{ messages.append(1) }}", "access to attribute 'append' of 'list' object is unsafe"),
+        ("{{ messages[0].update(role='x') }}", "access to attribute 'update' of 'dict' object"),
+        ("{{ '{0.__class__}'.format(1).x.y }}", "'str object' has no attribute 'x'"),
+        ("{% include 'x' %}", "TypeError('no loader for this environment"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "OverflowError('Range too big"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ 'a' + 1 }}", "TypeError"),
+        ("{{ none.a.b }}", "'None' has no attribute 'a'"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
+    ],
+)
+def test_templates_that_fail(source: str, words: str) -> None:
+    template = ChatTemplate(source, "mine")
+    with pytest.raises(ChatError) as error:
+        template.render(USER)
+    assert str(error.value).startswith(f"mine: {words}")
+    assert "\n" not in str(error.value)
+    assert USER == [{"role": "user", "content": "a & <b>"}]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> GGUFFile:
+    """A model's file with two templates."""
+    values = {"tokenizer.chat_template": "own", "tokenizer.chat_template.tool_use": "tools"}
+    write_gguf(tmp_path / "m.gguf", values, [])
+    return GGUFFile(tmp_path / "m.gguf")
+
+
+def test_where_a_template_comes_from(file: GGUFFile, tmp_path: Path) -> None:
+    assert find_template(file).render(USER) == "own"
+    assert find_template(file, "tool_use").render(USER) == "tools"
+    (tmp_path / "t.jinja").write_text("{{ 'é' }}", "utf-8")
+    assert find_template(file, str(tmp_path / "t.jinja")).render(USER) == "é"
+    expected = "<|im_start|>user\na & <b><|im_end|>\n<|im_start|>assistant\n"
+    assert find_template(file, "chatml").render(USER) == expected
+
+
+def test_a_model_without_a_template(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_gguf(tmp_path / "m.gguf", {}, [])
+    with caplog.at_level(logging.WARNING):
+        template = find_template(GGUFFile(tmp_path / "m.gguf"))
+    assert template.render(USER) == ChatTemplate(BUILT_IN["chatml"]).render(USER)
+    (record,) = caplog.records
+    assert record.getMessage() == f"{tmp_path / 'm.gguf'} has no chat template: taking chatml"
+
+
+def test_templates_that_cannot_be_found(file: GGUFFile, tmp_path: Path) -> None:
+    def refused(choice: object) -> str:
+        with pytest.raises(ChatError) as error:
+            find_template(file, str(choice))
+        return str(error.value)
+
+    expected = "expected a file or one of chatml, tool_use (No such file or directory)"
+    assert refused("nothing") == f"chat template nothing: {expected}"
+    assert refused(tmp_path).endswith("(Is a directory)")
+    assert "(embedded null byte)" in refused("a\0b")
+    (tmp_path / "binary").write_bytes(b"a\xff")
+    assert refused(tmp_path / "binary").endswith("expected UTF-8, got byte 0xff at offset 1")
+    (tmp_path / "bad").write_text("{% if %}")
+    assert "bad: line 1: " in refused(tmp_path / "bad")
