@@ -2,7 +2,7 @@
 
 from engine.engine import Engine
 from engine.errors import EngineError
-from engine.sampling.chain import SamplingParams
+from engine.sampling.params import SamplingParams
 from engine.text.template import ChatTemplate
 
 __all__ = ["ChatTemplate", "Engine", "EngineError", "SamplingParams"]

@@ -1,7 +1,7 @@
 """The engine: a model with its memory, and text from it.
 
 `Engine.load` reads a file, plans its graph and allocates; `generate` streams text, `logits` scores
-tokens. A step runs one batch of pieces and keeps every sequence's memory in line with what ran.
+tokens. A step runs one batch of chunks and keeps every sequence's memory in line with what ran.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine import backends
+from engine.backends.base import Instruction, Timing
 from engine.backends.native import library as cpu_library
 from engine.config import ConfigError, EngineConfig, capacity_of, context_size
 from engine.errors import EngineError
@@ -25,15 +26,17 @@ from engine.graph import Capacity, Graph, Live
 from engine.kvcache.sequences import Checkpoint, SequenceMemory
 from engine.models import BuildOptions, load_model
 from engine.placement import estimate as memory_estimate
-from engine.placement.place import Executable, Instruction, Plan, Timing
+from engine.placement.place import Plan
 from engine.placement.rules import Offload, place_where_it_fits
-from engine.runtime.batch import Batch, Logits, Piece, begin, check_fits, pack
+from engine.runtime.batch import Batch, Chunk, Logits, begin, check_fits, pack
 from engine.runtime.conversation import ChatPrompt, Conversation
-from engine.runtime.finite import Guard, NonFiniteError, failure
-from engine.runtime.overlap import DecodeAhead
+from engine.runtime.executor import Executable
+from engine.runtime.finite import FiniteCheck, NonFiniteError, failure
+from engine.runtime.overlap import OverlappedSteps
 from engine.runtime.request import ChatCompletion, Completion, FinishReason, Request
 from engine.runtime.scheduler import Scheduler, cut
-from engine.sampling.chain import Sampler, SamplingError, SamplingParams, sequence_breakers
+from engine.sampling.chain import Sampler, sequence_breakers
+from engine.sampling.params import SamplingError, SamplingParams
 from engine.sampling.steps import Breakers
 from engine.text.template import ChatTemplate, Message, find_template
 from engine.text.tokenizer import Tokenizer
@@ -71,9 +74,9 @@ class Engine:
         self.conversation = Conversation(self.tokenizer)
         self._template: ChatTemplate | None = None
         self._scheduler = Scheduler(self.memory, cap, self.conversation.release)
-        self._ahead: DecodeAhead | None = None
+        self._ahead: OverlappedSteps | None = None
         if decoder is not None and not config.check:
-            self._ahead = DecodeAhead(decoder, self._scheduler, self.memory, cap)
+            self._ahead = OverlappedSteps(decoder, self._scheduler, self.memory, cap)
         self._breakers: dict[tuple[str, ...], Breakers] = {}
 
     @classmethod
@@ -152,28 +155,28 @@ class Engine:
         for store in self._running().stores:
             store.copy("n_blocks", source, target)
 
-    def run(self, pieces: Sequence[Piece]) -> tuple[NDArray[np.float32], dict[int, str]]:
+    def run(self, chunks: Sequence[Chunk]) -> tuple[NDArray[np.float32], dict[int, str]]:
         """Run one batch.
 
-        Returns the logits [n_outputs, n_vocab] of the rows that asked for them, and for each piece
+        Returns the logits [n_outputs, n_vocab] of the rows that asked for them, and for each chunk
         (by index) whose values were not finite the reason; the memory of such a sequence is zeroed
-        and empty. Raises BatchError or MemoryFullError, with nothing changed, if the pieces don't
+        and empty. Raises BatchError or MemoryFullError, with nothing changed, if the chunks don't
         fit the graph or the memory.
         """
-        with self._batch(pieces) as batch:
-            guard = Guard(batch, [piece.seq for piece in pieces])
+        with self._batch(chunks) as batch:
+            guard = FiniteCheck(batch, [chunk.seq for chunk in chunks])
             watch = guard.watch if self.config.check else None
             logits = self._running().run(batch.inputs, batch.live, watch)["logits"]
         guard.check_logits(logits)
         for i in guard.failures:
-            self._wipe(pieces[i].seq)
+            self._wipe(chunks[i].seq)
         return np.asarray(logits, np.float32), guard.failures
 
-    def run_timed(self, pieces: Sequence[Piece]) -> tuple[list[Timing], Live]:
+    def run_timed(self, chunks: Sequence[Chunk]) -> tuple[list[Timing], Live]:
         """Run one batch as `run` does, for its timings: of every instruction, of what is around
         them, and of all the rest of this call."""
         start = time.perf_counter()
-        with self._batch(pieces) as batch:
+        with self._batch(chunks) as batch:
             packing = Timing("", Instruction("pack batch", ()), time.perf_counter() - start)
             timings = [packing, *self._running().run_timed(batch.inputs, batch.live)]
         start += sum(t.seconds for t in timings)
@@ -182,20 +185,20 @@ class Engine:
         return timings, batch.live
 
     @contextmanager
-    def _batch(self, pieces: Sequence[Piece]) -> Iterator[Batch]:
+    def _batch(self, chunks: Sequence[Chunk]) -> Iterator[Batch]:
         """The inputs of a step; the memory of its sequences follows what becomes of it."""
-        check_fits(pieces, self.capacity)
+        check_fits(chunks, self.capacity)
         self._drop_ahead()
-        steps = begin(pieces, self.memory)
+        steps = begin(chunks, self.memory)
         try:
-            yield pack(pieces, steps, self.capacity)
+            yield pack(chunks, steps, self.capacity)
         except BaseException:
             # States are updated in place: what a broken-off step left is no state at all.
-            for piece in pieces:
-                self.memory.reset(piece.seq)
+            for chunk in chunks:
+                self.memory.reset(chunk.seq)
             raise
-        for piece in pieces:
-            self.memory.finish(piece.seq, len(piece.tokens))
+        for chunk in chunks:
+            self.memory.finish(chunk.seq, len(chunk.tokens))
 
     def _wipe(self, seq: int) -> None:
         """Assign zeros to what a sequence alone holds (NaN · 0 is NaN) and empty it."""
@@ -207,9 +210,9 @@ class Engine:
                 store.zero("n_blocks", block)
         self.memory.reset(seq)
 
-    def step(self, pieces: Sequence[Piece]) -> NDArray[np.float32]:
+    def step(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
         """As `run`, but values that are not finite raise NonFiniteError."""
-        logits, failures = self.run(pieces)
+        logits, failures = self.run(chunks)
         if failures:
             raise NonFiniteError("; ".join(failures.values()))
         return logits
@@ -217,13 +220,13 @@ class Engine:
     def prefill(
         self, seq: int, tokens: Sequence[int], logits: Logits = Logits.LAST
     ) -> NDArray[np.float32]:
-        """Append tokens to a sequence in pieces; returns the logits asked for."""
+        """Append tokens to a sequence in chunks; returns the logits asked for."""
         most = self.capacity.n_outputs if logits is Logits.ALL else self.capacity.n_tokens
-        pieces = list(cut(self.memory.n_tokens(seq), len(tokens), most))
+        chunks = list(cut(self.memory.n_tokens(seq), len(tokens), most))
         out = []
-        for part in pieces:
-            wanted = Logits.NONE if logits is Logits.LAST and part != pieces[-1] else logits
-            out.append(self.step([Piece(seq, tokens[part], wanted)]))
+        for part in chunks:
+            wanted = Logits.NONE if logits is Logits.LAST and part != chunks[-1] else logits
+            out.append(self.step([Chunk(seq, tokens[part], wanted)]))
         return np.concatenate(out)
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
@@ -245,7 +248,7 @@ class Engine:
         params: SamplingParams | None = None,
         after: Checkpoint | None = None,
     ) -> Completion:
-        """Stream a completion: an iterator of pieces with `.text` and `.token`.
+        """Stream a completion: an iterator of tokens with `.text` and `.token`.
 
         It runs together with whatever else was started and not finished. See Completion for why it
         ended, and for how to cancel it. A str is encoded with special tokens added and parsed.
@@ -384,12 +387,12 @@ class Engine:
             return False
         start = time.perf_counter()
         with self._ending([request for request, _ in work]):
-            logits, failures = self.run([piece for _, piece in work])
+            logits, failures = self.run([chunk for _, chunk in work])
         seconds = time.perf_counter() - start
         rows = iter(logits)
-        for i, (request, piece) in enumerate(work):
-            row = next(rows) if piece.n_outputs else None
-            request.count(len(piece.tokens), seconds)
+        for i, (request, chunk) in enumerate(work):
+            row = next(rows) if chunk.n_outputs else None
+            request.count(len(chunk.tokens), seconds)
             if request.is_at_mark:
                 self.memory.mark(request.seq, only=True)
             if i in failures:

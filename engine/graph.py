@@ -221,6 +221,11 @@ class Node:
         """The STATE tensors that this node writes."""
         return [self.inputs[operand].base for operand in self.op.writes]
 
+    @property
+    def layer(self) -> str:
+        """The start of the name that all nodes of its layer share, such as `blk.3`."""
+        return ".".join(self.name.split(".")[:2])
+
     def __repr__(self) -> str:
         return f"{self.op.name} {self.name}"
 

@@ -30,7 +30,7 @@ from engine import Engine, SamplingParams
 from engine.backends.cpu.backend import CpuBackend
 from engine.backends.native import library as cpu_library
 from engine.backends.reference import ReferenceBackend
-from engine.runtime.batch import Logits, Piece
+from engine.runtime.batch import Chunk, Logits
 from tests.support.cuda_devices import cuda_and_others, emulated, engine_on, gpu
 from tools.synth import write_model
 
@@ -88,16 +88,16 @@ def walk(engine: Engine, ids: list[int]) -> Iterator[np.ndarray]:
     """Logits of a prompt in chunks, of ragged batches, and of decode steps."""
     memory = engine.memory
     one, two = memory.create(), memory.create()
-    yield engine.step([Piece(one, ids[:70], Logits.ALL)])
-    yield engine.step([Piece(one, ids[70:75]), Piece(two, ids[:33], Logits.ALL)])
+    yield engine.step([Chunk(one, ids[:70], Logits.ALL)])
+    yield engine.step([Chunk(one, ids[70:75]), Chunk(two, ids[:33], Logits.ALL)])
     checkpoint = memory.checkpoint(one)
     for i in range(75, 80):
-        yield engine.step([Piece(one, [ids[i]]), Piece(two, [ids[i + 9]])])
+        yield engine.step([Chunk(one, [ids[i]]), Chunk(two, [ids[i + 9]])])
     memory.restore(one, checkpoint)
     checkpoint.release()
-    yield engine.step([Piece(one, ids[80:83], Logits.ALL), Piece(two, ids[:120])])
+    yield engine.step([Chunk(one, ids[80:83], Logits.ALL), Chunk(two, ids[:120])])
     for token in ids[83:86]:
-        yield engine.step([Piece(one, [token])])
+        yield engine.step([Chunk(one, [token])])
     memory.free(one)
     memory.free(two)
 

@@ -20,8 +20,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.backends.cuda.backend import CudaBackend, CudaProgram
+from engine.backends.cuda.backend import CudaBackend
 from engine.backends.cuda.cupy_device import CupyDevice
+from engine.backends.cuda.program import CudaProgram
 from engine.formats.quants import F16, numpy_dtype
 from engine.graph import Kind, Live, Op
 from engine.ops import OPS
@@ -36,7 +37,8 @@ from engine.ops.cases import (
     single_node_graph,
     slots,
 )
-from engine.placement.place import Executable, place
+from engine.placement.place import place
+from engine.runtime.executor import Executable
 
 Operands = dict[str, Operand]
 # More than an L2 cache holds; at most so many layers; calls whose median counts.

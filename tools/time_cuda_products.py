@@ -20,8 +20,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from engine.backends.base import Split
 from engine.backends.cuda.backend import CudaBackend
-from engine.backends.cuda.cupy_device import CupyDevice, Device
+from engine.backends.cuda.cupy_device import CupyDevice
+from engine.backends.cuda.device import Device
 from engine.backends.cuda.lower import common as cuda_panels
 from engine.backends.cuda.lower import gemv as cuda_row
 from engine.backends.cuda.lower import mul_mat as cuda_products
@@ -31,7 +33,6 @@ from engine.formats.quants import F32, I32, WEIGHT_TYPES, DType
 from engine.graph import Capacity, Dim, Graph, Kind, Live, Tensor
 from engine.ops.mul_mat import mul_mat
 from engine.ops.mul_mat_id import mul_mat_id
-from engine.placement.place import Split
 from tools.randblocks import TYPES, generator, random_blocks
 
 # (in, out) of nodes of Qwen3.5-0.8B, 4B and 9B: narrow, square, wide and deep.

@@ -24,8 +24,9 @@ from engine.graph import Kind, Live
 from engine.ops import OPS
 from engine.ops.cases import Case, single_node_graph
 from engine.ops.gated_delta_net import random_operands
-from engine.placement.place import Executable, place
+from engine.placement.place import place
 from engine.runtime.batch import row_blocks
+from engine.runtime.executor import Executable
 
 OP, SIZE, SECONDS = OPS["GATED_DELTA_NET"], 128, 0.25
 

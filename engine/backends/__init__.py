@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import cache
 
+from engine.backends.base import Backend
 from engine.errors import EngineError
-from engine.placement.place import Backend
 
 # Every name that the command line knows.
 NAMES = ("auto", "cpu", "cuda", "reference")

@@ -18,12 +18,11 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
+from engine.backends.base import Array, Instruction, Split, Support, Watch, WeightSource
 from engine.backends.native.states import ArrayStates
 from engine.formats.quants import I32, dequantize, numpy_dtype
 from engine.graph import Kind, Live, Node, Tensor
-from engine.placement.place import Instruction, Split, Support, Watch, WeightSource
 
-Array = NDArray[Any]
 # Decoded weights kept between steps; above it they are decoded again at each use.
 DEFAULT_CACHE_BYTES = 16 << 30
 

@@ -1,6 +1,6 @@
 """Many sequences at once: B prompts in shared steps, then B generations in step with each other.
 
-Prompts are packed into full steps, one after another, in pieces that end at multiples of 64
+Prompts are packed into full steps, one after another, in chunks that end at multiples of 64
 positions. A shared prompt is processed once: every sequence goes on from its checkpoint.
 """
 
@@ -15,8 +15,8 @@ import numpy as np
 from engine.bench.measure import random_tokens, time_generation
 from engine.bench.throughput import check_position
 from engine.engine import Engine
-from engine.runtime.batch import Logits, Piece
-from engine.runtime.scheduler import PIECE_MULTIPLE, cut
+from engine.runtime.batch import Chunk, Logits
+from engine.runtime.scheduler import CHUNK_MULTIPLE, cut
 
 _WARM_UP = 16
 
@@ -113,7 +113,7 @@ def _measure(engine: Engine, case: BatchedCase, rng: np.random.Generator) -> Bat
 def _prefill(engine: Engine, seqs: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
     done = [0] * len(seqs)
     while any(n < len(prompt) for n, prompt in zip(done, prompts, strict=True)):
-        pieces = []
+        chunks = []
         budget = engine.capacity.n_tokens
         for i, prompt in enumerate(prompts):
             part = _next_part(done[i], len(prompt), budget, engine.capacity.n_tokens)
@@ -121,13 +121,13 @@ def _prefill(engine: Engine, seqs: Sequence[int], prompts: Sequence[Sequence[int
                 done[i] += part
                 budget -= part
                 wanted = Logits.LAST if done[i] == len(prompt) else Logits.NONE
-                pieces.append(Piece(seqs[i], prompt[done[i] - part : done[i]], wanted))
-        engine.step(pieces)
+                chunks.append(Chunk(seqs[i], prompt[done[i] - part : done[i]], wanted))
+        engine.step(chunks)
 
 
 def _next_part(done: int, n: int, budget: int, n_ubatch: int) -> int:
     """How many of a prompt's `n` tokens come next, of which `done` were; 0 if none fit."""
-    smallest = PIECE_MULTIPLE if n_ubatch >= PIECE_MULTIPLE else 1
+    smallest = CHUNK_MULTIPLE if n_ubatch >= CHUNK_MULTIPLE else 1
     if budget < min(n - done, smallest):
         return 0
     part = next(cut(done, n - done, budget), slice(0, 0))

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engine.backends.base import Backend
 from engine.backends.cpu.backend import CpuBackend
 from engine.backends.cuda.backend import CudaBackend
-from engine.backends.cuda.cupy_device import Device, Gemm
-from engine.placement.place import Backend
+from engine.backends.cuda.device import Device, Gemm
 
 _READ_BYTES, _READ_ROW = 256 << 20, 64 << 10
 _COPY_BYTES = 1 << 30

@@ -18,7 +18,7 @@ from engine.backends.native import library as cpu_library
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.kvcache.sequences import Checkpoint
-from engine.sampling.chain import SamplingParams
+from engine.sampling.params import SamplingParams
 
 
 class BenchError(EngineError):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from engine.engine import Engine
 from engine.errors import EngineError
-from engine.runtime.batch import BLOCK_POSITIONS, Logits, Piece
+from engine.runtime.batch import BLOCK_POSITIONS, Chunk, Logits
 from engine.runtime.scheduler import cut
 
 # Of a chunk of fewer tokens, no token is scored.
@@ -31,7 +31,7 @@ class PerplexityError(EngineError):
 
 
 @dataclass(frozen=True)
-class Chunk:
+class ScoredChunk:
     """Tokens `start` … `start + n_tokens - 1` of a text; those from `first` of it on are scored."""
 
     start: int
@@ -57,7 +57,7 @@ def window(n_ctx: int, stride: int = 0) -> int:
     return n_ctx + stride // 2
 
 
-def chunks(n_tokens: int, n_ctx: int, stride: int = 0) -> list[Chunk]:
+def chunks(n_tokens: int, n_ctx: int, stride: int = 0) -> list[ScoredChunk]:
     """How a text of `n_tokens` is cut.
 
     Without a stride: chunks of n_ctx, one after another; what is left over is not scored. The
@@ -79,7 +79,7 @@ def chunks(n_tokens: int, n_ctx: int, stride: int = 0) -> list[Chunk]:
             "(-c is its size)"
         )
     first = size - stride if stride else n_ctx // 2 + 1
-    return [Chunk(i * (stride or n_ctx), size, first) for i in range(n_chunks)]
+    return [ScoredChunk(i * (stride or n_ctx), size, first) for i in range(n_chunks)]
 
 
 def encode(engine: Engine, text: str) -> list[int]:
@@ -142,7 +142,7 @@ def _score(
             engine.prefill(seq, given[:n_silent], Logits.NONE)
         for part in cut(n_silent, len(given) - 1 - n_silent, n_rows):
             at = slice(n_silent + part.start, n_silent + part.stop)
-            logits = engine.step([Piece(seq, given[at], Logits.ALL)])
+            logits = engine.step([Chunk(seq, given[at], Logits.ALL)])
             skip = max(0, first - 1 - at.start)
             wanted = targets[at.start + skip + 1 : at.stop + 1]
             scores.append(negative_log_likelihood(logits[skip:], wanted))

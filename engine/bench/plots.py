@@ -130,7 +130,7 @@ def labels_of(paths: Sequence[str]) -> list[str]:
 
 
 def draw(curves: Sequence[Curve], path: str) -> None:
-    """Draw PP and TG against N_KV side by side, a line for each curve. Raises PlotError."""
+    """SampleSpec PP and TG against N_KV side by side, a line for each curve. Raises PlotError."""
     n_columns = min(len(curves), 3)
     legend_height = 0.25 * math.ceil(len(curves) / n_columns)
     figure = _figure_class()(figsize=(11, 4.2 + legend_height), dpi=150, layout="constrained")

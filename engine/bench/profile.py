@@ -16,12 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engine.backends.base import Timing
 from engine.bench.measure import BenchError, random_tokens
-from engine.commands.report import layer_of
 from engine.engine import Engine
 from engine.graph import Cost, Live, Node
-from engine.placement.place import Timing
-from engine.runtime.batch import Logits, Piece
+from engine.runtime.batch import Chunk, Logits
 
 
 @dataclass(frozen=True)
@@ -67,15 +66,15 @@ def profile_step(
     plain: list[float] = []
     try:
         for i in range(repeats + 1):
-            pieces = [Piece(seq, random_tokens(engine, n_tokens, rng))]
+            chunks = [Chunk(seq, random_tokens(engine, n_tokens, rng))]
             for turn in ("plain", "timed"):
                 engine.memory.restore(seq, start)
                 began = time.perf_counter()
                 if turn == "plain":
-                    engine.step(pieces)
+                    engine.step(chunks)
                     plain.append(time.perf_counter() - began)
                 else:
-                    timings, live = engine.run_timed(pieces)
+                    timings, live = engine.run_timed(chunks)
                     timed.append((time.perf_counter() - began, timings, live))
             if i == 0:  # The first warms up.
                 timed.clear()
@@ -130,7 +129,7 @@ def by_layer_kind(profile: StepProfile, layer_kinds: Mapping[str, str]) -> list[
     names = {}
     for e in profile.entries:
         first = e.nodes[0] if e.nodes else None
-        kind = layer_kinds.get(layer_of(first)) if first else None
+        kind = layer_kinds.get(first.layer) if first else None
         names[e] = kind or (f"({first.name if first else e.label})")
     return _rows(names)
 

@@ -19,7 +19,7 @@ from engine.engine import Engine
 from engine.errors import EngineError
 from engine.formats.gguf import GGUFFile
 from engine.runtime.request import ChatCompletion, FinishReason
-from engine.sampling.chain import SamplingParams
+from engine.sampling.params import SamplingParams
 from engine.text.template import ChatError, ChatTemplate, find_template
 
 HELP = (

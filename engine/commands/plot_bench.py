@@ -7,7 +7,9 @@ import argparse
 from engine.bench.plots import Curve, PlotError, check_output, draw, labels_of, parse_points
 from engine.commands.options import InputError, Parser, read_text
 
-ABOUT = "Draw prompt and generation speed against depth, one line for each sweep-bench output."
+ABOUT = (
+    "SampleSpec prompt and generation speed against depth, one line for each sweep-bench output."
+)
 
 
 def add_options(p: Parser) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from engine.errors import EngineError
 from engine.runtime.request import Completion
-from engine.sampling.chain import SamplingError, SamplingParams
+from engine.sampling.params import SamplingError, SamplingParams
 
 # Other names for SamplingParams' fields, as llama.cpp's server has them.
 _ALIASES = {"n_predict": "max_tokens", "temp": "temperature", "typ_p": "typical_p"}

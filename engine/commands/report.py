@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from engine.graph import Node
 from engine.placement.place import Plan
 
 
@@ -28,18 +27,13 @@ def histogram(plan: Plan) -> list[tuple[str, int]]:
 def layer_kinds(plan: Plan) -> list[tuple[str, int, int]]:
     """(layer kind, layers of it, nodes per layer); nodes outside of layers come as `(no layer)`."""
     kinds = plan.graph.layer_kinds
-    per_layer = Counter(layer_of(node) for node in plan.graph.nodes)
+    per_layer = Counter(node.layer for node in plan.graph.nodes)
     rows = []
     for kind in dict.fromkeys(kinds.values()):
         layers = [layer for layer, k in kinds.items() if k == kind]
         rows.append((kind, len(layers), max(per_layer[layer] for layer in layers)))
     outside = sum(n for layer, n in per_layer.items() if layer not in kinds)
     return [*rows, ("(no layer)", 1, outside)]
-
-
-def layer_of(node: Node) -> str:
-    """The start of a node's name that its layer shares, such as `blk.3`."""
-    return ".".join(node.name.split(".")[:2])
 
 
 def placements(plan: Plan) -> list[tuple[str, str, int]]:

@@ -28,7 +28,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.runtime.request import Completion, FinishReason
-from engine.sampling.chain import SamplingParams
+from engine.sampling.params import SamplingParams
 from engine.text.template import TEMPLATE_KEY
 from engine.version import __version__
 

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.backends.base import Backend
 from engine.errors import EngineError
 from engine.graph import Graph, Kind, Tensor, dim_name
-from engine.placement.place import Backend, Plan
+from engine.placement.place import Plan
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")

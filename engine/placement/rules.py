@@ -14,10 +14,11 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from engine.backends.base import Backend
 from engine.errors import EngineError
 from engine.graph import Graph, Kind, Node
 from engine.placement import estimate as memory_estimate
-from engine.placement.place import Backend, Plan, place
+from engine.placement.place import Plan, place
 
 _log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
-"""Batches: pieces of several sequences packed into the inputs of one step.
+"""Batches: chunks of several sequences packed into the inputs of one step.
 
-Rows of all pieces lie one after another, any lengths together: decode rows and prefill pieces are
+Rows of all chunks lie one after another, any lengths together: decode rows and prefill chunks are
 the same to the graph.
 """
 
@@ -28,7 +28,7 @@ class BatchError(EngineError):
 
 
 class Logits(Enum):
-    """Which rows of a piece need logits."""
+    """Which rows of a chunk need logits."""
 
     NONE = 0
     LAST = 1
@@ -36,7 +36,7 @@ class Logits(Enum):
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """The next `tokens` of sequence `seq`; the states after the last `n_snapshots` are kept."""
 
     seq: int
@@ -60,35 +60,35 @@ class Batch:
     live: Live
 
 
-def check_fits(pieces: Sequence[Piece], capacity: Capacity) -> None:
-    """Raise BatchError unless a graph of this capacity can run the pieces in one step."""
-    seqs = [piece.seq for piece in pieces]
-    n_snapshots = max((piece.n_snapshots for piece in pieces), default=0)
+def check_fits(chunks: Sequence[Chunk], capacity: Capacity) -> None:
+    """Raise BatchError unless a graph of this capacity can run the chunks in one step."""
+    seqs = [chunk.seq for chunk in chunks]
+    n_snapshots = max((chunk.n_snapshots for chunk in chunks), default=0)
     for what, n, limit in (
-        ("sequences", len(pieces), capacity.n_seqs),
-        ("tokens", sum(len(piece.tokens) for piece in pieces), capacity.n_tokens),
+        ("sequences", len(chunks), capacity.n_seqs),
+        ("tokens", sum(len(chunk.tokens) for chunk in chunks), capacity.n_tokens),
         ("snapshots", n_snapshots, capacity.n_snapshots),
     ):
         if n > limit:
             raise BatchError(f"{n} {what} in one step: expected at most {limit}")
-    if not pieces or not all(len(piece.tokens) for piece in pieces):
+    if not chunks or not all(len(chunk.tokens) for chunk in chunks):
         raise BatchError("expected at least one token of each sequence, got none")
     if len(set(seqs)) < len(seqs):
         raise BatchError(f"sequence {max(seqs, key=seqs.count)} twice in one step")
 
 
-def begin(pieces: Sequence[Piece], memory: SequenceMemory, keep: bool = False) -> list[Step]:
-    """Room in memory for every piece; if one finds none, all are undone and its error raised.
+def begin(chunks: Sequence[Chunk], memory: SequenceMemory, keep: bool = False) -> list[Step]:
+    """Room in memory for every chunk; if one finds none, all are undone and its error raised.
 
     With `keep`, the sequences stay as they are until the step is finished.
     """
     steps: list[Step] = []
     try:
-        for piece in pieces:
-            steps.append(memory.begin(piece.seq, len(piece.tokens), piece.n_snapshots, keep))
+        for chunk in chunks:
+            steps.append(memory.begin(chunk.seq, len(chunk.tokens), chunk.n_snapshots, keep))
     except BaseException:
-        for piece in pieces[: len(steps)]:
-            memory.cancel(piece.seq)
+        for chunk in chunks[: len(steps)]:
+            memory.cancel(chunk.seq)
         raise
     return steps
 
@@ -96,7 +96,7 @@ def begin(pieces: Sequence[Piece], memory: SequenceMemory, keep: bool = False) -
 def row_blocks(pasts: Sequence[int], lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """Runs of at least 16 rows of a sequence whose positions lie between two multiples of 64.
 
-    Kernels of blocks may sum in another order than those of single rows. As pieces of prompts end
+    Kernels of blocks may sum in another order than those of single rows. As chunks of prompts end
     at multiples of 64, which rows form a block depends on their sequence alone, not on how it is
     cut into steps nor on what else is in the batch.
     """
@@ -112,18 +112,18 @@ def row_blocks(pasts: Sequence[int], lengths: Sequence[int]) -> tuple[tuple[int,
     return tuple(blocks)
 
 
-def pack(pieces: Sequence[Piece], steps: Sequence[Step], capacity: Capacity) -> Batch:
-    """The inputs of a step over `pieces`, whose room in memory is `steps`."""
-    lengths, outputs = [len(p.tokens) for p in pieces], [p.n_outputs for p in pieces]
+def pack(chunks: Sequence[Chunk], steps: Sequence[Step], capacity: Capacity) -> Batch:
+    """The inputs of a step over `chunks`, whose room in memory is `steps`."""
+    lengths, outputs = [len(p.tokens) for p in chunks], [p.n_outputs for p in chunks]
     pasts, starts = [step.n_past for step in steps], np.cumsum([0, *lengths])
     positions = _ranges(pasts, lengths)
-    tables = np.full((len(pieces), capacity.n_blocks), -1, np.int32)
-    snapshots = np.full((len(pieces), capacity.n_snapshots), -1)
+    tables = np.full((len(chunks), capacity.n_blocks), -1, np.int32)
+    snapshots = np.full((len(chunks), capacity.n_snapshots), -1)
     for s, step in enumerate(steps):
         tables[s, : len(step.blocks)] = step.blocks
         snapshots[s, capacity.n_snapshots - len(step.snapshots) :] = step.snapshots
     inputs: dict[str, Any] = {
-        "tokens": np.fromiter(chain.from_iterable(p.tokens for p in pieces), np.int32, starts[-1]),
+        "tokens": np.fromiter(chain.from_iterable(p.tokens for p in chunks), np.int32, starts[-1]),
         "positions": positions,
         "seq_starts": starts,
         "state_src": [step.state_src for step in steps],
@@ -134,7 +134,7 @@ def pack(pieces: Sequence[Piece], steps: Sequence[Step], capacity: Capacity) -> 
     }
     live = Live(
         n_tokens=int(starts[-1]),
-        n_seqs=len(pieces),
+        n_seqs=len(chunks),
         n_outputs=len(inputs["output_rows"]),
         kv_rows=sum(pasts) + sum(lengths),
         kv_pairs=int(positions.sum()) + len(positions),

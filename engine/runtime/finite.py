@@ -21,8 +21,8 @@ class NonFiniteError(EngineError):
     """NaN or infinity where there must be numbers."""
 
 
-class Guard:
-    """Watches one step over `batch`; `failures` maps a piece's index to where it failed first."""
+class FiniteCheck:
+    """Watches one step over `batch`; `failures` maps a chunk's index to where it failed first."""
 
     def __init__(self, batch: Batch, seqs: Sequence[int]) -> None:
         self._inputs, self._seqs = batch.inputs, seqs
@@ -43,10 +43,10 @@ class Guard:
         finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
         bad = np.flatnonzero(~finite)
         rows = self._inputs["output_rows"][bad] if selected else bad
-        pieces = np.searchsorted(self._inputs["seq_starts"], rows, side="right") - 1
-        for piece, row in zip(pieces.tolist(), rows.tolist(), strict=True):
+        chunks = np.searchsorted(self._inputs["seq_starts"], rows, side="right") - 1
+        for chunk, row in zip(chunks.tolist(), rows.tolist(), strict=True):
             position = self._inputs["positions"][row]
-            self.failures.setdefault(piece, failure(what, self._seqs[piece], position))
+            self.failures.setdefault(chunk, failure(what, self._seqs[chunk], position))
 
 
 def failure(what: str, seq: int, position: int) -> str:

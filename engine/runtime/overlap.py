@@ -12,21 +12,21 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from engine.backends.base import DeviceSampler, StepHandle
 from engine.graph import Capacity
 from engine.kvcache.pool import MemoryFullError
 from engine.kvcache.sequences import SequenceMemory
-from engine.runtime.batch import Piece, begin, pack
+from engine.runtime.batch import Chunk, begin, pack
 from engine.runtime.request import Request
 from engine.runtime.scheduler import Scheduler
-from engine.sampling.device import Decoder, Ticket
 
 
 @dataclass(frozen=True)
-class Flight:
+class InFlightStep:
     """A step that was launched, and its requests row by row."""
 
     requests: list[Request]
-    ticket: Ticket
+    ticket: StepHandle
     start: float
 
     @property
@@ -35,15 +35,19 @@ class Flight:
         return [r for r in self.requests if not r.finish_reason]
 
 
-class DecodeAhead:
+class OverlappedSteps:
     """Makes the steps that are a row of every running request, if a device can draw them all."""
 
     def __init__(
-        self, decoder: Decoder, scheduler: Scheduler, memory: SequenceMemory, capacity: Capacity
+        self,
+        decoder: DeviceSampler,
+        scheduler: Scheduler,
+        memory: SequenceMemory,
+        capacity: Capacity,
     ) -> None:
         self._decoder, self._scheduler = decoder, scheduler
         self._memory, self._capacity = memory, capacity
-        self._flight: Flight | None = None
+        self._flight: InFlightStep | None = None
         self._collected = 0.0
 
     def step(self) -> list[tuple[Request, int]]:
@@ -67,7 +71,7 @@ class DecodeAhead:
             request.count(1, self._collected - start)
         return [(r, i) for r, i in zip(flight.requests, ids, strict=True) if not r.finish_reason]
 
-    def _launch(self, before: Flight | None) -> Flight | None:
+    def _launch(self, before: InFlightStep | None) -> InFlightStep | None:
         """Launch the next step, which follows one whose tokens have not come, or None."""
         start, ahead = time.perf_counter(), int(before is not None)
         requests = [r for r in self._scheduler.decoding() if r.goes_on(ahead)]
@@ -75,15 +79,15 @@ class DecodeAhead:
         if not requests or len(draws) < len(requests):
             return None
         rows = {id(r): i for i, r in enumerate(before.requests)} if before else {}
-        pieces = [Piece(r.seq, r.tokens[-1:]) for r in requests]
+        chunks = [Chunk(r.seq, r.tokens[-1:]) for r in requests]
         try:
-            steps = begin(pieces, self._memory, keep=before is not None)
+            steps = begin(chunks, self._memory, keep=before is not None)
         except MemoryFullError:
             return None
-        batch = pack(pieces, steps, self._capacity)
+        batch = pack(chunks, steps, self._capacity)
         feed = [rows.get(id(r), -1) for r in requests]
         ticket = self._decoder.launch(batch.inputs, batch.live, draws, feed)
-        return Flight(requests, ticket, start)
+        return InFlightStep(requests, ticket, start)
 
     def drop(self) -> None:
         """Undo the step that runs ahead."""

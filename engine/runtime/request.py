@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from engine.errors import EngineError
 from engine.kvcache.sequences import Checkpoint
 from engine.runtime.conversation import ChatPrompt
-from engine.sampling.chain import Sampler, SamplingParams
-from engine.sampling.device import Draw
+from engine.sampling.chain import Sampler
+from engine.sampling.params import SamplingParams
+from engine.sampling.spec import SampleSpec
 from engine.text.tokenizer import StreamDecoder
 
 
@@ -126,7 +127,7 @@ class Request:
         return self.n_past + len(self.ids)
 
     @property
-    def piece_limit(self) -> int:
+    def chunk_limit(self) -> int:
         """The position that its next piece of prompt may not pass."""
         return self.mark_at if self.position < self.mark_at else self.prompt_end
 
@@ -150,12 +151,12 @@ class Request:
         """Whether no limit ends it with its next `n_more` tokens."""
         return not self._limit_at(len(self.tokens) + n_more)
 
-    def draw(self, ahead: int) -> Draw | None:
+    def draw(self, ahead: int) -> SampleSpec | None:
         """How a device draws a token for `take`; see Sampler.draw."""
         return self._sampler.draw(ahead)
 
     def receive(self, logits: NDArray[np.float32]) -> None:
-        """Draw the next token from the logits of the last one, and end if it is time to."""
+        """SampleSpec the next token from the logits of the last one, and end if it is time to."""
         token = self._sampler.sample(logits)
         self._sampler.accept(token)
         self._continue(token)

@@ -1,6 +1,6 @@
-"""Which pieces of which requests run in the next step.
+"""Which chunks of which requests run in the next step.
 
-Decode rows come first, then prefill pieces under the token budget, shared evenly among the prompts:
+Decode rows come first, then prefill chunks under the token budget, shared evenly among the prompts:
 a short one is not kept waiting by a long one. Pieces end at multiples of 64 positions, so that a
 prompt gives the same chunks however it is cut. A request is admitted when all the memory it may
 ever need is free, in order of arrival; what is admitted never runs out.
@@ -14,22 +14,22 @@ from math import ceil
 
 from engine.graph import Capacity
 from engine.kvcache.sequences import Checkpoint, SequenceMemory
-from engine.runtime.batch import BLOCK_POSITIONS, Logits, Piece
+from engine.runtime.batch import BLOCK_POSITIONS, Chunk, Logits
 from engine.runtime.request import FinishReason, Request
 
-PIECE_MULTIPLE = BLOCK_POSITIONS
+CHUNK_MULTIPLE = BLOCK_POSITIONS
 
 
 def cut(n_past: int, n_tokens: int, n_ubatch: int) -> Iterator[slice]:
-    """Cut `n_tokens` that come after position `n_past` into pieces of at most `n_ubatch`.
+    """Cut `n_tokens` that come after position `n_past` into chunks of at most `n_ubatch`.
 
-    From a limit of 64 up, pieces end at multiples of 64 positions (except the last).
+    From a limit of 64 up, chunks end at multiples of 64 positions (except the last).
     """
     start = 0
     while start < n_tokens:
         end = n_past + start + n_ubatch
-        if n_ubatch >= PIECE_MULTIPLE:
-            end -= end % PIECE_MULTIPLE
+        if n_ubatch >= CHUNK_MULTIPLE:
+            end -= end % CHUNK_MULTIPLE
         stop = min(end - n_past, n_tokens)
         yield slice(start, stop)
         start = stop
@@ -66,19 +66,19 @@ class Scheduler:
                     request.keep(request, self._memory.checkpoint(request.seq))
                 self._memory.free(request.seq)
 
-    def schedule(self) -> list[tuple[Request, Piece]]:
-        """The pieces of the next step, each with its request; none if nothing can run."""
+    def schedule(self) -> list[tuple[Request, Chunk]]:
+        """The chunks of the next step, each with its request; none if nothing can run."""
         self._admit()
-        work = [(r, Piece(r.seq, [r.tokens[-1]])) for r in self.running if not r.is_prefilling]
+        work = [(r, Chunk(r.seq, [r.tokens[-1]])) for r in self.running if not r.is_prefilling]
         first = next((r for r in self.running if r.is_prefilling), None)
-        prefill = self._prefill_pieces(self._capacity.n_tokens - len(work))
+        prefill = self._prefill_chunks(self._capacity.n_tokens - len(work))
         if work and first and all(r is not first for r, _ in prefill):
-            # Its piece doesn't fit beside the decode rows: the two kinds take turns.
+            # Its chunk doesn't fit beside the decode rows: the two kinds take turns.
             self._prefill_turn = not self._prefill_turn
             if self._prefill_turn:
-                work, prefill = [], self._prefill_pieces(self._capacity.n_tokens)
+                work, prefill = [], self._prefill_chunks(self._capacity.n_tokens)
         # Whoever got least is first the next time.
-        got = {id(r): len(piece.tokens) for r, piece in prefill}
+        got = {id(r): len(chunk.tokens) for r, chunk in prefill}
         self.running = deque(sorted(self.running, key=lambda r: got.get(id(r), 0)))
         return work + prefill
 
@@ -128,29 +128,29 @@ class Scheduler:
             return ceil(request.limit / size) - request.n_past // size
         return ceil(request.limit / size) - ceil(self._memory.n_tokens(request.seq) / size)
 
-    def _prefill_pieces(self, budget: int) -> list[tuple[Request, Piece]]:
+    def _prefill_chunks(self, budget: int) -> list[tuple[Request, Chunk]]:
         prompts = [r for r in self.running if r.is_prefilling]
         ends = {id(r): r.position for r in prompts}
         growing = prompts
         while growing:
             grown = []
             for r in growing:
-                end = self._next_end(ends[id(r)], r.piece_limit, budget)
+                end = self._next_end(ends[id(r)], r.chunk_limit, budget)
                 budget -= end - ends[id(r)]
                 if end > ends[id(r)]:
                     grown.append(r)
                 ends[id(r)] = end
             growing = grown
-        return [(r, _piece(r, ends[id(r)])) for r in prompts if ends[id(r)] > r.position]
+        return [(r, _chunk(r, ends[id(r)])) for r in prompts if ends[id(r)] > r.position]
 
     def _next_end(self, done: int, last: int, budget: int) -> int:
         """Where the next quantum of a prompt ends: a multiple of 64 positions, or its own end."""
-        if self._capacity.n_tokens < PIECE_MULTIPLE:
+        if self._capacity.n_tokens < CHUNK_MULTIPLE:
             return min(done + 1, last) if budget else done
-        end = min(done - done % PIECE_MULTIPLE + PIECE_MULTIPLE, last)
+        end = min(done - done % CHUNK_MULTIPLE + CHUNK_MULTIPLE, last)
         return end if end - done <= budget else done
 
 
-def _piece(request: Request, end: int) -> Piece:
+def _chunk(request: Request, end: int) -> Chunk:
     logits = Logits.LAST if end == request.prompt_end else Logits.NONE
-    return Piece(request.seq, request.ids[request.n_done : end - request.n_past], logits)
+    return Chunk(request.seq, request.ids[request.n_done : end - request.n_past], logits)

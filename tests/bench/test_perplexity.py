@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from engine import Engine
 from engine.bench.perplexity import (
-    Chunk,
     PerplexityError,
+    ScoredChunk,
     chunks,
     encode,
     negative_log_likelihood,
@@ -108,10 +108,10 @@ def test_special_tokens_in_a_text_are_text(tiny: Path) -> None:
 
 
 def test_chunks() -> None:
-    assert chunks(10, 4) == [Chunk(0, 4, 3), Chunk(4, 4, 3)]
-    assert chunks(15, 5) == [Chunk(0, 5, 3), Chunk(5, 5, 3), Chunk(10, 5, 3)]
+    assert chunks(10, 4) == [ScoredChunk(0, 4, 3), ScoredChunk(4, 4, 3)]
+    assert chunks(15, 5) == [ScoredChunk(0, 5, 3), ScoredChunk(5, 5, 3), ScoredChunk(10, 5, 3)]
     # Windows of 4 and 3/2.
-    assert chunks(12, 4, 3) == [Chunk(0, 5, 2), Chunk(3, 5, 2), Chunk(6, 5, 2)]
+    assert chunks(12, 4, 3) == [ScoredChunk(0, 5, 2), ScoredChunk(3, 5, 2), ScoredChunk(6, 5, 2)]
     assert len(chunks(11, 4, 3)) == 2
     # All tokens after the first window's start are scored once.
     scored = [c.start + i for c in chunks(100, 8, 5) for i in range(c.first, c.n_tokens)]

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from engine import Engine
+from engine.backends.base import Instruction, Timing
 from engine.backends.cpu.backend import CpuBackend
 from engine.bench.limits import Limits, measure_limits
 from engine.bench.profile import Row, by_layer_kind, by_op, entries_of, profile_step
 from engine.commands.profile import _cells
 from engine.graph import Live, Node
-from engine.placement.place import Instruction, Timing
 from tests.support.helpers import Cli
 from tests.support.timing import judge
 

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from engine.kvcache.pool import MemoryFullError
 from engine.kvcache.sequences import Checkpoint
-from engine.runtime.batch import Piece, begin
+from engine.runtime.batch import Chunk, begin
 from tests.kvcache.test_sequences import Contents
 
 
@@ -86,8 +86,8 @@ class Sequences(RuleBasedStateMachine):
     def batch(self, data: st.DataObject, end: str) -> None:
         """A step of several sequences that finds no room, is run, not run, or breaks off."""
         chosen = st.lists(st.sampled_from(sorted(self.models)), min_size=1, unique=True)
-        pieces = [
-            Piece(
+        chunks = [
+            Chunk(
                 seq,
                 self.new_tokens(data.draw(st.integers(1, 9))),
                 n_snapshots=data.draw(st.sampled_from([0, 0, 1, 3])),
@@ -96,33 +96,33 @@ class Sequences(RuleBasedStateMachine):
         ]
         free = self.memory.blocks.n_free, self.memory.slots.n_free
         try:
-            steps = begin(pieces, self.memory)
+            steps = begin(chunks, self.memory)
         except MemoryFullError:
             # It may have given snapshots back: they are kept until the next step only.
             assert self.memory.blocks.n_free <= free[0]
             assert self.memory.slots.n_free >= free[1]
-            for piece in pieces:
-                self.models[piece.seq].snapshots &= set(self.memory._sequences[piece.seq].snapshots)
+            for chunk in chunks:
+                self.models[chunk.seq].snapshots &= set(self.memory._sequences[chunk.seq].snapshots)
             return
         if end != "cancel":
-            for piece, step in zip(pieces, steps, strict=True):
-                self.contents.run(step, list(piece.tokens))
-        for piece in pieces:
-            self.end(piece, end)
+            for chunk, step in zip(chunks, steps, strict=True):
+                self.contents.run(step, list(chunk.tokens))
+        for chunk in chunks:
+            self.end(chunk, end)
 
-    def end(self, piece: Piece, end: str) -> None:
-        model = self.models[piece.seq]
+    def end(self, chunk: Chunk, end: str) -> None:
+        model = self.models[chunk.seq]
         if end == "finish":
-            self.memory.finish(piece.seq, len(piece.tokens))
-            model.tokens = model.tokens + list(piece.tokens)
-            n, kept = len(model.tokens), min(piece.n_snapshots, len(piece.tokens))
+            self.memory.finish(chunk.seq, len(chunk.tokens))
+            model.tokens = model.tokens + list(chunk.tokens)
+            n, kept = len(model.tokens), min(chunk.n_snapshots, len(chunk.tokens))
             model.snapshots = set(range(n - kept + 1, n + 1))
         elif end == "cancel":
-            self.memory.cancel(piece.seq)
+            self.memory.cancel(chunk.seq)
             model.snapshots = set()
         else:
-            self.memory.reset(piece.seq)
-            self.models[piece.seq] = Model()
+            self.memory.reset(chunk.seq)
+            self.models[chunk.seq] = Model()
 
     @precondition(lambda self: self.models)
     @rule(data=st.data())

@@ -16,7 +16,7 @@ from engine.kvcache.blocks import BlockTable
 from engine.kvcache.pool import MemoryFullError, Pool
 from engine.kvcache.sequences import SequenceMemory, Span, Step
 from engine.kvcache.slots import NO_SLOT, StateSlot
-from engine.runtime.batch import Piece, begin
+from engine.runtime.batch import Chunk, begin
 
 BLOCK = 4
 
@@ -280,7 +280,7 @@ def test_a_batch_without_room_for_its_last_sequence_begins_none(n_blocks: int) -
     contents = Contents(n_blocks, 3)
     sequences = [contents.memory.create() for _ in range(n_blocks + 1)]
     with pytest.raises(MemoryFullError):
-        begin([Piece(seq, [1]) for seq in sequences], contents.memory)
+        begin([Chunk(seq, [1]) for seq in sequences], contents.memory)
     assert (contents.memory.blocks.n_free, contents.memory.slots.n_free) == (n_blocks, 3)
 
 

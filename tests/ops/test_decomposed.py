@@ -19,8 +19,9 @@ from engine.backends.reference import ReferenceBackend
 from engine.formats.quants import F32
 from engine.graph import Capacity, Dim, Graph, Kind, Live, Tensor
 from engine.ops.decomposed import delta_net_decomposed
-from engine.placement.place import Executable, place
-from engine.runtime.batch import Logits, Piece
+from engine.placement.place import place
+from engine.runtime.batch import Chunk, Logits
+from engine.runtime.executor import Executable
 from tests.support.naive import gated_delta_net as naive
 from tests.support.opcase import RawWeights, assert_close, fresh_seed
 from tools.synth import write_model
@@ -191,7 +192,7 @@ def test_ragged_batches_of_a_decomposed_model(scanned: Engine, path: Path, seed:
         seqs = [engine.memory.create() for _ in prompts]
         for spans in zip(*map(itertools.pairwise, cuts), strict=True):
             parts = list(zip(seqs, prompts, spans, strict=True))
-            pieces = [Piece(seq, ids[a:b], Logits.ALL) for seq, ids, (a, b) in parts]
-            logits = engine.step(pieces)
+            chunks = [Chunk(seq, ids[a:b], Logits.ALL) for seq, ids, (a, b) in parts]
+            logits = engine.step(chunks)
             right = np.concatenate([want[i][a:b] for i, (a, b) in enumerate(spans)])
             assert_close(logits, right, LOGITS_LIMIT, f"{spans}, seed {seed}")

@@ -21,8 +21,8 @@ from tools.ggufwrite import f32_tensor, write_gguf
 F32 = NDArray[np.float32]
 Weights = dict[str, F32]
 Shape = tuple[int, ...]
-Draw = Callable[[np.random.RandomState, Shape], NDArray[Any]]
-Parameters = dict[str, tuple[Shape, Draw]]
+SampleSpec = Callable[[np.random.RandomState, Shape], NDArray[Any]]
+Parameters = dict[str, tuple[Shape, SampleSpec]]
 
 LENGTHS = (1, 3, 64, 65, 200)  # both sides of the chunk of 64, and a prompt below the conv kernel
 N_IDS, N_PROMPT, N_GREEDY = 200, 5, 64

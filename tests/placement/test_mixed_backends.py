@@ -21,7 +21,7 @@ from engine import Engine
 from engine.engine import plan_only
 from engine.graph import Kind, Node
 from engine.placement.place import Plan
-from engine.runtime.batch import Logits, Piece
+from engine.runtime.batch import Chunk, Logits
 from tests.support.opcase import fresh_seed
 from tests.support.picky import Picky, Refusal, refuse_names, refuse_ops
 
@@ -62,8 +62,8 @@ def walk(engine: Engine, seed: int) -> list[Array]:
     rng, memory = np.random.default_rng(seed), engine.memory
 
     def step(*parts: tuple[int, int]) -> Array:
-        pieces = [Piece(seq, rng.integers(0, 300, n).tolist(), Logits.ALL) for seq, n in parts]
-        return engine.step(pieces)
+        chunks = [Chunk(seq, rng.integers(0, 300, n).tolist(), Logits.ALL) for seq, n in parts]
+        return engine.step(chunks)
 
     one, two, three = (memory.create() for _ in range(3))
     logits = [step((one, 70)), step((one, 1), (two, 20))]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 
+from engine.backends.base import Support
 from engine.backends.reference import ReferenceBackend
 from engine.formats.gguf import GGUFFile
 from engine.formats.quants import F32
@@ -16,7 +17,7 @@ from engine.models import BuildOptions, load_model
 from engine.ops.add_rms_norm import add_rms_norm
 from engine.ops.mul_mat import mul_mat
 from engine.ops.swiglu import swiglu
-from engine.placement.place import PlacementError, Plan, Support, place
+from engine.placement.place import PlacementError, Plan, place
 from tests.support.picky import Picky, refuse_names, refuse_ops
 from tools.synth import write_model
 

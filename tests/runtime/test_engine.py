@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from engine import Engine
 from engine.graph import dim_name
 from engine.kvcache.sequences import Checkpoint
-from engine.runtime.batch import Logits, Piece
+from engine.runtime.batch import Chunk, Logits
 from engine.runtime.scheduler import cut
 from tests.support.helpers import (
     N_VOCAB,
@@ -51,7 +51,7 @@ def test_prefill_in_pieces_is_prefill_in_one(
     whole = alone.logits(ids)
     with load(path, n_ubatch=n_ubatch) as engine:
         assert_same(engine.logits(ids), whole)
-        # The last row alone, of a prompt in three pieces (two, of 100).
+        # The last row alone, of a prompt in three chunks (two, of 100).
         n, seq = min(2 * n_ubatch + 1, N_IDS), engine.memory.create()
         assert_same(engine.prefill(seq, ids[:n]), whole[n - 1 : n])
         assert engine.memory.n_tokens(seq) == n
@@ -67,7 +67,7 @@ def test_batch_size_limits_a_step_too(alone: Engine, path: Path, rng: Rng) -> No
 def test_steps_of_one_token_are_prefill_in_one(alone: Engine, rng: Rng) -> None:
     ids = random_ids(rng, N_IDS)
     seq = alone.memory.create()
-    rows = [alone.step([Piece(seq, [token])]) for token in ids]
+    rows = [alone.step([Chunk(seq, [token])]) for token in ids]
     alone.memory.free(seq)
     assert_same(np.concatenate(rows), alone.logits(ids))
 
@@ -84,12 +84,12 @@ def test_a_prompt_continues_a_sequence(alone: Engine, rng: Rng) -> None:
 @pytest.mark.parametrize("n_past", [0, 1, 63, 64, 100])
 def test_cut_covers_the_prompt_and_ends_at_multiples_of_64(n_ubatch: int, n_past: int) -> None:
     for n_tokens in (1, 63, 64, 65, 300):
-        pieces = list(cut(n_past, n_tokens, n_ubatch))
-        covered = [i for piece in pieces for i in range(n_tokens)[piece]]
+        chunks = list(cut(n_past, n_tokens, n_ubatch))
+        covered = [i for chunk in chunks for i in range(n_tokens)[chunk]]
         assert covered == list(range(n_tokens))
-        assert all(0 < p.stop - p.start <= n_ubatch for p in pieces)
+        assert all(0 < p.stop - p.start <= n_ubatch for p in chunks)
         if n_ubatch >= 64:
-            assert all((n_past + p.stop) % 64 == 0 for p in pieces[:-1])
+            assert all((n_past + p.stop) % 64 == 0 for p in chunks[:-1])
 
 
 class Walk:
@@ -111,11 +111,11 @@ class Walk:
 
     def step(self, lengths: dict[int, int]) -> None:
         """One batch of `lengths` new tokens by sequence, all of whose logits are compared."""
-        pieces = [Piece(s, random_ids(self.rng, n), Logits.ALL) for s, n in lengths.items()]
-        rows = np.split(self.engine.step(pieces), np.cumsum([*lengths.values()])[:-1])
-        for piece, got in zip(pieces, rows, strict=True):
-            ids = self.tokens[piece.seq] = self.tokens[piece.seq] + list(piece.tokens)
-            assert self.engine.memory.n_tokens(piece.seq) == len(ids)
+        chunks = [Chunk(s, random_ids(self.rng, n), Logits.ALL) for s, n in lengths.items()]
+        rows = np.split(self.engine.step(chunks), np.cumsum([*lengths.values()])[:-1])
+        for chunk, got in zip(chunks, rows, strict=True):
+            ids = self.tokens[chunk.seq] = self.tokens[chunk.seq] + list(chunk.tokens)
+            assert self.engine.memory.n_tokens(chunk.seq) == len(ids)
             assert_same(got, self.alone.logits(ids)[-len(got) :])
 
     def save(self, seq: int) -> None:
@@ -252,16 +252,16 @@ def test_a_step_answers_the_rows_that_asked(alone: Engine, path: Path, rng: Rng)
     prompts = [random_ids(rng, n) for n in lengths]
     with load(path, n_parallel=3) as engine:
         sequences = [engine.memory.create() for _ in prompts]
-        pieces = [Piece(*args) for args in zip(sequences, prompts, wanted, strict=True)]
-        rows = engine.step(pieces)
+        chunks = [Chunk(*args) for args in zip(sequences, prompts, wanted, strict=True)]
+        rows = engine.step(chunks)
         assert rows.shape == (6, engine.model.n_vocab)
         assert rows.dtype == np.float32
         assert_same(rows[:1], alone.logits(prompts[0])[-1:])
         assert_same(rows[1:], alone.logits(prompts[2]))
-        none = engine.step([Piece(sequences[0], [1], Logits.NONE)])
+        none = engine.step([Chunk(sequences[0], [1], Logits.NONE)])
         assert none.shape == (0, engine.model.n_vocab)
         # What asked for nothing was run all the same.
-        next_row = engine.step([Piece(sequences[1], [7])])
+        next_row = engine.step([Chunk(sequences[1], [7])])
         assert_same(next_row, alone.logits([*prompts[1], 7])[-1:])
 
 
@@ -272,7 +272,7 @@ def test_every_form_of_the_delta_rule_agrees(alone: Engine, path: Path, rng: Rng
         assert_same(engine.logits(ids), alone.logits(ids))
         a, b = engine.memory.create(), engine.memory.create()
         engine.prefill(a, ids[:70])
-        rows = engine.step([Piece(a, [ids[70]]), Piece(b, ids[:5])])
+        rows = engine.step([Chunk(a, [ids[70]]), Chunk(b, ids[:5])])
         assert_same(rows[:1], alone.logits(ids[:71])[-1:])
         assert_same(rows[1:], alone.logits(ids[:5])[-1:])
 

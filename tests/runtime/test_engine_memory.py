@@ -15,7 +15,7 @@ import pytest
 from engine import Engine, SamplingParams
 from engine.config import ConfigError
 from engine.kvcache.pool import MemoryFullError
-from engine.runtime.batch import BatchError, Piece
+from engine.runtime.batch import BatchError, Chunk
 from tests.support.helpers import (
     EXACT,
     assert_all_free,
@@ -113,15 +113,15 @@ def test_a_broken_step_empties_its_sequence_and_no_other(
 ) -> None:
     memory, prompts = engine.memory, [random_ids(rng, n) for n in (70, 30)]
     a, b = memory.create(), memory.create()
-    engine.step([Piece(a, prompts[0]), Piece(b, prompts[1])])
+    engine.step([Chunk(a, prompts[0]), Chunk(b, prompts[1])])
     with failing_at(engine, node, KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
-        engine.step([Piece(b, [1, 2])])
+        engine.step([Chunk(b, [1, 2])])
     assert (memory.n_tokens(a), memory.n_tokens(b)) == (70, 0)
-    rows = engine.step([Piece(a, [3]), Piece(b, [4, 5])])
+    rows = engine.step([Chunk(a, [3]), Chunk(b, [4, 5])])
     assert_same(rows[:1], alone.logits([*prompts[0], 3])[-1:])
     assert_same(rows[1:], alone.logits([4, 5])[-1:])
     with failing_at(engine, node, KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
-        engine.step([Piece(b, [1]), Piece(a, [2])])
+        engine.step([Chunk(b, [1]), Chunk(a, [2])])
     assert memory.n_tokens(a) == memory.n_tokens(b) == 0
     assert_all_free(engine)
 
@@ -129,13 +129,13 @@ def test_a_broken_step_empties_its_sequence_and_no_other(
 def test_a_checkpoint_survives_a_broken_step(engine: Engine, alone: Engine, rng: Rng) -> None:
     ids, memory = random_ids(rng, 70), engine.memory
     seq = memory.create()
-    engine.step([Piece(seq, ids)])
+    engine.step([Chunk(seq, ids)])
     checkpoint = memory.checkpoint(seq)
     with failing_at(engine, "output", KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
-        engine.step([Piece(seq, [1, 2])])
+        engine.step([Chunk(seq, [1, 2])])
     assert memory.n_tokens(seq) == 0
     memory.restore(seq, checkpoint)
-    assert_same(engine.step([Piece(seq, [3])]), alone.logits([*ids, 3])[-1:])
+    assert_same(engine.step([Chunk(seq, [3])]), alone.logits([*ids, 3])[-1:])
     checkpoint.release()
     memory.free(seq)
 
@@ -148,33 +148,33 @@ def test_no_free_slot_leaves_everything(tiny: Path, load: Load, alone: Engine, r
     ids = random_ids(rng, 10)
     with load(tiny, n_ctx=256, n_parallel=1, n_checkpoints=1) as engine:
         a, b, c = (engine.memory.create() for _ in range(3))
-        engine.step([Piece(a, ids)])
-        engine.step([Piece(b, ids[:5])])
+        engine.step([Chunk(a, ids)])
+        engine.step([Chunk(b, ids[:5])])
         before = counts(engine)
         with pytest.raises(MemoryFullError, match=r"out of state slots: 1 needed, 0 of 2 are free"):
-            engine.step([Piece(c, [1])])
+            engine.step([Chunk(c, [1])])
         assert counts(engine) == before
         assert engine.memory.n_tokens(c) == 0
-        assert_same(engine.step([Piece(a, [1])]), alone.logits([*ids, 1])[-1:])
-        assert_same(engine.step([Piece(b, [2])]), alone.logits([*ids[:5], 2])[-1:])
+        assert_same(engine.step([Chunk(a, [1])]), alone.logits([*ids, 1])[-1:])
+        assert_same(engine.step([Chunk(b, [2])]), alone.logits([*ids[:5], 2])[-1:])
 
 
 def test_no_free_block_leaves_everything(tiny: Path, load: Load, alone: Engine, rng: Rng) -> None:
     ids = random_ids(rng, 64)
     with load(tiny, n_ctx=64, n_parallel=2, n_checkpoints=0) as engine:
         a, b = engine.memory.create(), engine.memory.create()
-        engine.step([Piece(a, ids), Piece(b, ids[:5])])
+        engine.step([Chunk(a, ids), Chunk(b, ids[:5])])
         before = counts(engine)
         with pytest.raises(MemoryFullError, match="out of KV cache blocks: 2 needed, 1 of 3"):
-            engine.step([Piece(a, [1] * 65)])
+            engine.step([Chunk(a, [1] * 65)])
         assert counts(engine) == before
-        # The first piece finds room, the second doesn't: both are as they were.
+        # The first chunk finds room, the second doesn't: both are as they were.
         with pytest.raises(MemoryFullError, match="out of KV cache blocks: 1 needed, 0 of 3"):
-            engine.step([Piece(a, [1]), Piece(b, ids)])
+            engine.step([Chunk(a, [1]), Chunk(b, ids)])
         assert counts(engine) == before
         assert (engine.memory.n_tokens(a), engine.memory.n_tokens(b)) == (64, 5)
-        assert_same(engine.step([Piece(b, [2])]), alone.logits([*ids[:5], 2])[-1:])
-        assert_same(engine.step([Piece(a, [1])]), alone.logits([*ids, 1])[-1:])
+        assert_same(engine.step([Chunk(b, [2])]), alone.logits([*ids[:5], 2])[-1:])
+        assert_same(engine.step([Chunk(a, [1])]), alone.logits([*ids, 1])[-1:])
 
 
 def test_no_free_block_leaves_what_a_checkpoint_shares(
@@ -184,15 +184,15 @@ def test_no_free_block_leaves_what_a_checkpoint_shares(
     with load(tiny, n_ctx=64, n_parallel=2, n_checkpoints=1) as engine:
         memory = engine.memory
         a, b = memory.create(), memory.create()
-        engine.step([Piece(a, ids), Piece(b, ids[:5])])
+        engine.step([Chunk(a, ids), Chunk(b, ids[:5])])
         checkpoint = memory.checkpoint(a)
         with pytest.raises(MemoryFullError):
-            engine.step([Piece(a, [1]), Piece(b, ids)])
-        assert_same(engine.step([Piece(a, [1])]), alone.logits([*ids, 1])[-1:])
-        assert_same(engine.step([Piece(b, [2])]), alone.logits([*ids[:5], 2])[-1:])
+            engine.step([Chunk(a, [1]), Chunk(b, ids)])
+        assert_same(engine.step([Chunk(a, [1])]), alone.logits([*ids, 1])[-1:])
+        assert_same(engine.step([Chunk(b, [2])]), alone.logits([*ids[:5], 2])[-1:])
         memory.restore(a, checkpoint)
         checkpoint.release()
-        assert_same(engine.step([Piece(a, [3])]), alone.logits([*ids, 3])[-1:])
+        assert_same(engine.step([Chunk(a, [3])]), alone.logits([*ids, 3])[-1:])
         memory.free(a)
         memory.free(b)
         assert_all_free(engine)
@@ -211,7 +211,7 @@ def test_a_batch_beyond_the_capacity_holds_nothing(
     tiny: Path, load: Load, lengths: list[int]
 ) -> None:
     with load(tiny, n_ctx=256, n_parallel=2, n_ubatch=4) as engine:
-        pieces = [Piece(engine.memory.create(), [1] * n) for n in lengths]
+        chunks = [Chunk(engine.memory.create(), [1] * n) for n in lengths]
         with pytest.raises(BatchError, match="expected at"):
-            engine.step(pieces)
+            engine.step(chunks)
         assert_all_free(engine)

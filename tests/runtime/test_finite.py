@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from engine import Engine, SamplingParams
 from engine.formats.gguf import GGUFFile
 from engine.formats.quants import dequantize
-from engine.runtime.batch import Logits, Piece
+from engine.runtime.batch import Chunk, Logits
 from engine.runtime.finite import NonFiniteError
 from engine.runtime.request import Completion, GenerationError
 from tests.support.helpers import ROW_BY_ROW, STD, assert_all_free, nmse, random_ids
@@ -116,11 +116,11 @@ def test_the_others_logits_are_those_of_a_batch_without_it(engine: Engine, rng: 
     with_it, without = [], []
     for rows, partner in ((with_it, bad), (without, [1])):
         a, b = engine.memory.create(), engine.memory.create()
-        logits, failures = engine.run([Piece(a, good), Piece(b, partner)])
+        logits, failures = engine.run([Chunk(a, good), Chunk(b, partner)])
         assert bool(failures) == (partner == bad)
         rows.append(logits[0])
         for token in (5, 6, 7):
-            rows.append(engine.step([Piece(a, [token])])[0])
+            rows.append(engine.step([Chunk(a, [token])])[0])
         engine.memory.free(a)
         engine.memory.free(b)
     for got, expected in zip(with_it, without, strict=True):
@@ -129,9 +129,9 @@ def test_the_others_logits_are_those_of_a_batch_without_it(engine: Engine, rng: 
 
 def test_the_message_names_sequence_and_position(engine: Engine, rng: Rng) -> None:
     a, b, c = (engine.memory.create() for _ in range(3))
-    engine.step([Piece(a, ids(rng, 6)), Piece(b, ids(rng, 11))])
-    pieces = [Piece(b, [1, BAD, 2]), Piece(a, [3, 4], Logits.ALL), Piece(c, [BAD, BAD])]
-    logits, failures = engine.run(pieces)
+    engine.step([Chunk(a, ids(rng, 6)), Chunk(b, ids(rng, 11))])
+    chunks = [Chunk(b, [1, BAD, 2]), Chunk(a, [3, 4], Logits.ALL), Chunk(c, [BAD, BAD])]
+    logits, failures = engine.run(chunks)
     assert sorted(failures) == [0, 2]
     for index, seq, places in ((0, b, (12, 13)), (2, c, (0, 1))):
         what, place = where(engine, *places)
@@ -144,7 +144,7 @@ def test_the_message_names_sequence_and_position(engine: Engine, rng: Rng) -> No
 def test_step_raises_what_run_reports(engine: Engine) -> None:
     seq = engine.memory.create()
     with pytest.raises(NonFiniteError, match=f"sequence {seq}, position 0"):
-        engine.step([Piece(seq, [BAD])])
+        engine.step([Chunk(seq, [BAD])])
     with pytest.raises(NonFiniteError, match="non-finite values in "):
         engine.logits([1, 2, 3, BAD])
     assert engine.memory.n_tokens(seq) == 0
@@ -154,11 +154,11 @@ def test_step_raises_what_run_reports(engine: Engine) -> None:
 def test_its_states_are_zeros_and_nobody_elses(engine: Engine, rng: Rng) -> None:
     memory = engine.memory
     a, b = memory.create(), memory.create()
-    engine.step([Piece(a, ids(rng, 70)), Piece(b, ids(rng, 70))])
+    engine.step([Chunk(a, ids(rng, 70)), Chunk(b, ids(rng, 70))])
     slots = {seq: memory._sequences[seq].state.slot for seq in (a, b)}
     blocks = {seq: list(memory._sequences[seq].table.blocks) for seq in (a, b)}
     kept = {t: (v[slots[a]].copy(), v[blocks[a]].copy()) for t, v in snapshot(engine, 2)}
-    _, failures = engine.run([Piece(b, [BAD])])
+    _, failures = engine.run([Chunk(b, [BAD])])
     assert list(failures) == [0]
     for tensor, array in states(engine).items():
         slot_wise = is_slot_wise(engine, array)
@@ -188,19 +188,19 @@ def test_what_others_share_of_it_stays(engine: Engine, sane: Engine, rng: Rng, h
     """100 tokens are a full block, which stays shared, and a part of one."""
     memory, past = engine.memory, ids(rng, 100)
     a = memory.create()
-    engine.step([Piece(a, past)])
+    engine.step([Chunk(a, past)])
     if holder == "fork":
         b = memory.fork(a)
     else:
         checkpoint = memory.checkpoint(a)
-    _, failures = engine.run([Piece(a, [BAD])])
+    _, failures = engine.run([Chunk(a, [BAD])])
     assert failures
     assert memory.n_tokens(a) == 0
     if holder == "checkpoint":
         b = a
         memory.restore(b, checkpoint)
         checkpoint.release()
-    got = engine.step([Piece(b, [7])])
+    got = engine.step([Chunk(b, [7])])
     assert nmse(got, sane.logits([*past, 7])[-1:]) < 1e-9
     for seq in {a, b}:
         memory.free(seq)

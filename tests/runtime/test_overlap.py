@@ -17,8 +17,8 @@ import pytest
 
 from engine import Engine, SamplingParams
 from engine.kvcache.pool import MemoryFullError
-from engine.runtime.batch import Piece
-from engine.runtime.overlap import DecodeAhead
+from engine.runtime.batch import Chunk
+from engine.runtime.overlap import OverlappedSteps
 from engine.runtime.request import Completion, GenerationError
 from engine.text.template import BUILT_IN, ChatTemplate
 from tests.support.helpers import (
@@ -205,7 +205,7 @@ def test_memory_is_as_if_nothing_ran_ahead(
         assert max(nmse(got[name], want[name]) for name in want) < 1e-20
         kept.append((engine.memory.checkpoint(seqs[0]), ours.tokens[-1]))
     forked = engine.memory.fork(seqs[0])
-    row = engine.step([Piece(forked, ours.tokens[-1:])])
+    row = engine.step([Chunk(forked, ours.tokens[-1:])])
     engine.memory.free(forked)
     assert nmse(row, alone.logits([*prompt, *ours.tokens])[-1:]) < 1e-12
     assert len(list(ours)) == len(list(theirs)) == 1
@@ -232,7 +232,7 @@ def test_without_slots_to_spare_nothing_runs_ahead(load: Load, alone: Engine) ->
     held = []
     for token in (1, 2):
         seq = engine.memory.create()
-        engine.step([Piece(seq, [token])])
+        engine.step([Chunk(seq, [token])])
         held.append(seq)
     done = engine.generate_batch([[1], [2]], GREEDY)
     assert [c.tokens for c in done] == [expected(alone, [i], GREEDY)[0] for i in (1, 2)]
@@ -250,7 +250,7 @@ def test_what_runs_ahead_takes_no_room_from_others(load: Load, alone: Engine) ->
         next(completion)
     assert engine.memory.slots.n_free == 0
     seq = engine.memory.create()
-    engine.step([Piece(seq, [3])])
+    engine.step([Chunk(seq, [3])])
     assert engine.memory.slots.n_free == 0
     for _ in completion:
         pass
@@ -464,9 +464,9 @@ def test_seconds_are_those_between_tokens(load: Load) -> None:
 
 def test_a_full_pool_is_no_reason_to_end(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """Should blocks be short for the step ahead, they may not be for the step itself."""
-    engine, launch = load(), DecodeAhead._launch
+    engine, launch = load(), OverlappedSteps._launch
 
-    def refusing(self: DecodeAhead, before: Any) -> Any:
+    def refusing(self: OverlappedSteps, before: Any) -> Any:
         if before is None:
             return launch(self, None)
         with monkeypatch.context() as patch:
@@ -477,7 +477,7 @@ def test_a_full_pool_is_no_reason_to_end(load: Load, monkeypatch: pytest.MonkeyP
             patch.setattr("engine.runtime.overlap.begin", full)
             return launch(self, before)
 
-    monkeypatch.setattr(DecodeAhead, "_launch", refusing)
+    monkeypatch.setattr(OverlappedSteps, "_launch", refusing)
     (done,) = engine.generate_batch([[1]], GREEDY)
     assert len(done.tokens) == 12
     assert n_ahead(engine) == 0

@@ -1,7 +1,7 @@
 """The scheduler alone: real memory that holds nothing, and requests that only count.
 
-Every step of every load is checked: decode rows first, the token budget, pieces that end at
-multiples of 64, each piece the next tokens of its request, memory that is never short. Fairness is
+Every step of every load is checked: decode rows first, the token budget, chunks that end at
+multiples of 64, each chunk the next tokens of its request, memory that is never short. Fairness is
 counted in steps.
 """
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from engine.graph import Capacity
 from engine.kvcache.sequences import SequenceMemory
-from engine.runtime.batch import Logits, Piece, begin, check_fits
+from engine.runtime.batch import Chunk, Logits, begin, check_fits
 from engine.runtime.request import FinishReason
 from engine.runtime.scheduler import Scheduler
 
@@ -26,7 +26,7 @@ BLOCK = Capacity.block_size
 class Fake:
     """A request of `n_prompt` tokens that wants `n_new`; the scheduler sees no more of a real one.
 
-    Its tokens are their own positions, so that a piece shows where it comes from.
+    Its tokens are their own positions, so that a chunk shows where it comes from.
     """
 
     def __init__(self, n_prompt: int, n_new: int) -> None:
@@ -51,7 +51,7 @@ class Fake:
     def prompt_end(self) -> int:
         return len(self.ids)
 
-    piece_limit = prompt_end
+    chunk_limit = prompt_end
 
     needs_slot = False
 
@@ -93,39 +93,39 @@ class Harness:
         work: Any = self.scheduler.schedule()
         if not work:
             return {}
-        pieces = [piece for _, piece in work]
+        chunks = [chunk for _, chunk in work]
         self.check(work)
-        check_fits(pieces, self.capacity)
+        check_fits(chunks, self.capacity)
         # Raises MemoryFullError if more was promised than there is.
-        begin(pieces, self.memory)
-        for request, piece in work:
-            self.memory.finish(piece.seq, len(piece.tokens))
-            self.apply(request, piece)
-        return {request: len(piece.tokens) for request, piece in work}
+        begin(chunks, self.memory)
+        for request, chunk in work:
+            self.memory.finish(chunk.seq, len(chunk.tokens))
+            self.apply(request, chunk)
+        return {request: len(chunk.tokens) for request, chunk in work}
 
-    def check(self, work: list[tuple[Fake, Piece]]) -> None:
+    def check(self, work: list[tuple[Fake, Chunk]]) -> None:
         kinds = [request.is_prefilling for request, _ in work]
         assert kinds == sorted(kinds), "decode rows come first"
-        assert sum(len(piece.tokens) for _, piece in work) <= self.capacity.n_tokens
-        for request, piece in work:
+        assert sum(len(chunk.tokens) for _, chunk in work) <= self.capacity.n_tokens
+        for request, chunk in work:
             assert request in self.requests
             assert request.finish_reason is None
-            assert piece.seq == request.seq
-            done = self.memory.n_tokens(piece.seq)
-            assert list(piece.tokens) == list(range(done, done + len(piece.tokens)))
-            assert piece.n_snapshots == 0
+            assert chunk.seq == request.seq
+            done = self.memory.n_tokens(chunk.seq)
+            assert list(chunk.tokens) == list(range(done, done + len(chunk.tokens)))
+            assert chunk.n_snapshots == 0
             if request.is_prefilling:
-                end = done + len(piece.tokens)
+                end = done + len(chunk.tokens)
                 last = end == len(request.ids)
-                assert piece.logits == (Logits.LAST if last else Logits.NONE)
+                assert chunk.logits == (Logits.LAST if last else Logits.NONE)
                 assert end <= len(request.ids)
                 assert last or end % 64 == 0 or self.capacity.n_tokens < 64
             else:
-                assert (len(piece.tokens), piece.logits) == (1, Logits.LAST)
+                assert (len(chunk.tokens), chunk.logits) == (1, Logits.LAST)
 
-    def apply(self, request: Fake, piece: Piece) -> None:
-        request.n_done += len(piece.tokens) if request.is_prefilling else 0
-        if piece.n_outputs:
+    def apply(self, request: Fake, chunk: Chunk) -> None:
+        request.n_done += len(chunk.tokens) if request.is_prefilling else 0
+        if chunk.n_outputs:
             request.receive()
         if request.finish_reason:
             self.leave(request)
@@ -181,7 +181,7 @@ def test_a_prompt_alone_is_cut_like_this(n_tokens: int, expected: list[int]) -> 
 
 @pytest.mark.parametrize("n_tokens", [64, 100, 128])
 def test_a_sequence_past_a_boundary_comes_back_to_it(n_tokens: int) -> None:
-    """Whatever else took its share, every piece but the last ends at a multiple of 64."""
+    """Whatever else took its share, every chunk but the last ends at a multiple of 64."""
     harness = Harness(n_tokens, 4)
     decoding(harness, 2, 60)
     for n in (130, 64, 200):
@@ -226,7 +226,7 @@ def test_equal_prompts_progress_evenly(n_tokens: int, n_decoding: int, n_prompts
 
 @pytest.mark.parametrize("n_decoding", [1, 3, 10])
 def test_prompts_and_decode_rows_take_turns(n_decoding: int) -> None:
-    """Beside decode rows no piece of 64 fits into 64 tokens."""
+    """Beside decode rows no chunk of 64 fits into 64 tokens."""
     harness = Harness(64, 12)
     rows = decoding(harness, n_decoding)
     prompt = harness.add(640)
@@ -241,7 +241,7 @@ def test_prompts_and_decode_rows_take_turns(n_decoding: int) -> None:
 
 
 def test_a_stream_of_short_prompts_starves_no_long_one() -> None:
-    """They fit beside the decode rows, the long one's pieces don't."""
+    """They fit beside the decode rows, the long one's chunks don't."""
     harness = Harness(64, 4)
     decoding(harness, 1)
     long = harness.add(640)
@@ -319,7 +319,7 @@ def test_slots_are_promised_too() -> None:
     """One slot of three is held by somebody else."""
     harness = Harness(64, 3)
     other = harness.memory.create()
-    begin([Piece(other, [1])], harness.memory)
+    begin([Chunk(other, [1])], harness.memory)
     harness.memory.finish(other, 1)
     for _ in range(3):
         harness.add(5, 4)

@@ -18,7 +18,7 @@ import pytest
 from engine import Engine
 from engine.kvcache.pool import MemoryFullError
 from engine.kvcache.sequences import Checkpoint
-from engine.runtime.batch import BatchError, Logits, Piece
+from engine.runtime.batch import BatchError, Chunk, Logits
 from tests.support.helpers import assert_all_free, exact_engine, nmse, random_ids
 
 Rng = np.random.Generator
@@ -85,14 +85,14 @@ class Walk:
         return seq
 
     def extend(self, lengths: dict[int, int], n_snapshots: int = 0) -> None:
-        pieces = [
-            Piece(seq, random_ids(self.rng, n), Logits.ALL, n_snapshots)
+        chunks = [
+            Chunk(seq, random_ids(self.rng, n), Logits.ALL, n_snapshots)
             for seq, n in lengths.items()
         ]
-        rows = np.split(self.engine.step(pieces), np.cumsum([*lengths.values()])[:-1])
-        for piece, got in zip(pieces, rows, strict=True):
-            sequence, n = self.sequences[piece.seq], len(piece.tokens)
-            sequence.ids = sequence.ids + list(piece.tokens)
+        rows = np.split(self.engine.step(chunks), np.cumsum([*lengths.values()])[:-1])
+        for chunk, got in zip(chunks, rows, strict=True):
+            sequence, n = self.sequences[chunk.seq], len(chunk.tokens)
+            sequence.ids = sequence.ids + list(chunk.tokens)
             assert nmse(got, self.alone.logits(sequence.ids)[-n:]) <= MAX_NMSE
             end = len(sequence.ids)
             sequence.snapshots = set(range(end - min(n, n_snapshots) + 1, end + 1))
@@ -146,7 +146,7 @@ class Walk:
         token = random_ids(self.rng, 1)
         assert self.memory.n_tokens(seq) == len(self.sequences[seq].ids)
         fork = self.memory.fork(seq)
-        got = self.engine.step([Piece(fork, token)])
+        got = self.engine.step([Chunk(fork, token)])
         self.memory.free(fork)
         assert nmse(got, self.alone.logits(self.sequences[seq].ids + token)[-1:]) <= MAX_NMSE
 
@@ -222,16 +222,16 @@ def test_truncate_reaches_each_of_the_last_tokens(walk: Walk, n_past: int, n_new
 def test_fewer_snapshots_than_the_graph_has_room_for(walk: Walk) -> None:
     """One sequence asks for two, one for none, one for three, in the same step."""
     a, b, c = (walk.create() for _ in range(3))
-    pieces = [
-        Piece(a, random_ids(walk.rng, 9), n_snapshots=2),
-        Piece(b, random_ids(walk.rng, 66)),
-        Piece(c, random_ids(walk.rng, 20), n_snapshots=3),
+    chunks = [
+        Chunk(a, random_ids(walk.rng, 9), n_snapshots=2),
+        Chunk(b, random_ids(walk.rng, 66)),
+        Chunk(c, random_ids(walk.rng, 20), n_snapshots=3),
     ]
-    walk.engine.step(pieces)
-    for piece, n, reached in zip(pieces, (8, 60, 18), (8, 0, 18), strict=True):
-        walk.sequences[piece.seq].ids = list(piece.tokens)[:reached]
-        assert walk.memory.truncate(piece.seq, n) == reached
-        walk.probe(piece.seq)
+    walk.engine.step(chunks)
+    for chunk, n, reached in zip(chunks, (8, 60, 18), (8, 0, 18), strict=True):
+        walk.sequences[chunk.seq].ids = list(chunk.tokens)[:reached]
+        assert walk.memory.truncate(chunk.seq, n) == reached
+        walk.probe(chunk.seq)
     walk.end()
 
 
@@ -254,7 +254,7 @@ def test_marks_and_snapshots_are_kept_together(walk: Walk) -> None:
 def test_more_snapshots_than_the_graph_has_room_for(engine: Engine) -> None:
     seq = engine.memory.create()
     with pytest.raises(BatchError, match="4 snapshots in one step: expected at most 3"):
-        engine.step([Piece(seq, [1] * 9, n_snapshots=4)])
+        engine.step([Chunk(seq, [1] * 9, n_snapshots=4)])
     engine.memory.free(seq)
     assert_all_free(engine)
 

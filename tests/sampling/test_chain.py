@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.sampling.chain import SAMPLERS, Sampler, SamplingError, SamplingParams
+from engine.sampling.chain import Sampler
+from engine.sampling.params import SAMPLERS, SamplingError, SamplingParams
 from tests.sampling.test_sampler import check_draws, kept, log_of, sampler
 
 INF = math.inf

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.sampling.chain import SAMPLERS, Sampler, SamplingParams
-from engine.sampling.device import MAX_BANNED, MAX_TOP_K, Draw
+from engine.sampling.chain import Sampler
+from engine.sampling.params import SAMPLERS, SamplingParams
+from engine.sampling.spec import MAX_BANNED, MAX_TOP_K, SampleSpec
 from tests.support.lazy_backend import drawn
 
 Rng = np.random.Generator
@@ -101,7 +102,7 @@ def test_the_numbers_of_a_draw() -> None:
     chain = sampler((7,), seed=1, **PLAIN)
     uniforms = np.random.default_rng(1).random(3)
     draws = [chain.draw(i) for i in (2, 0, 1)]
-    assert draws == [Draw((7,), 40, 0.9, 0.05, 0.8, uniforms[i]) for i in (2, 0, 1)]
+    assert draws == [SampleSpec((7,), 40, 0.9, 0.05, 0.8, uniforms[i]) for i in (2, 0, 1)]
     chain.drew(5)
     assert chain.draw(0) == draws[2]
-    assert sampler((7,), temperature=0).draw(3) == Draw((7,))
+    assert sampler((7,), temperature=0).draw(3) == SampleSpec((7,))

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from engine import Engine, SamplingParams
 from engine.formats.gguf import GGUFFile
 from engine.sampling import steps as samplers
-from engine.sampling.chain import Sampler, SamplingError, sequence_breakers
+from engine.sampling.chain import Sampler, sequence_breakers
+from engine.sampling.params import SamplingError
 from engine.sampling.steps import Breakers, Candidates
 from engine.text.tokenizer import Tokenizer
 

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from engine.sampling.chain import Sampler, SamplingError, SamplingParams
+from engine.sampling.chain import Sampler
+from engine.sampling.params import SamplingError, SamplingParams
 
 DEFAULTS = {
     "temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "repeat_penalty": 1.0,

@@ -16,12 +16,13 @@ import pytest
 
 from engine import Engine
 from engine.backends import cuda_missing
+from engine.backends.base import Backend, Support
 from engine.backends.cpu.backend import CpuBackend
 from engine.backends.cuda.backend import CudaBackend
-from engine.backends.cuda.cupy_device import CupyDevice, Device
+from engine.backends.cuda.cupy_device import CupyDevice
+from engine.backends.cuda.device import Device
 from engine.backends.reference import ReferenceBackend
 from engine.graph import Node
-from engine.placement.place import Backend, Support
 from tests.support.cuda_emulator.device import EmulatedDevice
 from tests.support.cuda_emulator.device import missing as emulator_missing
 

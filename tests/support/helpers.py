@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine import Engine
-from engine.backends.cpu.backend import CpuProgram
+from engine.backends.cpu.program import CpuProgram
 from engine.backends.native import library as cpu_library
 from engine.backends.reference import ReferenceBackend
 from engine.formats.quants import BY_GGML_ID
@@ -107,7 +107,7 @@ def failing_at(engine: Engine, node_name: str, error: type[BaseException]) -> It
         raise error
 
     def broken_program(program: CpuProgram, live: Live, watch: Any = None) -> None:
-        (begin,) = (at for node, (at, _) in program._spans.items() if node.name == node_name)
+        (begin,) = (at.start for node, at in program._spans.items() if node.name == node_name)
         program._backend.run(program._program[:begin], live)
         raise error
 

@@ -19,7 +19,7 @@ from engine.backends.native.states import ArrayStates
 from engine.backends.reference import ReferenceBackend, ReferenceProgram
 from engine.graph import Live, Tensor
 from engine.sampling import steps as samplers
-from engine.sampling.device import MAX_BANNED, MAX_TOP_K, Draw
+from engine.sampling.spec import MAX_BANNED, MAX_TOP_K, SampleSpec
 from engine.sampling.steps import Candidates
 
 Array = NDArray[Any]
@@ -106,7 +106,11 @@ class LazyDecoder:
         self.feeds: list[list[int]] = []
 
     def launch(
-        self, inputs: Mapping[str, Array], live: Live, draws: Sequence[Draw], feed: Sequence[int]
+        self,
+        inputs: Mapping[str, Array],
+        live: Live,
+        draws: Sequence[SampleSpec],
+        feed: Sequence[int],
     ) -> LazyTicket:
         assert live.n_tokens == live.n_seqs == live.n_outputs == len(draws) == len(feed)
         before, ticket = self._last, LazyTicket(self._backend)
@@ -128,7 +132,7 @@ class LazyDecoder:
         return ticket
 
 
-def drawn(logits: NDArray[np.float32], draw: Draw) -> int:
+def drawn(logits: NDArray[np.float32], draw: SampleSpec) -> int:
     """The token of a row, by definition."""
     assert draw.top_k <= MAX_TOP_K
     assert len(draw.banned) <= MAX_BANNED

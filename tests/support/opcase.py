@@ -26,7 +26,8 @@ from engine.graph import Graph, Kind, Op, Tensor
 from engine.ops import OPS
 from engine.ops.cases import Case, Operand, integers, live_counts, single_node_graph
 from engine.ops.gated_delta_net import random_operands
-from engine.placement.place import Executable, place
+from engine.placement.place import place
+from engine.runtime.executor import Executable
 from tests.support.naive import NAIVE, routing_scores
 from tools.randblocks import TYPES, generator, random_blocks
 

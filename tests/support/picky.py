@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from engine.backends.base import Support
 from engine.backends.reference import ReferenceBackend
 from engine.formats.gguf import GGUFFile
 from engine.graph import Kind, Live, Node, Tensor
-from engine.placement.place import Support
 
 Refusal = Callable[[Node], str]
 

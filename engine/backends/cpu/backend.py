@@ -9,36 +9,27 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from engine.backends.cpu.lower import PACKED_KERNELS, Lowering, Step
+from engine.backends.base import Array, Split, Support, WeightSource
+from engine.backends.cpu.program import CpuProgram
 from engine.backends.cpu.weights import CpuWeights
 from engine.backends.native import library as cpu_library
-from engine.backends.native.buffers import Arena
-from engine.backends.native.fusion import Uses
-from engine.backends.native.signatures import (
+from engine.backends.native.signatures import SIGNATURES, used_packed
+from engine.backends.native.states import ArrayStates
+from engine.backends.native.views import (
     DIMS,
     F32_CODE,
     I32_CODE,
     INSTRUCTION,
     MAX_RANK,
-    SIGNATURES,
     VIEW,
-    Ref,
-    Scratch,
-    tensor_view,
-    used_packed,
     view,
 )
-from engine.backends.native.states import ArrayStates
-from engine.formats.quants import F32, I32, numpy_dtype
-from engine.graph import Kind, Live, Node, Tensor
-from engine.placement.place import Instruction, Split, Support, Watch, WeightSource
+from engine.formats.quants import numpy_dtype
+from engine.graph import Live, Node, Tensor
 
-Array = NDArray[Any]
 _MAX_HEAD, _MAX_LATENT = 256, 1024
 # Head sizes of the delta rule's chunks are multiples of this (has_chunk_form in the kernels).
 _CHUNK_SIZES = 32
@@ -176,91 +167,3 @@ class CpuBackend:
         self.library.run(
             self.team, program.ctypes.data, 1, np.zeros(len(DIMS) + 1, np.int64).ctypes.data, None
         )
-
-
-class CpuProgram:
-    """A compiled split; nodes are `fused` where one kernel computes several."""
-
-    def __init__(self, backend: CpuBackend, split: Split, fused: bool = True) -> None:
-        self._backend, self._split, self._is_fused = backend, split, fused
-        self._unfused: CpuProgram | None = None
-        lowering = Lowering(Uses.of(split.nodes, split.keeps), backend.matrix)
-        lowering.add_all(split.nodes, fused)
-        made = {t for node in split.nodes for t in node.outputs}
-        used = {t.base for node in split.nodes for t in node.inputs.values()}
-        given = {t for t in used if t.kind is Kind.ACTIVATION and t not in made}
-        self._fixed = given | set(split.keeps) | {t for t in used if t.kind is Kind.INPUT}
-        arena: Arena[Any] = Arena()
-        lowering.place(arena, self._fixed)
-        self._arena, self._offsets = np.empty(arena.size + 64, np.uint8), arena.offsets
-        self._base = -(-self._arena.ctypes.data // 64) * 64
-        self._lay_out(lowering.steps)
-
-    def _lay_out(self, steps: list[Step]) -> None:
-        views = [self._view(step, ref) for step in steps for ref in step.operands]
-        self._views = np.array(views, VIEW) if views else np.zeros(0, VIEW)
-        self._attrs = np.array([x for step in steps for x in step.attrs], np.float64)
-        self._program = np.zeros(len(steps), INSTRUCTION)
-        n_views = n_attrs = 0
-        for i, step in enumerate(steps):
-            self._program[i] = (
-                self._backend.library.kernel_address(step.kernel),
-                self._views.ctypes.data + n_views * VIEW.itemsize,
-                self._attrs.ctypes.data + n_attrs * 8,
-                i > 0 and step.phase != steps[i - 1].phase,
-            )
-            n_views += len(step.operands)
-            n_attrs += len(step.attrs)
-        self.instructions = [Instruction(step.kernel, tuple(step.nodes)) for step in steps]
-        self._spans: dict[Node, tuple[int, int]] = {}
-        for i, step in enumerate(steps):
-            first, _ = self._spans.get(step.nodes[0], (i, i))
-            self._spans[step.nodes[0]] = (first, i + 1)
-
-    def _view(self, step: Step, ref: Ref) -> Array:
-        backend = self._backend
-        if ref is None:
-            return np.zeros((), VIEW)
-        if isinstance(ref, Scratch):
-            strides = [int(np.prod(ref.shape[i + 1 :])) for i in range(len(ref.shape))]
-            codes = {F32: F32_CODE, I32: I32_CODE}
-            code = ref.dtype if isinstance(ref.dtype, int) else codes[ref.dtype]
-            return view(self._base + self._offsets[ref], ref.shape, strides, code)
-        if ref.kind is Kind.WEIGHT:
-            if step.kernel in PACKED_KERNELS:
-                return backend.weights.packed_view(ref)
-            return backend.weights.plain_view(ref)
-        if ref.kind is Kind.STATE:
-            return tensor_view(ref, backend.states.arrays[ref.base].ctypes.data)
-        if ref.base in self._fixed:
-            return tensor_view(ref, backend.fixed(ref.base).ctypes.data)
-        return tensor_view(ref, self._base + self._offsets[ref.base])
-
-    def run(self, live: Live, watch: Watch | None = None) -> None:
-        """Run the nodes on the live rows of their operands."""
-        if watch is None:
-            self._backend.run(self._program, live)
-            return
-        if self._is_fused:
-            self._unfused = self._unfused or CpuProgram(self._backend, self._split, fused=False)
-            self._unfused.run(live, watch)
-            return
-        for node, (begin, end) in self._spans.items():
-            self._backend.run(self._program[begin:end], live)
-            watch(node, [self._output(t, live) for t in node.outputs])
-
-    def run_timed(self, live: Live) -> Sequence[float]:
-        """As `run`; the seconds of each instruction, with a barrier after each."""
-        seconds = np.zeros(len(self._program))
-        self._backend.run(self._program, live, seconds)
-        times: list[float] = seconds.tolist()
-        return times
-
-    def _output(self, tensor: Tensor, live: Live) -> Array:
-        """A node's output right after the node ran."""
-        if tensor in self._fixed:
-            return self._backend.read(tensor)
-        shape, dtype = live.shape(tensor.shape), numpy_dtype(tensor.dtype)
-        start = self._base - self._arena.ctypes.data + self._offsets[tensor]
-        n_bytes = int(np.prod(shape)) * dtype.itemsize
-        return self._arena[start : start + n_bytes].view(dtype).reshape(shape)

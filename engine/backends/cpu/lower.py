@@ -11,28 +11,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from numpy.typing import NDArray
-
 from engine.backends.cpu.fusion import FUSIONS, has_tiles
-from engine.backends.native.buffers import Arena
+from engine.backends.native.buffers import Arena, Ref, Scratch, owner_of, place_buffers
 from engine.backends.native.fusion import Uses, grouped
-from engine.backends.native.signatures import (
-    BF16,
-    I8,
-    PACKED_OPERANDS,
-    Ref,
-    Scratch,
-    is_quantized,
-    matrices_of,
-    owner_of,
-    parts,
-    place_buffers,
-    view_key,
-)
+from engine.backends.native.signatures import PACKED_OPERANDS, is_quantized, matrices_of, parts
+from engine.backends.native.views import BF16, I8, view_key
 from engine.formats.quants import F32, I32
 from engine.graph import Dim, Node, Tensor
 
-Array = NDArray[Any]
 # Columns that share a scale where activations are int8, and those that share a sum.
 ACTIVATION_GROUP, SUM_GROUP = 32, 16
 PACKED_KERNELS = frozenset({*PACKED_OPERANDS, *(fusion.kernel for fusion in FUSIONS)})

@@ -5,19 +5,16 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from engine.backends.base import Array, WeightSource
 from engine.backends.native.library import Library
 from engine.backends.native.panels import Panels
-from engine.backends.native.signatures import PACKED, tensor_view, view
+from engine.backends.native.views import PACKED, tensor_view, view
 from engine.formats.quants import F32, dequantize
 from engine.graph import Tensor
-from engine.placement.place import WeightSource
 
-Array = NDArray[Any]
 # Of packed weights that are begun before the oldest is finished: enough to keep every thread busy.
 _AHEAD_BYTES = 64 << 20
 _MAP_BYTES = 256 << 20

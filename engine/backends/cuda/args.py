@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.backends.native.signatures import MAX_RANK
+from engine.backends.native.views import MAX_RANK
 
 # As in kernel.cuh.
 MAX_VIEWS, MAX_ATTRS = 22, 8

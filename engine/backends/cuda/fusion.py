@@ -16,8 +16,9 @@ from engine.backends.cuda.lower import gemv as cuda_row
 from engine.backends.cuda.lower.common import Between
 from engine.backends.cuda.lower.mul_mat import lower_mul_mat
 from engine.backends.cuda.lower.simple import add_small
+from engine.backends.native.buffers import Ref
 from engine.backends.native.fusion import Uses
-from engine.backends.native.signatures import SIGNATURES, Ref, is_quantized, matrices_of
+from engine.backends.native.signatures import SIGNATURES, is_quantized, matrices_of
 from engine.graph import Live, Node
 
 # As in fused/delta_net_inputs.cu.

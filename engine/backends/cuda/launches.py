@@ -13,25 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from engine.backends.base import Array
 from engine.backends.cuda.args import MAX_ATTRS, MAX_VIEWS
-from engine.backends.cuda.cupy_device import Captured, Device, Grid
+from engine.backends.cuda.device import Captured, Device, Grid
 from engine.backends.cuda.weights import CudaWeights
-from engine.backends.native.buffers import Arena
-from engine.backends.native.signatures import (
-    DIMS,
-    DTYPES,
-    Ref,
-    Scratch,
-    Zeros,
-    is_packed,
-    place_buffers,
-)
+from engine.backends.native.buffers import Arena, Ref, Scratch, Zeros, place_buffers
+from engine.backends.native.signatures import is_packed
+from engine.backends.native.views import DIMS, DTYPES
 from engine.formats.quants import F32, I32
 from engine.graph import Dim, Kind, Live, Node, Tensor
 
-Array = NDArray[Any]
 # Sequences of a decode step that is captured: up to each of these numbers.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 # Counters that blocks of a launch may meet at.

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.cuda.args import ARGS
-from engine.backends.cuda.cupy_device import Device, Fetched
+from engine.backends.cuda.device import Device, Fetched
 from engine.backends.cuda.launches import Kernel, Replays, fill_view
 from engine.backends.cuda.weights import CudaWeights
-from engine.backends.native.signatures import Scratch
+from engine.backends.native.buffers import Scratch
 from engine.formats.quants import I32
 from engine.graph import Dim, Kind, Live, Tensor
-from engine.sampling.device import MAX_BANNED, MAX_TOP_K, Draw
+from engine.sampling.spec import MAX_BANNED, MAX_TOP_K, SampleSpec
 
 # As in sample.cu.
 _SEGMENT, _MAX_SEGMENTS = 4096, 64
@@ -47,7 +47,7 @@ def draws_input(n_rows: int) -> Tensor:
     return Tensor("draws", (Dim(n_rows, "n_outputs"), DRAW.itemsize // 4), I32, Kind.INPUT)
 
 
-def records(draws: Sequence[Draw], feed: Sequence[int]) -> NDArray[np.int32]:
+def records(draws: Sequence[SampleSpec], feed: Sequence[int]) -> NDArray[np.int32]:
     """What that input gets."""
     made = np.zeros(len(draws), DRAW)
     for name in ("temperature", "top_p", "uniform", "top_k"):
@@ -89,8 +89,8 @@ class Launches(Protocol):
         """Launch all of it, one after the other."""
 
 
-class CudaDecoder:
-    """See Decoder."""
+class CudaSampler:
+    """See DeviceSampler."""
 
     def __init__(
         self, backend: Host, program: Launches, inputs: Sequence[Tensor], logits: Tensor
@@ -134,9 +134,9 @@ class CudaDecoder:
         self,
         inputs: Mapping[str, NDArray[np.int32]],
         live: Live,
-        draws: Sequence[Draw],
+        draws: Sequence[SampleSpec],
         feed: Sequence[int],
-    ) -> CudaTicket:
+    ) -> CudaStepHandle:
         """Bring the inputs, run, and have the ids brought back."""
         backend = self._backend
         for t in self._inputs:
@@ -145,7 +145,7 @@ class CudaDecoder:
         backend.begin(live)
         self._replays.run(live)
         n_bytes = 4 * len(draws)
-        return CudaTicket(backend.device.fetch(self._memory[0].address, n_bytes))
+        return CudaStepHandle(backend.device.fetch(self._memory[0].address, n_bytes))
 
     def _run(self, live: Live) -> None:
         self._feed(live)
@@ -155,8 +155,8 @@ class CudaDecoder:
 
 
 @dataclass(frozen=True)
-class CudaTicket:
-    """See Ticket."""
+class CudaStepHandle:
+    """See StepHandle."""
 
     _fetched: Fetched
 

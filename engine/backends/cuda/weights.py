@@ -8,21 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from engine.backends.base import Array, WeightSource
 from engine.backends.cuda.args import ARGS, VIEW
-from engine.backends.cuda.cupy_device import Device, Grid, Memory
+from engine.backends.cuda.device import Device, Grid, Memory
 from engine.backends.native.library import Library, n_cores
 from engine.backends.native.panels import Panels
-from engine.backends.native.signatures import BF16, PACKED
+from engine.backends.native.views import BF16, PACKED
 from engine.formats.quants import dequantize
 from engine.graph import Tensor
-from engine.placement.place import WeightSource
 
-Array = NDArray[Any]
 # Of packed weights that wait for their turn on the bus.
 _AHEAD_BYTES = 256 << 20
 # Rows of a panel and columns of a record, as in layout.cuh.

@@ -12,17 +12,14 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
-from numpy.typing import NDArray
 from tqdm import tqdm
 
+from engine.backends.base import Array, WeightSource
 from engine.backends.native.library import Library
 from engine.formats.quants import WEIGHT_TYPES, DType, dequantize, quantize_q8_0
 from engine.graph import Tensor
-from engine.placement.place import WeightSource
 
-Array = NDArray[Any]
 _log = logging.getLogger(__name__)
 _ROWS = 16
 _Q8_0 = WEIGHT_TYPES["Q8_0"]

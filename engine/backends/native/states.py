@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from engine.backends.base import Array
 from engine.formats.quants import numpy_dtype
 from engine.graph import Tensor, dim_name
-
-Array = NDArray[Any]
 
 
 class ArrayStates:

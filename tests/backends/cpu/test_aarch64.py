@@ -19,11 +19,12 @@ from unittest.mock import patch
 
 import pytest
 
-from engine.backends.cpu.backend import CpuBackend, CpuProgram
-from engine.backends.native.signatures import DIMS, I8, PACKED, VIEW
+from engine.backends.base import Split
+from engine.backends.cpu.backend import CpuBackend
+from engine.backends.cpu.program import CpuProgram
+from engine.backends.native.views import DIMS, I8, PACKED, VIEW
 from engine.formats.quants import BY_GGML_ID
 from engine.graph import Live
-from engine.placement.place import Split
 from tests.backends.cpu.test_ops import CASES
 from tests.support.int8 import check_op
 from tests.support.opcase import OpCase, fresh_seed

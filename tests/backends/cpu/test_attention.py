@@ -19,8 +19,9 @@ from engine.formats.quants import F16, F32, DType, numpy_dtype
 from engine.graph import Capacity, Dim, Graph, Kind, Live, Tensor
 from engine.ops.attention import ATTENTION, attention, random_operands
 from engine.ops.cases import Case, case
-from engine.placement.place import Executable, place
+from engine.placement.place import place
 from engine.runtime.batch import row_blocks
+from engine.runtime.executor import Executable
 from tests.ops import test_latent_attention
 from tests.support.opcase import RawWeights, check_case, fresh_seed, nmse
 

@@ -19,7 +19,7 @@ import pytest
 
 from engine import Engine
 from engine.backends.cpu.backend import CpuBackend
-from engine.runtime.batch import Logits, Piece
+from engine.runtime.batch import Chunk, Logits
 from tests.support.helpers import nmse, random_ids
 
 Models = Callable[[str, str], Path]
@@ -90,11 +90,11 @@ def test_threads_and_steps(path: Path, matrix: bool, rng: np.random.Generator) -
 
 
 def test_token_by_token(path: Path, matrix: bool, rng: np.random.Generator) -> None:
-    """What decoding computes is what a prompt would have, or what pieces too short for blocks."""
+    """What decoding computes is what a prompt would have, or what chunks too short for blocks."""
     ids = random_ids(rng, 15 if matrix else 70)
     with engine_on(path) as engine:
         want, seq = engine.logits(ids), engine.memory.create()
-        got = np.concatenate([engine.step([Piece(seq, [token])]) for token in ids])
+        got = np.concatenate([engine.step([Chunk(seq, [token])]) for token in ids])
     assert same_bits(got, want)
 
 
@@ -112,7 +112,7 @@ def test_what_else_is_in_the_batch(path: Path, matrix: bool, rng: np.random.Gene
         for step in range(4):
             order = rng.permutation(3).tolist()
             cuts = {i: prompts[i][done[i] : done[i] + lengths[i][step]] for i in order}
-            logits = engine.step([Piece(seqs[i], cuts[i], Logits.ALL) for i in order])
+            logits = engine.step([Chunk(seqs[i], cuts[i], Logits.ALL) for i in order])
             for i in order:
                 rows[i].append(logits[: len(cuts[i])])
                 logits, done[i] = logits[len(cuts[i]) :], done[i] + len(cuts[i])
@@ -121,10 +121,10 @@ def test_what_else_is_in_the_batch(path: Path, matrix: bool, rng: np.random.Gene
 
 
 def in_steps(engine: Engine, ids: list[int], lengths: tuple[int, ...]) -> Array:
-    """Logits of a sequence alone, processed in pieces of these lengths."""
+    """Logits of a sequence alone, processed in chunks of these lengths."""
     seq, ends = engine.memory.create(), np.cumsum(lengths).tolist()
-    pieces = [ids[end - n : end] for n, end in zip(lengths, ends, strict=True)]
-    rows = [engine.step([Piece(seq, piece, Logits.ALL)]) for piece in pieces]
+    chunks = [ids[end - n : end] for n, end in zip(lengths, ends, strict=True)]
+    rows = [engine.step([Chunk(seq, chunk, Logits.ALL)]) for chunk in chunks]
     engine.memory.free(seq)
     return np.concatenate(rows)
 

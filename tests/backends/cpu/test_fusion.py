@@ -15,7 +15,8 @@ from engine.formats.quants import F32, WEIGHT_TYPES, dequantize
 from engine.graph import Capacity, Dim, Graph, Kind, Live, Tensor
 from engine.ops.mul_mat import mul_mat
 from engine.ops.swiglu import swiglu
-from engine.placement.place import Executable, place
+from engine.placement.place import place
+from engine.runtime.executor import Executable
 from tests.support.int8 import INT8_LIMIT
 from tests.support.opcase import RawWeights, assert_close
 from tools.randblocks import TYPES, random_blocks

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine.backends.base import Support
 from engine.backends.cpu.backend import CpuBackend
 from engine.backends.native import library as cpu_library
 from engine.ops import OPS
 from engine.ops.cases import Case, Operand, Rng, activation, integers, single_node_graph, slots
 from engine.ops.gated_delta_net import HEAD_MAPS, random_operands
-from engine.placement.place import Support
 from engine.runtime.batch import BLOCK_POSITIONS, row_blocks
 from tests.support.opcase import assert_close, check_case, fresh_seed, make_operands, run_case
 

@@ -19,15 +19,15 @@ from hypothesis import strategies as st
 from engine import Engine
 from engine.backends.cpu.backend import CpuBackend
 from engine.backends.cpu.lower import Lowering, Step
-from engine.backends.native.buffers import ALIGNMENT, Arena
+from engine.backends.native.buffers import ALIGNMENT, Arena, Scratch
 from engine.backends.native.fusion import Uses
-from engine.backends.native.signatures import Scratch
 from engine.formats.quants import F32, WEIGHT_TYPES
 from engine.graph import Capacity, Dim, Graph, Kind, Live, Node, Tensor
 from engine.ops.add_rms_norm import add_rms_norm
 from engine.ops.mul_mat import mul_mat
 from engine.ops.swiglu import swiglu
-from engine.placement.place import Executable, Plan, place
+from engine.placement.place import Plan, place
+from engine.runtime.executor import Executable
 from tests.support.opcase import RawWeights
 from tools.randblocks import TYPES, generator, random_blocks
 

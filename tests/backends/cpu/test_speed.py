@@ -18,7 +18,8 @@ from engine.backends.cpu.backend import CpuBackend
 from engine.formats.quants import F32, WEIGHT_TYPES
 from engine.graph import Capacity, Dim, Graph, Kind, Live, Tensor
 from engine.ops.mul_mat import mul_mat
-from engine.placement.place import Executable, place
+from engine.placement.place import place
+from engine.runtime.executor import Executable
 from tests.support.opcase import RawWeights
 from tests.support.timing import judge
 from tools.randblocks import TYPES, random_panel, repeated

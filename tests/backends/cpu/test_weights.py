@@ -21,7 +21,8 @@ from engine.graph import Capacity, Dim, Graph, Kind, Live, Tensor
 from engine.ops.get_rows import get_rows
 from engine.ops.mul_mat import mul_mat
 from engine.ops.mul_mat_id import mul_mat_id
-from engine.placement.place import Executable, place
+from engine.placement.place import place
+from engine.runtime.executor import Executable
 from tests.support.int8 import INT8_LIMIT
 from tests.support.opcase import RawWeights, assert_close, nmse
 from tools.randblocks import TYPES, random_blocks

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from engine.backends import cuda_missing
-from engine.backends.cuda.cupy_device import CupyDevice, Device, Gemm, Memory
+from engine.backends.cuda.cupy_device import CupyDevice
+from engine.backends.cuda.device import Device, Gemm, Memory
 from tests.backends.cpu.test_weights import to_bfloat16
 
 _MISSING = cuda_missing()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.backends.cuda.cupy_device import CudaError, Gemm
+from engine.backends.cuda.device import CudaError, Gemm
 from tests.support.cuda_emulator import device as emulated
 from tests.support.cuda_emulator.device import EmulatedDevice
 from tests.support.cuda_emulator.launching import launch

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.backends.cuda.backend import CudaBackend, CudaProgram
-from engine.backends.cuda.cupy_device import Device
+from engine.backends.cuda.backend import CudaBackend
+from engine.backends.cuda.device import Device
 from engine.backends.cuda.lower import gemv as cuda_row
+from engine.backends.cuda.program import CudaProgram
 from engine.formats.quants import F32, WEIGHT_TYPES
 from engine.graph import Capacity, Graph, Live, Tensor
 from engine.ops.add_rms_norm import ADD_RMS_NORM, add_rms_norm
@@ -66,7 +67,7 @@ class Fused:
         got = run.run({}, Live(n, 1, 1))
         ((_, program),) = run._programs
         assert isinstance(program, CudaProgram)
-        assert (program.n_launches(Live(n, 1, 1)) == 1) == (n == 1)
+        assert (len(program._chosen(Live(n, 1, 1))) == 1) == (n == 1)
         return list(got.values())
 
     def f64(self, tensor: Tensor, n: int) -> Array:

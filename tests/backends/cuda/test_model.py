@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from engine import Engine, SamplingParams
-from engine.backends.cuda.backend import CudaProgram
-from engine.backends.cuda.cupy_device import Device
+from engine.backends.cuda.device import Device
+from engine.backends.cuda.program import CudaProgram
 from engine.graph import Live, Node
-from engine.runtime.batch import Logits, Piece
+from engine.runtime.batch import Chunk, Logits
 from tests.support.cuda_devices import DEVICES, GPU, MakeDevice, cuda_and_others, engine_on
 from tests.support.helpers import nmse, random_ids
 
@@ -39,19 +39,19 @@ def device(request: pytest.FixtureRequest) -> Device:
 
 
 def walk(engine: Engine, ids: list[int]) -> list[Array]:
-    """Logits of a prompt in pieces, of two sequences together, of decode steps, of a return, and of
+    """Logits of a prompt in chunks, of two sequences together, of decode steps, of a return, and of
     decode steps alone."""
     memory = engine.memory
     one, two = memory.create(), memory.create()
-    found = [engine.step([Piece(one, ids[:70], Logits.ALL)])]
-    found.append(engine.step([Piece(one, ids[70:75]), Piece(two, ids[:33], Logits.ALL)]))
+    found = [engine.step([Chunk(one, ids[:70], Logits.ALL)])]
+    found.append(engine.step([Chunk(one, ids[70:75]), Chunk(two, ids[:33], Logits.ALL)]))
     checkpoint = memory.checkpoint(one)
     for i in range(75, 80):
-        found.append(engine.step([Piece(one, [ids[i]]), Piece(two, [ids[i + 9]])]))
+        found.append(engine.step([Chunk(one, [ids[i]]), Chunk(two, [ids[i + 9]])]))
     memory.restore(one, checkpoint)
     checkpoint.release()
-    found.append(engine.step([Piece(one, ids[80:83], Logits.ALL)]))
-    found += [engine.step([Piece(one, [token])]) for token in ids[83:86]]
+    found.append(engine.step([Chunk(one, ids[80:83], Logits.ALL)]))
+    found += [engine.step([Chunk(one, [token])]) for token in ids[83:86]]
     for seq in (one, two):
         memory.free(seq)
     return found
@@ -152,12 +152,12 @@ def test_fused_launches_compute_what_single_ones_do(
     runs, n_launches = [], []
     for fused in (True, False):
         if not fused:
-            monkeypatch.setattr("engine.backends.cuda.backend.FUSIONS", ())
+            monkeypatch.setattr("engine.backends.cuda.program.FUSIONS", ())
         with engine_on(path, cuda_and_others(device), **OPTIONS) as engine:
             runs.append([walk(engine, ids) for ids in prompts])
             ((_, program),) = engine._running()._programs
             assert isinstance(program, CudaProgram)
-            n_launches.append(program.n_launches(Live(1, 1, 1)))
+            n_launches.append(len(program._chosen(Live(1, 1, 1))))
     assert n_launches[0] < n_launches[1]
     assert np.median([worst(*pair) for pair in zip(*runs, strict=True)]) <= FUSED_LIMIT
 
@@ -170,7 +170,7 @@ def test_a_watched_program_has_every_node_s_outputs(
     for check in (True, False):
         with engine_on(path, cuda_and_others(device), check=check, **OPTIONS) as engine:
             seq = engine.memory.create()
-            runs.append([engine.prefill(seq, ids), engine.step([Piece(seq, [5])])])
+            runs.append([engine.prefill(seq, ids), engine.step([Chunk(seq, [5])])])
     assert worst(*runs) <= FUSED_LIMIT
 
 
@@ -191,8 +191,8 @@ def _steps(engine: Engine, prompts: list[list[int]]) -> list[Array]:
     seqs = [engine.memory.create() for _ in prompts]
     pending, found = prompts, []
     for _ in range(6):
-        pieces = [Piece(seq, ids) for seq, ids in zip(seqs, pending, strict=True)]
-        logits = engine.step(pieces)
+        chunks = [Chunk(seq, ids) for seq, ids in zip(seqs, pending, strict=True)]
+        logits = engine.step(chunks)
         found.append(logits)
         pending = [[int(row.argmax())] for row in logits]
     for seq in seqs:
@@ -230,7 +230,7 @@ def test_drift_over_a_thousand_tokens(
         runs.append(engine.logits(ids))
     with engine_on(path, cuda_and_others(device), **options) as engine:
         runs.append(
-            np.concatenate([engine.step([Piece(0, [i])]) for i in _with_sequence(engine, ids)])
+            np.concatenate([engine.step([Chunk(0, [i])]) for i in _with_sequence(engine, ids)])
         )
     for part in (slice(0, 100), slice(900, 1000)):
         assert nmse(runs[1][part], runs[0][part]) <= LIMIT
@@ -249,7 +249,7 @@ def test_generation_is_greedy_steps(device: Device, models: Models, rng: Rng, pr
         logits, expected = engine.prefill(seq, ids), []
         for _ in range(12):
             expected.append(int(logits[-1].argmax()))
-            logits = engine.step([Piece(seq, [expected[-1]])])
+            logits = engine.step([Chunk(seq, [expected[-1]])])
         engine.memory.free(seq)
         params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
         completion = engine.generate(ids, params)

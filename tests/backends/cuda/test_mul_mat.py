@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from engine.backends.cuda.backend import CudaBackend
-from engine.backends.cuda.cupy_device import Device
+from engine.backends.cuda.device import Device
 from engine.backends.cuda.lower import common as cuda_panels
 from engine.backends.cuda.lower import gemv as cuda_row
 from engine.backends.cuda.lower import mul_mat as cuda_products
@@ -27,7 +27,8 @@ from engine.graph import Capacity, Dim, Graph, Kind, Live, Tensor
 from engine.ops.get_rows import get_rows
 from engine.ops.mul_mat import mul_mat
 from engine.ops.mul_mat_id import mul_mat_id
-from engine.placement.place import Executable, place
+from engine.placement.place import place
+from engine.runtime.executor import Executable
 from tests.backends.cpu.test_weights import (
     EXACT_LIMIT,
     ROUNDED,

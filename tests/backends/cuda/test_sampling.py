@@ -13,14 +13,14 @@ import pytest
 from numpy.typing import NDArray
 
 from engine import ChatTemplate, Engine, SamplingParams
-from engine.backends.cuda.cupy_device import Device, Memory
-from engine.backends.cuda.sampling import MAX_VOCAB, CudaDecoder, CudaTicket, draws_input
+from engine.backends.cuda.device import Device, Memory
+from engine.backends.cuda.sampling import MAX_VOCAB, CudaSampler, CudaStepHandle, draws_input
 from engine.backends.cuda.weights import CudaWeights
 from engine.formats.quants import F32, I32
 from engine.graph import Dim, Kind, Live, Tensor
-from engine.runtime.batch import Piece
+from engine.runtime.batch import Chunk
 from engine.sampling import steps as samplers
-from engine.sampling.device import MAX_BANNED, MAX_TOP_K, Draw
+from engine.sampling.spec import MAX_BANNED, MAX_TOP_K, SampleSpec
 from engine.sampling.steps import Candidates
 from tests.support.chats import CHATML, QWEN35_STYLE
 from tests.support.cuda_devices import DEVICES, cuda_and_others, engine_on
@@ -54,7 +54,7 @@ class Rows:
         }
         self._counts = device.allocate(20)
         self.live_address = self._counts.address
-        self._decoder = CudaDecoder(self, self, [self.tokens], self.logits)
+        self._decoder = CudaSampler(self, self, [self.tokens], self.logits)
 
     def fixed(self, tensor: Tensor) -> int:
         return self._memory[tensor].address
@@ -70,14 +70,14 @@ class Rows:
         """The logits are there."""
 
     def start(
-        self, logits: Logits, draws: list[Draw], feed: list[int], tokens: list[int]
-    ) -> CudaTicket:
+        self, logits: Logits, draws: list[SampleSpec], feed: list[int], tokens: list[int]
+    ) -> CudaStepHandle:
         self.write(self.logits, np.ascontiguousarray(logits, np.float32))
         n = len(draws)
         inputs = {"tokens": np.array(tokens, np.int32)}
         return self._decoder.launch(inputs, Live(n, n, n), draws, feed)
 
-    def draw(self, logits: Logits, draws: list[Draw]) -> list[int]:
+    def draw(self, logits: Logits, draws: list[SampleSpec]) -> list[int]:
         n = len(draws)
         return self.start(logits, draws, [-1] * n, [0] * n).ids()
 
@@ -99,8 +99,8 @@ def random_logits(rng: Rng, n_rows: int, n_vocab: int) -> Logits:
     return np.array([kinds[rng.integers(len(kinds))]() for _ in range(n_rows)], np.float32)
 
 
-def random_draw(rng: Rng, n_vocab: int) -> Draw:
-    return Draw(
+def random_draw(rng: Rng, n_vocab: int) -> SampleSpec:
+    return SampleSpec(
         tuple(rng.choice(n_vocab, rng.integers(MAX_BANNED + 1), replace=False).tolist()),
         int(rng.choice([1, 2, 40, 127, MAX_TOP_K])),
         float(rng.choice([1.0, 0.95, 0.5, 0.0])),
@@ -110,7 +110,7 @@ def random_draw(rng: Rng, n_vocab: int) -> Draw:
     )
 
 
-def acceptable(logits: Logits, draw: Draw) -> set[int]:
+def acceptable(logits: Logits, draw: SampleSpec) -> set[int]:
     """What the definition gives for this draw and for those that differ from it by rounding."""
     found = set()
     for d_uniform in (-NEAR, 0, NEAR):
@@ -140,7 +140,7 @@ def test_draws_are_those_of_the_samplers(
 def test_the_largest_vocabulary(device: Device, rng: Rng) -> None:
     rows, logits = Rows(device, 2, MAX_VOCAB), random_logits(rng, 2, MAX_VOCAB)
     logits[0, -1] = 99.0
-    draws = [Draw(), Draw((), MAX_TOP_K, 0.99, 0.01, 1.5, 0.7)]
+    draws = [SampleSpec(), SampleSpec((), MAX_TOP_K, 0.99, 0.01, 1.5, 0.7)]
     first, second = rows.draw(logits, draws)
     assert first == MAX_VOCAB - 1
     assert second in acceptable(logits[1], draws[1])
@@ -154,20 +154,20 @@ def test_every_candidate_gets_its_share(device: Device, rng: Rng) -> None:
     edges = np.cumsum(samplers.temperature(c, 0.7).probabilities())
     for i, edge in enumerate(edges[:-1]):
         for uniform, index in ((edge - 1e-4, i), (edge + 1e-4, i + 1)):
-            draw = Draw((), 20, 1.0, 0.0, 0.7, float(uniform))
+            draw = SampleSpec((), 20, 1.0, 0.0, 0.7, float(uniform))
             assert rows.draw(logits, [draw]) == [c.ids[index]]
     last = float(np.nextafter(1, 0))
-    assert rows.draw(logits, [Draw((), 20, 1.0, 0.0, 0.7, last)]) == [c.ids[-1]]
+    assert rows.draw(logits, [SampleSpec((), 20, 1.0, 0.0, 0.7, last)]) == [c.ids[-1]]
 
 
 @pytest.mark.parametrize("n_vocab", [320, 5000])
 def test_equal_logits_come_by_their_ids(device: Device, n_vocab: int) -> None:
     rows, logits = Rows(device, 1, n_vocab), np.full((1, n_vocab), -0.0, np.float32)
     logits[0, 7:] = 0.0
-    assert rows.draw(logits, [Draw()]) == [0]
-    assert rows.draw(logits, [Draw((0, 1, 3))]) == [2]
+    assert rows.draw(logits, [SampleSpec()]) == [0]
+    assert rows.draw(logits, [SampleSpec((0, 1, 3))]) == [2]
     for i in range(0, 100, 9):
-        assert rows.draw(logits, [Draw((), 100, uniform=(i + 0.5) / 100)]) == [i]
+        assert rows.draw(logits, [SampleSpec((), 100, uniform=(i + 0.5) / 100)]) == [i]
 
 
 @pytest.mark.parametrize("bad", [NAN, -NAN, INF, -INF])
@@ -175,29 +175,29 @@ def test_equal_logits_come_by_their_ids(device: Device, n_vocab: int) -> None:
 def test_what_is_not_finite_is_no_token(device: Device, rng: Rng, bad: float, at: int) -> None:
     logits = random_logits(rng, 3, 5000)
     logits[1, at] = bad
-    draws = [Draw((at,)), Draw((at,)), Draw((), 40, uniform=0.3)]
+    draws = [SampleSpec((at,)), SampleSpec((at,)), SampleSpec((), 40, uniform=0.3)]
     ids = Rows(device, 3, 5000).draw(logits, draws)
     assert ids[1] == -1
     assert ids[0] >= 0
     assert ids[2] in acceptable(logits[2], draws[2])
     logits[1, at::31] = bad
-    draws[1] = Draw((), MAX_TOP_K)
+    draws[1] = SampleSpec((), MAX_TOP_K)
     assert Rows(device, 3, 5000).draw(logits, draws)[1] == -1
 
 
 def test_nothing_to_draw_is_no_token(device: Device) -> None:
     logits = np.zeros((1, 5), np.float32)
-    assert Rows(device, 1, 5).draw(logits, [Draw(tuple(range(5)), 40)]) == [-1]
-    assert Rows(device, 1, 5).draw(logits, [Draw((0, 1, 2, 4), 40, uniform=0.9)]) == [3]
+    assert Rows(device, 1, 5).draw(logits, [SampleSpec(tuple(range(5)), 40)]) == [-1]
+    assert Rows(device, 1, 5).draw(logits, [SampleSpec((0, 1, 2, 4), 40, uniform=0.9)]) == [3]
 
 
 def test_extreme_logits(device: Device) -> None:
     logits = np.array([[3e38, -3e38, 1e-45, -1e-45, 3.4028235e38, -3.4028235e38]], np.float32)
     rows = Rows(device, 1, 6)
-    assert rows.draw(logits, [Draw((), 1)]) == [4]
-    assert rows.draw(logits, [Draw((4, 0))]) == [2]
-    assert rows.draw(logits, [Draw((4, 0, 2), 40, uniform=0.999)]) == [3]
-    assert rows.draw(logits, [Draw((4, 0, 2, 3), 40, uniform=0.999)]) == [1]
+    assert rows.draw(logits, [SampleSpec((), 1)]) == [4]
+    assert rows.draw(logits, [SampleSpec((4, 0))]) == [2]
+    assert rows.draw(logits, [SampleSpec((4, 0, 2), 40, uniform=0.999)]) == [3]
+    assert rows.draw(logits, [SampleSpec((4, 0, 2, 3), 40, uniform=0.999)]) == [1]
 
 
 def test_rows_do_not_see_each_other(device: Device, rng: Rng) -> None:
@@ -216,11 +216,11 @@ def test_tokens_are_fed(device: Device) -> None:
     rows, logits = Rows(device, 4, 40), np.zeros((4, 40), np.float32)
     logits[range(4), (11, 22, 33, 9)] = 1.0
     logits[3, 0] = NAN
-    first = rows.start(logits, [Draw()] * 4, [-1] * 4, [1, 2, 3, 4])
+    first = rows.start(logits, [SampleSpec()] * 4, [-1] * 4, [1, 2, 3, 4])
     assert rows.fed(4) == [1, 2, 3, 4]
-    second = rows.start(logits[1:], [Draw()] * 3, [2, -1, 3], [7, 8, 9])
+    second = rows.start(logits[1:], [SampleSpec()] * 3, [2, -1, 3], [7, 8, 9])
     assert rows.fed(3) == [33, 8, 0]
-    rows.start(logits[:2], [Draw()] * 2, [1, 0], [0, 0])
+    rows.start(logits[:2], [SampleSpec()] * 2, [1, 0], [0, 0])
     assert rows.fed(2) == [33, 22]
     assert first.ids() == [11, 22, 33, -1]
     assert second.ids() == [22, 33, -1]
@@ -275,7 +275,7 @@ def test_checkpoints_while_a_step_runs_ahead(device: Device, models: Models) -> 
         assert [t.token for t in again] == whole.tokens[4:]
         checkpoint.release()
         seq = engine.memory.create()
-        engine.step([Piece(seq, [1])])
+        engine.step([Chunk(seq, [1])])
         engine.memory.free(seq)
         assert_all_free(engine)
 
@@ -306,7 +306,7 @@ def test_turns_go_on_from_the_tokens_that_came(device: Device, models: Models, s
             assert held.n_tokens == len(ids) - 1
             seq = engine.memory.create()
             engine.memory.restore(seq, held)
-            after_turn = engine.step([Piece(seq, ids[-1:])])
+            after_turn = engine.step([Chunk(seq, ids[-1:])])
             engine.memory.free(seq)
             assert nmse(after_turn, engine.logits(ids)[-1:]) < 1e-5
         engine.conversation.release()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from engine.backends.cuda.backend import CudaBackend
-from engine.backends.cuda.cupy_device import Device
+from engine.backends.cuda.device import Device
 from engine.backends.cuda.lower import gated_delta_net as cuda_sequences
 from engine.formats.quants import F16, F32, numpy_dtype
 from engine.graph import Kind, Op, Tensor
@@ -19,7 +19,8 @@ from engine.ops import OPS
 from engine.ops.attention import random_operands as attention_operands
 from engine.ops.cases import Case, Operand, blocks, live_counts, paged_operands, single_node_graph
 from engine.ops.gated_delta_net import random_operands as delta_operands
-from engine.placement.place import Executable, place
+from engine.placement.place import place
+from engine.runtime.executor import Executable
 from tests.support.cuda_devices import ON_DEVICES, MakeDevice
 from tests.support.cuda_emulator.device import EmulatedDevice
 from tests.support.naive import NAIVE

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.cuda import nvrtc
-from engine.backends.cuda.cupy_device import CudaError, Gemm, Grid
+from engine.backends.cuda.device import CudaError, Gemm, Grid
 from tests.support.cuda_emulator import build
 
 Array = NDArray[Any]

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.cuda.args import ARGS
-from engine.backends.cuda.cupy_device import Device, Grid
-from engine.backends.native.signatures import DTYPES, F32_CODE
+from engine.backends.cuda.device import Device, Grid
+from engine.backends.native.views import DTYPES, F32_CODE
 from engine.formats.quants import F16, F32, I32
 
 Array = NDArray[Any]

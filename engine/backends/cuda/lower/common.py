@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.backends.cuda.cupy_device import Device
+from engine.backends.cuda.device import Device
 from engine.backends.cuda.launches import MAX_COUNTERS, Lowering
 from engine.backends.cuda.weights import PANEL
-from engine.backends.native.signatures import Ref, Scratch, is_quantized
+from engine.backends.native.buffers import Ref, Scratch
+from engine.backends.native.signatures import is_quantized
 from engine.formats.quants import F32
 from engine.graph import Live, Tensor
 
@@ -64,3 +65,23 @@ def shared_sums(lowering: Lowering, blocks: int, splits: int, n: int) -> Sequenc
     if splits == 1:
         return (None, None)
     return (Scratch((blocks * splits, n), F32), lowering.counters)
+
+
+# Above any number of rows: as the fewest that make a block, all rows are loose.
+_NO_BLOCKS = float(1 << 24)
+_NO_END = 1 << 24
+# Bytes of shared memory that kernels have beside what a launch gives them, at most.
+_STATIC_SHARED = 2048
+
+
+def _cut(n: int, size: int) -> int:
+    return -(-n // size)
+
+
+def _has_shared(device: Device, n_bytes: int) -> bool:
+    return n_bytes + _STATIC_SHARED <= device.shared_bytes
+
+
+def _all_short(live: Live) -> bool:
+    """A row for each sequence: a decode step."""
+    return live.n_tokens <= live.n_seqs

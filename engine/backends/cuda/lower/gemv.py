@@ -18,7 +18,8 @@ from engine.backends.cuda.lower.common import (
     warps_of,
 )
 from engine.backends.cuda.weights import PANEL, RECORD
-from engine.backends.native.signatures import Ref, is_quantized
+from engine.backends.native.buffers import Ref
+from engine.backends.native.signatures import is_quantized
 from engine.graph import Node, Tensor
 
 # As RowSource in row.cuh.

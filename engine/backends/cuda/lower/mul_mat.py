@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 
-from engine.backends.cuda.cupy_device import Device, Grid
+from engine.backends.cuda.device import Device, Grid
 from engine.backends.cuda.launches import Condition, Lowering
 from engine.backends.cuda.lower.common import (
     MAX_WEIGHTS,
@@ -25,15 +25,9 @@ from engine.backends.cuda.lower.common import (
 from engine.backends.cuda.lower.gemv import lower_row
 from engine.backends.cuda.lower.simple import GET_ROWS, add_launch
 from engine.backends.cuda.weights import PANEL, RECORD, expand_grid
-from engine.backends.native.signatures import (
-    BF16,
-    I8,
-    Ref,
-    Scratch,
-    is_quantized,
-    matrices_of,
-    view_key,
-)
+from engine.backends.native.buffers import Ref, Scratch
+from engine.backends.native.signatures import is_quantized, matrices_of
+from engine.backends.native.views import BF16, I8, view_key
 from engine.formats.quants import F32, I32, WEIGHT_TYPES
 from engine.graph import Dim, Kind, Live, Node, Tensor
 

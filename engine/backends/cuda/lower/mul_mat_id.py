@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from engine.backends.cuda.cupy_device import Device, Grid
+from engine.backends.cuda.device import Device, Grid
 from engine.backends.cuda.launches import Condition, Lowering
 from engine.backends.cuda.lower.common import Between, rows_of, warps_of
 from engine.backends.cuda.lower.gemv import MAX_WARPS, Share
 from engine.backends.cuda.lower.mul_mat import TILE_COLUMNS, gemm_shared, has_tiles, rounded_rows
 from engine.backends.cuda.weights import PANEL
-from engine.backends.native.signatures import Ref, Scratch, is_quantized, matrices_of, view_key
+from engine.backends.native.buffers import Ref, Scratch
+from engine.backends.native.signatures import is_quantized, matrices_of
+from engine.backends.native.views import view_key
 from engine.formats.quants import F32, I32
 from engine.graph import Live, Node, Tensor
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from engine.backends.cuda.cupy_device import Device
+from engine.backends.cuda.device import Device
 from engine.backends.cuda.launches import Lowering
 from engine.backends.cuda.lower import gated_delta_net as cuda_sequences
 from engine.backends.cuda.lower import mul_mat as cuda_products
 from engine.backends.cuda.lower import mul_mat_id as cuda_experts
 from engine.backends.cuda.lower import simple as cuda_kernels
 from engine.backends.cuda.lower.simple import SMALL, add_small
-from engine.backends.native.signatures import MAX_RANK
+from engine.backends.native.views import MAX_RANK
 from engine.graph import Node
 
 _GROUPS = (cuda_products, cuda_experts, cuda_sequences)

@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from engine.backends.cuda.cupy_device import Grid
+from engine.backends.cuda.device import Grid
 from engine.backends.cuda.launches import Condition, Lowering, always
 from engine.backends.native.signatures import SIGNATURES, numbers, parts
 from engine.graph import Live, Node, Tensor

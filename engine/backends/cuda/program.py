@@ -1,0 +1,193 @@
+"""A split on the GPU: launches with their parameters, run one by one or as a captured graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from engine.backends.base import Array, Instruction, Split
+from engine.backends.cuda.args import ARGS
+from engine.backends.cuda.device import CudaError, Device, Gemm, Grid, Memory
+from engine.backends.cuda.fusion import FUSIONS
+from engine.backends.cuda.inputs import InputRegion
+from engine.backends.cuda.launches import Kernel, Lowering, Product, Replays, Step, fill_view
+from engine.backends.cuda.lower.ops import add_node
+from engine.backends.cuda.states import DeviceStates
+from engine.backends.cuda.weights import CudaWeights
+from engine.backends.native.buffers import Arena, Ref, Zeros, owner_of
+from engine.backends.native.fusion import Uses, grouped
+from engine.backends.native.program import NativeProgram
+from engine.formats.quants import numpy_dtype
+from engine.graph import Kind, Live, Node, Tensor
+
+# What the host takes at most to launch a kernel and record an event.
+_LAUNCH_SECONDS = 50e-6
+# Batches of so many different sizes whose launches are kept.
+_MAX_KEPT = 64
+
+
+class Host(Protocol):
+    """What a program needs of its backend."""
+
+    device: Device
+    weights: CudaWeights
+    states: DeviceStates
+    inputs: InputRegion
+    batch_invariant: bool
+
+    def fixed(self, tensor: Tensor) -> int:
+        """The address of a tensor that outlives programs."""
+
+    def begin(self, live: Live) -> None:
+        """Bring inputs and live counts to the device."""
+
+
+class CudaProgram(NativeProgram):
+    """A compiled split."""
+
+    def __init__(self, backend: Host, split: Split, fused: bool = True) -> None:
+        super().__init__(split, fused)
+        self._backend, self._device = backend, backend.device
+        self._kept: dict[tuple[int, int, int], Mapping[int, Grid | Gemm]] = {}
+        lowering = Lowering(backend.device, backend.weights, backend.batch_invariant)
+        uses = Uses.of(split.nodes, split.keeps)
+        fusions = FUSIONS if fused and not backend.batch_invariant else ()
+        for fusion, group in grouped(split.nodes, uses, fusions):
+            first = len(lowering.steps)
+            if fusion is None:
+                add_node(lowering, group[0])
+            else:
+                fusion.lower(lowering, group)
+            self._spans[group[0]] = range(first, len(lowering.steps))
+        self._steps = lowering.steps
+        self._zeros = self._allocate_zeros()
+        arena: Arena[Any] = Arena()
+        lowering.place(arena, self.outside | self._zeros.keys())
+        self._offsets = arena.offsets
+        self._arena = self._device.allocate(arena.size)
+        self._functions: list[int] = []
+        self._args = np.zeros(len(self._steps), ARGS)
+        for args, step in zip(self._args, self._steps, strict=True):
+            self._prepare(args, step)
+        self.replays = Replays(self._device, self.launch)
+        self.instructions = [Instruction(step.name, tuple(step.nodes)) for step in self._steps]
+
+    def _allocate_zeros(self) -> dict[Any, Memory]:
+        zeros: dict[Any, Memory] = {}
+        for ref in {ref for step in self._steps for ref in step.operands if isinstance(ref, Zeros)}:
+            zeros[ref] = self._device.allocate(ref.nbytes)
+            self._device.fill(zeros[ref].address, ref.nbytes, 0)
+        return zeros
+
+    def _prepare(self, args: Any, step: Step) -> None:
+        """The function and the parameter of a launch."""
+        if isinstance(step, Product):
+            self._functions.append(0)
+            return
+        self._functions.append(self._device.function(step.source, step.name, step.shared))
+        for i, ref in enumerate(step.operands):
+            fill_view(args["v"][i], ref, step, self._address(ref), self._backend.weights)
+        args["attr"][: len(step.attrs)] = step.attrs
+        args["live"] = self._backend.inputs.live_address
+
+    def _address(self, ref: Ref) -> int:
+        """Where an operand's base lies; 0 for packed weights, whose view knows better."""
+        owner = owner_of(ref)
+        if owner is None:
+            return 0
+        if owner in self._offsets:
+            return self._arena.address + int(self._offsets[owner])
+        if owner in self._zeros:
+            return self._zeros[owner].address
+        if owner.kind is Kind.WEIGHT:
+            return self._backend.weights.plain_or_zero(owner)
+        if owner.kind is Kind.STATE:
+            return self._backend.states.address(owner)
+        return self._backend.fixed(owner)
+
+    def _compile_unfused(self) -> CudaProgram:
+        return CudaProgram(self._backend, self._split, fused=False)
+
+    def _run_all(self, live: Live) -> None:
+        self._backend.begin(live)
+        self.replays.run(live)
+
+    def _begin(self, live: Live) -> None:
+        self._backend.begin(live)
+
+    def _run_node(self, node: Node, steps: range, live: Live) -> None:
+        self._launch(steps, live)
+        try:
+            self._device.synchronize()
+        except CudaError as error:
+            raise CudaError(f"{node}: {error}") from None
+
+    def launch(self, live: Live) -> None:
+        """Launch all of it."""
+        self._launch(self._chosen(live), live)
+
+    def _launch(self, steps: Iterable[int], live: Live) -> None:
+        device, base, chosen = self._device, self._args.ctypes.data, self._chosen(live)
+        for i in steps:
+            what = chosen.get(i)
+            if what is None:
+                continue
+            if isinstance(what, Gemm):
+                device.gemm(what)
+                continue
+            step, address = self._steps[i], base + i * ARGS.itemsize
+            assert isinstance(step, Kernel)
+            try:
+                device.launch(self._functions[i], what, step.threads, step.shared, address)
+            except CudaError as error:
+                raise CudaError(f"{_who(step)}: {error}") from None
+
+    def _chosen(self, live: Live) -> Mapping[int, Grid | Gemm]:
+        """The steps that are launched for such counts, and how; kept, as many batches are alike."""
+        counts = live.n_tokens, live.n_seqs, live.n_outputs
+        if counts not in self._kept:
+            if len(self._kept) == _MAX_KEPT:
+                self._kept.clear()
+            steps = ((i, step) for i, step in enumerate(self._steps) if step.when(live))
+            whole = ((i, self._sized(step, live)) for i, step in steps)
+            self._kept[counts] = {i: what for i, what in whole if what is not None}
+        return self._kept[counts]
+
+    def _sized(self, step: Step, live: Live) -> Grid | Gemm | None:
+        """A step for such counts; None if there is nothing to do."""
+        if isinstance(step, Kernel):
+            grid = step.grid(live)
+            return None if 0 in grid else grid
+        assert step.out is not None
+        assert step.a is not None
+        m = live.shape(step.out.shape)[0]
+        n, k = step.b.shape[-2:]
+        if isinstance(step.b, Tensor):
+            b = self._backend.weights.bf16(step.b)
+        else:
+            b = self._address(step.b)
+        return Gemm(self._address(step.out), self._address(step.a), b, m, n, k) if m else None
+
+    def run_timed(self, live: Live) -> Sequence[float]:
+        """As `run`, without a captured graph; the seconds of each instruction."""
+        self._backend.begin(live)
+        chosen = list(self._chosen(live))
+        timer = self._device.timer(len(chosen) * _LAUNCH_SECONDS)
+        for i in chosen:
+            self._launch([i], live)
+            timer.mark()
+        seconds = [0.0] * len(self._steps)
+        for i, s in zip(chosen, timer.seconds(), strict=True):
+            seconds[i] = s
+        return seconds
+
+    def _output(self, tensor: Tensor, live: Live) -> Array:
+        values = np.empty(live.shape(tensor.shape), numpy_dtype(tensor.dtype))
+        self._device.download(self._address(tensor), values)
+        return values
+
+
+def _who(step: Step) -> str:
+    return f"{step.nodes[0]} (kernel {step.name})"

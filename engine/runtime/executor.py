@@ -1,0 +1,95 @@
+"""A placed graph that runs: programs in order, inputs written, crossing tensors copied."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from engine.backends.base import (
+    Array,
+    DeviceSampler,
+    Instruction,
+    SamplingBackend,
+    Split,
+    StateStore,
+    Timing,
+    Watch,
+    WeightSource,
+)
+from engine.graph import Kind, Live
+from engine.placement.place import Plan
+
+
+class Executable:
+    """A plan with its programs compiled, weights loaded and states allocated."""
+
+    def __init__(self, plan: Plan, source: WeightSource) -> None:
+        self.plan = plan
+        for backend in plan.backends:
+            backend.load_weights(plan.tensors_of(backend, Kind.WEIGHT), source)
+            backend.allocate_states(plan.tensors_of(backend, Kind.STATE))
+            backend.declare_inputs(plan.tensors_of(backend, Kind.INPUT))
+        self._programs = [(split, split.backend.compile(split)) for split in plan.splits]
+        self._inputs = [(b, plan.tensors_of(b, Kind.INPUT)) for b in plan.backends]
+        made = {t: s for s in plan.splits for node in s.nodes for t in node.outputs}
+        self._sources = {t: made[t].backend for s in plan.splits for t in s.copies}
+        assert all(t.view_of is None for t in plan.graph.outputs.values())
+        self._outputs = {k: (made[t.base].backend, t) for k, t in plan.graph.outputs.items()}
+
+    def run(
+        self, inputs: Mapping[str, Array], live: Live, watch: Watch | None = None
+    ) -> dict[str, Array]:
+        """One step: `inputs` by name, at their live sizes. Returns the graph's outputs by name."""
+        self._write_inputs(inputs)
+        for split, program in self._programs:
+            self._copy(split)
+            program.run(live, watch)
+        return self._read_outputs()
+
+    def run_timed(self, inputs: Mapping[str, Array], live: Live) -> list[Timing]:
+        """A step as `run` makes it, timed: every instruction, and what moves data between them."""
+        timings = [_timing("", "write inputs", lambda: self._write_inputs(inputs))]
+        for split, program in self._programs:
+            name = split.backend.name
+            if split.copies:
+                timings.append(_timing(name, "copy", partial(self._copy, split)))
+            seconds = program.run_timed(live)
+            for instruction, s in zip(program.instructions, seconds, strict=True):
+                timings.append(Timing(name, instruction, s))
+        timings.append(_timing("", "read outputs", self._read_outputs))
+        return timings
+
+    def _write_inputs(self, inputs: Mapping[str, Array]) -> None:
+        for backend, tensors in self._inputs:
+            for t in tensors:
+                backend.write(t, inputs[t.name])
+
+    def _copy(self, split: Split) -> None:
+        for t in split.copies:
+            split.backend.write(t, self._sources[t].read(t))
+
+    def _read_outputs(self) -> dict[str, Array]:
+        return {name: backend.read(t) for name, (backend, t) in self._outputs.items()}
+
+    def decoder(self) -> DeviceSampler | None:
+        """What draws tokens on the device, if all runs on one that can."""
+        if len(self._programs) != 1:
+            return None
+        ((split, program),), ((_, inputs),) = self._programs, self._inputs
+        _, logits = self._outputs["logits"]
+        backend: object = split.backend
+        if not isinstance(backend, SamplingBackend):
+            return None
+        return backend.decoder(program, inputs, logits)
+
+    @property
+    def stores(self) -> list[StateStore]:
+        """The state store of every backend in use."""
+        return [backend.states for backend in self.plan.backends]
+
+
+def _timing(backend: str, what: str, action: Callable[[], object]) -> Timing:
+    start = time.perf_counter()
+    action()
+    return Timing(backend, Instruction(what, ()), time.perf_counter() - start)
