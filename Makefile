@@ -35,6 +35,7 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files "*.h" "*.cpp" "*.cuh" "*.cu")
 
 parity: $(VENV)-parity/.parity
 	$(VENV)-parity/bin/python -m pytest -q tests/parity

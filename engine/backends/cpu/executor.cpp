@@ -31,7 +31,8 @@ struct Instruction {
 };
 
 double now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
+        .count();
 }
 
 void relax() {
@@ -83,8 +84,12 @@ class StepRows {
             while (row < blocks[i].row + blocks[i].n) blocked_.push_back(row++);
         }
         while (row < n_tokens) loose_.push_back(row++);
-        rows = {blocks, blocked_.data(), loose_.data(), n_blocks,
-                static_cast<int64_t>(blocked_.size()), static_cast<int64_t>(loose_.size())};
+        rows = {blocks,
+                blocked_.data(),
+                loose_.data(),
+                n_blocks,
+                static_cast<int64_t>(blocked_.size()),
+                static_cast<int64_t>(loose_.size())};
     }
 
     Rows rows{};

@@ -32,7 +32,6 @@ void run(const Args& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const Kernel add_rms_norm = {
-    "ADD_RMS_NORM", [](const Args& a) { return a.rows(a.v[X]); }, run};
+const Kernel add_rms_norm = {"ADD_RMS_NORM", [](const Args& a) { return a.rows(a.v[X]); }, run};
 
 }  // namespace gdn

@@ -35,9 +35,7 @@ void run(const Args& a, int64_t begin, int64_t end) {
 
 const Kernel attention = {
     "ATTENTION",
-    [](const Args& a) {
-        return attention_op::n_block_tasks(a) + attention_op::n_row_tasks(a);
-    },
+    [](const Args& a) { return attention_op::n_block_tasks(a) + attention_op::n_row_tasks(a); },
     attention_op::run};
 
 }  // namespace gdn

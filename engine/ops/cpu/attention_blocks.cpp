@@ -22,14 +22,14 @@ namespace attention_op {
 
 namespace {
 
-constexpr int64_t SPAN = 128;             // Positions.
-constexpr int64_t DEEP = SPAN / DEPTH;    // Tiles that a span's positions are deep.
-constexpr int64_t MIN_HEADS = 4;          // With fewer, rearranging keys and values takes too long.
-constexpr int64_t MANY_TASKS = 64;        // From here on every thread has enough of them.
+constexpr int64_t SPAN = 128;           // Positions.
+constexpr int64_t DEEP = SPAN / DEPTH;  // Tiles that a span's positions are deep.
+constexpr int64_t MIN_HEADS = 4;        // With fewer, rearranging keys and values takes too long.
+constexpr int64_t MANY_TASKS = 64;      // From here on every thread has enough of them.
 constexpr float LOG2_E = 1.44269504f;
-constexpr float MAGIC = 0x1.8p23f;        // Sums with it are rounded to integers, in their low bits.
-constexpr float LOWEST = -125;            // Powers of two below are taken for zero.
-constexpr float MAX_EXCESS = 8;           // How far scores may outgrow what they refer to.
+constexpr float MAGIC = 0x1.8p23f;  // Sums with it are rounded to integers, in their low bits.
+constexpr float LOWEST = -125;      // Powers of two below are taken for zero.
+constexpr float MAX_EXCESS = 8;     // How far scores may outgrow what they refer to.
 
 // Sizes of a task's operands, with those of keys and values filled up to whole tiles.
 struct Sizes {
@@ -59,8 +59,7 @@ struct Split {
     HeadParts parts;
     int64_t n_blocks;
 
-    explicit Split(const Args& a)
-        : parts(a, Sizes(a).max_heads()), n_blocks(a.step->n_blocks) {
+    explicit Split(const Args& a) : parts(a, Sizes(a).max_heads()), n_blocks(a.step->n_blocks) {
         while (n_tasks() < MANY_TASKS && parts.n_heads / 2 >= MIN_HEADS)
             parts.cut((parts.group + parts.n_heads / 2 - 1) / (parts.n_heads / 2));
     }
@@ -73,15 +72,15 @@ struct Work {
     const Sizes sizes;
     const int32_t *table, *positions;
     int64_t first_row, n_rows, row_tiles, kv_head, first_head, n_heads;
-    bf16* q;            // [n_heads, row tile, part, depth tile] A tiles: queries, scaled.
-    bf16* k;            // [16 positions, part, depth tile] B tiles: keys of a span.
-    bf16* v;            // [16 columns, 32 positions] B tiles: values of a span.
-    float* scores;      // [64, SPAN] of one head.
-    bf16* weights;      // [row tile, 32 positions] A tiles: their exponentials.
-    float* acc;         // [query, v_width]: weighted sums of values.
-    float* total;       // [query, W]: sums of weights, lane by lane.
-    float* reference;   // [query]: the integer that scores refer to, in powers of two.
-    const char* zeros;  // A row of a cache.
+    bf16* q;                // [n_heads, row tile, part, depth tile] A tiles: queries, scaled.
+    bf16* k;                // [16 positions, part, depth tile] B tiles: keys of a span.
+    bf16* v;                // [16 columns, 32 positions] B tiles: values of a span.
+    float* scores;          // [64, SPAN] of one head.
+    bf16* weights;          // [row tile, 32 positions] A tiles: their exponentials.
+    float* acc;             // [query, v_width]: weighted sums of values.
+    float* total;           // [query, W]: sums of weights, lane by lane.
+    float* reference;       // [query]: the integer that scores refer to, in powers of two.
+    const char* zeros;      // A row of a cache.
     void *k_rows, *v_rows;  // [SPAN] pointers to a span's rows of the caches.
 
     explicit Work(const Args& a) : sizes(a) {}

@@ -102,12 +102,12 @@ Sums partial(const Args& a, int64_t i, int64_t h, int64_t chunk, int64_t width) 
 struct Work {
     const int32_t *table, *positions;
     int64_t first_row, n_rows, kv_head, first_head, heads, size, v_size, width;
-    float* q;            // [MAX_QUERIES, width]
-    float* scores;       // [MAX_QUERIES, TILE]
-    float* pack;         // Converted keys or values.
-    Sums chunk, row;     // Over the chunk that is being worked on, and over those before.
-    void *k, *v;         // [TILE] pointers to a tile's rows of the caches.
-    void* next_k;        // The same of the next tile of the chunk, which has n_next.
+    float* q;         // [MAX_QUERIES, width]
+    float* scores;    // [MAX_QUERIES, TILE]
+    float* pack;      // Converted keys or values.
+    Sums chunk, row;  // Over the chunk that is being worked on, and over those before.
+    void *k, *v;      // [TILE] pointers to a tile's rows of the caches.
+    void* next_k;     // The same of the next tile of the chunk, which has n_next.
     int64_t n_next;
 
     int64_t n_queries() const { return n_rows * heads; }
@@ -339,9 +339,7 @@ void run_rows(const Args& a, const Split& s, int64_t group, int64_t head_part) {
 // ATTENTION_JOIN: a task is a head of a row whose chunks were tasks of their own.
 namespace joining {
 
-int64_t n_tasks(const Args& a) {
-    return has_partials(a) ? a.step->n_loose * a.v[OUT].shape[1] : 0;
-}
+int64_t n_tasks(const Args& a) { return has_partials(a) ? a.step->n_loose * a.v[OUT].shape[1] : 0; }
 
 void run(const Args& a, int64_t begin, int64_t end) {
     const int64_t n_heads = a.v[OUT].shape[1], width = padded(a.v[OUT].shape[2]);
@@ -376,7 +374,7 @@ void run_row_tasks(const Args& a, int64_t begin, int64_t end) {
 
 }  // namespace attention_op
 
-const Kernel attention_join = {
-    "ATTENTION_JOIN", attention_op::joining::n_tasks, attention_op::joining::run};
+const Kernel attention_join = {"ATTENTION_JOIN", attention_op::joining::n_tasks,
+                               attention_op::joining::run};
 
 }  // namespace gdn

@@ -30,9 +30,13 @@ struct Gathered {
 };
 
 template <typename F>
-int64_t few_rows(F) { return F::GROUPS == 2 ? 12 : 9; }
+int64_t few_rows(F) {
+    return F::GROUPS == 2 ? 12 : 9;
+}
 template <Layout L>
-int64_t few_rows(Plain<L>) { return TILE + 1; }
+int64_t few_rows(Plain<L>) {
+    return TILE + 1;
+}
 
 template <typename F>
 void gather_rows(F, const Row* rows, int64_t n, int64_t n_in, char* room) {
@@ -84,7 +88,9 @@ TILE_INLINE void dot_tile(const int8_t* x, const int8_t* w, DotTiles&) {
     asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(T), "i"(A), "i"(B));
 }
 template <int T>
-TILE_INLINE void store_dots(int32_t* to, const DotTiles&) { store_tile<T>(to, WORD_BYTES); }
+TILE_INLINE void store_dots(int32_t* to, const DotTiles&) {
+    store_tile<T>(to, WORD_BYTES);
+}
 
 template <typename F>
 void begin_tiles(F) {
@@ -205,8 +211,7 @@ class PanelProduct {
             if constexpr (F::IS_SUPER) total = load(total_[t] + p * W) + total * scale;
             store(total_[t] + p * W, total);
         }
-        if constexpr (F::IS_SUPER && F::HAS_MIN)
-            add_mins(first, p, super_of<F>(block, PARTS + p));
+        if constexpr (F::IS_SUPER && F::HAS_MIN) add_mins(first, p, super_of<F>(block, PARTS + p));
     }
 
     // acc [16] += what a tile of dot products gives.

@@ -192,10 +192,21 @@ Head head_of(const Args& a, int64_t s, int64_t head) {
     const int32_t* starts = v[SEQ_STARTS].as<int32_t>();
     const int64_t row = starts[s], n = starts[s + 1] - row, key_heads = v[Q].shape[1];
     const int64_t key_head = a.attr[0] == 0 ? head % key_heads : head / (v[V].shape[1] / key_heads);
-    return {v[Q].row(row, key_head), v[K].row(row, key_head), v[V].row(row, head),
-            v[G].row(row, head), v[BETA].row(row, head), v[OUT].row(row, head),
-            v[Q].stride[0], v[K].stride[0], v[V].stride[0], v[G].stride[0], v[BETA].stride[0],
-            v[OUT].stride[0], n, v[STATE].shape[3], v[STATE].shape[2],
+    return {v[Q].row(row, key_head),
+            v[K].row(row, key_head),
+            v[V].row(row, head),
+            v[G].row(row, head),
+            v[BETA].row(row, head),
+            v[OUT].row(row, head),
+            v[Q].stride[0],
+            v[K].stride[0],
+            v[V].stride[0],
+            v[G].stride[0],
+            v[BETA].stride[0],
+            v[OUT].stride[0],
+            n,
+            v[STATE].shape[3],
+            v[STATE].shape[2],
             v[G].rank == 3 ? v[STATE].shape[3] : 1,
             static_cast<float>(a.attr[1])};
 }
@@ -210,8 +221,12 @@ Slots slots_of(const Args& a, int64_t s, int64_t head, int64_t first) {
     const int64_t offset = head * state.stride[1] + first * state.shape[3];
     const int32_t src = a.v[STATE_SRC].as<int32_t>()[s], dst = a.v[STATE_DST].as<int32_t>()[s];
     float* spare = reinterpret_cast<float*>(a.scratch + ROW_BYTES) + first * state.shape[3];
-    return {src < 0 ? nullptr : state.row(src) + offset, dst < 0 ? spare : state.row(dst) + offset,
-            &state, wanted.as<int32_t>() + s * wanted.stride[0], wanted.shape[1], offset};
+    return {src < 0 ? nullptr : state.row(src) + offset,
+            dst < 0 ? spare : state.row(dst) + offset,
+            &state,
+            wanted.as<int32_t>() + s * wanted.stride[0],
+            wanted.shape[1],
+            offset};
 }
 
 void scan_columns(const Args& a, const Head& h, const Slots& slots, int64_t first) {

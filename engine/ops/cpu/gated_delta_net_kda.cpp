@@ -53,8 +53,8 @@ void multiply_decays(const Work& w, const Decays& z, int64_t band) {
     }
     for (int64_t i = last; i >= first; i--)
         for (int64_t at = i * dk; at < (i + 1) * dk; at += W)
-            store(z.until + at, i == last ? splat(1.0f)
-                                          : load(z.until + at + dk) * load(z.step + at + dk));
+            store(z.until + at,
+                  i == last ? splat(1.0f) : load(z.until + at + dk) * load(z.step + at + dk));
 }
 
 // The decay over bands `first` … `end` - 1.

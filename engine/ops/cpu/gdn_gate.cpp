@@ -16,9 +16,8 @@ int64_t tasks_per_row(const Args& a) { return per_key_row(a) ? a.v[ALPHA].shape[
 void step_sizes(const Args& a, int64_t t) {
     const float* beta = a.v[BETA].row(t);
     float* step = a.v[STEP].row(t);
-    for_lanes(a.v[BETA].shape[1], [&](int64_t h, int w) {
-        store_part(step + h, sigmoid(load_part(beta + h, w)), w);
-    });
+    for_lanes(a.v[BETA].shape[1],
+              [&](int64_t h, int w) { store_part(step + h, sigmoid(load_part(beta + h, w)), w); });
 }
 
 // `scale(i, w)` gives w entries of a.
@@ -48,7 +47,7 @@ void run(const Args& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const Kernel gdn_gate = {
-    "GDN_GATE", [](const Args& a) { return a.rows(a.v[ALPHA]) * tasks_per_row(a); }, run};
+const Kernel gdn_gate = {"GDN_GATE",
+                         [](const Args& a) { return a.rows(a.v[ALPHA]) * tasks_per_row(a); }, run};
 
 }  // namespace gdn

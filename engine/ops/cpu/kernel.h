@@ -54,7 +54,7 @@ struct Args {
     const double* attr;
     const int64_t* live;  // [N_DIMS]
     const Rows* step;
-    char* scratch;        // SCRATCH_BYTES of the running thread's own, aligned to 64
+    char* scratch;  // SCRATCH_BYTES of the running thread's own, aligned to 64
 
     // The live size of a view's first axis.
     int64_t rows(const View& view) const { return view.dim ? live[view.dim] : view.shape[0]; }

@@ -17,15 +17,14 @@ void run(const Args& a, int64_t begin, int64_t end) {
         float* out = a.v[OUT].row(t, h);
         const float total = sum_of_squares(x, n) + static_cast<float>(a.attr[0]);
         const vf scale = splat(1.0f / __builtin_sqrtf(total));
-        for_lanes(n, [&](int64_t c, int w) {
-            store_part(out + c, load_part(x + c, w) * scale, w);
-        });
+        for_lanes(n,
+                  [&](int64_t c, int w) { store_part(out + c, load_part(x + c, w) * scale, w); });
     }
 }
 
 }  // namespace
 
-const Kernel l2_norm = {
-    "L2_NORM", [](const Args& a) { return a.rows(a.v[X]) * a.v[X].shape[1]; }, run};
+const Kernel l2_norm = {"L2_NORM", [](const Args& a) { return a.rows(a.v[X]) * a.v[X].shape[1]; },
+                        run};
 
 }  // namespace gdn

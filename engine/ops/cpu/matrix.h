@@ -35,8 +35,9 @@ GDN_INLINE vi round_to_bf16(vf v) {
 GDN_INLINE vi bf16_pairs(vf low, vf high) {
 #if defined(__AVX512BF16__)
     const auto both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
-                                           8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i order =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return reinterpret_cast<vi>(_mm512_maskz_permutexvar_epi16(0xffffffff, order, both));
 #else
     return (round_to_bf16(low) >> 16 & 0xffff) | (round_to_bf16(high) & ~0xffff);

@@ -51,9 +51,9 @@ void run(const Args& a, int64_t begin, int64_t end) {
         const int64_t h = task / tiles, t = task % tiles * TILE;
         const int64_t n_rows = a.rows(x) - t < TILE ? a.rows(x) - t : TILE;
         for (int64_t i = 0; i < weight.shape[1]; i++) matrix[i] = weight.row(h, i);
-        (transposed ? multiply_transposed : multiply)(
-            {x.row(t, h), x.stride[0], n_rows, matrix, x.shape[2], n_out, out.row(t, h),
-             out.stride[0]});
+        (transposed ? multiply_transposed
+                    : multiply)({x.row(t, h), x.stride[0], n_rows, matrix, x.shape[2], n_out,
+                                 out.row(t, h), out.stride[0]});
         for (int64_t i = t; tail && i < t + n_rows; i++)
             std::memcpy(out.row(i, h) + n_out, tail.row(i, h),
                         4 * static_cast<size_t>(tail.shape[2]));
@@ -62,7 +62,7 @@ void run(const Args& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const Kernel mul_mat_heads = {
-    "MUL_MAT_HEADS", [](const Args& a) { return a.v[X].shape[1] * n_tiles(a); }, run};
+const Kernel mul_mat_heads = {"MUL_MAT_HEADS",
+                              [](const Args& a) { return a.v[X].shape[1] * n_tiles(a); }, run};
 
 }  // namespace gdn

@@ -156,8 +156,8 @@ const T* flat_row(const View& v, int64_t i) {
 Row row_of(const Args& a, int64_t pair) {
     const int64_t i = row_index(a, pair);
     if (!a.v[Q]) return {flat_row<float>(a.v[X], i), nullptr, nullptr, nullptr};
-    return {flat_row<float>(a.v[X], i), flat_row<int8_t>(a.v[Q], i),
-            flat_row<float>(a.v[SCALE], i), flat_row<int32_t>(a.v[SUM], i)};
+    return {flat_row<float>(a.v[X], i), flat_row<int8_t>(a.v[Q], i), flat_row<float>(a.v[SCALE], i),
+            flat_row<int32_t>(a.v[SUM], i)};
 }
 
 // Panels begin … end - 1 of an expert's matrix times n ≤ TILE of the expert's pairs.
@@ -237,13 +237,13 @@ void run(const Args& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const Kernel sort_by_expert = {
-    "SORT_BY_EXPERT", [](const Args&) { return int64_t{1}; }, sorting::run};
+const Kernel sort_by_expert = {"SORT_BY_EXPERT", [](const Args&) { return int64_t{1}; },
+                               sorting::run};
 const Kernel mul_mat_id = {
     "MUL_MAT_ID",
     [](const Args& a) { return products::tiles::n_tasks(a) + products::rows::n_tasks(a); },
     products::run};
-const Kernel sum_experts = {
-    "SUM_EXPERTS", [](const Args& a) { return a.rows(a.v[sums::OUT]); }, sums::run};
+const Kernel sum_experts = {"SUM_EXPERTS", [](const Args& a) { return a.rows(a.v[sums::OUT]); },
+                            sums::run};
 
 }  // namespace gdn

@@ -89,8 +89,7 @@ void q2_k(const uint8_t* b, int i, Columns& c) {
 void q3_k(const uint8_t* b, int i, Columns& c) {
     c.d = u16(b + 108);
     const uint8_t* qs = b + 32 + i / 4 * 32;
-    for (int j = 0; j < RECORD; j++)
-        c.q[j] = (qs[j] >> 2 * (i % 4) & 3) | (b[j] >> i & 1) << 2;
+    for (int j = 0; j < RECORD; j++) c.q[j] = (qs[j] >> 2 * (i % 4) & 3) | (b[j] >> i & 1) << 2;
     for (int g = 0; g < 2; g++) c.scale[g] = static_cast<uint8_t>(q3_scale(b + 96, 2 * i + g));
 }
 
@@ -287,14 +286,17 @@ void decode(F, const uint8_t* panel, int row, int64_t n_in, float* out) {
             if (F::IS_SUPER) {
                 const float s = F::HAS_MIN ? record[at] : static_cast<int8_t>(record[at]);
                 scale = half_at(head + 2 * row) * s;
-                if (F::HAS_MIN) min = half_at(head + 2 * (ROWS + row)) * record[F::SCALE_BYTES + at];
+                if (F::HAS_MIN)
+                    min = half_at(head + 2 * (ROWS + row)) * record[F::SCALE_BYTES + at];
             } else {
                 scale = half_at(record + 2 * at);
                 if (F::HAS_MIN) min = half_at(record + F::SCALE_BYTES + 2 * at);
             }
             int q = stored_value(record + F::HEAD_BYTES, F::BITS, row, k);
-            if (F::CODEBOOK) q = IQ4_VALUES[q];
-            else if (F::SIGNED) q = static_cast<int8_t>(q);
+            if (F::CODEBOOK)
+                q = IQ4_VALUES[q];
+            else if (F::SIGNED)
+                q = static_cast<int8_t>(q);
             out[i * RECORD + k] = scale * static_cast<float>(q - F::ZERO) - min;
         }
     }

@@ -31,7 +31,8 @@ GDN_INLINE void dot_words(const uint8_t* planes, const int8_t* const* x, vi (*do
         if (F::SIGNED) w = _mm512_xor_si512(w, _mm512_set1_epi8(-128));
 #pragma GCC unroll 8
         for (int t = 0; t < NT; t++)
-            sums[t] = _mm512_dpbusd_epi32(sums[t], w, _mm512_set1_epi32(load_as<int>(x[t] + 4 * i)));
+            sums[t] =
+                _mm512_dpbusd_epi32(sums[t], w, _mm512_set1_epi32(load_as<int>(x[t] + 4 * i)));
     });
     for (int t = 0; t < NT; t++) dot[t][0] = reinterpret_cast<vi>(sums[t]);
 #elif defined(__AVX2__)
@@ -106,8 +107,7 @@ GDN_INLINE void subtract_mins(const uint8_t* record, const Row* rows, int64_t i,
     for (int p = 0; p < PARTS; p++) {
         const vf min = min_of<F, G>(record, p);
 #pragma GCC unroll 8
-        for (int t = 0; t < NT; t++)
-            subtract_min(acc[t][p], min, scaled_sum<F, G>(rows[t], i));
+        for (int t = 0; t < NT; t++) subtract_min(acc[t][p], min, scaled_sum<F, G>(rows[t], i));
     }
 }
 
@@ -117,9 +117,8 @@ GDN_INLINE void for_groups(const uint8_t* block, int64_t first, Body f) {
     constexpr int N = F::IS_SUPER ? SUPER / RECORD : 1;
     block += F::SUPER_HEAD;
     for (int r = 0; r < N; r++, block += F::RECORD_BYTES)
-        for_constants<0, F::GROUPS>([&](auto group) __attribute__((always_inline)) {
-            f(block, first + r, group);
-        });
+        for_constants<0, F::GROUPS>(
+            [&](auto group) __attribute__((always_inline)) { f(block, first + r, group); });
 }
 
 // out[t] [16] = the panel's rows times row t. What records have in units of a super-block's scales
@@ -132,17 +131,20 @@ inline void panel_product(F, const uint8_t* panel, int64_t n_in, const Row* rows
     vf acc[NT][PARTS] = {};
     for (int64_t i = 0; i < n_in / RECORD; i += N, panel += BYTES) {
         vf scaled[NT][PARTS] = {}, mins[NT][PARTS] = {};
-        for_groups<F>(panel, i, [&](const uint8_t* record, int64_t r, auto group)
-                                    __attribute__((always_inline)) {
-            if (group == 0)
-                for (int b = 0; b < F::RECORD_BYTES; b += 64) __builtin_prefetch(record + b + AHEAD);
-            add_group<F, group, NT>(record, rows, r, F::IS_SUPER ? scaled : acc);
-        });
+        for_groups<F>(panel, i,
+                      [&](const uint8_t* record, int64_t r, auto group)
+                          __attribute__((always_inline)) {
+                              if (group == 0)
+                                  for (int b = 0; b < F::RECORD_BYTES; b += 64)
+                                      __builtin_prefetch(record + b + AHEAD);
+                              add_group<F, group, NT>(record, rows, r, F::IS_SUPER ? scaled : acc);
+                          });
         if constexpr (F::HAS_MIN)
-            for_groups<F>(panel, i, [&](const uint8_t* record, int64_t r, auto group)
-                                        __attribute__((always_inline)) {
-                subtract_mins<F, group, NT>(record, rows, r, F::IS_SUPER ? mins : acc);
-            });
+            for_groups<F>(
+                panel, i,
+                [&](const uint8_t* record, int64_t r, auto group) __attribute__((always_inline)) {
+                    subtract_mins<F, group, NT>(record, rows, r, F::IS_SUPER ? mins : acc);
+                });
         if constexpr (F::IS_SUPER)
             for (int p = 0; p < PARTS; p++)
                 for (int t = 0; t < NT; t++) {
@@ -158,7 +160,8 @@ inline void panel_product(F, const uint8_t* panel, int64_t n_in, const Row* rows
 template <Layout L>
 GDN_INLINE vf column(const uint8_t* panel, int64_t k, int p) {
     if (L == L_F32) return load(reinterpret_cast<const float*>(panel) + k * ROWS + p * W);
-    if (L == L_F16) return half_to_float(reinterpret_cast<const uint16_t*>(panel) + k * ROWS + p * W);
+    if (L == L_F16)
+        return half_to_float(reinterpret_cast<const uint16_t*>(panel) + k * ROWS + p * W);
     const vi pair = load_as<vi>(panel + k / 2 * WORD_BYTES + p * 4 * W);
     return from_bits(k % 2 ? pair & static_cast<int32_t>(0xffff0000) : pair << 16);
 }

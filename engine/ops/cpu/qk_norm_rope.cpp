@@ -78,9 +78,8 @@ void norm_and_turn(const float* x, const float* norm, float eps, int64_t size, c
         store_part(y + r.half + i, second * cos + first * sin, n);
     });
     const int64_t rest = 2 * r.half;
-    for_lanes(size - rest, [&](int64_t i, int n) {
-        store_part(y + rest + i, normed(rest + i, n), n);
-    });
+    for_lanes(size - rest,
+              [&](int64_t i, int n) { store_part(y + rest + i, normed(rest + i, n), n); });
 }
 
 void run_row(const Args& a, int64_t t, const Rotation& r, float* row) {

@@ -32,7 +32,7 @@ void run(const Args& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const Kernel rms_norm_gated = {
-    "RMS_NORM_GATED", [](const Args& a) { return a.rows(a.v[X]) * a.v[X].shape[1]; }, run};
+const Kernel rms_norm_gated = {"RMS_NORM_GATED",
+                               [](const Args& a) { return a.rows(a.v[X]) * a.v[X].shape[1]; }, run};
 
 }  // namespace gdn

@@ -34,7 +34,7 @@ void run(const Args& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const Kernel round_rows = {
-    "ROUND_ROWS", [](const Args& a) { return a.step->n_blocked * per_token(a); }, run};
+const Kernel round_rows = {"ROUND_ROWS",
+                           [](const Args& a) { return a.step->n_blocked * per_token(a); }, run};
 
 }  // namespace gdn

@@ -96,10 +96,10 @@ GDN_INLINE float reduce(vf v, F f) {
 GDN_INLINE v4 sums(vf a, vf b, vf c, vf d) {
     const auto add = [](auto x, auto y) { return x + y; };
     const v4 p = fold(a, add), q = fold(b, add), r = fold(c, add), s = fold(d, add);
-    const v4 pq = __builtin_shufflevector(p, q, 0, 4, 1, 5) +
-                  __builtin_shufflevector(p, q, 2, 6, 3, 7);
-    const v4 rs = __builtin_shufflevector(r, s, 0, 4, 1, 5) +
-                  __builtin_shufflevector(r, s, 2, 6, 3, 7);
+    const v4 pq =
+        __builtin_shufflevector(p, q, 0, 4, 1, 5) + __builtin_shufflevector(p, q, 2, 6, 3, 7);
+    const v4 rs =
+        __builtin_shufflevector(r, s, 0, 4, 1, 5) + __builtin_shufflevector(r, s, 2, 6, 3, 7);
     return __builtin_shufflevector(pq, rs, 0, 1, 4, 5) +
            __builtin_shufflevector(pq, rs, 2, 3, 6, 7);
 }

@@ -175,7 +175,7 @@ void run(const Args& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const Kernel ssm_conv = {
-    "SSM_CONV", [](const Args& a) { return a.rows(a.v[STATE_SRC]) * all_blocks(a); }, run};
+const Kernel ssm_conv = {"SSM_CONV",
+                         [](const Args& a) { return a.rows(a.v[STATE_SRC]) * all_blocks(a); }, run};
 
 }  // namespace gdn

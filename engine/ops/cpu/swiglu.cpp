@@ -49,7 +49,6 @@ void run(const Args& a, int64_t begin, int64_t end) {
 
 const Kernel swiglu = {
     "SWIGLU",
-    [](const Args& a) { return a.rows(a.v[GATE]) * rows_per_token(a.v[GATE]) * n_blocks(a); },
-    run};
+    [](const Args& a) { return a.rows(a.v[GATE]) * rows_per_token(a.v[GATE]) * n_blocks(a); }, run};
 
 }  // namespace gdn

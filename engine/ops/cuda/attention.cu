@@ -18,10 +18,9 @@ DEVICE void run_tile(const Args& a, char* memory) {
     const int group = a.v[Q].shape[1] / a.v[K_CACHE].shape[1], kv_head = blockIdx.y;
     const int min_rows = static_cast<int>(a.attr[1]);
     // The last tiles of a sequence see most positions: they come first.
-    const Found f = find(a.v[SEQ_STARTS], a.live + N_SEQS, gridDim.x - 1 - blockIdx.x,
-                         [&](int32_t n) {
-                             return n < min_rows ? 0 : (n * group + S::ROWS - 1) / S::ROWS;
-                         });
+    const Found f =
+        find(a.v[SEQ_STARTS], a.live + N_SEQS, gridDim.x - 1 - blockIdx.x,
+             [&](int32_t n) { return n < min_rows ? 0 : (n * group + S::ROWS - 1) / S::ROWS; });
     if (f.seq < 0) return;
     const int32_t begin = f.begin, n_rows = f.n_rows * group;
     const int32_t* positions = a.v[POSITIONS].as<int32_t>() + begin;
@@ -97,18 +96,18 @@ using LatentTiles = Shape<576, 512, 2, 4, 32, true>;
 }  // namespace gdn
 
 // Grid: (blocks for a row's chunks, key heads · parts of 16 heads of their groups, loose rows).
-#define LOOSE(NAME, ...)                                              \
-    KERNEL(attention_loose_##NAME, (__VA_ARGS__::THREADS)) {          \
-        using namespace gdn::attention_op;                            \
-        DYNAMIC_SHARED(memory);                                       \
-        run_loose<__VA_ARGS__>(a, memory);                            \
+#define LOOSE(NAME, ...)                                     \
+    KERNEL(attention_loose_##NAME, (__VA_ARGS__::THREADS)) { \
+        using namespace gdn::attention_op;                   \
+        DYNAMIC_SHARED(memory);                              \
+        run_loose<__VA_ARGS__>(a, memory);                   \
     }
 // Grid: (tiles, key heads).
-#define TILES(NAME, ...)                                              \
-    KERNEL(attention_tiles_##NAME, (__VA_ARGS__::THREADS)) {          \
-        using namespace gdn::attention_op;                            \
-        DYNAMIC_SHARED(memory);                                       \
-        run_tile<__VA_ARGS__>(a, memory);                             \
+#define TILES(NAME, ...)                                     \
+    KERNEL(attention_tiles_##NAME, (__VA_ARGS__::THREADS)) { \
+        using namespace gdn::attention_op;                   \
+        DYNAMIC_SHARED(memory);                              \
+        run_tile<__VA_ARGS__>(a, memory);                    \
     }
 
 LOOSE(64, gdn::attention_op::Shape<64, 64, 1, 4, 32>)

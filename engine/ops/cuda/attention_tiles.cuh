@@ -82,8 +82,14 @@ struct Tiles {
 
     // `memory`: two stages of keys and values, the queries too where they stay there, weights.
     DEVICE Tiles(const Args& a, int32_t seq, int head, char* shared, float* largest_, float* sums_)
-        : k(a.v[K_CACHE]), v(a.v[V_CACHE]), table(block_table(a, seq)), kv_head(head), shift(0),
-          memory(reinterpret_cast<half*>(shared)), largest(largest_), sums(sums_) {
+        : k(a.v[K_CACHE]),
+          v(a.v[V_CACHE]),
+          table(block_table(a, seq)),
+          kv_head(head),
+          shift(0),
+          memory(reinterpret_cast<half*>(shared)),
+          largest(largest_),
+          sums(sums_) {
         while ((1 << shift) < k.shape[2]) shift++;
         weights = memory + 2 * S::STAGE + (S::Q_IN_REGISTERS ? 0 : S::QUERIES);
     }

@@ -49,7 +49,6 @@ KERNEL(expand, 256) {
     if (i * RECORD >= n_in) return;
     const int n_rows = w.shape[0] - first < ROWS ? w.shape[0] - first : ROWS;
     uint16_t* out = a.v[OUT].as<uint16_t>() + static_cast<int64_t>(first) * n_in;
-    with_format(w.layout, [&](auto f) {
-        expand_record(f, panel_at(w, blockIdx.y), i, n_rows, n_in, out);
-    });
+    with_format(w.layout,
+                [&](auto f) { expand_record(f, panel_at(w, blockIdx.y), i, n_rows, n_in, out); });
 }

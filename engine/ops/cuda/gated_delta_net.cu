@@ -117,8 +117,10 @@ DEVICE void prepare(const Tiles<LANES, KDA>& tiles, int group, const float* beta
     };
     if (lane < 16) {
         to.b[row][column] = column <= row ? sum * between(column, row) : 0.0f;
-        if (column > row) to.a[column][row] = beta[column] * sum * between(row, column);
-        else to.a[column][row] = 0.0f;
+        if (column > row)
+            to.a[column][row] = beta[column] * sum * between(row, column);
+        else
+            to.a[column][row] = 0.0f;
     }
     if (lane < GROUP) {
         const float grown = between(-1, lane);
@@ -241,8 +243,10 @@ DEVICE void run_rows(const Args& a, char* memory) {
     const int n = place.n_grouped(a);
     Tiles<LANES, KDA> tiles{reinterpret_cast<float*>(memory), 0};
     auto keep_scalar = [&](float x, int stage) {
-        if (threadIdx.x < TILE) betas[stage][threadIdx.x] = x;
-        else if (threadIdx.x < 2 * TILE) decays[stage][threadIdx.x - TILE] = x;
+        if (threadIdx.x < TILE)
+            betas[stage][threadIdx.x] = x;
+        else if (threadIdx.x < 2 * TILE)
+            decays[stage][threadIdx.x - TILE] = x;
     };
     if (n > 0) {
         load_tile(tiles, a, place, 0, n, first, whole, whole_values);
@@ -292,13 +296,11 @@ DEVICE void run_step(const Args& a) {
 
 // Grid: (columns / (128 / LANES), value heads, sequences). Names end in LANES: a head's keys fit
 // into 16 · LANES.
-#define GATED_DELTA_NET(NAME, LANES, KDA)                      \
-    KERNEL(NAME##_step_##LANES, 128) {                         \
-        gdn::delta::run_step<LANES, KDA>(a);                   \
-    }                                                          \
-    KERNEL(NAME##_rows_##LANES, 128) {                         \
-        DYNAMIC_SHARED(memory);                                \
-        gdn::delta::run_rows<LANES, KDA>(a, memory);           \
+#define GATED_DELTA_NET(NAME, LANES, KDA)                                     \
+    KERNEL(NAME##_step_##LANES, 128) { gdn::delta::run_step<LANES, KDA>(a); } \
+    KERNEL(NAME##_rows_##LANES, 128) {                                        \
+        DYNAMIC_SHARED(memory);                                               \
+        gdn::delta::run_rows<LANES, KDA>(a, memory);                          \
     }
 
 GATED_DELTA_NET(delta_net, 4, false)

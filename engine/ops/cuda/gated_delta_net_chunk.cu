@@ -25,8 +25,8 @@ struct Chunks {
     DEVICE half* q() const { return w() + MATRIX; }
     DEVICE half* k() const { return w() + 2 * MATRIX; }
     DEVICE half* b() const { return w() + 3 * MATRIX; }
-    DEVICE half* state() const { return memory + STAGES * STAGE; }      // [COLUMNS, STEP]
-    DEVICE half* d() const { return state() + COLUMNS * STEP; }         // [CHUNK, D_STEP]
+    DEVICE half* state() const { return memory + STAGES * STAGE; }  // [COLUMNS, STEP]
+    DEVICE half* d() const { return state() + COLUMNS * STEP; }     // [CHUNK, D_STEP]
 
     DEVICE void load(const Record<WIDTH>& from) const {
         for (int i = threadIdx.x; i < 3 * MATRIX_PARTS; i += CHUNK_THREADS) {
@@ -201,10 +201,10 @@ DEVICE void run_chunks(const Args& a, char* memory) {
 }  // namespace gdn
 
 // Grid: (columns / COLUMNS, value heads, sequences).
-#define CHUNKS_OF(NAME, WIDTH, COLUMNS, STAGES, KDA)                                           \
-    KERNEL(NAME##_chunks_##WIDTH##_##COLUMNS, 256) {                                           \
-        DYNAMIC_SHARED(memory);                                                                \
-        gdn::delta::run_chunks<gdn::delta::Chunks<WIDTH, COLUMNS, STAGES>, KDA>(a, memory);    \
+#define CHUNKS_OF(NAME, WIDTH, COLUMNS, STAGES, KDA)                                        \
+    KERNEL(NAME##_chunks_##WIDTH##_##COLUMNS, 256) {                                        \
+        DYNAMIC_SHARED(memory);                                                             \
+        gdn::delta::run_chunks<gdn::delta::Chunks<WIDTH, COLUMNS, STAGES>, KDA>(a, memory); \
     }
 
 CHUNKS_OF(delta_net, 64, 32, 2, false)

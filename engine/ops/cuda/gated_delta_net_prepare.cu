@@ -254,11 +254,15 @@ DEVICE void prepare_chunk(const Args& a, char* memory) {
         cumulate(m, g.row(row, place.head), g.stride[0], n);
     }
     __syncthreads();
-    if constexpr (KDA) make_products_kda(m, to.b(), scale);
-    else make_products(m, to.b(), scale);
+    if constexpr (KDA)
+        make_products_kda(m, to.b(), scale);
+    else
+        make_products(m, to.b(), scale);
     __syncthreads();
-    if constexpr (KDA) write_decayed_kda(m, to, scale);
-    else write_decayed(m, to, scale);
+    if constexpr (KDA)
+        write_decayed_kda(m, to, scale);
+    else
+        write_decayed(m, to, scale);
     invert(m);
     for (int i = threadIdx.x; i < CHUNK * CHUNK; i += CHUNK_THREADS) {
         const int r = i / CHUNK, c = i % CHUNK;
@@ -289,10 +293,10 @@ DEVICE void prepare_chunk(const Args& a, char* memory) {
 }  // namespace gdn
 
 // Grid: (chunks, value heads).
-#define PREPARE(NAME, WIDTH, KDA)                          \
-    KERNEL(NAME##_prepare_##WIDTH, 256) {                  \
-        DYNAMIC_SHARED(memory);                            \
-        gdn::delta::prepare_chunk<WIDTH, KDA>(a, memory);  \
+#define PREPARE(NAME, WIDTH, KDA)                         \
+    KERNEL(NAME##_prepare_##WIDTH, 256) {                 \
+        DYNAMIC_SHARED(memory);                           \
+        gdn::delta::prepare_chunk<WIDTH, KDA>(a, memory); \
     }
 
 PREPARE(delta_net, 64, false)

@@ -36,9 +36,7 @@ DEVICE void run(const Args& a, int t, int h) {
         for (int j = 0; j < V; j++) w.v[j] *= is_silu ? silu(g.v[j]) : sigmoid(g.v[j]);
         return w;
     };
-    const auto scale = [&](float sum) {
-        return rsqrt_of(sum / static_cast<float>(n) + a.attr[0]);
-    };
+    const auto scale = [&](float sum) { return rsqrt_of(sum / static_cast<float>(n) + a.attr[0]); };
     norm_head<V>(a.v[X].row(t, h), a.v[OUT].row(t, h), n, scale, factor);
 }
 
@@ -65,7 +63,6 @@ KERNEL(rms_norm_gated, 256) {
     const int i = warp_number(), n_heads = x.shape[1], t = i / n_heads, h = i % n_heads;
     if (t >= a.rows(x)) return;
     bool fours = true;
-    for (int view = gated::OUT; view <= gated::WEIGHT; view++)
-        fours = fours && in_fours(a.v[view]);
+    for (int view = gated::OUT; view <= gated::WEIGHT; view++) fours = fours && in_fours(a.v[view]);
     fours ? gated::run<4>(a, t, h) : gated::run<1>(a, t, h);
 }

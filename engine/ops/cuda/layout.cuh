@@ -13,8 +13,22 @@ constexpr int WORD_BYTES = ROWS * 4;
 
 // The numbers of engine/ops/cpu/layout.h.
 enum Layout : int32_t {
-    L_F32, L_F16, L_BF16, L_Q4_0, L_Q4_1, L_Q5_0, L_Q5_1, L_Q8_0, L_IQ4_NL,
-    L_Q2_K, L_Q3_K, L_Q4_K, L_Q5_K, L_Q6_K, L_IQ4_XS, N_LAYOUTS
+    L_F32,
+    L_F16,
+    L_BF16,
+    L_Q4_0,
+    L_Q4_1,
+    L_Q5_0,
+    L_Q5_1,
+    L_Q8_0,
+    L_IQ4_NL,
+    L_Q2_K,
+    L_Q3_K,
+    L_Q4_K,
+    L_Q5_K,
+    L_Q6_K,
+    L_IQ4_XS,
+    N_LAYOUTS
 };
 
 template <int BITS_, int GROUP_, bool SUPER_, bool MIN_, int ZERO_, bool CODEBOOK_ = false>
@@ -72,8 +86,12 @@ DEVICE auto with_format(int32_t layout, F f) {
 }
 
 template <typename F>
-DEVICE constexpr bool is_plain(F) { return false; }
+DEVICE constexpr bool is_plain(F) {
+    return false;
+}
 template <Layout L>
-DEVICE constexpr bool is_plain(Plain<L>) { return true; }
+DEVICE constexpr bool is_plain(Plain<L>) {
+    return true;
+}
 
 }  // namespace gdn

@@ -43,8 +43,8 @@ EAGER_KERNEL_FOR(mul_mat_1, 512, 2) {
     float* sums = reinterpret_cast<float*>(slots + own_warps * slot_bytes);
     float *squares = sums + own_warps * width, *own = sums + own_warp * width;
     const int left = n_panels(w) - at.panel, n = n_in / RECORD;
-    Stream stream(w, at.panel, left < panels ? left : panels,
-                  slots + own_warp * slot_bytes, warp, n_warps);
+    Stream stream(w, at.panel, left < panels ? left : panels, slots + own_warp * slot_bytes, warp,
+                  n_warps);
     Row row = row_of(a);
     if (!is_plain_layout(w.layout)) {
         stream.fetch();

@@ -139,8 +139,10 @@ struct Pieces {
         if (first < n_records) Super<F>::fetch(F::super_block(panel, first), lane, super);
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            if (first + i < n_records) pieces[i].load(F::record(panel, first + i), lane);
-            else pieces[i].clear();
+            if (first + i < n_records)
+                pieces[i].load(F::record(panel, first + i), lane);
+            else
+                pieces[i].clear();
         }
     }
 };

@@ -107,8 +107,8 @@ DEVICE void load_tiles(Tiles& tiles, const Args& a, int h, int begin, int end, i
     for (int i = threadIdx.x; i < TILE_ROWS * CHUNK / 4; i += blockDim.x) {
         const int r = i / (CHUNK / 4), k = i % (CHUNK / 4) * 4;
         const int n = begin + r < end ? left - k : 0;
-        const Floats<4> part = load_part(n > 0 ? x.row(begin + r, h) + first + k : nullptr, n,
-                                         x_fours);
+        const Floats<4> part =
+            load_part(n > 0 ? x.row(begin + r, h) + first + k : nullptr, n, x_fours);
         for (int j = 0; j < 4; j++) tiles.x[k + j][r] = part.v[j];
     }
     for (int i = threadIdx.x; i < TILE_OUT * CHUNK / 4; i += blockDim.x) {

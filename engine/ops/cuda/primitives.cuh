@@ -59,13 +59,21 @@ DEVICE void wait_for_inputs() {
 }
 
 template <typename T>
-DEVICE T shuffle_xor(T x, int mask) { return __shfl_xor_sync(ALL_LANES, x, mask); }
+DEVICE T shuffle_xor(T x, int mask) {
+    return __shfl_xor_sync(ALL_LANES, x, mask);
+}
 template <typename T>
-DEVICE T shuffle(T x, int lane) { return __shfl_sync(ALL_LANES, x, lane); }
+DEVICE T shuffle(T x, int lane) {
+    return __shfl_sync(ALL_LANES, x, lane);
+}
 template <typename T>
-DEVICE T shuffle_down(T x, int by) { return __shfl_down_sync(ALL_LANES, x, by); }
+DEVICE T shuffle_down(T x, int by) {
+    return __shfl_down_sync(ALL_LANES, x, by);
+}
 template <typename T>
-DEVICE T shuffle_up(T x, int by) { return __shfl_up_sync(ALL_LANES, x, by); }
+DEVICE T shuffle_up(T x, int by) {
+    return __shfl_up_sync(ALL_LANES, x, by);
+}
 DEVICE uint32_t ballot(bool x) { return __ballot_sync(ALL_LANES, x); }
 DEVICE int32_t count_bits(uint32_t x) { return __popc(x); }
 DEVICE void sync_warp() { __syncwarp(); }
@@ -129,18 +137,24 @@ DEVICE int32_t dot4_unsigned(uint32_t a, int32_t b, int32_t c) {
 }
 
 // Weights are read once: 16 (or 8, 4) bytes past the L1 cache.
-struct alignas(16) Words4 { uint32_t w[4]; };
-struct alignas(8) Words2 { uint32_t w[2]; };
+struct alignas(16) Words4 {
+    uint32_t w[4];
+};
+struct alignas(8) Words2 {
+    uint32_t w[2];
+};
 DEVICE Words4 load_stream(const Words4* p) {
     Words4 v;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p));
+                 : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+                 : "l"(p));
     return v;
 }
 DEVICE Words2 load_stream(const Words2* p) {
     Words2 v;
     asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(v.w[0]), "=r"(v.w[1]) : "l"(p));
+                 : "=r"(v.w[0]), "=r"(v.w[1])
+                 : "l"(p));
     return v;
 }
 DEVICE uint32_t load_stream(const uint32_t* p) {
@@ -168,35 +182,42 @@ DEVICE void wait_copies() {
 DEVICE void load_matrices(uint32_t (&m)[4], const void* shared) {
     const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3]) : "r"(from) : "memory");
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(from)
+                 : "memory");
 }
 DEVICE void load_matrices_transposed(uint32_t (&m)[4], const void* shared) {
     const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3]) : "r"(from) : "memory");
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(from)
+                 : "memory");
 }
 
 // d += a · b of a warp's fragments: a [16, 16] row-major, b [16, 8] by columns, d [16, 8] float32
 // (mma.sync.m16n8k16; PTX ISA, "Matrix fragments for mma.m16n8k16").
 DEVICE void multiply_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
-                 "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 DEVICE void multiply_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
-                 "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 // d += a · b of a warp's fragments of signed bytes: a [16, 32] row-major, b [32, 8] by columns,
 // d [16, 8] int32 (mma.sync.m16n8k32). A register has 4 neighbouring bytes.
 DEVICE void multiply_int8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, "
-                 "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // The GPU's clock.

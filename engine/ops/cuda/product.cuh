@@ -10,7 +10,16 @@ namespace gdn {
 // columns.
 constexpr int MAX_WEIGHTS = 6;
 enum MulMat {
-    OUT, X = MAX_WEIGHTS, Q, SCALE, SUM, WEIGHT, GATE = WEIGHT + MAX_WEIGHTS, ADD, PARTIAL, COUNTERS
+    OUT,
+    X = MAX_WEIGHTS,
+    Q,
+    SCALE,
+    SUM,
+    WEIGHT,
+    GATE = WEIGHT + MAX_WEIGHTS,
+    ADD,
+    PARTIAL,
+    COUNTERS
 };
 
 // Which weight and panel a block has, the first of `panels`; of plain ones half a panel.

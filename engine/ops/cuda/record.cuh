@@ -11,7 +11,9 @@
 namespace gdn {
 
 template <typename T>
-DEVICE T load_words(const uint8_t* p) { return load_stream(reinterpret_cast<const T*>(p)); }
+DEVICE T load_words(const uint8_t* p) {
+    return load_stream(reinterpret_cast<const T*>(p));
+}
 
 // The codebook of IQ4, four int8 a word; a nibble counts from the lowest byte of the first.
 constexpr uint32_t IQ4_WORDS[4] = {0xbfad9881, 0xf6eaddcf, 0x26190d01, 0x71594535};

@@ -34,7 +34,7 @@ struct Row {
     const float *x, *more = nullptr, *factor = nullptr;
     float *total = nullptr, eps = 0.0f, squares = 0.0f;
     int source = AS_IT_IS, head = 0;  // Of gated rows, the size of heads.
-    bool aligned;  // All of them, to 16 bytes.
+    bool aligned;                     // All of them, to 16 bytes.
 
     // Columns k … k + 7 (8 neighbouring lanes have 64 columns, and so on); zeros if not `valid`.
     DEVICE Eight columns(int k, bool valid) {
@@ -104,8 +104,10 @@ struct Stream {
     int32_t offset, step, next_panel = 0;  // Of what is fetched next; to the batch after it.
 
     DEVICE Stream(const View& w, int first_panel, int n_panels_, char* slot_, int warp, int n_warps)
-        : panel(panel_at(w, first_panel)), slot(reinterpret_cast<uint8_t*>(slot_)),
-          panel_bytes(w.stride[w.rank - 2]), n_panels(n_panels_) {
+        : panel(panel_at(w, first_panel)),
+          slot(reinterpret_cast<uint8_t*>(slot_)),
+          panel_bytes(w.stride[w.rank - 2]),
+          n_panels(n_panels_) {
         with_format(w.layout, [&](auto f) {
             if constexpr (!is_plain(decltype(f){})) batch_bytes = f.batch_bytes();
         });
@@ -146,8 +148,10 @@ DEVICE void multiply_batch(const uint8_t* records, int count, const RowBatch& x,
     for (int i = 0; i < 2; i++) {
         const int at = 4 * i + c;
         Pair<F> pair;
-        if (at < count) pair.load(records + F::SUPER_HEAD + at * F::RECORD_BYTES, g);
-        else pair.clear();
+        if (at < count)
+            pair.load(records + F::SUPER_HEAD + at * F::RECORD_BYTES, g);
+        else
+            pair.clear();
         const uint32_t* own = g / 2 == c ? x.q[at][g % 2] : x.zeros;
         const auto* from = reinterpret_cast<const Words4*>(own);
         const Words4 b[2] = {from[0], from[1]};
@@ -163,15 +167,14 @@ DEVICE void multiply_batch(const uint8_t* records, int count, const RowBatch& x,
                 pair.piece(piece).words(piece, words);
                 multiply_int8(d, words, b[piece / 2].w[word], b[piece / 2].w[word + 1]);
             }
-            const int32_t sum =
-                F::GROUPS == 2 ? record.sum[group] : record.sum[0] + record.sum[1];
+            const int32_t sum = F::GROUPS == 2 ? record.sum[group] : record.sum[0] + record.sum[1];
             for (int r = 0; r < 2; r++) {
                 const int32_t dot = d[2 * r] * 128 + d[2 * r + 1] - F::ZERO * sum;
                 const float scale = record.scale * scale_of(head, super, group, r);
                 acc[r] = fmaf(static_cast<float>(dot), scale, acc[r]);
                 if (F::HAS_MIN)
-                    acc[r] -= min_of(head, super, group, r) *
-                              (record.scale * static_cast<float>(sum));
+                    acc[r] -=
+                        min_of(head, super, group, r) * (record.scale * static_cast<float>(sum));
             }
         }
     }

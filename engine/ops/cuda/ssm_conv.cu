@@ -23,7 +23,12 @@ DEVICE void run(const Args& a, const Channel& channel, int begin, int end) {
         const int first = starts[s], n = starts[s + 1] - first;
         if (first >= end) break;
         if (n <= 0) continue;
-        const Window<N_TAPS> window{a, channel, taps, n_taps, first, n,
+        const Window<N_TAPS> window{a,
+                                    channel,
+                                    taps,
+                                    n_taps,
+                                    first,
+                                    n,
                                     a.v[STATE_SRC].as<int32_t>()[s],
                                     a.v[STATE_DST].as<int32_t>()[s]};
         const int history = n_taps - 1 < n ? n_taps - 1 : n;  // Rows that look into it.

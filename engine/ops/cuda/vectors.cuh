@@ -11,9 +11,13 @@ struct alignas(4 * V) Floats {
 };
 
 template <int V>
-DEVICE Floats<V> load(const float* p) { return *reinterpret_cast<const Floats<V>*>(p); }
+DEVICE Floats<V> load(const float* p) {
+    return *reinterpret_cast<const Floats<V>*>(p);
+}
 template <int V>
-DEVICE void store(float* p, Floats<V> x) { *reinterpret_cast<Floats<V>*>(p) = x; }
+DEVICE void store(float* p, Floats<V> x) {
+    *reinterpret_cast<Floats<V>*>(p) = x;
+}
 
 // Whether all rows of a view can be taken four floats at a time; an absent one doesn't matter.
 DEVICE bool in_fours(const View& view) {

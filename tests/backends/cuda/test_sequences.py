@@ -12,7 +12,6 @@ import pytest
 
 from engine.backends.cuda.backend import CudaBackend
 from engine.backends.cuda.device import Device
-from engine.backends.cuda.lower import gated_delta_net as cuda_sequences
 from engine.formats.quants import F16, F32, numpy_dtype
 from engine.graph import Kind, Op, Tensor
 from engine.ops import OPS
@@ -291,7 +290,7 @@ def test_rows_do_not_depend_on_the_batch(
     )
     operands = case.make(np.random.default_rng(seed))
     together = run(ATTENTION, operands, case.attrs, make_device(seed))
-    monkeypatch.setattr(cuda_sequences, "_PARTIALS_BYTES", 0)
+    monkeypatch.setattr("engine.backends.cuda.lower.attention._PARTIALS_BYTES", 0)
     np.testing.assert_array_equal(run(ATTENTION, operands, case.attrs, make_device(seed)), together)
     monkeypatch.undo()
     starts = np.cumsum([0, *lengths])

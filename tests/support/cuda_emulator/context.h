@@ -80,8 +80,8 @@ emulator_switch:
 
 // A context that calls `entry`, which never returns.
 inline void make_context(Context& c, char* stack, size_t size, void (*entry)()) {
-    uintptr_t* top = reinterpret_cast<uintptr_t*>(
-        (reinterpret_cast<uintptr_t>(stack) + size) & ~static_cast<uintptr_t>(15));
+    uintptr_t* top = reinterpret_cast<uintptr_t*>((reinterpret_cast<uintptr_t>(stack) + size) &
+                                                  ~static_cast<uintptr_t>(15));
     uintptr_t* frame = top - FRAME;
     for (int i = 0; i < FRAME; i++) frame[i] = 0;
     frame[RETURN] = reinterpret_cast<uintptr_t>(entry);

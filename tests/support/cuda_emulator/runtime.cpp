@@ -110,8 +110,8 @@ void start_fiber(unsigned thread) {
 
 // Says where the threads are that did not end, once none can go on.
 void fail_stuck() {
-    int n = std::snprintf(error, sizeof(error), "%u of %u threads returned", now.n_done,
-                          now.n_threads);
+    int n =
+        std::snprintf(error, sizeof(error), "%u of %u threads returned", now.n_done, now.n_threads);
     const auto add = [&](const char* format, auto... values) {
         n += std::snprintf(error + n, sizeof(error) - static_cast<size_t>(n), format, values...);
     };
@@ -188,7 +188,7 @@ struct Signals {
         mine.ss_sp = stack.data();
         mine.ss_size = stack.size();
         sigaltstack(&mine, &stack_before);
-        struct sigaction action {};
+        struct sigaction action{};
         action.sa_sigaction = on_signal;
         action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
         for (int i = 0; i < 3; i++) sigaction(SIGNALS[i], &action, &before[i]);

@@ -17,8 +17,14 @@ DEVICE void convolve_row(const Args& a, const Channel& channel, int t) {
     const int n_taps = N_TAPS ? N_TAPS : a.v[WEIGHT].shape[1];
     float taps[N_TAPS ? N_TAPS : MAX_TAPS];
     for (int j = 0; j < n_taps; j++) taps[j] = channel.weight[j];
-    const Window<N_TAPS> window{a, channel, taps, n_taps, t, 1,
-                                a.v[STATE_SRC].as<int32_t>()[t], a.v[STATE_DST].as<int32_t>()[t]};
+    const Window<N_TAPS> window{a,
+                                channel,
+                                taps,
+                                n_taps,
+                                t,
+                                1,
+                                a.v[STATE_SRC].as<int32_t>()[t],
+                                a.v[STATE_DST].as<int32_t>()[t]};
     window.convolve(0, 1);
     window.save_all(t);
 }

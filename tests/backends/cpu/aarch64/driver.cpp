@@ -116,7 +116,9 @@ int main(int argc, char** argv) {
     void* team = function<void*(int)>("gdn_team_create")(std::atoi(argv[2]));
     for (;;) {
         switch (word()) {
-            case 0: answer(function<int32_t(int)>("gdn_layout_of")(static_cast<int>(word()))); break;
+            case 0:
+                answer(function<int32_t(int)>("gdn_layout_of")(static_cast<int>(word())));
+                break;
             case 1: {
                 const int64_t layout = word(), n_in = word();
                 answer(function<int64_t(int32_t, int64_t)>("gdn_panel_bytes")(

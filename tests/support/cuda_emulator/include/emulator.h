@@ -52,10 +52,10 @@ void finish_groups(int n_left);
 }  // namespace emulator
 
 // Vector types and functions that CUDA has without a header.
-#define VECTOR_TYPES(T, NAME)                                                      \
-    struct alignas(2 * sizeof(T)) NAME##2 { T x, y; };                             \
-    struct alignas(4 * sizeof(T)) NAME##4 { T x, y, z, w; };                       \
-    inline NAME##2 make_##NAME##2(T x, T y) { return {x, y}; }                     \
+#define VECTOR_TYPES(T, NAME)                                  \
+    struct alignas(2 * sizeof(T)) NAME##2 { T x, y; };         \
+    struct alignas(4 * sizeof(T)) NAME##4 { T x, y, z, w; };   \
+    inline NAME##2 make_##NAME##2(T x, T y) { return {x, y}; } \
     inline NAME##4 make_##NAME##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 VECTOR_TYPES(float, float)
 VECTOR_TYPES(int, int)
@@ -63,9 +63,13 @@ VECTOR_TYPES(unsigned, uint)
 #undef VECTOR_TYPES
 
 template <typename T>
-inline T min(T a, T b) { return b < a ? b : a; }
+inline T min(T a, T b) {
+    return b < a ? b : a;
+}
 template <typename T>
-inline T max(T a, T b) { return a < b ? b : a; }
+inline T max(T a, T b) {
+    return a < b ? b : a;
+}
 inline float __uint_as_float(unsigned u) {
     float f;
     std::memcpy(&f, &u, 4);
@@ -84,4 +88,6 @@ inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 3
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 template <typename T>
-inline T __ldg(const T* p) { return *p; }
+inline T __ldg(const T* p) {
+    return *p;
+}

@@ -6,11 +6,11 @@
 #include "emulator.h"
 
 #define DEVICE inline
-#define KERNEL(NAME, THREADS)                                                            \
-    extern "C" {                                                                         \
-    __attribute__((visibility("default"))) extern const int32_t NAME##_threads;          \
-    const int32_t NAME##_threads = THREADS;                                              \
-    }                                                                                    \
+#define KERNEL(NAME, THREADS)                                                   \
+    extern "C" {                                                                \
+    __attribute__((visibility("default"))) extern const int32_t NAME##_threads; \
+    const int32_t NAME##_threads = THREADS;                                     \
+    }                                                                           \
     extern "C" __attribute__((visibility("default"))) void NAME(const gdn::Args& a)
 #define KERNEL_FOR(NAME, THREADS, BLOCKS) KERNEL(NAME, THREADS)
 #define EAGER_KERNEL_FOR(NAME, THREADS, BLOCKS) KERNEL(NAME, THREADS)
@@ -53,13 +53,21 @@ T shuffled(const char* what, T x, int argument) {
 }
 
 template <typename T>
-DEVICE T shuffle_xor(T x, int mask) { return shuffled<from_xor>("shuffle_xor", x, mask); }
+DEVICE T shuffle_xor(T x, int mask) {
+    return shuffled<from_xor>("shuffle_xor", x, mask);
+}
 template <typename T>
-DEVICE T shuffle(T x, int lane) { return shuffled<from_lane>("shuffle", x, lane); }
+DEVICE T shuffle(T x, int lane) {
+    return shuffled<from_lane>("shuffle", x, lane);
+}
 template <typename T>
-DEVICE T shuffle_down(T x, int by) { return shuffled<from_above>("shuffle_down", x, by); }
+DEVICE T shuffle_down(T x, int by) {
+    return shuffled<from_above>("shuffle_down", x, by);
+}
 template <typename T>
-DEVICE T shuffle_up(T x, int by) { return shuffled<from_below>("shuffle_up", x, by); }
+DEVICE T shuffle_up(T x, int by) {
+    return shuffled<from_below>("shuffle_up", x, by);
+}
 
 struct Voted {
     bool vote;
@@ -167,8 +175,12 @@ DEVICE int32_t dot4_unsigned(uint32_t a, int32_t b, int32_t c) {
     return c;
 }
 
-struct alignas(16) Words4 { uint32_t w[4]; };
-struct alignas(8) Words2 { uint32_t w[2]; };
+struct alignas(16) Words4 {
+    uint32_t w[4];
+};
+struct alignas(8) Words2 {
+    uint32_t w[2];
+};
 template <typename T>
 DEVICE T load_stream(const T* p) {
     emulator::check("load_stream", p, sizeof(T), false);
@@ -182,7 +194,9 @@ DEVICE void copy_async(void* shared, const void* global, bool valid = true) {
 }
 DEVICE void fence_copies() { emulator::close_group(); }
 template <int N>
-DEVICE void wait_copies() { emulator::finish_groups(N); }
+DEVICE void wait_copies() {
+    emulator::finish_groups(N);
+}
 
 // A lane's part of load_matrices: a row of 8 elements it points to, and what it gets.
 struct Loaded {
