@@ -147,8 +147,7 @@ class Live:
     """Live counts of one batch, for costs and for kernels.
 
     `kv_rows`: cached positions summed over sequences; `kv_pairs`: over tokens (each token's own).
-    `blocks`: (first row, rows) of the tokens that a backend may compute together, see
-    engine.batch.row_blocks.
+    `chunks`: (cached positions, rows) of each sequence, in the order of rows.
     """
 
     n_tokens: int
@@ -156,7 +155,7 @@ class Live:
     n_outputs: int
     kv_rows: int = 0
     kv_pairs: int = 0
-    blocks: tuple[tuple[int, int], ...] = ()
+    chunks: tuple[tuple[int, int], ...] = ()
 
     def dim(self, name: str) -> int | None:
         """The live count of a `Dim`, or None if it always has its capacity (slots, blocks)."""

@@ -84,7 +84,7 @@ class Products:
                 mul_mat_id(graph, f"n{i}", x, ids, w, weights=shares if summed else None)
             else:
                 mul_mat(graph, f"n{i}", x, w)
-        self._backend.load_weights([], RandomWeights(dtype, int(np.prod(shape))))
+        self._backend.load_weights(graph.nodes, RandomWeights(dtype, int(np.prod(shape))))
         self._program = self._backend.compile(Split(self._backend, graph.nodes))
         rng = np.random.default_rng(0)
         self._backend.write(x, rng.normal(size=tuple(map(int, x_shape))))

@@ -25,7 +25,6 @@ from engine.ops import OPS
 from engine.ops.cases import Case, single_node_graph
 from engine.ops.gated_delta_net import random_operands
 from engine.placement.place import place
-from engine.runtime.batch import row_blocks
 from engine.runtime.executor import Executable
 
 OP, SIZE, SECONDS = OPS["GATED_DELTA_NET"], 128, 0.25
@@ -49,7 +48,7 @@ class Call:
             if operand.kind is Kind.STATE:
                 self._backend.states.arrays[tensors[name]][:] = operand.values
         self._inputs = {m: o.values for m, o in operands.items() if o.kind is Kind.INPUT}
-        self._live = Live(n, 1, 0, blocks=row_blocks([0], [n]))
+        self._live = Live(n, 1, 0, chunks=((0, n),))
 
     def seconds(self) -> float:
         """How long the kernel takes."""

@@ -71,12 +71,6 @@ class StateStore(Protocol):
     def copy(self, dim: str, source: int, target: int) -> None:
         """Copy a slot or block of every layer."""
 
-    def save(self, dim: str, index: int) -> dict[str, Array]:
-        """A slot's or block's contents by state tensor name."""
-
-    def load(self, dim: str, index: int, contents: Mapping[str, Array]) -> None:
-        """The reverse of `save`."""
-
 
 class WeightSource(Protocol):
     """Where weights come from: a GGUFFile, or whatever a test makes up."""
@@ -109,8 +103,8 @@ class Backend(Protocol):
     def free_bytes(self) -> int | None:
         """What is left of a memory of its own; None if it uses the machine's."""
 
-    def load_weights(self, weights: Sequence[Tensor], source: WeightSource) -> None:
-        """Take the weights of its nodes."""
+    def load_weights(self, nodes: Sequence[Node], source: WeightSource) -> None:
+        """Load the weights of its nodes, before programs are compiled."""
 
     def allocate_states(self, states: Sequence[Tensor]) -> None:
         """Make room for the states of its nodes; contents are arbitrary until written."""

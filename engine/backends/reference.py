@@ -45,17 +45,16 @@ class ReferenceBackend:
 
     def weight_bytes(self, nodes: Sequence[Node]) -> int:
         """Decoded weights, as far as they are kept."""
-        used = {t.base for node in nodes for t in node.inputs.values() if t.kind is Kind.WEIGHT}
-        decoded = sum(math.prod(t.shape) for t in used) * self.dtype.itemsize
+        decoded = sum(math.prod(t.shape) for t in _weights_of(nodes)) * self.dtype.itemsize
         return min(decoded, self._weights.limit)
 
     def free_bytes(self) -> int | None:
         """It uses the machine's memory."""
         return None
 
-    def load_weights(self, weights: Sequence[Tensor], source: WeightSource) -> None:
-        """Nothing is read before a node needs it."""
-        for tensor in weights:
+    def load_weights(self, nodes: Sequence[Node], source: WeightSource) -> None:
+        """Remember the bytes: a weight is decoded when a node first needs it."""
+        for tensor in _weights_of(nodes):
             self._weights.add(tensor, source.raw(tensor.name))
 
     def allocate_states(self, states: Sequence[Tensor]) -> None:
@@ -109,6 +108,12 @@ class ReferenceBackend:
         """Release activations."""
         for tensor in tensors:
             self._values.pop(tensor, None)
+
+
+def _weights_of(nodes: Sequence[Node]) -> list[Tensor]:
+    """The weights that nodes read, each once."""
+    operands = (t for node in nodes for t in node.inputs.values())
+    return list(dict.fromkeys(t.base for t in operands if t.kind is Kind.WEIGHT))
 
 
 class ReferenceProgram:

@@ -27,7 +27,7 @@ class Executable:
     def __init__(self, plan: Plan, source: WeightSource) -> None:
         self.plan = plan
         for backend in plan.backends:
-            backend.load_weights(plan.tensors_of(backend, Kind.WEIGHT), source)
+            backend.load_weights(plan.nodes_of(backend), source)
             backend.allocate_states(plan.tensors_of(backend, Kind.STATE))
             backend.declare_inputs(plan.tensors_of(backend, Kind.INPUT))
         self._programs = [(split, split.backend.compile(split)) for split in plan.splits]

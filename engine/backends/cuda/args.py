@@ -6,9 +6,8 @@ import numpy as np
 
 from engine.backends.native.views import MAX_RANK
 
-# As in kernel.cuh.
+# As in kernel.cuh; VIEW and ARGS are its View and Args.
 MAX_VIEWS, MAX_ATTRS = 22, 8
-# View and Args.
 VIEW = np.dtype(
     [
         ("data", "u8"),

@@ -38,7 +38,6 @@ class CudaBackend:
         self.states = DeviceStates(device)
         self.weights = CudaWeights(device, cpu_library.load())
         self.inputs, self.draws = InputRegion(device), draws_input(0)
-        self._source: WeightSource | None = None
         self._fixed: dict[Tensor, Memory] = {}
         self._live: Live | None = None
 
@@ -57,10 +56,9 @@ class CudaBackend:
         """What the device has left, but for what libraries take when they are first used."""
         return max(0, self.device.free_bytes() - _RESERVED_BYTES)
 
-    def load_weights(self, weights: Sequence[Tensor], source: WeightSource) -> None:
-        """Weights are packed when it is known what reads them: by `compile`."""
-        self._source = source
+    def load_weights(self, nodes: Sequence[Node], source: WeightSource) -> None:
         self.device.prepare()
+        self.weights.load(*used_packed(nodes), source)
 
     def allocate_states(self, states: Sequence[Tensor]) -> None:
         """States on the device, zeros."""
@@ -73,11 +71,6 @@ class CudaBackend:
         self.inputs = InputRegion(self.device, [*inputs, self.draws])
 
     def compile(self, split: Split) -> CudaProgram:
-        """Load the split's weights and lay out its program."""
-        packed, plain = used_packed(split.nodes)
-        assert self._source is not None or not (packed or plain)
-        if self._source is not None:
-            self.weights.load(packed, plain, self._source)
         return CudaProgram(self, split)
 
     def decoder(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from engine.backends.cuda.launches import Lowering
@@ -17,7 +16,7 @@ from engine.backends.cuda.lower.common import Between
 from engine.backends.cuda.lower.mul_mat import lower_mul_mat
 from engine.backends.cuda.lower.simple import add_small
 from engine.backends.native.buffers import Ref
-from engine.backends.native.fusion import Uses
+from engine.backends.native.fusion import Fusion, Readers
 from engine.backends.native.signatures import SIGNATURES, is_quantized, matrices_of
 from engine.graph import Live, Node
 
@@ -25,16 +24,7 @@ from engine.graph import Live, Node
 _CHANNELS = 128
 
 
-@dataclass(frozen=True)
-class Fusion:
-    """Consecutive nodes of ops `pattern`, where `supports(nodes, uses)` says yes."""
-
-    pattern: tuple[str, ...]
-    supports: Callable[[Sequence[Node], Uses], bool]
-    lower: Callable[[Lowering, Sequence[Node]], None]
-
-
-def _are_delta_net_inputs(nodes: Sequence[Node], uses: Uses) -> bool:
+def _are_delta_net_inputs(nodes: Sequence[Node], readers: Readers) -> bool:
     """A convolution whose first channels are heads, each within 128 of them, that are scaled."""
     conv, norm = nodes[:2]
     x, (out,) = norm.inputs["x"], conv.outputs
@@ -83,31 +73,31 @@ def _lower_row_of(
     cuda_row.lower_row(lowering, product, outs, make(nodes))
 
 
-def _is_read_alone(nodes: Sequence[Node], uses: Uses) -> bool:
+def _is_read_alone(nodes: Sequence[Node], readers: Readers) -> bool:
     """Whether nothing but a product reads what comes before it, and all of that."""
     before, product = nodes
     out, x = before.outputs[0], product.inputs["x"]
     is_whole = x.base is out and math.prod(x.shape) == math.prod(out.shape)
-    return is_whole and uses.only_by(out, product)
+    return is_whole and readers.only_by(out, product)
 
 
-def _reads_swiglu(nodes: Sequence[Node], uses: Uses) -> bool:
+def _reads_swiglu(nodes: Sequence[Node], readers: Readers) -> bool:
     act, product = nodes
     is_row = len(act.outputs) == 1 and len(act.outputs[0].shape) == 2
-    return is_row and _is_quantized(product) and _is_read_alone(nodes, uses)
+    return is_row and _is_quantized(product) and _is_read_alone(nodes, readers)
 
 
-def _reads_gated(nodes: Sequence[Node], uses: Uses) -> bool:
+def _reads_gated(nodes: Sequence[Node], readers: Readers) -> bool:
     """Heads without gaps, of which a warp's columns have whole ones."""
     norm, product = nodes
     head = norm.inputs["x"].shape[2]
     dense = all(norm.inputs[name].strides[1] == head for name in ("x", "gate"))
     whole = head in (8, 16, 32, 64, 128, 256)
-    return dense and whole and _is_quantized(product) and _is_read_alone(nodes, uses)
+    return dense and whole and _is_quantized(product) and _is_read_alone(nodes, readers)
 
 
-def _reads_norm(nodes: Sequence[Node], uses: Uses) -> bool:
-    return cuda_row.is_worth_a_norm(matrices_of(nodes[1])) and _is_read_alone(nodes, uses)
+def _reads_norm(nodes: Sequence[Node], readers: Readers) -> bool:
+    return cuda_row.is_worth_a_norm(matrices_of(nodes[1])) and _is_read_alone(nodes, readers)
 
 
 def _is_quantized(product: Node) -> bool:

@@ -7,22 +7,17 @@ work on, live counts included, is the contents of device memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from engine.backends.base import Array
 from engine.backends.cuda.args import MAX_ATTRS, MAX_VIEWS
 from engine.backends.cuda.device import Captured, Device, Grid
 from engine.backends.cuda.weights import CudaWeights
-from engine.backends.native.buffers import Arena, Ref, Scratch, Zeros, place_buffers
-from engine.backends.native.signatures import is_packed
-from engine.backends.native.views import DIMS, DTYPES
-from engine.formats.quants import F32, I32
-from engine.graph import Dim, Kind, Live, Node, Tensor
+from engine.backends.native.buffers import Ref, Scratch, Zeros
+from engine.formats.quants import I32
+from engine.graph import Live, Node, Tensor
 
 # Sequences of a decode step that is captured: up to each of these numbers.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
@@ -149,11 +144,6 @@ class Lowering:
             self._shared[key] = [Scratch(tuple(shape), dtype) for shape, dtype in shapes]
         return self._shared[key], is_new
 
-    def place(self, arena: Arena[Any], outside: Iterable[Any]) -> None:
-        """Find room for all activations and buffers that are not `outside`, with fixed places."""
-        steps = ((i, step.nodes, step.operands) for i, step in enumerate(self.steps))
-        place_buffers(steps, arena, outside)
-
 
 def bucket_of(live: Live) -> int | None:
     """The bucket of a decode step that is captured; None for other steps."""
@@ -178,34 +168,3 @@ class Replays:
             most = Live(bucket, bucket, bucket)
             self.captured[bucket] = self._device.capture(lambda: self._launch(most))
         self.captured[bucket].replay()
-
-
-def fill_view(record: Array, ref: Ref, step: Step, address: int, weights: CudaWeights) -> None:
-    """Write an operand's record of VIEW; `address` is that of its base, but of weights."""
-    if ref is None:
-        return
-    shape: Sequence[int] = ref.shape
-    if isinstance(ref, Scratch):
-        strides = [int(np.prod(shape[i + 1 :])) for i in range(len(shape))]
-        dtype, layout = ref.dtype if isinstance(ref.dtype, int) else DTYPES[ref.dtype], 0
-    elif ref.kind is Kind.WEIGHT and _is_packed(ref, step):
-        address, strides, dtype, layout = weights.packed_strides(ref)
-    else:
-        dtype = DTYPES[F32 if ref.kind is Kind.WEIGHT else ref.dtype]
-        strides, layout = list(ref.strides), 0
-        address += ref.offset * (2 if ref.dtype.name == "F16" and dtype != DTYPES[F32] else 4)
-    record["data"], record["rank"] = address, len(shape)
-    record["shape"][: len(shape)] = shape
-    record["stride"][: len(strides)] = strides
-    record["dtype"], record["layout"] = dtype, layout
-    first = shape[0] if shape else 0
-    if isinstance(first, Dim) and first.name in DIMS:
-        record["dim"] = DIMS.index(first.name)
-
-
-def _is_packed(weight: Tensor, step: Step) -> bool:
-    return any(
-        t is weight and is_packed(node, name)
-        for node in step.nodes
-        for name, t in node.inputs.items()
-    )

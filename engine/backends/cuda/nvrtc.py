@@ -16,7 +16,8 @@ from pathlib import Path
 
 from engine.errors import EngineError
 
-SOURCES = Path(__file__).resolve().parents[2] / "ops" / "cuda"
+SHARED = Path(__file__).resolve().parents[2] / "ops"
+SOURCES = SHARED / "cuda"
 _OPTIONS = ("--std=c++17", "--fmad=true", "-default-device")
 
 
@@ -31,8 +32,12 @@ def sources() -> list[str]:
 
 @cache
 def _headers() -> dict[str, str]:
-    paths = [*SOURCES.glob("*.cuh"), *SOURCES.glob("fused/*.cuh")]
-    return {str(p.relative_to(SOURCES)): p.read_text() for p in sorted(paths)}
+    """Headers by the names that sources include, with those that the CPU's kernels share."""
+    return {
+        str(p.relative_to(root)): p.read_text()
+        for root, pattern in ((SHARED, "*.h"), (SOURCES, "**/*.cuh"))
+        for p in sorted(root.glob(pattern))
+    }
 
 
 def compile_source(name: str, target: str, more_options: tuple[str, ...] = ()) -> bytes:

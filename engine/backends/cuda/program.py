@@ -7,20 +7,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from engine.backends.base import Array, Instruction, Split
+from engine.backends.base import Array, Split
 from engine.backends.cuda.args import ARGS
 from engine.backends.cuda.device import CudaError, Device, Gemm, Grid, Memory
 from engine.backends.cuda.fusion import FUSIONS
 from engine.backends.cuda.inputs import InputRegion
-from engine.backends.cuda.launches import Kernel, Lowering, Product, Replays, Step, fill_view
+from engine.backends.cuda.launches import Kernel, Lowering, Product, Replays, Step
 from engine.backends.cuda.lower.ops import add_node
 from engine.backends.cuda.states import DeviceStates
 from engine.backends.cuda.weights import CudaWeights
-from engine.backends.native.buffers import Arena, Ref, Zeros, owner_of
-from engine.backends.native.fusion import Uses, grouped
-from engine.backends.native.program import NativeProgram
+from engine.backends.native.buffers import Zeros
+from engine.backends.native.program import NativeProgram, write_operand
 from engine.formats.quants import numpy_dtype
-from engine.graph import Kind, Live, Node, Tensor
+from engine.graph import Live, Node, Tensor
 
 # What the host takes at most to launch a kernel and record an event.
 _LAUNCH_SECONDS = 50e-6
@@ -44,35 +43,28 @@ class Host(Protocol):
         """Bring inputs and live counts to the device."""
 
 
-class CudaProgram(NativeProgram):
+class CudaProgram(NativeProgram[Host]):
     """A compiled split."""
 
-    def __init__(self, backend: Host, split: Split, fused: bool = True) -> None:
-        super().__init__(split, fused)
-        self._backend, self._device = backend, backend.device
+    def __init__(self, host: Host, split: Split, fused: bool = True) -> None:
+        super().__init__(host, split, fused)
+        self._device = host.device
         self._kept: dict[tuple[int, int, int], Mapping[int, Grid | Gemm]] = {}
-        lowering = Lowering(backend.device, backend.weights, backend.batch_invariant)
-        uses = Uses.of(split.nodes, split.keeps)
-        fusions = FUSIONS if fused and not backend.batch_invariant else ()
-        for fusion, group in grouped(split.nodes, uses, fusions):
-            first = len(lowering.steps)
-            if fusion is None:
-                add_node(lowering, group[0])
-            else:
-                fusion.lower(lowering, group)
-            self._spans[group[0]] = range(first, len(lowering.steps))
+        lowering = Lowering(host.device, host.weights, host.batch_invariant)
+        self._lower(lowering, () if host.batch_invariant else FUSIONS, add_node)
         self._steps = lowering.steps
         self._zeros = self._allocate_zeros()
-        arena: Arena[Any] = Arena()
-        lowering.place(arena, self.outside | self._zeros.keys())
-        self._offsets = arena.offsets
-        self._arena = self._device.allocate(arena.size)
+        self._addresses |= {ref: memory.address for ref, memory in self._zeros.items()}
+        self._place(self._steps, range(len(self._steps)))
         self._functions: list[int] = []
         self._args = np.zeros(len(self._steps), ARGS)
         for args, step in zip(self._args, self._steps, strict=True):
             self._prepare(args, step)
         self.replays = Replays(self._device, self.launch)
-        self.instructions = [Instruction(step.name, tuple(step.nodes)) for step in self._steps]
+
+    def _allocate(self, n_bytes: int) -> int:
+        self._arena = self._device.allocate(n_bytes)
+        return self._arena.address
 
     def _allocate_zeros(self) -> dict[Any, Memory]:
         zeros: dict[Any, Memory] = {}
@@ -88,34 +80,17 @@ class CudaProgram(NativeProgram):
             return
         self._functions.append(self._device.function(step.source, step.name, step.shared))
         for i, ref in enumerate(step.operands):
-            fill_view(args["v"][i], ref, step, self._address(ref), self._backend.weights)
+            address = self._address(ref)
+            write_operand(args["v"][i], ref, step.nodes, address, self._host.weights)
         args["attr"][: len(step.attrs)] = step.attrs
-        args["live"] = self._backend.inputs.live_address
-
-    def _address(self, ref: Ref) -> int:
-        """Where an operand's base lies; 0 for packed weights, whose view knows better."""
-        owner = owner_of(ref)
-        if owner is None:
-            return 0
-        if owner in self._offsets:
-            return self._arena.address + int(self._offsets[owner])
-        if owner in self._zeros:
-            return self._zeros[owner].address
-        if owner.kind is Kind.WEIGHT:
-            return self._backend.weights.plain_or_zero(owner)
-        if owner.kind is Kind.STATE:
-            return self._backend.states.address(owner)
-        return self._backend.fixed(owner)
-
-    def _compile_unfused(self) -> CudaProgram:
-        return CudaProgram(self._backend, self._split, fused=False)
+        args["live"] = self._host.inputs.live_address
 
     def _run_all(self, live: Live) -> None:
-        self._backend.begin(live)
+        self._host.begin(live)
         self.replays.run(live)
 
     def _begin(self, live: Live) -> None:
-        self._backend.begin(live)
+        self._host.begin(live)
 
     def _run_node(self, node: Node, steps: range, live: Live) -> None:
         self._launch(steps, live)
@@ -164,15 +139,13 @@ class CudaProgram(NativeProgram):
         assert step.a is not None
         m = live.shape(step.out.shape)[0]
         n, k = step.b.shape[-2:]
-        if isinstance(step.b, Tensor):
-            b = self._backend.weights.bf16(step.b)
-        else:
-            b = self._address(step.b)
-        return Gemm(self._address(step.out), self._address(step.a), b, m, n, k) if m else None
+        weights, b = self._host.weights, step.b
+        b_at = weights.bf16(b) if isinstance(b, Tensor) else self._address(b)
+        return Gemm(self._address(step.out), self._address(step.a), b_at, m, n, k) if m else None
 
     def run_timed(self, live: Live) -> Sequence[float]:
         """As `run`, without a captured graph; the seconds of each instruction."""
-        self._backend.begin(live)
+        self._host.begin(live)
         chosen = list(self._chosen(live))
         timer = self._device.timer(len(chosen) * _LAUNCH_SECONDS)
         for i in chosen:

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from engine.backends.cuda.args import ARGS
 from engine.backends.cuda.device import Device, Fetched
-from engine.backends.cuda.launches import Kernel, Replays, fill_view
+from engine.backends.cuda.launches import Kernel, Replays
 from engine.backends.cuda.weights import CudaWeights
 from engine.backends.native.buffers import Scratch
+from engine.backends.native.program import write_operand
 from engine.formats.quants import I32
 from engine.graph import Dim, Kind, Live, Tensor
 from engine.sampling.spec import MAX_BANNED, MAX_TOP_K, SampleSpec
@@ -174,7 +175,7 @@ class _Launch:
         self._step, self._args = step, np.zeros((), ARGS)
         self._function = self._device.function(step.source, step.name)
         for i, (ref, address) in enumerate(zip(step.operands, addresses, strict=True)):
-            fill_view(self._args["v"][i], ref, step, address, backend.weights)
+            write_operand(self._args["v"][i], ref, step.nodes, address, backend.weights)
         self._args["attr"][: len(step.attrs)] = step.attrs
         self._args["live"] = backend.live_address
 

@@ -16,13 +16,13 @@ from engine.backends.cuda.args import ARGS, VIEW
 from engine.backends.cuda.device import Device, Grid, Memory
 from engine.backends.native.library import Library, n_cores
 from engine.backends.native.panels import Panels
-from engine.backends.native.views import BF16, PACKED
+from engine.backends.native.views import BF16, PACKED, write_view
 from engine.formats.quants import dequantize
 from engine.graph import Tensor
 
 # Of packed weights that wait for their turn on the bus.
 _AHEAD_BYTES = 256 << 20
-# Rows of a panel and columns of a record, as in layout.cuh.
+# Rows of a panel and columns of a k-block, as in engine/ops/layout.h; the library confirms them.
 PANEL, RECORD = 16, 32
 _MAX_GRID = 65535
 
@@ -46,6 +46,7 @@ class CudaWeights:
 
     def __init__(self, device: Device, library: Library, bf16_bytes: int | None = None) -> None:
         self._device, self._panels = device, Panels(library)
+        assert (library.constants.panel_rows, library.constants.k_block) == (PANEL, RECORD)
         self._packed: dict[Tensor, Packed] = {}
         self._plain: dict[Tensor, Memory] = {}
         self._bf16: dict[Tensor, Memory] = {}
@@ -107,8 +108,7 @@ class CudaWeights:
             return False
         memory = self._device.allocate(n_bytes)
         copy = np.zeros((), VIEW)
-        copy["data"], copy["rank"], copy["dtype"] = memory.address, 2, BF16
-        copy["shape"][:2], copy["stride"][:2] = tensor.shape, (tensor.shape[1], 1)
+        write_view(copy, memory.address, tensor.shape, (tensor.shape[1], 1), BF16)
         self._run("expand", [copy, self._view(tensor)], expand_grid(tensor), 256)
         self._bf16_left -= n_bytes
         self._bf16[tensor.base] = memory
@@ -122,10 +122,7 @@ class CudaWeights:
         """A packed weight as kernels see it, from matrix number `first` on."""
         address, strides, dtype, layout = self.packed_strides(tensor)
         record = np.zeros((), VIEW)
-        record["data"] = address + first * strides[0]
-        record["rank"], record["dtype"], record["layout"] = len(tensor.shape), dtype, layout
-        record["shape"][: len(tensor.shape)] = tensor.shape
-        record["stride"][: len(strides)] = strides
+        write_view(record, address + first * strides[0], tensor.shape, strides, dtype, layout)
         return record
 
     def _run(self, name: str, views: Sequence[Array], grid: Grid, threads: int) -> None:

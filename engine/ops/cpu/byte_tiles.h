@@ -9,11 +9,11 @@ namespace gdn {
 
 // Bytes that up to 16 rows take as `gather_bytes` lays them out, a multiple of 64.
 constexpr int64_t gathered_bytes(int64_t n_in) {
-    return n_in / RECORD * SIDE * (RECORD + 4 + 2 * 4);
+    return n_in / K_BLOCK * SIDE * (K_BLOCK + 4 + 2 * 4);
 }
 
 // Puts n ≤ 16 rows side by side, the last one again in place of those that lack, for products with
-// weights of this layout: record by record their int8, scales, and what mins are multiplied by.
+// weights of this layout: k-block by k-block their int8, scales, and what mins are multiplied by.
 void gather_bytes(int32_t layout, const Row* rows, int64_t n, int64_t n_in, char* room);
 
 // Rows from which on tiles are faster than rows one by one (Xeon, measured).

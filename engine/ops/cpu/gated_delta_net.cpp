@@ -1,13 +1,13 @@
-// GATED_DELTA_NET: a task is a block of value columns of one head of one sequence, or a whole head
-// of a sequence that has blocks of rows and is computed in chunk form where it has them.
+// GATED_DELTA_NET: a task is some value columns of one head of one sequence, or a whole head of a
+// sequence that has row tiles, which are computed in chunk form.
 //
 // The scan of columns, row by row:
 //
 // Per token: S *= e^g; d = beta (v - Sᵀk); S += k dᵀ; o = Sᵀq · scale. Columns of S are independent
-// and a block of them stays in the cache over all tokens. One pass over the block a token does
-// it all: it updates S with d, and takes from the new S the output and the next token's prediction
-// Sᵀ(e^g' k'). Only a sequence's first token needs a pass of its own for that. A column's sums run
-// in the same order wherever they are made, so that cutting a sequence elsewhere changes no bit.
+// and a task's columns stay in the cache over all tokens. Each token takes one pass over them: it
+// updates S with d, and computes from the new S the output and the next token's prediction
+// Sᵀ(e^g' k'). Only a sequence's first token needs another pass for its prediction. A column's sums
+// always run in the same order, so that cutting a sequence elsewhere changes no bit.
 
 #include "gated_delta_net.h"
 
@@ -23,10 +23,10 @@ enum { OUT, Q, K, V, G, BETA, STATE, SEQ_STARTS, STATE_SRC, STATE_DST, SNAPSHOT_
 // Columns that share the loads of k, q and the decay. Their scalars are the lanes of a `v4`.
 constexpr int GROUP = 4;
 
-// Floats of state in a block. Larger ones read the tokens' rows less often, which measures better
-// than a state that leaves half of a 32 KiB L1 cache free. With a decay for each key row (KDA) each
-// block also computes all exponentials anew.
-constexpr int64_t BLOCK = 8192, BLOCK_KDA = 16384;
+// Floats of state in a task's columns. Larger ones read the tokens' rows less often, which measures
+// better than a state that leaves half of a 32 KiB L1 cache free. With a decay for each key row (KDA)
+// each task also computes all exponentials anew.
+constexpr int64_t STATE_FLOATS = 8192, STATE_FLOATS_KDA = 16384;
 // Tokens between the request for a token's rows and their use: long prompts' rows lie in the L3
 // cache or beyond, each on a page of its own.
 constexpr int64_t AHEAD = 4;
@@ -136,7 +136,7 @@ GDN_INLINE void step(const Head& h, int64_t t, int64_t column, const Token& now,
     std::memcpy(h.out + t * h.out_step + column, &output, 4 * C);
 }
 
-// Where a block's state comes from (null: zeros) and where it stays; `offset`: its place in a slot.
+// Where a task's state comes from (null: zeros) and where it stays; `offset`: its place in a slot.
 struct Slots {
     const float* src;
     float* dst;
@@ -177,14 +177,15 @@ void scan(const Head& h, const Slots& slots, int64_t first, int64_t last, float*
     }
 }
 
-int64_t block_columns(const Args& a) {
-    return (a.v[G].rank == 3 ? BLOCK_KDA : BLOCK) / a.v[STATE].shape[3] / GROUP * GROUP;
+int64_t task_columns(const Args& a) {
+    return (a.v[G].rank == 3 ? STATE_FLOATS_KDA : STATE_FLOATS) / a.v[STATE].shape[3] / GROUP *
+           GROUP;
 }
 
-int64_t column_blocks(const Args& a) { return (a.v[STATE].shape[2] - 1) / block_columns(a) + 1; }
+int64_t column_tasks(const Args& a) { return (a.v[STATE].shape[2] - 1) / task_columns(a) + 1; }
 
 int64_t n_tasks(const Args& a) {
-    return a.rows(a.v[STATE_SRC]) * a.v[STATE].shape[1] * column_blocks(a);
+    return a.rows(a.v[STATE_SRC]) * a.v[STATE].shape[1] * column_tasks(a);
 }
 
 Head head_of(const Args& a, int64_t s, int64_t head) {
@@ -231,42 +232,42 @@ Slots slots_of(const Args& a, int64_t s, int64_t head, int64_t first) {
 
 void scan_columns(const Args& a, const Head& h, const Slots& slots, int64_t first) {
     if (h.n <= 0) return;
-    const int64_t end = first + block_columns(a), last = end < h.dv ? end : h.dv;
+    const int64_t end = first + task_columns(a), last = end < h.dv ? end : h.dv;
     float* scratch = reinterpret_cast<float*>(a.scratch);
     (a.v[G].rank == 3 ? scan<true> : scan<false>)(h, slots, first, last, scratch);
 }
 
-// A sequence's blocks: those from `begin` to `end` - 1.
-struct BlockRange {
-    const Block *begin, *end;
+// The row tiles of a sequence: from `begin` to `end` - 1.
+struct RowTiles {
+    const RowTile *begin, *end;
 };
 
-BlockRange blocks_of(const Args& a, int64_t s) {
+RowTiles tiles_of(const Args& a, int64_t s) {
     const View& state = a.v[STATE];
     if (a.attr[2] == 1 || !has_chunk_form(state.shape[3], state.shape[2]))
         return {nullptr, nullptr};
     const int32_t* starts = a.v[SEQ_STARTS].as<int32_t>();
-    const Block *begin = a.step->blocks, *last = begin + a.step->n_blocks;
+    const RowTile *begin = a.step->tiles, *last = begin + a.step->n_tiles;
     while (begin < last && begin->row < starts[s]) begin++;
-    const Block* end = begin;
+    const RowTile* end = begin;
     while (end < last && end->row < starts[s + 1]) end++;
     return {begin, end};
 }
 
-// A head of a sequence with blocks, piece after piece.
-class Pieces {
+// A head of a sequence with row tiles, run after run of rows.
+class HeadRuns {
    public:
-    Pieces(const Args& a, int64_t s, int64_t head)
+    HeadRuns(const Args& a, int64_t s, int64_t head)
         : a_(a), s_(s), head_(head), h_(head_of(a, s, head)) {}
 
-    void run(BlockRange blocks) {
+    void run(RowTiles tiles) {
         const int32_t start = a_.v[SEQ_STARTS].as<int32_t>()[s_];
-        for (const Block* b = blocks.begin; b < blocks.end; b++) {
-            if (h_.dg > 1 && b->n < LEAST_ROWS_KDA) continue;
-            // There is no state between two rows of a block, unless the block is scanned.
-            if (wants_snapshot_within(b->row - start, b->n)) continue;
-            scan_rows(b->row - start);
-            chunk_rows(b->n);
+        for (const RowTile* tile = tiles.begin; tile < tiles.end; tile++) {
+            if (h_.dg > 1 && tile->n < LEAST_ROWS_KDA) continue;
+            // Chunk form makes no state between two rows of a row tile: a scan does.
+            if (wants_snapshot_within(tile->row - start, tile->n)) continue;
+            scan_rows(tile->row - start);
+            chunk_rows(tile->n);
         }
         scan_rows(h_.n);
     }
@@ -292,7 +293,7 @@ class Pieces {
     void scan_rows(int64_t end) {
         if (end == row_) return;
         const Head part = h_.part(row_, end - row_);
-        for (int64_t first = 0; first < h_.dv; first += block_columns(a_))
+        for (int64_t first = 0; first < h_.dv; first += task_columns(a_))
             scan_columns(a_, part, slots(end, first), first);
         row_ = end;
     }
@@ -302,7 +303,7 @@ class Pieces {
         const int64_t size = h_.dv * h_.dk, after = h_.n - row_ - n;
         if (!slots.src) std::memset(slots.dst, 0, 4 * static_cast<size_t>(size));
         chunk(h_.part(row_, n), slots.src ? slots.src : slots.dst, slots.dst,
-              after < MAX_BLOCK ? after : MAX_BLOCK, a_.scratch + ROW_BYTES + STATE_BYTES);
+              after < MAX_TILE_ROWS ? after : MAX_TILE_ROWS, a_.scratch + ROW_BYTES + STATE_BYTES);
         snapshot(slots, 1, size);
         row_ += n;
     }
@@ -314,18 +315,18 @@ class Pieces {
 };
 
 void run_task(const Args& a, int64_t s, int64_t head, int64_t first) {
-    const BlockRange blocks = blocks_of(a, s);
-    if (blocks.begin == blocks.end)
+    const RowTiles tiles = tiles_of(a, s);
+    if (tiles.begin == tiles.end)
         scan_columns(a, head_of(a, s, head), slots_of(a, s, head, first), first);
     else if (first == 0)  // The task of a head's first columns is the whole head's.
-        Pieces(a, s, head).run(blocks);
+        HeadRuns(a, s, head).run(tiles);
 }
 
 void run(const Args& a, int64_t begin, int64_t end) {
     const int64_t heads = a.v[STATE].shape[1];
-    const int64_t blocks = column_blocks(a), columns = block_columns(a);
+    const int64_t n_parts = column_tasks(a), columns = task_columns(a);
     for (int64_t task = begin; task < end; task++)
-        run_task(a, task / (heads * blocks), task / blocks % heads, task % blocks * columns);
+        run_task(a, task / (heads * n_parts), task / n_parts % heads, task % n_parts * columns);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What the two algorithms of GATED_DELTA_NET share: scan, row by row, and chunk, block by block.
+// What the two algorithms of GATED_DELTA_NET share: scan (row by row) and chunk (by row tiles).
 #pragma once
 
 #include "kernel.h"
@@ -26,15 +26,18 @@ struct Head {
 // Head sizes up to this have kernels.
 constexpr int64_t MAX_HEAD = 256;
 
-// Whether heads of these sizes can be computed in chunk form: whole tiles.
-inline bool has_chunk_form(int64_t dk, int64_t dv) { return dk % 32 == 0 && dv % 32 == 0; }
+// Chunk form takes heads of whole tiles: both sizes are multiples of this.
+constexpr int64_t CHUNK_HEAD_MULTIPLE = 32;
+inline bool has_chunk_form(int64_t dk, int64_t dv) {
+    return dk % CHUNK_HEAD_MULTIPLE == 0 && dv % CHUNK_HEAD_MULTIPLE == 0;
+}
 
-// One block of at most MAX_BLOCK rows, from the state at `from` to that at `to` (they may be the
+// One row tile of at most MAX_TILE_ROWS rows, from the state at `from` to that at `to` (they may be the
 // same). The `n_ahead` rows after it are fetched into the cache meanwhile.
 void chunk(const Head& h, const float* from, float* to, int64_t n_ahead, char* scratch);
 
-// Fewest rows of a block with one decay per key row for which chunk form is faster than a scan.
-// With one per head those are any block's (MIN_BLOCK_ROWS in engine/runtime/batch.py).
+// Fewest rows of a row tile for which chunk form is faster than a scan, with one decay per key row.
+// With one per head it is faster for every row tile.
 constexpr int64_t LEAST_ROWS_KDA = 16;
 
 // Bytes of its scratch, at the most.

@@ -1,8 +1,8 @@
 // MUL_MAT: an activation times one weight.
 //
-// Rows of blocks are multiplied as tiles with pairs of panels (32 weight rows), which are expanded
-// to bfloat16 for many rows at once. Of other rows, and where x was not rounded, a task is one panel
-// as it is stored.
+// Row tiles are multiplied as bfloat16 tiles with pairs of panels (32 weight rows), which are expanded
+// to bfloat16 for many rows at once. For remainder rows, and where x was not rounded, a task is one
+// panel as it is stored.
 
 #include "mul_mat.h"
 
@@ -39,16 +39,16 @@ void multiply_tiles(const Args& a, const Activation& x, const TileTasks& tasks, 
     // Whole tiles of neighbouring rows need nothing between.
     const bool is_whole = !a.v[GATE] && !a.v[ADD] && w.shape[0] % ROWS == 0;
     const auto direct = [&](int64_t row, int64_t n_rows) -> TileSums {
-        const int32_t* rows = x.step.blocked + first + row;
+        const int32_t* rows = x.step.tiled + first + row;
         if (!is_whole || n_rows % SIDE != 0 || rows[n_rows - 1] - rows[0] != n_rows - 1) return {};
         return {a.v[OUT].row(rows[0]) + begin * PAIR, a.v[OUT].stride[0]};
     };
     const auto done = [&](int64_t row, int64_t n_rows, float* sums) {
         for (int64_t i = 0; i < n_rows; i++, sums += SUMS)
             for (int64_t p = 2 * begin; p < std::min(n_panels(w), 2 * end); p++)
-                put(a, x.step.blocked[first + row + i], p, sums + (p - 2 * begin) * ROWS);
+                put(a, x.step.tiled[first + row + i], p, sums + (p - 2 * begin) * ROWS);
     };
-    multiply_pairs(x.blocked(first), tasks.n_rows(task), pairs, end - begin, s, direct, done);
+    multiply_pairs(x.tiled(first), tasks.n_rows(task), pairs, end - begin, s, direct, done);
 }
 
 int64_t n_tasks(const Args& a) {

@@ -10,8 +10,8 @@
 namespace gdn {
 
 // An activation's views, one after another among a kernel's operands: float32 rows; int8 rows with
-// scales and sums (absent where the weights are plain); and the rows of blocks as bfloat16 tiles
-// (absent where there are none: then blocks' rows are multiplied like all others).
+// scales and sums (absent where the weights are plain); and the rows of row tiles as bfloat16 tiles
+// (absent where there are none: then those rows are multiplied one by one like all others).
 struct Activation {
     const View &x, &q, &scale, &sum, &tiles;
     const Rows& step;
@@ -24,12 +24,12 @@ struct Activation {
           tiles(a.v[first + 4]),
           step(*a.step) {}
 
-    int64_t n_blocked() const { return tiles ? step.n_blocked : 0; }
-    // Blocked rows, from the first on, as tiles.
-    const bf16* blocked(int64_t first) const { return tiles.as<bf16>() + first * x.shape[1]; }
+    int64_t n_tiled() const { return tiles ? step.n_tiled : 0; }
+    // Rows of row tiles, from the first on, as bfloat16 tiles.
+    const bf16* tiled(int64_t first) const { return tiles.as<bf16>() + first * x.shape[1]; }
     // Rows that are multiplied one by one: how many of n, and which.
-    int64_t n_single(int64_t n) const { return tiles ? step.n_loose : n; }
-    int64_t single(int64_t i) const { return tiles ? step.loose[i] : i; }
+    int64_t n_single(int64_t n) const { return tiles ? step.n_remainder : n; }
+    int64_t single(int64_t i) const { return tiles ? step.remainder[i] : i; }
 
     Row row(int64_t t) const {
         if (!q) return {x.row(t), nullptr, nullptr, nullptr};
@@ -45,11 +45,14 @@ inline const uint8_t* panel_at(const View& weight, int64_t p) {
     return weight.as<uint8_t>() + p * weight.stride[0];
 }
 
-// Rows of blocks for which a panel is expanded once, columns expanded at a time, and the most pairs
-// of panels of a task. The expanded panels stay in the L2 cache and meet 32 rows after 32, which are
+// Tiled rows for which a panel is expanded once, columns expanded at a time, and the most pairs of
+// panels of a task. The expanded panels stay in the L2 cache and meet 32 rows after 32, which are
 // fetched ahead: from L3, tiles come at a fifth of the speed (Xeon, measured).
 constexpr int64_t MAX_ROWS = 512, MAX_COLUMNS = 1024, MAX_PAIRS = 8, MIN_TASKS = 8;
 constexpr int64_t PAIR = 2 * ROWS, SUMS = MAX_PAIRS * PAIR;
+
+// The most columns of rows that MUL_MAT_ID gathers for products of tiles.
+constexpr int64_t MAX_GATHERED_COLUMNS = 1 << 14;
 
 struct TileScratch {
     float sums[MAX_ROWS][SUMS];
@@ -64,7 +67,7 @@ struct Pair {
 
     int64_t n_wide() const { return std::min<int64_t>(2, n_panels(*weight) - 2 * number); }
 
-    // As tiles, over records begin … end - 1.
+    // As tiles, over k-blocks begin … end - 1.
     Tiles expand_into(bf16 (*room)[MAX_COLUMNS * ROWS], int64_t begin, int64_t end) const {
         const bf16* at[2] = {};
         for (int64_t i = 0; i < n_wide(); i++)
@@ -116,21 +119,21 @@ void multiply_pairs(const bf16* x, int64_t n, const Pair* pairs, int64_t n_pairs
 // For sums that need more done.
 inline TileSums nowhere(int64_t, int64_t) { return {}; }
 
-// How the products of blocks with pairs of panels are cut into tasks.
+// How the products of row tiles with pairs of panels are cut into tasks.
 struct TileTasks {
-    int64_t n_blocked, n_pairs, pairs;
+    int64_t n_tiled, n_pairs, pairs;
 
     // `most`: pairs of a task at most.
     TileTasks(const Activation& x, const View& weight, int64_t most)
-        : n_blocked(x.n_blocked()),
+        : n_tiled(x.n_tiled()),
           n_pairs(gdn::n_pairs(weight)),
           pairs(std::clamp<int64_t>(n_pairs / MIN_TASKS, 1, most)) {}
 
     int64_t per_rows() const { return (n_pairs + pairs - 1) / pairs; }
-    int64_t count() const { return (n_blocked + MAX_ROWS - 1) / MAX_ROWS * per_rows(); }
+    int64_t count() const { return (n_tiled + MAX_ROWS - 1) / MAX_ROWS * per_rows(); }
     // A task's rows, and its pairs.
     int64_t first_row(int64_t task) const { return task / per_rows() * MAX_ROWS; }
-    int64_t n_rows(int64_t task) const { return std::min(MAX_ROWS, n_blocked - first_row(task)); }
+    int64_t n_rows(int64_t task) const { return std::min(MAX_ROWS, n_tiled - first_row(task)); }
     int64_t begin(int64_t task) const { return task % per_rows() * pairs; }
     int64_t end(int64_t task) const { return std::min(n_pairs, begin(task) + pairs); }
 };

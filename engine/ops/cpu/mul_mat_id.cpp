@@ -1,9 +1,9 @@
 // MUL_MAT_ID: rows times the matrices of the experts that they chose.
 //
-// SORT_BY_EXPERT lists the pairs (token, choice) by expert, those of blocks first. Of a BF16 matrix,
-// pairs of blocks are gathered and multiplied as tiles with a few panels, a task. Other pairs are
-// multiplied with panels as they are stored, on matrix units 16 of an expert's at once by tiles of
-// int8: experts have too few of them for what expanding panels to bfloat16 takes. SUM_EXPERTS adds
+// SORT_BY_EXPERT lists the pairs (token, choice) by expert, those of tiled rows first. With a BF16
+// matrix, a task gathers pairs of tiled rows and multiplies them as tiles with a few panels. Other
+// pairs are multiplied with panels as they are stored, on matrix units 16 of an expert's at once by
+// tiles of int8: experts have too few rows to pay for expanding panels to bfloat16. SUM_EXPERTS adds
 // a token's results in the router's order, so that they do not depend on the rest of the batch.
 
 #include <algorithm>
@@ -18,7 +18,7 @@ namespace {
 
 namespace sorting {
 
-// STARTS [2 · experts + 1]: where an expert's pairs of blocks begin, and then its loose ones.
+// STARTS [2 · experts + 1]: where an expert's pairs of tiled rows begin, then of remainder rows.
 enum { ORDER, STARTS, IDS };
 
 // A counting sort; pairs of one kind stay in their order.
@@ -27,13 +27,13 @@ void run(const Args& a, int64_t, int64_t) {
     const int64_t n_tokens = a.rows(ids), n_used = ids.shape[1], n_starts = a.v[STARTS].shape[0];
     auto *order = a.v[ORDER].as<int32_t>(), *starts = a.v[STARTS].as<int32_t>();
     const auto for_pairs = [&](auto f) {
-        const int32_t *next = a.step->blocked, *stop = next + a.step->n_blocked;
+        const int32_t *next = a.step->tiled, *stop = next + a.step->n_tiled;
         for (int64_t t = 0; t < n_tokens; t++) {
-            const bool is_loose = next == stop || *next != t;
-            next += !is_loose;
+            const bool is_remainder = next == stop || *next != t;
+            next += !is_remainder;
             for (int64_t u = 0; u < n_used; u++) {
                 const int32_t id = ids.as<int32_t>()[t * ids.stride[0] + u * ids.stride[1]];
-                f(2 * id + is_loose, static_cast<int32_t>(t * n_used + u));
+                f(2 * id + is_remainder, static_cast<int32_t>(t * n_used + u));
             }
         }
     };
@@ -74,12 +74,12 @@ namespace tiles {
 
 // Panels of a task, and pairs whose rows are gathered at a time at most.
 constexpr int64_t TASK_PANELS = 2 * MAX_PAIRS, MAX_GATHERED = 128;
-constexpr int64_t GATHERED = 1 << 18;  // Elements.
+constexpr int64_t GATHERED = SIDE * MAX_GATHERED_COLUMNS;  // Elements.
 
 int64_t n_groups(const Args& a) { return (n_panels(a) + TASK_PANELS - 1) / TASK_PANELS; }
 
 int64_t n_tasks(const Args& a) {
-    return a.v[PACKED_X] && a.step->n_blocked ? n_experts(a) * n_groups(a) : 0;
+    return a.v[PACKED_X] && a.step->n_tiled ? n_experts(a) * n_groups(a) : 0;
 }
 
 void gather(const Args& a, const int32_t* pairs, int64_t n, bf16* to) {
@@ -131,9 +131,9 @@ void run_task(const Args& a, int64_t task) {
 
 namespace rows {
 
-// Panels of a task where rows are gathered for int8 tiles, and the most columns that have room.
-constexpr int64_t GATHERED_PANELS = 32, MOST_COLUMNS = 1 << 14;
-static_assert(TILE / SIDE * gathered_bytes(MOST_COLUMNS) <= SCRATCH_BYTES);
+// Panels of a task where rows are gathered for int8 tiles.
+constexpr int64_t GATHERED_PANELS = 32;
+static_assert(TILE / SIDE * gathered_bytes(MAX_GATHERED_COLUMNS) <= SCRATCH_BYTES);
 
 // Attribute: whether there are such tiles. An expert has at most a pair of each token.
 bool by_tiles(const Args& a) {

@@ -1,4 +1,4 @@
-// GGUF blocks into packed panels (see layout.h), and rows of panels back into float32.
+// GGUF blocks into packed panels (see ../layout.h), and rows of panels back into float32.
 //
 // Block formats are those of the GGUF files: bytes in the order in which ggml defines them.
 
@@ -6,16 +6,18 @@
 
 #include <algorithm>
 
+#include "k_block.h"
+
 namespace gdn {
 
 namespace {
 
 uint16_t u16(const uint8_t* p) { return load_as<uint16_t>(p); }
 
-// One record's columns of one row: values as they are stored, scales (of each group), and what
+// One k-block's columns of one row: values as they are stored, scales (of each group), and what
 // multiplies those of a super-block.
 struct Columns {
-    uint8_t q[RECORD];
+    uint8_t q[K_BLOCK];
     uint16_t flat[2], flat_min[2];
     uint8_t scale[2], min[2];
     uint16_t d, d_min;
@@ -26,11 +28,11 @@ void nibbles(const uint8_t* qs, uint8_t* q) {
     typedef uint64_t Half __attribute__((vector_size(16)));
     const auto bytes = load_as<Half>(qs);
     const auto both = __builtin_shufflevector(bytes, bytes >> 4, 0, 1, 2, 3) & 0x0f0f0f0f0f0f0f0f;
-    std::memcpy(q, &both, RECORD);
+    std::memcpy(q, &both, K_BLOCK);
 }
 
 void fifth_bits(uint32_t high, uint8_t* q) {
-    for (int j = 0; j < RECORD; j++) q[j] |= (high >> j & 1) << 4;
+    for (int j = 0; j < K_BLOCK; j++) q[j] |= (high >> j & 1) << 4;
 }
 
 // 6-bit scale and min i of Q4_K and Q5_K, of which 8 each lie in 12 bytes.
@@ -49,7 +51,7 @@ int q3_scale(const uint8_t* s, int i) {
     return (low | (s[8 + i % 4] >> 2 * (i / 4) & 3) << 4) - 32;
 }
 
-using Decode = void (*)(const uint8_t* block, int record, Columns& c);
+using Decode = void (*)(const uint8_t* block, int k_block, Columns& c);
 
 void q4_0(const uint8_t* b, int, Columns& c) {
     c.flat[0] = u16(b);
@@ -76,20 +78,20 @@ void q5_1(const uint8_t* b, int, Columns& c) {
 
 void q8_0(const uint8_t* b, int, Columns& c) {
     c.flat[0] = u16(b);
-    std::memcpy(c.q, b + 2, RECORD);
+    std::memcpy(c.q, b + 2, K_BLOCK);
 }
 
 void q2_k(const uint8_t* b, int i, Columns& c) {
     c.d = u16(b + 80), c.d_min = u16(b + 82);
     const uint8_t* qs = b + 16 + i / 4 * 32;
-    for (int j = 0; j < RECORD; j++) c.q[j] = qs[j] >> 2 * (i % 4) & 3;
+    for (int j = 0; j < K_BLOCK; j++) c.q[j] = qs[j] >> 2 * (i % 4) & 3;
     for (int g = 0; g < 2; g++) c.scale[g] = b[2 * i + g] & 15, c.min[g] = b[2 * i + g] >> 4;
 }
 
 void q3_k(const uint8_t* b, int i, Columns& c) {
     c.d = u16(b + 108);
     const uint8_t* qs = b + 32 + i / 4 * 32;
-    for (int j = 0; j < RECORD; j++) c.q[j] = (qs[j] >> 2 * (i % 4) & 3) | (b[j] >> i & 1) << 2;
+    for (int j = 0; j < K_BLOCK; j++) c.q[j] = (qs[j] >> 2 * (i % 4) & 3) | (b[j] >> i & 1) << 2;
     for (int g = 0; g < 2; g++) c.scale[g] = static_cast<uint8_t>(q3_scale(b + 96, 2 * i + g));
 }
 
@@ -97,14 +99,14 @@ void q4_k(const uint8_t* b, int i, Columns& c) {
     c.d = u16(b), c.d_min = u16(b + 2);
     k_scale(b + 4, i, c.scale[0], c.min[0]);
     const uint8_t* qs = b + 16 + i / 2 * 32;
-    for (int j = 0; j < RECORD; j++) c.q[j] = i % 2 ? qs[j] >> 4 : qs[j] & 15;
+    for (int j = 0; j < K_BLOCK; j++) c.q[j] = i % 2 ? qs[j] >> 4 : qs[j] & 15;
 }
 
 void q5_k(const uint8_t* b, int i, Columns& c) {
     c.d = u16(b), c.d_min = u16(b + 2);
     k_scale(b + 4, i, c.scale[0], c.min[0]);
     const uint8_t* qs = b + 48 + i / 2 * 32;
-    for (int j = 0; j < RECORD; j++)
+    for (int j = 0; j < K_BLOCK; j++)
         c.q[j] = (i % 2 ? qs[j] >> 4 : qs[j] & 15) | (b[16 + j] >> i & 1) << 4;
 }
 
@@ -113,7 +115,7 @@ void q6_k(const uint8_t* b, int i, Columns& c) {
     const int half = i / 4, quarter = i % 4;
     const uint8_t* low = b + half * 64 + quarter % 2 * 32;
     const uint8_t* high = b + 128 + half * 32;
-    for (int j = 0; j < RECORD; j++)
+    for (int j = 0; j < K_BLOCK; j++)
         c.q[j] = (quarter < 2 ? low[j] & 15 : low[j] >> 4) | (high[j] >> 2 * quarter & 3) << 4;
     c.scale[0] = b[192 + 2 * i], c.scale[1] = b[193 + 2 * i];
 }
@@ -125,13 +127,13 @@ void iq4_xs(const uint8_t* b, int i, Columns& c) {
     nibbles(b + 8 + 16 * i, c.q);
 }
 
-// The columns of one record of some rows, from the block at an offset in each of them.
-using DecodeRows = void (*)(const uint8_t* const* rows, int n_rows, int64_t offset, int record,
+// The columns of one k-block of some rows, from the block at an offset in each of them.
+using DecodeRows = void (*)(const uint8_t* const* rows, int n_rows, int64_t offset, int k_block,
                             Columns* c);
 
 template <Decode DECODE>
-void each_row(const uint8_t* const* rows, int n_rows, int64_t offset, int record, Columns* c) {
-    for (int r = 0; r < n_rows; r++) DECODE(rows[r] + offset, record, c[r]);
+void each_row(const uint8_t* const* rows, int n_rows, int64_t offset, int k_block, Columns* c) {
+    for (int r = 0; r < n_rows; r++) DECODE(rows[r] + offset, k_block, c[r]);
 }
 
 struct Source {
@@ -171,7 +173,7 @@ void put(uint8_t* dst, uint32_t word) { std::memcpy(dst, &word, 4); }
 template <typename F>
 void put_planes(const uint8_t* q, int row, uint8_t* planes) {
     uint32_t w[WORDS];
-    std::memcpy(w, q, RECORD);
+    std::memcpy(w, q, K_BLOCK);
     uint8_t* dst = planes + row * 4;
     if (F::BITS == 8) {
         for (int i = 0; i < WORDS; i++) put(dst + i * WORD_BYTES, w[i]);
@@ -198,11 +200,11 @@ void put_planes(const uint8_t* q, int row, uint8_t* planes) {
     }
 }
 
-// The scales of one row, in front of a record's planes.
+// The scales of one row, in front of a k-block's planes.
 template <typename F>
-void put_scales(const Columns& c, int row, uint8_t* record) {
+void put_scales(const Columns& c, int row, uint8_t* k_block) {
     for (int g = 0; g < F::GROUPS; g++) {
-        uint8_t* scale = record + (g * ROWS + row) * (F::IS_SUPER ? 1 : 2);
+        uint8_t* scale = k_block + (g * ROWS + row) * (F::IS_SUPER ? 1 : 2);
         if (F::IS_SUPER) {
             scale[0] = c.scale[g];
             if (F::HAS_MIN) scale[F::SCALE_BYTES] = c.min[g];
@@ -213,22 +215,22 @@ void put_scales(const Columns& c, int row, uint8_t* record) {
     }
 }
 
-// Record by record, so that a panel is written once and in order.
+// K-block by k-block, so that a panel is written once and in order.
 template <typename F>
 void pack_panel(F, const Source& s, const uint8_t* const* rows, int n_rows, int64_t n_in,
                 uint8_t* panel) {
     if (n_rows < ROWS) std::memset(panel, 0, F::panel_bytes(n_in));
-    const int per_block = s.block_elems / RECORD;
+    const int per_block = s.block_elems / K_BLOCK;
     Columns c[ROWS];
-    for (int64_t i = 0; i < n_in / RECORD; i++) {
+    for (int64_t i = 0; i < n_in / K_BLOCK; i++) {
         const int64_t block = i / per_block;
-        uint8_t* record = const_cast<uint8_t*>(F::record(panel, i));
+        uint8_t* k_block = const_cast<uint8_t*>(F::k_block(panel, i));
         uint8_t* head = const_cast<uint8_t*>(F::super_block(panel, i));
         s.decode(rows, n_rows, block * s.block_bytes, static_cast<int>(i - block * per_block), c);
         for (int r = 0; r < n_rows; r++) {
-            put_scales<F>(c[r], r, record);
-            put_planes<F>(c[r].q, r, record + F::HEAD_BYTES);
-            if (F::IS_SUPER && i % (SUPER / RECORD) == 0) {
+            put_scales<F>(c[r], r, k_block);
+            put_planes<F>(c[r].q, r, k_block + F::HEAD_BYTES);
+            if (F::IS_SUPER && i % (SUPER / K_BLOCK) == 0) {
                 std::memcpy(head + 2 * r, &c[r].d, 2);
                 if (F::HAS_MIN) std::memcpy(head + 2 * (ROWS + r), &c[r].d_min, 2);
             }
@@ -278,26 +280,26 @@ float half_at(const uint8_t* p) { return half_to_float(u16(p)); }
 
 template <typename F>
 void decode(F, const uint8_t* panel, int row, int64_t n_in, float* out) {
-    for (int64_t i = 0; i < n_in / RECORD; i++) {
-        const uint8_t *record = F::record(panel, i), *head = F::super_block(panel, i);
-        for (int k = 0; k < RECORD; k++) {
+    for (int64_t i = 0; i < n_in / K_BLOCK; i++) {
+        const uint8_t *k_block = F::k_block(panel, i), *head = F::super_block(panel, i);
+        for (int k = 0; k < K_BLOCK; k++) {
             const int at = k / F::GROUP * ROWS + row;
             float scale, min = 0;
             if (F::IS_SUPER) {
-                const float s = F::HAS_MIN ? record[at] : static_cast<int8_t>(record[at]);
+                const float s = F::HAS_MIN ? k_block[at] : static_cast<int8_t>(k_block[at]);
                 scale = half_at(head + 2 * row) * s;
                 if (F::HAS_MIN)
-                    min = half_at(head + 2 * (ROWS + row)) * record[F::SCALE_BYTES + at];
+                    min = half_at(head + 2 * (ROWS + row)) * k_block[F::SCALE_BYTES + at];
             } else {
-                scale = half_at(record + 2 * at);
-                if (F::HAS_MIN) min = half_at(record + F::SCALE_BYTES + 2 * at);
+                scale = half_at(k_block + 2 * at);
+                if (F::HAS_MIN) min = half_at(k_block + F::SCALE_BYTES + 2 * at);
             }
-            int q = stored_value(record + F::HEAD_BYTES, F::BITS, row, k);
+            int q = stored_value(k_block + F::HEAD_BYTES, F::BITS, row, k);
             if (F::CODEBOOK)
                 q = IQ4_VALUES[q];
             else if (F::SIGNED)
                 q = static_cast<int8_t>(q);
-            out[i * RECORD + k] = scale * static_cast<float>(q - F::ZERO) - min;
+            out[i * K_BLOCK + k] = scale * static_cast<float>(q - F::ZERO) - min;
         }
     }
 }

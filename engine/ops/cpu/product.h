@@ -4,11 +4,12 @@
 // on how they are grouped.
 #pragma once
 
-#include "layout.h"
+#include "../layout.h"
+#include "simd.h"
 
 namespace gdn {
 
-// One row of an activation: float32, and int8 with its scales (per 32) and sums (per 16).
+// One row of an activation: float32, and int8 with its scales (per k-block) and sums (per SUM_GROUP).
 struct Row {
     const float* x;
     const int8_t* q;
@@ -20,7 +21,7 @@ constexpr int SUM_GROUP = 16;
 // The most rows of one call: what meets a panel while it is in the cache.
 constexpr int64_t TILE = 64;
 
-// The sum of an activation's group G of record i.
+// The sum of an activation's group G of k-block i.
 template <typename F, int G>
 GDN_INLINE int32_t sum_of(const Row& row, int64_t i) {
     return F::GROUPS == 2 ? row.sum[2 * i + G] : row.sum[2 * i] + row.sum[2 * i + 1];

@@ -10,7 +10,7 @@ DEVICE void expand_record(F, const uint8_t* panel, int i, int n_rows, int n_in, 
     const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
     Piece<F> piece;
     uint32_t raw[2] = {};
-    piece.load(F::record(panel, i), lane);
+    piece.load(F::k_block(panel, i), lane);
     Super<F>::fetch(F::super_block(panel, i), lane, raw);
     const Super<F> super(raw);
     for (int j = 0; j < 2; j++) {
@@ -19,7 +19,7 @@ DEVICE void expand_record(F, const uint8_t* panel, int i, int n_rows, int n_in, 
         Words4 packed;
         for (int k = 0; k < 4; k++) packed.w[k] = pack_bf16(v[2 * k], v[2 * k + 1]);
         const int64_t row = g + 8 * j;
-        auto* to = reinterpret_cast<Words4*>(out + row * n_in + i * RECORD + 8 * c);
+        auto* to = reinterpret_cast<Words4*>(out + row * n_in + i * K_BLOCK + 8 * c);
         if (row < n_rows) *to = packed;
     }
 }
@@ -27,7 +27,7 @@ DEVICE void expand_record(F, const uint8_t* panel, int i, int n_rows, int n_in, 
 template <Layout L>
 DEVICE void expand_record(Plain<L>, const uint8_t* panel, int i, int n_rows, int n_in,
                           uint16_t* out) {
-    const int lane = threadIdx.x % 32, k = i * RECORD + lane;
+    const int lane = threadIdx.x % 32, k = i * K_BLOCK + lane;
     if (k >= n_in) return;
     for (int row = 0; row < n_rows; row++) {
         uint16_t* to = out + static_cast<int64_t>(row) * n_in + k;
@@ -46,7 +46,7 @@ KERNEL(expand, 256) {
     enum { OUT, WEIGHT };
     const View& w = a.v[WEIGHT];
     const int n_in = w.shape[1], i = blockIdx.x * 8 + threadIdx.x / 32, first = blockIdx.y * ROWS;
-    if (i * RECORD >= n_in) return;
+    if (i * K_BLOCK >= n_in) return;
     const int n_rows = w.shape[0] - first < ROWS ? w.shape[0] - first : ROWS;
     uint16_t* out = a.v[OUT].as<uint16_t>() + static_cast<int64_t>(first) * n_in;
     with_format(w.layout,

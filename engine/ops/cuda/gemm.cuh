@@ -9,7 +9,7 @@
 
 namespace gdn {
 
-constexpr int TILE_N = 128, TILE_K = RECORD, STAGES = 3;
+constexpr int TILE_N = 128, TILE_K = K_BLOCK, STAGES = 3;
 
 // 8 elements of row r of a tile of 32 columns, placed so that 8 rows lie in all banks.
 DEVICE uint16_t* chunk(uint16_t* tile, int r, int c) {
@@ -25,7 +25,7 @@ template <typename F>
 DEVICE void fetch(F, const uint8_t* panel, int i, int lane, Record& to) {
     Piece<F> piece;
     piece.clear();
-    piece.load(F::record(panel, i), lane);
+    piece.load(F::k_block(panel, i), lane);
     for (int k = 0; k < 4; k++) to.w[k] = piece.planes[k];
     for (int k = 0; k < 2; k++) to.head[k] = piece.head[k];
     Super<F>::fetch(F::super_block(panel, i), lane, to.super);
@@ -81,7 +81,7 @@ struct Gemm {
         : weight(w),
           a(reinterpret_cast<uint16_t*>(shared)),
           b(a + STAGES * A_SIZE),
-          n_records(w.shape[w.rank - 1] / RECORD),
+          n_records(w.shape[w.rank - 1] / K_BLOCK),
           warp(threadIdx.x / 32),
           lane(threadIdx.x % 32) {
         const int number = first_column / ROWS + warp;

@@ -10,7 +10,7 @@ DEVICE void decode_eight(F, const uint8_t* panel, int row, int at, int, float* o
     const int i = at / 4, c = at % 4, lane = row % 8 * 4 + c;
     Piece<F> piece;
     uint32_t raw[2] = {};
-    piece.load(F::record(panel, i), lane);
+    piece.load(F::k_block(panel, i), lane);
     Super<F>::fetch(F::super_block(panel, i), lane, raw);
     float v[8];
     decode(piece, Super<F>(raw), c, row / 8, v);

@@ -21,7 +21,7 @@ enum DType : int32_t { F32, F16, I32, I8, PACKED, BF16 };
 constexpr int MAX_RANK = 4, MAX_VIEWS = 22, MAX_ATTRS = 8;
 
 // A row-major array or a strided part of one; strides count elements. A weight in a packed layout
-// has dtype PACKED, its layout's number, and the layout's strides in bytes (see layout.cuh).
+// has dtype PACKED, its layout's number, and the layout's strides in bytes (see layout.h).
 struct View {
     char* data;
     int32_t shape[MAX_RANK];

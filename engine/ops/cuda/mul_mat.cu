@@ -42,7 +42,7 @@ EAGER_KERNEL_FOR(mul_mat_1, 512, 2) {
     char* slots = shared + own_warps * rounds * sizeof(RowBatch);
     float* sums = reinterpret_cast<float*>(slots + own_warps * slot_bytes);
     float *squares = sums + own_warps * width, *own = sums + own_warp * width;
-    const int left = n_panels(w) - at.panel, n = n_in / RECORD;
+    const int left = n_panels(w) - at.panel, n = n_in / K_BLOCK;
     Stream stream(w, at.panel, left < panels ? left : panels, slots + own_warp * slot_bytes, warp,
                   n_warps);
     Row row = row_of(a);

@@ -48,7 +48,7 @@ struct FloatRows {
         for (int i = 0; i < R; i++) {
             const int record = first + i * PER_ROUND + g / R;
             values[i] = Eight{};
-            if (record < n_records) values[i] = load_eight(row + record * RECORD + 8 * c, aligned);
+            if (record < n_records) values[i] = load_eight(row + record * K_BLOCK + 8 * c, aligned);
         }
     }
 
@@ -140,7 +140,7 @@ struct Pieces {
 #pragma unroll
         for (int i = 0; i < N; i++) {
             if (first + i < n_records)
-                pieces[i].load(F::record(panel, first + i), lane);
+                pieces[i].load(F::k_block(panel, first + i), lane);
             else
                 pieces[i].clear();
         }

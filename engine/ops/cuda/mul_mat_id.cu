@@ -47,7 +47,7 @@ DEVICE void multiply_pair(const Args& a, const ExpertPlace& at, int t, int u, in
     const View &x = a.v[X], &w = a.v[MATRIX + at.matrix], &ids = a.v[IDS];
     const int64_t expert = ids.as<int32_t>()[t * ids.stride[0] + u * ids.stride[1]];
     const float* row = x.rank == 3 ? x.row(t, u) : x.row(t);
-    const int n_in = w.shape[2], n = n_in / RECORD;
+    const int n_in = w.shape[2], n = n_in / K_BLOCK;
     Stream stream(w, at.panel, 1, memory.slot, warp, n_warps);
     stream.panel += expert * w.stride[0];
     if (!is_plain_layout(w.layout)) {

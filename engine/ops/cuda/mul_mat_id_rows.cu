@@ -20,7 +20,7 @@ DEVICE void multiply_tile(F f, const View& w, const uint8_t* panel, RowAt row_at
             multiply_plain<TILE_ROWS>(f, panel, half, value, n_in, warp, n_warps,
                                       sums + warp * TILE_ROWS * ROWS + half * HALF);
     } else {
-        FloatRows<TILE_ROWS> rows(row_at, n_in / RECORD, aligned);
+        FloatRows<TILE_ROWS> rows(row_at, n_in / K_BLOCK, aligned);
         multiply_panel(f, panel, rows, warp, n_warps, sums + warp * TILE_ROWS * ROWS);
     }
 }

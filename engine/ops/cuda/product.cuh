@@ -153,14 +153,14 @@ DEVICE void mul_mat_floats(const Args& a, float* sums) {
     mul_mat<FloatRows<R>>(a, sums, [&](int first) {
         const View& x = a.v[X];
         const auto row_at = [&](int i) { return row_of(x, first + i); };
-        return FloatRows<R>(row_at, x.shape[1] / RECORD, is_aligned(x));
+        return FloatRows<R>(row_at, x.shape[1] / K_BLOCK, is_aligned(x));
     });
 }
 
 template <int N>
 DEVICE void mul_mat_quantized(const Args& a, float* sums) {
     mul_mat<QuantizedRows<N>>(a, sums, [&](int first) {
-        return QuantizedRows<N>(a, Q, first, a.v[X].shape[0], a.v[X].shape[1] / RECORD);
+        return QuantizedRows<N>(a, Q, first, a.v[X].shape[0], a.v[X].shape[1] / K_BLOCK);
     });
 }
 

@@ -6,7 +6,8 @@
 // integers of the first and the second 16 columns, 8 each.
 #pragma once
 
-#include "layout.cuh"
+#include "kernel.cuh"
+#include "layout.h"
 
 namespace gdn {
 

@@ -7,13 +7,13 @@ KERNEL(quantize_rows, 256) {
     using namespace gdn;
     enum { Q, SCALE, SUM, X };
     const View& x = a.v[X];
-    const int n_records = x.shape[1] / RECORD, n_rows = a.rows(x);
+    const int n_records = x.shape[1] / K_BLOCK, n_rows = a.rows(x);
     const int record = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
     const int g = lane / 4, c = lane % 4, row = blockIdx.y * 8 + g;
     if (blockIdx.y * 8 >= n_rows) return;
     const bool valid = record < n_records && row < n_rows;
     Eight v{};
-    if (valid) v = load_eight(x.row(row) + record * RECORD + 8 * c, is_aligned(x));
+    if (valid) v = load_eight(x.row(row) + record * K_BLOCK + 8 * c, is_aligned(x));
     const Quantized q = quantize(v);
     if (record >= n_records) return;
     const int64_t at = static_cast<int64_t>(blockIdx.y) * n_records + record;

@@ -6,7 +6,8 @@
 // All columns of rows g and g + 8 are a "pair"; there, 8 lanes read 128 bytes in a row at a time.
 #pragma once
 
-#include "layout.cuh"
+#include "kernel.cuh"
+#include "layout.h"
 
 namespace gdn {
 

@@ -37,8 +37,8 @@ DEVICE void reorder_head(T* head, int n) {
 
 template <typename F>
 DEVICE void reorder(F, uint8_t* panel, int i) {
-    uint8_t* record = const_cast<uint8_t*>(F::record(panel, i));
-    constexpr int N_WORDS = (F::RECORD_BYTES - F::HEAD_BYTES) / 4;
+    uint8_t* record = const_cast<uint8_t*>(F::k_block(panel, i));
+    constexpr int N_WORDS = (F::K_BLOCK_BYTES - F::HEAD_BYTES) / 4;
     auto* words = reinterpret_cast<uint32_t*>(record + F::HEAD_BYTES);
     uint32_t word = 0;
     const int at = threadIdx.x;
@@ -49,8 +49,8 @@ DEVICE void reorder(F, uint8_t* panel, int i) {
         reorder_head<F>(record, F::HEAD_BYTES);
         auto* block = reinterpret_cast<uint16_t*>(const_cast<uint8_t*>(F::super_block(panel, i)));
         // Its scale and min per row are as those of one group.
-        using One = Format<8, RECORD, true, F::HAS_MIN, 0>;
-        if (i % (SUPER / RECORD) == 0) reorder_head<One>(block, F::SUPER_HEAD / 2);
+        using One = Format<8, K_BLOCK, true, F::HAS_MIN, 0>;
+        if (i % (SUPER / K_BLOCK) == 0) reorder_head<One>(block, F::SUPER_HEAD / 2);
     } else {
         reorder_head<F>(reinterpret_cast<uint16_t*>(record), F::HEAD_BYTES / 2);
     }

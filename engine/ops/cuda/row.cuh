@@ -80,7 +80,7 @@ struct Row {
     // Makes a batch: records first … first + 7, of n.
     DEVICE void stage(RowBatch& to, int first, int n) {
         const int lane = threadIdx.x % 32, i = lane / 4, c = lane % 4;
-        const Integers made = to_integers(columns(first * RECORD + 8 * lane, first + i < n));
+        const Integers made = to_integers(columns(first * K_BLOCK + 8 * lane, first + i < n));
         for (int k = 0; k < 2; k++) {
             to.q[i][0][2 * c + k] = made.high[k];
             to.q[i][1][2 * c + k] = made.low[k];
@@ -109,7 +109,7 @@ struct Stream {
           panel_bytes(w.stride[w.rank - 2]),
           n_panels(n_panels_) {
         with_format(w.layout, [&](auto f) {
-            if constexpr (!is_plain(decltype(f){})) batch_bytes = f.batch_bytes();
+            if constexpr (!is_plain(decltype(f){})) batch_bytes = f.SUPER_BYTES;
         });
         offset = warp * batch_bytes, step = n_warps * batch_bytes;
     }
@@ -149,7 +149,7 @@ DEVICE void multiply_batch(const uint8_t* records, int count, const RowBatch& x,
         const int at = 4 * i + c;
         Pair<F> pair;
         if (at < count)
-            pair.load(records + F::SUPER_HEAD + at * F::RECORD_BYTES, g);
+            pair.load(records + F::SUPER_HEAD + at * F::K_BLOCK_BYTES, g);
         else
             pair.clear();
         const uint32_t* own = g / 2 == c ? x.q[at][g % 2] : x.zeros;

@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 
 from engine import Engine
 from engine.backends.cpu.backend import CpuBackend
+from engine.backends.cpu.fusion import FUSIONS
 from engine.backends.cpu.lower import Lowering, Step
-from engine.backends.native.buffers import ALIGNMENT, Arena, Scratch
-from engine.backends.native.fusion import Uses
+from engine.backends.native import library as cpu_library
+from engine.backends.native.buffers import ALIGNMENT, Arena, Scratch, place_buffers
+from engine.backends.native.fusion import Readers, match_fusions
 from engine.formats.quants import F32, WEIGHT_TYPES
 from engine.graph import Capacity, Dim, Graph, Kind, Live, Node, Tensor
 from engine.ops.add_rms_norm import add_rms_norm
@@ -64,8 +66,13 @@ def test_buffers_that_follow_each_other_share_memory() -> None:
 
 
 def lowered(graph: Graph, matrix: bool = False) -> Lowering:
-    lowering = Lowering(Uses.of(graph.nodes, graph.outputs.values()), matrix)
-    lowering.add_all(graph.nodes)
+    readers = Readers(graph.nodes, graph.outputs.values())
+    lowering = Lowering(cpu_library.load().constants, readers, matrix)
+    for fusion, nodes in match_fusions(graph.nodes, readers, FUSIONS):
+        if fusion:
+            fusion.lower(lowering, nodes)
+        else:
+            lowering.add(nodes[0])
     return lowering
 
 
@@ -86,13 +93,13 @@ def check_barriers(steps: list[Step]) -> None:
         if a.phase == b.phase:
             (read_a, written_a), (read_b, written_b) = touched(a), touched(b)
             shared = written_a & (read_b | written_b) | written_b & read_a
-            assert not shared, (a.kernel, a.nodes, b.kernel, b.nodes)
+            assert not shared, (a.name, a.nodes, b.name, b.nodes)
 
 
 def check_arena(lowering: Lowering) -> None:
     """Every activation is somewhere, and nothing else is there in any phase in which it is."""
     arena: Arena[Any] = Arena()
-    lowering.place(arena, ())
+    place_buffers(((s.phase, s.nodes, s.operands) for s in lowering.steps), arena)
     phases: dict[Any, list[int]] = {}
     for step in lowering.steps:
         for ref in step.operands:
@@ -156,7 +163,7 @@ def test_splits_of_models(models: Callable[[str, str], Path], preset: str) -> No
 def test_an_activation_is_made_int8_once_for_all_products(tiny: Path) -> None:
     with Engine.load(tiny, backend="reference") as engine:
         steps = lowered(engine.plan.graph).steps
-    made = [s.operands[3] for s in steps if s.kernel == "QUANTIZE_ROWS"]
+    made = [s.operands[3] for s in steps if s.name == "QUANTIZE_ROWS"]
     keys = {(t.base, t.offset, t.shape, t.strides) for t in made if isinstance(t, Tensor)}
     assert len(keys) == len(made) > 0
 

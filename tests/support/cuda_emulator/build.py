@@ -27,7 +27,7 @@ _FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-w"]
 _RUNTIME_FLAGS = ["-O2", "-shared", "-fvisibility=default"]
 _DIGITS = 12
 # Where includes are, the emulator's own first.
-_INCLUDES = (HERE / "include", nvrtc.SOURCES)
+_INCLUDES = (HERE / "include", nvrtc.SOURCES, nvrtc.SHARED)
 # Errors of the launch, see runtime.cpp; libubsan is not linked.
 _CHECKS = ["-fsanitize=bounds,alignment,null", "-fno-sanitize-recover=all"]
 
@@ -115,9 +115,9 @@ def _mirror(directory: Path) -> Path:
     """A folder of links to all sources and headers of both places."""
     mirror = BUILD / f"mirror-{hashlib.sha256(str(directory).encode()).hexdigest()[:_DIGITS]}"
     shutil.rmtree(mirror, ignore_errors=True)
-    for root in (nvrtc.SOURCES, directory, HERE / "include"):
-        for pattern in ("*.cu", "*.cuh", "*.h"):
-            for path in root.rglob(pattern):
+    for root in (nvrtc.SHARED, nvrtc.SOURCES, directory, HERE / "include"):
+        for pattern in ("*.h",) if root == nvrtc.SHARED else ("**/*.cu", "**/*.cuh", "**/*.h"):
+            for path in root.glob(pattern):
                 target = mirror / path.relative_to(root)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.unlink(missing_ok=True)

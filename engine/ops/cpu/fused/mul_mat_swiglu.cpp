@@ -1,5 +1,5 @@
-// MUL_MAT of two weights and SWIGLU of the products, which never leave the cache. Rows of blocks
-// become tiles of the next product at once where that is all that reads them.
+// MUL_MAT of two weights and SWIGLU of the products, which never leave the cache. Tiled
+// rows become tiles of the next product at once where that is all that reads them.
 
 #include "../kernels.h"
 #include "../mul_mat.h"
@@ -19,7 +19,7 @@ void put(const Args& a, int64_t t, int64_t column, int n, const float* gate, con
     }
 }
 
-// Columns of a pair of panels for blocked row i, into its tile.
+// Columns of a pair of panels for tiled row i, into its tile.
 void put_tile(const Args& a, int64_t i, int64_t pair, const float* gate, const float* up) {
     static_assert(PAIR == DEPTH);
     bf16* row = a.v[OUT_TILES].as<bf16>() + i / SIDE * SIDE * a.v[GATE].shape[0] + pair * TILE_SIZE;
@@ -31,11 +31,11 @@ int columns_of(const Args& a, int64_t panel) {
     return static_cast<int>(std::min<int64_t>(ROWS, a.v[GATE].shape[0] - panel * ROWS));
 }
 
-// The columns of a pair of panels for blocked row i.
+// The columns of a pair of panels for tiled row i.
 void put_pair(const Args& a, int64_t i, int64_t pair, const float* gate, const float* up) {
     if (a.v[OUT_TILES]) return put_tile(a, i, pair, gate, up);
     for (int64_t p = 2 * pair; p < std::min(n_panels(a.v[GATE]), 2 * pair + 2); p++) {
-        put(a, a.step->blocked[i], p * ROWS, columns_of(a, p), gate, up);
+        put(a, a.step->tiled[i], p * ROWS, columns_of(a, p), gate, up);
         gate += ROWS, up += ROWS;
     }
 }
@@ -58,7 +58,7 @@ void multiply_tiles(const Args& a, const Activation& x, const TileTasks& tasks, 
                 put_pair(a, i, pair, gate, gate + UP_SUMS);
             }
     };
-    multiply_pairs(x.blocked(first), tasks.n_rows(task), pairs, n_pairs, s, nowhere, done);
+    multiply_pairs(x.tiled(first), tasks.n_rows(task), pairs, n_pairs, s, nowhere, done);
 }
 
 int64_t n_tasks(const Args& a) {

@@ -1,11 +1,18 @@
-// How the records of a packed weight are read: words of W rows, and their scales.
+// Reading k-blocks of a packed weight: words of W rows, and their scales.
 #pragma once
 
 #include <type_traits>
 
-#include "layout.h"
+#include "../layout.h"
+#include "simd.h"
 
 namespace gdn {
+
+// Vectors that cover the 16 rows of a panel.
+constexpr int PARTS = ROWS / W;
+
+constexpr int8_t IQ4_VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                   1,    13,   25,  38,  53,  69,  89,  113};
 
 GDN_INLINE vi widen_signed(const uint8_t* p) {
 #if defined(__AVX512F__)
@@ -85,21 +92,21 @@ GDN_INLINE void for_constants(F f) {
     }
 }
 
-// The scales of W rows for group G of a record; of a super-block's in units of its own scale.
+// The scales of W rows for group G of a k-block; of a super-block's in units of its own scale.
 template <typename F, int G>
-GDN_INLINE vf scale_of(const uint8_t* record, int p) {
+GDN_INLINE vf scale_of(const uint8_t* k_block, int p) {
     const int at = G * ROWS + p * W;
     if constexpr (F::IS_SUPER)
-        return to_float(F::HAS_MIN ? widen_unsigned(record + at) : widen_signed(record + at));
-    return half_to_float(reinterpret_cast<const uint16_t*>(record) + at);
+        return to_float(F::HAS_MIN ? widen_unsigned(k_block + at) : widen_signed(k_block + at));
+    return half_to_float(reinterpret_cast<const uint16_t*>(k_block) + at);
 }
 
 // Their mins, likewise.
 template <typename F, int G>
-GDN_INLINE vf min_of(const uint8_t* record, int p) {
+GDN_INLINE vf min_of(const uint8_t* k_block, int p) {
     const int at = G * ROWS + p * W;
-    if constexpr (F::IS_SUPER) return to_float(widen_unsigned(record + F::SCALE_BYTES + at));
-    return half_to_float(reinterpret_cast<const uint16_t*>(record + F::SCALE_BYTES) + at);
+    if constexpr (F::IS_SUPER) return to_float(widen_unsigned(k_block + F::SCALE_BYTES + at));
+    return half_to_float(reinterpret_cast<const uint16_t*>(k_block + F::SCALE_BYTES) + at);
 }
 
 // What these are in units of: the scales in front of a super-block; part PARTS + p has the mins'.

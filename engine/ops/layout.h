@@ -1,31 +1,33 @@
-// Packed weights: panels of 16 rows, interleaved so that one vector holds the same columns of
-// neighbouring rows, and quantized values in planes of 4, 2 and 1 bits.
+// The byte layouts of packed weights, for the CPU's kernels and the GPU's: panels of 16 rows,
+// interleaved so that one vector holds the same columns of neighbouring rows, with quantized values
+// in planes of 4, 2 and 1 bits.
 //
-// A row is cut into records of 32 columns. In a record, "words" are the 4 bytes of 4 consecutive
+// A panel is cut into k-blocks of 32 columns. In a k-block, "words" are the 4 bytes of 4 consecutive
 // columns of a row; word i of all 16 rows together is 64 bytes, and planes keep the words' lower and
 // higher bits apart:
 //
-//   bits   planes (bytes of a record)
+//   bits   planes (bytes of a k-block)
 //   8      words 0…7 (512)
 //   4      words 2c | 2c+1 << 4 (256)
 //   2      words 4h | 4h+1 << 2 | 4h+2 << 4 | 4h+3 << 6 (128)
 //   1      bit i of a byte is word i's (64)
 //
 // 6 bits are 4 and 2, 5 are 4 and 1, 3 are 2 and 1. A value is scale · (q - ZERO) - min. Scales are
-// float16 per group of GROUP columns in front of a record's planes (flat), or 8 bits there times a
-// float16 in front of every 8 records (super), as K-quants have them. Each GGUF type has a layout
-// that keeps its values exactly; what it adds to a file's size is at most 3 %.
+// float16 per group of GROUP columns in front of a k-block's planes (flat), or 8 bits there times a
+// float16 in front of every 8 k-blocks (super), as K-quants have them. Each GGUF type has a layout
+// that keeps its values exactly; a layout adds at most 3 % to a file's size.
 #pragma once
 
-#include "kernel.h"
-#include "simd.h"
+#ifndef DEVICE  // CUDA's primitives.cuh defines it, and the integer types.
+#include <cstdint>
+#define DEVICE
+#endif
 
 namespace gdn {
 
-constexpr int ROWS = 16, RECORD = 32, SUPER = 256, WORDS = 8;
+// Rows of a panel, columns of a k-block and of a super-block, words of a row in a k-block.
+constexpr int ROWS = 16, K_BLOCK = 32, SUPER = 256, WORDS = 8;
 constexpr int WORD_BYTES = ROWS * 4;
-// How many vectors cover 16 rows.
-constexpr int PARTS = ROWS / W;
 
 enum Layout : int32_t {
     L_F32,
@@ -52,24 +54,27 @@ struct Format {
     static constexpr bool IS_SUPER = SUPER_, HAS_MIN = MIN_, CODEBOOK = CODEBOOK_;
     // Values are int8 rather than unsigned.
     static constexpr bool SIGNED = BITS == 8 || CODEBOOK;
-    static constexpr int GROUPS = RECORD / GROUP;
+    static constexpr int GROUPS = K_BLOCK / GROUP;
     static constexpr int SCALE_BYTES = ROWS * GROUPS * (IS_SUPER ? 1 : 2);
     static constexpr int HEAD_BYTES = SCALE_BYTES * (HAS_MIN ? 2 : 1);
-    static constexpr int RECORD_BYTES = HEAD_BYTES + ROWS * RECORD * BITS / 8;
+    static constexpr int K_BLOCK_BYTES = HEAD_BYTES + ROWS * K_BLOCK * BITS / 8;
     static constexpr int SUPER_HEAD = IS_SUPER ? ROWS * 2 * (HAS_MIN ? 2 : 1) : 0;
-    static constexpr int SUPER_BYTES = SUPER_HEAD + SUPER / RECORD * RECORD_BYTES;
+    // Of 8 k-blocks, with the head of a super-block if there is one.
+    static constexpr int SUPER_BYTES = SUPER_HEAD + SUPER / K_BLOCK * K_BLOCK_BYTES;
 
-    static int64_t panel_bytes(int64_t n_in) {
-        return IS_SUPER ? n_in / SUPER * SUPER_BYTES : n_in / RECORD * RECORD_BYTES;
+    DEVICE static int64_t panel_bytes(int64_t n_in) {
+        return IS_SUPER ? n_in / SUPER * SUPER_BYTES : n_in / K_BLOCK * K_BLOCK_BYTES;
     }
-    // Where a record begins, and where its super-block does.
-    static const uint8_t* record(const uint8_t* panel, int64_t i) {
-        if (!IS_SUPER) return panel + i * RECORD_BYTES;
-        constexpr int n = SUPER / RECORD;
-        return panel + i / n * SUPER_BYTES + SUPER_HEAD + i % n * RECORD_BYTES;
+    // Where k-block i begins, and where its super-block does.
+    template <typename Index>
+    DEVICE static const uint8_t* k_block(const uint8_t* panel, Index i) {
+        if (!IS_SUPER) return panel + i * K_BLOCK_BYTES;
+        constexpr int n = SUPER / K_BLOCK;
+        return panel + i / n * SUPER_BYTES + SUPER_HEAD + i % n * K_BLOCK_BYTES;
     }
-    static const uint8_t* super_block(const uint8_t* panel, int64_t i) {
-        return panel + i / (SUPER / RECORD) * SUPER_BYTES;
+    template <typename Index>
+    DEVICE static const uint8_t* super_block(const uint8_t* panel, Index i) {
+        return panel + i / (SUPER / K_BLOCK) * SUPER_BYTES;
     }
 };
 
@@ -77,18 +82,15 @@ struct Format {
 template <Layout L>
 struct Plain {
     static constexpr Layout LAYOUT = L;
-    static int64_t panel_bytes(int64_t n_in) {
+    DEVICE static int64_t panel_bytes(int64_t n_in) {
         if (L == L_BF16) return (n_in + 1) / 2 * ROWS * 4;
         return n_in * ROWS * (L == L_F32 ? 4 : 2);
     }
 };
 
-constexpr int8_t IQ4_VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
-                                   1,    13,   25,  38,  53,  69,  89,  113};
-
 // Calls f with the format of a layout.
 template <typename F>
-auto with_format(int32_t layout, F f) {
+DEVICE auto with_format(int32_t layout, F f) {
     switch (layout) {
         case L_F16: return f(Plain<L_F16>{});
         case L_BF16: return f(Plain<L_BF16>{});
@@ -109,11 +111,11 @@ auto with_format(int32_t layout, F f) {
 }
 
 template <typename F>
-constexpr bool is_plain(F) {
+DEVICE constexpr bool is_plain(F) {
     return false;
 }
 template <Layout L>
-constexpr bool is_plain(Plain<L>) {
+DEVICE constexpr bool is_plain(Plain<L>) {
     return true;
 }
 
