@@ -2,9 +2,9 @@
 // interleaved so that one vector holds the same columns of neighbouring rows, with quantized values
 // in planes of 4, 2 and 1 bits.
 //
-// A panel is cut into k-blocks of 32 columns. In a k-block, "words" are the 4 bytes of 4 consecutive
-// columns of a row; word i of all 16 rows together is 64 bytes, and planes keep the words' lower and
-// higher bits apart:
+// A panel is cut into k-blocks of 32 columns. In a k-block, "words" are the 4 bytes of 4
+// consecutive columns of a row; word i of all 16 rows together is 64 bytes, and planes keep the
+// words' lower and higher bits apart:
 //
 //   bits   planes (bytes of a k-block)
 //   8      words 0…7 (512)
@@ -26,8 +26,8 @@
 namespace gdn {
 
 // Rows of a panel, columns of a k-block and of a super-block, words of a row in a k-block.
-constexpr int ROWS = 16, K_BLOCK = 32, SUPER = 256, WORDS = 8;
-constexpr int WORD_BYTES = ROWS * 4;
+constexpr int PANEL = 16, K_BLOCK = 32, SUPER = 256, WORDS = 8;
+constexpr int WORD_BYTES = PANEL * 4;
 
 enum Layout : int32_t {
     L_F32,
@@ -55,10 +55,10 @@ struct Format {
     // Values are int8 rather than unsigned.
     static constexpr bool SIGNED = BITS == 8 || CODEBOOK;
     static constexpr int GROUPS = K_BLOCK / GROUP;
-    static constexpr int SCALE_BYTES = ROWS * GROUPS * (IS_SUPER ? 1 : 2);
+    static constexpr int SCALE_BYTES = PANEL * GROUPS * (IS_SUPER ? 1 : 2);
     static constexpr int HEAD_BYTES = SCALE_BYTES * (HAS_MIN ? 2 : 1);
-    static constexpr int K_BLOCK_BYTES = HEAD_BYTES + ROWS * K_BLOCK * BITS / 8;
-    static constexpr int SUPER_HEAD = IS_SUPER ? ROWS * 2 * (HAS_MIN ? 2 : 1) : 0;
+    static constexpr int K_BLOCK_BYTES = HEAD_BYTES + PANEL * K_BLOCK * BITS / 8;
+    static constexpr int SUPER_HEAD = IS_SUPER ? PANEL * 2 * (HAS_MIN ? 2 : 1) : 0;
     // Of 8 k-blocks, with the head of a super-block if there is one.
     static constexpr int SUPER_BYTES = SUPER_HEAD + SUPER / K_BLOCK * K_BLOCK_BYTES;
 
@@ -83,8 +83,8 @@ template <Layout L>
 struct Plain {
     static constexpr Layout LAYOUT = L;
     DEVICE static int64_t panel_bytes(int64_t n_in) {
-        if (L == L_BF16) return (n_in + 1) / 2 * ROWS * 4;
-        return n_in * ROWS * (L == L_F32 ? 4 : 2);
+        if (L == L_BF16) return (n_in + 1) / 2 * PANEL * 4;
+        return n_in * PANEL * (L == L_F32 ? 4 : 2);
     }
 };
 

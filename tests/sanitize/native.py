@@ -39,7 +39,7 @@ def use(directory: Path) -> None:
         _give_bounds()
 
 
-class GuardedArena(Arena[Any]):
+class GuardedArena(Arena):
     """Buffers that share nothing, each with a gap behind it."""
 
     def __init__(self) -> None:

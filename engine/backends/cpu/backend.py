@@ -75,7 +75,7 @@ class CpuBackend:
         if any(len(t.shape) > MAX_RANK for t in (*node.inputs.values(), *node.outputs)):
             return f"more than {MAX_RANK} dimensions"
         if node.op.name == "GATED_DELTA_NET":
-            size, largest = max(node.inputs["state"].shape[2:]), self.library.constants.max_head
+            size, largest = max(node.inputs["state"].shape[2:]), self.library.constant("max_head")
             if size > largest:
                 return f"head size {size} above {largest}"
             if node.attrs["algorithm"] == "chunk":
@@ -85,7 +85,7 @@ class CpuBackend:
         return ""
 
     def _no_chunks(self, d_v: int, d_k: int) -> str:
-        multiple = self.library.constants.chunk_head_multiple
+        multiple = self.library.constant("tile_depth")
         if not self.matrix:
             return "no matrix units"
         if d_k % multiple or d_v % multiple:
@@ -137,7 +137,8 @@ class CpuBackend:
 
     def row_tiles(self, live: Live) -> list[tuple[int, int]]:
         """(first row, rows) of a step's row tiles; none without matrix units."""
-        return row_tiles(live.chunks, self.library.constants.max_tile_rows) if self.matrix else []
+        n_positions = self.library.constant("max_tile_rows")
+        return row_tiles(live.chunks, n_positions) if self.matrix else []
 
     def run(self, instructions: Array, live: Live, seconds: Array | None = None) -> None:
         """Run some instructions of a program."""

@@ -1,7 +1,8 @@
 // Runs a program: a flat array of instructions, on a team of threads, in one call per step.
 //
-// Threads take tasks of an instruction from a counter. Where the next instruction asks for a barrier,
-// they wait for each other: a waiting thread spins a little, then yields. Between steps they park.
+// Threads take tasks of an instruction from a counter. Where the next instruction asks for a
+// barrier, they wait for each other: a waiting thread spins a little, then yields. Between steps
+// they park.
 
 #include <sched.h>
 
@@ -241,7 +242,7 @@ GDN_EXPORT int64_t gdn_constant(const char* name) {
     } CONSTANTS[] = {
         {"sizeof_view", sizeof(View)},
         {"sizeof_instruction", sizeof(Instruction)},
-        {"panel_rows", ROWS},
+        {"panel_rows", PANEL},
         {"k_block", K_BLOCK},
         {"sum_group", SUM_GROUP},
         {"tile_side", SIDE},
@@ -250,7 +251,6 @@ GDN_EXPORT int64_t gdn_constant(const char* name) {
         {"max_gathered_columns", MAX_GATHERED_COLUMNS},
         {"partial_head", attention_op::PARTIAL_HEAD},
         {"max_head", MAX_HEAD},
-        {"chunk_head_multiple", CHUNK_HEAD_MULTIPLE},
     };
     for (const auto& c : CONSTANTS)
         if (std::strcmp(c.name, name) == 0) return c.value;

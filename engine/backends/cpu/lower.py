@@ -13,7 +13,7 @@ from typing import Any
 
 from engine.backends.native.buffers import Ref, Scratch, owner_of
 from engine.backends.native.fusion import Readers
-from engine.backends.native.library import Constants
+from engine.backends.native.library import Library
 from engine.backends.native.signatures import is_quantized, matrices_of, parts
 from engine.backends.native.views import BF16, I8, view_key
 from engine.formats.quants import F16, F32, I32
@@ -32,7 +32,7 @@ def has_tiles(weight: Tensor) -> bool:
 class Step:
     """One instruction before addresses are known; the first `n_writes` operands are written."""
 
-    name: str
+    kernel: str
     nodes: Sequence[Node]
     operands: Sequence[Ref]
     attrs: Sequence[float]
@@ -46,8 +46,8 @@ class Lowering:
     With `matrix`, row tiles are multiplied as bfloat16 tiles.
     """
 
-    def __init__(self, constants: Constants, readers: Readers, matrix: bool = False) -> None:
-        self._constants, self._readers, self._matrix = constants, readers, matrix
+    def __init__(self, library: Library, readers: Readers, matrix: bool = False) -> None:
+        self._constant, self._readers, self._matrix = library.constant, readers, matrix
         self.steps: list[Step] = []
         # Conversions of activations, which all their readers share.
         self._converted: dict[tuple[Any, ...], tuple[Scratch, ...]] = {}
@@ -95,7 +95,7 @@ class Lowering:
 
     def _output_tiles(self, out: Tensor) -> Ref:
         """Tiles for an output's row tiles, where products that take tiles are its only readers."""
-        if out in self._readers.kept or out.shape[1] % self._constants.tile_depth:
+        if out in self._readers.kept or out.shape[1] % self._constant("tile_depth"):
             return None
         for node, name in self._readers.of(out):
             if (node.op.name, name) != ("MUL_MAT", "x") or node.inputs["x"] is not out:
@@ -121,7 +121,7 @@ class Lowering:
             target: Ref = out if gates is None else Scratch(shape, F32)
             rows = rounded if has_tiles(m) and not is_quantized(m) else None
             by_bytes = self._matrix and is_quantized(m)
-            by_bytes &= m.shape[2] <= self._constants.max_gathered_columns
+            by_bytes &= m.shape[2] <= self._constant("max_gathered_columns")
             operands = [target, x, *quantized, rows, m, order, starts, ids]
             self._append("MUL_MAT_ID", [node], operands, [float(by_bytes)], 1)
             if gates is not None:
@@ -131,7 +131,7 @@ class Lowering:
         ((kernel, (out, *operands), attrs),) = parts(node)
         n_tokens, n_heads, size = node.outputs[0].shape
         n_rows, width = min(int(n_tokens), _SPLIT_ROWS), -(-size // 16) * 16
-        width += self._constants.partial_head
+        width += self._constant("partial_head")
         partials = Scratch((n_rows, n_heads, _MAX_CHUNKS, width), F32)
         self._append(kernel, [node], [out, partials, *operands], attrs, 2)
         self._append("ATTENTION_JOIN", [node], [out, partials, *operands], [], 1)
@@ -145,8 +145,8 @@ class Lowering:
         *lead, n_in = x.shape
         shapes = (
             ((*lead, n_in), I8),
-            ((*lead, n_in // self._constants.k_block), F32),
-            ((*lead, n_in // self._constants.sum_group), I32),
+            ((*lead, n_in // self._constant("k_block")), F32),
+            ((*lead, n_in // self._constant("sum_group")), I32),
         )
         return self._convert("QUANTIZE_ROWS", node, x, shapes, only_remainder)
 
@@ -154,8 +154,8 @@ class Lowering:
         """x's row tiles as bfloat16, in tiles or in place; None if nothing needs that."""
         *lead, n_in = x.shape
         is_step = isinstance(lead[0], Dim) and lead[0].name == "n_tokens"
-        fits = tiled or n_in <= self._constants.max_gathered_columns
-        fits &= n_in % self._constants.tile_depth == 0
+        fits = tiled or n_in <= self._constant("max_gathered_columns")
+        fits &= n_in % self._constant("tile_depth") == 0
         if not (self._matrix and is_step and fits and any(map(has_tiles, weights))):
             return None
         if tiled:
@@ -163,7 +163,7 @@ class Lowering:
         return self._convert("ROUND_ROWS", node, x, (((*lead, n_in), BF16),), tiled)[0]
 
     def _tile_rows(self, x: Tensor) -> int:
-        side = self._constants.tile_side
+        side = self._constant("tile_side")
         return -(-int(x.shape[0]) // side) * side
 
     def _convert(

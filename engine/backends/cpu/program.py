@@ -44,7 +44,7 @@ class CpuProgram(NativeProgram[Host]):
 
     def __init__(self, host: Host, split: Split, fused: bool = True) -> None:
         super().__init__(host, split, fused)
-        lowering = Lowering(host.library.constants, self._readers, host.matrix)
+        lowering = Lowering(host.library, self._readers, host.matrix)
         self._lower(lowering, FUSIONS, Lowering.add)
         self._place(lowering.steps, (step.phase for step in lowering.steps))
         self._lay_out(lowering.steps)
@@ -60,7 +60,7 @@ class CpuProgram(NativeProgram[Host]):
         self._program = np.zeros(len(steps), INSTRUCTION)
         n_views = n_attrs = phase = 0
         for instruction, step in zip(self._program, steps, strict=True):
-            instruction["kernel"] = self._host.library.kernel_address(step.name)
+            instruction["kernel"] = self._host.library.kernel_address(step.kernel)
             instruction["views"] = self._views.ctypes.data + n_views * VIEW.itemsize
             instruction["attrs"] = self._attrs.ctypes.data + n_attrs * self._attrs.itemsize
             instruction["barrier"], phase = step.phase != phase, step.phase

@@ -38,7 +38,7 @@ class Kernel:
     """One launch before addresses are known."""
 
     source: str
-    name: str
+    kernel: str
     nodes: Sequence[Node]
     operands: Sequence[Ref]
     attrs: Sequence[float]
@@ -59,7 +59,7 @@ class Product:
     when: Condition = always
 
     @property
-    def name(self) -> str:
+    def kernel(self) -> str:
         """As kernels are called."""
         return "gemm_bf16"
 

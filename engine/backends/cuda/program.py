@@ -78,7 +78,7 @@ class CudaProgram(NativeProgram[Host]):
         if isinstance(step, Product):
             self._functions.append(0)
             return
-        self._functions.append(self._device.function(step.source, step.name, step.shared))
+        self._functions.append(self._device.function(step.source, step.kernel, step.shared))
         for i, ref in enumerate(step.operands):
             address = self._address(ref)
             write_operand(args["v"][i], ref, step.nodes, address, self._host.weights)
@@ -163,4 +163,4 @@ class CudaProgram(NativeProgram[Host]):
 
 
 def _who(step: Step) -> str:
-    return f"{step.nodes[0]} (kernel {step.name})"
+    return f"{step.nodes[0]} (kernel {step.kernel})"

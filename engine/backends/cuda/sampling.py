@@ -173,7 +173,7 @@ class _Launch:
     def __init__(self, backend: Host, step: Kernel, addresses: Sequence[int]) -> None:
         self._device: Device = backend.device
         self._step, self._args = step, np.zeros((), ARGS)
-        self._function = self._device.function(step.source, step.name)
+        self._function = self._device.function(step.source, step.kernel)
         for i, (ref, address) in enumerate(zip(step.operands, addresses, strict=True)):
             write_operand(self._args["v"][i], ref, step.nodes, address, backend.weights)
         self._args["attr"][: len(step.attrs)] = step.attrs

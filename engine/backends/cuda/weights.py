@@ -46,7 +46,7 @@ class CudaWeights:
 
     def __init__(self, device: Device, library: Library, bf16_bytes: int | None = None) -> None:
         self._device, self._panels = device, Panels(library)
-        assert (library.constants.panel_rows, library.constants.k_block) == (PANEL, RECORD)
+        assert (library.constant("panel_rows"), library.constant("k_block")) == (PANEL, RECORD)
         self._packed: dict[Tensor, Packed] = {}
         self._plain: dict[Tensor, Memory] = {}
         self._bf16: dict[Tensor, Memory] = {}

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from engine.backends.native.views import DTYPES, ITEM_BYTES
 from engine.formats.quants import DType
 from engine.graph import Kind, Node, Tensor
 
 ALIGNMENT = 64
-Key = TypeVar("Key", bound=Hashable)
 
 
-class Arena(Generic[Key]):
+class Arena:
     """One block of memory for many buffers: `size` bytes, with each buffer's offset."""
 
     def __init__(self) -> None:
         self.size = 0
-        self.offsets: dict[Key, int] = {}
+        self.offsets: dict[Any, int] = {}
 
-    def plan(self, buffers: Sequence[tuple[Key, int, int, int]]) -> None:
+    def plan(self, buffers: Sequence[tuple[Any, int, int, int]]) -> None:
         """Place buffers (key, bytes, first and last instruction), each where no other is alive.
 
         The largest are placed first, each at the lowest offset that is free for its whole life.
@@ -71,7 +70,7 @@ def owner_of(ref: Ref) -> Any:
 
 def place_buffers(
     steps: Iterable[tuple[int, Sequence[Node], Sequence[Ref]]],
-    arena: Arena[Any],
+    arena: Arena,
     elsewhere: Iterable[Any] = (),
 ) -> None:
     """Place all activations and buffers in an arena, but those that lie `elsewhere`.

@@ -11,7 +11,6 @@ import os
 import platform
 from collections.abc import Callable
 from ctypes import c_char_p, c_int, c_int32, c_int64, c_void_p
-from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -92,31 +91,6 @@ def load(isa: str | None = None) -> Library:
     return _library(isa)
 
 
-@dataclass(frozen=True)
-class Constants:
-    """The kernels' constants: `gdn_constant` of engine/backends/cpu/executor.cpp knows them."""
-
-    sizeof_view: int
-    sizeof_instruction: int
-    # Rows of a panel; columns of a k-block, which share an int8 activation's scale; columns that
-    # share its sum.
-    panel_rows: int
-    k_block: int
-    sum_group: int
-    # A bfloat16 tile is so many rows by so many columns.
-    tile_side: int
-    tile_depth: int
-    # Rows, and aligned positions, of a row tile.
-    max_tile_rows: int
-    # Columns of the rows that MUL_MAT_ID gathers for tiles.
-    max_gathered_columns: int
-    # Elements before the sums of a position chunk.
-    partial_head: int
-    # Head sizes of the delta rule: at most, and a multiple of this in chunk form.
-    max_head: int
-    chunk_head_multiple: int
-
-
 class Library:
     """The functions of one library, as engine/backends/cpu/executor.cpp exports them."""
 
@@ -146,11 +120,14 @@ class Library:
             function = getattr(lib, f"gdn_{name.lstrip('_')}")
             function.restype, function.argtypes = result, arguments
             setattr(self, name, function)
-        names = [field.name for field in fields(Constants)]
-        self.constants = Constants(*(self._constant(name.encode()) for name in names))
-        assert min(vars(self.constants).values()) > 0, self.constants
-        sizes = self.constants.sizeof_view, self.constants.sizeof_instruction
+        sizes = self.constant("sizeof_view"), self.constant("sizeof_instruction")
         assert sizes == (VIEW.itemsize, INSTRUCTION.itemsize), sizes
+
+    def constant(self, name: str) -> int:
+        """A constant of the kernels; `gdn_constant` lists their names."""
+        value = self._constant(name.encode())
+        assert value > 0, name
+        return value
 
     def kernel_address(self, name: str) -> int:
         """The address of a kernel's record."""

@@ -31,7 +31,7 @@ class Panels:
     """Sizes of packed weights, and the packing itself."""
 
     def __init__(self, library: Library) -> None:
-        self._lib, self._rows = library, library.constants.panel_rows
+        self._lib, self._rows = library, library.constant("panel_rows")
 
     def pack_all(
         self,

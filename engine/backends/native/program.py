@@ -20,8 +20,8 @@ class Step(Protocol):
     """One kernel call before addresses are known; operands are outputs, then inputs."""
 
     @property
-    def name(self) -> str:
-        """The kernel."""
+    def kernel(self) -> str:
+        """Its name."""
 
     @property
     def nodes(self) -> Sequence[Node]:
@@ -109,11 +109,11 @@ class NativeProgram(ABC, Generic[H]):
             else:
                 fusion.lower(lowering, group)
             self._spans[group[0]] = range(first, len(lowering.steps))
-        self.instructions = [Instruction(s.name, tuple(s.nodes)) for s in lowering.steps]
+        self.instructions = [Instruction(s.kernel, tuple(s.nodes)) for s in lowering.steps]
 
     def _place(self, steps: Sequence[Step], times: Iterable[int]) -> None:
         """Allocate one arena for buffers and activations; `times`: when each step runs."""
-        arena: Arena[Any] = Arena()
+        arena = Arena()
         timed = ((t, s.nodes, s.operands) for t, s in zip(times, steps, strict=True))
         place_buffers(timed, arena, self.outside | self._addresses.keys())
         base = self._allocate(arena.size)

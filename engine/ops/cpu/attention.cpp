@@ -5,9 +5,7 @@
 
 #include "kernels.h"
 
-namespace gdn {
-
-namespace attention_op {
+namespace gdn::attention_op {
 
 void store_result(const Args& a, int64_t t, int64_t h, const float* acc, float total) {
     const View &out = a.v[OUT], &gate = a.v[GATE];
@@ -31,11 +29,9 @@ void run(const Args& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-}  // namespace attention_op
+}  // namespace gdn::attention_op
 
-const Kernel attention = {
+const gdn::Kernel gdn::attention = {
     "ATTENTION",
     [](const Args& a) { return attention_op::n_tile_tasks(a) + attention_op::n_row_tasks(a); },
     attention_op::run};
-
-}  // namespace gdn

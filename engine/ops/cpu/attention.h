@@ -4,8 +4,7 @@
 
 #include "paged.h"
 
-namespace gdn {
-namespace attention_op {
+namespace gdn::attention_op {
 
 // Elements before the sums of a position chunk in PARTIALS.
 constexpr int64_t PARTIAL_HEAD = 16;
@@ -72,5 +71,4 @@ void for_types(const Args& a, F f) {
 // The result of head h of row t: the weighted sum of values, by the sum of weights, and gated.
 void store_result(const Args& a, int64_t t, int64_t h, const float* acc, float total);
 
-}  // namespace attention_op
-}  // namespace gdn
+}  // namespace gdn::attention_op

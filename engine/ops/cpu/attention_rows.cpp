@@ -3,18 +3,15 @@
 // A row's own position decides how its positions are cut into chunks; a chunk's result is joined to
 // that of the chunks before. With few rows each chunk is a task, and ATTENTION_JOIN joins their
 // results, so that all threads read a long context. With many rows a task takes all chunks of one
-// or a few rows, which then share loads of keys and values. The arithmetic is the same both ways, and
-// a row's result has the same bits whatever rows and heads share its task: tiles of positions begin
-// at multiples of TILE, and a row reads only the positions that it may see.
+// or a few rows, which then share loads of keys and values. The arithmetic is the same both ways,
+// and a row's result has the same bits whatever rows and heads share its task: tiles of positions
+// begin at multiples of TILE, and a row reads only the positions that it may see.
 
 #include "attention.h"
 #include "kernels.h"
 #include "row_products.h"
 
-namespace gdn {
-
-namespace attention_op {
-
+namespace gdn::attention_op {
 namespace {
 
 constexpr int64_t TILE = 64;         // Positions.
@@ -25,8 +22,8 @@ constexpr int64_t MANY_ROWS = 32;    // From here on there are tasks enough for 
 constexpr int64_t STRIP = 4;         // Keys that are converted at once.
 constexpr int64_t CACHE_LINE = 64;   // Bytes.
 
-// Into how many chunks a row's positions may be cut, and how long they then are: always longer by
-// powers of two, so that nearly all rows of a sequence are cut alike.
+// The most chunks of a row's positions, and the length of a chunk: MIN_CHUNK times a power of two,
+// so that nearly all rows of a sequence are cut alike.
 int64_t max_chunks(const Args& a) { return a.v[PARTIALS].shape[2]; }
 
 int64_t chunk_length(int64_t position, int64_t max_chunks) {
@@ -40,7 +37,7 @@ int64_t n_chunks(const Args& a, int64_t row) {
     return position / chunk_length(position, max_chunks(a)) + 1;
 }
 
-// Whether chunks are tasks of their own: if there is room for what comes of all of them.
+// Whether each chunk is a task: if PARTIALS holds the results of all rows.
 bool has_partials(const Args& a) { return a.step->n_remainder <= a.v[PARTIALS].shape[0]; }
 
 // How the remainder rows of an instruction are cut into tasks.
@@ -64,8 +61,8 @@ struct Split {
     int64_t n_tasks() const { return chunks * n_groups() * parts.n_kv * parts.n_parts; }
 };
 
-// Of some queries and positions, each query's maximum of scores, the sum of the exponentials of
-// scores less the maximum, and that of the values weighted so.
+// Each query's maximum of scores over some positions, its sum of exponentials of scores less the
+// maximum, and its sum of values with those weights.
 struct Sums {
     float *top, *total, *acc;
     int64_t width;
@@ -77,8 +74,8 @@ struct Sums {
     }
 };
 
-// Adds sums over some positions to those over earlier ones, of one query. Not inlined, so that it
-// is the same arithmetic everywhere.
+// Adds a query's sums over some positions to those over earlier ones. Not inlined, so that the
+// arithmetic is the same everywhere.
 __attribute__((noinline)) void join(const Sums& sums, const Sums& more) {
     const float top = *sums.top > *more.top ? *sums.top : *more.top;
     const float keep = exp(splat(*sums.top - top))[0], take = exp(splat(*more.top - top))[0];
@@ -142,8 +139,8 @@ void load_queries(const Args& a, const Work& w) {
     }
 }
 
-// Turns n scores into exponentials, and scales what was summed up to now to the new maximum. Not
-// inlined, so that no multiplication here is fused with the additions that follow.
+// Turns n scores into exponentials, and scales the sums so far to the new maximum. Not inlined, so
+// that no multiplication here is fused with the additions that follow.
 __attribute__((noinline)) void soften(const Work& w, int64_t query, int64_t n) {
     const Sums sums = w.chunk.of(query);
     float* scores = w.scores + query * TILE;
@@ -205,7 +202,7 @@ void score(const Work& w, int64_t query, int64_t n_x, int64_t n) {
 }
 
 // Adds a tile's first n values, weighted, to the results of n_x queries. The next tile's keys are
-// prefetched meanwhile, as many with each strip of columns that memory never waits for arithmetic.
+// prefetched meanwhile, evenly with each strip of columns.
 template <typename K, typename V>
 void add_values(const Work& w, int64_t query, int64_t n_x, int64_t n) {
     const V* const* values = static_cast<const V**>(w.v);
@@ -336,7 +333,6 @@ void run_rows(const Args& a, const Split& s, int64_t group, int64_t head_part) {
 
 // ATTENTION_JOIN: a task is a head of a row whose chunks were tasks of their own.
 namespace joining {
-
 int64_t n_tasks(const Args& a) {
     return has_partials(a) ? a.step->n_remainder * a.v[OUT].shape[1] : 0;
 }
@@ -372,9 +368,7 @@ void run_row_tasks(const Args& a, int64_t begin, int64_t end) {
     }
 }
 
-}  // namespace attention_op
+}  // namespace gdn::attention_op
 
-const Kernel attention_join = {"ATTENTION_JOIN", attention_op::joining::n_tasks,
-                               attention_op::joining::run};
-
-}  // namespace gdn
+const gdn::Kernel gdn::attention_join = {"ATTENTION_JOIN", attention_op::joining::n_tasks,
+                                         attention_op::joining::run};

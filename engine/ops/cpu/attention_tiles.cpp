@@ -1,24 +1,21 @@
 // Row tiles of ATTENTION, as products of bfloat16 tiles.
 //
-// A task is a row tile, a key head and some of its query heads, which share keys and values that are
-// rounded and rearranged once. Positions are taken in spans, up to the row tile's last row. Rows of a
-// row tile lie within 64 aligned positions, so only its last span has scores to mask.
+// A task is a row tile, a key head and some of its query heads, which share keys and values that
+// are rounded and rearranged once. Positions are taken in spans, up to the row tile's last row.
+// Rows of a row tile lie within 64 aligned positions, so only its last span has scores to mask.
 //
 // Queries and keys are split into two bfloat16 parts each: rounded once, scores of a deviation of 4
 // would change weights by more than all other rounding does. Values and weights are rounded.
 //
-// Scores are made in powers of two, and the exponentials of a row refer not to its exact maximum,
-// but to an integer above it, which is raised only when scores outgrow it by far. So sums are seldom
-// scaled, and by exact powers of two.
+// Scores are exponents of two. A row's exponentials refer not to its exact maximum but to an
+// integer above it, raised only when scores outgrow it by far: sums are seldom scaled, and by exact
+// powers of two.
 
 #include "attention.h"
 #include "row_products.h"
 #include "tiles.h"
 
-namespace gdn {
-
-namespace attention_op {
-
+namespace gdn::attention_op {
 namespace {
 
 constexpr int64_t SPAN = 128;           // Positions.
@@ -27,8 +24,8 @@ constexpr int64_t MIN_HEADS = 4;        // With fewer, rearranging keys and valu
 constexpr int64_t MANY_TASKS = 64;      // From here on every thread has enough of them.
 constexpr float LOG2_E = 1.44269504f;
 constexpr float MAGIC = 0x1.8p23f;  // Sums with it are rounded to integers, in their low bits.
-constexpr float LOWEST = -125;      // Powers of two below are taken for zero.
-constexpr float MAX_EXCESS = 8;     // How far scores may outgrow what they refer to.
+constexpr float LOWEST = -125;      // Lower exponents count as zero.
+constexpr float MAX_EXCESS = 8;     // By which scores may exceed their reference.
 
 // Sizes of a task's operands, with those of keys and values filled up to whole tiles.
 struct Sizes {
@@ -98,8 +95,8 @@ struct Room {
     }
 };
 
-// Zeros are what is read of rows that don't exist: behind the last position, and of the last row
-// tile, whose weights stay zero.
+// Rows that don't exist are read as zeros: those behind the last position, and those that fill up
+// the last 16 rows, whose weights stay zero.
 void place(Work& w, char* scratch) {
     Room room{scratch};
     const int64_t n = w.n_heads * MAX_TILE_ROWS, row_bytes = 4 * (w.sizes.size + w.sizes.v_size);
@@ -216,8 +213,8 @@ void raise(const Work& w, int64_t query, float top) {
     store(w.total + query * W, load(w.total + query * W) * shrink);
 }
 
-// 2 W weights in a row of an A tile, in their order; adds to `total` what they were rounded to: so
-// that what rounding does to a large weight doesn't show in the result's size.
+// 2 W weights in a row of an A tile, in order; adds the rounded ones to `total`, so that rounding a
+// large weight doesn't change the size of the result.
 GDN_INLINE vf store_weights(bf16* p, vf x, vf y, vf total) {
 #if defined(__AVX512BF16__)
     const vi both = bf16_row(x, y), ones = splat(int32_t{0x3f803f80});
@@ -280,7 +277,8 @@ void attend(const Args& a, const Work& w) {
 
 void run_task(const Args& a, const Split& s, int64_t task) {
     const int64_t part = task % s.parts.n_parts, kv_head = task / s.parts.n_parts % s.parts.n_kv;
-    // A prompt's last row tiles see most positions: they come first, so that no thread ends with one.
+    // A prompt's last row tiles see most positions: they come first, so that no thread ends with
+    // one.
     const RowTile& tile = a.step->tiles[s.n_row_tiles - 1 - task / s.parts.n_parts / s.parts.n_kv];
     const int32_t* seq_starts = a.v[SEQ_STARTS].as<int32_t>();
     Work w(a);
@@ -309,6 +307,4 @@ void run_tile_tasks(const Args& a, int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; task++) run_task(a, s, task);
 }
 
-}  // namespace attention_op
-
-}  // namespace gdn
+}  // namespace gdn::attention_op

@@ -4,7 +4,7 @@
 
 #include "k_block.h"
 
-// Where there are no such tiles, this is for tests alone: not inlined, it compiles in seconds.
+// Without int8 tiles this serves tests only: not inlined, it compiles in seconds.
 #if defined(__AMX_INT8__)
 #define TILE_INLINE GDN_INLINE
 #else
@@ -12,10 +12,9 @@
 #endif
 
 namespace gdn {
-
 namespace {
 
-// K-blocks that are summed up at once: those of a super-block. Tiles of dot products of a batch.
+// K-blocks of a super-block, which are summed together; tiles of dot products of a batch.
 constexpr int SUPER_K_BLOCKS = SUPER / K_BLOCK, BATCH = 4;
 
 // Gathered rows: q [k-blocks, 16, 32], scale [k-blocks, 16], sum [k-blocks · groups, 16].
@@ -109,17 +108,17 @@ void begin_tiles(Plain<L>) {}
 constexpr int UNROLL = 1;
 
 struct DotTiles {
-    int32_t sums[BATCH][SIDE * ROWS] = {};
+    int32_t sums[BATCH][SIDE * PANEL] = {};
 };
 
 template <int GROUP, int T>
 TILE_INLINE void dot_tile(const int8_t* x, const int8_t* w, DotTiles& tiles) {
     for (int t = 0; t < SIDE; t++)
-        for (int r = 0; r < ROWS; r++) {
+        for (int r = 0; r < PANEL; r++) {
             int32_t sum = 0;
             for (int c = 0; c < GROUP; c++)
                 sum += x[t * K_BLOCK + c] * w[c / 4 * WORD_BYTES + 4 * r + c % 4];
-            tiles.sums[T][t * ROWS + r] = sum;
+            tiles.sums[T][t * PANEL + r] = sum;
         }
 }
 template <int T>
@@ -132,9 +131,9 @@ void begin_tiles(F) {}
 
 #endif
 
-// A panel's products with 16 gathered rows. A tile can't be loaded before what was stored before
-// that is in the cache, so tiles go in batches: all are multiplied, then, while that takes its time,
-// the next one's values are made and the sums of the one before are scaled, then all are stored.
+// A panel's products with 16 gathered rows. A tile's load waits until earlier stores are in the
+// cache, so tiles go in batches: all are multiplied; meanwhile the next batch's values are made and
+// the last one's sums scaled; then all are stored.
 template <typename F>
 class PanelProduct {
    public:
@@ -162,14 +161,14 @@ class PanelProduct {
         for (int64_t i = first; i < end; i++) expand_bytes<F>(F::k_block(panel_, i), words_of(i));
     }
 
-    // Past the last k-block, tiles have what was in the memory: nobody asks for their sums.
+    // Past the last k-block, tiles hold arbitrary values, and their sums are not read.
     TILE_INLINE void dot_batch(int64_t first) {
         if (first >= n_k_blocks_) return;
         for_constants<0, BATCH>([&](auto t) __attribute__((always_inline)) {
             constexpr int R = t / F::GROUPS, G = t % F::GROUPS;
             if (first + R >= n_k_blocks_) return;
             dot_tile<F::GROUP, t>(x_.q + (first + R) * SIDE * K_BLOCK + G * F::GROUP,
-                                  words_of(first + R) + G * F::GROUP * ROWS, tiles_);
+                                  words_of(first + R) + G * F::GROUP * PANEL, tiles_);
         });
     }
 
@@ -178,7 +177,7 @@ class PanelProduct {
             [&](auto t) __attribute__((always_inline)) { store_dots<t>(dots_[t], tiles_); });
     }
 
-    // The sums of 8 k-blocks; their first batch's dot products are there.
+    // Adds the sums of 8 k-blocks, whose first batch's dot products are done.
     TILE_INLINE void add_block(int64_t first) {
         vf acc[SIDE][PARTS];
 #pragma GCC unroll UNROLL
@@ -214,7 +213,7 @@ class PanelProduct {
         if constexpr (F::IS_SUPER && F::HAS_MIN) add_mins(first, p, super_of<F>(block, PARTS + p));
     }
 
-    // acc [16] += what a tile of dot products gives.
+    // acc [16] += a tile of dot products, scaled.
     template <int T, int G>
     TILE_INLINE void add_dots(int64_t i, vf (*acc)[PARTS]) {
 #pragma GCC unroll UNROLL
@@ -222,7 +221,7 @@ class PanelProduct {
             const vf scale = scale_of<F, G>(F::k_block(panel_, i), p);
 #pragma GCC unroll UNROLL
             for (int t = 0; t < SIDE; t++)
-                add_scaled(acc[t][p], load_as<vi>(dots_[T] + t * ROWS + p * W), scale,
+                add_scaled(acc[t][p], load_as<vi>(dots_[T] + t * PANEL + p * W), scale,
                            x_.scale[i * SIDE + t]);
         }
     }
@@ -262,20 +261,20 @@ class PanelProduct {
     const Gathered x_;
     const int64_t n_k_blocks_;
     DotTiles tiles_{};
-    alignas(64) int32_t dots_[BATCH][SIDE * ROWS];
+    alignas(64) int32_t dots_[BATCH][SIDE * PANEL];
     alignas(64) int8_t words_[2 * PER_BATCH][WORDS * WORD_BYTES];
-    alignas(64) float total_[SIDE][ROWS];
+    alignas(64) float total_[SIDE][PANEL];
 };
 
 template <typename F>
 void panel_product(F, const uint8_t* panel, int64_t n_in, const Gathered& x, int64_t n,
-                   float (*out)[ROWS]) {
+                   float (*out)[PANEL]) {
     PanelProduct<F> product(panel, n_in, x);
     product.run();
     for (int64_t t = 0; t < n; t++) std::memcpy(out[t], product.total(t), sizeof(*out));
 }
 template <Layout L>
-void panel_product(Plain<L>, const uint8_t*, int64_t, const Gathered&, int64_t, float (*)[ROWS]) {}
+void panel_product(Plain<L>, const uint8_t*, int64_t, const Gathered&, int64_t, float (*)[PANEL]) {}
 
 }  // namespace
 
@@ -292,7 +291,7 @@ void begin_byte_products(int32_t layout) {
 }
 
 void multiply_bytes(int32_t layout, const uint8_t* panel, int64_t n_in, const char* gathered,
-                    int64_t n, float (*out)[ROWS]) {
+                    int64_t n, float (*out)[PANEL]) {
     const Gathered x(const_cast<char*>(gathered), n_in);
     with_format(layout, [&](auto f) { panel_product(f, panel, n_in, x, n, out); });
 }

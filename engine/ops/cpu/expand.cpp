@@ -1,25 +1,24 @@
 // Weights to bfloat16, in float32 arithmetic and rounded once.
 //
-// A value's bits are put into the mantissa of a float, which then is the value plus a constant, and
-// that is taken off with the zero and the min. This is exact where scales are float16 and there are
-// no mins, else off by at most 2^-8 of a step.
+// A value's bits go into the mantissa of a float, which then is the value plus a constant; the
+// constant is subtracted together with the zero and the min. The result is exact where scales are
+// float16 and there are no mins, else off by at most 2^-8 of a step.
 
 #include "expand.h"
 
 #include "k_block.h"
 
 namespace gdn {
-
 namespace {
 
-// Where the bits of values lie in the mantissas of floats: those of a word's bytes 0 and 2, which
-// are shifted together with the next byte's, and those of bytes 1 and 3.
+// Positions of values' bits in the mantissas: of a word's bytes 0 and 2, which are shifted together
+// with the next byte's, and of bytes 1 and 3.
 template <typename F>
 constexpr int EVEN = 23 - 8 - (F::SIGNED ? 8 : F::BITS);
 template <typename F>
 constexpr int ODD = EVEN<F> + 8;
 
-// What `mantissa` adds to a value whose bits lie at AT.
+// The constant that `mantissa` adds to a value whose bits lie at AT.
 template <typename F, int AT>
 constexpr int BIAS = (1 << (23 - AT)) + (F::SIGNED ? 128 : 0);
 
@@ -67,9 +66,9 @@ GDN_INLINE void expand_group(const uint8_t* k_block, const vf* super, int p, bf1
     for_constants<G * N, (G + 1) * N>([&](auto i) __attribute__((always_inline)) {
         constexpr int SHIFT = EVEN<F> - FIRST_BIT<F, i>;
         const vi w = rough_word<F, i>(k_block + F::HEAD_BYTES, p);
-        bf16* to = tile + i * 4 * ROWS + p * 2 * W;
+        bf16* to = tile + i * 4 * PANEL + p * 2 * W;
         put_pair(to, shifted<SHIFT>(w));
-        put_pair(to + 2 * ROWS, shifted<SHIFT - 16>(w));
+        put_pair(to + 2 * PANEL, shifted<SHIFT - 16>(w));
     });
 }
 

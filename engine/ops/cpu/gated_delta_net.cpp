@@ -14,7 +14,6 @@
 #include "kernels.h"
 
 namespace gdn {
-
 namespace {
 
 // Attributes: head_map (0: tiled, 1: grouped), scale, algorithm (1: scan, else by the rows).
@@ -24,24 +23,12 @@ enum { OUT, Q, K, V, G, BETA, STATE, SEQ_STARTS, STATE_SRC, STATE_DST, SNAPSHOT_
 constexpr int GROUP = 4;
 
 // Floats of state in a task's columns. Larger ones read the tokens' rows less often, which measures
-// better than a state that leaves half of a 32 KiB L1 cache free. With a decay for each key row (KDA)
-// each task also computes all exponentials anew.
+// better than a state that leaves half of a 32 KiB L1 cache free. With a decay for each key row
+// (KDA) each task also computes all exponentials anew.
 constexpr int64_t STATE_FLOATS = 8192, STATE_FLOATS_KDA = 16384;
 // Tokens between the request for a token's rows and their use: long prompts' rows lie in the L3
 // cache or beyond, each on a page of its own.
 constexpr int64_t AHEAD = 4;
-
-// a * b + c in one rounding wherever there is such an instruction. Left to the compiler, a sum of
-// two products could be fused either way, and differently in each copy of a loop.
-GDN_INLINE vf mul_add(vf a, vf b, vf c) {
-#if defined(__AVX512F__)
-    return reinterpret_cast<vf>(_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c));
-#elif defined(__FMA__)
-    return reinterpret_cast<vf>(_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c));
-#else
-    return a * b + c;
-#endif
-}
 
 template <int C>
 GDN_INLINE v4 load_columns(const float* p) {
@@ -50,8 +37,8 @@ GDN_INLINE v4 load_columns(const float* p) {
     return v;
 }
 
-// What a head's columns need of a token. With one decay a head, `key` is k itself and a prediction
-// is multiplied by the decay afterwards; with KDA `key` is e^g k.
+// A token's operands for a head's columns. With one decay per head, `key` is k and predictions are
+// multiplied by the decay afterwards; with KDA `key` is e^g k.
 struct Token {
     const float *q, *k, *key, *decays;
     float decay;
@@ -89,14 +76,14 @@ GDN_INLINE v4 predict(const float* state, const float* key, int64_t dk) {
     vf p[GROUP]{};
     for_lanes(dk, [&](int64_t i, int w) __attribute__((always_inline)) {
         const vf x = load_part(key + i, w);
-        for (int c = 0; c < C; c++) p[c] = mul_add(load_part(state + c * dk + i, w), x, p[c]);
+        for (int c = 0; c < C; c++) p[c] = fma(load_part(state + c * dk + i, w), x, p[c]);
     });
     return sums(p[0], p[1], p[2], p[3]);
 }
 
-// Updates C columns by a token's d, and makes their outputs and the next token's predictions. The
-// LAST token has no next one; it is most often a decode's only token, which waits for memory: it
-// fetches the next columns while it computes these.
+// Updates C columns by a token's d, and computes their outputs and the next token's predictions.
+// The LAST token has no next one. Most often it is the only token of a decode step, which waits for
+// memory: it prefetches the next columns while it computes these.
 template <int C, bool KDA, bool LAST>
 GDN_INLINE void update(const float* from, float* to, const Token& now, const float* next_key, v4 d,
                        int64_t dk, v4* output, v4* prediction) {
@@ -108,18 +95,18 @@ GDN_INLINE void update(const float* from, float* to, const Token& now, const flo
         const vf key = LAST ? vf{} : load_part(next_key + i, w);
         const vf e = KDA ? load_part(now.decays + i, w) : decay;
         for (int c = 0; c < C; c++) {
-            const vf s = mul_add(k, delta[c], e * load_part(from + c * dk + i, w));
+            const vf s = fma(k, delta[c], e * load_part(from + c * dk + i, w));
             if constexpr (LAST) __builtin_prefetch(from + (c + GROUP) * dk + i);
             store_part(to + c * dk + i, s, w);
-            o[c] = mul_add(s, q, o[c]);
-            if constexpr (!LAST) p[c] = mul_add(s, key, p[c]);
+            o[c] = fma(s, q, o[c]);
+            if constexpr (!LAST) p[c] = fma(s, key, p[c]);
         }
     });
     *output = sums(o[0], o[1], o[2], o[3]);
     if constexpr (!LAST) *prediction = sums(p[0], p[1], p[2], p[3]);
 }
 
-// One token of C columns; `p` are their predictions, which the first token has yet to make.
+// One token of C columns; `p` are their predictions, which the first token computes itself.
 template <int C, bool KDA>
 GDN_INLINE void step(const Head& h, int64_t t, int64_t column, const Token& now,
                      const float* next_key, const float* from, float* to, float* p) {
@@ -145,7 +132,7 @@ struct Slots {
     int64_t n_snapshots, offset;
 };
 
-// Copies the state if a snapshot is wanted with `left` tokens, this one included, still to go.
+// Copies the state if a per-token state is wanted where `left` tokens, with this one, remain.
 void snapshot(const Slots& slots, int64_t left, int64_t size) {
     if (left > slots.n_snapshots) return;
     const int32_t slot = slots.snapshots[slots.n_snapshots - left];
@@ -212,7 +199,7 @@ Head head_of(const Args& a, int64_t s, int64_t head) {
             static_cast<float>(a.attr[1])};
 }
 
-// Scratch: two tokens' rows, a state that is not kept, and what chunk needs.
+// Scratch: two tokens' rows, a state that is not kept, and the scratch of `chunk`.
 constexpr int64_t ROW_BYTES = 4 * MAX_HEAD * 4, STATE_BYTES = MAX_HEAD * MAX_HEAD * 4;
 static_assert(ROW_BYTES + STATE_BYTES + CHUNK_BYTES <= SCRATCH_BYTES);
 

@@ -1,7 +1,8 @@
-// A row tile of GATED_DELTA_NET in chunk form (Yang et al., "Gated Delta Networks", arXiv:2412.06464;
-// with one decay per key row: Kimi Delta Attention, arXiv:2510.26692). S [Dk, Dv] is the state
-// before the row tile, G its cumulated decays, D_ij = e^(G_i - G_j) for i ≥ j. With one per key row
-// each weighs its own part of a product. What the rows add to the state, U [n, Dv], solves
+// A row tile of GATED_DELTA_NET in chunk form (Yang et al., "Gated Delta Networks",
+// arXiv:2412.06464; with one decay per key row: Kimi Delta Attention, arXiv:2510.26692). S [Dk, Dv]
+// is the state before the row tile, G its cumulated decays, D_ij = e^(G_i - G_j) for i ≥ j. With
+// one per key row each weighs its own part of a product. What the rows add to the state, U [n, Dv],
+// solves
 //
 //     (I + A) U = beta (V - e^G K S),  A_ij = beta_i k_i·k_j D_ij for i > j,
 //
@@ -22,7 +23,6 @@
 #include "kernels.h"
 
 namespace gdn {
-
 namespace {
 
 Work make_work(const Head& h, int64_t n_ahead, char*& room) {

@@ -1,6 +1,6 @@
-// What the files of GATED_DELTA_NET's chunk form share: a row tile's operands as bfloat16 tiles, and what makes
-// them. gated_delta_net_chunk.cpp says what they are for; with one decay per head they come from
-// gated_delta_net_gda.cpp, with one per key row (KDA) from gated_delta_net_kda.cpp.
+// What the files of GATED_DELTA_NET's chunk form share: a row tile's operands as bfloat16 tiles,
+// which gated_delta_net_chunk.cpp uses. With one decay per head gated_delta_net_gda.cpp makes them,
+// with one per key row (KDA) gated_delta_net_kda.cpp.
 #pragma once
 
 #include "gated_delta_net.h"
@@ -20,9 +20,9 @@ struct Work {
     const float* zeros;        // A row of q, k, v or g.
     float* beta;               // [MAX_TILE_ROWS].
     int64_t n_ahead, fetched;  // Rows that follow, and how many of them are on their way.
-    // Made by the files of the two kinds of decays:
+    // Made by the file of each kind of decays:
     bf16 *k, *q;            // A [n, Dk]: K and Q; with KDA e^G K and e^G Q,
-    bf16 *k_rest, *q_rest;  // and what rounding takes of them (else null).
+    bf16 *k_rest, *q_rest;  // and their rounding errors (else null).
     bf16* k_rows;           // B [n, Dk], split: e^(G_last - G) K.
     float* kk;              // [n, MAX_TILE_ROWS]: -A. What is not below its diagonal is never read.
     float* qk;     // [n, MAX_TILE_ROWS]: (Q Kᵀ ⊙ D) · scale below the diagonal, zeros above it
@@ -62,7 +62,7 @@ T* take(char*& room, int64_t n) {
 }
 
 // Fetches a row of the next row tile, whose loads would all wait for the L3 cache or memory.
-// It is called between pieces of work that keep the processor busy for some hundred cycles.
+// Called between computations of some hundred cycles.
 GDN_INLINE void fetch_ahead(Work& w) {
     if (w.fetched >= w.n_ahead) return;
     const Head next = w.h.part(w.h.n + w.fetched++, 1);

@@ -1,5 +1,5 @@
-// Operands of a row tile with one decay per head. e^(G_i - G_j) is the same for all key rows: products
-// of queries and keys are made without it, and weighed by it afterwards.
+// Operands of a row tile with one decay per head. e^(G_i - G_j) is the same for all key rows:
+// products of queries and keys are made without it, and weighed by it afterwards.
 
 #include <initializer_list>
 
@@ -7,7 +7,6 @@
 #include "kernels.h"
 
 namespace gdn {
-
 namespace {
 
 // Cumulated decays: G = high + low, as differences of one float32 lose the weak decays behind

@@ -15,7 +15,6 @@
 #include "kernels.h"
 
 namespace gdn {
-
 namespace {
 
 constexpr int64_t BANDS = SUB / SIDE;  // Of a half.

@@ -34,8 +34,8 @@ struct View {
     explicit operator bool() const { return data != nullptr; }
 };
 
-// A row tile: consecutive rows of one sequence within 64 aligned positions. Kernels may compute them
-// together, and sum in another order than for single rows.
+// A row tile: consecutive rows of one sequence within 64 aligned positions. Kernels may compute
+// them together, and sum in another order than for single rows.
 struct RowTile {
     int64_t row, n;
 };

@@ -3,8 +3,9 @@
 // SORT_BY_EXPERT lists the pairs (token, choice) by expert, those of tiled rows first. With a BF16
 // matrix, a task gathers pairs of tiled rows and multiplies them as tiles with a few panels. Other
 // pairs are multiplied with panels as they are stored, on matrix units 16 of an expert's at once by
-// tiles of int8: experts have too few rows to pay for expanding panels to bfloat16. SUM_EXPERTS adds
-// a token's results in the router's order, so that they do not depend on the rest of the batch.
+// tiles of int8: experts have too few rows to pay for expanding panels to bfloat16. SUM_EXPERTS
+// adds a token's results in the router's order, so that they do not depend on the rest of the
+// batch.
 
 #include <algorithm>
 
@@ -13,7 +14,6 @@
 #include "mul_mat.h"
 
 namespace gdn {
-
 namespace {
 
 namespace sorting {
@@ -53,7 +53,7 @@ enum { OUT, X, Q, SCALE, SUM, PACKED_X, MATRIX, ORDER, STARTS, IDS };
 
 int64_t n_experts(const Args& a) { return a.v[MATRIX].shape[0]; }
 
-int64_t n_panels(const Args& a) { return (a.v[MATRIX].shape[1] + ROWS - 1) / ROWS; }
+int64_t n_panels(const Args& a) { return (a.v[MATRIX].shape[1] + PANEL - 1) / PANEL; }
 
 const uint8_t* panel_at(const Args& a, int64_t expert, int64_t p) {
     const View& m = a.v[MATRIX];
@@ -66,8 +66,9 @@ int64_t row_index(const Args& a, int64_t pair) {
 }
 
 void put(const Args& a, int64_t pair, int64_t p, const float* values) {
-    const int64_t n_out = a.v[MATRIX].shape[1], n = std::min<int64_t>(ROWS, n_out - p * ROWS);
-    std::memcpy(a.v[OUT].as<float>() + pair * n_out + p * ROWS, values, 4 * static_cast<size_t>(n));
+    const int64_t n_out = a.v[MATRIX].shape[1], n = std::min<int64_t>(PANEL, n_out - p * PANEL);
+    std::memcpy(a.v[OUT].as<float>() + pair * n_out + p * PANEL, values,
+                4 * static_cast<size_t>(n));
 }
 
 namespace tiles {
@@ -114,14 +115,14 @@ void run_task(const Args& a, int64_t task) {
     const View m = matrix_of(a, expert);
     Pair panels[MAX_PAIRS] = {};
     int64_t n_pairs = 0;
-    for (int64_t p = first; p < last; p += 2) panels[n_pairs++] = {&m, p / 2, (p - first) * ROWS};
+    for (int64_t p = first; p < last; p += 2) panels[n_pairs++] = {&m, p / 2, (p - first) * PANEL};
     auto& s = *reinterpret_cast<Scratch*>(a.scratch);
     for (int64_t i = starts[2 * expert]; i < starts[2 * expert + 1]; i += most) {
         const int64_t n = std::min(most, starts[2 * expert + 1] - i);
         gather(a, order + i, n, s.gathered);
         const auto done = [&](int64_t row, int64_t n_rows, const float* sums) {
             for (const int32_t* pair = order + i + row; n_rows-- > 0; pair++, sums += SUMS)
-                for (int64_t p = first; p < last; p++) put(a, *pair, p, sums + (p - first) * ROWS);
+                for (int64_t p = first; p < last; p++) put(a, *pair, p, sums + (p - first) * PANEL);
         };
         multiply_pairs(s.gathered, n, panels, n_pairs, s.tiles, nowhere, done);
     }
@@ -166,9 +167,10 @@ void multiply_panels(const Args& a, int64_t expert, int64_t begin, int64_t end,
     const int64_t n_in = a.v[MATRIX].shape[2], room = gathered_bytes(n_in);
     const int32_t layout = a.v[MATRIX].layout;
     Row rows[TILE];
-    float out[TILE][ROWS];
+    float out[TILE][PANEL];
     for (int64_t i = 0; i < n; i++) rows[i] = row_of(a, pairs[i]);
-    // How many rows go through tiles, 16 by 16. Of too few left, one by one has the same bits.
+    // Rows that go through tiles, 16 by 16. Too few left are multiplied one by one, with the same
+    // bits.
     const int64_t rest = n % SIDE, n_tiled = rest < min_gathered(layout) ? n - rest : n;
     const int64_t n_gathered = by_tiles(a) ? n_tiled : 0;
     for (int64_t i = 0; i < n_gathered; i += SIDE)

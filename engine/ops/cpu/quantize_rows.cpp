@@ -1,13 +1,12 @@
 // QUANTIZE_ROWS: an activation as int8, for products with quantized weights.
 //
-// Per 32 columns a float32 scale, max |x| / 127, and per 16 columns the sum of the integers. A value
-// that is not finite makes its group's scale not finite, so that it is not lost.
+// Per 32 columns a float32 scale, max |x| / 127, and per 16 columns the sum of the integers. A
+// value that is not finite makes its group's scale not finite, so that it is not lost.
 
 #include "kernels.h"
 #include "product.h"
 
 namespace gdn {
-
 namespace {
 
 // Attribute: whether only remainder rows are wanted.

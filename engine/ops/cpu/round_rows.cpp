@@ -4,7 +4,6 @@
 #include "matrix.h"
 
 namespace gdn {
-
 namespace {
 
 // Attribute: whether rows are put into A tiles, each of 16 rows of the step's list of tiled rows;

@@ -11,21 +11,21 @@ DEVICE bool queries_aligned(const View& q) {
            q.stride[1] % 4 == 0;
 }
 
-// A tile: rows ROWS · i … of a sequence's (token, head of a key head's group), heads side by side.
+// A tile: rows PANEL · i … of a sequence's (token, head of a key head's group), heads side by side.
 template <typename S>
 DEVICE void run_tile(const Args& a, char* memory) {
-    __shared__ float largest[S::ROWS * S::N_WARPS], sums[S::ROWS * S::N_WARPS];
+    __shared__ float largest[S::PANEL * S::N_WARPS], sums[S::PANEL * S::N_WARPS];
     const int group = a.v[Q].shape[1] / a.v[K_CACHE].shape[1], kv_head = blockIdx.y;
     const int min_rows = static_cast<int>(a.attr[1]);
     // The last tiles of a sequence see most positions: they come first.
     const Found f =
         find(a.v[SEQ_STARTS], a.live + N_SEQS, gridDim.x - 1 - blockIdx.x,
-             [&](int32_t n) { return n < min_rows ? 0 : (n * group + S::ROWS - 1) / S::ROWS; });
+             [&](int32_t n) { return n < min_rows ? 0 : (n * group + S::PANEL - 1) / S::PANEL; });
     if (f.seq < 0) return;
     const int32_t begin = f.begin, n_rows = f.n_rows * group;
     const int32_t* positions = a.v[POSITIONS].as<int32_t>() + begin;
-    const int base = f.index * S::ROWS;
-    const int last = (base + S::ROWS < n_rows ? base + S::ROWS : n_rows) - 1;
+    const int base = f.index * S::PANEL;
+    const int last = (base + S::PANEL < n_rows ? base + S::PANEL : n_rows) - 1;
     const int row = threadIdx.x / 32 / S::N_WARPS * 16 + threadIdx.x % 32 / 4;
     int limits[2];
     for (int i = 0; i < 2; i++) {
@@ -52,11 +52,11 @@ DEVICE void run_tile(const Args& a, char* memory) {
 // PARTIALS their results go there; else one block takes all chunks, joined in their order.
 template <typename S>
 DEVICE void run_loose(const Args& a, char* memory) {
-    __shared__ float largest[S::ROWS * S::N_WARPS], sums[S::ROWS * S::N_WARPS];
+    __shared__ float largest[S::PANEL * S::N_WARPS], sums[S::PANEL * S::N_WARPS];
     const int group = a.v[Q].shape[1] / a.v[K_CACHE].shape[1];
-    const int parts = (group + S::ROWS - 1) / S::ROWS, part = blockIdx.y % parts * S::ROWS;
+    const int parts = (group + S::PANEL - 1) / S::PANEL, part = blockIdx.y % parts * S::PANEL;
     const int kv_head = blockIdx.y / parts, first_head = kv_head * group + part;
-    const int n_heads = group - part < S::ROWS ? group - part : S::ROWS;
+    const int n_heads = group - part < S::PANEL ? group - part : S::PANEL;
     const Loose loose(a, blockIdx.z);
     if (loose.row < 0) return;
     const int n = a.v[POSITIONS].as<int32_t>()[loose.row] + 1;

@@ -18,13 +18,13 @@ using half = uint16_t;
 template <int DK_, int DV_, int M_TILES_, int N_WARPS_, int POSITIONS_, bool LATENT_ = false>
 struct Shape {
     static constexpr int DK = DK_, DV = DV_, M_TILES = M_TILES_, N_WARPS = N_WARPS_;
-    static constexpr int POSITIONS = POSITIONS_, ROWS = 16 * M_TILES;
+    static constexpr int POSITIONS = POSITIONS_, PANEL = 16 * M_TILES;
     static constexpr bool LATENT = LATENT_, Q_IN_REGISTERS = DK <= 256;
     static constexpr int THREADS = 32 * M_TILES * N_WARPS;
     // Rows in shared memory are 16 bytes longer, so that 8 of them lie in different banks.
     static constexpr int K_STEP = DK + 8, V_STEP = LATENT ? K_STEP : DV + 8, P_STEP = POSITIONS + 8;
     static constexpr int KEYS = POSITIONS * K_STEP, VALUES = LATENT ? 0 : POSITIONS * V_STEP;
-    static constexpr int STAGE = KEYS + VALUES, QUERIES = ROWS * K_STEP;
+    static constexpr int STAGE = KEYS + VALUES, QUERIES = PANEL * K_STEP;
     static constexpr int N_TILES = POSITIONS / N_WARPS / 8;  // of a warp's scores
     static constexpr int COLUMNS = DV / N_WARPS;             // of a warp's result
     static_assert(DK % 32 == 0 && COLUMNS % 16 == 0 && POSITIONS % 16 == 0, "");
@@ -99,7 +99,7 @@ struct Tiles {
     template <typename F>
     DEVICE void load_queries(F f, float scale, bool whole) {
         half* to = queries();
-        for (int i = threadIdx.x; i < S::ROWS * S::DK / 4; i += S::THREADS) {
+        for (int i = threadIdx.x; i < S::PANEL * S::DK / 4; i += S::THREADS) {
             const int row = i / (S::DK / 4), at = i % (S::DK / 4) * 4;
             const float* from = f(row);
             float x[4]{};

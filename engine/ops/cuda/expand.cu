@@ -31,10 +31,10 @@ DEVICE void expand_record(Plain<L>, const uint8_t* panel, int i, int n_rows, int
     if (k >= n_in) return;
     for (int row = 0; row < n_rows; row++) {
         uint16_t* to = out + static_cast<int64_t>(row) * n_in + k;
-        if (L == L_F32) *to = float_to_bf16(reinterpret_cast<const float*>(panel)[k * ROWS + row]);
+        if (L == L_F32) *to = float_to_bf16(reinterpret_cast<const float*>(panel)[k * PANEL + row]);
         const auto* at = reinterpret_cast<const uint16_t*>(panel);
-        if (L == L_F16) *to = float_to_bf16(half_to_float(at[k * ROWS + row]));
-        if (L == L_BF16) *to = at[(k / 2 * ROWS + row) * 2 + k % 2];
+        if (L == L_F16) *to = float_to_bf16(half_to_float(at[k * PANEL + row]));
+        if (L == L_BF16) *to = at[(k / 2 * PANEL + row) * 2 + k % 2];
     }
 }
 
@@ -45,9 +45,9 @@ KERNEL(expand, 256) {
     using namespace gdn;
     enum { OUT, WEIGHT };
     const View& w = a.v[WEIGHT];
-    const int n_in = w.shape[1], i = blockIdx.x * 8 + threadIdx.x / 32, first = blockIdx.y * ROWS;
+    const int n_in = w.shape[1], i = blockIdx.x * 8 + threadIdx.x / 32, first = blockIdx.y * PANEL;
     if (i * K_BLOCK >= n_in) return;
-    const int n_rows = w.shape[0] - first < ROWS ? w.shape[0] - first : ROWS;
+    const int n_rows = w.shape[0] - first < PANEL ? w.shape[0] - first : PANEL;
     uint16_t* out = a.v[OUT].as<uint16_t>() + static_cast<int64_t>(first) * n_in;
     with_format(w.layout,
                 [&](auto f) { expand_record(f, panel_at(w, blockIdx.y), i, n_rows, n_in, out); });

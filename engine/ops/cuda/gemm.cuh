@@ -34,9 +34,9 @@ DEVICE void fetch(F, const uint8_t* panel, int i, int lane, Record& to) {
 template <Layout L>
 DEVICE void fetch(Plain<L>, const uint8_t* panel, int i, int lane, Record& to) {
     if (L != L_BF16) return;
-    const auto* at = reinterpret_cast<const uint32_t*>(panel) + (i * 16 + lane % 4 * 4) * ROWS;
+    const auto* at = reinterpret_cast<const uint32_t*>(panel) + (i * 16 + lane % 4 * 4) * PANEL;
     uint32_t w[8];
-    for (int k = 0; k < 8; k++) w[k] = load_stream(at + k % 4 * ROWS + lane / 4 + k / 4 * 8);
+    for (int k = 0; k < 8; k++) w[k] = load_stream(at + k % 4 * PANEL + lane / 4 + k / 4 * 8);
     for (int k = 0; k < 4; k++) to.w[k] = w[k];
     for (int k = 0; k < 2; k++) to.head[k] = w[4 + k], to.super[k] = w[6 + k];
 }
@@ -84,7 +84,7 @@ struct Gemm {
           n_records(w.shape[w.rank - 1] / K_BLOCK),
           warp(threadIdx.x / 32),
           lane(threadIdx.x % 32) {
-        const int number = first_column / ROWS + warp;
+        const int number = first_column / PANEL + warp;
         const int64_t offset = static_cast<int64_t>(number) * w.stride[w.rank - 2];
         panel = number < n_panels(w) ? matrix + offset : nullptr;
         for (int i = 0; i < COPIES; i++) {
@@ -120,7 +120,7 @@ struct Gemm {
             });
         uint16_t* tile = b + step % 2 * B_SIZE;
         for (int i = 0; i < 2; i++)
-            *reinterpret_cast<Words4*>(chunk(tile, warp * ROWS + g + 8 * i, c)) = words[i];
+            *reinterpret_cast<Words4*>(chunk(tile, warp * PANEL + g + 8 * i, c)) = words[i];
     }
 
     DEVICE void multiply(int step) {

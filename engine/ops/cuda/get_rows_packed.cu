@@ -21,9 +21,9 @@ template <Layout L>
 DEVICE void decode_eight(Plain<L>, const uint8_t* panel, int row, int at, int n, float* out) {
     for (int k = 8 * at; k < 8 * at + 8 && k < n; k++) {
         const auto* p = reinterpret_cast<const uint16_t*>(panel);
-        if (L == L_F32) out[k] = reinterpret_cast<const float*>(panel)[k * ROWS + row];
-        if (L == L_F16) out[k] = half_to_float(p[k * ROWS + row]);
-        if (L == L_BF16) out[k] = bf16_to_float(p[(k / 2 * ROWS + row) * 2 + k % 2]);
+        if (L == L_F32) out[k] = reinterpret_cast<const float*>(panel)[k * PANEL + row];
+        if (L == L_F16) out[k] = half_to_float(p[k * PANEL + row]);
+        if (L == L_BF16) out[k] = bf16_to_float(p[(k / 2 * PANEL + row) * 2 + k % 2]);
     }
 }
 
@@ -38,6 +38,6 @@ KERNEL(get_rows_packed, 128) {
     if (i >= a.rows(out) || 8 * at >= n) return;
     const int id = a.v[IDS].as<int32_t>()[i];
     with_format(table.layout, [&](auto f) {
-        decode_eight(f, panel_at(table, id / ROWS), id % ROWS, at, n, out.row(i));
+        decode_eight(f, panel_at(table, id / PANEL), id % PANEL, at, n, out.row(i));
     });
 }

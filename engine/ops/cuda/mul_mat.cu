@@ -32,7 +32,7 @@ EAGER_KERNEL_FOR(mul_mat_1, 512, 2) {
     using namespace gdn;
     DYNAMIC_SHARED(shared);
     const auto attribute = [&](int i) { return static_cast<int>(a.attr[i]); };
-    const int panels = attribute(PANELS), width = panels * ROWS;
+    const int panels = attribute(PANELS), width = panels * PANEL;
     const int rounds = attribute(ROUNDS), slot_bytes = attribute(SLOT_BYTES);
     const Place at(a, panels);
     const View& w = a.v[WEIGHT + at.weight];

@@ -196,13 +196,13 @@ DEVICE void multiply_panel(F, const uint8_t* panel, X& x, int warp, int n_warps,
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             const int column = 8 * i + 2 * c + k % 2;
-            if (column < X::ROWS_OF_X) sums[column * ROWS + g + k / 2 * 8] = acc[i][k];
+            if (column < X::ROWS_OF_X) sums[column * PANEL + g + k / 2 * 8] = acc[i][k];
         }
 }
 
 // Plain panels are taken in halves, 8 rows each: they are few and wide (routers, gates), so that
 // whole ones would leave most of a GPU idle.
-constexpr int HALF = ROWS / 2;
+constexpr int HALF = PANEL / 2;
 
 DEVICE bool is_plain_layout(int32_t layout) { return layout <= L_BF16; }
 
@@ -214,7 +214,7 @@ struct PlainColumns {
     uint32_t w[4];
 
     DEVICE void load(const uint8_t* panel, int half, int k, int lane) {
-        const int64_t at = static_cast<int64_t>(k) / PER * ROWS + half * HALF + 4 * (lane % 2);
+        const int64_t at = static_cast<int64_t>(k) / PER * PANEL + half * HALF + 4 * (lane % 2);
         if (L == L_F16) {
             const Words2 v = load_words<Words2>(panel + at * 2);
             for (int i = 0; i < 2; i++) w[i] = v.w[i];
@@ -266,7 +266,7 @@ DEVICE void multiply_plain(Plain<L>, const uint8_t* panel, int half, Value value
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             for (int mask = 2; mask < 32; mask *= 2) acc[t][i] += shuffle_xor(acc[t][i], mask);
-            if (lane < 2) sums[t * ROWS + 4 * lane + i] = acc[t][i];
+            if (lane < 2) sums[t * PANEL + 4 * lane + i] = acc[t][i];
         }
 }
 

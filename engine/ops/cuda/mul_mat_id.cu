@@ -18,7 +18,7 @@ struct ExpertPlace {
         bool found = false;
 #pragma unroll
         for (int i = 0; i + 1 < MAX_MATRICES; i++) {
-            const int n = (a.v[MATRIX + i].shape[1] + ROWS - 1) / ROWS;
+            const int n = (a.v[MATRIX + i].shape[1] + PANEL - 1) / PANEL;
             found = found || panel < n;
             if (!found) panel -= n, matrix = i + 1;
         }
@@ -81,12 +81,12 @@ KERNEL_FOR(mul_mat_id, 512, 2) {
     if (t > 0 && t >= a.rows(a.v[IDS])) return;
     const ExpertPlace at(a);
     const View& w = a.v[MATRIX + at.matrix];
-    multiply_pair(a, at, t, u, warp, n_warps, memory, sums + warp * ROWS);
+    multiply_pair(a, at, t, u, warp, n_warps, memory, sums + warp * PANEL);
     __syncthreads();
-    const int r = threadIdx.x, column = at.panel * ROWS + r;
-    if (r >= ROWS || column >= w.shape[1]) return;
+    const int r = threadIdx.x, column = at.panel * PANEL + r;
+    if (r >= PANEL || column >= w.shape[1]) return;
     float value = 0.0f;
-    for (int i = 0; i < n_warps; i++) value += sums[i * ROWS + r];
+    for (int i = 0; i < n_warps; i++) value += sums[i * PANEL + r];
     a.v[OUT + at.matrix].row(t, u)[column] = value;
 }
 
@@ -105,15 +105,15 @@ KERNEL_FOR(mul_mat_id_sum, 512, 2) {
     for (int u = warp / share; u < n_used; u += n_warps / share) {
         sync_warp();  // The pair before is done with.
         multiply_pair(a, at, t, u, warp % share, share, memory,
-                      sums + (u * share + warp % share) * ROWS);
+                      sums + (u * share + warp % share) * PANEL);
     }
     __syncthreads();
-    const int r = threadIdx.x, column = at.panel * ROWS + r;
-    if (r >= ROWS || column >= w.shape[1]) return;
+    const int r = threadIdx.x, column = at.panel * PANEL + r;
+    if (r >= PANEL || column >= w.shape[1]) return;
     float total = 0.0f;
     for (int u = 0; u < n_used; u++) {
         float value = 0.0f;
-        for (int i = 0; i < share; i++) value += sums[(u * share + i) * ROWS + r];
+        for (int i = 0; i < share; i++) value += sums[(u * share + i) * PANEL + r];
         total += weights.row(t)[u * weights.stride[1]] * value;
     }
     a.v[OUT + at.matrix].row(t)[column] = total;

@@ -205,6 +205,6 @@ DEVICE void decode(const Piece<F>& piece, const Super<F>& super, int c, int i, f
 DEVICE const uint8_t* panel_at(const View& w, int64_t p) {
     return w.as<uint8_t>() + p * w.stride[w.rank - 2];
 }
-DEVICE int n_panels(const View& w) { return (w.shape[w.rank - 2] + ROWS - 1) / ROWS; }
+DEVICE int n_panels(const View& w) { return (w.shape[w.rank - 2] + PANEL - 1) / PANEL; }
 
 }  // namespace gdn

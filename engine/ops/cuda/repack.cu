@@ -9,7 +9,7 @@ template <typename F>
 DEVICE int head_source(int at) {
     constexpr int PER_LANE = 2 * F::GROUPS * (F::HAS_MIN ? 2 : 1);
     const int g = at / PER_LANE, kind = at % PER_LANE / 2, high = at % 2;
-    return kind * ROWS + g + 8 * high;
+    return kind * PANEL + g + 8 * high;
 }
 
 // Where word `at` of the reordered planes comes from.
@@ -17,11 +17,11 @@ template <typename F>
 DEVICE int word_source(int at) {
     using P = Piece<F>;
     const int g = at / 4 % 8, c = at / 32;
-    if (P::IS_BYTES) return (2 * c + at % 4 / 2) * ROWS + g + 8 * (at % 2);
-    if (at < P::NIBBLE * ROWS) return (2 * c + at % 4 / 2) * ROWS + g + 8 * (at % 2);
-    int base = P::NIBBLE * ROWS, i = at - base;
-    if (i < P::PAIR * ROWS) return base + i / 2 % 2 * ROWS + i / 4 + 8 * (i % 2);
-    base += P::PAIR * ROWS, i = at - base;
+    if (P::IS_BYTES) return (2 * c + at % 4 / 2) * PANEL + g + 8 * (at % 2);
+    if (at < P::NIBBLE * PANEL) return (2 * c + at % 4 / 2) * PANEL + g + 8 * (at % 2);
+    int base = P::NIBBLE * PANEL, i = at - base;
+    if (i < P::PAIR * PANEL) return base + i / 2 % 2 * PANEL + i / 4 + 8 * (i % 2);
+    base += P::PAIR * PANEL, i = at - base;
     return base + i / 2 + 8 * (i % 2);
 }
 

@@ -186,7 +186,7 @@ template <typename F>
 DEVICE void multiply_row(F, Stream& stream, const RowBatch* batches, int n, int warp, int n_warps,
                          float* sums) {
     const int lane = threadIdx.x % 32;
-    for (int i = lane; i < stream.n_panels * ROWS; i += 32) sums[i] = 0.0f;
+    for (int i = lane; i < stream.n_panels * PANEL; i += 32) sums[i] = 0.0f;
     sync_warp();
 #pragma unroll 1
     for (int first = warp * BATCH; first < n; first += n_warps * BATCH, batches++) {
@@ -197,7 +197,7 @@ DEVICE void multiply_row(F, Stream& stream, const RowBatch* batches, int n, int 
             stream.release();
             for (int r = 0; r < 2; r++) {
                 for (int mask = 1; mask < 4; mask *= 2) acc[r] += shuffle_xor(acc[r], mask);
-                if (lane % 4 == 0) sums[p * ROWS + lane / 4 + 8 * r] += acc[r];
+                if (lane % 4 == 0) sums[p * PANEL + lane / 4 + 8 * r] += acc[r];
             }
         }
     }

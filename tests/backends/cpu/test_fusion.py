@@ -139,9 +139,9 @@ def test_one_weight_of_two_in_float16(backend: CpuBackend, rng: np.random.Genera
 def test_every_fusion_has_a_kernel(backend: CpuBackend, rng: np.random.Generator) -> None:
     graph = Ffn(rng, ("Q8_0",) * 3, 96).graph
     readers = Readers(graph.nodes, graph.outputs.values())
-    lowering = Lowering(backend.library.constants, readers, backend.matrix)
+    lowering = Lowering(backend.library, readers, backend.matrix)
     matched = [f for f, nodes in match_fusions(graph.nodes, readers, FUSIONS) if f]
     assert matched == [*FUSIONS]
     for fusion in matched:
         fusion.lower(lowering, graph.nodes[: len(fusion.pattern)])
-    assert all(backend.library.kernel_address(step.name) for step in lowering.steps)
+    assert all(backend.library.kernel_address(step.kernel) for step in lowering.steps)

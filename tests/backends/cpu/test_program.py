@@ -44,7 +44,7 @@ buffers = st.lists(
 @given(buffers)
 @settings(max_examples=200, deadline=None)
 def test_buffers_alive_together_do_not_overlap(wanted: Buffers) -> None:
-    arena: Arena[Hashable] = Arena()
+    arena = Arena()
     arena.plan(wanted)
     assert arena.offsets.keys() == {key for key, *_ in wanted}
     for key, n, _, _ in wanted:
@@ -59,7 +59,7 @@ def test_buffers_alive_together_do_not_overlap(wanted: Buffers) -> None:
 
 
 def test_buffers_that_follow_each_other_share_memory() -> None:
-    arena: Arena[str] = Arena()
+    arena = Arena()
     arena.plan([("a", 100, 0, 1), ("b", 128, 2, 3), ("c", 64, 1, 2), ("d", 10, 4, 4)])
     assert arena.offsets == {"a": 0, "b": 0, "c": 128, "d": 0}
     assert arena.size == 192
@@ -67,7 +67,7 @@ def test_buffers_that_follow_each_other_share_memory() -> None:
 
 def lowered(graph: Graph, matrix: bool = False) -> Lowering:
     readers = Readers(graph.nodes, graph.outputs.values())
-    lowering = Lowering(cpu_library.load().constants, readers, matrix)
+    lowering = Lowering(cpu_library.load(), readers, matrix)
     for fusion, nodes in match_fusions(graph.nodes, readers, FUSIONS):
         if fusion:
             fusion.lower(lowering, nodes)
@@ -93,12 +93,12 @@ def check_barriers(steps: list[Step]) -> None:
         if a.phase == b.phase:
             (read_a, written_a), (read_b, written_b) = touched(a), touched(b)
             shared = written_a & (read_b | written_b) | written_b & read_a
-            assert not shared, (a.name, a.nodes, b.name, b.nodes)
+            assert not shared, (a.kernel, a.nodes, b.kernel, b.nodes)
 
 
 def check_arena(lowering: Lowering) -> None:
     """Every activation is somewhere, and nothing else is there in any phase in which it is."""
-    arena: Arena[Any] = Arena()
+    arena = Arena()
     place_buffers(((s.phase, s.nodes, s.operands) for s in lowering.steps), arena)
     phases: dict[Any, list[int]] = {}
     for step in lowering.steps:
@@ -163,7 +163,7 @@ def test_splits_of_models(models: Callable[[str, str], Path], preset: str) -> No
 def test_an_activation_is_made_int8_once_for_all_products(tiny: Path) -> None:
     with Engine.load(tiny, backend="reference") as engine:
         steps = lowered(engine.plan.graph).steps
-    made = [s.operands[3] for s in steps if s.name == "QUANTIZE_ROWS"]
+    made = [s.operands[3] for s in steps if s.kernel == "QUANTIZE_ROWS"]
     keys = {(t.base, t.offset, t.shape, t.strides) for t in made if isinstance(t, Tensor)}
     assert len(keys) == len(made) > 0
 

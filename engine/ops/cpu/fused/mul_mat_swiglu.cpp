@@ -5,12 +5,11 @@
 #include "../mul_mat.h"
 
 namespace gdn {
-
 namespace {
 
 enum { OUT, OUT_TILES, X, GATE = X + 5, UP };
 
-// Columns [column, column + n ≤ ROWS) of row t.
+// Columns [column, column + n ≤ PANEL) of row t.
 void put(const Args& a, int64_t t, int64_t column, int n, const float* gate, const float* up) {
     float* out = a.v[OUT].row(t) + column;
     for (int c = 0; c < n; c += W) {
@@ -28,15 +27,15 @@ void put_tile(const Args& a, int64_t i, int64_t pair, const float* gate, const f
 }
 
 int columns_of(const Args& a, int64_t panel) {
-    return static_cast<int>(std::min<int64_t>(ROWS, a.v[GATE].shape[0] - panel * ROWS));
+    return static_cast<int>(std::min<int64_t>(PANEL, a.v[GATE].shape[0] - panel * PANEL));
 }
 
 // The columns of a pair of panels for tiled row i.
 void put_pair(const Args& a, int64_t i, int64_t pair, const float* gate, const float* up) {
     if (a.v[OUT_TILES]) return put_tile(a, i, pair, gate, up);
     for (int64_t p = 2 * pair; p < std::min(n_panels(a.v[GATE]), 2 * pair + 2); p++) {
-        put(a, a.step->tiled[i], p * ROWS, columns_of(a, p), gate, up);
-        gate += ROWS, up += ROWS;
+        put(a, a.step->tiled[i], p * PANEL, columns_of(a, p), gate, up);
+        gate += PANEL, up += PANEL;
     }
 }
 
@@ -72,13 +71,13 @@ void run(const Args& a, int64_t begin, int64_t end) {
     const View &g = a.v[GATE], &u = a.v[UP];
     const TileTasks tasks(x, g, MAX_PAIRS / 2);
     for (; begin < std::min(tasks.count(), end); begin++) multiply_tiles(a, x, tasks, begin);
-    float gate[TILE][ROWS], up[TILE][ROWS];
+    float gate[TILE][PANEL], up[TILE][PANEL];
     for_single_rows(x, x.n_single(a.rows(x.x)), n_panels(g), begin - tasks.count(),
                     end - tasks.count(), [&](int64_t p, auto rows, auto numbers, int64_t n) {
                         multiply(g.layout, panel_at(g, p), g.shape[1], rows, n, gate);
                         multiply(u.layout, panel_at(u, p), u.shape[1], rows, n, up);
                         for (int64_t i = 0; i < n; i++)
-                            put(a, numbers[i], p * ROWS, columns_of(a, p), gate[i], up[i]);
+                            put(a, numbers[i], p * PANEL, columns_of(a, p), gate[i], up[i]);
                     });
 }
 
