@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,23 +19,14 @@ _AHEAD_BYTES = 64 << 20
 _MAP_BYTES = 256 << 20
 
 
-@dataclass(frozen=True)
-class Packed:
-    """A matrix [out, in], or matrices [X, out, in], in panels of 16 rows."""
-
-    data: Array
-    layout: int
-    matrix_bytes: int
-    panel_bytes: int
-
-
 class CpuWeights:
     """Packs weights and keeps them, by tensor."""
 
     def __init__(self, library: Library, n_threads: int) -> None:
         self._panels, self._n_threads = Panels(library), n_threads
         self._memory = _Memory()
-        self._packed: dict[Tensor, Packed] = {}
+        # The panels of matrices [out, in] or [X, out, in].
+        self._packed: dict[Tensor, Array] = {}
         self._plain: dict[Tensor, Array] = {}
 
     def load(self, packed: Sequence[Tensor], plain: Sequence[Tensor], source: WeightSource) -> None:
@@ -50,28 +40,19 @@ class CpuWeights:
             pass
 
     def _allocate(self, tensor: Tensor, n_bytes: int) -> Array:
-        panel, matrix_bytes = self._panels.matrix_bytes(tensor)
-        data, layout = self._memory.take(n_bytes), self._panels.layout(tensor.dtype)
-        self._packed[tensor] = Packed(data, layout, matrix_bytes, panel)
-        return data
+        self._packed[tensor] = self._memory.take(n_bytes)
+        return self._packed[tensor]
 
     def packed_bytes(self, tensor: Tensor) -> int:
         """Bytes of a weight when it is packed."""
         return self._panels.packed_bytes(tensor)
 
     def packed_strides(self, tensor: Tensor) -> tuple[int, list[int], int, int]:
-        p = self._packed[tensor]
-        strides = [p.panel_bytes] if len(tensor.shape) == 2 else [p.matrix_bytes, p.panel_bytes]
-        return p.data.ctypes.data, strides, PACKED, p.layout
+        address, layout = self._packed[tensor].ctypes.data, self._panels.layout(tensor.dtype)
+        return address, self._panels.strides(tensor), PACKED, layout
 
     def plain_or_zero(self, tensor: Tensor) -> int:
         return self._plain[tensor].ctypes.data if tensor in self._plain else 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all weights as they are kept."""
-        packed = sum(p.data.nbytes for p in self._packed.values())
-        return packed + sum(a.nbytes for a in self._plain.values())
 
 
 class _Memory:

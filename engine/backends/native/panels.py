@@ -7,6 +7,7 @@ rounding of the step itself to float16.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections import deque
@@ -86,8 +87,9 @@ class Panels:
             self._lib.pack(dtype.ggml_id, rows.ctypes.data, n_rows, n_in, address, 0, end - begin)
             source.release(tensor.name, first, last)
 
-        tasks = _tasks(n_matrices, n_panels, max(1, _TASK_BYTES // panel))
-        return [pool.submit(pack, *task) for task in tasks]
+        step = max(1, _TASK_BYTES // panel)
+        tasks = itertools.product(range(n_matrices), range(0, n_panels, step))
+        return [pool.submit(pack, m, i, min(i + step, n_panels)) for m, i in tasks]
 
     def layout(self, dtype: DType) -> int:
         """The number of the layout that a type is packed into."""
@@ -101,6 +103,11 @@ class Panels:
         """Bytes of a panel, and of a whole matrix."""
         panel = self._lib.panel_bytes(self.layout(tensor.dtype), tensor.shape[-1])
         return panel, -(-tensor.shape[-2] // self._rows) * panel
+
+    def strides(self, tensor: Tensor) -> list[int]:
+        """Bytes between matrices, if there are several, and between panels."""
+        panel, matrix = self.matrix_bytes(tensor)
+        return [panel] if len(tensor.shape) == 2 else [matrix, panel]
 
     def part_bytes(self, tensor: Tensor, n_columns: int) -> int:
         """Bytes of so many columns of a panel."""
@@ -119,9 +126,3 @@ class Panels:
                 "%s is kept as Q8_0: %d tensors, %.1f MiB in the file, %.1f MiB in memory",
                 dtype.name, len(rounded), stored / 2**20, kept / 2**20,
             )  # fmt: skip
-
-
-def _tasks(n_matrices: int, n_panels: int, step: int) -> Iterator[tuple[int, int, int]]:
-    for matrix in range(n_matrices):
-        for begin in range(0, n_panels, step):
-            yield matrix, begin, min(begin + step, n_panels)

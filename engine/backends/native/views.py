@@ -18,15 +18,8 @@ DTYPES = {F32: F32_CODE, F16: F16_CODE, I32: I32_CODE}
 # Bytes of an element, by code.
 ITEM_BYTES = {F32_CODE: 4, F16_CODE: 2, I32_CODE: 4, I8: 1, BF16: 2}
 VIEW = np.dtype(
-    [
-        ("data", "u8"),
-        ("shape", "i8", MAX_RANK),
-        ("stride", "i8", MAX_RANK),
-        ("rank", "i4"),
-        ("dtype", "i4"),
-        ("dim", "i4"),
-        ("layout", "i4"),
-    ]
+    [("data", "u8"), ("shape", "i8", MAX_RANK), ("stride", "i8", MAX_RANK)]
+    + [(name, "i4") for name in ("rank", "dtype", "dim", "layout")]
 )
 INSTRUCTION = np.dtype([("kernel", "u8"), ("views", "u8"), ("attrs", "u8"), ("barrier", "i8")])
 
