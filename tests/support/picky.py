@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.backends.base import Support
+from engine.backends.base import Support, WeightSource
 from engine.backends.reference import ReferenceBackend
-from engine.formats.gguf import GGUFFile
 from engine.graph import Kind, Live, Node, Tensor
 
 Refusal = Callable[[Node], str]
@@ -34,9 +33,10 @@ class Picky(ReferenceBackend):
         reason = self._refuses(node)
         return Support(not reason, reason)
 
-    def load_weights(self, weights: Sequence[Tensor], file: GGUFFile) -> None:
-        super().load_weights(weights, file)
-        self.loaded += [t.name for t in weights]
+    def load_weights(self, nodes: Sequence[Node], source: WeightSource) -> None:
+        super().load_weights(nodes, source)
+        operands = (t for node in nodes for t in node.inputs.values())
+        self.loaded += {t.name: None for t in operands if t.kind is Kind.WEIGHT}
 
     def allocate_states(self, states: Sequence[Tensor]) -> None:
         super().allocate_states(states)
