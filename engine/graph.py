@@ -9,7 +9,7 @@ operands it writes; state is updated in place. Shape errors are raised while the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -188,22 +188,42 @@ Attrs = Mapping[str, Any]
 Out = tuple[Shape, DType]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Op:
     """The contract of an op.
 
-    `infer(inputs, attrs)` checks shapes and gives the outputs. `reference(**arrays, **attrs)` is
-    the definition in numpy, of the live rows only; it returns a tuple of arrays and writes state
-    in place. `cost(node, live)` counts the work. `cases()` lists inputs for testing a backend.
-    `writes` names the operands that are written.
+    `operands`: their names, optional ones too, in the order of the kernels' views, which come after
+        those of the `n_outputs` outputs. Absent operands and outputs have null views.
+    `infer(inputs, attrs)` checks shapes and returns the outputs; it raises ShapeError.
+    `reference(**arrays, **attrs)` is the definition in numpy, of the live rows only. It returns a
+        tuple of arrays and writes state in place.
+    `cost(node, live)` counts the work.
+    `attrs`: names of the attributes, in the kernels' order.
+    `choices`: the values of attributes that are words; kernels get the index.
+    `repeated`: operands that may come several times, numbered (`gate`, `gate1`, …), with an output
+        for each time.
+    `writes`: the operands that the op writes.
     """
 
     name: str
+    operands: tuple[str, ...]
     infer: Callable[[Inputs, Attrs], Sequence[Out]]
     reference: Callable[..., tuple[np.ndarray[Any, Any], ...]]
     cost: Callable[[Node, Live], Cost]
-    cases: Callable[[], Iterable[Any]]
+    n_outputs: int = 1
+    attrs: tuple[str, ...] = ()
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    repeated: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+
+    def check_names(self, inputs: Inputs, attrs: Attrs) -> None:
+        """Assert that operands, attributes and choices are those of the contract."""
+        for name in inputs:
+            known = name in self.operands or name.rstrip("0123456789") in self.repeated
+            assert known, f"{self.name}: unknown operand {name}"
+        assert attrs.keys() == set(self.attrs), f"{self.name}: attributes {list(attrs)}"
+        for name, values in self.choices.items():
+            assert attrs[name] in values, f"{self.name}: {name} is {attrs[name]}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,8 +296,15 @@ class Graph:
         group[tensor.name] = tensor
         return tensor
 
-    def add(self, op: Op, name: str, inputs: Inputs, **attrs: Any) -> tuple[Tensor, ...]:
-        """Append a node and return its outputs. Raises ShapeError, naming op and node."""
+    def add(
+        self, op: Op, name: str, operands: Mapping[str, Tensor | None], **attrs: Any
+    ) -> tuple[Tensor, ...]:
+        """Append a node and return its outputs; operands that are None are left out.
+
+        Raises ShapeError, naming op and node.
+        """
+        inputs = {operand: t for operand, t in operands.items() if t is not None}
+        op.check_names(inputs, attrs)
         try:
             outs = op.infer(inputs, attrs)
         except ShapeError as error:
@@ -288,7 +315,7 @@ class Graph:
             Tensor(name if i == 0 else f"{name}.{i}", shape, dtype, Kind.ACTIVATION)
             for i, (shape, dtype) in enumerate(outs)
         )
-        self.nodes.append(Node(op, name, dict(inputs), outputs, attrs))
+        self.nodes.append(Node(op, name, inputs, outputs, attrs))
         return outputs
 
     def state_bytes(self) -> tuple[int, int]:
@@ -303,7 +330,7 @@ def dim_name(tensor: Tensor) -> str:
     return first.name if isinstance(first, Dim) else ""
 
 
-def match_shapes(inputs: Inputs, dims: dict[str, int] | None = None, **patterns: str) -> Any:
+def match_shapes(inputs: Inputs, dims: dict[str, int] | None = None, /, **patterns: str) -> Any:
     """Check operands' shapes against patterns such as `q="T Hk Dk"` and bind the letters.
 
     Returns the bound dimensions as attributes of a namespace; numbers in a pattern are literal.

@@ -20,12 +20,9 @@ from engine.graph import Cost, Inputs, Kind, Live, Node, ShapeError, Tensor, mat
 
 Array = NDArray[Any]
 
-RECURRENT_OPERANDS = {
-    "seq_starts": "S1",
-    "state_src": "S",
-    "state_dst": "S",
-    "snapshot_dst": "S N",
-}
+# Operands that place a batch's sequences in state slots, and in cache blocks, with their shapes.
+RECURRENT = {"seq_starts": "S1", "state_src": "S", "state_dst": "S", "snapshot_dst": "S K"}
+PAGED = {"positions": "T", "seq_starts": "S1", "block_tables": "S M"}
 
 
 def sigmoid(x: Array) -> Array:
@@ -49,8 +46,8 @@ def rms_norm(x: Array, eps: float) -> Array:
 
 
 def check_recurrent(inputs: Inputs) -> None:
-    """Shapes of the four operands that place sequences in slots."""
-    check_seq_starts(match_shapes(inputs, None, **RECURRENT_OPERANDS))
+    """Check the shapes of the RECURRENT operands."""
+    check_seq_starts(match_shapes(inputs, **RECURRENT))
 
 
 def check_seq_starts(dims: Any) -> None:

@@ -9,12 +9,10 @@ one weight, the product may be gated per token and added to something:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
-from engine.formats.quants import BF16, F16, F32, WEIGHT_TYPES, DType
+from engine.formats.quants import F32
 from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, ShapeError, Tensor
 from engine.ops.base import Array, bytes_moved, require_contiguous_rows, sigmoid
-from engine.ops.cases import Case, Operand, Rng, activation, case, weight
 
 
 def _weights(inputs: Inputs) -> list[tuple[str, Tensor]]:
@@ -58,31 +56,9 @@ def _cost(node: Node, live: Live) -> Cost:
     return Cost(2 * n_rows * elems, bytes_moved(node, live) if n_rows else 0)
 
 
-def _cases() -> Iterable[Case]:
-    def make(rng: Rng, n_tokens: int, n_in: int, sizes: dict[int, DType]) -> dict[str, Operand]:
-        weights = {
-            f"weight{i}": weight(rng.normal(size=(n_out, n_in)) * 0.05, dtype)
-            for i, (n_out, dtype) in enumerate(sizes.items())
-        }
-        return {"x": activation(rng.normal(size=(n_tokens, n_in))), **weights}
-
-    mixed = {48: WEIGHT_TYPES["Q8_0"], 7: F32, 33: WEIGHT_TYPES["Q4_0"], 16: BF16, 5: F16}
-    for n_tokens in (1, 2, 17):
-        yield case(make, {}, n_tokens=n_tokens, n_in=96, sizes=mixed)
-    yield case(make, {}, n_tokens=3, n_in=2048, sizes={130: F32})
-
-    def gated(rng: Rng, n_tokens: int, with_gate: bool) -> dict[str, Operand]:
-        operands = make(rng, n_tokens, 64, {24: WEIGHT_TYPES["Q8_0"]})
-        operands["add"] = activation(rng.normal(size=(n_tokens, 24)))
-        if with_gate:
-            operands["gate"] = activation(rng.normal(size=(n_tokens, 1)) * 5)
-        return operands
-
-    for with_gate in (False, True):
-        yield case(gated, {}, n_tokens=6, with_gate=with_gate)
-
-
-MUL_MAT = Op("MUL_MAT", _infer, _reference, _cost, _cases)
+MUL_MAT = Op(
+    "MUL_MAT", ("x", "weight", "gate", "add"), _infer, _reference, _cost, repeated=("weight",)
+)
 
 
 def mul_mat(
@@ -97,6 +73,5 @@ def mul_mat(
 
     gate [T, 1], before its sigmoid, and add [T, out]: with one weight only.
     """
-    inputs = {"x": x} | {f"weight{i}": w for i, w in enumerate(weights)}
-    inputs |= {key: t for key, t in (("gate", gate), ("add", add)) if t is not None}
-    return graph.add(MUL_MAT, name, inputs)
+    numbered = {f"weight{i}": w for i, w in enumerate(weights)}
+    return graph.add(MUL_MAT, name, {"x": x, **numbered, "gate": gate, "add": add})

@@ -11,11 +11,10 @@ get every row.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import numpy as np
 
-from engine.formats.quants import F32, I32, WEIGHT_TYPES, DType
+from engine.formats.quants import F32, I32
 from engine.graph import (
     Attrs,
     Cost,
@@ -30,7 +29,6 @@ from engine.graph import (
     match_shapes,
 )
 from engine.ops.base import Array, live_bytes, require_contiguous_rows
-from engine.ops.cases import Case, Operand, Rng, activation, case, weight
 
 
 def _matrices(inputs: Inputs) -> list[Tensor]:
@@ -80,36 +78,9 @@ def _cost(node: Node, live: Live) -> Cost:
     return Cost(flops, nbytes + sum(live_bytes(t, live) for t in (*others, *node.outputs)))
 
 
-def _cases() -> Iterable[Case]:
-    def make(
-        rng: Rng, n_tokens: int, experts: tuple[int, int], per_expert: bool, dtype: DType
-    ) -> dict[str, Operand]:
-        n_experts, n_used = experts
-        ids = np.argsort(rng.random((n_tokens, n_experts)), axis=1)[:, :n_used]
-        shape = (n_tokens, n_used, 64) if per_expert else (n_tokens, 64)
-        operands = {
-            "x": activation(rng.normal(size=shape)),
-            "ids": activation(ids.astype(np.int32)),
-        }
-        if per_expert:
-            operands["weights"] = activation(rng.uniform(0, 1, (n_tokens, n_used)))
-        sizes = (24,) if per_expert else (24, 40)
-        for i, n_out in enumerate(sizes):
-            operands[f"matrix{i}"] = weight(rng.normal(size=(n_experts, n_out, 64)), dtype)
-        return operands
-
-    for n_tokens, experts, per_expert, dtype in (
-        (1, (4, 2), False, F32),
-        (1, (4, 2), True, WEIGHT_TYPES["Q8_0"]),
-        (9, (8, 3), False, WEIGHT_TYPES["Q4_0"]),
-        (9, (8, 8), True, F32),
-        (40, (3, 1), True, WEIGHT_TYPES["Q8_0"]),
-    ):
-        params = {"n_tokens": n_tokens, "experts": experts}
-        yield case(make, {}, **params, per_expert=per_expert, dtype=dtype)
-
-
-MUL_MAT_ID = Op("MUL_MAT_ID", _infer, _reference, _cost, _cases)
+MUL_MAT_ID = Op(
+    "MUL_MAT_ID", ("x", "ids", "weights", "matrix"), _infer, _reference, _cost, repeated=("matrix",)
+)
 
 
 def mul_mat_id(
@@ -122,6 +93,5 @@ def mul_mat_id(
 ) -> tuple[Tensor, ...]:
     """x [T, in] or [T, U, in], ids [T, U] i32, matrices [X, out_i, in] of any stored type
     -> y_i [T, U, out_i]; with weights [T, U] -> their weighted sums [T, out_i]."""
-    operands = {"x": x, "ids": ids} | ({} if weights is None else {"weights": weights})
-    operands |= {f"matrix{i}": m for i, m in enumerate(matrices)}
-    return graph.add(MUL_MAT_ID, name, operands)
+    numbered = {f"matrix{i}": m for i, m in enumerate(matrices)}
+    return graph.add(MUL_MAT_ID, name, {"x": x, "ids": ids, "weights": weights, **numbered})

@@ -10,16 +10,24 @@ token's experts don't depend on the rest of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
 from engine.formats.quants import F32, I32
 from engine.graph import Attrs, Graph, Inputs, Op, Out, ShapeError, Tensor, match_shapes
 from engine.ops.base import Array, elementwise_cost, require_contiguous_rows, sigmoid
-from engine.ops.cases import Case, Operand, Rng, activation, case, weight
 
-GATINGS = ("softmax", "sigmoid")
+
+@dataclass(frozen=True)
+class Routing:
+    """The op's attributes. `groups`: how many groups of experts there are, and are used."""
+
+    n_used: int
+    gating: str = "softmax"
+    scale: float = 1.0
+    eps: float = 0.0
+    groups: tuple[int, int] = (1, 1)
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
@@ -33,7 +41,6 @@ def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
     n_used, n_eligible = attrs["n_used"], dims.X // n_groups * n_groups_used
     if not 1 <= n_used <= n_eligible:
         raise ShapeError(f"attribute n_used: expected 1 to {n_eligible} experts, got {n_used}")
-    assert attrs["gating"] in GATINGS, attrs
     return [((dims.T, n_used), I32), ((dims.T, n_used), F32)]
 
 
@@ -70,41 +77,21 @@ def _in_best_groups(scores: Array, n_groups: int, n_used: int) -> Array:
     return np.where(mask[:, :, np.newaxis], grouped, -np.inf).reshape(scores.shape)
 
 
-def _cases() -> Iterable[Case]:
-    def make(rng: Rng, n_experts: int, biased: bool) -> dict[str, Operand]:
-        operands = {"logits": activation(rng.normal(size=(7, n_experts)) * 3)}
-        if biased:
-            operands["bias"] = weight(rng.normal(size=n_experts))
-        return operands
-
-    for n_experts, n_used, gating, biased, groups in (
-        (4, 1, "softmax", False, (1, 1)),
-        (256, 8, "softmax", False, (1, 1)),
-        (8, 8, "sigmoid", True, (1, 1)),
-        (512, 10, "sigmoid", True, (8, 3)),
-    ):
-        attrs = {"n_used": n_used, "gating": gating, "scale": 2.5, "eps": 1e-20, "groups": groups}
-        yield case(make, attrs, n_experts=n_experts, biased=biased)
-
-
-ROUTER = Op("ROUTER", _infer, _reference, elementwise_cost(20), _cases)
+ROUTER = Op(
+    "ROUTER",
+    ("logits", "bias"),
+    _infer,
+    _reference,
+    elementwise_cost(20),
+    n_outputs=2,
+    attrs=("n_used", "gating", "scale", "eps", "groups"),
+    choices={"gating": ("softmax", "sigmoid")},
+)
 
 
 def router(
-    graph: Graph,
-    name: str,
-    logits: Tensor,
-    bias: Tensor | None,
-    *,
-    n_used: int,
-    gating: str,
-    scale: float = 1.0,
-    eps: float = 0.0,
-    groups: tuple[int, int] = (1, 1),
+    graph: Graph, name: str, logits: Tensor, bias: Tensor | None, routing: Routing
 ) -> tuple[Tensor, Tensor]:
     """logits [T, X], bias [X] or None -> expert ids [T, n_used] i32, weights [T, n_used]."""
-    inputs = {"logits": logits} | ({} if bias is None else {"bias": bias})
-    ids, weights = graph.add(
-        ROUTER, name, inputs, n_used=n_used, gating=gating, scale=scale, eps=eps, groups=groups
-    )
+    ids, weights = graph.add(ROUTER, name, {"logits": logits, "bias": bias}, **vars(routing))
     return ids, weights

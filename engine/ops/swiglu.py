@@ -5,12 +5,9 @@ A node may take several pairs (the routed experts' and the shared expert's), one
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from engine.formats.quants import F32
 from engine.graph import Attrs, Graph, Inputs, Op, Out, ShapeError, Tensor
 from engine.ops.base import Array, elementwise_cost, require_contiguous_rows, silu
-from engine.ops.cases import Case, Operand, Rng, activation, case
 
 
 def _pairs(n_operands: int) -> list[tuple[str, str]]:
@@ -38,19 +35,8 @@ def _reference(**operands: Array) -> tuple[Array, ...]:
     return tuple(silu(operands[gate]) * operands[up] for gate, up in _pairs(len(operands)))
 
 
-def _cases() -> Iterable[Case]:
-    def make(rng: Rng, shapes: list[tuple[int, ...]]) -> dict[str, Operand]:
-        operands: dict[str, Operand] = {}
-        for (gate, up), shape in zip(_pairs(2 * len(shapes)), shapes, strict=True):
-            values = rng.normal(size=(2, 4, *shape))
-            operands |= {gate: activation(values[0] * 20), up: activation(values[1])}
-        return operands
-
-    for shapes in ([(4,)], [(67,)], [(3584,)], [(3, 24), (40,)]):
-        yield case(make, {}, shapes=shapes)
-
-
-SWIGLU = Op("SWIGLU", _infer, _reference, elementwise_cost(5), _cases)
+_PAIR = ("gate", "up")
+SWIGLU = Op("SWIGLU", _PAIR, _infer, _reference, elementwise_cost(5), repeated=_PAIR)
 
 
 def swiglu(graph: Graph, name: str, *pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.backends.cuda.device import Grid
 from engine.backends.cuda.launches import Condition, Lowering, always
-from engine.backends.native.signatures import SIGNATURES, numbers, parts
+from engine.backends.native.signatures import numbers, parts
 from engine.graph import Live, Node, Tensor
 
 # A batch of up to so many rows is a launch for few rows, where there is one.
@@ -21,10 +21,6 @@ CONV_BLOCKS = 4096
 # As in the sources.
 _MAX_EXPERTS, _MAX_USED, _MAX_TAPS, _MAX_ROT = 512, 32, 16, 512
 _HEAD_CHUNK, _HEAD_FEW, _HEAD_ROWS, _HEAD_OUT = 32, 8, 128, 64
-
-
-def _by_signature(node: Node) -> list[float]:
-    return numbers(node.attrs, SIGNATURES[node.op.name].attrs)
 
 
 def _takes_all(node: Node) -> str:
@@ -43,7 +39,7 @@ class Small:
     threads: int
     grid: Callable[[Node, Live], Grid]
     shared: Callable[[Node], int] = lambda node: 0
-    attrs: Callable[[Node], Sequence[float]] = _by_signature
+    attrs: Callable[[Node], Sequence[float]] = numbers
     when: Condition = always
     refuses: Callable[[Node], str] = _takes_all
 
