@@ -192,8 +192,8 @@ Out = tuple[Shape, DType]
 class Op:
     """The contract of an op.
 
-    `operands`: their names, optional ones too, in the order of the kernels' views, which come after
-        those of the `n_outputs` outputs. Absent operands and outputs have null views.
+    `operands`: their names in the order of the kernels' views, which come after those of the
+        `n_outputs` outputs. `optional` ones may be absent; their views are null.
     `infer(inputs, attrs)` checks shapes and returns the outputs; it raises ShapeError.
     `reference(**arrays, **attrs)` is the definition in numpy, of the live rows only. It returns a
         tuple of arrays and writes state in place.
@@ -213,15 +213,16 @@ class Op:
     n_outputs: int = 1
     attrs: tuple[str, ...] = ()
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
     repeated: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
 
     def check_names(self, inputs: Inputs, attrs: Attrs) -> None:
         """Assert that operands, attributes and choices are those of the contract."""
-        for name in inputs:
-            known = name in self.operands or name.rstrip("0123456789") in self.repeated
-            assert known, f"{self.name}: unknown operand {name}"
-        assert attrs.keys() == set(self.attrs), f"{self.name}: attributes {list(attrs)}"
+        plain = {name for name in inputs if name.rstrip("0123456789") not in self.repeated}
+        required = {*self.operands} - {*self.optional, *self.repeated}
+        assert required <= plain <= {*self.operands}, f"{self.name}: operands {list(inputs)}"
+        assert attrs.keys() == {*self.attrs}, f"{self.name}: attributes {list(attrs)}"
         for name, values in self.choices.items():
             assert attrs[name] in values, f"{self.name}: {name} is {attrs[name]}"
 
@@ -330,14 +331,23 @@ def dim_name(tensor: Tensor) -> str:
     return first.name if isinstance(first, Dim) else ""
 
 
-def match_shapes(inputs: Inputs, dims: dict[str, int] | None = None, /, **patterns: str) -> Any:
+class Dims(dict[str, int]):
+    """Sizes by letter: `dims.T`, or `dims["in"]`."""
+
+    def __getattr__(self, name: str) -> int:
+        return self[name]
+
+
+def match_shapes(inputs: Inputs, dims: Mapping[str, int] | None = None, /, **patterns: str) -> Dims:
     """Check operands' shapes against patterns such as `q="T Hk Dk"` and bind the letters.
 
-    Returns the bound dimensions as attributes of a namespace; numbers in a pattern are literal.
-    Raises ShapeError for the first operand that disagrees with what the earlier ones bound.
+    Numbers in a pattern are literal; letters in `dims` are bound already; absent operands are
+    skipped. Returns all bound sizes. Raises ShapeError for the first operand that disagrees.
     """
-    bound: dict[str, int] = dict(dims or {})
+    bound = Dims(dims or {})
     for operand, pattern in patterns.items():
+        if operand not in inputs:
+            continue
         shape, names = inputs[operand].shape, pattern.split()
         expected = [int(n) if n.isdigit() else bound.get(n) for n in names]
         fits = len(shape) == len(names) and all(
@@ -349,18 +359,5 @@ def match_shapes(inputs: Inputs, dims: dict[str, int] | None = None, /, **patter
                 for n, e in zip(names, expected, strict=True)
             )
             raise ShapeError(f"operand {operand}: expected [{want}], got {list(map(int, shape))}")
-        for name, size in zip(names, shape, strict=True):
-            if not name.isdigit():
-                bound.setdefault(name, size)
-    return _Bound(bound)
-
-
-class _Bound:
-    """Dimensions by letter: `dims.T`, or `dims["T"]`."""
-
-    def __init__(self, values: dict[str, int]) -> None:
-        self.__dict__.update(values)
-
-    def __getitem__(self, name: str) -> int:
-        value: int = self.__dict__[name]
-        return value
+        bound |= {n: size for n, size in zip(names, shape, strict=True) if n not in bound}
+    return bound

@@ -193,6 +193,7 @@ def double(writes: tuple[str, ...] = ()) -> Op:
         lambda node, live: Cost(0, 0),
         n_outputs=2,
         attrs=("factor",),
+        optional=("state",),
         writes=writes,
     )
 

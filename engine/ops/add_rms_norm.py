@@ -11,13 +11,9 @@ from engine.ops.base import Array, elementwise_cost, require_contiguous_rows, rm
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
-    dims = match_shapes(inputs, x="T E", weight="E")
-    require_contiguous_rows(inputs, "x")
-    if "delta" not in inputs:
-        return [((dims.T, dims.E), F32)]
-    match_shapes(inputs, {"T": dims.T, "E": dims.E}, delta="T E")
-    require_contiguous_rows(inputs, "delta")
-    return [((dims.T, dims.E), F32)] * 2
+    dims = match_shapes(inputs, x="T E", weight="E", delta="T E")
+    require_contiguous_rows(inputs, "x", "delta")
+    return [((dims.T, dims.E), F32)] * (2 if "delta" in inputs else 1)
 
 
 def _reference(
@@ -37,6 +33,7 @@ ADD_RMS_NORM = Op(
     elementwise_cost(4),
     n_outputs=2,
     attrs=("eps",),
+    optional=("delta",),
 )
 
 

@@ -13,24 +13,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from engine.formats.quants import F32
-from engine.graph import (
-    Attrs,
-    Cost,
-    Graph,
-    Inputs,
-    Live,
-    Node,
-    Op,
-    Out,
-    ShapeError,
-    Tensor,
-    match_shapes,
-)
+from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor, match_shapes
 from engine.ops.base import (
     PAGED,
     Array,
     bytes_moved,
     check_seq_starts,
+    expect,
     paged_index,
     require_contiguous_rows,
     sigmoid,
@@ -39,14 +28,12 @@ from engine.ops.base import (
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
-    dims = match_shapes(inputs, q="T H D", k_cache="N Hkv B D", v_cache="N Hkv B Dv", **PAGED)
-    if "gate" in inputs:
-        match_shapes(inputs, {name: dims[name] for name in ("T", "H", "Dv")}, gate="T H Dv")
-        require_contiguous_rows(inputs, "gate", from_axis=2)
+    patterns = {"q": "T H D", "k_cache": "N Hkv B D", "v_cache": "N Hkv B Dv", "gate": "T H Dv"}
+    dims = match_shapes(inputs, **patterns, **PAGED)
+    require_contiguous_rows(inputs, "gate", from_axis=2)
     require_contiguous_rows(inputs, "q")
     check_seq_starts(dims)
-    if dims.H % dims.Hkv:
-        raise ShapeError(f"operand q: expected a multiple of {dims.Hkv} heads, got {dims.H}")
+    expect(dims.H % dims.Hkv == 0, "operand q", f"a multiple of {dims.Hkv} heads", dims.H)
     return [((dims.T, dims.H, dims.Dv), F32)]
 
 
@@ -95,6 +82,7 @@ ATTENTION = Op(
     _reference,
     _cost,
     attrs=("scale",),
+    optional=("gate",),
 )
 
 

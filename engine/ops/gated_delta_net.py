@@ -18,24 +18,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from engine.formats.quants import F32
-from engine.graph import (
-    Attrs,
-    Cost,
-    Graph,
-    Inputs,
-    Live,
-    Node,
-    Op,
-    Out,
-    ShapeError,
-    Tensor,
-    match_shapes,
-)
+from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor, match_shapes
 from engine.ops.base import (
     RECURRENT,
     Array,
     bytes_moved,
-    check_recurrent,
+    check_seq_starts,
+    expect,
     initial_state,
     require_contiguous_rows,
     spans,
@@ -51,18 +40,12 @@ _AUTO_CHUNK_FROM = 16
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
-    dims = match_shapes(inputs, q="T Hk Dk", k="T Hk Dk", v="T Hv Dv", beta="T Hv")
-    per_row = len(inputs["g"].shape) == 3
-    match_shapes(
-        inputs,
-        {name: dims[name] for name in ("T", "Hv", "Dk", "Dv")},
-        g="T Hv Dk" if per_row else "T Hv",
-        state="N Hv Dv Dk",
-    )
-    check_recurrent(inputs)
+    gates = {"g": "T Hv Dk" if len(inputs["g"].shape) == 3 else "T Hv", "beta": "T Hv"}
+    patterns = {"q": "T Hk Dk", "k": "T Hk Dk", "v": "T Hv Dv", **gates, "state": "N Hv Dv Dk"}
+    dims = match_shapes(inputs, **patterns, **RECURRENT)
+    check_seq_starts(dims)
     require_contiguous_rows(inputs, "q", "k", "v", "g", "beta")
-    if dims.Hv % dims.Hk:
-        raise ShapeError(f"operand v: expected a multiple of {dims.Hk} heads, got {dims.Hv}")
+    expect(dims.Hv % dims.Hk == 0, "operand v", f"a multiple of {dims.Hk} heads", dims.Hv)
     return [((dims.T, dims.Hv, dims.Dv), F32)]
 
 

@@ -11,24 +11,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from engine.graph import (
-    Attrs,
-    Cost,
-    Graph,
-    Inputs,
-    Live,
-    Node,
-    Op,
-    Out,
-    ShapeError,
-    Tensor,
-    match_shapes,
-)
+from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor, match_shapes
 from engine.ops.base import (
     PAGED,
     Array,
     bytes_moved,
     check_seq_starts,
+    expect,
     paged_index,
     require_contiguous_rows,
     rms_norm,
@@ -40,8 +29,7 @@ def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
     dims = match_shapes(inputs, kv="T C", norm="R", k_cache="N 1 B C", **PAGED)
     require_contiguous_rows(inputs, "kv")
     check_seq_starts(dims)
-    if dims.R > dims.C:
-        raise ShapeError(f"operand norm: expected at most [{dims.C}], got [{dims.R}]")
+    expect(dims.R <= dims.C, "operand norm", f"at most [{dims.C}]", [dims.R])
     return []
 
 

@@ -11,32 +11,23 @@ from __future__ import annotations
 import math
 
 from engine.formats.quants import F32
-from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, ShapeError, Tensor
-from engine.ops.base import Array, bytes_moved, require_contiguous_rows, sigmoid
+from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor, match_shapes
+from engine.ops.base import Array, bytes_moved, expect, require_contiguous_rows, sigmoid
 
 
-def _weights(inputs: Inputs) -> list[tuple[str, Tensor]]:
-    return [(name, t) for name, t in inputs.items() if name.startswith("weight")]
+def _weights(inputs: Inputs) -> dict[str, Tensor]:
+    return {name: t for name, t in inputs.items() if name.startswith("weight")}
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
-    x = inputs["x"]
-    if len(x.shape) != 2:
-        raise ShapeError(f"operand x: expected [T, in], got {list(x.shape)}")
-    require_contiguous_rows(inputs, "x")
+    dims = match_shapes(inputs, x="T in", gate="T 1")
     weights = _weights(inputs)
-    if len(weights) > 1 and inputs.keys() & {"gate", "add"}:
-        raise ShapeError(f"operands gate, add: expected one weight, got {len(weights)}")
-    for operand, width in (("gate", 1), ("add", weights[0][1].shape[0])):
-        if operand in inputs and inputs[operand].shape != (x.shape[0], width):
-            came = list(map(int, inputs[operand].shape))
-            raise ShapeError(f"operand {operand}: expected [T, {width}], got {came}")
-        if operand in inputs:
-            require_contiguous_rows(inputs, operand)
-    for name, w in weights:
-        if len(w.shape) != 2 or w.shape[1] != x.shape[1]:
-            raise ShapeError(f"operand {name}: expected [out, {x.shape[1]}], got {list(w.shape)}")
-    return [((x.shape[0], w.shape[0]), F32) for _, w in weights]
+    fits = len(weights) == 1 or not inputs.keys() & {"gate", "add"}
+    expect(fits, "operands gate, add", "one weight", len(weights))
+    sizes = [match_shapes(inputs, dims, **{name: "out in"}).out for name in weights]
+    match_shapes(inputs, dims | {"out": sizes[0]}, add="T out")
+    require_contiguous_rows(inputs, "x", "gate", "add")
+    return [((dims.T, n_out), F32) for n_out in sizes]
 
 
 def _reference(
@@ -52,12 +43,18 @@ def _reference(
 
 def _cost(node: Node, live: Live) -> Cost:
     n_rows = live.shape(node.outputs[0].shape)[0]
-    elems = sum(math.prod(t.shape) for _, t in _weights(node.inputs))
+    elems = sum(math.prod(t.shape) for t in _weights(node.inputs).values())
     return Cost(2 * n_rows * elems, bytes_moved(node, live) if n_rows else 0)
 
 
 MUL_MAT = Op(
-    "MUL_MAT", ("x", "weight", "gate", "add"), _infer, _reference, _cost, repeated=("weight",)
+    "MUL_MAT",
+    ("x", "weight", "gate", "add"),
+    _infer,
+    _reference,
+    _cost,
+    optional=("gate", "add"),
+    repeated=("weight",),
 )
 
 

@@ -18,14 +18,10 @@ from engine.ops.base import Array, bytes_moved, require_contiguous_rows
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
-    dims = match_shapes(inputs, x="T H in")
-    pattern = "H in out" if attrs["transposed"] else "H out in"
-    n_out = match_shapes(inputs, {"H": dims.H, "in": dims["in"]}, weight=pattern).out
-    require_contiguous_rows(inputs, "x", from_axis=2)
-    if "tail" in inputs:
-        n_out += match_shapes(inputs, {"T": dims.T, "H": dims.H}, tail="T H P").P
-        require_contiguous_rows(inputs, "tail", from_axis=2)
-    return [((dims.T, dims.H, n_out), F32)]
+    weight = "H in out" if attrs["transposed"] else "H out in"
+    dims = match_shapes(inputs, x="T H in", weight=weight, tail="T H P")
+    require_contiguous_rows(inputs, "x", "tail", from_axis=2)
+    return [((dims.T, dims.H, dims.out + dims.get("P", 0)), F32)]
 
 
 def _reference(
@@ -42,7 +38,13 @@ def _cost(node: Node, live: Live) -> Cost:
 
 
 MUL_MAT_HEADS = Op(
-    "MUL_MAT_HEADS", ("x", "weight", "tail"), _infer, _reference, _cost, attrs=("transposed",)
+    "MUL_MAT_HEADS",
+    ("x", "weight", "tail"),
+    _infer,
+    _reference,
+    _cost,
+    attrs=("transposed",),
+    optional=("tail",),
 )
 
 

@@ -15,40 +15,26 @@ import math
 import numpy as np
 
 from engine.formats.quants import F32, I32
-from engine.graph import (
-    Attrs,
-    Cost,
-    Graph,
-    Inputs,
-    Live,
-    Node,
-    Op,
-    Out,
-    ShapeError,
-    Tensor,
-    match_shapes,
-)
-from engine.ops.base import Array, live_bytes, require_contiguous_rows
+from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor, match_shapes
+from engine.ops.base import Array, expect, live_bytes, require_contiguous_rows
 
 
-def _matrices(inputs: Inputs) -> list[Tensor]:
-    return [t for name, t in inputs.items() if name.startswith("matrix")]
+def _matrices(inputs: Inputs) -> dict[str, Tensor]:
+    return {name: t for name, t in inputs.items() if name.startswith("matrix")}
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
-    x, matrices = inputs["x"], _matrices(inputs)
-    dims = match_shapes(inputs, x="T in" if len(x.shape) == 2 else "T U in", ids="T U")
-    bound = {"in": x.shape[-1]}
-    for name in (name for name in inputs if name.startswith("matrix")):
-        bound["X"] = match_shapes(inputs, bound, **{name: "X out in"}).X
-    require_contiguous_rows(inputs, "x", "ids")
-    if inputs["ids"].dtype is not I32:
-        raise ShapeError(f"operand ids: expected I32, got {inputs['ids'].dtype.name}")
-    if "weights" in inputs:
-        match_shapes(inputs, {"T": dims.T, "U": dims.U}, weights="T U")
-        require_contiguous_rows(inputs, "weights")
-        return [((dims.T, m.shape[1]), F32) for m in matrices]
-    return [((dims.T, dims.U, m.shape[1]), F32) for m in matrices]
+    x = "T in" if len(inputs["x"].shape) == 2 else "T U in"
+    dims = match_shapes(inputs, x=x, ids="T U", weights="T U")
+    sizes = []
+    for name in _matrices(inputs):
+        matrix = match_shapes(inputs, dims, **{name: "X out in"})
+        dims["X"] = matrix.X
+        sizes.append(matrix.out)
+    require_contiguous_rows(inputs, "x", "ids", "weights")
+    expect(inputs["ids"].dtype is I32, "operand ids", "I32", inputs["ids"].dtype)
+    rows = (dims.T,) if "weights" in inputs else (dims.T, dims.U)
+    return [((*rows, n_out), F32) for n_out in sizes]
 
 
 def _reference(
@@ -67,19 +53,22 @@ def _reference(
 
 def _cost(node: Node, live: Live) -> Cost:
     """Bytes of the experts that the rows need at least if they all choose differently."""
-    n_used, n_experts = node.inputs["ids"].shape[1], _matrices(node.inputs)[0].shape[0]
-    n_rows = live.n_tokens * n_used
-    touched = min(n_experts, n_rows)
-    flops, nbytes = 0, 0
-    for matrix in _matrices(node.inputs):
-        flops += 2 * n_rows * math.prod(matrix.shape[1:])
-        nbytes += touched * matrix.shape[1] * matrix.dtype.row_bytes(matrix.shape[2])
-    others = [t for name, t in node.inputs.items() if not name.startswith("matrix")]
+    n_rows = live.n_tokens * node.inputs["ids"].shape[1]
+    matrices = _matrices(node.inputs).values()
+    flops = sum(2 * n_rows * math.prod(m.shape[1:]) for m in matrices)
+    nbytes = sum(min(m.shape[0], n_rows) * m.nbytes // m.shape[0] for m in matrices)
+    others = [t for t in node.inputs.values() if t not in matrices]
     return Cost(flops, nbytes + sum(live_bytes(t, live) for t in (*others, *node.outputs)))
 
 
 MUL_MAT_ID = Op(
-    "MUL_MAT_ID", ("x", "ids", "weights", "matrix"), _infer, _reference, _cost, repeated=("matrix",)
+    "MUL_MAT_ID",
+    ("x", "ids", "weights", "matrix"),
+    _infer,
+    _reference,
+    _cost,
+    optional=("weights",),
+    repeated=("matrix",),
 )
 
 

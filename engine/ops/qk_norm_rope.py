@@ -13,24 +13,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from engine.formats.quants import F32
-from engine.graph import (
-    Attrs,
-    Cost,
-    Graph,
-    Inputs,
-    Live,
-    Node,
-    Op,
-    Out,
-    ShapeError,
-    Tensor,
-    match_shapes,
-)
+from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor, match_shapes
 from engine.ops.base import (
     PAGED,
     Array,
     bytes_moved,
     check_seq_starts,
+    expect,
     paged_index,
     require_contiguous_rows,
     rms_norm,
@@ -53,9 +42,8 @@ def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
     require_contiguous_rows(inputs, "k", "v")
     require_contiguous_rows(inputs, "q", from_axis=2)
     check_seq_starts(dims)
-    n_rot = attrs["n_rot"]
-    if n_rot % 2 or not 0 <= n_rot <= dims.D:
-        raise ShapeError(f"attribute n_rot: expected an even number up to {dims.D}, got {n_rot}")
+    n_rot, wanted = attrs["n_rot"], f"an even number up to {dims.D}"
+    expect(n_rot % 2 == 0 and 0 <= n_rot <= dims.D, "attribute n_rot", wanted, n_rot)
     return [((dims.T, dims.H, dims.D), F32)]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from engine.formats.quants import F32, I32
 from engine.graph import Attrs, Graph, Inputs, Op, Out, ShapeError, Tensor, match_shapes
-from engine.ops.base import Array, elementwise_cost, require_contiguous_rows, sigmoid
+from engine.ops.base import Array, elementwise_cost, expect, require_contiguous_rows, sigmoid
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,13 @@ class Routing:
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
-    dims = match_shapes(inputs, logits="T X")
-    if "bias" in inputs:
-        match_shapes(inputs, {"X": dims.X}, bias="X")
+    dims = match_shapes(inputs, logits="T X", bias="X")
     require_contiguous_rows(inputs, "logits")
     n_groups, n_groups_used = attrs["groups"]
     if dims.X % n_groups or not 1 <= n_groups_used <= n_groups or dims.X == n_groups > 1:
         raise ShapeError(f"attribute groups: {n_groups_used} of {n_groups} of {dims.X} experts")
     n_used, n_eligible = attrs["n_used"], dims.X // n_groups * n_groups_used
-    if not 1 <= n_used <= n_eligible:
-        raise ShapeError(f"attribute n_used: expected 1 to {n_eligible} experts, got {n_used}")
+    expect(1 <= n_used <= n_eligible, "attribute n_used", f"1 to {n_eligible} experts", n_used)
     return [((dims.T, n_used), I32), ((dims.T, n_used), F32)]
 
 
@@ -86,6 +83,7 @@ ROUTER = Op(
     n_outputs=2,
     attrs=("n_used", "gating", "scale", "eps", "groups"),
     choices={"gating": ("softmax", "sigmoid")},
+    optional=("bias",),
 )
 
 

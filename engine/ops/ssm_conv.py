@@ -19,7 +19,7 @@ from engine.ops.base import (
     RECURRENT,
     Array,
     bytes_moved,
-    check_recurrent,
+    check_seq_starts,
     initial_state,
     require_contiguous_rows,
     silu,
@@ -41,7 +41,7 @@ def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
         require_contiguous_rows(inputs, x)
         n_channels += part.C
     match_shapes(inputs, {"C": n_channels, "K1": dims.K - 1}, state="N K1 C")
-    check_recurrent(inputs)
+    check_seq_starts(match_shapes(inputs, **RECURRENT))
     return [((dims.T, n_channels), F32)]
 
 
@@ -85,6 +85,7 @@ SSM_CONV = Op(
     _infer,
     _reference,
     _cost,
+    optional=("x1", "weight1", "x2", "weight2"),
     writes=("state",),
 )
 
@@ -100,6 +101,6 @@ def ssm_conv(
 
     `batch`: seq_starts, state_src, state_dst, snapshot_dst (see engine.ops.base).
     """
-    inputs = {f"x{i or ''}": x for i, (x, _) in enumerate(parts)}
-    inputs |= {f"weight{i or ''}": weight for i, (_, weight) in enumerate(parts)}
-    return graph.add(SSM_CONV, name, {**inputs, "state": state, **batch})[0]
+    operands = {f"x{i or ''}": x for i, (x, _) in enumerate(parts)}
+    operands |= {f"weight{i or ''}": weight for i, (_, weight) in enumerate(parts)}
+    return graph.add(SSM_CONV, name, {**operands, "state": state, **batch})[0]
