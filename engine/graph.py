@@ -160,13 +160,8 @@ class Live:
 
     def dim(self, name: str) -> int | None:
         """The live count of a `Dim`, or None if it always has its capacity (slots, blocks)."""
-        if name == "n_tokens":
-            return self.n_tokens
-        if name == "n_seqs":
-            return self.n_seqs
-        if name == "n_seqs + 1":
-            return self.n_seqs + 1
-        return self.n_outputs if name == "n_outputs" else None
+        counts = {"n_tokens": self.n_tokens, "n_seqs": self.n_seqs, "n_outputs": self.n_outputs}
+        return self.n_seqs + 1 if name == "n_seqs + 1" else counts.get(name)
 
     def shape(self, shape: Shape) -> Shape:
         """`shape` with every varying dimension at its live count."""

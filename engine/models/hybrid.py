@@ -9,9 +9,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from functools import partial
-from typing import Any
-
-import numpy as np
 
 from engine.graph import Shape
 from engine.models.attention import AttentionShape, gated_attention
@@ -148,9 +145,7 @@ def _attention_shapes(hp: HParams, n_entries: int, n_embd: int, eps: float) -> l
 
 
 def _check_sections(hp: HParams) -> None:
-    """Sections assign rope pairs to the axes of images; text has one position on all of them."""
+    """Check that there are 4: they assign rope pairs to image axes, which are equal for text."""
     key = "rope.dimension_sections"
-    sections: Any = hp.file.metadata.get(f"{hp.arch}.{key}")
-    is_array = isinstance(sections, np.ndarray)
-    if not is_array or len(sections) != 4 or sections.dtype.kind not in "iu":
-        raise hp.fail(key, "4 integers", shown(sections))
+    if hp.array(key, 4, "iu", "integers") is None:
+        raise hp.fail(key, "4 integers", shown(hp.file.metadata.get(f"{hp.arch}.{key}")))

@@ -61,17 +61,14 @@ def moe_shapes(hp: HParams, n_entries: int) -> list[MoEShape]:
     n_experts = hp.integer("expert_count")
     n_used = hp.per_layer("expert_used_count", n_entries)
     n_ff = hp.per_layer("feed_forward_length", n_entries, 0, minimum=0)
-    sizes = (
-        hp.integer("expert_feed_forward_length", 0, 0),
-        hp.integer("expert_shared_feed_forward_length", 0, 0),
-    )
+    keys = ("expert_feed_forward_length", "expert_shared_feed_forward_length")
+    given = [hp.integer(key, 0, minimum=0) for key in keys]
     shapes = []
     for used, ff in zip(n_used, n_ff, strict=True):
-        d_ff, d_shared = sizes[0] or ff // used, sizes[1] or ff
-        if not d_ff:
-            raise hp.fail("expert_feed_forward_length", "at least 1", d_ff)
-        if not d_shared:
-            raise hp.fail("expert_shared_feed_forward_length", "at least 1", d_shared)
+        d_ff, d_shared = given[0] or ff // used, given[1] or ff
+        for key, size in zip(keys, (d_ff, d_shared), strict=True):
+            if not size:
+                raise hp.fail(key, "at least 1", size)
         shapes.append(MoEShape(n_experts, d_ff, d_shared, Routing(used)))
         shapes[-1].check(hp)
     return shapes
