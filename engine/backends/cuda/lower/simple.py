@@ -23,6 +23,10 @@ _MAX_EXPERTS, _MAX_USED, _MAX_TAPS, _MAX_ROT = 512, 32, 16, 512
 _HEAD_CHUNK, _HEAD_FEW, _HEAD_ROWS, _HEAD_OUT = 32, 8, 128, 64
 
 
+def _by_signature(node: Node) -> list[float]:
+    return numbers(node)
+
+
 def _takes_all(node: Node) -> str:
     return ""
 
@@ -39,7 +43,7 @@ class Small:
     threads: int
     grid: Callable[[Node, Live], Grid]
     shared: Callable[[Node], int] = lambda node: 0
-    attrs: Callable[[Node], Sequence[float]] = numbers
+    attrs: Callable[[Node], Sequence[float]] = _by_signature
     when: Condition = always
     refuses: Callable[[Node], str] = _takes_all
 
