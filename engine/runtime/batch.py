@@ -121,7 +121,7 @@ def pack(chunks: Sequence[Chunk], steps: Sequence[Step], capacity: Capacity) -> 
     snapshots = np.full((len(chunks), capacity.n_snapshots), -1)
     for s, step in enumerate(steps):
         tables[s, : len(step.blocks)] = step.blocks
-        snapshots[s, capacity.n_snapshots - len(step.snapshots) :] = step.snapshots
+        snapshots[s, capacity.n_snapshots - len(step.snapshot_dst) :] = step.snapshot_dst
     inputs: dict[str, Any] = {
         "tokens": np.fromiter(chain.from_iterable(p.tokens for p in chunks), np.int32, starts[-1]),
         "positions": positions,

@@ -147,7 +147,7 @@ class Conversation:
         if len(ends) == len(self._parts) + 1 and ends[-1] < len(text):
             return len(self._parts), ends[-1], self._held.n_tokens
         starts = {len(_ids(self._parts[:n])): n for n in range(len(ends)) if ends[n] < len(text)}
-        marks = self._held.marks & starts.keys()
+        marks = self._held.rollback_points & starts.keys()
         if not marks:
             return 0, 0, 0
         n_parts = starts[max(marks)]
@@ -157,7 +157,7 @@ class Conversation:
         if self._held is None or not n_tokens:
             return None
         is_end = n_tokens == self._held.n_tokens
-        return self._held.fork() if is_end else self._held.back_to(n_tokens)
+        return self._held.fork() if is_end else self._held.rolled_back(n_tokens)
 
     def _same_next_time(
         self,

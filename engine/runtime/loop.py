@@ -151,7 +151,7 @@ class StepLoop:
             row = next(rows) if chunk.n_outputs else None
             request.count(len(chunk.tokens), seconds)
             if request.is_at_mark:
-                self.memory.mark(request.seq, only=True)
+                self.memory.add_rollback_point(request.seq, replace=True)
             if i in failures:
                 request.finish(FinishReason.ERROR, failures[i])
             elif row is not None:

@@ -396,8 +396,8 @@ def test_invisible_tokens_stay(engine: Engine, fresh: Engine) -> None:
 
 def states(engine: Engine, checkpoint: Checkpoint) -> dict[int, dict[str, Any]]:
     """Contents of a checkpoint's slots, by position: its own, and those of its marks."""
-    slots = {n: state.slot for n, state in checkpoint.span.marks.items()}
-    slots[checkpoint.n_tokens] = checkpoint.span.state.slot
+    slots = {n: state.slot for n, state in checkpoint.allocation.rollback_points.items()}
+    slots[checkpoint.n_tokens] = checkpoint.allocation.state.slot
     store = engine.plan.backends[0].states
     return {n: store.save("n_slots", slot) for n, slot in slots.items()}
 

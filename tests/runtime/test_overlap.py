@@ -183,7 +183,7 @@ def test_whoever_joins_or_leaves_the_others_go_on(
 def state_of(engine: Engine, seq: int) -> dict[str, Any]:
     """Contents of a sequence's slot, through a checkpoint."""
     checkpoint = engine.memory.checkpoint(seq)
-    saved = engine.plan.backends[0].states.save("n_slots", checkpoint.span.state.slot)
+    saved = engine.plan.backends[0].states.save("n_slots", checkpoint.allocation.state.slot)
     checkpoint.release()
     return saved
 

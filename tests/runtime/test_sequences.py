@@ -111,7 +111,7 @@ class Walk:
     def mark(self) -> None:
         seq = self.any()
         if len(self.sequences[seq].marks) < 2:
-            self.memory.mark(seq)
+            self.memory.add_rollback_point(seq)
             self.sequences[seq].marks |= {len(self.sequences[seq].ids)} - {0}
 
     def truncate(self, seq: int, n: int) -> None:
@@ -238,7 +238,7 @@ def test_fewer_snapshots_than_the_graph_has_room_for(walk: Walk) -> None:
 def test_marks_and_snapshots_are_kept_together(walk: Walk) -> None:
     seq = walk.create()
     walk.extend({seq: 40})
-    walk.memory.mark(seq)
+    walk.memory.add_rollback_point(seq)
     walk.sequences[seq].marks = {40}
     walk.extend({seq: 30}, 3)
     fork = walk.memory.fork(seq)
