@@ -62,7 +62,7 @@ class SynthError(Exception):
     """A mistake in the options, told in one line."""
 
 
-def write_model(
+def write_model(  # noqa: PLR0913
     path: str | Path,
     preset: str | Preset,
     dtype: str = "F32",
