@@ -358,7 +358,7 @@ def test_a_checkpoint_goes_back_to_its_marks() -> None:
     memory.free(seq)
     assert held.marks == {3, 6, 9}
     back, again = held.back_to(6), held.fork()
-    assert (back.marks, again.marks) == ({3, 6}, {3, 6, 9})
+    assert (back.marks, again.marks) == (frozenset({3, 6}), frozenset({3, 6, 9}))
     contents.check(back.span, [1, -1, 0, 2, -2, 0])
     held.release()
     contents.check(again.span, [1, -1, 0, 2, -2, 0, 3, -3, 0, 4])

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.backends.base import Support
+from engine.backends.base import Support, WeightSource
 from engine.backends.reference import ReferenceBackend
-from engine.formats.gguf import GGUFFile
 from engine.graph import Kind, Live, Node, Tensor
 
 Refusal = Callable[[Node], str]
@@ -34,8 +33,8 @@ class Picky(ReferenceBackend):
         reason = self._refuses(node)
         return Support(not reason, reason)
 
-    def load_weights(self, weights: Sequence[Tensor], file: GGUFFile) -> None:
-        super().load_weights(weights, file)
+    def load_weights(self, weights: Sequence[Tensor], source: WeightSource) -> None:
+        super().load_weights(weights, source)
         self.loaded += [t.name for t in weights]
 
     def allocate_states(self, states: Sequence[Tensor]) -> None:
