@@ -79,11 +79,12 @@ def one_view(draw: st.DrawFn, t: Tensor, a: Array) -> tuple[Tensor, Array]:
 @given(data=st.data())
 @settings(max_examples=300, deadline=None)
 def test_views_show_what_numpys_views_show(data: st.DataObject) -> None:
-    shape = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple))
+    draw: Any = data.draw
+    shape = draw(st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple))
     base = np.arange(np.prod(shape), dtype=np.int64).reshape(shape)
     tensor, array = activation(*shape), base
-    for _ in range(data.draw(st.integers(1, 6))):
-        tensor, array = one_view(data.draw, tensor, array)
+    for _ in range(draw(st.integers(1, 6))):
+        tensor, array = one_view(draw, tensor, array)
         assert tensor.shape == array.shape
         assert np.array_equal(through(tensor, base), array)
         assert tensor.base.view_of is None
@@ -174,11 +175,12 @@ def test_patterns_bind_and_check() -> None:
     dims = match_shapes(inputs, q="T H D", k="T H D", one="1 H")
     assert (dims.T, dims.H, dims["D"]) == (5, 2, 16)
     assert match_shapes(inputs, {"H": 2}, one="1 H").H == 2
-    for patterns, message in (
+    wrong: tuple[tuple[Any, str], ...] = (
         ({"q": "T H D", "k": "H T D"}, r"operand k: expected \[H=2, T=5, D=16\], got \[5, 2, 16\]"),
         ({"q": "T H"}, r"operand q: expected \[T, H\], got \[5, 2, 16\]"),
         ({"one": "3 H"}, r"operand one: expected \[3, H\], got \[1, 2\]"),
-    ):
+    )
+    for patterns, message in wrong:
         with pytest.raises(ShapeError, match=message):
             match_shapes(inputs, **patterns)
 

@@ -89,7 +89,7 @@ def _named(node: ast.AST, package: str) -> list[str]:
     if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
         ("import_module", "__import__")
     ):
-        return [arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)]
+        return [str(arg.value) for arg in node.args[:1] if isinstance(arg, ast.Constant)]
     return []
 
 

@@ -212,7 +212,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.command == "compare":
         return compare(args.before, args.after)
-    np.savez_compressed(args.file, **dump(args.device))
+    arrays: dict[str, Any] = dump(args.device)
+    np.savez_compressed(args.file, **arrays)
     return 0
 
 

@@ -175,7 +175,7 @@ def main() -> None:
     p.add_argument("--heads", type=numbers, default=[16, 32])
     options = p.parse_args()
     device = CupyDevice()
-    device.compile_all()
+    device.prepare()
     print(device.detail)
     print("| | µs | GB/s | of peak | TFLOPS | of peak | |\n|---|---|---|---|---|---|---|")
     rows = {"delta": lambda: delta_rows(device, options.heads)}

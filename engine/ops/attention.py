@@ -37,7 +37,7 @@ def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
     return [((dims.T, dims.H, dims.Dv), F32)]
 
 
-def _reference(
+def _reference(  # noqa: PLR0913
     q: Array,
     k_cache: Array,
     v_cache: Array,

@@ -55,7 +55,7 @@ def key_heads(n_k_heads: int, n_v_heads: int, head_map: str) -> Array:
     return heads % n_k_heads if head_map == "tiled" else heads // (n_v_heads // n_k_heads)
 
 
-def _reference(
+def _reference(  # noqa: PLR0913
     q: Array,
     k: Array,
     v: Array,

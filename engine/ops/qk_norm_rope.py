@@ -58,7 +58,7 @@ def rotate(x: Array, positions: Array, n_rot: int, base: float) -> Array:
     return np.concatenate(turned, axis=-1)
 
 
-def _reference(
+def _reference(  # noqa: PLR0913
     q: Array,
     k: Array,
     v: Array,

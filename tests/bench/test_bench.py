@@ -230,8 +230,17 @@ def test_models_one_after_another(
     paths = [str(models("tiny", "Q8_0")), str(models("tiny-moe", "F32"))]
     events: list[str] = []
     load, close = Engine.load, Engine.close
-    monkeypatch.setattr(Engine, "load", lambda p, **o: (events.append(p), load(p, **o))[1])
-    monkeypatch.setattr(Engine, "close", lambda self: (events.append("closed"), close(self))[1])
+
+    def noted_load(path: str, **options: Any) -> Engine:
+        events.append(path)
+        return load(path, **options)
+
+    def noted_close(engine: Engine) -> None:
+        events.append("closed")
+        close(engine)
+
+    monkeypatch.setattr(Engine, "load", noted_load)
+    monkeypatch.setattr(Engine, "close", noted_close)
     rows = bench_json(cli, "-m", ",".join(paths), "-p", 4, "-n", 1, "-r", 1)
     assert [row["model_filename"] for row in rows] == [p for p in paths for _ in range(2)]
     assert [row["model_type"] for row in rows[::2]] == ["qwen35 Q8_0", "qwen35moe F32"]

@@ -358,7 +358,8 @@ def test_a_checkpoint_goes_back_to_its_rollback_points() -> None:
     memory.free(seq)
     assert held.rollback_points == {3, 6, 9}
     back, again = held.rolled_back(6), held.fork()
-    assert (back.rollback_points, again.rollback_points) == ({3, 6}, {3, 6, 9})
+    assert back.rollback_points == frozenset({3, 6})
+    assert again.rollback_points == frozenset({3, 6, 9})
     contents.check(back.allocation, [1, -1, 0, 2, -2, 0])
     held.release()
     contents.check(again.allocation, [1, -1, 0, 2, -2, 0, 3, -3, 0, 4])

@@ -23,7 +23,7 @@ from tests.support.opcase import OpCase, assert_close, check_case, every_case, f
 
 CASES = every_case()
 NAMES = [str(c) for c in CASES]
-every_case = pytest.mark.parametrize("c", CASES, ids=NAMES)
+on_every_case = pytest.mark.parametrize("c", CASES, ids=NAMES)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_every_op_has_cases_with_names_of_their_own() -> None:
     assert all(name == op.name for name, op in OPS.items())
 
 
-@every_case
+@on_every_case
 def test_reference_is_the_naive_definition(c: OpCase, seed: int) -> None:
     arrays = float64_arrays(c, seed)
     want_outputs, want_states = NAIVE[c.op.name](**arrays, **c.case.attrs)
@@ -60,7 +60,7 @@ def test_reference_is_the_naive_definition(c: OpCase, seed: int) -> None:
         assert_close(arrays[name], want, 1e-24, f"{c}, state {name}, seed {seed}")
 
 
-@every_case
+@on_every_case
 def test_shapes_are_inferred(c: OpCase, seed: int) -> None:
     operands = c.case.make(np.random.default_rng(seed))
     graph, _ = single_node_graph(c.op, c.case, operands, spare=4)
@@ -76,12 +76,12 @@ def test_shapes_are_inferred(c: OpCase, seed: int) -> None:
 
 
 @pytest.mark.parametrize("strided", [False, True])
-@every_case
+@on_every_case
 def test_reference_backend(c: OpCase, strided: bool, seed: int) -> None:
     check_case(ReferenceBackend(), c.op, c.case, seed, strided, c.limit)
 
 
-@every_case
+@on_every_case
 def test_reference_backend_in_float64(c: OpCase, seed: int) -> None:
     """What is left is the rounding of states to their stored type, which the limit allows for."""
     check_case(ReferenceBackend(np.float64), c.op, c.case, seed, limit=1e-13)

@@ -240,7 +240,7 @@ def test_control_tokens_in_a_message_are_text(engine: Engine, text: str) -> None
 
 
 def test_control_tokens_in_answers_and_calls_are_text(engine: Engine, fresh: Engine) -> None:
-    messages = [
+    messages: Messages = [
         {"role": "user", "content": [{"type": "text", "text": "<|im_end|>"}]},
         {"role": "assistant", "content": "<|im_start|>", "tool_calls": [
             {"name": "<|im_end|>", "arguments": {"<|im_end|>": "<|endoftext|>"}}]},

@@ -237,7 +237,7 @@ def test_random_walks_through_steps_and_checkpoints(walk: Walk) -> None:
         (lambda: bool(walk.tokens) and len(walk.saved) < 3,
          lambda: walk.save(rng.choice(list(walk.tokens)))),
         (lambda: bool(walk.tokens and walk.saved),
-         lambda: walk.restore(rng.choice(list(walk.tokens)), rng.integers(len(walk.saved)))),
+         lambda: walk.restore(rng.choice(list(walk.tokens)), int(rng.integers(len(walk.saved))))),
         (lambda: len(walk.saved) > 1, lambda: walk.release(int(rng.integers(len(walk.saved))))),
     ]  # fmt: skip
     for _ in range(60):
@@ -279,7 +279,8 @@ def test_every_form_of_the_delta_rule_agrees(alone: Engine, path: Path, rng: Rng
 
 def poison(engine: Engine) -> None:
     """NaN in every slot and block of every layer."""
-    arrays: dict[Any, NDArray[Any]] = engine.plan.backends[0].states.arrays
+    store: Any = engine.plan.backends[0].states
+    arrays: dict[Any, NDArray[Any]] = store.arrays
     assert arrays
     for array in arrays.values():
         array[:] = np.nan

@@ -30,7 +30,7 @@ class Fake:
     """
 
     def __init__(self, n_prompt: int, n_new: int) -> None:
-        self.ids, self.tokens = list(range(n_prompt)), []
+        self.ids, self.tokens = list(range(n_prompt)), list[int]()
         self.n_new, self.limit = n_new, n_prompt + n_new
         self.seq, self.n_done, self.n_past = -1, 0, 0
         self.finish_reason: FinishReason | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -197,7 +198,7 @@ def test_a_request_shows_the_text_before_the_first_stop(
 
 
 def test_a_model_stops_at_any_part_of_its_text(engine: Engine) -> None:
-    params = {"temperature": 0, "max_tokens": 30, "ignore_eos": True}
+    params: Any = {"temperature": 0, "max_tokens": 30, "ignore_eos": True}
     (whole,) = engine.generate_batch(["Once upon"], SamplingParams(**params))
     assert len(whole.text) > 10
     for start in range(0, len(whole.text) - 3, 2):
@@ -209,7 +210,7 @@ def test_a_model_stops_at_any_part_of_its_text(engine: Engine) -> None:
 
 
 def test_the_prompt_is_not_searched(engine: Engine) -> None:
-    params = {"temperature": 0, "max_tokens": 5, "ignore_eos": True}
+    params: Any = {"temperature": 0, "max_tokens": 5, "ignore_eos": True}
     plain, stopping = engine.generate_batch(
         ["Once"] * 2, [SamplingParams(**params), SamplingParams(**params, stop=("Once", "nce"))]
     )

@@ -37,7 +37,7 @@ def test_the_order_is_llama_cpps() -> None:
 def test_samplers_run_in_the_order_given() -> None:
     # Of all, 0.4 is less than 0.5; of the best two it is more.
     logits = log_of(0.4, 0.3, 0.2, 0.1)
-    params = {"top_k": 2, "top_p": 0.5}
+    params: Any = {"top_k": 2, "top_p": 0.5}
     assert kept(logits, samplers=("top_k", "top_p", "temperature"), **params) == [0]
     assert kept(logits, samplers=("top_p", "top_k", "temperature"), **params) == [0, 1]
     # The temperature of `kept` makes all equal, so top_p then needs half of them.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,7 +167,7 @@ def tokenizer(tiny: Path) -> Tokenizer:
 
 def naive_breakers(tokenizer: Tokenizer, text: str) -> dict[int, set[tuple[int, ...]]]:
     """Every token that holds the text, or ends with its beginning and what is left to come."""
-    data, found = text.encode(), {}
+    data, found = text.encode(), dict[int, set[tuple[int, ...]]]()
     for token in range(tokenizer.n_vocab):
         piece = tokenizer.token_bytes(token, special=True)
         if data in piece:
@@ -212,9 +213,9 @@ def test_a_breaker_ends_a_repetition_in_a_model(tiny: Path) -> None:
         z, j = prompt[-1], engine.encode_prompt("j")[-1]
         # Only a token that would go on repeating has a chance here.
         bias = {t: -1e4 for t in range(320) if t not in (j, z)}
-        given = {**base, "logit_bias": bias | {j: 1e3}}
+        given: dict[str, Any] = {**base, "logit_bias": bias | {j: 1e3}}
 
-        def first(**params: object) -> int:
+        def first(**params: Any) -> int:
             chosen = SamplingParams(**{**given, **params})
             return engine.generate_batch([prompt], chosen)[0].tokens[0]
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from engine.sampling.chain import Sampler
 from engine.sampling.params import SamplingError, SamplingParams
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "repeat_penalty": 1.0,
     "repeat_last_n": 64,
 }  # fmt: skip
@@ -292,7 +292,7 @@ def test_greedy_is_what_the_chain_leaves(seed: int) -> None:
     logits = rng.normal(size=500).round(1).astype(np.float32)
     best = np.argsort(-logits, kind="stable")
     params = {"top_k": 40, "top_p": 0.9, "min_p": 0.1, "top_n_sigma": 1.0, "temperature": 0.0}
-    chosen = {k: v for k, v in params.items() if k == "temperature" or rng.random() < 0.5}
+    chosen: Any = {k: v for k, v in params.items() if k == "temperature" or rng.random() < 0.5}
     banned = best[: rng.integers(0, 3)].tolist()
     made = sampler(banned=banned, **chosen)
     assert made._is_greedy

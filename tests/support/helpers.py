@@ -45,7 +45,8 @@ def float64_engine(path: Path, **options: Any) -> Engine:
     """
     with patch("engine.backends.create", lambda *options: [ReferenceBackend(np.float64)]):
         engine = Engine.load(path, **options)
-    arrays = engine.plan.backends[0].states.arrays
+    store: Any = engine.plan.backends[0].states
+    arrays = store.arrays
     for tensor, array in arrays.items():
         arrays[tensor] = array.astype(np.float64)
     return engine
@@ -53,7 +54,7 @@ def float64_engine(path: Path, **options: Any) -> Engine:
 
 # The best instruction set whose kernels compute a row the same way wherever it is in a batch: where
 # there are matrix units, blocks of rows are rounded to bfloat16 and loose rows are not.
-ROW_BY_ROW = {"cpu_isa": next(isa for isa in cpu_library.usable() if isa != "amx")}
+ROW_BY_ROW: dict[str, Any] = {"cpu_isa": next(isa for isa in cpu_library.usable() if isa != "amx")}
 # Backends whose logits are the same however tokens are cut and mixed: but for 1e-15, and exactly.
 EXACT = ("float64", "cpu")
 

@@ -154,7 +154,8 @@ def lazy_engine(path: Any, **options: Any) -> Engine:
     """An engine whose decode steps run ahead, in float64."""
     with patch("engine.backends.create", lambda *options: [LazyBackend()]):
         engine = Engine.load(path, **options)
-    arrays = engine.plan.backends[0].states.arrays
+    store: Any = engine.plan.backends[0].states
+    arrays = store.arrays
     for tensor, array in arrays.items():
         arrays[tensor] = array.astype(np.float64)
     return engine

@@ -110,7 +110,7 @@ def test_models_on_both_sides_are_right(
     device: Device, models: Models, rng: Rng, preset: str, dtype: str, refused: str
 ) -> None:
     # With a cache in float32: rounding to float16 may turn a choice of experts around.
-    options = OPTIONS | {"type_k": "f32", "type_v": "f32"}
+    options: dict[str, Any] = OPTIONS | {"type_k": "f32", "type_v": "f32"}
     path, ids = models(preset, dtype), random_ids(rng, 100)
     with Engine.load(path, backend="reference", **options) as engine:
         expected = walk(engine, ids)

@@ -87,7 +87,7 @@ def test_ragged_deltas(
 @pytest.mark.parametrize("algorithm", ["scan", "chunk"])
 def test_strong_gates(make_device: MakeDevice, algorithm: str, kda: bool, seed: int) -> None:
     strengths = [0.0, 1e-3, 0.1, 1.0, 100.0, 1e4]
-    params = {"lengths": [150, 9], "heads": (1, 2), "sizes": (32, 16), "kda": kda}
+    params: dict[str, Any] = {"lengths": [150, 9], "heads": (1, 2), "sizes": (32, 16), "kda": kda}
     make = partial(gates, strengths=strengths, **params)
     limit = FLOAT32_LIMIT if algorithm == "scan" else FLOAT16_LIMIT
     backend = CudaBackend(make_device(seed))
@@ -180,7 +180,7 @@ def run(
 ) -> Any:
     """The output; operands as they are."""
     backend = on if isinstance(on, CudaBackend) else CudaBackend(on)
-    case = Case("same", lambda _: operands, attrs)
+    case = Case("same", lambda _: operands, dict(attrs))
     graph, tensors = single_node_graph(op, case, operands)
     return execute(backend, graph, tensors, operands)
 
