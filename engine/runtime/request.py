@@ -153,7 +153,7 @@ class Request:
 
     def draw(self, ahead: int) -> SampleSpec | None:
         """How a device draws a token for `take`; see Sampler.draw."""
-        return self._sampler.draw(ahead)
+        return self._sampler.sample_spec(ahead)
 
     def receive(self, logits: NDArray[np.float32]) -> None:
         """SampleSpec the next token from the logits of the last one, and end if it is time to."""
@@ -163,7 +163,7 @@ class Request:
 
     def take(self, token: int) -> None:
         """As `receive`, with the token that a device drew."""
-        self._sampler.drew(token)
+        self._sampler.accept_sampled(token)
         self._continue(token)
 
     def _continue(self, token: int) -> None:

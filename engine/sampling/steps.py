@@ -219,8 +219,8 @@ def mirostat(c: Candidates, mu: float) -> Candidates:
     return c.take(slice(max(1, int(np.count_nonzero(surprise <= mu)))))
 
 
-def draw(c: Candidates, uniform: float) -> int:
-    """The index of a candidate, drawn by probability with a number of [0, 1)."""
+def sample(c: Candidates, uniform: float) -> int:
+    """The index of a candidate, sampled by probability with a random number of [0, 1)."""
     cumulated = np.cumsum(c.probabilities())
     # The product is below the total however it is rounded: the index is one with a probability.
     return int(np.searchsorted(cumulated, uniform * cumulated[-1], side="right"))

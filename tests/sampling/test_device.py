@@ -57,12 +57,12 @@ def test_a_device_draws_what_sample_does(rng: Rng, params: dict[str, Any]) -> No
             ours.accept(got[-1])
             continue
         n_ahead = int(rng.integers(1, 4))
-        draws = [ours.draw(i) for i in range(n_ahead)]
-        assert draws == [ours.draw(i) for i in range(n_ahead)]
+        draws = [ours.sample_spec(i) for i in range(n_ahead)]
+        assert draws == [ours.sample_spec(i) for i in range(n_ahead)]
         for row, draw in zip(rows[len(got) :], draws[: int(rng.integers(n_ahead + 1))]):  # noqa: B905
             assert draw is not None
             got.append(drawn(row, draw))
-            ours.drew(got[-1])
+            ours.accept_sampled(got[-1])
     assert got == expected
 
 
@@ -95,14 +95,14 @@ def test_a_device_draws_what_sample_does(rng: Rng, params: dict[str, Any]) -> No
     ],
 )
 def test_what_only_the_host_can_draw(params: dict[str, Any]) -> None:
-    assert sampler(**params).draw(0) is None
+    assert sampler(**params).sample_spec(0) is None
 
 
 def test_the_numbers_of_a_draw() -> None:
     chain = sampler((7,), seed=1, **PLAIN)
     uniforms = np.random.default_rng(1).random(3)
-    draws = [chain.draw(i) for i in (2, 0, 1)]
+    draws = [chain.sample_spec(i) for i in (2, 0, 1)]
     assert draws == [SampleSpec((7,), 40, 0.9, 0.05, 0.8, uniforms[i]) for i in (2, 0, 1)]
-    chain.drew(5)
-    assert chain.draw(0) == draws[2]
-    assert sampler((7,), temperature=0).draw(3) == SampleSpec((7,))
+    chain.accept_sampled(5)
+    assert chain.sample_spec(0) == draws[2]
+    assert sampler((7,), temperature=0).sample_spec(3) == SampleSpec((7,))

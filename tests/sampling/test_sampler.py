@@ -138,7 +138,7 @@ def test_every_token_gets_its_share(monkeypatch: pytest.MonkeyPatch, seed: int) 
     """Of numbers that are spread evenly, but for less than one: finer than chance could show it."""
     n = 400
     made, logits, expected = random_draws(seed)
-    monkeypatch.setattr(made, "_rng", Even(n))
+    monkeypatch.setattr(made._context, "rng", Even(n))
     drawn = Counter(made.sample(logits) for _ in range(n))
     assert set(drawn) <= set(expected)
     assert all(abs(drawn[i] - p * n) < 1 + 1e-3 for i, p in expected.items())

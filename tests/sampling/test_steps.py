@@ -294,7 +294,7 @@ def test_draw(seed: int) -> None:
     rng = np.random.default_rng(seed)
     logits = random_logits(rng)
     c, n = candidates(logits), 2000
-    drawn = Counter(int(c.ids[samplers.draw(c, rng.random())]) for _ in range(n))
+    drawn = Counter(int(c.ids[samplers.sample(c, rng.random())]) for _ in range(n))
     check_draws(drawn, {t: p for t, p in softmax(logits).items() if p > 0}, n)
 
 
@@ -302,7 +302,7 @@ def test_draw(seed: int) -> None:
 def test_draw_never_takes_what_has_no_chance(number: float) -> None:
     for values in ([-INF, 1.0, -INF], [-INF, 0.0, -2000.0, -INF], [0.0, -INF], [-INF, 5.0]):
         rng: Any = Fixed(number)
-        index = samplers.draw(Candidates(np.arange(len(values)), np.array(values)), rng.random())
+        index = samplers.sample(Candidates(np.arange(len(values)), np.array(values)), rng.random())
         assert values[index] >= 0
 
 

@@ -144,7 +144,7 @@ def drawn(logits: NDArray[np.float32], draw: SampleSpec) -> int:
     c = samplers.top_k(Candidates(np.arange(len(values)), values), draw.top_k)
     c = samplers.min_p(samplers.top_p(c, draw.top_p), draw.min_p)
     c = samplers.temperature(c, draw.temperature)
-    return int(c.ids[samplers.draw(c, draw.uniform)])
+    return int(c.ids[samplers.sample(c, draw.uniform)])
 
 
 def lazy_engine(path: Any, **options: Any) -> Engine:
