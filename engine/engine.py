@@ -118,7 +118,7 @@ class Engine:
 
     def _drop_ahead(self) -> None:
         if self._ahead is not None:
-            self._ahead.drop()
+            self._ahead.cancel()
 
     def _running(self) -> Executable:
         if self._executable is None:
@@ -341,8 +341,8 @@ class Engine:
         before = chat.before if chat else ()
         request = self._request(ids, params or SamplingParams(), n_past, before)
         if chat:
-            request.mark_at = chat.mark_at
-            request.keep = lambda r, held: self.conversation.keep(chat, held, r.text, r.tokens)
+            request.rollback_at = chat.rollback_at
+            request.on_finish = lambda r, end: self.conversation.store(chat, end, r.text, r.tokens)
         if request.params.max_tokens == 0:
             request.finish(FinishReason.LENGTH, "0 tokens were asked for")
         else:
@@ -369,7 +369,8 @@ class Engine:
         limit = end + params.max_tokens if params.max_tokens >= 0 else share
         decoder = self.tokenizer.stream(at_start=False)
         limit = min(limit, self.n_ctx)
-        return Request(ids, params, sampler, decoder, ends, limit, n_past, before)
+        sampler.accept(*before)
+        return Request(ids, params, sampler, decoder, ends, limit, n_past)
 
     def _sequence_breakers(self, params: SamplingParams) -> Breakers:
         """DRY's breakers; finding them looks at the whole vocabulary, so it is done once."""
@@ -392,14 +393,14 @@ class Engine:
         rows = iter(logits)
         for i, (request, chunk) in enumerate(work):
             row = next(rows) if chunk.n_outputs else None
-            request.count(len(chunk.tokens), seconds)
-            if request.is_at_mark:
+            request.count_step(len(chunk.tokens), seconds)
+            if request.is_at_rollback:
                 self.memory.mark(request.seq, only=True)
             if i in failures:
                 request.finish(FinishReason.ERROR, failures[i])
             elif row is not None:
                 try:
-                    request.receive(row)
+                    request.accept_logits(row)
                 except SamplingError as error:
                     request.finish(FinishReason.ERROR, str(error))
             if request.finish_reason:
@@ -414,7 +415,7 @@ class Engine:
             work = self._ahead.step()
             for request, token in work:
                 if token >= 0:
-                    request.take(token)
+                    request.accept_token(token)
                 else:
                     position = self.memory.n_tokens(request.seq) - 1
                     self._wipe(request.seq)

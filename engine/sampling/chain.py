@@ -1,6 +1,6 @@
 """The sampler of one sequence: from its logits to its next token.
 
-Names, order and defaults are llama.cpp's: logit bias, then the samplers of table.py, then one
+Names, order and defaults are llama.cpp's: logit bias, then the samplers of steps.py, then one
 token is sampled by probability. With mirostat 2, temperature and mirostat take the samplers' place.
 """
 
@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from engine.sampling import steps
 from engine.sampling.params import SamplingError, SamplingParams
 from engine.sampling.spec import MAX_BANNED, MAX_TOP_K, SampleSpec
-from engine.sampling.steps import Breakers, Candidates
-from engine.sampling.table import SAMPLER_TABLE, Context
+from engine.sampling.steps import SAMPLERS, Breakers, Candidates, Context
 from engine.text.tokenizer import Tokenizer
 
 # Samplers that a device has, in its order; they are fields of SampleSpec.
@@ -49,7 +48,8 @@ class Sampler:
         self._uniforms: deque[float] = deque()
         self._mu = 2.0 * p.mirostat_tau
         self._buffer = np.empty(0)
-        self._active = [name for name in p.samplers if not SAMPLER_TABLE[name].is_off(p)]
+        names = ("temperature",) if p.mirostat else p.samplers
+        self._active = [name for name in names if not SAMPLERS[name].is_off(p)]
         self._is_greedy = self._takes_highest()
         self._spec = self._device_spec()
 
@@ -69,7 +69,7 @@ class Sampler:
         _check_finite(values.max())
         try:
             with np.errstate(over="raise", invalid="raise"):
-                c = self._apply_samplers(Candidates(_all_ids(len(values)), values))
+                c = self._remaining(Candidates(_all_ids(len(values)), values))
                 chosen = steps.sample(c, self._uniform())
         except FloatingPointError as error:
             raise SamplingError(f"parameters too extreme for the logits: {error}") from None
@@ -78,11 +78,11 @@ class Sampler:
             self._mu -= self._params.mirostat_eta * (surprise - self._params.mirostat_tau)
         return int(c.ids[chosen])
 
-    def _apply_samplers(self, c: Candidates) -> Candidates:
-        p = self._params
-        for name in ("temperature",) if p.mirostat else self._active:
-            c = SAMPLER_TABLE[name].apply(c, p, self._context)
-        return steps.mirostat(c, self._mu) if p.mirostat else c
+    def _remaining(self, c: Candidates) -> Candidates:
+        """The candidates that the samplers leave."""
+        for name in self._active:
+            c = SAMPLERS[name].apply(c, self._params, self._context)
+        return steps.mirostat(c, self._mu) if self._params.mirostat else c
 
     def _uniform(self) -> float:
         return self._uniforms.popleft() if self._uniforms else float(self._context.rng.random())
@@ -112,7 +112,7 @@ class Sampler:
     def _takes_highest(self) -> bool:
         """Whether the chain as a whole chooses the highest logit that is not banned."""
         p = self._params
-        keeps_highest = all(SAMPLER_TABLE[name].keeps_highest for name in self._active)
+        keeps_highest = all(SAMPLERS[name].keeps_highest for name in self._active)
         is_cold = p.temperature <= 0 and not p.dynatemp_range and "temperature" in p.samplers
         return keeps_highest and is_cold and self._only_bans() and not p.mirostat
 

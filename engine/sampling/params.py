@@ -10,9 +10,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from engine.errors import EngineError
-from engine.sampling.table import SAMPLER_TABLE
+from engine.sampling.steps import SAMPLERS
 
-SAMPLERS = tuple(SAMPLER_TABLE)
 _INF, _MAX_FLOAT = math.inf, sys.float_info.max
 _MAX_WINDOW = 2**31 - 1
 
@@ -108,7 +107,7 @@ class SamplingParams:
     mirostat_tau: float | None = _number(5.0, 0, key="mirostat_tau")
     mirostat_eta: float | None = _number(0.1, 0, key="mirostat_eta")
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    samplers: tuple[str, ...] = SAMPLERS
+    samplers: tuple[str, ...] = tuple(SAMPLERS)
     seed: int | None = _integer(None, -1, 2**64 - 1)
     max_tokens: int = _integer(-1, -1)
     stop: tuple[str, ...] = ()

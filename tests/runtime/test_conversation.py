@@ -18,7 +18,7 @@ from engine.engine import PromptError
 from engine.kvcache.sequences import Checkpoint
 from engine.runtime.request import ChatCompletion
 from engine.text.template import ChatError
-from engine.text.tokenizer import GUARD, TokenizerError
+from engine.text.tokenizer import ESCAPE, TokenizerError
 from tests.support.chats import CHATML, QWEN35_STYLE, Messages
 from tests.support.helpers import N_VOCAB, STD, assert_all_free, failing_at, float64_engine, nmse
 from tests.support.lazy_backend import lazy_engine
@@ -140,9 +140,9 @@ def test_a_mark_lies_just_before_the_thinking(tmp_path: Path) -> None:
             prompt = engine.conversation.prompt(
                 THINKING, [{"role": "user", "content": "a"}], reasoning=reasoning
             )
-            assert len(prompt.ids) - prompt.mark_at == n_thinking
+            assert len(prompt.ids) - prompt.rollback_at == n_thinking
         prompt = engine.conversation.prompt(PLAIN, [{"role": "user", "content": "a"}])
-        assert len(prompt.ids) == prompt.mark_at
+        assert len(prompt.ids) == prompt.rollback_at
 
 
 def test_without_reasoning_nothing_else_is_dropped(engine: Engine, fresh: Engine) -> None:
@@ -286,8 +286,8 @@ def special_model(directory: Path, *texts: str, kind: int = 3) -> Path:
                        vocab_size=len(tokens))  # fmt: skip
 
 
-def test_guards_are_no_text(engine: Engine) -> None:
-    for text in (GUARD, f"a{GUARD}b", "\ud800"):
+def test_escapes_are_no_text(engine: Engine) -> None:
+    for text in (ESCAPE, f"a{ESCAPE}b", "\ud800"):
         with pytest.raises(TokenizerError, match="lone surrogate"):
             engine.chat([{"role": "user", "content": text}], template=PLAIN)
 
@@ -405,10 +405,10 @@ def states(engine: Engine, checkpoint: Checkpoint) -> dict[int, dict[str, Any]]:
 def assert_holds(engine: Engine, fresh: Engine, answer: ChatCompletion, n_tokens: int) -> None:
     """The conversation holds the state after so many of the tokens, and that at the mark."""
     ids = [*answer.prompt.before, *answer.prompt.ids, *answer.tokens]
-    held = engine.conversation._held
+    held = engine.conversation._cached
     assert held is not None
     found = states(engine, held)
-    assert found.keys() == {n_tokens, answer.prompt.mark_at} - {0}
+    assert found.keys() == {n_tokens, answer.prompt.rollback_at} - {0}
     for n, got in found.items():
         seq = fresh.memory.create()
         fresh.prefill(seq, ids[:n])
@@ -564,7 +564,7 @@ def test_a_template_that_refuses_the_next_turn(engine: Engine) -> None:
     once = "{% if messages | length > 1 %}{{ raise_exception('once') }}{% endif %}"
     template = ChatTemplate(once + "{{ messages[0].content }}:")
     answer = engine.chat([{"role": "user", "content": "abc"}], GREEDY, template=template)
-    assert answer.prompt.mark_at == 0
+    assert answer.prompt.rollback_at == 0
 
 
 def test_templates_without_special_tokens(engine: Engine, fresh: Engine) -> None:

@@ -35,8 +35,8 @@ class Fake:
         self.seq, self.n_done, self.n_past = -1, 0, 0
         self.finish_reason: FinishReason | None = None
         self.detail = ""
-        self.keep = None
-        self.mark_at = 0
+        self.on_finish = None
+        self.rollback_at = 0
         self.n_waited = 0
 
     @property
@@ -58,7 +58,7 @@ class Fake:
     def finish(self, reason: FinishReason, detail: str = "") -> None:
         self.finish_reason, self.detail = reason, detail
 
-    def receive(self) -> None:
+    def accept_logits(self) -> None:
         self.tokens.append(len(self.ids) + len(self.tokens))
         if len(self.tokens) == self.n_new:
             self.finish(FinishReason.LENGTH)
@@ -126,7 +126,7 @@ class Harness:
     def apply(self, request: Fake, chunk: Chunk) -> None:
         request.n_done += len(chunk.tokens) if request.is_prefilling else 0
         if chunk.n_outputs:
-            request.receive()
+            request.accept_logits()
         if request.finish_reason:
             self.leave(request)
 

@@ -106,7 +106,7 @@ def engine(tiny: Path) -> Engine:
 
 
 class Script(Sampler):
-    """Draws the tokens it was told."""
+    """Samples the given tokens."""
 
     def __init__(self, tokens: Sequence[int]) -> None:
         super().__init__(SamplingParams().resolved({}))
@@ -125,7 +125,7 @@ def spoken(
     request = Request([1], params, Script(tokens), decoder, tokenizer.eog_ids, 10**6)
     for _ in tokens:
         if request.finish_reason is None:
-            request.receive(None)  # type: ignore[arg-type]
+            request.accept_logits(None)  # type: ignore[arg-type]
     pieces = [token.text for token in request.ready]
     assert "".join(pieces) == request.text
     return request

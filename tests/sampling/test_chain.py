@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from engine.sampling.chain import Sampler
-from engine.sampling.params import SAMPLERS, SamplingError, SamplingParams
+from engine.sampling.params import SamplingError, SamplingParams
+from engine.sampling.steps import SAMPLERS
 from tests.sampling.test_sampler import check_draws, kept, log_of, sampler
 
 INF = math.inf
@@ -29,9 +30,9 @@ def softmax(values: np.ndarray) -> np.ndarray:
 
 
 def test_the_order_is_llama_cpps() -> None:
-    assert SamplingParams().samplers == SAMPLERS
-    assert SAMPLERS == ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p",
-                        "xtc", "temperature")  # fmt: skip
+    assert SamplingParams().samplers == tuple(SAMPLERS)
+    assert list(SAMPLERS) == ["penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p",
+                              "min_p", "xtc", "temperature"]  # fmt: skip
 
 
 def test_samplers_run_in_the_order_given() -> None:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from engine.sampling.chain import Sampler
-from engine.sampling.params import SAMPLERS, SamplingParams
+from engine.sampling.params import SamplingParams
 from engine.sampling.spec import MAX_BANNED, MAX_TOP_K, SampleSpec
+from engine.sampling.steps import SAMPLERS
 from tests.support.lazy_backend import drawn
 
 Rng = np.random.Generator
@@ -87,7 +88,7 @@ def test_a_device_draws_what_sample_does(rng: Rng, params: dict[str, Any]) -> No
         {"logit_bias": dict.fromkeys(range(MAX_BANNED + 1), -math.inf)},
         {"temperature": 1e-4},
         {"temperature": 1e5},
-        {"samplers": SAMPLERS[::-1]},
+        {"samplers": tuple(SAMPLERS)[::-1]},
         {"samplers": ("temperature",)},
         {"samplers": ("top_p", "top_k", "temperature")},
         {"samplers": ("top_k", "top_k", "temperature")},

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from engine import Engine, SamplingParams
 from engine.formats.gguf import GGUFFile
-from engine.sampling import steps as samplers
 from engine.sampling.chain import Sampler, sequence_breakers
 from engine.sampling.params import SamplingError
 from engine.sampling.steps import Breakers, Candidates
 from engine.text.tokenizer import Tokenizer
+from tests.support.helpers import apply_sampler
 
 N = 6
 
@@ -61,7 +61,10 @@ def applied(
     recent: Sequence[int], multiplier: float, base: float, allowed: int, breakers: Breakers
 ) -> list[float]:
     c = Candidates(np.arange(N)[::-1], np.zeros(N))
-    got = samplers.dry(c, recent, multiplier, base, allowed, breakers)
+    got = apply_sampler(
+        "dry", c, recent=recent, breakers=breakers, dry_multiplier=multiplier, dry_base=base,
+        dry_allowed_length=allowed,
+    )  # fmt: skip
     assert got.ids.tolist() == c.ids.tolist()
     return [-float(x) for x in got.logits[::-1]]
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.sampling.params import SAMPLERS, SamplingParams
-from engine.sampling.steps import Candidates
-from engine.sampling.table import SAMPLER_TABLE, Context
+from engine.sampling.params import SamplingParams
+from engine.sampling.steps import SAMPLERS, Candidates
+from tests.support.helpers import apply_sampler
 
 # Parameters with which each sampler does something; with OFF, none does.
 ON: dict[str, dict[str, Any]] = {
@@ -28,20 +28,17 @@ OFF: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "temperature": 1.
 
 def applied(name: str, logits: np.ndarray, **params: Any) -> Candidates:
     """What a sampler leaves of logits, after the tokens 0 1 2 0 1."""
-    context = Context(np.random.default_rng(0), {}, [0, 1, 2, 0, 1])
-    c = Candidates(np.arange(len(logits)), logits)
-    return SAMPLER_TABLE[name].apply(c, SamplingParams(**params).resolved({}), context)
+    c, rng = Candidates(np.arange(len(logits)), logits), np.random.default_rng(0)
+    return apply_sampler(name, c, recent=[0, 1, 2, 0, 1], rng=rng, **params)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_sampler_that_is_off_changes_nothing(name: str) -> None:
+def test_is_off_is_true_where_nothing_changes(name: str) -> None:
     logits = np.random.default_rng(0).normal(size=20)
-    assert SAMPLER_TABLE[name].is_off(SamplingParams(**OFF).resolved({}))
-    assert not SAMPLER_TABLE[name].is_off(SamplingParams(**(OFF | ON[name])).resolved({}))
-    c = applied(name, logits, **OFF)
-    assert (c.ids.tolist(), c.logits.tolist()) == (list(range(20)), logits.tolist())
-    changed = applied(name, logits, **(OFF | ON[name]))
-    assert changed.logits.tolist() != logits.tolist()
+    off, on = (SamplingParams(**p).resolved({}) for p in (OFF, OFF | ON[name]))
+    assert SAMPLERS[name].is_off(off)
+    assert not SAMPLERS[name].is_off(on)
+    assert applied(name, logits, **(OFF | ON[name])).logits.tolist() != logits.tolist()
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -52,4 +49,4 @@ def test_keeps_highest_is_true(name: str) -> None:
         logits = rng.normal(size=6)
         c = applied(name, logits, **(OFF | ON[name]))
         kept.append(c.ids[c.logits.argmax()] == logits.argmax())
-    assert all(kept) == SAMPLER_TABLE[name].keeps_highest
+    assert all(kept) == SAMPLERS[name].keeps_highest

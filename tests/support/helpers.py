@@ -6,7 +6,7 @@ For tests of the command line: what a run of it answered.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,8 @@ from engine.backends.native import library as cpu_library
 from engine.backends.reference import ReferenceBackend
 from engine.formats.quants import BY_GGML_ID
 from engine.graph import Kind, Live, Tensor
+from engine.sampling.params import SamplingParams
+from engine.sampling.steps import SAMPLERS, Breakers, Candidates, Context
 from tools.ggufwrite import TensorSpec, write_gguf
 from tools.makevocab import made_vocabulary, padded_vocabulary
 from tools.presets import PRESETS, metadata, tensors
@@ -85,6 +87,22 @@ def assert_same(got: NDArray[Any], expected: NDArray[Any]) -> None:
 def assert_all_free(engine: Engine) -> None:
     for pool in (engine.memory.blocks, engine.memory.slots):
         assert pool.n_free == pool.size, f"{pool.n_free} of {pool.size} are free"
+
+
+def apply_sampler(
+    name: str,
+    c: Candidates,
+    *,
+    recent: Sequence[int] = (),
+    breakers: Breakers | None = None,
+    rng: Any = None,
+    **params: Any,
+) -> Candidates:
+    """What a sampler of a chain leaves of candidates: all of them if `params` switch it off."""
+    resolved = SamplingParams(**params).resolved({})
+    context = Context(rng, breakers or {}, list(recent))
+    sampler = SAMPLERS[name]
+    return c if sampler.is_off(resolved) else sampler.apply(c, resolved, context)
 
 
 @contextmanager
