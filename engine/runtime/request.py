@@ -174,19 +174,21 @@ class Request:
 
     def _append(self, token: int) -> None:
         if token in self._ends:
-            self._emit(token, self._rest())
+            if text := self._rest():
+                self._emit(token, text)
             self.finish(FinishReason.STOP, f"end-of-generation token {token}")
             return
         self.tokens.append(token)
-        text, stopped = self._stops.push(self._decoder.push(token))
-        if stopped:
+        text, is_stopped = self._stops.push(self._decoder.push(token))
+        limit = "" if is_stopped else self._limit_at(len(self.tokens))
+        if limit:
+            text += self._rest()
+        if text or not is_stopped:
             self._emit(token, text)
+        if is_stopped:
             self.finish(FinishReason.STOP, "stop text")
-        elif limit := self._limit_at(len(self.tokens)):
-            self._emit(token, text + self._rest(), always=True)
+        elif limit:
             self.finish(FinishReason.LENGTH, limit)
-        else:
-            self._emit(token, text, always=True)
 
     def _limit_at(self, n: int) -> str:
         """The limit that ends it when it has n tokens; empty if it may continue."""
@@ -202,13 +204,12 @@ class Request:
 
     def _rest(self) -> str:
         """The text that decoder and stop texts still hold back."""
-        text, stopped = self._stops.push(self._decoder.finish())
-        return text if stopped else text + self._stops.finish()
+        text, is_stopped = self._stops.push(self._decoder.finish())
+        return text if is_stopped else text + self._stops.finish()
 
-    def _emit(self, token: int, text: str, always: bool = False) -> None:
-        if text or always:
-            self.ready.append(Token(text, token))
-            self.text += text
+    def _emit(self, token: int, text: str) -> None:
+        self.ready.append(Token(text, token))
+        self.text += text
 
 
 class GenerationError(EngineError):

@@ -126,10 +126,9 @@ class Scheduler:
 
     def _unclaimed_blocks(self, request: Request) -> int:
         """Blocks that it may still take; a shared, partly filled one counts, as it is copied."""
-        size = self._capacity.block_size
-        if not request.n_done:
-            return ceil(request.limit / size) - request.n_past // size
-        return ceil(request.limit / size) - ceil(self._memory.n_tokens(request.seq) / size)
+        size, n_past = self._capacity.block_size, self._memory.n_tokens(request.seq)
+        n_own = ceil(n_past / size) if request.n_done else request.n_past // size
+        return ceil(request.limit / size) - n_own
 
     def _prefill_chunks(self, budget: int) -> list[tuple[Request, Chunk]]:
         """Chunks of at most `budget` tokens together; prompts take turns of 64 positions."""

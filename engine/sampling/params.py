@@ -21,20 +21,23 @@ class SamplingError(EngineError):
 
 
 class _Number(NamedTuple):
-    """A numeric parameter: what `resolved` takes if nobody set it, its range, whether it is an
-    integer, and its key in the file's metadata after `general.sampling.` (empty: none)."""
+    """A numeric parameter: what `resolved` takes if nobody set it, its range, its key in the file's
+    metadata after `general.sampling.` (empty: none), and whether it is an integer."""
 
     default: float | None
-    low: float
-    high: float
-    is_integer: bool
-    key: str
+    low: float = -_INF
+    high: float = _INF
+    key: str = ""
+    is_integer: bool = False
+
+    def field(self) -> Any:
+        """Its field of SamplingParams; with a key, None stands for what the model's file says."""
+        return field(default=None if self.key else self.default, metadata={"number": self})
 
     def check(self, name: str, value: Any) -> None:
         """Raise SamplingError for another type or a value out of range."""
-        if isinstance(value, bool) or not isinstance(
-            value, int if self.is_integer else int | float
-        ):
+        accepted: Any = int if self.is_integer else int | float
+        if isinstance(value, bool) or not isinstance(value, accepted):
             kind = "an integer" if self.is_integer else "a number"
             raise SamplingError(f"{name}: expected {kind}, got {value!r}")
         is_finite = self.is_integer or abs(value) <= _MAX_FLOAT
@@ -57,19 +60,7 @@ class _Number(NamedTuple):
         return int(value) if self.is_integer else float(value)
 
 
-def _number(
-    default: float | None,
-    low: float = -_INF,
-    high: float = _INF,
-    key: str = "",
-    is_integer: bool = False,
-) -> Any:
-    """A field of SamplingParams; with a key, None stands for what the model's file says."""
-    number = _Number(default, low, high, is_integer, key)
-    return field(default=None if key else default, metadata={"number": number})
-
-
-_integer = partial(_number, is_integer=True)
+_Integer = partial(_Number, is_integer=True)
 
 
 @dataclass(frozen=True)
@@ -84,32 +75,32 @@ class SamplingParams:
     Raises SamplingError for values out of range.
     """
 
-    temperature: float | None = _number(0.8, key="temp")
-    dynatemp_range: float = _number(0.0, 0)
-    dynatemp_exponent: float = _number(1.0, 0)
-    top_k: int | None = _integer(40, key="top_k")
-    top_p: float | None = _number(0.95, 0, 1, key="top_p")
-    min_p: float | None = _number(0.05, 0, 1, key="min_p")
-    typical_p: float = _number(1.0, 0, 1)
-    top_n_sigma: float = _number(-1.0)
-    xtc_probability: float | None = _number(0.0, 0, 1, key="xtc_probability")
-    xtc_threshold: float | None = _number(0.1, 0, 1, key="xtc_threshold")
-    repeat_penalty: float | None = _number(1.0, 0, key="penalty_repeat")
-    repeat_last_n: int | None = _integer(64, -1, _MAX_WINDOW, key="penalty_last_n")
-    presence_penalty: float = _number(0.0)
-    frequency_penalty: float = _number(0.0)
-    dry_multiplier: float = _number(0.0, 0)
-    dry_base: float = _number(1.75, 1)
-    dry_allowed_length: int = _integer(2, 0)
-    dry_penalty_last_n: int = _integer(-1, -1, _MAX_WINDOW)
+    temperature: float | None = _Number(0.8, key="temp").field()
+    dynatemp_range: float = _Number(0.0, 0).field()
+    dynatemp_exponent: float = _Number(1.0, 0).field()
+    top_k: int | None = _Integer(40, key="top_k").field()
+    top_p: float | None = _Number(0.95, 0, 1, key="top_p").field()
+    min_p: float | None = _Number(0.05, 0, 1, key="min_p").field()
+    typical_p: float = _Number(1.0, 0, 1).field()
+    top_n_sigma: float = _Number(-1.0).field()
+    xtc_probability: float | None = _Number(0.0, 0, 1, key="xtc_probability").field()
+    xtc_threshold: float | None = _Number(0.1, 0, 1, key="xtc_threshold").field()
+    repeat_penalty: float | None = _Number(1.0, 0, key="penalty_repeat").field()
+    repeat_last_n: int | None = _Integer(64, -1, _MAX_WINDOW, key="penalty_last_n").field()
+    presence_penalty: float = _Number(0.0).field()
+    frequency_penalty: float = _Number(0.0).field()
+    dry_multiplier: float = _Number(0.0, 0).field()
+    dry_base: float = _Number(1.75, 1).field()
+    dry_allowed_length: int = _Integer(2, 0).field()
+    dry_penalty_last_n: int = _Integer(-1, -1, _MAX_WINDOW).field()
     dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
-    mirostat: int | None = _integer(0, 0, 2, key="mirostat")
-    mirostat_tau: float | None = _number(5.0, 0, key="mirostat_tau")
-    mirostat_eta: float | None = _number(0.1, 0, key="mirostat_eta")
+    mirostat: int | None = _Integer(0, 0, 2, key="mirostat").field()
+    mirostat_tau: float | None = _Number(5.0, 0, key="mirostat_tau").field()
+    mirostat_eta: float | None = _Number(0.1, 0, key="mirostat_eta").field()
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     samplers: tuple[str, ...] = tuple(SAMPLERS)
-    seed: int | None = _integer(None, -1, 2**64 - 1)
-    max_tokens: int = _integer(-1, -1)
+    seed: int | None = _Integer(None, -1, 2**64 - 1).field()
+    max_tokens: int = _Integer(-1, -1).field()
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
 

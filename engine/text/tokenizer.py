@@ -142,14 +142,10 @@ class Tokenizer:
         """The ids of `text`. User-defined tokens in it are always recognized, control and unknown
         tokens only with `parse_special`. Raises TokenizerError for text with lone surrogates."""
         _check_unicode(text)
-        ids: list[int] = []
+        segments = self._cut(text, self._specials if parse_special else self._always_cut)
+        ids = [token_id for _, part in segments for token_id in part]
         if add_special and self.add_bos and self.bos_id is not None:
-            ids.append(self.bos_id)
-        for part in self._cut(text, self._specials if parse_special else self._always_cut):
-            if isinstance(part, int):
-                ids.append(part)
-            else:
-                ids += self._encoder.encode(part)
+            ids.insert(0, self.bos_id)
         if add_special and self.add_eos and self.eos_id is not None:
             ids.append(self.eos_id)
         return ids
@@ -171,14 +167,7 @@ class Tokenizer:
         another one, so it gets no space before it.
         """
         _check_unicode(text.replace(ESCAPE, ""))
-        found: list[tuple[str, list[int]]] = []
-        for part in self._cut(text, self._specials):
-            if isinstance(part, int):
-                found.append((self._vocab.tokens[part], [part]))
-            else:
-                first = continues and not found
-                found.append((part, self._encoder.encode(part.replace(ESCAPE, ""), first)))
-        return found
+        return self._cut(text, self._specials, continues)
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Control and unknown tokens
@@ -206,12 +195,22 @@ class Tokenizer:
             raise TokenizerError(f"token id {token_id}: expected 0 to {self.n_vocab - 1}")
         return token_id
 
-    def _cut(self, text: str, specials: list[tuple[str, int]]) -> list[str | int]:
+    def _cut(
+        self, text: str, specials: list[tuple[str, int]], continues: bool = False
+    ) -> list[tuple[str, list[int]]]:
+        """(text, ids) of the special tokens in a text and of what is between them."""
         parts: list[str | int] = [text] if text else []
         for special, token_id in specials:
             if special in text:
                 parts = [piece for part in parts for piece in _split(part, special, token_id)]
-        return parts
+        found: list[tuple[str, list[int]]] = []
+        for part in parts:
+            if isinstance(part, int):
+                found.append((self._vocab.tokens[part], [part]))
+            else:
+                ids = self._encoder.encode(part.replace(ESCAPE, ""), continues and not found)
+                found.append((part, ids))
+        return found
 
 
 class StreamDecoder:
@@ -301,12 +300,9 @@ def _split(part: str | int, special: str, token_id: int) -> list[str | int]:
     if isinstance(part, int):
         return [part]
     out: list[str | int] = []
-    for i, piece in enumerate(part.split(special)):
-        if i > 0:
-            out.append(token_id)
-        if piece:
-            out.append(piece)
-    return out
+    for piece in part.split(special):
+        out += [token_id, piece] if piece else [token_id]
+    return out[1:]
 
 
 def _pre_name(file: GGUFFile) -> str:

@@ -1,7 +1,7 @@
-"""The sampler's steps together: order, logit bias, mirostat over time, and wrong parameters.
+"""The samplers together: order, logit bias, mirostat over time, and wrong parameters.
 
-What each step does alone is in test_samplers.py; here they meet, each order shown by a case that
-another order would answer differently.
+test_steps.py tests each alone. Here each order is shown by a case that another order would answer
+differently.
 """
 
 from __future__ import annotations
@@ -267,7 +267,7 @@ def test_a_sampler_made_of_unresolved_parameters_is_our_mistake() -> None:
     ],
 )
 def test_parameters_that_leave_the_range_of_numbers(params: dict[str, Any]) -> None:
-    """One line, or a token; never another exception, which would break off everybody's step."""
+    """A SamplingError in one line, or a token; another exception would end every request."""
     made = sampler([0, 0, 1, 2], **params)
     logits, message = np.array([3, 2, 1], np.float32), ""
     try:

@@ -28,7 +28,7 @@ N = 6
 def dry(
     recent: Sequence[int], multiplier: float, base: float, allowed: int, breakers: Breakers
 ) -> list[float]:
-    """What every token's logit loses."""
+    """The amount that each token's logit loses."""
     lost = [0.0] * N
     n, limit = len(recent), behind_the_last_breaker(recent, breakers)
     if n <= allowed or limit < allowed:
@@ -44,7 +44,7 @@ def dry(
 
 
 def behind_the_last_breaker(recent: Sequence[int], breakers: Breakers) -> int:
-    """How many tokens follow the breaker that begins last; the longest, if several begin there."""
+    """The number of tokens after the last breaker; of several that begin there, the longest."""
     n = len(recent)
     for start in range(n - 1, -1, -1):
         lengths = [
@@ -168,7 +168,7 @@ def tokenizer(tiny: Path) -> Tokenizer:
 
 
 def naive_breakers(tokenizer: Tokenizer, text: str) -> dict[int, set[tuple[int, ...]]]:
-    """Every token that holds the text, or ends with its beginning and what is left to come."""
+    """Tokens that contain the text, or end with its start: token -> the rest of the text."""
     data, found = text.encode(), {}
     for token in range(tokenizer.n_vocab):
         piece = tokenizer.token_bytes(token, special=True)

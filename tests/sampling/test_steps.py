@@ -1,4 +1,4 @@
-"""The steps of the sampler one by one, each against a plain definition, and their edges.
+"""The samplers one by one, each against a plain definition, and their edge cases.
 
 The definitions follow llama.cpp's semantics in float64 Python, over dicts of token -> logit. Random
 logits, often with ties, with -inf and with one far above the rest; every seed is fixed.
@@ -76,7 +76,7 @@ def only(logits: Logits, tokens: Sequence[int]) -> Logits:
 
 
 def close(a: float, b: float) -> bool:
-    """So near that rounding decides, and a comparison of the two sides would be luck."""
+    """So near to each other that rounding decides a comparison of the two."""
     return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
 
 
@@ -253,7 +253,7 @@ def test_dynamic_temperature(seed: int) -> None:
 
 
 class Fixed:
-    """A generator that says one number, and how often it was asked."""
+    """A generator of one number, which counts its calls."""
 
     def __init__(self, number: float) -> None:
         self.number, self.n_asked = number, 0

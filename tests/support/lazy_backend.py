@@ -126,14 +126,16 @@ class LazySampler:
                 self._backend.write(t, given[t.name])
             self._program.run(live)
             rows = self._backend.read(self._logits).astype(np.float32)
-            handle.sampled = [drawn(row, spec) for row, spec in zip(rows, specs, strict=True)]
+            handle.sampled = [
+                sampled_token(row, spec) for row, spec in zip(rows, specs, strict=True)
+            ]
 
         self._backend.queue.append((handle, step))
         self._last = handle
         return handle
 
 
-def drawn(logits: NDArray[np.float32], spec: SampleSpec) -> int:
+def sampled_token(logits: NDArray[np.float32], spec: SampleSpec) -> int:
     """The token of a row by the definitions of the samplers; -1 if a logit is not finite."""
     assert spec.top_k <= MAX_TOP_K
     assert len(spec.banned) <= MAX_BANNED

@@ -24,7 +24,7 @@ from engine.sampling.steps import Candidates
 from tests.support.chats import CHATML, QWEN35_STYLE
 from tests.support.cuda_devices import DEVICES, cuda_and_others, engine_on
 from tests.support.helpers import apply_sampler, assert_all_free, nmse, random_ids
-from tests.support.lazy_backend import drawn
+from tests.support.lazy_backend import sampled_token
 
 Rng = np.random.Generator
 Logits = NDArray[np.float32]
@@ -119,7 +119,7 @@ def acceptable(logits: Logits, draw: SampleSpec) -> set[int]:
                 top_p=min(draw.top_p * factor, 1.0),
                 min_p=min(draw.min_p * factor, 1.0),
             )
-            found.add(drawn(logits, near))
+            found.add(sampled_token(logits, near))
     return found
 
 
