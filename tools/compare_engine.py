@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.bench.measure import backend_names, n_threads, time_generation, time_prompt
+from engine.bench.measure import backend_names, n_threads, time_generation, time_prompts
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.kvcache.sequences import Checkpoint
@@ -59,7 +59,7 @@ class EngineRunner:
         """Seconds for a prompt, with the logits of its last token."""
         seq = self.engine.memory.create()
         try:
-            return {"seconds": time_prompt(self.engine, seq, tokens)}
+            return {"seconds": time_prompts(self.engine, [seq], [tokens])}
         finally:
             self.engine.memory.free(seq)
 

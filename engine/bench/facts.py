@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.bench.measure import BenchError
+from engine.engine import Engine
 from engine.formats.gguf import GGUFFile
 from engine.models import load_model
 
@@ -83,3 +84,11 @@ def cpu_name() -> str:
     except OSError:
         names = []
     return names[0] if names else platform.processor()
+
+
+def sequence_bytes(engine: Engine, n_tokens: int) -> tuple[int, int]:
+    """Bytes of recurrent state and of KV cache that a sequence of `n_tokens` fills."""
+    state, kv = engine.plan.graph.state_bytes()
+    capacity = engine.capacity
+    per_position = kv // (capacity.n_blocks * capacity.block_size)
+    return state // capacity.n_slots, per_position * n_tokens

@@ -14,9 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.bench.sweep import COLUMNS
 from engine.errors import EngineError
 
+# sweep-bench's columns, each with the format of its values.
+COLUMNS = {
+    "PP": "6d", "TG": "6d", "N_KV": "6d", "T_PP s": "8.3f", "S_PP t/s": "8.2f",
+    "T_TG s": "8.3f", "S_TG t/s": "8.2f",
+}  # fmt: skip
 SUFFIXES = (".png", ".svg", ".pdf")
 _LABEL_WIDTH = 48
 _KEYS = ("n_kv", "speed_pp", "speed_tg")
@@ -78,7 +82,7 @@ def _from_json(line: str) -> Point:
 
 def _from_table(line: str) -> Point | None:
     cells = [cell.strip() for cell in line.removeprefix("|").removesuffix("|").split("|")]
-    if tuple(cells) == COLUMNS or set("".join(cells)) <= set("-:"):
+    if cells == list(COLUMNS) or set("".join(cells)) <= set("-:"):
         return None
     if len(cells) != len(COLUMNS) or not line.endswith("|"):
         raise ValueError(f"the columns {' | '.join(COLUMNS)}")
@@ -130,7 +134,7 @@ def labels_of(paths: Sequence[str]) -> list[str]:
 
 
 def draw(curves: Sequence[Curve], path: str) -> None:
-    """SampleSpec PP and TG against N_KV side by side, a line for each curve. Raises PlotError."""
+    """Draw PP and TG against N_KV side by side, a line for each curve. Raises PlotError."""
     n_columns = min(len(curves), 3)
     legend_height = 0.25 * math.ceil(len(curves) / n_columns)
     figure = _figure_class()(figsize=(11, 4.2 + legend_height), dpi=150, layout="constrained")

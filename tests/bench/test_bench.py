@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +16,11 @@ from gguf import GGUFReader
 
 import engine.engine
 from engine import Engine
-from engine.bench.batched import BatchedCase, measure_batched
 from engine.bench.facts import ModelFacts
-from engine.bench.measure import BenchError
-from engine.bench.throughput import Case, cases_of, measure
+from engine.bench.measure import BenchError, Case, measure
+from engine.commands.bench import cases_of, warm_up_case
 from engine.errors import EngineError
+from engine.runtime.batch import Chunk
 from engine.runtime.request import Request
 from tests.support.helpers import STD, Cli, assert_all_free
 from tools.synth import write_model
@@ -46,7 +47,7 @@ KEYS = [
 
 
 class Step(NamedTuple):
-    """A step that ran: positions before each of its pieces, their lengths, rows of K and V read."""
+    """A step that ran: positions before each of its chunks, their lengths, rows of K and V read."""
 
     past: list[int]
     lengths: list[int]
@@ -59,10 +60,10 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     seen: list[Step] = []
     pack = engine.engine.pack
 
-    def spy(pieces: Any, memory_steps: Any, capacity: Any) -> Any:
-        batch = pack(pieces, memory_steps, capacity)
+    def spy(chunks: Any, memory_steps: Any, capacity: Any) -> Any:
+        batch = pack(chunks, memory_steps, capacity)
         past = [step.n_past for step in memory_steps]
-        seen.append(Step(past, [len(p.tokens) for p in pieces], batch.live.kv_rows))
+        seen.append(Step(past, [len(chunk.tokens) for chunk in chunks], batch.live.kv_rows))
         return batch
 
     monkeypatch.setattr("engine.engine.pack", spy)
@@ -148,13 +149,17 @@ def test_every_position_is_filled(path: Path, rng: Rng, steps: list[Step], warm_
     with Engine.load(path, n_ctx=128, n_ubatch=64, n_checkpoints=1) as engine:
         cases = [Case(30, 0, 70), Case(0, 3, 70), Case(0, 2, 0)]
         runs: list[int] = []
-        measured = list(measure(engine, cases, 2, rng, warm_up, lambda: runs.append(len(steps))))
+        warm = warm_up_case if warm_up else None
+        measured = list(measure(engine, cases, rng, 2, warm, lambda: runs.append(len(steps))))
         assert_all_free(engine)
     assert [m.case for m in measured] == cases
-    assert [len(m.samples_ns) for m in measured] == [2, 2, 2]
+    assert [len(m.prompt_s) for m in measured] == [2, 2, 2]
+    for m in measured:
+        for seconds, n in ((m.prompt_s, m.case.n_prompt), (m.gen_s, m.case.n_gen)):
+            assert all(s > 0 if n else s == 0 for s in seconds)
     assert len(runs) == 3 * (2 + warm_up)
     prompt = [([70], [30], 100)]
-    # A piece of a prompt ends at a multiple of 64.
+    # A chunk of a prompt ends at a multiple of 64.
     expected = [([0], [64], 64), ([64], [6], 70)]
     for n_past, run in ((70, prompt), (70, 3), (0, 2)):
         token = [([n_past + i], [1], n_past + i + 1) for i in range(3)]
@@ -165,9 +170,13 @@ def test_every_position_is_filled(path: Path, rng: Rng, steps: list[Step], warm_
     assert steps == expected
 
 
-def shorten_prefill(patch: pytest.MonkeyPatch) -> None:
-    prefill = Engine.prefill
-    patch.setattr(Engine, "prefill", lambda self, s, ids, *a: prefill(self, s, ids[:-1], *a))
+def shorten_prompts(patch: pytest.MonkeyPatch) -> None:
+    step = Engine.step
+
+    def shortened(self: Engine, chunks: list[Chunk]) -> Any:
+        return step(self, [replace(chunk, tokens=chunk.tokens[:-1]) for chunk in chunks])
+
+    patch.setattr(Engine, "step", shortened)
 
 
 def change_tokens(change: Callable[[list[int]], object]) -> Callable[[pytest.MonkeyPatch], None]:
@@ -193,7 +202,7 @@ def do_nothing(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("lie", "expected"),
     [
-        (shorten_prefill, "expected 4 positions after a prompt, got 3"),
+        (shorten_prompts, "expected 4 positions after a prompt, got 3"),
         (change_tokens(lambda tokens: tokens.pop()), "expected 4 tokens in 4 steps, got 4 in 5"),
         (
             change_tokens(lambda tokens: tokens.append(1)),
@@ -210,17 +219,17 @@ def test_an_engine_that_lies_is_found_out(
     expected: str,
 ) -> None:
     lie(monkeypatch)
-    size = ("-p", 4, "-n", 0) if lie is shorten_prefill else ("-p", 0, "-n", 4)
+    size = ("-p", 4, "-n", 0) if lie is shorten_prompts else ("-p", 0, "-n", 4)
     assert expected in cli("bench", "-m", tiny, *size, "--no-warmup").refused()
 
 
 def test_a_lie_about_the_depth_is_found_out(
     tiny: Path, rng: Rng, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shorten_prefill(monkeypatch)
+    shorten_prompts(monkeypatch)
     with Engine.load(tiny, n_ctx=64) as engine:
         with pytest.raises(BenchError, match="expected 9 positions after a prompt, got 8"):
-            next(measure(engine, [Case(0, 2, 9)], 1, rng))
+            next(measure(engine, [Case(0, 2, 9)], rng))
         assert_all_free(engine)
 
 
@@ -246,7 +255,7 @@ def interrupt(*_: object) -> None:
 def test_what_was_measured_survives_an_interrupt(
     tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, output: str
 ) -> None:
-    monkeypatch.setattr("engine.bench.throughput.time_generation", interrupt)
+    monkeypatch.setattr("engine.bench.measure.time_generation", interrupt)
     status, out, _ = cli("bench", "-m", tiny, "-p", 4, "-n", 4, "-r", 1, "-o", output)
     assert status == 130
     if output == "json":
@@ -376,10 +385,10 @@ def test_batched_steps(
     n_seqs: int, n_ubatch: int,
 ) -> None:  # fmt: skip
     """Full steps of prompts, then all sequences in every step, in the least context."""
-    case = BatchedCase(n_prompt, n_gen, n_seqs, shared)
+    case = Case(n_prompt, n_gen, n_seqs=n_seqs, is_shared=shared)
     options = {"n_parallel": n_seqs, "n_checkpoints": n_seqs, "n_ubatch": n_ubatch}
     with Engine.load(tiny, n_ctx=case.n_kv, **options) as engine:
-        measure_batched(engine, case, rng, warm_up=False)
+        list(measure(engine, [case], rng))
         assert_all_free(engine)
     prompts, gen = steps[:-n_gen], steps[-n_gen:]
     assert sum(sum(step.lengths) for step in prompts) == case.n_prompts * n_prompt

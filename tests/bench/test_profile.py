@@ -154,8 +154,8 @@ def test_the_table(tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_took_no_time_has_no_rate() -> None:
     """As a GPU's clock may say of a small kernel."""
     limits = Limits(bytes_per_s=1e9, flops_per_s=1e9, what="")
-    cells = _cells(Row("NODE", 1, 0.0, flops=5, bytes=7), total=1.0, limits=limits)
-    assert cells == ("NODE", "1", "0.000", "0.0%", "0.00", "0.00", "0.0%", "0.000", "0.0", "0.0%")
+    cells = _cells(Row("NODE", 1, 0.0, flops=5, bytes=7), total_s=1.0, limits=limits)
+    assert cells == ("1", "0.000", "0.0%", "0.00", "0.00", "0.0%", "0.000", "0.0", "0.0%")
 
 
 def test_verbose_names_nodes(tiny: Path, cli: Cli) -> None:
