@@ -27,6 +27,7 @@ if not __package__:  # run as a script, so Python looks for modules in tools/ on
 from engine import backends
 from engine.backends.cpu.backend import CpuBackend
 from engine.backends.native import library as cpu_library
+from engine.bench.facts import cpu_name
 from engine.bench.limits import measure_limits
 from engine.commands.options import InputError, Parser, integers, write_text
 from engine.errors import EngineError
@@ -210,13 +211,8 @@ def machine(n_threads: int) -> dict[str, Any]:
     """The CPU, its bandwidth, and the load average before the comparison."""
     load = os.getloadavg()[0]
     limits = measure_limits(CpuBackend(n_threads), n_threads)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return {
-        "cpu": next(names, "unknown CPU"),
+        "cpu": cpu_name() or "unknown CPU",
         "n_threads": n_threads,
         "read_bytes_per_s": limits.bytes_per_s,
         "load_average": load,

@@ -114,7 +114,7 @@ class PeerRunner:
         size: int | None = None,
         keep: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Decode tokens in chunks; `keep` gets the position of a chunk and a row of it, for each row."""
+        """Decode tokens in chunks; call keep(position of the chunk, row) for each of its rows."""
         size = size or self._n_ubatch
         for start in range(0, len(tokens), size):
             chunk = tokens[start : start + size]

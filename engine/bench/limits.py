@@ -1,13 +1,13 @@
-"""What this machine can do at best: a short probe of its bandwidth and its multiplication rate.
+"""A short probe of this machine's limits: its memory bandwidth and its matrix rate.
 
-On the CPU, memory far larger than any cache is read by a kernel on the backend's own threads; the
-rate is that of a float32 matrix product of the BLAS that numpy was built with. On a GPU it is a
-copy within its memory, read and written, and a bfloat16 product by cuBLAS.
+On the CPU, a kernel reads memory far larger than any cache on the backend's threads; the matrix
+rate is that of a float32 product in numpy's BLAS. On a GPU, the bandwidth is that of a copy within
+its memory (bytes read plus bytes written), the rate that of a bfloat16 product by cuBLAS.
 """
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ _REPEATS = 5
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes moved and floating point operations done per second; `what` was probed."""
+    """Bytes moved and floating point operations per second; `what` names the two probes."""
 
     bytes_per_s: float
     flops_per_s: float
@@ -69,9 +69,4 @@ def _fastest_on(device: Device, action: Callable[[], object]) -> float:
 
 
 def _fastest(action: Callable[[], object]) -> float:
-    times = []
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(timeit.repeat(action, number=1, repeat=_REPEATS))

@@ -87,16 +87,13 @@ class Measurement:
     gen_s: list[float]
     test_time: str = ""
 
-    @property
-    def medians(self) -> tuple[float, float]:
-        """Median seconds of the prompts and of the generation."""
-        return statistics.median(self.prompt_s), statistics.median(self.gen_s)
-
-    @property
-    def speeds(self) -> tuple[float, float]:
-        """Tokens per second at those medians."""
-        prompt_s, gen_s = self.medians
-        return self.case.prompt_tokens / prompt_s, self.case.gen_tokens / gen_s
+    def medians(self) -> dict[str, float]:
+        """Median seconds, and tokens per second at these, under llama.cpp's keys."""
+        t_pp, t_tg = statistics.median(self.prompt_s), statistics.median(self.gen_s)
+        return {
+            "t_pp": t_pp, "speed_pp": self.case.prompt_tokens / t_pp,
+            "t_tg": t_tg, "speed_tg": self.case.gen_tokens / t_tg,
+        }  # fmt: skip
 
 
 def mean_and_deviation(samples: Sequence[float]) -> tuple[float, float]:
@@ -170,13 +167,15 @@ def measure_and_extend(
 @contextmanager
 def sequences(engine: Engine, n: int, start: Checkpoint | None = None) -> Iterator[list[int]]:
     """`n` sequences, empty or continuing from a checkpoint; freed at the end."""
-    with ExitStack() as held:
-        seqs = [engine.memory.create() for _ in range(n)]
-        for seq in seqs:
-            held.callback(engine.memory.free, seq)
-            if start:
+    seqs = [engine.memory.create() for _ in range(n)]
+    try:
+        if start:
+            for seq in seqs:
                 engine.memory.restore(seq, start)
         yield seqs
+    finally:
+        for seq in seqs:
+            engine.memory.free(seq)
 
 
 @contextmanager

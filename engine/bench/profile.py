@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.backends.base import Timing
@@ -106,50 +106,39 @@ def _cost(nodes: Iterable[Node], live: Live) -> Cost:
     return Cost(sum(c.flops for c in costs), sum(c.bytes for c in costs))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Row:
     """The sums over `n` entries."""
 
     name: str
-    n: int = 0
-    seconds: float = 0.0
-    flops: int = 0
-    bytes: int = 0
+    n: int
+    seconds: float
+    flops: int
+    bytes: int
 
-    def add(self, entry: Entry) -> None:
-        """Count an entry."""
-        self.n += 1
-        self.seconds += entry.seconds
-        self.flops += entry.cost.flops
-        self.bytes += entry.cost.bytes
-
-
-def total(profile: StepProfile) -> Row:
-    """The sum of all entries."""
-    return _rows((e, "total") for e in profile.entries)[0]
+    @classmethod
+    def of(cls, name: str, entries: Sequence[Entry]) -> Row:
+        """The row of some entries."""
+        costs = [e.cost for e in entries]
+        flops, nbytes = sum(c.flops for c in costs), sum(c.bytes for c in costs)
+        return cls(name, len(entries), sum(e.seconds for e in entries), flops, nbytes)
 
 
 def by_op(profile: StepProfile) -> list[Row]:
     """A row for each op, or fusion of ops; the longest first."""
-    return _rows((e, e.label) for e in profile.entries)
+    return _rows((e.label, e) for e in profile.entries)
 
 
 def by_layer_kind(profile: StepProfile, layer_kinds: Mapping[str, str]) -> list[Row]:
     """A row for each kind of layer, and for each node outside of layers; the longest first."""
-    kinds = {e: layer_kinds.get(e.nodes[0].layer) if e.nodes else None for e in profile.entries}
-    return _rows((e, kind or f"({e.name})") for e, kind in kinds.items())
+    kinds = [layer_kinds.get(e.nodes[0].layer) if e.nodes else None for e in profile.entries]
+    pairs = zip(kinds, profile.entries, strict=True)
+    return _rows((kind or f"({e.name})", e) for kind, e in pairs)
 
 
-def by_node(profile: StepProfile) -> list[Row]:
-    """A row for each entry, in the order of execution."""
-    rows = [Row(e.name) for e in profile.entries]
-    for row, entry in zip(rows, profile.entries, strict=True):
-        row.add(entry)
-    return rows
-
-
-def _rows(names: Iterable[tuple[Entry, str]]) -> list[Row]:
-    rows: dict[str, Row] = {}
-    for entry, name in names:
-        rows.setdefault(name, Row(name)).add(entry)
-    return sorted(rows.values(), key=lambda row: -row.seconds)
+def _rows(named: Iterable[tuple[str, Entry]]) -> list[Row]:
+    groups: dict[str, list[Entry]] = {}
+    for name, entry in named:
+        groups.setdefault(name, []).append(entry)
+    rows = [Row.of(name, entries) for name, entries in groups.items()]
+    return sorted(rows, key=lambda row: -row.seconds)

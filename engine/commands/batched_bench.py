@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.bench.facts import ModelFacts
-from engine.bench.measure import BenchError, Case, measure, n_gpu_layers, n_threads
+from engine.bench.measure import BenchError, Case, Measurement, measure, n_gpu_layers, n_threads
 from engine.commands.options import Parser, given_fields, load_engine, step_size
 from engine.commands.output import Rows, Table
 from engine.config import EngineConfig
@@ -41,25 +41,34 @@ def add_options(p: Parser) -> None:
 def run(parser: Parser, args: argparse.Namespace) -> int:
     """Print a row for every combination of the sizes."""
     sizes = product(args.n_prompt, args.n_gen, args.n_seqs)
-    cases = [
-        Case(n_prompt, n_gen, n_seqs=n_seqs, is_shared=args.pps)
-        for n_prompt, n_gen, n_seqs in sizes
-    ]
+    cases = [Case(n_prompt, n_gen, 0, n_seqs, args.pps) for n_prompt, n_gen, n_seqs in sizes]
     options = _engine_options(args, cases)
     warm_up = None if args.no_warmup else warm_up_case
     rng = np.random.default_rng(args.seed)
     with load_engine(args, **options) as engine, Rows(args.output_format, _TABLE) as rows:
         measured = measure(engine, cases, rng, warm_up=warm_up)
         for m in tqdm(measured, total=len(cases), unit="row", disable=None):
-            case, (prompt_s, gen_s), speeds = m.case, m.medians, m.speeds
-            seconds = prompt_s + gen_s
-            values = {
-                "pp": case.n_prompt, "tg": case.n_gen, "pl": case.n_seqs, "n_kv": case.n_kv,
-                "t_pp": prompt_s, "speed_pp": speeds[0], "t_tg": gen_s, "speed_tg": speeds[1],
-                "t": seconds, "speed": case.n_kv / seconds,
-            }  # fmt: skip
-            rows.add(_settings(engine, case) | values, list(values.values()))
+            values = _values(m)
+            rows.add(_settings(engine, args.pps) | values, list(values.values()))
     return 0
+
+
+def _values(m: Measurement) -> dict[str, Any]:
+    """A row under llama-batched-bench's keys, in the order of its columns."""
+    case, medians = m.case, m.medians()
+    sizes = {"pp": case.n_prompt, "tg": case.n_gen, "pl": case.n_seqs, "n_kv": case.n_kv}
+    seconds = medians["t_pp"] + medians["t_tg"]
+    return {**sizes, **medians, "t": seconds, "speed": case.n_kv / seconds}
+
+
+def _settings(engine: Engine, is_shared: bool) -> dict[str, Any]:
+    """The keys of a JSON line before those."""
+    threads = n_threads(engine)
+    return {
+        "n_kv_max": engine.n_ctx, "n_batch": engine.config.n_batch,
+        "n_ubatch": engine.config.n_ubatch, "is_pp_shared": int(is_shared),
+        "n_gpu_layers": n_gpu_layers(engine), "n_threads": threads, "n_threads_batch": threads,
+    }  # fmt: skip
 
 
 def warm_up_case(case: Case) -> Case:
@@ -83,16 +92,3 @@ def _engine_options(args: argparse.Namespace, cases: list[Case]) -> dict[str, An
     n_ctx = given.get("n_ctx", max(case.n_kv for case in cases))
     # A checkpoint for each sequence reserves the blocks that it fills after a shared prompt.
     return {"n_parallel": n_seqs, "n_checkpoints": n_seqs, "n_ctx": n_ctx}
-
-
-def _settings(engine: Engine, case: Case) -> dict[str, Any]:
-    """The engine's part of llama-batched-bench's keys."""
-    return {
-        "n_kv_max": engine.n_ctx,
-        "n_batch": engine.config.n_batch,
-        "n_ubatch": engine.config.n_ubatch,
-        "is_pp_shared": int(case.is_shared),
-        "n_gpu_layers": n_gpu_layers(engine),
-        "n_threads": n_threads(engine),
-        "n_threads_batch": n_threads(engine),
-    }

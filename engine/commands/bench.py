@@ -75,8 +75,8 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
             bar.set_description(facts.type)
             with Engine.load(facts.path, **options) as engine:
                 for m in measure(engine, cases, rng, args.repetitions, warm_up, bar.update):
-                    document = _document(facts, engine, m)
-                    rows.add(document, _cells(document, m.case))
+                    row = _document(facts, engine, m)
+                    rows.add(row, _cells(row, m.case.name))
     return 0
 
 
@@ -87,46 +87,29 @@ def warm_up_case(case: Case) -> Case:
 
 def _document(facts: ModelFacts, engine: Engine, m: Measurement) -> dict[str, Any]:
     """A measurement under llama-bench's keys."""
-    config, (type_k, type_v) = engine.config, engine.config.cache_types()
-    samples_ns = [round((p + g) * 1e9) for p, g in zip(m.prompt_s, m.gen_s, strict=True)]
-    samples_ts = [1e9 * m.case.n_kv / ns for ns in samples_ns]
-    avg_ns, stddev_ns = mean_and_deviation(samples_ns)
-    avg_ts, stddev_ts = mean_and_deviation(samples_ts)
+    config, (type_k, type_v), case = engine.config, engine.config.cache_types(), m.case
+    ns = [round((p + g) * 1e9) for p, g in zip(m.prompt_s, m.gen_s, strict=True)]
+    ts = [1e9 * case.n_kv / n for n in ns]
+    (avg_ns, stddev_ns), (avg_ts, stddev_ts) = mean_and_deviation(ns), mean_and_deviation(ts)
     return {
-        "build_commit": __version__,
-        "cpu_info": cpu_name(),
-        "backends": backend_names(engine),
-        "model_filename": facts.path,
-        "model_type": facts.type,
-        "model_size": facts.size,
-        "model_n_params": facts.n_params,
-        "n_batch": config.n_batch,
-        "n_ubatch": config.n_ubatch,
-        "n_threads": n_threads(engine),
-        "type_k": type_k.name.lower(),
-        "type_v": type_v.name.lower(),
+        "build_commit": __version__, "cpu_info": cpu_name(), "backends": backend_names(engine),
+        "model_filename": facts.path, "model_type": facts.type,
+        "model_size": facts.size, "model_n_params": facts.n_params,
+        "n_batch": config.n_batch, "n_ubatch": config.n_ubatch, "n_threads": n_threads(engine),
+        "type_k": type_k.name.lower(), "type_v": type_v.name.lower(),
         "n_gpu_layers": n_gpu_layers(engine),
-        "n_prompt": m.case.n_prompt,
-        "n_gen": m.case.n_gen,
-        "n_depth": m.case.n_depth,
-        "test_time": m.test_time,
-        "avg_ns": round(avg_ns),
-        "stddev_ns": round(stddev_ns),
-        "avg_ts": avg_ts,
-        "stddev_ts": stddev_ts,
-        "samples_ns": samples_ns,
-        "samples_ts": samples_ts,
-    }
+        "n_prompt": case.n_prompt, "n_gen": case.n_gen, "n_depth": case.n_depth,
+        "test_time": m.test_time, "avg_ns": round(avg_ns), "stddev_ns": round(stddev_ns),
+        "avg_ts": avg_ts, "stddev_ts": stddev_ts, "samples_ns": ns, "samples_ts": ts,
+    }  # fmt: skip
 
 
-def _cells(row: dict[str, Any], case: Case) -> list[Any]:
+def _cells(row: dict[str, Any], name: str) -> list[Any]:
     size, n_params = row["model_size"], row["model_n_params"]
     return [
         row["model_type"],
         f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB",
         f"{n_params / 1e9:.2f} B" if n_params >= 1e9 else f"{n_params / 1e6:.2f} M",
-        row["backends"],
-        row["n_threads"],
-        case.name,
+        row["backends"], row["n_threads"], name,
         f"{row['avg_ts']:.2f} ± {row['stddev_ts']:.2f}",
-    ]
+    ]  # fmt: skip

@@ -127,17 +127,17 @@ class Parser(argparse.ArgumentParser):
                 how = {"choices": values}
             elif values is bool:
                 how = {"action": "store_true"}
-            how |= {"dest": field, "default": argparse.SUPPRESS, "help": about}
-            group.add_argument(*names.split(), **how)
+            unset = argparse.SUPPRESS
+            group.add_argument(*names.split(), dest=field, default=unset, help=about, **how)
 
     def common_options(self, many: bool = False) -> None:
-        """The model, or with `many` a list of them, and --verbose."""
+        """The model, or with `many` a list of models, and --verbose."""
         how: Any = {"default": str(DEMO_MODEL), "metavar": "FILE"}
-        how["help"] = "GGUF file (default: the demo model that comes with the engine)"
+        about = "GGUF file (default: the demo model that comes with the engine)"
         if many:
-            how = {"type": _paths, "action": "extend", "required": True, "help": "GGUF file"}
-            how["metavar"] = "FILE[,FILE…]"
-        self.add_argument("-m", "--model", **how)
+            how = {"type": _paths, "action": "extend", "required": True, "metavar": "FILE[,FILE…]"}
+            about = "GGUF file"
+        self.add_argument("-m", "--model", help=about, **how)
         self.flag("-v --verbose", "more detail; tracebacks of errors")
 
     def backend_options(self) -> None:

@@ -11,15 +11,7 @@ import numpy as np
 
 from engine.bench.limits import Limits, measure_limits
 from engine.bench.measure import n_threads
-from engine.bench.profile import (
-    Row,
-    StepProfile,
-    by_layer_kind,
-    by_node,
-    by_op,
-    profile_step,
-    total,
-)
+from engine.bench.profile import Entry, Row, StepProfile, by_layer_kind, by_op, profile_step
 from engine.commands.options import Parser, given_fields, load_engine, step_size
 from engine.config import EngineConfig
 
@@ -73,22 +65,19 @@ def _document(profile: StepProfile, limits: Limits, kinds: list[Row]) -> dict[st
         "limits": asdict(limits),
         "ops": [asdict(row) for row in by_op(profile)],
         "layer_kinds": [asdict(row) for row in kinds],
-        "entries": [
-            {
-                "label": e.label,
-                "backend": e.backend,
-                "nodes": [node.name for node in e.nodes],
-                "seconds": e.seconds,
-                "flops": e.cost.flops,
-                "bytes": e.cost.bytes,
-            }
-            for e in profile.entries
-        ],
+        "entries": [_entry(e) for e in profile.entries],
     }
 
 
+def _entry(e: Entry) -> dict[str, Any]:
+    return {
+        "label": e.label, "backend": e.backend, "nodes": [node.name for node in e.nodes],
+        "seconds": e.seconds, "flops": e.cost.flops, "bytes": e.cost.bytes,
+    }  # fmt: skip
+
+
 def _table(profile: StepProfile, limits: Limits, kinds: list[Row], verbose: bool) -> str:
-    everything = total(profile)
+    everything = Row.of("total", profile.entries)
     lines = [
         f"step of {profile.live.n_tokens} tokens after {profile.n_past}: "
         f"{profile.seconds * 1e3:.2f} ms, {everything.seconds / profile.seconds:.1%} of it below; "
@@ -98,7 +87,7 @@ def _table(profile: StepProfile, limits: Limits, kinds: list[Row], verbose: bool
     ]
     sections = {"op": by_op(profile), "layer kind": kinds}
     if verbose:
-        sections["node"] = by_node(profile)
+        sections["node"] = [Row.of(e.name, [e]) for e in profile.entries]
     for title, rows in sections.items():
         lines += ["", _line(title, _HEADINGS)]
         lines += [_line(row.name, _cells(row, everything.seconds, limits)) for row in rows]

@@ -83,7 +83,6 @@ _TEXT_OPTIONS: list[OptionRow] = [
     ("-r --reverse-prompt", "stop", {"action": "append", "metavar": "TEXT"},
      "stop where the output has this text"),
     ("--ignore-eos", "ignore_eos", bool, "don't stop at the end-of-generation token"),
-    ("--check", "check", bool, "look for values that are not finite after every node; slow"),
 ]  # fmt: skip
 
 
@@ -104,6 +103,8 @@ def add_options(p: Parser) -> None:
     chat.add_options(p)
     p.engine_options()
     p.table("sampling", _SAMPLING_OPTIONS + _TEXT_OPTIONS)
+    check = "name the first node with values that are not finite; slow"
+    p.table("debugging", [("--check", "check", bool, check)])
 
 
 def _sampling(args: argparse.Namespace) -> SamplingParams:
@@ -160,31 +161,27 @@ def _run_many(engine: Engine, lines: list[str], params: SamplingParams) -> int:
     valid = [p for p in prompts if not p.error]
     results: dict[int, str] = {}
     waiting = deque(p.number for p in prompts)
-    n_failed = 0
 
-    def done(line: PromptLine, completion: Completion | None = None) -> None:
-        nonlocal n_failed
-        error = line.error
-        if completion and completion.finish_reason is FinishReason.ERROR:
-            error = f"line {line.number}: {completion.detail}"
+    def show(line: PromptLine, completion: Completion | None, error: str) -> None:
         if error:
-            n_failed += 1
             print(f"error: {error}", file=sys.stderr)
         results[line.number] = result_line(line, completion)
         while waiting and waiting[0] in results:
             print(results.pop(waiting.popleft()), flush=True)
 
+    def done(index: int, completion: Completion) -> None:
+        is_failed = completion.finish_reason is FinishReason.ERROR
+        error = f"line {valid[index].number}: {completion.detail}" if is_failed else ""
+        show(valid[index], completion, error)
+        bar.update()
+
     for line in prompts:
         if line.error:
-            done(line)
+            show(line, None, line.error)
     with tqdm(total=len(valid), unit="prompt", disable=None) as bar:
-
-        def done_and_shown(index: int, completion: Completion) -> None:
-            done(valid[index], completion)
-            bar.update()
-
-        engine.generate_batch([p.prompt for p in valid], [p.params for p in valid], done_and_shown)
-    return 1 if n_failed else 0
+        finished = engine.generate_batch([p.prompt for p in valid], [p.params for p in valid], done)
+    all_good = all(c.finish_reason is not FinishReason.ERROR for c in finished)
+    return 0 if all_good and len(valid) == len(prompts) else 1
 
 
 def _timings(load_s: float, completion: Completion) -> str:

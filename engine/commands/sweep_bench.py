@@ -64,9 +64,9 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
         args, n_checkpoints=1, n_ctx=context_needed(args.n_kv_max, n_prompt, n_gen),
         n_ubatch=n_prompt, n_batch=given.get("n_batch", max(n_prompt, 2048)),
     ) as engine:  # fmt: skip
-        measured = _measure(engine, args, n_prompt, n_gen)
+        rows = _measure(engine, args, n_prompt, n_gen)
     if args.plot is not None:
-        points = [Point(m.case.n_depth, *m.speeds) for m in measured]
+        points = [Point(*(row[key] for key in Point._fields)) for row in rows]
         draw([Curve(Path(args.model).stem, points)], args.plot)
     return 0
 
@@ -83,7 +83,8 @@ def context_needed(n_kv_max: int, n_prompt: int, n_gen: int) -> int:
 
 def _measure(
     engine: Engine, args: argparse.Namespace, n_prompt: int, n_gen: int
-) -> list[Measurement]:
+) -> list[dict[str, float]]:
+    """Print the rows; returns their values."""
     settings = _settings(engine, args.n_kv_max)
     if args.output_format != "jsonl":
         facts = ", ".join(f"{name} = {value}" for name, value in settings.items())
@@ -97,8 +98,7 @@ def _measure(
         kv = depths(args.n_kv_max, n_prompt)
         for _ in tqdm(kv, unit="row", leave=False, disable=None):
             m = measure_and_extend(engine, seq, n_prompt, n_gen, rng, args.repeats)
-            measured.append(m)
-            values = _values(m)
+            measured.append(values := _values(m))
             document = settings | values | _extra(engine, m.case.n_depth)
             rows.add(document, list(values.values()))
     return measured
@@ -121,11 +121,8 @@ def _settings(engine: Engine, n_kv_max: int) -> dict[str, int]:
 
 def _values(m: Measurement) -> dict[str, float]:
     """A row under ik_llama.cpp's keys, in the order of its columns."""
-    (t_pp, t_tg), (speed_pp, speed_tg), case = m.medians, m.speeds, m.case
-    return {
-        "pp": case.n_prompt, "tg": case.n_gen, "n_kv": case.n_depth,
-        "t_pp": t_pp, "speed_pp": speed_pp, "t_tg": t_tg, "speed_tg": speed_tg,
-    }  # fmt: skip
+    case = m.case
+    return {"pp": case.n_prompt, "tg": case.n_gen, "n_kv": case.n_depth, **m.medians()}
 
 
 def _extra(engine: Engine, n_kv: int) -> dict[str, Any]:

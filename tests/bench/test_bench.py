@@ -1,4 +1,4 @@
-"""bench and batched-bench: llama.cpp's tables, and what stands in them really was done."""
+"""bench and batched-bench: llama.cpp's tables; every run processes what its row says."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BATCHED_HEAD = """\
 |    PP |     TG |    B |   N_KV |   T_PP s | S_PP t/s |   T_TG s | S_TG t/s |      T s |    S t/s |
 |-------|--------|------|--------|----------|----------|----------|----------|----------|----------|
 """
-# In llama-bench's order, without what this engine has none of.
+# In llama-bench's order, without keys of features that this engine lacks.
 KEYS = [
     "build_commit", "cpu_info", "backends", "model_filename", "model_type",
     "model_size", "model_n_params", "n_batch", "n_ubatch", "n_threads",
@@ -145,7 +145,7 @@ def test_defaults_are_those_of_llama_bench() -> None:
 
 @pytest.mark.parametrize("warm_up", [True, False])
 def test_every_position_is_filled(path: Path, rng: Rng, steps: list[Step], warm_up: bool) -> None:
-    """The depth once; each prompt whole and each generation token by token, from the depth on."""
+    """The depth is processed once; every prompt and generation starts after it."""
     with Engine.load(path, n_ctx=128, n_ubatch=64, n_checkpoints=1) as engine:
         cases = [Case(30, 0, 70), Case(0, 3, 70), Case(0, 2, 0)]
         runs: list[int] = []
@@ -184,13 +184,13 @@ def change_tokens(change: Callable[[list[int]], object]) -> Callable[[pytest.Mon
         receive = Request.receive
         changed: list[Request] = []
 
-        def lie(self: Request, logits: Any) -> None:
+        def receive_and_change(self: Request, logits: Any) -> None:
             receive(self, logits)
             if len(self.tokens) == 2 and self not in changed:
                 changed.append(self)
                 change(self.tokens)
 
-        patch.setattr(Request, "receive", lie)
+        patch.setattr(Request, "receive", receive_and_change)
 
     return apply
 
@@ -200,7 +200,7 @@ def do_nothing(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lie", "expected"),
+    ("fault", "expected"),
     [
         (shorten_prompts, "expected 4 positions after a prompt, got 3"),
         (change_tokens(lambda tokens: tokens.pop()), "expected 4 tokens in 4 steps, got 4 in 5"),
@@ -211,19 +211,19 @@ def do_nothing(patch: pytest.MonkeyPatch) -> None:
         (do_nothing, "expected 4 tokens in 4 steps, got 0 in 0"),
     ],
 )
-def test_an_engine_that_lies_is_found_out(
+def test_a_run_of_other_tokens_than_asked_for_is_an_error(
     tiny: Path,
     cli: Cli,
     monkeypatch: pytest.MonkeyPatch,
-    lie: Callable[[pytest.MonkeyPatch], None],
+    fault: Callable[[pytest.MonkeyPatch], None],
     expected: str,
 ) -> None:
-    lie(monkeypatch)
-    size = ("-p", 4, "-n", 0) if lie is shorten_prompts else ("-p", 0, "-n", 4)
+    fault(monkeypatch)
+    size = ("-p", 4, "-n", 0) if fault is shorten_prompts else ("-p", 0, "-n", 4)
     assert expected in cli("bench", "-m", tiny, *size, "--no-warmup").refused()
 
 
-def test_a_lie_about_the_depth_is_found_out(
+def test_a_depth_of_other_tokens_than_asked_for_is_an_error(
     tiny: Path, rng: Rng, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shorten_prompts(monkeypatch)
@@ -252,7 +252,7 @@ def interrupt(*_: object) -> None:
 
 
 @pytest.mark.parametrize("output", ["md", "json", "csv"])
-def test_what_was_measured_survives_an_interrupt(
+def test_rows_before_an_interrupt_are_printed(
     tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, output: str
 ) -> None:
     monkeypatch.setattr("engine.bench.measure.time_generation", interrupt)
@@ -264,7 +264,7 @@ def test_what_was_measured_survives_an_interrupt(
         assert len(out.removeprefix(HEAD).splitlines()) == (1 if output == "md" else 2)
 
 
-def test_what_was_measured_survives_a_later_model(
+def test_rows_before_a_model_that_fails_are_printed(
     models: Callable[[str, str], Path], cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good, bad = models("tiny", "Q8_0"), models("tiny", "F32")
@@ -293,7 +293,7 @@ def test_what_was_measured_survives_a_later_model(
         ({"general.file_type": "x"}, "qwen35 Q8_0"),
     ],
 )
-def test_types(tmp_path: Path, overrides: dict[str, Any], expected: str) -> None:
+def test_model_types(tmp_path: Path, overrides: dict[str, Any], expected: str) -> None:
     path = tmp_path / "m.gguf"
     write_model(path, "tiny", "Q8_0", std=STD, overrides=overrides)
     assert ModelFacts.of(str(path)).type == expected
@@ -319,7 +319,7 @@ def test_bad_options(tiny: Path, cli: Cli, options: tuple[str, ...], expected: s
     assert result.err.count("\n") == 1
 
 
-def test_every_model_is_looked_at_first(
+def test_every_model_is_checked_before_the_first_run(
     tiny: Path, tmp_path: Path, cli: Cli, steps: list[Step]
 ) -> None:
     (tmp_path / "text").write_text("no model")
@@ -330,7 +330,7 @@ def test_every_model_is_looked_at_first(
     assert steps == []
 
 
-def test_contexts_are_looked_at_first(tiny: Path, tmp_path: Path, cli: Cli) -> None:
+def test_contexts_are_checked_before_the_first_run(tiny: Path, tmp_path: Path, cli: Cli) -> None:
     short = tmp_path / "short.gguf"
     write_model(short, "tiny", "Q8_0", std=STD, overrides={"qwen35.context_length": 32})
     sizes = ("-p", "4", "-n", "8", "-d", "0,30")
@@ -350,7 +350,7 @@ def test_the_batched_table(tiny: Path, cli: Cli) -> None:
     assert out.startswith(BATCHED_HEAD)
     pattern = r"\|( *\d+) \|( *\d+) \|( *\d+) \|( *\d+) \|" + r"( *\d+\.\d+) \|" * 6
     lines = out.removeprefix(BATCHED_HEAD).splitlines()
-    # Speeds of small models may need more digits than llama-batched-bench has room for.
+    # The speeds of small models may have more digits than a column of llama-batched-bench.
     assert min(map(len, lines)) >= len(BATCHED_HEAD) // 2 - 1
     rows = [tuple(map(float, m.groups())) for line in lines if (m := re.fullmatch(pattern, line))]
     assert [row[:4] for row in rows] == [
@@ -359,7 +359,7 @@ def test_the_batched_table(tiny: Path, cli: Cli) -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_batched_numbers_go_together(tiny: Path, cli: Cli, shared: bool) -> None:
+def test_batched_numbers_are_consistent(tiny: Path, cli: Cli, shared: bool) -> None:
     options = ("-m", tiny, "-npp", "20", "-ntg", "3", "-npl", "2,4", "--output-format", "jsonl")
     status, out, _ = cli("batched-bench", *options, *(["-pps"] if shared else []))
     assert status == 0
@@ -384,7 +384,7 @@ def test_batched_steps(
     tiny: Path, rng: Rng, steps: list[Step], shared: bool, n_prompt: int, n_gen: int,
     n_seqs: int, n_ubatch: int,
 ) -> None:  # fmt: skip
-    """Full steps of prompts, then all sequences in every step, in the least context."""
+    """Full steps of prompts, then steps of all sequences; the smallest context suffices."""
     case = Case(n_prompt, n_gen, n_seqs=n_seqs, is_shared=shared)
     options = {"n_parallel": n_seqs, "n_checkpoints": n_seqs, "n_ubatch": n_ubatch}
     with Engine.load(tiny, n_ctx=case.n_kv, **options) as engine:
@@ -421,7 +421,9 @@ def test_bad_batched_options(
     assert status == 2 or result.err.startswith("error: ")
 
 
-def test_a_batched_lie_is_found_out(tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batched_generation_of_other_tokens_is_an_error(
+    tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     change_tokens(lambda tokens: tokens.pop())(monkeypatch)
     line = cli("batched-bench", "-m", tiny, "-npp", 8, "-ntg", 3, "-npl", 2).refused()
     assert "expected 3 tokens in 3 steps, got 3 in 4" in line

@@ -1,4 +1,4 @@
-"""plot-bench: what it reads, what it draws, and what it says of files that it can't read."""
+"""plot-bench: the formats that it reads, the curves that it draws, and its errors."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def test_ik_output_is_read() -> None:
 
 
 @pytest.mark.parametrize("written", [markdown, json_lines])
-def test_what_is_written_is_read(rows: list[Row], written: Callable[[list[Row]], str]) -> None:
+def test_output_of_sweep_bench_is_read(
+    rows: list[Row], written: Callable[[list[Row]], str]
+) -> None:
     points = plots.parse_points(written(rows))
     for point, row in zip(points, rows, strict=True):
         expected = tuple(row[key] for key in KEYS)
@@ -133,7 +135,7 @@ def test_the_command(cli: Cli, tmp_path: Path, rows: list[Row], suffix: str) -> 
 
 
 def test_strange_names_show_in_the_legend(cli: Cli, tmp_path: Path, rows: list[Row]) -> None:
-    """Many curves, no warnings; in an SVG the labels stand as comments of what was drawn."""
+    """Many curves give no warnings; an SVG has the labels as comments."""
     curves = [Curve(f"_${i}^", [Point(0, 0, 0)]) for i in range(23)] + [Curve("日本", [])]
     path = tmp_path / "a.svg"
     plots.draw(curves, str(path))
@@ -176,7 +178,7 @@ def test_without_matplotlib(
     assert cli(command, *options[command]).refused().startswith("plots need matplotlib")
 
 
-def test_checking_the_output_leaves_what_is_there(tmp_path: Path) -> None:
+def test_checking_the_output_does_not_change_files(tmp_path: Path) -> None:
     old, new = tmp_path / "old.png", tmp_path / "new.png"
     old.write_text("x")
     for path in (old, new):

@@ -1,4 +1,4 @@
-"""sweep-bench: rows truly at their depth, in ik_llama.cpp's formats."""
+"""sweep-bench: each row is measured at its depth and printed in ik_llama.cpp's formats."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HEAD = [
     "|    PP |     TG |   N_KV |   T_PP s | S_PP t/s |   T_TG s | S_TG t/s |",
     "|-------|--------|--------|----------|----------|----------|----------|",
 ]
-# Speeds of small models may need more digits than there is room for.
+# The speeds of small models may have more digits than a column.
 LINE = re.compile(
     r"\|([ \d]{6}) \| ([ \d]{6}) \| ([ \d]{6}) \| ([ \d.]{8}) \| ([ \d.]{8,}) "
     r"\| ([ \d.]{8}) \| ([ \d.]{8,}) \|"
@@ -38,7 +38,7 @@ KEYS = f"{IK_KEYS} {IK_SPEEDS} {OUR_KEYS}".split()
 
 
 def contents(engine: Engine, seq: int) -> list[dict[str, Any]]:
-    """The state and the KV of a sequence's positions, from every store."""
+    """The recurrent state and the KV cache of a sequence, from every store."""
     span, size = engine.memory._sequences[seq], engine.capacity.block_size
     saved: list[dict[str, Any]] = []
     for store in engine._running().stores:
@@ -79,7 +79,7 @@ def sweep(
 @pytest.mark.parametrize(
     ("n_kv_max", "n_ubatch", "n_gen", "repeats"), [(192, 64, 5, 1), (90, 30, 70, 2)]
 )
-def test_memory_is_as_if_nothing_had_been_generated(
+def test_a_sequence_holds_only_its_prompts(
     engine_for: Any, rng: Rng, n_kv_max: int, n_ubatch: int, n_gen: int, repeats: int
 ) -> None:
     tokens: list[int] = []
@@ -111,7 +111,7 @@ def test_memory_is_as_if_nothing_had_been_generated(
 def test_generation_starts_at_the_depth_of_its_row(
     tiny: Path, rng: Rng, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And leaves the sequence as it found it."""
+    """And does not change the sequence."""
     seen: list[int] = []
     plain = measure.time_generation
 
@@ -145,7 +145,7 @@ def test_the_context_just_suffices(
     assert [m.case.n_depth for m in measured] == list(range(0, n_kv_max, n_prompt))
 
 
-def test_a_context_too_small_measures_nothing_wrong(tiny: Path, rng: Rng) -> None:
+def test_a_context_that_is_too_small_is_an_error(tiny: Path, rng: Rng) -> None:
     with Engine.load(tiny, n_ctx=64, n_ubatch=64, n_checkpoints=1) as engine:
         seq = engine.memory.create()
         with pytest.raises(BenchError, match="expected 100 tokens in 100 steps"):
@@ -161,7 +161,7 @@ def test_medians(tiny: Path, rng: Rng, monkeypatch: pytest.MonkeyPatch) -> None:
     with Engine.load(tiny, n_ctx=64, n_checkpoints=1) as engine:
         m = measure_and_extend(engine, engine.memory.create(), 6, 8, rng, 3)
     assert (m.prompt_s, m.gen_s) == ([5.0, 2.0, 3.0], [8.0, 1.0, 4.0])
-    assert (m.medians, m.speeds) == ((3.0, 4.0), (2.0, 2.0))
+    assert m.medians() == {"t_pp": 3.0, "speed_pp": 2.0, "t_tg": 4.0, "speed_tg": 2.0}
 
 
 def test_a_table_line() -> None:
@@ -184,7 +184,7 @@ def test_the_table(tiny: Path, cli: Cli, form: tuple[str, ...]) -> None:
     rows = [[float(cell) for cell in LINE.fullmatch(line).groups()] for line in table[2:]]  # type: ignore[union-attr]
     assert [row[:3] for row in rows] == [[32, 3, n_kv] for n_kv in (0, 32, 64)]
     for pp, tg, _, t_pp, s_pp, t_tg, s_tg in rows:
-        # Seconds are printed to the millisecond: for short runs rougher than the speeds.
+        # Seconds are rounded to milliseconds, which is coarse for short runs.
         assert pp / s_pp == pytest.approx(t_pp, abs=0.000501)
         assert tg / s_tg == pytest.approx(t_tg, abs=0.000501)
     assert [(p.n_kv, p.speed_pp, p.speed_tg) for p in plots.parse_points(out)] == [
@@ -225,7 +225,7 @@ def test_bytes_are_those_a_sequence_fills(path: Path, rng: Rng) -> None:
 
 
 @pytest.mark.parametrize("warm", [True, False])
-def test_the_warm_up_is_no_row(
+def test_the_warm_up_is_not_printed(
     tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, warm: bool
 ) -> None:
     generated: list[int] = []
