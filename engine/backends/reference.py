@@ -17,7 +17,18 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from engine.backends.base import Array, Instruction, Split, Support, Watch, WeightSource
+from engine.backends.base import (
+    Array,
+    Backend,
+    Instruction,
+    Limits,
+    Registration,
+    Split,
+    Support,
+    Traits,
+    Watch,
+    WeightSource,
+)
 from engine.backends.native.states import ArrayStates
 from engine.formats.quants import I32, dequantize, numpy_dtype
 from engine.graph import Kind, Live, Node, Tensor
@@ -26,10 +37,12 @@ from engine.graph import Kind, Live, Node, Tensor
 DEFAULT_CACHE_BYTES = 16 << 30
 
 
-class ReferenceBackend:
+class ReferenceBackend(Backend):
     """Runs everything. `dtype`: float32, or float64 for tests against a higher precision."""
 
     name = "reference"
+    traits = Traits(cache_type="f32")
+    states: ArrayStates
 
     def __init__(self, dtype: type = np.float32, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
         self.dtype = np.dtype(dtype)
@@ -47,9 +60,6 @@ class ReferenceBackend:
         decoded = sum(math.prod(t.shape) for t in _weights_of(nodes)) * self.dtype.itemsize
         return min(decoded, self._weights.limit)
 
-    def free_bytes(self) -> int | None:
-        return None
-
     def load_weights(self, nodes: Sequence[Node], source: WeightSource) -> None:
         """Remember the bytes: a weight is decoded when a node first needs it."""
         for tensor in _weights_of(nodes):
@@ -57,9 +67,6 @@ class ReferenceBackend:
 
     def allocate_states(self, states: Sequence[Tensor]) -> None:
         self.states.allocate(states)
-
-    def declare_inputs(self, inputs: Sequence[Tensor]) -> None:
-        """Nothing to do: each input becomes an array when it is written."""
 
     def compile(self, split: Split) -> ReferenceProgram:
         return ReferenceProgram(self, split)
@@ -69,6 +76,11 @@ class ReferenceBackend:
 
     def read(self, tensor: Tensor) -> Array:
         return self._values[tensor]
+
+    def measure_limits(self) -> Limits:
+        from engine.backends.cpu.backend import CpuBackend
+
+        return CpuBackend().measure_limits()
 
     def release(self) -> None:
         self._weights, self.states = _WeightCache(self.dtype, self._weights.limit), ArrayStates()
@@ -100,12 +112,6 @@ class ReferenceBackend:
     def forget(self, tensor: Tensor) -> None:
         """Drop an activation, if there is one."""
         self._values.pop(tensor, None)
-
-
-def _weights_of(nodes: Sequence[Node]) -> list[Tensor]:
-    """The weights that nodes read, each once."""
-    operands = (t for node in nodes for t in node.inputs.values())
-    return list(dict.fromkeys(t.base for t in operands if t.kind is Kind.WEIGHT))
 
 
 class ReferenceProgram:
@@ -169,3 +175,18 @@ class _WeightCache:
             _, dropped = self._decoded.popitem(last=False)
             self._size -= dropped.nbytes
         return decoded
+
+
+def _weights_of(nodes: Sequence[Node]) -> list[Tensor]:
+    """The weights that some nodes read, each once."""
+    operands = (t for node in nodes for t in node.inputs.values())
+    return list(dict.fromkeys(t.base for t in operands if t.kind is Kind.WEIGHT))
+
+
+REGISTRATION = Registration(
+    "reference",
+    ReferenceBackend.traits,
+    make=lambda options: ReferenceBackend(),
+    missing=lambda: "",
+    describe=lambda: "reference",
+)

@@ -1,6 +1,6 @@
-"""Mistakes on the command line: one line on standard error, nothing on standard output.
+"""Errors of the command line: one line on standard error, nothing on standard output.
 
-Status 2 for what the options themselves have wrong, 1 for everything else. Bad models have their
+Status 2 for wrong options, 1 for every other error. Bad models have their
 own tests in test_bad_models.py and test_bad_files.py.
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.backends import cuda_missing
+from engine.backends import missing
 from engine.formats.gguf import GGUFFile
 from tests.support.helpers import Cli
 
@@ -40,7 +40,7 @@ def test_a_model_needs_its_name(cli: Cli, command: tuple[str, ...]) -> None:
 def test_unknown_options(cli: Cli, command: tuple[str, ...]) -> None:
     expected = "unrecognized arguments: --nothing"
     assert usage_error(cli, *command, "-m", "x", "--nothing") == expected
-    # Names are not to be shortened: a later option could make the short form mean another thing.
+    # Names can't be shortened: a later option could make a short form ambiguous.
     assert usage_error(cli, *command, "--mod", "x") == "unrecognized arguments: --mod x"
 
 
@@ -119,7 +119,7 @@ def test_what_cannot_be_run(cli: Cli, tiny: Path, options: tuple[str, ...], line
     assert cli("-m", tiny, "-p", "a", *options).refused() == line
 
 
-@pytest.mark.skipif(not cuda_missing(), reason="there is a GPU")
+@pytest.mark.skipif(not missing("cuda"), reason="there is a GPU")
 @pytest.mark.parametrize("command", [("-p", "a"), ("graph",), ("sweep-bench",)])
 def test_a_backend_that_is_not_there(cli: Cli, tiny: Path, command: tuple[str, ...]) -> None:
     line = cli(*command, "-m", tiny, "--backend", "cuda").refused()
@@ -129,15 +129,16 @@ def test_a_backend_that_is_not_there(cli: Cli, tiny: Path, command: tuple[str, .
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (("-ot", "a=b"), "--override-tensor: expected REGEX=cpu or REGEX=cuda, got 'a=b'"),
+        (("-ot", "a=b"), "--override-tensor: expected REGEX=BACKEND with one of cpu, reference "
+         "(in use), got 'a=b'"),
         (("-ot", "(=cpu"), "--override-tensor (=cpu: no regular expression: missing ), "
          "unterminated subpattern at position 0"),
         (("-ot", "ffn_oops=cpu"), "--override-tensor ffn_oops=cpu: matches no weight of the model"),
-        (("-ot", "ffn=cuda"), "--override-tensor ffn=cuda: expected one of cpu, reference "
-         "(in use)"),
+        (("-ot", "ffn=cuda"), "--override-tensor: expected REGEX=BACKEND with one of cpu, "
+         "reference (in use), got 'ffn=cuda'"),
     ],
 )  # fmt: skip
-def test_placement_that_cannot_be(
+def test_placement_that_is_impossible(
     cli: Cli, tiny: Path, options: tuple[str, ...], line: str
 ) -> None:
     assert cli("-m", tiny, "-p", "a", "--backend", "cpu", *options).refused() == line
@@ -171,7 +172,7 @@ def test_prompts_that_cannot_be_read(
     assert refused(stdin=latin.read_bytes()) == f"standard input: {expected}"
     # Half a character at the end.
     assert refused(stdin=b"ab\xc3") == "standard input: expected UTF-8, got byte 0xc3 at offset 2"
-    # How the system hands over bytes of an argument that are not UTF-8.
+    # Python decodes bytes of an argument that are not UTF-8 to lone surrogates.
     line = refused("-p", "a\udcff")
     assert line == "text cannot be encoded: lone surrogate '\\udcff' at character 1"
     # An empty name is not standard input.
@@ -218,6 +219,6 @@ def test_interrupted_before_the_first_token(
         assert cli(*command, "-m", tiny) == (130, "", "")
 
 
-def test_verbose_shows_where_an_error_came_from(cli: Cli, tmp_path: Path) -> None:
+def test_verbose_shows_the_traceback_of_an_error(cli: Cli, tmp_path: Path) -> None:
     with pytest.raises(Exception, match="No such file"):
         cli("-v", "-m", tmp_path / "none", "-p", "a")

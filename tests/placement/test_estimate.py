@@ -84,7 +84,7 @@ def test_what_was_estimated_is_what_is_kept(models: Models) -> None:
     for preset, dtype in (("tiny", "Q8_0"), ("tiny-moe", "F32"), ("tiny-kimi", "F32")):
         with Engine.load(models(preset, dtype), n_ctx=256) as engine:
             need = memory_estimate.estimate(engine.plan)
-            (backend,) = engine.plan.backends
+            backend: Any = engine.plan.backends[0]
             states = engine.plan.tensors_of(backend, Kind.STATE)
             assert need.weights == kept_bytes(backend)
             assert need.states + need.kv_cache == sum(t.nbytes for t in states)

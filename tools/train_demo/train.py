@@ -23,8 +23,12 @@ START = time.monotonic()
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch  # noqa: E402  (the script's own start is measured before it)
-import torch.nn.functional as F  # noqa: E402
+# START comes first: importing torch is part of the time that is measured.
+try:
+    import torch
+    import torch.nn.functional as F
+except ModuleNotFoundError as error:
+    sys.exit(f"train.py: expected {error.name} (pip install torch)")
 
 from tools.train_demo.evaluate import accuracy, perplexity  # noqa: E402
 from tools.train_demo.feed import BLOCK, Feed  # noqa: E402
@@ -62,6 +66,9 @@ def options() -> argparse.Namespace:
 
 class Run:
     """A training run: model, optimizer, log."""
+
+    model: Any
+    optimizer: Any
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -106,7 +113,7 @@ class Run:
                 Exception
             ) as error:  # whatever a compiler raises; the next attempt has less of it
                 self.say(event="attempt failed", compiled=compiled, error=repr(error)[:2000])
-                self.model = self.optimizer = None  # type: ignore[assignment]
+                self.model = self.optimizer = None
                 torch._dynamo.reset()
                 if self.device == "cuda":
                     torch.cuda.empty_cache()

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from engine.backends.base import Array, Split, Support, WeightSource
+from engine.backends.base import Array, Backend, Limits, Split, Support, Traits, WeightSource
+from engine.backends.cpu import limits
 from engine.backends.cpu.program import CpuProgram
 from engine.backends.cpu.row_tiles import row_tiles
 from engine.backends.cpu.weights import CpuWeights
@@ -36,7 +37,7 @@ _MAX_LATENT = 1024
 _KERNELS = {*SIGNATURES, "MUL_MAT", "MUL_MAT_ID"}
 
 
-class CpuBackend:
+class CpuBackend(Backend):
     """Runs on `n_threads` threads (None: all cores) with the kernels of `isa` (None: the best).
 
     `matrix`: whether row tiles are multiplied as bfloat16 tiles (None: where there are matrix
@@ -44,6 +45,8 @@ class CpuBackend:
     """
 
     name = "cpu"
+    traits = Traits()
+    states: ArrayStates
 
     def __init__(
         self, n_threads: int | None = None, isa: str | None = None, matrix: bool | None = None
@@ -98,17 +101,11 @@ class CpuBackend:
         decoded = sum(math.prod(t.shape) for t in plain) * 4
         return sum(map(self.weights.packed_bytes, packed)) + decoded
 
-    def free_bytes(self) -> int | None:
-        return None
-
     def load_weights(self, nodes: Sequence[Node], source: WeightSource) -> None:
         self.weights.load(*used_packed(nodes), source)
 
     def allocate_states(self, states: Sequence[Tensor]) -> None:
         self.states.allocate(states)
-
-    def declare_inputs(self, inputs: Sequence[Tensor]) -> None:
-        """Nothing to do: each input has memory of its own."""
 
     def compile(self, split: Split) -> CpuProgram:
         return CpuProgram(self, split)
@@ -152,6 +149,9 @@ class CpuBackend:
         times = None if seconds is None else seconds.ctypes.data
         program, n = instructions.ctypes.data, len(instructions)
         self.library.run(self.team, program, n, counts.ctypes.data, times)
+
+    def measure_limits(self) -> Limits:
+        return limits.measure(self.read_probe)
 
     def read_probe(self, rows: Array) -> None:
         """Read float32 rows [n, a multiple of 64] once, with all threads; for timing."""
