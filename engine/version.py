@@ -1,4 +1,4 @@
-"""The engine's version."""
+"""The engine's version: packaging and `--version` read it from here."""
 
 from __future__ import annotations
 

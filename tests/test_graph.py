@@ -79,11 +79,12 @@ def one_view(draw: st.DrawFn, t: Tensor, a: Array) -> tuple[Tensor, Array]:
 @given(data=st.data())
 @settings(max_examples=300, deadline=None)
 def test_views_show_what_numpys_views_show(data: st.DataObject) -> None:
-    shape = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple))
+    draw: Any = data.draw
+    shape = draw(st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple))
     base = np.arange(np.prod(shape), dtype=np.int64).reshape(shape)
     tensor, array = activation(*shape), base
-    for _ in range(data.draw(st.integers(1, 6))):
-        tensor, array = one_view(data.draw, tensor, array)
+    for _ in range(draw(st.integers(1, 6))):
+        tensor, array = one_view(draw, tensor, array)
         assert tensor.shape == array.shape
         assert np.array_equal(through(tensor, base), array)
         assert tensor.base.view_of is None
@@ -174,11 +175,12 @@ def test_patterns_bind_and_check() -> None:
     dims = match_shapes(inputs, q="T H D", k="T H D", one="1 H")
     assert (dims.T, dims.H, dims["D"]) == (5, 2, 16)
     assert match_shapes(inputs, {"H": 2}, one="1 H").H == 2
-    for patterns, message in (
+    wrong: tuple[tuple[Any, str], ...] = (
         ({"q": "T H D", "k": "H T D"}, r"operand k: expected \[H=2, T=5, D=16\], got \[5, 2, 16\]"),
         ({"q": "T H"}, r"operand q: expected \[T, H\], got \[5, 2, 16\]"),
         ({"one": "3 H"}, r"operand one: expected \[3, H\], got \[1, 2\]"),
-    ):
+    )
+    for patterns, message in wrong:
         with pytest.raises(ShapeError, match=message):
             match_shapes(inputs, **patterns)
 
@@ -187,11 +189,14 @@ def double(writes: tuple[str, ...] = ()) -> Op:
     """An op of two outputs."""
     return Op(
         "DOUBLE",
+        ("x", "state"),
         lambda inputs, attrs: [(inputs["x"].shape, F32)] * 2,
         lambda x, **_: (x, x),
         lambda node, live: Cost(0, 0),
-        lambda: (),
-        writes,
+        n_outputs=2,
+        attrs=("factor",),
+        optional=("state",),
+        writes=writes,
     )
 
 
@@ -200,7 +205,7 @@ def test_nodes_are_appended_with_their_outputs() -> None:
     first, second = graph.add(double(), "blk.0.double", {"x": activation(4, 3)}, factor=2)
     assert [t.name for t in (first, second)] == ["blk.0.double", "blk.0.double.1"]
     assert {t.kind for t in (first, second)} == {Kind.ACTIVATION}
-    graph.add(double(), "later", {"x": second})
+    graph.add(double(), "later", {"x": second, "state": None}, factor=1)
     assert [node.name for node in graph.nodes] == ["blk.0.double", "later"]
     assert graph.nodes[0].attrs == {"factor": 2}
     assert graph.nodes[0].outputs == (first, second)
@@ -209,10 +214,12 @@ def test_nodes_are_appended_with_their_outputs() -> None:
 def test_a_node_says_what_state_it_writes() -> None:
     graph = Graph(Capacity(4))
     state = graph.state("blk.0.state", (Dim(3, "n_slots"), 2))
-    graph.add(double(("state",)), "node", {"x": activation(4, 3), "state": state.slice(1, 0, 1)})
+    graph.add(
+        double(("state",)), "node", {"x": activation(4, 3), "state": state.slice(1, 0, 1)}, factor=1
+    )
     assert graph.nodes[0].written == [state]
     with pytest.raises(AssertionError):
-        graph.add(double(("x",)), "wrong", {"x": activation(4, 3)})
+        graph.add(double(("x",)), "wrong", {"x": activation(4, 3)}, factor=1)
 
 
 def test_weights_are_shared_by_name_and_the_rest_is_declared_once() -> None:

@@ -28,7 +28,6 @@ from engine import backends
 from engine.backends.cpu.backend import CpuBackend
 from engine.backends.native import library as cpu_library
 from engine.bench.facts import cpu_name
-from engine.bench.limits import measure_limits
 from engine.commands.options import InputError, Parser, integers, write_text
 from engine.errors import EngineError
 from engine.formats.gguf import GGUFFile
@@ -55,7 +54,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.number("-r --repetitions", "rounds (5)", default=5)
     p.number("-t --threads", "threads of each engine (all cores)", default=cpu_library.n_cores())
     p.number("-ub --ubatch-size", "most tokens of a step (512)", default=512)
-    add("--backend", choices=backends.NAMES, default="auto", help="of this engine (auto)")
+    add("--backend", choices=backends.names(), default="auto", help="of this engine (auto)")
     p.number("--accuracy-tokens", "compare the logits after N tokens with the reference's (64; "
         "0: none)", low=0, default=64)  # fmt: skip
     p.number("--seed", "seed of the random tokens (0)", low=0, default=0)
@@ -210,7 +209,7 @@ def _progress(text: str) -> None:
 def machine(n_threads: int) -> dict[str, Any]:
     """The CPU, its bandwidth, and the load average before the comparison."""
     load = os.getloadavg()[0]
-    limits = measure_limits(CpuBackend(n_threads), n_threads)
+    limits = CpuBackend(n_threads).measure_limits()
     return {
         "cpu": cpu_name() or "unknown CPU",
         "n_threads": n_threads,

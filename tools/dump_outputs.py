@@ -214,7 +214,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.command == "compare":
         return compare(args.before, args.after)
-    np.savez_compressed(args.file, **dump(args.device, args.quick))
+    arrays: dict[str, Any] = dump(args.device, args.quick)
+    np.savez_compressed(args.file, **arrays)
     return 0
 
 

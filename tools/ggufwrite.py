@@ -22,13 +22,14 @@ _NUMPY_KINDS = {
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor to write: row-major shape, GGML type number, size, and who supplies the bytes."""
+    """A tensor to write: row-major shape, GGML type number, size, and what supplies the bytes, as
+    bytes, memory views or arrays."""
 
     name: str
     shape: tuple[int, ...]
     ggml_id: int
     nbytes: int
-    data: Callable[[], Iterable[bytes | memoryview | np.ndarray]]
+    data: Callable[[], Iterable[Any]]
 
 
 def f32_tensor(name: str, values: np.ndarray) -> TensorSpec:

@@ -189,4 +189,5 @@ def _random_codes(
     """Codes of the two values around `target`, mixed so that their mean square is its square."""
     i = int(np.clip(np.searchsorted(values, target), 1, len(values) - 1))
     low, high = values[i - 1] ** 2, values[i] ** 2
-    return i - 1 + (rng.random(shape) < (target**2 - low) / (high - low))
+    codes: np.ndarray = i - 1 + (rng.random(shape) < (target**2 - low) / (high - low))
+    return codes

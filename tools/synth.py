@@ -16,7 +16,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class SynthError(Exception):
     """A mistake in the options, told in one line."""
 
 
-def write_model(
+def write_model(  # noqa: PLR0913
     path: str | Path,
     preset: str | Preset,
     dtype: str = "F32",
@@ -254,7 +254,7 @@ def _watched(specs: list[TensorSpec], progress: Callable[[int, int], None]) -> l
             done += memoryview(piece).nbytes
             progress(done, total)
 
-    return [replace(spec, data=lambda spec=spec: watch(spec)) for spec in specs]
+    return [replace(spec, data=partial(watch, spec)) for spec in specs]
 
 
 def _show_progress(done: int, total: int) -> None:

@@ -67,7 +67,7 @@ class RandomWeights:
 class Products:
     """`n_copies` nodes on one activation, with room for `capacity` rows."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self, device: Device, dtype: DType, shape: tuple[int, ...], capacity: int, n_copies: int,
         bf16_bytes: int | None = 0, used: int = 0, summed: bool = False,
     ) -> None:  # fmt: skip

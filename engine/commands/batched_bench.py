@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from engine.bench.facts import ModelFacts
 from engine.bench.measure import BenchError, Case, Measurement, measure, n_gpu_layers, n_threads
-from engine.commands.options import Parser, given_fields, load_engine, step_size
+from engine.commands.options import Parser, given_fields, load_engine
 from engine.commands.output import Rows, Table
 from engine.config import EngineConfig
-from engine.engine import Engine
+from engine.engine import Engine, resolved_config
 
 ABOUT = "Measure prompts and generation of several sequences at once, as llama-batched-bench does."
 _TABLE = Table({
@@ -86,7 +86,8 @@ def _engine_options(args: argparse.Namespace, cases: list[Case]) -> dict[str, An
         else:
             facts.check_context(case.n_prompt + case.n_gen, sizes)
     n_seqs = max(case.n_seqs for case in cases)
-    n_ubatch = min(EngineConfig(**given).n_batch, step_size(given))
+    config = resolved_config(**given)
+    n_ubatch = min(config.n_batch, config.n_ubatch)
     if n_seqs > n_ubatch:
         raise BenchError(f"-npl {n_seqs}: expected at most the {n_ubatch} tokens of a step (-ub)")
     n_ctx = given.get("n_ctx", max(case.n_kv for case in cases))

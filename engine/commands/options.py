@@ -10,8 +10,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from engine import backends
 from engine.config import EngineConfig
-from engine.engine import DEMO_MODEL, Engine
+from engine.engine import DEMO_MODEL, Engine, resolved_config
 from engine.errors import EngineError
 
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "'": "'", '"': '"', "\\": "\\"}
@@ -144,7 +145,7 @@ class Parser(argparse.ArgumentParser):
         """What runs the graph."""
         self.add_argument(
             "--backend",
-            choices=("auto", "cpu", "cuda", "reference"),
+            choices=backends.names(),
             default="auto",
             help="backend that runs the graph (auto: the fastest that works here)",
         )
@@ -189,7 +190,7 @@ def load_engine(args: argparse.Namespace, **options: Any) -> Engine:
 
 def step_size(options: dict[str, Any]) -> int:
     """Tokens of a step (-ub) of an engine with these options."""
-    return EngineConfig(**options).n_ubatch
+    return resolved_config(**options).n_ubatch
 
 
 def read_prompt(parser: Parser, args: argparse.Namespace) -> str:

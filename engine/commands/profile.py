@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.bench.limits import Limits, measure_limits
-from engine.bench.measure import n_threads
+from engine.backends.base import Limits
 from engine.bench.profile import Entry, Row, StepProfile, by_layer_kind, by_op, profile_step
 from engine.commands.options import Parser, given_fields, load_engine, step_size
 from engine.config import EngineConfig
@@ -47,7 +46,7 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
     with load_engine(args, n_ctx=n_ctx, n_ubatch=n_ubatch, n_batch=n_batch) as engine:
         rng = np.random.default_rng(args.seed)
         profile = profile_step(engine, n_tokens, args.n_depth, repeats, rng)
-        limits = measure_limits(engine.plan.backends[0], n_threads(engine))
+        limits = engine.plan.backends[0].measure_limits()
         kinds = by_layer_kind(profile, engine.plan.graph.layer_kinds)
     if args.output == "json":
         print(json.dumps(_document(profile, limits, kinds), indent=1))

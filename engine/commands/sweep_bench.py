@@ -17,6 +17,7 @@ from engine.bench.measure import (
     Measurement,
     backend_names,
     measure_and_extend,
+    n_gpu_layers,
     n_threads,
     rss_hwm_mib,
     sequences,
@@ -113,7 +114,7 @@ def _settings(engine: Engine, n_kv_max: int) -> dict[str, int]:
         "n_batch": engine.config.n_batch,
         "n_ubatch": engine.config.n_ubatch,
         "flash_attn": 1,
-        "n_gpu_layers": layers if "cuda" in backend_names(engine).split("+") else 0,
+        "n_gpu_layers": layers if n_gpu_layers(engine) else 0,
         "n_threads": threads,
         "n_threads_batch": threads,
     }
@@ -134,6 +135,5 @@ def _extra(engine: Engine, n_kv: int) -> dict[str, Any]:
         "state_bytes": state_bytes,
         "kv_bytes": kv_bytes,
         "rss_hwm_mib": rss_hwm_mib(),
-        # No backend of this version has memory of its own.
-        "vram_delta_mib": 0.0,
+        "vram_delta_mib": engine.device_bytes() / 2**20,
     }

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
-import engine.engine
 from engine import Engine
 from engine.bench.facts import ModelFacts
 from engine.bench.measure import BenchError, Case, measure
 from engine.commands.bench import cases_of, warm_up_case
 from engine.errors import EngineError
+from engine.runtime import batch
 from engine.runtime.batch import Chunk
 from engine.runtime.request import Request
 from tests.support.helpers import STD, Cli, assert_all_free
@@ -58,7 +58,7 @@ class Step(NamedTuple):
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     """Every step that an engine runs from now on."""
     seen: list[Step] = []
-    pack = engine.engine.pack
+    pack = batch.pack
 
     def spy(chunks: Any, memory_steps: Any, capacity: Any) -> Any:
         batch = pack(chunks, memory_steps, capacity)
@@ -66,7 +66,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
         seen.append(Step(past, [len(chunk.tokens) for chunk in chunks], batch.live.kv_rows))
         return batch
 
-    monkeypatch.setattr("engine.engine.pack", spy)
+    monkeypatch.setattr("engine.runtime.loop.pack", spy)
     return seen
 
 
@@ -181,16 +181,16 @@ def shorten_prompts(patch: pytest.MonkeyPatch) -> None:
 
 def change_tokens(change: Callable[[list[int]], object]) -> Callable[[pytest.MonkeyPatch], None]:
     def apply(patch: pytest.MonkeyPatch) -> None:
-        receive = Request.receive
+        accept_logits = Request.accept_logits
         changed: list[Request] = []
 
-        def receive_and_change(self: Request, logits: Any) -> None:
-            receive(self, logits)
+        def accept_and_change(self: Request, logits: Any) -> None:
+            accept_logits(self, logits)
             if len(self.tokens) == 2 and self not in changed:
                 changed.append(self)
                 change(self.tokens)
 
-        patch.setattr(Request, "receive", receive_and_change)
+        patch.setattr(Request, "accept_logits", accept_and_change)
 
     return apply
 
@@ -239,8 +239,17 @@ def test_models_one_after_another(
     paths = [str(models("tiny", "Q8_0")), str(models("tiny-moe", "F32"))]
     events: list[str] = []
     load, close = Engine.load, Engine.close
-    monkeypatch.setattr(Engine, "load", lambda p, **o: (events.append(p), load(p, **o))[1])
-    monkeypatch.setattr(Engine, "close", lambda self: (events.append("closed"), close(self))[1])
+
+    def noted_load(path: str, **options: Any) -> Engine:
+        events.append(path)
+        return load(path, **options)
+
+    def noted_close(engine: Engine) -> None:
+        events.append("closed")
+        close(engine)
+
+    monkeypatch.setattr(Engine, "load", noted_load)
+    monkeypatch.setattr(Engine, "close", noted_close)
     rows = bench_json(cli, "-m", ",".join(paths), "-p", 4, "-n", 1, "-r", 1)
     assert [row["model_filename"] for row in rows] == [p for p in paths for _ in range(2)]
     assert [row["model_type"] for row in rows[::2]] == ["qwen35 Q8_0", "qwen35moe F32"]
@@ -386,7 +395,8 @@ def test_batched_steps(
 ) -> None:  # fmt: skip
     """Full steps of prompts, then steps of all sequences; the smallest context suffices."""
     case = Case(n_prompt, n_gen, n_seqs=n_seqs, is_shared=shared)
-    options = {"n_parallel": n_seqs, "n_checkpoints": n_seqs, "n_ubatch": n_ubatch}
+    options: dict[str, Any] = {"n_parallel": n_seqs, "n_checkpoints": n_seqs}
+    options["n_ubatch"] = n_ubatch
     with Engine.load(tiny, n_ctx=case.n_kv, **options) as engine:
         list(measure(engine, [case], rng))
         assert_all_free(engine)

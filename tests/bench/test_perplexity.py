@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def scores(engine: Engine, ids: list[int], n_ctx: int, stride: int) -> list[NDAr
     for i in range(len(ids) // n_ctx):
         tokens = ids[i * n_ctx : (i + 1) * n_ctx]
         tokenizer = engine.tokenizer
-        given = [tokenizer.bos_id, *tokens[1:]] if tokenizer.add_bos else tokens
+        given: Any = [tokenizer.bos_id, *tokens[1:]] if tokenizer.add_bos else tokens
         logits = log_softmax(engine.logits(given).astype(np.float64))
         rows = range(n_ctx // 2, n_ctx - 1)
         found.append(np.array([-logits[j, tokens[j + 1]] for j in rows]))

@@ -41,7 +41,7 @@ def contents(engine: Engine, seq: int) -> list[dict[str, Any]]:
     """The recurrent state and the KV cache of a sequence, from every store."""
     span, size = engine.memory._sequences[seq], engine.capacity.block_size
     saved: list[dict[str, Any]] = []
-    for store in engine._running().stores:
+    for store in engine.loop.executable.stores:
         saved.append({} if span.state.slot < 0 else store.save("n_slots", span.state.slot))
         for i, block in enumerate(span.table.blocks):
             kv = store.save("n_blocks", block)  # [..., block_size, head_dim] each
@@ -218,7 +218,7 @@ def test_bytes_are_those_a_sequence_fills(path: Path, rng: Rng) -> None:
         seq = engine.memory.create()
         engine.prefill(seq, [1] * 100)
         span = engine.memory._sequences[seq]
-        (store,) = engine._running().stores
+        (store,) = engine.loop.executable.stores
         state = sum(a.nbytes for a in store.save("n_slots", span.state.slot).values())
         block = sum(a.nbytes for a in store.save("n_blocks", span.table.blocks[0]).values())
         assert sequence_bytes(engine, 100) == (state, block * 100 // 64)
@@ -229,7 +229,12 @@ def test_the_warm_up_is_not_printed(
     tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, warm: bool
 ) -> None:
     generated: list[int] = []
-    monkeypatch.setattr(measure, "time_generation", lambda e, f, n, a: generated.append(n) or 1.0)
+
+    def note(engine: Engine, first: object, n: int, after: object) -> float:
+        generated.append(n)
+        return 1.0
+
+    monkeypatch.setattr(measure, "time_generation", note)
     form = ("--output-format", "jsonl", *(() if warm else ("--no-warmup",)))
     status, out, _ = cli("sweep-bench", "-m", tiny, "-c", 32, "-ub", 32, *form)
     assert (status, out.count("\n")) == (0, 1)

@@ -109,7 +109,7 @@ def test_templates(cli: Cli, model: Path, tmp_path: Path) -> None:
     for option, reasoning in ((), None), (("--reasoning",), True), (("--no-reasoning",), False):
         result = cli("-m", model, "-cnv", "--chat-template", template, *option, *GREEDY,
                      stdin=b"the cat\nmore\n")  # fmt: skip
-        options = {"template": ChatTemplate(QWEN35_STYLE), "reasoning": reasoning}
+        options: Any = {"template": ChatTemplate(QWEN35_STYLE), "reasoning": reasoning}
         assert result.out == "".join(f"{t}\n" for t in answers(model, "the cat", "more", **options))
         _, (_, _, kept, dropped, _) = turns(result.err)
         assert kept > 0
@@ -200,7 +200,7 @@ def test_templates_that_cannot_be_used(cli: Cli, model: Path, tmp_path: Path) ->
 
 
 def test_a_bad_template_in_the_model(cli: Cli, tmp_path: Path) -> None:
-    overrides = {"tokenizer.chat_template": "{{ a b }}"}
+    overrides: dict[str, Any] = {"tokenizer.chat_template": "{{ a b }}"}
     path = write_model(tmp_path / "m.gguf", "tiny", overrides=overrides)
     line = cli("-m", path, "-cnv", "-p", "a").refused()
     assert line.startswith(f"{path}: chat template: line 1: expected token")

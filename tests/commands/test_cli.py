@@ -10,6 +10,7 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ from tools.synth import tensor_type
 GREEDY = ("--temp", 0)
 
 
-def completion(path: Path, prompt: str, n: int, **params: float) -> str:
+def completion(path: Path, prompt: str, n: int, **params: Any) -> str:
     """The completion that `Engine.generate` gives."""
     chosen = SamplingParams(max_tokens=n, **{"temperature": 0, **params})
     with Engine.load(path) as engine:

@@ -25,12 +25,13 @@ ENV = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUF
 
 def run(*argv: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
     command = [*COMMAND, *map(str, argv)]
-    options = {
+    defaults: dict[str, Any] = {
         "stdin": subprocess.DEVNULL,
         "capture_output": True,
         "env": ENV,
         "timeout": 60,
-    } | options
+    }
+    options = defaults | options
     if "input" in options:
         del options["stdin"]
     return subprocess.run(command, check=False, **options)
@@ -63,7 +64,7 @@ def test_errors_are_one_line_and_a_status(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_an_argument_that_is_not_utf8(tiny: Path) -> None:
-    command = [*map(str, COMMAND), "-m", str(tiny), "-p", b"a\xff"]
+    command: list[str | bytes] = [*map(str, COMMAND), "-m", str(tiny), "-p", b"a\xff"]
     done = subprocess.run(command, capture_output=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (1, b"")
     assert (

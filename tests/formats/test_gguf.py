@@ -182,7 +182,7 @@ def test_types_are_those_of_the_gguf_package(kind: str) -> None:
     with np.errstate(all="ignore"):  # random scales may be NaN or infinite
         ours = dequantize(dtype, raw.reshape(-1), (2, 3, 512))
         expected = gguf.quants.dequantize(raw, theirs)
-    assert (ours.dtype, ours.shape) == (np.float32, (2, 3, 512))
+    assert (ours.dtype, ours.shape) == (np.dtype(np.float32), (2, 3, 512))
     np.testing.assert_array_equal(ours, expected)
 
 
@@ -390,6 +390,7 @@ def test_changed_bytes_raise_nothing_else(valid: tuple[Path, bytes], data: st.Da
     except GGUFError as error:
         message = str(error)
     if file is None:
+        assert message is not None
         assert message.startswith(f"{path}: ")
         assert len(message.splitlines()) == 1
         return

@@ -243,9 +243,10 @@ def test_fewer_layers_than_the_file_has(refused: Refused) -> None:
 
 
 def test_prediction_layers_only(refused: Refused) -> None:
-    overrides = {A + "block_count": 2, A + "nextn_predict_layers": 1}
+    overrides: dict[str, Any] = {A + "block_count": 2, A + "nextn_predict_layers": 1}
     overrides[A + "attention.recurrent_layers"] = np.zeros(2, bool)
-    preset = replace(PRESETS["tiny"], n_layers=1, full_attention_interval=1)
+    tiny: Any = PRESETS["tiny"]
+    preset = replace(tiny, n_layers=1, full_attention_interval=1)
     names = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_q_norm", "attn_k_norm",
              "attn_output", "post_attention_norm", "ffn_gate", "ffn_up", "ffn_down")  # fmt: skip
     arrays: dict[str, Any] = {f"blk.0.{name}.weight": None for name in names}

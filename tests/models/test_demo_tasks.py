@@ -19,7 +19,7 @@ from tools.train_demo.tasks import TASKS, Question, draw, is_held_out
 N = 200
 
 
-def right(question: Question) -> bool:
+def right(question: Question) -> bool:  # noqa: C901
     """Whether the answer is right, computed anew from the text of the question."""
     text, answer = question.text, question.answer
     numbers = [int(n) for n in re.findall(r"\d+", text)]

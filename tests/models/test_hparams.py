@@ -25,7 +25,7 @@ from tools.presets import PRESETS, Preset, tensors
 from tools.synth import write_model
 
 A = "qwen35."
-TINY = PRESETS["tiny"]
+TINY: Any = PRESETS["tiny"]
 LINEAR = np.array([True, True, True, False])
 Arrays = dict[str, NDArray[Any] | None]
 
@@ -129,7 +129,8 @@ def test_the_head_size_defaults_to_the_width_by_heads(load: Callable[..., Engine
     preset = replace(TINY, head_dim=16)
     lengths = dict.fromkeys((A + "attention.key_length", A + "attention.value_length"))
     given, missing = (load(preset, overrides=overrides) for overrides in ({}, lengths))
-    assert given.model.attention[3].d_head == 16
+    model: Any = given.model
+    assert model.attention[3].d_head == 16
     assert (given.logits([1, 2]) == missing.logits([1, 2])).all()
 
 
@@ -183,7 +184,7 @@ def test_layers_for_multi_token_prediction_are_skipped(
 
 def test_feed_forward_lengths_by_layer(load: Callable[..., Engine]) -> None:
     lengths = np.array([192, 64, 320, 192], np.int32)
-    rng, arrays = np.random.default_rng(0), {}
+    rng, arrays = np.random.default_rng(0), dict[str, Any]()
     for i, n_ff in enumerate(lengths.tolist()):
         arrays |= {f"blk.{i}.ffn_{x}.weight": rng.normal(size=(n_ff, 64)) for x in ("gate", "up")}
         arrays[f"blk.{i}.ffn_down.weight"] = rng.normal(size=(64, n_ff)) * 0.1

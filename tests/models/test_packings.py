@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,13 @@ def read_tensors(path: Path) -> Tensors:
     }
 
 
+def _pieces(rows: np.ndarray[Any, Any]) -> list[bytes]:
+    return [rows.tobytes()]
+
+
 def write_tensors(path: Path, metadata: dict[str, Any], tensors: Tensors) -> Path:
     specs = [
-        TensorSpec(
-            name, t.shape, t.dtype.ggml_id, t.rows.nbytes, lambda rows=t.rows: [rows.tobytes()]
-        )
+        TensorSpec(name, t.shape, t.dtype.ggml_id, t.rows.nbytes, partial(_pieces, t.rows))
         for name, t in tensors.items()
     ]
     write_gguf(path, metadata, specs)
@@ -222,7 +225,8 @@ def test_a_quantized_tensor_of_keys_and_values_is_taken_apart_by_rows(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
     """The other way round: from an old quantized file to its values in a new file's tensors."""
-    preset = replace(PRESETS["tiny-kimi"], legacy_kv_b=True)
+    tiny: Any = PRESETS["tiny-kimi"]
+    preset = replace(tiny, legacy_kv_b=True)
     path = write_model(tmp_path / "old.gguf", preset, "Q8_0", std=STD)
     new, metadata, ids = read_tensors(path), GGUFFile(path).metadata, random_ids(rng, N_IDS)
     for layer in ("blk.2", "blk.4"):

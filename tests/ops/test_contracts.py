@@ -18,11 +18,11 @@ import pytest
 from engine.formats.quants import F32, I32, DType
 from engine.graph import Capacity, Graph, Kind, Op, ShapeError, Tensor
 from engine.ops import OPS
-from engine.ops.cases import Case, Operand, single_node_graph
 from engine.ops.mul_mat import mul_mat
 from engine.ops.mul_mat_id import mul_mat_id
 from engine.ops.qk_norm_rope import QK_NORM_ROPE
 from engine.ops.router import ROUTER
+from tests.support.cases import Case, Operand, single_node_graph
 from tests.support.opcase import largest_case
 
 # Which axes nothing else determines: counts of rows, slots and blocks, widths of tables.
@@ -152,6 +152,7 @@ def plain(name: str, *shape: int) -> Tensor:
 
 def test_heads_must_be_multiples() -> None:
     q = operands_of(OPS["ATTENTION"])[1]["q"].values
+    wrong: dict[str, tuple[int, ...]]
     wrong = {"q": (len(q), 5, q.shape[2]), "gate": (len(q), 5, q.shape[2])}
     with pytest.raises(ShapeError, match="operand q: expected a multiple of 2 heads, got 5"):
         build(OPS["ATTENTION"], wrong)
@@ -232,7 +233,7 @@ def experts_node(dtype: DType = I32, gapped: str = "", **shapes: tuple[int, ...]
 def test_rows_of_experts_must_fit(operand: str, shape: tuple[int, ...]) -> None:
     experts_node()
     with pytest.raises(ShapeError, match=r"^MUL_MAT_ID y: operand \w+: expected \[.*, got \["):
-        experts_node(**{operand: shape})
+        experts_node(I32, "", **{operand: shape})
 
 
 @pytest.mark.parametrize("operand", ["x", "ids", "weights"])

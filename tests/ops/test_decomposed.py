@@ -77,9 +77,8 @@ def run_decomposed(
         "state_dst": graph.input("state_dst", (n_seqs,)),
         "snapshot_dst": graph.input("snapshot_dst", (n_seqs, 0)),
     }
-    out = delta_net_decomposed(
-        graph, "rule", **operands, state=state, batch=batch, head_map=head_map
-    )
+    given = {**operands, "state": state, **batch}
+    out = delta_net_decomposed(graph, "rule", given, head_map=head_map)
     graph.outputs["out"] = out
     backend = ReferenceBackend(np.float64)
     executable = Executable(place(graph, [backend]), RawWeights({}))
@@ -110,7 +109,7 @@ def test_one_layer_is_the_naive_definition(
     kda: bool,
     seed: int,
 ) -> None:
-    arrays = random_layer(seed, lengths, n_heads, gate, kda)
+    arrays: dict[str, Any] = random_layer(seed, lengths, n_heads, gate, kda)
     capacity = Capacity(n_tokens, n_seqs=1 if n_tokens == 1 else len(lengths) + 1)
     graph, out, states = run_decomposed(arrays, capacity, head_map)
     (want,), want_states = naive(**arrays, head_map=head_map, scale=24**-0.5)
@@ -124,7 +123,7 @@ def test_one_layer_is_the_naive_definition(
 
 
 def test_as_many_key_heads_as_value_heads_need_no_repeat(seed: int) -> None:
-    arrays = random_layer(seed, (20,), (3, 3), -0.5, False)
+    arrays: dict[str, Any] = random_layer(seed, (20,), (3, 3), -0.5, False)
     graph, out, _ = run_decomposed(arrays, Capacity(20), "tiled")
     (want,), _ = naive(**arrays, head_map="tiled", scale=24**-0.5)
     assert_close(out, want, 1e-24, f"seed {seed}")
@@ -132,7 +131,7 @@ def test_as_many_key_heads_as_value_heads_need_no_repeat(seed: int) -> None:
 
 
 def test_slots_that_are_not_read_may_hold_nan(seed: int) -> None:
-    arrays = random_layer(seed, (70, 5), (2, 4), -0.1, False)
+    arrays: dict[str, Any] = random_layer(seed, (70, 5), (2, 4), -0.1, False)
     (want,), _ = naive(**arrays, head_map="tiled", scale=24**-0.5)
     arrays["state"][[0, 1, 3, 4]] = np.nan
     _, out, states = run_decomposed(arrays, Capacity(80, n_seqs=2), "tiled")

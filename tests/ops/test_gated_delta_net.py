@@ -79,7 +79,8 @@ class Problem:
 
     def naive(self) -> tuple[Array, Array]:
         """What must come out."""
-        (out,), states = naive(**self.arrays, **self.attrs)
+        operands: dict[str, Any] = self.arrays
+        (out,), states = naive(**operands, **self.attrs)
         return out, states["state"]
 
     def part(self, start: int, stop: int) -> Problem:
@@ -155,7 +156,8 @@ def test_nearly_parallel_keys_with_full_steps(n_tokens: int, kda: bool, seed: in
     rng = np.random.default_rng(seed)
     k = np.ones_like(problem.arrays["k"]) + 1e-3 * rng.normal(size=problem.arrays["k"].shape)
     problem.arrays["k"] = k / np.linalg.norm(k, axis=-1, keepdims=True)
-    problem.arrays["beta"] = 1 - 1e-3 * rng.uniform(size=problem.arrays["beta"].shape)
+    drawn = rng.uniform(size=problem.arrays["beta"].shape)
+    problem.arrays["beta"] = np.asarray(1 - 1e-3 * drawn)
     want = problem.naive()
     for algorithm in ("scan", "chunk"):
         for got, right in zip(problem.run(algorithm), want, strict=True):

@@ -15,12 +15,12 @@ from engine.backends.reference import ReferenceBackend
 from engine.formats.quants import F16, F32, DType
 from engine.graph import Capacity, Dim, Graph, Kind, Tensor
 from engine.ops.attention import attention
-from engine.ops.cases import live_counts, paged_operands
 from engine.ops.mla_cache import mla_cache
 from engine.placement.place import place
 from engine.runtime.batch import row_blocks
 from engine.runtime.executor import Executable
 from tests.support import naive
+from tests.support.cases import live_counts, paged_operands
 from tests.support.opcase import F16_LIMIT, OpCase, RawWeights, assert_close, fresh_seed
 
 Array = np.ndarray[Any, Any]
@@ -90,9 +90,9 @@ def check(backend: Any, cache_type: DType, seed: int, limit: float) -> None:
     # A row rounded the other way to float16 shows in the result too.
     limit = max(limit, F16_LIMIT) if cache_type is F16 else limit
     assert_close(out, want, limit, f"output on {where}")
-    live = ~np.isnan(stored)
-    assert np.array_equal(np.isnan(after), ~live), where
-    assert_close(after[live], stored[live], limit, f"cache on {where}")
+    written = ~np.isnan(stored)
+    assert np.array_equal(np.isnan(after), ~written), where
+    assert_close(after[written], stored[written], limit, f"cache on {where}")
 
 
 @pytest.mark.parametrize("cache_type", [F32, F16], ids=lambda t: t.name)

@@ -83,7 +83,7 @@ def test_sums_of_almost_nothing_stay_finite() -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("gating", ["softmax", "sigmoid"])
 def test_a_token_has_the_experts_that_it_has_alone(dtype: type, gating: str) -> None:
-    logits = np.random.default_rng(0).normal(size=(33, 64)).astype(dtype)
+    logits: Any = np.random.default_rng(0).normal(size=(33, 64)).astype(dtype)
     attrs: dict[str, Any] = {"n_used": 6, "gating": gating, "scale": 1.0, "eps": 0.0}
     ids, weights = ROUTER.reference(logits, groups=(8, 4), **attrs)
     for t in range(len(logits)):

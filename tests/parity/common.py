@@ -198,7 +198,7 @@ class Golden:
     choice_margin: float = np.inf  # the smallest of all routers, for `ids`, prompt and greedy run
 
     def save(self, path: Path) -> None:
-        choice = {"choice_margin": np.float32(self.choice_margin)}
+        choice: dict[str, Any] = {"choice_margin": np.float32(self.choice_margin)}
         np.savez_compressed(
             path,
             seed=np.uint32(self.seed),

@@ -82,6 +82,7 @@ def choice_margin(case: Case, model: Any, ids: list[int]) -> float:
 
     def note(router: Any, _: Any, output: tuple[torch.Tensor, ...]) -> None:
         bias = getattr(router, "e_score_correction_bias", torch.zeros(1))
+        assert case.routing is not None
         margins.append(case.routing.margin(output[0].numpy(), bias.numpy()))
 
     handles = [router.register_forward_hook(note) for router in routers]
@@ -110,7 +111,7 @@ def first_fair(case: Case, seeds: Iterable[int]) -> Live:
         model = build(case, weights)
         ids, prompt = random_ids(case, seed)
         choice = choice_margin(case, model, ids)
-        tokens, margin = [], np.inf
+        tokens, margin = list[int](), np.inf
         if choice >= MIN_CHOICE_MARGIN:  # else a greedy run would take time for nothing
             tokens, margin = greedy(model, prompt)
             choice = min(choice, choice_margin(case, model, prompt + tokens))

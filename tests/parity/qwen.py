@@ -82,6 +82,18 @@ class HybridCase:
     def n_conv_rows(self) -> int:
         return 2 * self.n_k_heads * self.k_head_dim + self.n_v_rows
 
+    def linear_parameters(self) -> Parameters:
+        raise NotImplementedError
+
+    def linear_tensors(self, w: Weights) -> Weights:
+        raise NotImplementedError
+
+    def ffn_parameters(self) -> Parameters:
+        raise NotImplementedError
+
+    def ffn_tensors(self, w: Weights) -> Weights:
+        raise NotImplementedError
+
     def parameters(self) -> Parameters:
         output_norm = norm_of_both_signs if self.tied else norm_around_0
         table: Parameters = {

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,7 +78,7 @@ def test_what_was_estimated_is_what_is_kept(models: Models) -> None:
     for preset, dtype in (("tiny", "Q8_0"), ("tiny-moe", "F32"), ("tiny-kimi", "F32")):
         with Engine.load(models(preset, dtype), n_ctx=256) as engine:
             need = memory_estimate.estimate(engine.plan)
-            (backend,) = engine.plan.backends
+            backend: Any = engine.plan.backends[0]
             states = engine.plan.tensors_of(backend, Kind.STATE)
             assert need.weights == backend.weights.nbytes
             assert need.states + need.kv_cache == sum(t.nbytes for t in states)
@@ -112,9 +113,8 @@ def test_types_that_are_rounded_are_told_once(
 ) -> None:
     with Engine.load(models("tiny-untied", "MXFP4"), n_ctx=256) as engine:
         assert engine.logits([1, 2, 3]).shape[0] == 3
-        assert (
-            memory_estimate.estimate(engine.plan).weights == engine.plan.backends[0].weights.nbytes
-        )
+        backend: Any = engine.plan.backends[0]
+        assert memory_estimate.estimate(engine.plan).weights == backend.weights.nbytes
     (line,) = [r.getMessage() for r in caplog.records]
     words = r"MXFP4 is kept as Q8_0: \d+ tensors, [\d.]+ MiB in the file, [\d.]+ MiB in memory"
     assert re.fullmatch(words, line), line

@@ -225,7 +225,8 @@ def check_contents(engine: Engine) -> None:
         assert set(backend.states.arrays) == {t for t in used if t.kind is Kind.STATE}
         keeps = {t for s in plan.splits if s.backend is backend for t in s.keeps}
         assert set(backend.held()) <= keeps
-    loaded = {name for backend in plan.backends for name in backend.loaded}
+    pickies: list[Any] = plan.backends
+    loaded = {name for backend in pickies for name in backend.loaded}
     assert loaded == plan.graph.weights.keys()
 
 

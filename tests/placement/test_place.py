@@ -230,5 +230,10 @@ def test_the_reference_backend_refuses_nothing(graph: Graph) -> None:
 
 def test_each_node_is_asked_about_before_anything_is_placed(graph: Graph) -> None:
     asked: list[Node] = []
-    place(graph, [Picky("a", lambda node: asked.append(node) or "")])
+
+    def refuses(node: Node) -> str:
+        asked.append(node)
+        return ""
+
+    place(graph, [Picky("a", refuses)])
     assert asked == graph.nodes

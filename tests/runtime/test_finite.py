@@ -1,7 +1,7 @@
-"""The non-finite guard: a sequence that goes wrong ends alone, named, and leaves nothing behind.
+"""The finite check: a sequence with NaN ends alone, is named, and leaves no NaN in memory.
 
-A NaN in one row of the token embedding hits whoever uses that token, and nobody else; a NaN in a
-norm hits everybody.
+A NaN in one row of the token embedding affects only the sequences that use that token; a NaN in a
+norm affects all.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=[False, True], ids=["logits only", "every node"])
 def engine(bad_row: Path, request: pytest.FixtureRequest, backend: str) -> Iterator[Engine]:
-    options = {"n_ctx": 512, "n_parallel": 3, "n_ubatch": 192, "n_checkpoints": 2}
+    options: dict[str, Any] = {"n_ctx": 512, "n_parallel": 3, "n_ubatch": 192, "n_checkpoints": 2}
     options |= {"backend": backend, "check": request.param, **ROW_BY_ROW}
     with Engine.load(bad_row, **options) as engine, np.errstate(all="ignore"):
         yield engine
@@ -75,12 +75,13 @@ def engine(bad_row: Path, request: pytest.FixtureRequest, backend: str) -> Itera
 
 @pytest.fixture(scope="module")
 def sane(models: Callable[[str, str], Path], backend: str) -> Engine:
-    options = {"n_ctx": 512, "n_ubatch": 128, **ROW_BY_ROW}
+    options: dict[str, Any] = {"n_ctx": 512, "n_ubatch": 128, **ROW_BY_ROW}
     return Engine.load(models("tiny-untied", "F32"), backend=backend, **options)
 
 
 def states(engine: Engine) -> dict[Any, NDArray[Any]]:
-    arrays = engine.plan.backends[0].states.arrays
+    store: Any = engine.plan.backends[0].states
+    arrays: dict[Any, NDArray[Any]] = store.arrays
     assert arrays
     return arrays
 
@@ -113,7 +114,7 @@ def test_a_sequence_that_goes_wrong_ends_alone(engine: Engine, sane: Engine, rng
 
 def test_the_others_logits_are_those_of_a_batch_without_it(engine: Engine, rng: Rng) -> None:
     good, bad = ids(rng, 40), [BAD]
-    with_it, without = [], []
+    with_it, without = list[Any](), list[Any]()
     for rows, partner in ((with_it, bad), (without, [1])):
         a, b = engine.memory.create(), engine.memory.create()
         logits, failures = engine.run([Chunk(a, good), Chunk(b, partner)])
@@ -179,7 +180,7 @@ def is_slot_wise(engine: Engine, array: NDArray[Any]) -> bool:
 
 
 def snapshot(engine: Engine, n_blocks: int) -> list[tuple[Any, NDArray[Any]]]:
-    """Copies, padded so that both a slot and a block may be looked up in each."""
+    """Copies, padded so that both a slot and a block index are valid in each."""
     return [(t, np.concatenate([a, a])) for t, a in states(engine).items()]
 
 
@@ -207,7 +208,7 @@ def test_what_others_share_of_it_stays(engine: Engine, sane: Engine, rng: Rng, h
 
 
 def test_the_engine_goes_on_with_clean_memory(engine: Engine, sane: Engine, rng: Rng) -> None:
-    """The blocks and slots that failed are used again."""
+    """The blocks and slots of the failed sequence are used again."""
     for _ in range(2):
         done = engine.generate_batch([[BAD], [1, BAD], [*ids(rng, 80), BAD]], GREEDY)
         assert {c.finish_reason for c in done} == {"error"}
@@ -216,7 +217,7 @@ def test_the_engine_goes_on_with_clean_memory(engine: Engine, sane: Engine, rng:
 
 
 def test_a_token_that_was_drawn_can_be_the_bad_one(engine: Engine) -> None:
-    """It fails a step later than it is drawn; what came before stays."""
+    """The bad token fails one step after it is sampled; the tokens before it stay."""
     tempted = SamplingParams(temperature=0, max_tokens=8, logit_bias={BAD: 1e4})
     completion = engine.generate([1, 2, 3], tempted)
     assert next(completion).token == BAD
@@ -241,7 +242,7 @@ def test_a_wrong_weight_fails_everybody(
 ) -> None:
     shape = weight(models("tiny-untied", "F32"), name).shape
     path = planted(models, tmp_path / "m", name, tuple(0 for _ in shape), np.nan)
-    options = {"backend": backend, "n_parallel": 2, "check": check}
+    options: Any = {"backend": backend, "n_parallel": 2, "check": check}
     with np.errstate(all="ignore"), Engine.load(path, **options) as engine:
         done = engine.generate_batch([[1] * 5, [2] * 70, [3]], GREEDY)
         layer = name.removesuffix(".weight").rsplit(".", 1)[0]

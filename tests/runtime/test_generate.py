@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from tools.synth import write_model
 Rng = np.random.Generator
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 # Flat enough that two seeds can't agree by chance.
-WILD = {"temperature": 2.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "max_tokens": 30}
+WILD: Any = {"temperature": 2.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "max_tokens": 30}
 PROMPT = [72, 101, 108, 108, 111]
 
 
@@ -57,7 +58,8 @@ def test_str_and_ids_are_the_same_prompt(engine: Engine) -> None:
     assert engine.tokenizer.eos_id in ids
     expected = ids_of(engine.generate(ids, GREEDY))
     assert ids_of(engine.generate(prompt, GREEDY)) == expected
-    assert ids_of(engine.generate(np.array(ids), GREEDY)) == expected
+    array: Any = np.array(ids)
+    assert ids_of(engine.generate(array, GREEDY)) == expected
 
 
 def test_special_tokens_are_added_to_a_prompt(tmp_path: Path) -> None:
@@ -232,8 +234,8 @@ def test_seeds(engine: Engine) -> None:
         runs[seed] = ids_of(engine.generate(PROMPT, params))
         assert ids_of(engine.generate(PROMPT, params)) == runs[seed]
     assert len(set(map(tuple, runs.values()))) == 3
-    for seed in (None, -1):
-        params = SamplingParams(**WILD, seed=seed)
+    for unset in (None, -1):
+        params = SamplingParams(**WILD, seed=unset)
         assert ids_of(engine.generate(PROMPT, params)) != ids_of(engine.generate(PROMPT, params))
 
 
@@ -307,7 +309,7 @@ def test_prompts_that_cannot_be_run(engine: Engine, prompt: str | list[int], mes
         ({"n_ctxt": 5}, "unknown option n_ctxt"),
     ],
 )  # fmt: skip
-def test_options_out_of_range(tiny: Path, options: dict[str, object], words: str) -> None:
+def test_options_out_of_range(tiny: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as error:
         Engine.load(tiny, **options)
     assert words in one_line(error.value)

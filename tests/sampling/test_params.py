@@ -11,7 +11,7 @@ import pytest
 from engine.sampling.chain import Sampler
 from engine.sampling.params import SamplingError, SamplingParams
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "repeat_penalty": 1.0,
     "repeat_last_n": 64,
 }  # fmt: skip
@@ -97,7 +97,7 @@ def test_metadata_out_of_range(key: str, value: float, words: str) -> None:
         ("max_tokens", -2, "at least -1"),
     ],
 )
-def test_parameters_out_of_range(name: str, value: float, expected: str) -> None:
+def test_parameters_out_of_range(name: str, value: Any, expected: str) -> None:
     with pytest.raises(SamplingError) as error:
         SamplingParams(**{name: value})
     assert one_line(error.value) == f"{name}: expected {expected}, got {value}"

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from engine.backends.cpu import backend as cpu
 from engine.backends.cpu import weights as cpu_weights
+from engine.backends.cpu.program import CpuProgram
 from engine.backends.native import library as cpu_library
 from engine.backends.native.buffers import ALIGNMENT, Arena
 
@@ -61,13 +62,13 @@ def _give_bounds() -> None:
     poison.argtypes = allocate.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
     allocate.restype, free.argtypes = ctypes.c_size_t, [ctypes.c_size_t]
     arenas: list[GuardedArena] = []
-    lay_out = cpu.CpuProgram._lay_out
+    lay_out = CpuProgram._lay_out
 
     def make_arena() -> GuardedArena:
         arenas.append(GuardedArena())
         return arenas[-1]
 
-    def lay_out_guarded(program: cpu.CpuProgram, steps: Any) -> None:
+    def lay_out_guarded(program: CpuProgram, steps: Any) -> None:
         for begin, end in arenas.pop().gaps:
             poison(program._base + begin, end - begin)
         lay_out(program, steps)
@@ -80,5 +81,5 @@ def _give_bounds() -> None:
 
     # They stay as long as the process.
     patch.object(cpu, "Arena", make_arena).start()
-    patch.object(cpu.CpuProgram, "_lay_out", lay_out_guarded).start()
+    patch.object(CpuProgram, "_lay_out", lay_out_guarded).start()
     patch.object(cpu_weights._Memory, "take", take).start()

@@ -33,8 +33,8 @@ def check_pooled(backend: Any, c: OpCase, strided: bool, seed: int) -> None:
     got = [run_case(backend, c.op, c.case, s, strided)[0] for s in seeds]
     want = [expected(c.op, c.case, s)[0] for s in seeds]
     for i in range(len(want[0])):
-        pooled = (np.concatenate([outputs[i] for outputs in runs]) for runs in (got, want))
-        assert_close(*pooled, INT8_LIMIT, f"{c}, strided={strided}, output {i}, seed {seed}")
+        ours, right = (np.concatenate([outputs[i] for outputs in runs]) for runs in (got, want))
+        assert_close(ours, right, INT8_LIMIT, f"{c}, strided={strided}, output {i}, seed {seed}")
 
 
 def check_op(backend: Any, c: OpCase, strided: bool, seed: int) -> None:

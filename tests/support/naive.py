@@ -194,7 +194,8 @@ def ssm_conv(
         window = zeros if state_src[s] < 0 else list(state[state_src[s]])
         for i, t in enumerate(rows):
             window = [*window, x[t]]
-            out[t] = _each(_silu, sum(weight[:, j] * window[j] for j in range(n_taps)))
+            taps = [weight[:, j] * window[j] for j in range(n_taps)]
+            out[t] = _each(_silu, np.asarray(sum(taps)))
             window = window[1:]
             for slot in _slots_after(i, len(rows), state_dst[s], snapshot_dst[s]):
                 after[slot] = window

@@ -1,6 +1,6 @@
-"""Chat templates alone: where they come from, what they may do, and what is wrong with bad ones.
+"""Chat templates alone: where they come from, what they may do, and the errors of bad ones.
 
-That they render as transformers does is in tests/parity/test_chat_template.py.
+tests/parity/test_chat_template.py compares what they render with transformers.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def test_what_a_template_may_use(source: str, text: str) -> None:
 
 
 def test_a_template_may_ask_for_the_date() -> None:
-    years = [datetime.now().year, render("{{ strftime_now('%Y') }}"), datetime.now().year]
-    assert str(years[0]) <= years[1] <= str(years[2])
+    before, year = datetime.now().year, render("{{ strftime_now('%Y') }}")
+    assert str(before) <= year <= str(datetime.now().year)
 
 
 @pytest.mark.parametrize(

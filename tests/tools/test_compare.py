@@ -141,8 +141,8 @@ def test_the_ratio_is_the_median_of_the_rounds() -> None:
 
 def test_distance_by_hand() -> None:
     """A row with probabilities 1/2, 1/2 where the reference has 1/4, 3/4, and an equal row."""
-    reference = np.log(np.float32([[1, 3], [1, 1]]))
-    logits = np.float32([[5, 5], [0, 0]])
+    reference = np.log(np.array([[1, 3], [1, 1]], np.float32))
+    logits = np.array([[5, 5], [0, 0]], np.float32)
     right = np.log(3)
     result = distance(logits, reference)
     assert result["nmse"] == pytest.approx((25 + (5 - right) ** 2) / right**2)
@@ -151,7 +151,7 @@ def test_distance_by_hand() -> None:
 
 
 def test_large_logits_do_not_overflow() -> None:
-    logits = np.float32([[3e4, 0, -3e4]])
+    logits = np.array([[3e4, 0, -3e4]], np.float32)
     assert distance(logits, logits) == {"nmse": 0, "kl": 0}
 
 
@@ -270,7 +270,8 @@ def test_no_worker_outlives_its_parent(tiny: Path, peer: Peer, number: int) -> N
     command = [sys.executable, ROOT / "tools" / "compare.py", tiny, "--peer-python", python, *SMALL]
     # A shell that runs the tests in the background may ignore SIGINT; children inherit that.
     with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, env={**os.environ, "TMPDIR": str(python.parent)},
+        [*map(str, command)], stdout=subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": str(python.parent)},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:  # fmt: skip
         wait_until(lambda: seen.exists() and seen.read_text().endswith("\n"))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -61,13 +62,13 @@ DIMS = {
     "tiny-kimi": {"E": 64, "h": 4, "P": 128, "D": 32, "R": 128, "X": 8, "F": 32, "S": 96},
 }  # fmt: skip
 _QWEN_MOE, _KIMI_MOE = ("post", "moe", "shared gate"), ("pre", "moe", "bias")
-LAYERS = {
+LAYERS: dict[str, Any] = {
     "tiny-moe": [(*_QWEN_MOE, "linear", "gates")] * 3 + [(*_QWEN_MOE, "attention")],
     "tiny-next": [(*_QWEN_MOE, "linear", "ba")] * 3 + [(*_QWEN_MOE, "attention")],
     "tiny-kimi": [("pre", "dense", "kda"), *((*_KIMI_MOE, mix) for mix in ("kda", "mla") * 2)],
 }
 # Without the architecture's prefix; None: the key must not be there.
-METADATA = {
+METADATA: dict[str, Any] = {
     "35b-a3b": {
         "block_count": 40, "feed_forward_length": None, "attention.head_count_kv": 2,
         "attention.recurrent_layers": [True, True, True, False] * 10,
@@ -209,7 +210,8 @@ def test_metadata_of_released_models(name: str) -> None:
     ],
 )  # fmt: skip
 def test_variants(name: str, field: str, gone: list[str], there: str) -> None:
-    before, after = tensors(PRESETS[name]), tensors(replace(PRESETS[name], **{field: True}))
+    preset: Any = PRESETS[name]
+    before, after = tensors(preset), tensors(replace(preset, **{field: True}))
     assert after.items() >= listed(there, {}).items()
     for part in gone:
         assert any(part in key for key in before)
@@ -321,7 +323,8 @@ def test_file_is_read_by_both_readers(tmp_path: Path, name: str, dtype: str, fas
 
 
 def test_special_values_are_realistic(tmp_path: Path) -> None:
-    path = write_model(tmp_path / "m.gguf", replace(PRESETS["tiny"], n_v_heads=400), layers=1)
+    preset: Any = PRESETS["tiny"]
+    path = write_model(tmp_path / "m.gguf", replace(preset, n_v_heads=400), layers=1)
     a, dt = decoded(path, "blk.0.ssm_a"), decoded(path, "blk.0.ssm_dt.bias")
     log_decay = a * np.log1p(np.exp(dt))
     assert -0.81 < log_decay.min() < -0.1
@@ -332,7 +335,7 @@ def test_special_values_are_realistic(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_routers_and_low_rank_gates_do_not_depend_on_std(tmp_path: Path, fast: bool) -> None:
-    p = replace(PRESETS["tiny-kimi"], n_experts=400)
+    p: Any = replace(PRESETS["tiny-kimi"], n_experts=400)
     path = write_model(tmp_path / "m.gguf", p, "Q8_0", std=0.5, layers=2, fast=fast)
     for name, n_in, rms in (
         ("ffn_gate_inp", p.n_embd, 1), ("ssm_f_a", p.n_embd, 1), ("ssm_f_b", p.kda_dim, 0.5),
@@ -345,7 +348,7 @@ def test_routers_and_low_rank_gates_do_not_depend_on_std(tmp_path: Path, fast: b
 
 
 def test_seed_decides_the_bytes(tmp_path: Path) -> None:
-    def data(name: str, **options: object) -> bytes:
+    def data(name: str, **options: Any) -> bytes:
         return write_model(tmp_path / name, "tiny", "Q8_0", **options).read_bytes()
 
     assert data("a") == data("b")
@@ -438,7 +441,7 @@ def test_overrides_and_arrays(tmp_path: Path) -> None:
         ({"split": 10_000}, "split 10000: expected"),
     ],
 )
-def test_bad_options_are_refused(tmp_path: Path, options: dict[str, object], message: str) -> None:
+def test_bad_options_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(SynthError, match=message):
         write_model(tmp_path / "m.gguf", **({"preset": "tiny"} | options))
 
@@ -455,7 +458,7 @@ def test_progress_reaches_the_total(tmp_path: Path) -> None:
 
 def test_script_writes_a_model(tmp_path: Path) -> None:
     out = tmp_path / "m.gguf"
-    command = [sys.executable, "tools/synth.py", "tiny", "-o", out, "--type", "q4_k_m"]
+    command = [sys.executable, "tools/synth.py", "tiny", "-o", str(out), "--type", "q4_k_m"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout, run.stderr) == (0, f"{out}\n", "")
     assert GGUFFile(out).integer("general.file_type") == 15

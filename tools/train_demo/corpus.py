@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 
@@ -130,7 +131,7 @@ def build(out: Path) -> None:
         [*prose, *kept["source"], *sample, *(a for pair in PAIRS for a in pair)]
     )
     pipeline.save(str(out / "tokenizer.json"))
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for kind, texts in kept.items():
         encoded = [[END_OF_TEXT, *e.ids] for e in pipeline.encode_batch(texts)]
         arrays[kind] = np.concatenate([np.array(ids, np.uint16) for ids in encoded])

@@ -67,6 +67,9 @@ def options() -> argparse.Namespace:
 class Run:
     """A training run: model, optimizer, log."""
 
+    model: Any
+    optimizer: Any
+
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         args.out.mkdir(parents=True, exist_ok=True)
@@ -110,7 +113,7 @@ class Run:
                 Exception
             ) as error:  # whatever a compiler raises; the next attempt has less of it
                 self.say(event="attempt failed", compiled=compiled, error=repr(error)[:2000])
-                self.model = self.optimizer = None  # type: ignore[assignment]
+                self.model = self.optimizer = None
                 torch._dynamo.reset()
                 if self.device == "cuda":
                     torch.cuda.empty_cache()

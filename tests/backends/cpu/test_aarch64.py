@@ -53,7 +53,7 @@ def _build() -> Path:
             ["cmake", "--build", build, "--parallel"],
             [COMPILER, "-std=gnu++17", "-O1", "-Wall", "-Wextra", source, "-o", build / "driver"],
         ):
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run([*map(str, command)], capture_output=True, text=True)
             assert done.returncode == 0, done.stdout + done.stderr
     return build
 
@@ -69,7 +69,7 @@ class Remote:
         library = build / "libgdn_cpu_portable.so"
         command = [EMULATOR, "-L", "/usr/aarch64-linux-gnu", build / "driver", library]
         self.process = subprocess.Popen(
-            [*command, str(N_THREADS)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [*map(str, command), str(N_THREADS)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
 
     def ask(self, *words: int, data: bytes = b"", size: int = 8) -> bytes:

@@ -63,7 +63,7 @@ def matrix(request: pytest.FixtureRequest) -> Iterator[bool]:
 @contextmanager
 def engine_on(path: Path, **options: Any) -> Iterator[Engine]:
     """An engine that runs on the CPU backend alone."""
-    options = {"backend": "cpu", "n_ctx": 512, "n_parallel": 3, "n_threads": 2} | options
+    options = dict[str, Any](backend="cpu", n_ctx=512, n_parallel=3, n_threads=2) | options
     with Engine.load(path, strict_backend=True, **options) as engine:
         yield engine
 
@@ -108,7 +108,7 @@ def test_what_else_is_in_the_batch(path: Path, matrix: bool, rng: np.random.Gene
         if not matrix:
             assert all(same_bits(engine.logits(ids), want[i]) for i, ids in prompts.items())
         seqs = {i: engine.memory.create() for i in prompts}
-        done, rows = dict.fromkeys(prompts, 0), {i: [] for i in prompts}
+        done, rows = dict.fromkeys(prompts, 0), {i: list[Any]() for i in prompts}
         for step in range(4):
             order = rng.permutation(3).tolist()
             cuts = {i: prompts[i][done[i] : done[i] + lengths[i][step]] for i in order}
@@ -136,7 +136,7 @@ def test_the_reference_computes_the_same(
 ) -> None:
     """With plain weights, and caches of the same types, all that differs is rounding."""
     prompts = [random_ids(rng, N_PROMPT // 2) for _ in range(N_PROMPTS)]
-    options = {"n_ctx": 128} | dict(zip(("type_k", "type_v"), types, strict=True))
+    options: dict[str, Any] = {"n_ctx": 128} | dict(zip(("type_k", "type_v"), types, strict=True))
     path = models(preset, "F32")
     with Engine.load(path, backend="reference", **options) as engine:
         want = [engine.logits(ids) for ids in prompts]

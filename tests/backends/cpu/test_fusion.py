@@ -46,8 +46,8 @@ class Ffn:
                 ("gate", "up", "down"), types, [(n_ff, N_IN)] * 2 + [(N_OUT, n_ff)], strict=True
             )
         )
-        self.products = mul_mat(self.graph, "gate and up", self.x, gate, up)
-        (self.h,) = swiglu(self.graph, "act", self.products)
+        a, b = self.products = mul_mat(self.graph, "gate and up", self.x, gate, up)
+        (self.h,) = swiglu(self.graph, "act", (a, b))
         (self.out,) = mul_mat(self.graph, "down", self.h, down)
         self.graph.outputs = {"out": self.out}
 

@@ -101,7 +101,7 @@ def rounded(x: Array, steps: int = 127) -> Array:
 
 def to_bfloat16(x: Array) -> Array:
     """x in float64 as bfloat16 has it: a float32's upper half, to the nearest, ties to even."""
-    bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
+    bits: Array = x.astype(np.float32).view(np.uint32).astype(np.uint64)
     bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
     return bits.astype(np.uint32).view(np.float32).astype(np.float64)
 

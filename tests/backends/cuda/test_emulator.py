@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,7 +79,8 @@ def test_conversions(device: EmulatedDevice, rng: np.random.Generator) -> None:
     with np.errstate(invalid="ignore"):
         ties = (halves[:-1] + halves[1:]) / 2
     random = rng.integers(0, 1 << 32, 50000, dtype=np.uint32).view(np.float32)
-    x = np.concatenate([halves, ties, random, np.float32([65519.99, 65520, 1e38, 3.3895e38])])
+    large = np.array([65519.99, 65520, 1e38, 3.3895e38], np.float32)
+    x = np.concatenate([halves, ties, random, large])
     out, back = np.zeros(len(x), np.uint32), np.zeros((2, len(x)), np.float32)
     grid = (-(-len(x) // 128), 1, 1)
     launch(device, "primitives", "conversions", [out, x, back], threads=128, grid=grid)
@@ -213,6 +215,7 @@ def test_captured_launches(device: EmulatedDevice) -> None:
     graph.replay()
     device.download(memory.address, values)
     assert (values == np.float32(3.0039215)).all()
-    for forbidden in (device.synchronize, lambda: device.allocate(1)):
+    calls: tuple[Any, ...] = (device.synchronize, lambda: device.allocate(1))
+    for forbidden in calls:
         with pytest.raises(CudaError, match="captured"):
             device.capture(forbidden)

@@ -15,11 +15,18 @@ from engine.backends.cuda.device import Device
 from engine.formats.quants import F16, F32, numpy_dtype
 from engine.graph import Kind, Op, Tensor
 from engine.ops import OPS
-from engine.ops.attention import random_operands as attention_operands
-from engine.ops.cases import Case, Operand, blocks, live_counts, paged_operands, single_node_graph
-from engine.ops.gated_delta_net import random_operands as delta_operands
 from engine.placement.place import place
 from engine.runtime.executor import Executable
+from tests.ops.cases.attention import random_operands as attention_operands
+from tests.ops.cases.gated_delta_net import random_operands as delta_operands
+from tests.support.cases import (
+    Case,
+    Operand,
+    blocks,
+    live_counts,
+    paged_operands,
+    single_node_graph,
+)
 from tests.support.cuda_devices import ON_DEVICES, MakeDevice
 from tests.support.cuda_emulator.device import EmulatedDevice
 from tests.support.naive import NAIVE
@@ -80,7 +87,7 @@ def test_ragged_deltas(
 @pytest.mark.parametrize("algorithm", ["scan", "chunk"])
 def test_strong_gates(make_device: MakeDevice, algorithm: str, kda: bool, seed: int) -> None:
     strengths = [0.0, 1e-3, 0.1, 1.0, 100.0, 1e4]
-    params = {"lengths": [150, 9], "heads": (1, 2), "sizes": (32, 16), "kda": kda}
+    params: dict[str, Any] = {"lengths": [150, 9], "heads": (1, 2), "sizes": (32, 16), "kda": kda}
     make = partial(gates, strengths=strengths, **params)
     limit = FLOAT32_LIMIT if algorithm == "scan" else FLOAT16_LIMIT
     backend = CudaBackend(make_device(seed))
@@ -173,7 +180,7 @@ def run(
 ) -> Any:
     """The output; operands as they are."""
     backend = on if isinstance(on, CudaBackend) else CudaBackend(on)
-    case = Case("same", lambda _: operands, attrs)
+    case = Case("same", lambda _: operands, dict(attrs))
     graph, tensors = single_node_graph(op, case, operands)
     return execute(backend, graph, tensors, operands)
 

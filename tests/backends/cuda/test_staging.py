@@ -67,7 +67,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> CupyDevice:
     """A GPU whose memory is the host's, and which is never sooner than it must be."""
     made = object.__new__(CupyDevice)
     stream: Any = Stream()
-    made.stream, made._errors = stream, (RuntimeError,)
+    made.stream, made._errors = stream, (RuntimeError, RuntimeError)
     made._small, made._large = (PinnedTurns(Cuda, made.wait, n, s) for n, s in ((3, 64), (2, 256)))
     made._back = PinnedTurns(Cuda, made.wait, 4, 64)
 
@@ -79,7 +79,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> CupyDevice:
 
 
 def _bytes(address: int, n_bytes: int) -> Any:
-    return np.frombuffer((ctypes.c_uint8 * n_bytes).from_address(address), np.uint8)
+    memory: Any = (ctypes.c_uint8 * n_bytes).from_address(address)
+    return np.frombuffer(memory, np.uint8)
 
 
 @pytest.mark.parametrize("sizes", [[1] * 20, [64] * 9, [64, 65, 300, 1, 256, 1000, 3] * 3])

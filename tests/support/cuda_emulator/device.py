@@ -321,7 +321,8 @@ def _args_bytes() -> int:
 
 
 def _at(address: int, n_bytes: int) -> Array:
-    return np.frombuffer((ctypes.c_uint8 * n_bytes).from_address(address), np.uint8)
+    memory: Any = (ctypes.c_uint8 * n_bytes).from_address(address)
+    return np.frombuffer(memory, np.uint8)
 
 
 def _bf16(address: int, *shape: int) -> Array:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.cuda.args import ARGS
-from engine.backends.cuda.device import Device, Grid
+from engine.backends.cuda.device import Device, Grid, Memory
 from engine.backends.native.views import DTYPES, F32_CODE
 from engine.formats.quants import F16, F32, I32
 
@@ -30,15 +30,15 @@ def launch(
     live: Sequence[int] = (0, 0, 0, 0, 0),
 ) -> None:
     """Run a kernel on copies of arrays, and copy back what it made of them."""
-    args, memory = np.zeros((), ARGS), []
+    args, memory = np.zeros((), ARGS), list[Memory | None]()
     for i, array in enumerate(arrays):
         if array is None:
             memory.append(None)
             continue
-        memory.append(device.allocate(array.nbytes))
-        device.upload(memory[-1].address, array)
+        memory.append(held := device.allocate(array.nbytes))
+        device.upload(held.address, array)
         view = args["v"][i]
-        view["data"], view["rank"] = memory[-1].address, array.ndim
+        view["data"], view["rank"] = held.address, array.ndim
         view["shape"][: array.ndim] = array.shape
         view["stride"][: array.ndim] = [s // array.itemsize for s in array.strides]
         view["dtype"] = _CODES.get(array.dtype.name, F32_CODE)
@@ -48,7 +48,7 @@ def launch(
     function = device.function(source, kernel, shared)
     device.launch(function, grid, threads, shared, args.ctypes.data)
     device.synchronize()
-    for array, held in zip(arrays, memory, strict=True):
+    for array, copy in zip(arrays, memory, strict=True):
         if array is not None:
-            assert held is not None
-            device.download(held.address, array)
+            assert copy is not None
+            device.download(copy.address, array)

@@ -1,0 +1,85 @@
+"""Documents name files that exist, and docs/design.md has one line for every module."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DESIGN = ROOT / "docs" / "design.md"
+DOCUMENTS = sorted(
+    path
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "tests" / "README.md")
+    # It names files of earlier versions too.
+    if path.name != "CHANGELOG.md"
+)
+# A file or folder of the repository in backticks, without placeholders.
+_PATH = re.compile(r"`((?:engine|tests|tools|docs)/[\w./-]*)`")
+_LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+
+
+def section(text: str, title: str) -> str:
+    """The text under a heading of the second level, up to the next one."""
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def module_lines(text: str) -> list[str]:
+    """The files that have a line in a `### folder/` part of a section, as paths."""
+    found, folder = [], ""
+    for line in text.splitlines():
+        if match := re.match(r"### (\S+/)", line):
+            folder = match[1]
+        elif line.startswith("### "):
+            folder = ""
+        elif folder and (match := re.match(r"- `([\w.]+)`: \S", line)):
+            found.append(folder + match[1])
+    return found
+
+
+def has_statements(path: Path) -> bool:
+    """Whether a module is more than a docstring."""
+    body = ast.parse(path.read_text()).body
+    return any(not isinstance(node, ast.Expr | ast.ImportFrom) for node in body)
+
+
+def test_every_module_has_one_line() -> None:
+    lines = module_lines(section(DESIGN.read_text(), "Modules"))
+    paths = [p for p in (ROOT / "engine").rglob("*.py") if p.name != "__init__.py"]
+    paths += [p for p in (ROOT / "engine").rglob("__init__.py") if has_statements(p)]
+    modules = {p.relative_to(ROOT).as_posix() for p in paths} - {"engine/__init__.py"}
+    missing, gone = modules - set(lines), {n for n in lines if not (ROOT / n).is_file()}
+    assert (sorted(missing), sorted(gone)) == ([], [])
+    assert [name for name, n in Counter(lines).items() if n > 1] == []
+
+
+def test_the_page_of_flow_names_each_file_once() -> None:
+    page = section(DESIGN.read_text(), "From a prompt to text")
+    names = re.findall(r"`((?:engine/[\w/]*\w|cli)\.\w+)`", page)
+    assert names[0] == "cli.py"
+    assert [name for name, n in Counter(names).items() if n > 1] == []
+    assert len(page.splitlines()) <= 60
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_documents_name_files_that_exist(path: Path) -> None:
+    text = path.read_text()
+    named = [(ROOT, name) for name in _PATH.findall(text)]
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    named += [(path.parent, name) for name in _LINK.findall(prose)]
+    assert sorted({name for base, name in named if not (base / name).exists()}) == []
+
+
+def test_the_glossary_is_alphabetical() -> None:
+    text = (ROOT / "docs" / "glossary.md").read_text()
+    words = [w.lower().replace("-", " ") for w in re.findall(r"^\*\*([^*,]+)", text, re.M)]
+    assert words == sorted(words)
+    assert len(set(words)) == len(words)
+
+
+def test_a_missing_module_is_seen() -> None:
+    text = "\n### engine/ops/: ops\n\n- `a.py`: one.\n- `b.py`:\n\n### Choices\n\n- `c.py`: no.\n"
+    assert module_lines(text) == ["engine/ops/a.py"]
