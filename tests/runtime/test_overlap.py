@@ -29,7 +29,7 @@ from tests.support.helpers import (
     random_ids,
     replaced_op,
 )
-from tests.support.lazy_backend import LazyTicket, decoder_of, lazy_engine
+from tests.support.lazy_backend import LazyHandle, decoder_of, lazy_engine
 from tests.support.timing import judge
 
 Rng = np.random.Generator
@@ -93,13 +93,13 @@ def test_the_next_step_is_launched_before_the_tokens_are_waited_for(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, launched = load(n_parallel=2), list[int]()
-    ids = LazyTicket.ids
+    ids = LazyHandle.ids
 
-    def waiting(self: LazyTicket) -> list[int]:
+    def waiting(self: LazyHandle) -> list[int]:
         launched.append(len(decoder_of(engine).feeds))
         return ids(self)
 
-    monkeypatch.setattr(LazyTicket, "ids", waiting)
+    monkeypatch.setattr(LazyHandle, "ids", waiting)
     engine.generate_batch([[1], [2]], replace(GREEDY, max_tokens=5))
     assert launched == [2, 3, 4, 4]
 
@@ -373,7 +373,7 @@ def test_an_error_in_a_launch_ends_them(load: Load, monkeypatch: pytest.MonkeyPa
         def broken(*args: Any) -> None:
             raise RuntimeError("no device")
 
-        patch.setattr("tests.support.lazy_backend.LazyDecoder.launch", broken)
+        patch.setattr("tests.support.lazy_backend.LazySampler.launch", broken)
         with pytest.raises(RuntimeError):
             next(completion)
     assert completion.finish_reason == "error"
