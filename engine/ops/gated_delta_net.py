@@ -5,9 +5,9 @@ Per sequence and value head, for each token, with a state S [Dk, Dv]:
     S <- diag(exp(g)) S;  d <- beta (v - Sᵀk);  S <- S + k dᵀ;  o <- Sᵀq · scale
 
 Two algorithms give the same result: `scan` goes token by token and is the definition; `chunk` turns
-delta-rule chunks of 64 tokens (KDA: 16) into matrix products (Yang et al., "Gated Delta Networks", arXiv:2412.06464; its
-per-row form is Kimi Delta Attention, arXiv:2510.26692). Exponents are differences of cumulated
-decays and never positive, so strong gates underflow to exact zeros.
+delta-rule chunks of 64 tokens (KDA: 16) into matrix products (Yang et al., "Gated Delta Networks",
+arXiv:2412.06464; its per-row form is Kimi Delta Attention, arXiv:2510.26692). Exponents are
+differences of cumulated decays and never positive, so strong gates underflow to exact zeros.
 """
 
 from __future__ import annotations
