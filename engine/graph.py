@@ -21,7 +21,7 @@ from engine.formats.quants import F32, I32, DType
 
 
 class ShapeError(EngineError):
-    """Operands of a node don't fit together; names op, node, operand, expected and given shape."""
+    """Operands don't fit together; the message names op, node, operand, expected and given."""
 
 
 class Dim(int):
@@ -42,7 +42,7 @@ Shape = tuple[int, ...]
 
 
 class Kind(Enum):
-    """What a tensor's contents are: constant, given per batch, kept between steps, or computed."""
+    """The origin of a tensor's contents: the file, the batch, earlier steps, or a node."""
 
     WEIGHT = "weight"
     INPUT = "input"
@@ -144,7 +144,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Live:
-    """Live counts of one batch, for costs and for kernels.
+    """The live counts of one batch, for costs and kernels.
 
     `kv_rows`: cached positions summed over sequences; `kv_pairs`: over tokens (each token's own).
     `chunks`: (cached positions, rows) of each sequence, in the order of rows.
@@ -247,7 +247,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Capacity:
-    """The sizes that a graph is built for: the most that one batch, or the memory, can hold."""
+    """The sizes that a graph is built for: the most of one batch, and all slots and blocks."""
 
     n_tokens: int
     n_seqs: int = 1
@@ -271,7 +271,7 @@ class Graph:
     layer_kinds: dict[str, str] = field(default_factory=dict)
 
     def input(self, name: str, shape: Shape) -> Tensor:
-        """Declare an INPUT tensor (int32)."""
+        """Declare an INPUT tensor, int32."""
         return self._declare(self.inputs, Tensor(name, shape, I32, Kind.INPUT))
 
     def weight(self, name: str, shape: Shape, dtype: DType) -> Tensor:

@@ -1,9 +1,9 @@
 """Runs the cases of ops on any backend and says what must come out.
 
-A case becomes a graph of one node at a capacity above its live counts and goes through the planner,
-as an engine's graph would. Whatever a kernel must not look at is NaN: padding around rows, rows
-above the live counts, slots and cache rows that nothing reads. What must come out is the naive
-definition in float64 of what is stored, that is of decoded weights and rounded states.
+A case becomes a graph of one node at a capacity above its live counts, and is placed and run as an
+engine's graph is. Memory that a kernel must not read is NaN: padding around rows, rows above the
+live counts, slots and cache rows that nothing reads. The expected result is the naive definition in
+float64, on what is stored: decoded weights and rounded states.
 """
 
 from __future__ import annotations
