@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine import backends
+from engine.backends.base import Traits
 from engine.errors import EngineError
 from engine.formats.quants import F16, F32, DType
 from engine.graph import Capacity
@@ -27,7 +28,7 @@ class ConfigError(EngineError):
 class EngineConfig:
     """Options of an engine; see Engine.load. Raises ConfigError for values out of range.
 
-    n_batch and n_ubatch: 0 for what suits the backend.
+    n_batch and n_ubatch 0, type_k and type_v None: what suits the backend, see `resolved`.
     """
 
     backend: str = "auto"
@@ -65,7 +66,7 @@ class EngineConfig:
             if value is not None and value < low:
                 raise ConfigError(f"{name}: expected at least {low}, got {value}")
         for name, known in (
-            ("backend", backends.NAMES),
+            ("backend", backends.names()),
             ("gdn", GDN_MODES),
             ("type_k", (None, *CACHE_TYPES)),
             ("type_v", (None, *CACHE_TYPES)),
@@ -73,15 +74,24 @@ class EngineConfig:
             if (value := getattr(self, name)) not in known:
                 choices = ", ".join(k for k in known if k)
                 raise ConfigError(f"{name}: expected one of {choices}, got {value}")
-        suits = 4096 if backends.first_of(self.backend) == "cuda" else 512
-        n_ubatch = self.n_ubatch or (min(suits, self.n_batch) if self.n_batch else suits)
-        object.__setattr__(self, "n_ubatch", n_ubatch)
-        object.__setattr__(self, "n_batch", self.n_batch or max(2048, n_ubatch))
+
+    def resolved(self, traits: Traits) -> EngineConfig:
+        """The same, where sizes of steps and cache types not set come from a backend's traits."""
+        suits = min(traits.n_ubatch, self.n_batch) if self.n_batch else traits.n_ubatch
+        n_ubatch = self.n_ubatch or suits
+        return replace(
+            self,
+            n_ubatch=n_ubatch,
+            n_batch=self.n_batch or max(2048, n_ubatch),
+            type_k=self.type_k or traits.cache_type,
+            type_v=self.type_v or traits.cache_type,
+        )
 
     def cache_types(self) -> tuple[DType, DType]:
-        """Types of the K and V cache. The reference backend keeps float32 unless told."""
-        default = "f32" if self.backend == "reference" else "f16"
-        return CACHE_TYPES[self.type_k or default], CACHE_TYPES[self.type_v or default]
+        """Types of the K and V cache of a resolved config."""
+        assert self.type_k is not None
+        assert self.type_v is not None
+        return CACHE_TYPES[self.type_k], CACHE_TYPES[self.type_v]
 
 
 def context_size(n_ctx: int | None, n_ctx_train: int) -> int:
@@ -92,19 +102,24 @@ def context_size(n_ctx: int | None, n_ctx_train: int) -> int:
     return size
 
 
-def capacity_of(config: EngineConfig, n_ctx: int, n_tokens: int | None = None) -> Capacity:
-    """The capacity of an engine's graph, or of one for batches of `n_tokens`."""
+def capacity_of(
+    config: EngineConfig, n_ctx: int, traits: Traits, n_tokens: int | None = None
+) -> Capacity:
+    """The capacity of the graph of a resolved config, or of one for batches of `n_tokens`.
+
+    traits: of the backend that is first in priority.
+    """
     n_tokens = n_tokens or min(config.n_batch, config.n_ubatch)
     block_size = Capacity.block_size
-    # Every holder of a sequence may keep one partly filled block of its own.
+    # Every holder of a sequence may own one partly filled block.
     n_blocks = math.ceil(n_ctx / block_size) + config.n_parallel + config.n_checkpoints
-    # Decode steps that run ahead write slots of their own.
-    n_ahead = config.n_parallel if backends.first_of(config.backend) == "cuda" else 0
+    # An overlapped step writes slots of its own.
+    n_overlapped = config.n_parallel if traits.overlaps_steps else 0
     return Capacity(
         n_tokens=n_tokens,
         n_seqs=min(config.n_parallel, n_tokens),
         n_outputs=min(n_tokens, max(MAX_OUTPUTS, config.n_parallel)),
-        n_slots=config.n_parallel * (1 + config.n_snapshots) + config.n_checkpoints + n_ahead,
+        n_slots=config.n_parallel * (1 + config.n_snapshots) + config.n_checkpoints + n_overlapped,
         n_blocks=n_blocks,
         n_snapshots=config.n_snapshots,
     )

@@ -1,15 +1,13 @@
 """The engine: a model with its memory, and text from it.
 
 `Engine.load` reads a file, plans its graph and allocates; `generate` streams text, `logits` scores
-tokens. A step runs one batch of chunks and keeps every sequence's memory in line with what ran.
+tokens. Steps are the loop's (runtime/loop.py).
 """
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +15,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine import backends
-from engine.backends.base import Instruction, Timing
-from engine.backends.native import library as cpu_library
+from engine.backends.base import Backend, BackendOptions, Timing
 from engine.config import ConfigError, EngineConfig, capacity_of, context_size
 from engine.errors import EngineError
 from engine.formats.gguf import GGUFFile
 from engine.graph import Capacity, Graph, Live
 from engine.kvcache.sequences import Checkpoint, SequenceMemory
-from engine.models import BuildOptions, load_model
-from engine.placement import estimate as memory_estimate
+from engine.models import BuildOptions, Model, load_model
+from engine.placement import estimate
 from engine.placement.place import Plan
 from engine.placement.rules import Offload, place_where_it_fits
-from engine.runtime.batch import Batch, Chunk, Logits, begin, check_fits, pack
+from engine.runtime.batch import Chunk, Logits
 from engine.runtime.conversation import ChatPrompt, Conversation
 from engine.runtime.executor import Executable
-from engine.runtime.finite import FiniteCheck, NonFiniteError, failure
-from engine.runtime.overlap import OverlappedSteps
+from engine.runtime.loop import StepLoop
 from engine.runtime.request import ChatCompletion, Completion, FinishReason, Request
-from engine.runtime.scheduler import Scheduler, cut
+from engine.runtime.scheduler import Scheduler
 from engine.sampling.chain import Sampler, sequence_breakers
 from engine.sampling.params import SamplingError, SamplingParams
 from engine.sampling.steps import Breakers
 from engine.text.template import ChatTemplate, Message, find_template
 from engine.text.tokenizer import Tokenizer
 
-_log = logging.getLogger(__name__)
-# What runs where no model is named; tools/train_demo made it.
+# The model that runs where none is named; tools/train_demo made it.
 DEMO_MODEL = Path(__file__).parent / "data" / "demo.gguf"
 
 
@@ -54,29 +49,28 @@ class Engine:
     """A loaded model. Make one with `Engine.load`; use it as a context manager, or `close` it.
 
     `tokenizer`, `model`, `memory` (of sequences) and `plan` (the placed graph) are there to be
-    looked at; so are `n_ctx` (positions of memory), `capacity` (of one step), `conversation` (what
-    is held for the next `chat`) and `load_s` (seconds that loading took).
+    looked at; so are `config` (with the sizes that suit the backend), `n_ctx` (positions of
+    memory), `capacity` (of one step), `conversation` (what memory holds for the next `chat`) and
+    `load_s` (seconds that loading took).
     """
 
     def __init__(self, file: GGUFFile, config: EngineConfig) -> None:
-        self.file, self.config, self.load_s = file, config, 0.0
+        self.file, self.load_s = file, 0.0
         self.tokenizer = Tokenizer.from_gguf(file)
         self.model = load_model(file)
         self.n_ctx = context_size(config.n_ctx, self.model.n_ctx_train)
-        self.capacity = capacity_of(config, self.n_ctx)
-        graph = self._build(self.capacity, config.gdn)
-        self.plan = _place(graph, config)
-        self._warn_of_threads(config.n_threads)
-        memory_estimate.check(self.plan)
-        self._executable: Executable | None = Executable(self.plan, self.model.weights)
-        cap, decoder = self.capacity, self._executable.decoder()
+        available = _backends(config)
+        self.config, self._traits = config.resolved(available[0].traits), available[0].traits
+        self.capacity = cap = capacity_of(self.config, self.n_ctx, self._traits)
+        self._free_before = {b.name: b.free_bytes() or 0 for b in available}
+        self.plan = _place(self._build(cap, config.gdn), available, config)
+        estimate.check(self.plan)
+        executable = Executable(self.plan, self.model.weights)
         self.memory = SequenceMemory(cap.n_blocks, cap.n_slots, cap.block_size, self._copy_block)
         self.conversation = Conversation(self.tokenizer)
+        scheduler = Scheduler(self.memory, cap, self.conversation.release)
+        self.loop = StepLoop(executable, scheduler, cap, config.check)
         self._template: ChatTemplate | None = None
-        self._scheduler = Scheduler(self.memory, cap, self.conversation.release)
-        self._ahead: OverlappedSteps | None = None
-        if decoder is not None and not config.check:
-            self._ahead = OverlappedSteps(decoder, self._scheduler, self.memory, cap)
         self._breakers: dict[tuple[str, ...], Breakers] = {}
 
     @classmethod
@@ -90,13 +84,13 @@ class Engine:
     ) -> Engine:
         """Load a GGUF file; with no path, the small model that comes with the engine.
 
-        backend: auto, cpu, cuda or reference. n_ctx: positions of memory (None: 4096 or what the
-        model was trained on, whichever is less; 0: the latter). Other options are those of
-        EngineConfig: n_batch and n_ubatch (most tokens of a step; 0: what suits the backend),
-        n_parallel (most sequences), n_checkpoints, n_threads, cpu_isa (amx, avx512, avx2, portable;
-        None: the best), type_k and type_v (f32, f16), gdn (auto, scan, chunk, decomposed),
-        strict_backend (fail rather than place a node elsewhere), batch_invariant (see CudaBackend),
-        n_gpu_layers, n_cpu_moe and override_tensor (see Offload).
+        backend: auto, or the name of one. n_ctx: positions of memory (None: 4096 or what the model
+        was trained on, whichever is less; 0: the latter). Other options are those of EngineConfig:
+        n_batch and n_ubatch (most tokens of a step; 0: what suits the backend), n_parallel (most
+        sequences), n_checkpoints, n_threads, cpu_isa (amx, avx512, avx2, portable; None: the best),
+        type_k and type_v (f32, f16), gdn (auto, scan, chunk, decomposed), strict_backend (fail
+        rather than place a node elsewhere), batch_invariant (see BackendOptions), n_gpu_layers,
+        n_cpu_moe and override_tensor (see Offload).
         Raises EngineError, in one line, for whatever the file or the options have wrong.
         """
         start = time.perf_counter()
@@ -109,21 +103,12 @@ class Engine:
         return engine
 
     def close(self) -> None:
-        """Release weights and states; nothing can be run after it."""
-        self._drop_ahead()
-        # What was launched ends before its programs do.
+        """Free weights and states; nothing can be run after it."""
+        programs = self.loop.close()
+        # A backend waits for its launches before their programs are freed.
         for backend in self.plan.backends:
             backend.release()
-        self._executable = self._ahead = None
-
-    def _drop_ahead(self) -> None:
-        if self._ahead is not None:
-            self._ahead.drop()
-
-    def _running(self) -> Executable:
-        if self._executable is None:
-            raise ConfigError("the engine is closed")
-        return self._executable
+        del programs
 
     def __enter__(self) -> Engine:
         return self
@@ -133,101 +118,45 @@ class Engine:
 
     def graph(self, n_tokens: int = 512, gdn: str = "fused") -> Graph:
         """The compute graph for batches of up to `n_tokens`; gdn: fused or decomposed."""
-        capacity = capacity_of(self.config, self.n_ctx, n_tokens)
-        return self._build(capacity, "auto" if gdn == "fused" else gdn)
+        capacity = capacity_of(self.config, self.n_ctx, self._traits, n_tokens)
+        return self._build(capacity, _algorithm(gdn))
 
     def _build(self, capacity: Capacity, gdn: str) -> Graph:
-        type_k, type_v = self.config.cache_types()
-        return self.model.build(BuildOptions(capacity, type_k, type_v, gdn))
+        return _graph(self.model, self.config, capacity, gdn)
 
-    def _warn_of_threads(self, n_threads: int | None) -> None:
-        if n_threads is None:
-            return
-        n_cores = cpu_library.n_cores()
-        if all(b.name == "reference" for b in self.plan.backends):
-            _log.warning("n_threads is ignored: numpy chooses the reference backend's threads")
-        elif n_threads > n_cores:
-            _log.warning(
-                "n_threads %d is more than the %d cores this process may use", n_threads, n_cores
-            )
+    def device_bytes(self) -> int:
+        """Bytes of devices' own memory taken since loading began."""
+        used = (b for b in self.plan.backends if b.traits.own_memory)
+        return sum(max(0, self._free_before[b.name] - (b.free_bytes() or 0)) for b in used)
 
     def _copy_block(self, source: int, target: int) -> None:
-        for store in self._running().stores:
+        for store in self.loop.executable.stores:
             store.copy("n_blocks", source, target)
 
     def run(self, chunks: Sequence[Chunk]) -> tuple[NDArray[np.float32], dict[int, str]]:
         """Run one batch.
 
         Returns the logits [n_outputs, n_vocab] of the rows that asked for them, and for each chunk
-        (by index) whose values were not finite the reason; the memory of such a sequence is zeroed
-        and empty. Raises BatchError or MemoryFullError, with nothing changed, if the chunks don't
-        fit the graph or the memory.
+        (by index) with non-finite values the reason; the memory of its sequence is zeroed and
+        empty. Raises BatchError or MemoryFullError, with nothing changed, if the chunks don't fit
+        the graph or the memory.
         """
-        with self._batch(chunks) as batch:
-            guard = FiniteCheck(batch, [chunk.seq for chunk in chunks])
-            watch = guard.watch if self.config.check else None
-            logits = self._running().run(batch.inputs, batch.live, watch)["logits"]
-        guard.check_logits(logits)
-        for i in guard.failures:
-            self._wipe(chunks[i].seq)
-        return np.asarray(logits, np.float32), guard.failures
+        return self.loop.run(chunks)
 
     def run_timed(self, chunks: Sequence[Chunk]) -> tuple[list[Timing], Live]:
-        """Run one batch as `run` does, for its timings: of every instruction, of what is around
-        them, and of all the rest of this call."""
-        start = time.perf_counter()
-        with self._batch(chunks) as batch:
-            packing = Timing("", Instruction("pack batch", ()), time.perf_counter() - start)
-            timings = [packing, *self._running().run_timed(batch.inputs, batch.live)]
-        start += sum(t.seconds for t in timings)
-        rest = Instruction("everything else", ())
-        timings.append(Timing("", rest, time.perf_counter() - start))
-        return timings, batch.live
-
-    @contextmanager
-    def _batch(self, chunks: Sequence[Chunk]) -> Iterator[Batch]:
-        """The inputs of a step; the memory of its sequences follows what becomes of it."""
-        check_fits(chunks, self.capacity)
-        self._drop_ahead()
-        steps = begin(chunks, self.memory)
-        try:
-            yield pack(chunks, steps, self.capacity)
-        except BaseException:
-            # States are updated in place: what a broken-off step left is no state at all.
-            for chunk in chunks:
-                self.memory.reset(chunk.seq)
-            raise
-        for chunk in chunks:
-            self.memory.finish(chunk.seq, len(chunk.tokens))
-
-    def _wipe(self, seq: int) -> None:
-        """Assign zeros to what a sequence alone holds (NaN · 0 is NaN) and empty it."""
-        slots, blocks = self.memory.owned(seq)
-        for store in self._running().stores:
-            for slot in slots:
-                store.zero("n_slots", slot)
-            for block in blocks:
-                store.zero("n_blocks", block)
-        self.memory.reset(seq)
+        """Run one batch as `run` does, for its timings: every instruction, what lies between
+        them, and the rest of this call."""
+        return self.loop.run_timed(chunks)
 
     def step(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
-        """As `run`, but values that are not finite raise NonFiniteError."""
-        logits, failures = self.run(chunks)
-        if failures:
-            raise NonFiniteError("; ".join(failures.values()))
-        return logits
+        """As `run`, but non-finite values raise NonFiniteError."""
+        return self.loop.step(chunks)
 
     def prefill(
         self, seq: int, tokens: Sequence[int], logits: Logits = Logits.LAST
     ) -> NDArray[np.float32]:
-        """Append tokens to a sequence in chunks; returns the logits asked for."""
-        most = self.capacity.n_outputs if logits is Logits.ALL else self.capacity.n_tokens
-        chunks = list(cut(self.memory.n_tokens(seq), len(tokens), most))
-        out = []
-        for part in chunks:
-            wanted = Logits.NONE if logits is Logits.LAST and part != chunks[-1] else logits
-            out.append(self.step([Chunk(seq, tokens[part], wanted)]))
-        return np.concatenate(out)
+        """Append tokens to a sequence, chunk by chunk; returns the logits asked for."""
+        return self.loop.prefill(seq, tokens, logits)
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits [n_tokens, n_vocab] after each of `ids`, on a fresh sequence."""
@@ -346,7 +275,7 @@ class Engine:
         if request.params.max_tokens == 0:
             request.finish(FinishReason.LENGTH, "0 tokens were asked for")
         else:
-            self._scheduler.add(request, after)
+            self.loop.add(request, after)
         return request
 
     def _request(
@@ -380,70 +309,11 @@ class Engine:
 
     def advance(self) -> bool:
         """Run one step of everything that was started; False if there was nothing to do."""
-        if self._advance_ahead():
-            return True
-        work = self._scheduler.schedule()
-        if not work:
-            return False
-        start = time.perf_counter()
-        with self._ending([request for request, _ in work]):
-            logits, failures = self.run([chunk for _, chunk in work])
-        seconds = time.perf_counter() - start
-        rows = iter(logits)
-        for i, (request, chunk) in enumerate(work):
-            row = next(rows) if chunk.n_outputs else None
-            request.count(len(chunk.tokens), seconds)
-            if request.is_at_mark:
-                self.memory.mark(request.seq, only=True)
-            if i in failures:
-                request.finish(FinishReason.ERROR, failures[i])
-            elif row is not None:
-                try:
-                    request.receive(row)
-                except SamplingError as error:
-                    request.finish(FinishReason.ERROR, str(error))
-            if request.finish_reason:
-                self._scheduler.remove(request)
-        return True
-
-    def _advance_ahead(self) -> bool:
-        """Do it by a step whose tokens come from the device; False if it can't be one."""
-        if self._ahead is None:
-            return False
-        with self._ending(r for r in self._scheduler.running if not r.is_prefilling):
-            work = self._ahead.step()
-            for request, token in work:
-                if token >= 0:
-                    request.take(token)
-                else:
-                    position = self.memory.n_tokens(request.seq) - 1
-                    self._wipe(request.seq)
-                    detail = failure("the logits", request.seq, position)
-                    request.finish(FinishReason.ERROR, detail)
-                if request.finish_reason:
-                    self._scheduler.remove(request)
-        return bool(work)
-
-    @contextmanager
-    def _ending(self, requests: Iterable[Request]) -> Iterator[None]:
-        """What breaks a step off ends its requests."""
-        try:
-            yield
-        except BaseException as error:
-            for request in list(requests):
-                # It may be half written: nothing is to go on from it.
-                self.memory.reset(request.seq)
-                if isinstance(error, KeyboardInterrupt):
-                    self.cancel(request)
-                else:
-                    request.finish(FinishReason.ERROR, f"its step broke off: {error!r}")
-                    self._scheduler.remove(request)
-            raise
+        return self.loop.advance()
 
     def cancel(self, request: Request) -> None:
         """End a request now and free its memory."""
-        request.finish(FinishReason.CANCELLED, "by its user")
-        self._scheduler.remove(request)
+        self.loop.cancel(request)
 
     def _check_prompt(self, ids: Sequence[int], n_past: int = 0) -> None:
         if not len(ids):
@@ -463,20 +333,35 @@ class Engine:
         return f"token id {token}: expected 0 to {self.model.n_vocab - 1}"
 
 
+def resolved_config(**options: Any) -> EngineConfig:
+    """The config of an engine with these options, with the sizes that suit its backend."""
+    config = EngineConfig(**options)
+    return config.resolved(backends.traits(config.backend))
+
+
 def plan_only(path: str | Path, n_tokens: int, gdn: str = "fused", **options: Any) -> Plan:
     """The placed graph of a file for batches of `n_tokens`, from the file's header alone; options
     are those of EngineConfig."""
     config = EngineConfig(**options, n_ubatch=n_tokens, n_batch=n_tokens)
-    model = load_model(GGUFFile(path))
-    capacity = capacity_of(config, context_size(None, model.n_ctx_train))
-    kinds = config.cache_types()
-    graph = model.build(BuildOptions(capacity, *kinds, "auto" if gdn == "fused" else gdn))
-    return _place(graph, config)
+    model, available = load_model(GGUFFile(path)), _backends(config)
+    config, traits = config.resolved(available[0].traits), available[0].traits
+    capacity = capacity_of(config, context_size(None, model.n_ctx_train), traits)
+    return _place(_graph(model, config, capacity, _algorithm(gdn)), available, config)
 
 
-def _place(graph: Graph, config: EngineConfig) -> Plan:
-    available = backends.create(
-        config.backend, config.n_threads, config.cpu_isa, config.batch_invariant
-    )
-    told = Offload(config.n_gpu_layers, config.n_cpu_moe, config.override_tensor)
-    return place_where_it_fits(graph, available, told, config.strict_backend)
+def _algorithm(gdn: str) -> str:
+    return "auto" if gdn == "fused" else gdn
+
+
+def _graph(model: Model, config: EngineConfig, capacity: Capacity, gdn: str) -> Graph:
+    return model.build(BuildOptions(capacity, *config.cache_types(), gdn))
+
+
+def _backends(config: EngineConfig) -> list[Backend]:
+    options = BackendOptions(config.n_threads, config.cpu_isa, config.batch_invariant)
+    return backends.create(config.backend, options)
+
+
+def _place(graph: Graph, available: Sequence[Backend], config: EngineConfig) -> Plan:
+    rules = Offload(config.n_gpu_layers, config.n_cpu_moe, config.override_tensor)
+    return place_where_it_fits(graph, available, rules, config.strict_backend)

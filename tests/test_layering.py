@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from engine.backends import REGISTRY
+
 ROOT = Path(__file__).resolve().parent.parent
 # Lowest first; modules of one line may import each other, without cycles. A package's modules
 # have its place.
@@ -171,6 +173,17 @@ def test_an_op_imports_no_other_op(imported: dict[str, set[str]]) -> None:
         if module.startswith("engine.ops.") and module != "engine.ops.decomposed":
             others = {t for t in targets if part_of(t) == "ops"} - shared
             assert not others, (module, others)
+
+
+def test_no_backend_s_name_decides_anything_elsewhere() -> None:
+    """Options ask a backend's traits; only the option parser and the backends know names."""
+    names = {r.name for r in REGISTRY}
+    for module, path in modules(ROOT).items():
+        if module.startswith("engine.backends") or module == "engine.commands.options":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant):
+                assert node.value not in names, (module, node.lineno, node.value)
 
 
 def write(root: Path, sources: dict[str, str]) -> Path:

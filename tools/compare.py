@@ -27,7 +27,6 @@ if not __package__:  # run as a script, so Python looks for modules in tools/ on
 from engine import backends
 from engine.backends.cpu.backend import CpuBackend
 from engine.backends.native import library as cpu_library
-from engine.bench.limits import measure_limits
 from engine.commands.options import InputError, Parser, at_least, integers, write_text
 from engine.errors import EngineError
 from engine.formats.gguf import GGUFFile
@@ -56,7 +55,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="threads of each engine (all cores)")  # fmt: skip
     add("-ub", "--ubatch-size", type=at_least(1), default=512, metavar="N",
         help="most tokens of a step (512)")  # fmt: skip
-    add("--backend", choices=backends.NAMES, default="auto", help="of this engine (auto)")
+    add("--backend", choices=backends.names(), default="auto", help="of this engine (auto)")
     add("--accuracy-tokens", type=at_least(0), default=64, metavar="N",
         help="tokens whose logits are compared with the reference's (64; 0: none)")  # fmt: skip
     add("--seed", type=at_least(0), default=0, metavar="N", help="of the tokens (0)")
@@ -212,7 +211,7 @@ def _progress(text: str) -> None:
 def machine(n_threads: int) -> dict[str, Any]:
     """What it runs on, and how busy that was before."""
     load = os.getloadavg()[0]
-    limits = measure_limits(CpuBackend(n_threads), n_threads)
+    limits = CpuBackend(n_threads).measure_limits()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

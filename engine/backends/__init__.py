@@ -1,69 +1,76 @@
-"""Backends by name, in the order of preference of `--backend auto`."""
+"""Backends by name, in the order of preference of `--backend auto`.
+
+To add one: a folder with a `Registration`, and its line in REGISTRY (docs/adding-a-backend.md).
+"""
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 
-from engine.backends.base import Backend
+from engine.backends import cpu, cuda, reference
+from engine.backends.base import Backend, BackendOptions, Registration, Traits
+from engine.backends.native.library import n_cores
 from engine.errors import EngineError
 
-# Every name that the command line knows.
-NAMES = ("auto", "cpu", "cuda", "reference")
+_log = logging.getLogger(__name__)
+# The best first. A backend takes what the ones before it refuse.
+REGISTRY: tuple[Registration, ...] = (
+    cuda.REGISTRATION,
+    cpu.REGISTRATION,
+    reference.REGISTRATION,
+)
+_DEFAULTS = BackendOptions()
 
 
 class BackendError(EngineError):
     """A backend that is unknown or not there."""
 
 
-def create(
-    name: str,
-    n_threads: int | None = None,
-    cpu_isa: str | None = None,
-    batch_invariant: bool = False,
-) -> list[Backend]:
-    """Backends in priority order for a name of NAMES; later ones take what earlier ones refuse.
+def names() -> tuple[str, ...]:
+    """Every name that `create` knows."""
+    return ("auto", *sorted(r.name for r in REGISTRY))
 
-    n_threads: of the CPU backend (None: all cores); cpu_isa: its instruction set (None: the best);
-    batch_invariant: see CudaBackend. Raises BackendError for an unknown name, CudaError without a
-    usable GPU, LibraryError without usable CPU kernels.
+
+def create(name: str, options: BackendOptions = _DEFAULTS) -> list[Backend]:
+    """The backend of a name of `names()` and those that follow it, in priority order.
+
+    Raises BackendError for an unknown name, and what a backend raises that can't run here.
     """
-    from engine.backends.reference import ReferenceBackend
-
-    if name not in NAMES:
-        raise BackendError(f"backend: expected one of {', '.join(NAMES)}, got {name}")
-    if name == "reference":
-        return [ReferenceBackend()]
-    from engine.backends.cpu.backend import CpuBackend
-
-    others: list[Backend] = [CpuBackend(n_threads, cpu_isa), ReferenceBackend()]
-    if first_of(name) != "cuda":
-        return others
-    from engine.backends.cuda.backend import CudaBackend
-    from engine.backends.cuda.cupy_device import CupyDevice
-
-    return [CudaBackend(CupyDevice(), batch_invariant), *others]
+    chosen = _from(name)
+    if options.n_threads is not None:
+        _warn_of_threads(options.n_threads, chosen)
+    return [registration.make(options) for registration in chosen]
 
 
-def first_of(name: str) -> str:
-    """The backend that comes first for a name of NAMES: `auto` is a GPU where there is one."""
-    if name != "auto":
-        return name
-    return "cpu" if cuda_missing() else "cuda"
+def traits(name: str) -> Traits:
+    """Traits of the backend that comes first for a name of `names()`."""
+    return _from(name)[0].traits
 
 
 @cache
-def cuda_missing() -> str:
-    """Why `auto` takes no GPU; an empty string if it does."""
-    from engine.backends.cuda.cupy_device import missing
+def missing(name: str) -> str:
+    """Why `auto` passes a backend by, or ""."""
+    return next(r for r in REGISTRY if r.name == name).missing()
 
-    return missing()
+
+def _from(name: str) -> list[Registration]:
+    if name not in names():
+        raise BackendError(f"backend: expected one of {', '.join(names())}, got {name}")
+    if name == "auto":
+        name = next(r.name for r in REGISTRY if not missing(r.name))
+    return list(REGISTRY[[r.name for r in REGISTRY].index(name) :])
+
+
+def _warn_of_threads(n_threads: int, chosen: list[Registration]) -> None:
+    if chosen == [reference.REGISTRATION]:
+        _log.warning("n_threads is ignored: numpy chooses the reference backend's threads")
+    elif n_threads > n_cores():
+        _log.warning(
+            "n_threads %d is more than the %d cores this process may use", n_threads, n_cores()
+        )
 
 
 def describe() -> str:
-    """The backends that are there, the best first, and the instruction set that the CPU's uses."""
-    from engine.backends.native import library as cpu_library
-
-    usable, built = cpu_library.usable(), cpu_library.built()
-    cpu = f"cpu ({usable[0]}; built: {', '.join(built)})" if usable else "no cpu (not built)"
-    why = cuda_missing()
-    return f"{f'no cuda ({why})' if why else 'cuda'}, {cpu}, reference"
+    """What every backend would run with, the best first."""
+    return ", ".join(registration.describe() for registration in REGISTRY)

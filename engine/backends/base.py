@@ -1,14 +1,17 @@
-"""The contract of a backend: what it answers, takes and compiles, and what it runs.
+"""The contract of a backend.
 
-Placement asks `supports`, a split of the graph becomes a `Program`, and the executor runs programs
-in order. Backends see nodes, never architectures.
+Placement asks `supports` about every node. Runs of nodes on one backend are splits; the backend
+compiles each into a `Program`, and the executor runs the programs in order. A backend sees nodes,
+never architectures. Nothing outside engine/backends/ decides by a backend's name: `Traits` say
+what options depend on.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,50 +88,123 @@ class WeightSource(Protocol):
         """A weight's stored bytes, uint8."""
 
     def release(self, name: str, begin: int = 0, end: int | None = None) -> None:
-        """These of its bytes (all: None) are not needed any more, or only seldom: their memory may
-        be given back."""
+        """Bytes `begin` to `end` (None: to the last) are not needed soon; their memory may go."""
 
 
-class Backend(Protocol):
-    """Something that can run nodes and holds the weights and states that they use."""
+@dataclass(frozen=True)
+class Traits:
+    """What options depend on.
+
+    n_ubatch: tokens of a step that suit the backend. cache_type: the type of cached keys and values
+    where the user names none. own_memory: weights lie in memory of its own, which may have room for
+    some layers only. overlaps_steps: it can sample on the device, so that a decode step is launched
+    before the tokens of the step before are known; that takes a second state slot per sequence.
+    """
+
+    n_ubatch: int = 512
+    cache_type: str = "f16"
+    own_memory: bool = False
+    overlaps_steps: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Peaks of a machine: bytes moved and floating point operations per second.
+
+    `what` names the kernels that measured them.
+    """
+
+    bytes_per_s: float
+    flops_per_s: float
+    what: str
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """n_threads: of the CPU (None: all cores). cpu_isa: its instruction set (None: the best).
+
+    batch_invariant: a sequence's results must not depend on what else is in the batch.
+    """
+
+    n_threads: int | None = None
+    cpu_isa: str | None = None
+    batch_invariant: bool = False
+
+
+class Backend(ABC):
+    """Runs nodes, and holds the weights and states that they use.
+
+    `detail`: the hardware and kernels in a few words. `states`: its part of sequence memory.
+    """
 
     name: str
-    # What it runs with, in a few words.
     detail: str
+    traits = Traits()
+    states: StateStore
 
-    @property
-    def states(self) -> StateStore:
-        """Its part of the sequences' memory."""
-
+    @abstractmethod
     def supports(self, node: Node) -> Support:
         """Whether it can run a node, and if not, why."""
 
+    @abstractmethod
     def weight_bytes(self, nodes: Sequence[Node]) -> int:
         """Bytes that the weights of some nodes will take in memory."""
 
     def free_bytes(self) -> int | None:
-        """What is left of a memory of its own; None if it uses the machine's."""
+        """Bytes left of its own memory; None if it uses the machine's."""
+        return None
 
-    def load_weights(self, weights: Sequence[Tensor], source: WeightSource) -> None:
-        """Take the weights of its nodes."""
+    @abstractmethod
+    def load_weights(self, nodes: Sequence[Node], source: WeightSource) -> None:
+        """Load the weights that its nodes read, in the form in which their kernels read them."""
 
+    @abstractmethod
     def allocate_states(self, states: Sequence[Tensor]) -> None:
-        """Make room for the states of its nodes; contents are arbitrary until written."""
+        """Allocate the states of its nodes; contents are arbitrary until written."""
 
-    def declare_inputs(self, inputs: Sequence[Tensor]) -> None:
+    def declare_inputs(self, inputs: Sequence[Tensor]) -> None:  # noqa: B027
         """The INPUTs of all its nodes, before programs are compiled."""
 
+    @abstractmethod
     def compile(self, split: Split) -> Program:
-        """Turn a split into something that runs without Python between nodes where it can."""
+        """Compile a split into a program that runs without Python between nodes where it can."""
 
+    def device_sampler(
+        self, program: Any, inputs: Sequence[Tensor], logits: Tensor
+    ) -> DeviceSampler | None:
+        """A sampler behind one of its programs, which is the whole graph; None if it has none."""
+        return None
+
+    @abstractmethod
     def write(self, tensor: Tensor, values: Array) -> None:
         """Set the live rows of an INPUT, or of an ACTIVATION computed elsewhere."""
 
+    @abstractmethod
     def read(self, tensor: Tensor) -> Array:
         """The live rows of a tensor that one of its programs computed."""
 
+    @abstractmethod
+    def measure_limits(self) -> Limits:
+        """Measure the peaks of what it runs on; about half a second."""
+
+    @abstractmethod
     def release(self) -> None:
-        """Give back the memory of weights and states; nothing can be run after it."""
+        """Free weights and states; nothing can be run after it."""
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A backend that can be asked for by name.
+
+    make: creates it, or raises an EngineError that says what is missing. missing: why `auto` passes
+    it by, or "". describe: what it would run with, for --version.
+    """
+
+    name: str
+    traits: Traits
+    make: Callable[[BackendOptions], Backend]
+    missing: Callable[[], str]
+    describe: Callable[[], str]
 
 
 @dataclass
@@ -142,34 +218,27 @@ class Split:
 
 
 class StepHandle(Protocol):
-    """A step on its way."""
+    """A step that was launched."""
 
     def ids(self) -> list[int]:
-        """Waits for this step only; each row's token, -1 where a logit was not finite."""
+        """Wait for this step only; each row's token, -1 where a logit was not finite."""
 
 
 class DeviceSampler(Protocol):
-    """Runs steps of one row for each sequence, in order with all else that its backend does."""
+    """Runs decode steps, one row of each sequence, that sample on the device.
+
+    Its steps are in order with all other work of its backend.
+    """
 
     def launch(
         self,
         inputs: Mapping[str, NDArray[np.int32]],
         live: Live,
-        draws: Sequence[SampleSpec],
+        specs: Sequence[SampleSpec],
         feed: Sequence[int],
     ) -> StepHandle:
-        """Start a step, and return without waiting for it.
+        """Start a step and return without waiting for it.
 
-        feed: for each row the row of the step launched before whose token it continues with, or -1
-        for the one in `inputs`. At most the last two tickets may be asked for ids.
+        feed: for each row, the row of the previously launched step whose token it continues with,
+        or -1 for the token in `inputs`. Only the last two handles may be asked for ids.
         """
-
-
-@runtime_checkable
-class SamplingBackend(Protocol):
-    """What a backend is that has decoders."""
-
-    def decoder(
-        self, program: Any, inputs: Sequence[Tensor], logits: Tensor
-    ) -> DeviceSampler | None:
-        """A decoder of a program of its own which is the whole graph; None if it can't."""

@@ -18,7 +18,18 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from engine.backends.base import Array, Instruction, Split, Support, Watch, WeightSource
+from engine.backends.base import (
+    Array,
+    Backend,
+    Instruction,
+    Limits,
+    Registration,
+    Split,
+    Support,
+    Traits,
+    Watch,
+    WeightSource,
+)
 from engine.backends.native.states import ArrayStates
 from engine.formats.quants import I32, dequantize, numpy_dtype
 from engine.graph import Kind, Live, Node, Tensor
@@ -27,10 +38,12 @@ from engine.graph import Kind, Live, Node, Tensor
 DEFAULT_CACHE_BYTES = 16 << 30
 
 
-class ReferenceBackend:
+class ReferenceBackend(Backend):
     """Runs everything. `dtype`: float32, or float64 for tests against a higher precision."""
 
     name = "reference"
+    traits = Traits(cache_type="f32")
+    states: ArrayStates
 
     def __init__(self, dtype: type = np.float32, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
         self.dtype = np.dtype(dtype)
@@ -45,25 +58,17 @@ class ReferenceBackend:
 
     def weight_bytes(self, nodes: Sequence[Node]) -> int:
         """Decoded weights, as far as they are kept."""
-        used = {t.base for node in nodes for t in node.inputs.values() if t.kind is Kind.WEIGHT}
-        decoded = sum(math.prod(t.shape) for t in used) * self.dtype.itemsize
+        decoded = sum(math.prod(t.shape) for t in _weights_of(nodes)) * self.dtype.itemsize
         return min(decoded, self._weights.limit)
 
-    def free_bytes(self) -> int | None:
-        """It uses the machine's memory."""
-        return None
-
-    def load_weights(self, weights: Sequence[Tensor], source: WeightSource) -> None:
+    def load_weights(self, nodes: Sequence[Node], source: WeightSource) -> None:
         """Nothing is read before a node needs it."""
-        for tensor in weights:
+        for tensor in _weights_of(nodes):
             self._weights.add(tensor, source.raw(tensor.name))
 
     def allocate_states(self, states: Sequence[Tensor]) -> None:
         """States as numpy arrays of their stored type."""
         self.states.allocate(states)
-
-    def declare_inputs(self, inputs: Sequence[Tensor]) -> None:
-        """Nothing to do: inputs are kept as they are given."""
 
     def compile(self, split: Split) -> ReferenceProgram:
         """A list of nodes, and after each the tensors that nobody needs any more."""
@@ -76,6 +81,11 @@ class ReferenceBackend:
     def read(self, tensor: Tensor) -> Array:
         """A tensor's live rows."""
         return self._values[tensor]
+
+    def measure_limits(self) -> Limits:
+        from engine.backends.cpu.backend import CpuBackend
+
+        return CpuBackend().measure_limits()
 
     def release(self) -> None:
         """Forget weights, states and activations."""
@@ -173,3 +183,18 @@ class _WeightCache:
             _, dropped = self._decoded.popitem(last=False)
             self._size -= dropped.nbytes
         return decoded
+
+
+def _weights_of(nodes: Sequence[Node]) -> list[Tensor]:
+    """The weights that some nodes read, each once."""
+    operands = (t for node in nodes for t in node.inputs.values())
+    return list(dict.fromkeys(t.base for t in operands if t.kind is Kind.WEIGHT))
+
+
+REGISTRATION = Registration(
+    "reference",
+    ReferenceBackend.traits,
+    make=lambda options: ReferenceBackend(),
+    missing=lambda: "",
+    describe=lambda: "reference",
+)

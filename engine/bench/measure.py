@@ -68,7 +68,7 @@ def backend_names(engine: Engine) -> str:
 
 def n_gpu_layers(engine: Engine) -> int:
     """As llama.cpp counts: -1 for all layers, 0 for none."""
-    return -1 if any(backend.name == "cuda" for backend in engine.plan.backends) else 0
+    return -1 if any(backend.traits.own_memory for backend in engine.plan.backends) else 0
 
 
 def n_threads(engine: Engine) -> int:

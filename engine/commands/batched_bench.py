@@ -23,7 +23,7 @@ from engine.commands.options import (
     integers,
 )
 from engine.config import EngineConfig
-from engine.engine import Engine
+from engine.engine import Engine, resolved_config
 
 ABOUT = "Measure prompts and generation of several sequences at once, as llama-batched-bench does."
 # Column -> format of its values; llama-batched-bench's.
@@ -81,7 +81,7 @@ def _config(args: argparse.Namespace, cases: list[BatchedCase]) -> dict[str, Any
             facts.check_context(case.n_kv, f"{sizes} -npl {case.n_seqs}", config["n_ctx"])
         else:
             facts.check_context(case.n_prompt + case.n_gen, sizes)
-    sizes_of_step = EngineConfig(**config)
+    sizes_of_step = resolved_config(**config)
     n_ubatch = min(sizes_of_step.n_batch, sizes_of_step.n_ubatch)
     if n_seqs > n_ubatch:
         raise BenchError(f"-npl {n_seqs}: expected at most the {n_ubatch} tokens of a step (-ub)")

@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from engine import backends
 from engine.engine import DEMO_MODEL
 from engine.errors import EngineError
 
@@ -66,7 +67,7 @@ def backend_options(p: Parser) -> None:
     """What runs the graph."""
     p.add_argument(
         "--backend",
-        choices=("auto", "cpu", "cuda", "reference"),
+        choices=backends.names(),
         default="auto",
         help="what runs the graph (default: auto, the best that is there)",
     )

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from engine.bench.limits import Limits, measure_limits
-from engine.bench.measure import n_threads
+from engine.backends.base import Limits
 from engine.bench.profile import Row, StepProfile, by_layer_kind, by_op, profile_step
 from engine.commands.options import Parser, at_least, common_options, engine_options, given_fields
 from engine.config import EngineConfig
-from engine.engine import Engine
+from engine.engine import Engine, resolved_config
 
 ABOUT = "Time one step instruction by instruction: by op and by layer kind, against the machine."
 _HEADINGS = ("", "n", "ms", "share", "MB", "GB/s", "of limit", "GFLOP", "GFLOP/s", "of peak")
@@ -43,7 +42,7 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
     n_tokens = args.n_prompt or 1
     repeats = args.repetitions if args.n_prompt else args.n_gen or 16
     options = given_fields(args, EngineConfig)
-    usual = EngineConfig(**options).n_ubatch
+    usual = resolved_config(**options).n_ubatch
     if n_tokens > (limit := options.setdefault("n_ubatch", max(n_tokens, usual))):
         parser.error(f"argument -p: expected at most the {limit} tokens of a step (-ub)")
     options["n_batch"] = max(options["n_ubatch"], options.get("n_batch", 0))
@@ -51,7 +50,7 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
     with Engine.load(args.model, **options) as engine:
         rng = np.random.default_rng(args.seed)
         profile = profile_step(engine, n_tokens, args.n_depth, repeats, rng)
-        limits = measure_limits(engine.plan.backends[0], n_threads(engine))
+        limits = engine.plan.backends[0].measure_limits()
         kinds = by_layer_kind(profile, engine.plan.graph.layer_kinds)
         if args.output == "json":
             print(json.dumps(_document(profile, limits, kinds), indent=1))

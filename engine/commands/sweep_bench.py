@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from engine.bench.measure import backend_names, n_threads, rss_hwm_mib
+from engine.bench.measure import backend_names, n_gpu_layers, n_threads, rss_hwm_mib
 from engine.bench.plots import Curve, Point, check_output, draw
 from engine.bench.sweep import (
     TABLE_HEAD,
@@ -28,7 +28,7 @@ from engine.bench.sweep import (
 )
 from engine.commands.options import Parser, at_least, common_options, engine_options, given_fields
 from engine.config import DEFAULT_CTX, EngineConfig
-from engine.engine import Engine
+from engine.engine import Engine, resolved_config
 
 ABOUT = (
     "Measure generation (TG) and then a prompt of -ub tokens (PP) after every -ub positions of "
@@ -59,7 +59,7 @@ def add_options(p: Parser) -> None:
 def run(parser: Parser, args: argparse.Namespace) -> int:
     """Print a row for every depth."""
     options = given_fields(args, EngineConfig)
-    n_prompt = EngineConfig(**options).n_ubatch
+    n_prompt = resolved_config(**options).n_ubatch
     options |= {"n_ubatch": n_prompt, "n_batch": options.get("n_batch", max(n_prompt, 2048))}
     if args.n_kv_max < n_prompt:
         parser.error(f"argument -c: expected at least the {n_prompt} of -ub, got {args.n_kv_max}")
@@ -104,7 +104,7 @@ def _settings(engine: Engine, n_kv_max: int) -> dict[str, int]:
         "n_batch": engine.config.n_batch,
         "n_ubatch": engine.config.n_ubatch,
         "flash_attn": 1,
-        "n_gpu_layers": layers if "cuda" in backend_names(engine).split("+") else 0,
+        "n_gpu_layers": layers if n_gpu_layers(engine) else 0,
         "n_threads": threads,
         "n_threads_batch": threads,
     }
@@ -126,8 +126,7 @@ def _json_line(engine: Engine, settings: dict[str, int], row: Row) -> str:
         "state_bytes": state_bytes,
         "kv_bytes": kv_bytes,
         "rss_hwm_mib": rss_hwm_mib(),
-        # No backend of this version has memory of its own.
-        "vram_delta_mib": 0.0,
+        "vram_delta_mib": engine.device_bytes() / 2**20,
     }
     return json.dumps(values)
 

@@ -1,8 +1,8 @@
-"""What a placed graph will need of the machine's memory, and what the machine has left of it.
+"""Memory that a placed graph will touch, compared with the memory that is left.
 
-An estimate of what is really touched: weights as backends keep them, states and KV cache at
-capacity, the most activations that are alive at a time in a full step, and logits of one row for
-each sequence. The pages of the file itself are the system's to give back and are not counted.
+Counted: weights as backends keep them, states and KV cache at capacity, the largest sum of
+activations alive at one time in a full step, and logits of one row per sequence. The file's mapped
+pages are not counted: the system can drop them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _MEMINFO = Path("/proc/meminfo")
 
 
 class NotEnoughMemoryError(EngineError):
-    """A model that doesn't fit the memory that is left."""
+    """A model needs more memory than is left."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by what takes them."""
+    """Bytes by use."""
 
     weights: int
     states: int
@@ -35,12 +35,12 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Bytes in all."""
         return self.weights + self.states + self.kv_cache + self.activations
 
 
 def estimate(plan: Plan, backends: Sequence[Backend] | None = None) -> Estimate:
-    """What a plan, or the part of it that is on some backends, will need."""
+    """Bytes that a plan needs, or the part of it on `backends`."""
     weights = states = kv_cache = 0
     for backend in plan.backends if backends is None else backends:
         nodes = [node for node, p in plan.placements.items() if p.backend is backend]
@@ -54,7 +54,7 @@ def estimate(plan: Plan, backends: Sequence[Backend] | None = None) -> Estimate:
 
 
 def check(plan: Plan) -> None:
-    """Raise NotEnoughMemoryError, in one line, if a plan needs more than there is."""
+    """Raise NotEnoughMemoryError if a plan needs more than is left."""
     for where, backends, available in _memories(plan):
         need = estimate(plan, backends)
         if available is not None and need.total > available:
@@ -62,13 +62,13 @@ def check(plan: Plan) -> None:
 
 
 def fits(plan: Plan, backend: Backend) -> bool:
-    """Whether a backend that has memory of its own has enough."""
+    """Whether a backend's own memory has room for its part of a plan."""
     available = backend.free_bytes()
     return available is None or estimate(plan, [backend]).total <= available
 
 
 def _memories(plan: Plan) -> list[tuple[str, list[Backend], int | None]]:
-    """(name, backends, bytes left) of the machine's memory and of those that backends have."""
+    """(name, backends, bytes left) of the machine's memory and of each backend's own."""
     own = [(b, b.free_bytes()) for b in plan.backends]
     machine = [b for b, n in own if n is None]
     rest: list[tuple[str, list[Backend], int | None]] = [
@@ -100,7 +100,7 @@ def _advice(need: Estimate, available: int, where: str) -> str:
 
 
 def _activation_bytes(graph: Graph) -> int:
-    """The most that is alive at a time, from where it is made to its last use."""
+    """The largest sum of activations alive at one time; each lives until its last use."""
     last_use: dict[Tensor, int] = {}
     for i, node in enumerate(graph.nodes):
         for t in (*node.outputs, *(t.base for t in node.inputs.values())):
@@ -120,14 +120,14 @@ def _activation_bytes(graph: Graph) -> int:
 
 
 def _touched_bytes(tensor: Tensor, graph: Graph) -> int:
-    """Rows of outputs are one for each sequence: what generating text asks for."""
+    """Outputs count one row per sequence: generation asks for no more."""
     if dim_name(tensor) != "n_outputs":
         return tensor.nbytes
     return tensor.nbytes // int(tensor.shape[0]) * min(graph.capacity.n_seqs, tensor.shape[0])
 
 
 def available_bytes() -> int | None:
-    """What the machine, or the process's control group, has left; None where nothing says so."""
+    """Bytes left on the machine and in the process's control group; None if unknown."""
     limits = [n for n in (_left_on_machine(), _left_in_cgroup()) if n is not None]
     return min(limits, default=None)
 
@@ -142,7 +142,7 @@ def _left_on_machine() -> int | None:
 
 
 def _left_in_cgroup() -> int | None:
-    """Of a control group of version 2; the file cache is given back when it is needed."""
+    """Bytes left in a control group of version 2; file cache counts as left."""
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()
         used = int((_CGROUP / "memory.current").read_text())

@@ -8,7 +8,7 @@ that reads them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from types import MappingProxyType
@@ -37,13 +37,14 @@ class Plan:
         self.graph, self.placements = graph, placements
         self.splits = _splits(graph, placements)
 
+    def nodes_of(self, backend: Backend) -> list[Node]:
+        """The nodes of a backend, in order."""
+        return [node for node, p in self.placements.items() if p.backend is backend]
+
     def tensors_of(self, backend: Backend, kind: Kind) -> list[Tensor]:
         """Weights, states or inputs that a backend's nodes use, each once."""
-        used: dict[Tensor, None] = {}
-        for node, placement in self.placements.items():
-            if placement.backend is backend:
-                used |= {t.base: None for t in node.inputs.values() if t.kind is kind}
-        return list(used)
+        operands = (t for node in self.nodes_of(backend) for t in node.inputs.values())
+        return list(dict.fromkeys(t.base for t in operands if t.kind is kind))
 
     @property
     def backends(self) -> list[Backend]:
@@ -51,7 +52,7 @@ class Plan:
         return list(dict.fromkeys(p.backend for p in self.placements.values()))
 
 
-# Nodes that are told where to run: (name of the backend, reason).
+# Where a user rule sends a node: (name of the backend, reason).
 Rules = Mapping[Node, tuple[str, str]]
 
 
@@ -61,52 +62,111 @@ def place(
     strict: bool = False,
     rules: Rules = MappingProxyType({}),
 ) -> Plan:
-    """Place every node; `backends` in order of priority. A rule counts as the others' refusal.
+    """Place every node; `backends` in order of priority.
 
-    Raises PlacementError for a node that none supports, or with `strict` for one that the first
-    backend doesn't and no rule sends elsewhere.
+    A user rule makes the backends before the one it names refuse the node. Raises PlacementError
+    for a node that none supports, or with `strict` for one that the first backend refuses and no
+    rule sends elsewhere.
     """
     assert len({b.name for b in backends}) == len(backends), backends
-    refusals = {node: _refusals(node, backends, rules.get(node)) for node in graph.nodes}
-    homes: dict[Tensor, tuple[Backend, str]] = {}
-    for nodes in _groups(graph):
-        _place_group(nodes, backends, refusals, homes)
-    placements: dict[Node, Placement] = {}
-    producers: dict[Tensor, Node] = {}
+    placer = _Placer(graph, backends, rules)
     for node in graph.nodes:
-        told = rules.get(node)
-        placement = _place_node(node, backends, refusals[node], told, homes, producers, placements)
+        placement = placer.place(node)
         if strict and placement.backend is not backends[0] and node not in rules:
-            why = "; ".join(refusals[node].values()) or placement.reason
+            why = "; ".join(placer.refusals[node].values()) or placement.reason
             raise PlacementError(
                 f"{node}: expected backend {backends[0].name} (strict), "
                 f"got {placement.backend.name}: {why}"
             )
-        placements[node] = placement
-        producers |= dict.fromkeys(node.outputs, node)
-    return Plan(graph, placements)
+    return Plan(graph, placer.placements)
 
 
-def _refusals(
-    node: Node, backends: Sequence[Backend], rule: tuple[str, str] | None
-) -> dict[str, str]:
-    """Backend name -> why it refuses the node, or why it must not have it."""
-    answers = {b.name: b.supports(node) for b in backends}
-    refused = {name: f"{name}: {a.reason}" for name, a in answers.items() if not a.ok}
-    if rule is not None and len(refused) < len(backends):
-        wanted, reason = rule
-        before = list(takewhile(lambda name: name != wanted, answers))
-        refused |= {name: f"{name}: {reason}" for name in before if name not in refused}
-    if len(refused) == len(backends):
-        raise PlacementError(f"no backend supports {node} ({'; '.join(refused.values())})")
-    return refused
+class _Placer:
+    """Places nodes in graph order.
+
+    `refusals`: of each node, backend name -> why it refuses. `_holders`: the backend that holds a
+    weight or state, and the reason.
+    """
+
+    def __init__(self, graph: Graph, backends: Sequence[Backend], rules: Rules) -> None:
+        self._backends, self._rules = backends, rules
+        self.refusals = {node: self._refused(node) for node in graph.nodes}
+        self.placements: dict[Node, Placement] = {}
+        self._producers = {t: node for node in graph.nodes for t in node.outputs}
+        self._holders: dict[Tensor, Placement] = {}
+        for nodes in _groups(graph):
+            self._place_states(nodes)
+
+    def _refused(self, node: Node) -> dict[str, str]:
+        answers = {b.name: b.supports(node) for b in self._backends}
+        refused = {name: f"{name}: {a.reason}" for name, a in answers.items() if not a.ok}
+        if node in self._rules and len(refused) < len(answers):
+            wanted, reason = self._rules[node]
+            before = list(takewhile(lambda name: name != wanted, answers))
+            refused |= {name: f"{name}: {reason}" for name in before if name not in refused}
+        if len(refused) == len(answers):
+            raise PlacementError(f"no backend supports {node} ({'; '.join(refused.values())})")
+        return refused
+
+    def _first(self, refused: Mapping[str, str]) -> Backend | None:
+        return next((b for b in self._backends if b.name not in refused), None)
+
+    def _reason(self, backend: Backend, refused: Mapping[str, str]) -> str:
+        only = len(self._backends) == 1
+        reason = "the only backend" if only else f"{backend.name} is first in order"
+        why = "; ".join(refused.values())
+        return f"{reason} after refusals ({why})" if why else reason
+
+    def _place_states(self, nodes: list[Node]) -> None:
+        """Give the states of a group to the first backend that takes all its nodes."""
+        refused = {
+            name: f"{n.name}: {why}" for n in nodes for name, why in self.refusals[n].items()
+        }
+        if (backend := self._first(refused)) is None:
+            why = "; ".join(refused.values())
+            raise PlacementError(f"no backend supports all of {nodes}: {why}")
+        holder = Placement(backend, f"holds its state, {self._reason(backend, refused)}")
+        for node in nodes:
+            self._holders |= dict.fromkeys(_operands(node, Kind.STATE), holder)
+
+    def place(self, node: Node) -> Placement:
+        """Place a node after those before it."""
+        self.placements[node] = placement = self._placement(node)
+        for weight in _operands(node, Kind.WEIGHT):
+            self._holders.setdefault(weight, placement)
+        return placement
+
+    def _placement(self, node: Node) -> Placement:
+        refused, weights = self.refusals[node], _operands(node, Kind.WEIGHT)
+        for state in _operands(node, Kind.STATE):
+            return self._holders[state]
+        wanted, reason = self._rules.get(node, ("", ""))
+        if wanted and wanted not in refused:
+            return Placement(next(b for b in self._backends if b.name == wanted), reason)
+        for weight in weights:
+            holder = self._holders.get(weight)
+            if holder is not None and holder.backend.name not in refused:
+                return Placement(holder.backend, f"holds {weight.name}")
+        operands = [t.base for t in node.inputs.values()]
+        producers = [self._producers[t] for t in operands if t in self._producers]
+        if not weights and producers:
+            backend = self.placements[producers[0]].backend
+            if backend.name not in refused:
+                return Placement(backend, f"follows {producers[0].name}")
+        first = self._first(refused)
+        assert first is not None
+        return Placement(first, self._reason(first, refused))
+
+
+def _operands(node: Node, kind: Kind) -> list[Tensor]:
+    return [t.base for t in node.inputs.values() if t.kind is kind]
 
 
 def _groups(graph: Graph) -> list[list[Node]]:
-    """Nodes that hold state, those that share a state tensor together."""
+    """Nodes that hold state; those that share a state tensor are one group."""
     groups: list[tuple[set[Tensor], list[Node]]] = []
     for node in graph.nodes:
-        states = {t.base for t in node.inputs.values() if t.kind is Kind.STATE}
+        states = set(_operands(node, Kind.STATE))
         if not states:
             continue
         joined = [g for g in groups if g[0] & states]
@@ -114,67 +174,6 @@ def _groups(graph: Graph) -> list[list[Node]]:
         nodes = [n for g in joined for n in g[1]] + [node]
         groups.append((states.union(*(g[0] for g in joined)), nodes))
     return [nodes for _, nodes in groups]
-
-
-def _place_group(
-    nodes: list[Node],
-    backends: Sequence[Backend],
-    refusals: Mapping[Node, Mapping[str, str]],
-    homes: dict[Tensor, tuple[Backend, str]],
-) -> None:
-    """Find the states of a group their home: the first backend that takes all its nodes."""
-    refused = {name: f"{n.name}: {why}" for n in nodes for name, why in refusals[n].items()}
-    backend = next((b for b in backends if b.name not in refused), None)
-    if backend is None:
-        raise PlacementError(f"no backend supports all of {nodes}: {'; '.join(refused.values())}")
-    reason = _because(f"holds its state, {_first_that_takes(backend, backends)}", refused.values())
-    for node in nodes:
-        for t in node.inputs.values():
-            if t.kind is Kind.STATE:
-                homes[t.base] = (backend, reason)
-
-
-def _place_node(
-    node: Node,
-    backends: Sequence[Backend],
-    refused: Mapping[str, str],
-    told: tuple[str, str] | None,
-    homes: dict[Tensor, tuple[Backend, str]],
-    producers: Mapping[Tensor, Node],
-    placements: Mapping[Node, Placement],
-) -> Placement:
-    operands = list(node.inputs.values())
-    for t in operands:
-        if t.kind is Kind.STATE:
-            return Placement(*homes[t.base])
-    weights = [t.base for t in operands if t.kind is Kind.WEIGHT]
-    if told is not None and told[0] not in refused:
-        backend = next(b for b in backends if b.name == told[0])
-        for w in weights:
-            homes.setdefault(w, (backend, told[1]))
-        return Placement(backend, told[1])
-    for w in weights:
-        if w in homes and homes[w][0].name not in refused:
-            return Placement(homes[w][0], f"holds {w.name}")
-    made_by = [producers[t.base] for t in operands if t.base in producers]
-    if not weights and made_by:
-        backend = placements[made_by[0]].backend
-        if backend.name not in refused:
-            return Placement(backend, f"follows {made_by[0].name}")
-    backend = next(b for b in backends if b.name not in refused)
-    reason = _because(_first_that_takes(backend, backends), refused.values())
-    for w in weights:
-        homes.setdefault(w, (backend, reason))
-    return Placement(backend, reason)
-
-
-def _first_that_takes(backend: Backend, backends: Sequence[Backend]) -> str:
-    return "the only backend" if len(backends) == 1 else f"{backend.name} is first in order"
-
-
-def _because(reason: str, refused: Iterable[str]) -> str:
-    why = "; ".join(refused)
-    return f"{reason} after refusals ({why})" if why else reason
 
 
 def _splits(graph: Graph, placements: Mapping[Node, Placement]) -> list[Split]:

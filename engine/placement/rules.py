@@ -1,9 +1,10 @@
-"""Which nodes a user keeps from the GPU, or sends there: -ngl, -ncmoe, -cmoe, --override-tensor.
+"""Rules of placement that users give: -ngl, -ncmoe, -cmoe, --override-tensor.
 
-As in llama.cpp: of N offloaded layers the last ones of the model are on the GPU, the head counting
-as one more layer; the experts of a layer may stay on the CPU; a regular expression that is found in
+As in llama.cpp: of N offloaded layers the last ones of the model are on the device, and the head
+counts as one more layer; the experts of a layer may stay on the host; a regular expression found in
 a weight's name sends the node that reads it to a backend, whatever else is said. The first
-expression that is found counts.
+expression that is found counts. The device is the first backend with memory of its own, the host
+the first without.
 """
 
 from __future__ import annotations
@@ -17,12 +18,10 @@ from dataclasses import dataclass, replace
 from engine.backends.base import Backend
 from engine.errors import EngineError
 from engine.graph import Graph, Kind, Node
-from engine.placement import estimate as memory_estimate
-from engine.placement.place import Plan, place
+from engine.placement import estimate
+from engine.placement.place import Plan, Rules, place
 
 _log = logging.getLogger(__name__)
-
-TARGETS = ("cpu", "cuda")
 _LAYER = re.compile(r"blk\.(\d+)\.")
 
 
@@ -34,55 +33,60 @@ class OffloadError(EngineError):
 class Offload:
     """n_gpu_layers: None for all. n_cpu_moe: layers, from the first, whose experts stay.
 
-    overrides: texts `REGEX=cpu` or `REGEX=cuda`.
+    overrides: texts `REGEX=BACKEND`.
     """
 
     n_gpu_layers: int | None = None
     n_cpu_moe: int = 0
     overrides: Sequence[str] = ()
 
-    def rules(self, graph: Graph, backends: Sequence[str]) -> dict[Node, tuple[str, str]]:
-        """(backend, reason) of the nodes that are told where to run.
+    def rules(self, graph: Graph, backends: Sequence[Backend]) -> Rules:
+        """(backend, reason) of the nodes that a rule places.
 
         Raises OffloadError for an expression that doesn't compile, matches no weight, or names a
-        backend that isn't used.
+        backend that isn't in use.
         """
-        patterns = [_parse(text, backends) for text in self.overrides]
+        names = [b.name for b in backends]
+        patterns = [_parse(text, names) for text in self.overrides]
+        device = next((b.name for b in backends if b.traits.own_memory), None)
+        host = next((b.name for b in backends if not b.traits.own_memory), None)
         matched: set[str] = set()
         rules: dict[Node, tuple[str, str]] = {}
         for node in graph.nodes:
-            names = [t.name for t in node.inputs.values() if t.kind is Kind.WEIGHT]
+            weights = [t.name for t in node.inputs.values() if t.kind is Kind.WEIGHT]
             for text, pattern, backend in patterns:
-                if found := [name for name in names if pattern.search(name)]:
+                if found := [name for name in weights if pattern.search(name)]:
                     matched.add(text)
                     rules.setdefault(node, (backend, f"--override-tensor {text} ({found[0]})"))
-            if node not in rules and "cuda" in backends and (rule := self._rule(node, graph)):
-                rules[node] = rule
+            if node in rules or device is None or host is None:
+                continue
+            if (rule := self._by_layer(node, graph)) is not None:
+                on_device, reason = rule
+                rules[node] = (device if on_device else host, reason)
         for text, _, _ in patterns:
             if text not in matched:
                 raise OffloadError(f"--override-tensor {text}: matches no weight of the model")
         return rules
 
-    def _rule(self, node: Node, graph: Graph) -> tuple[str, str] | None:
-        """Where the numbers of layers send a node, and why; None if they say nothing."""
+    def _by_layer(self, node: Node, graph: Graph) -> tuple[bool, str] | None:
+        """Whether the numbers of layers put a node on the device, and why; None: they don't say."""
         n_layers = len(graph.layer_kinds)
         found = _LAYER.match(node.name)
         layer = int(found[1]) if found else 0 if node.name == "token_embd" else n_layers
         if found and layer < self.n_cpu_moe and node.op.name == "MUL_MAT_ID":
-            return "cpu", f"-ncmoe {min(self.n_cpu_moe, n_layers)}"
+            return False, f"-ncmoe {min(self.n_cpu_moe, n_layers)}"
         if self.n_gpu_layers is None:
             return None
-        stays = layer < n_layers + 1 - self.n_gpu_layers
-        return "cpu" if stays else "cuda", f"-ngl {self.n_gpu_layers}"
+        return layer >= n_layers + 1 - self.n_gpu_layers, f"-ngl {self.n_gpu_layers}"
 
 
-def _parse(text: str, backends: Sequence[str]) -> tuple[str, re.Pattern[str], str]:
+def _parse(text: str, names: Sequence[str]) -> tuple[str, re.Pattern[str], str]:
     expression, _, backend = text.rpartition("=")
-    if not expression or backend not in TARGETS:
-        raise OffloadError(f"--override-tensor: expected REGEX=cpu or REGEX=cuda, got {text!r}")
-    if backend not in backends:
-        used = ", ".join(backends)
-        raise OffloadError(f"--override-tensor {text}: expected one of {used} (in use)")
+    if not expression or backend not in names:
+        used = ", ".join(names)
+        raise OffloadError(
+            f"--override-tensor: expected REGEX=BACKEND with one of {used} (in use), got {text!r}"
+        )
     try:
         return text, re.compile(expression), backend
     except re.error as error:
@@ -92,18 +96,18 @@ def _parse(text: str, backends: Sequence[str]) -> tuple[str, re.Pattern[str], st
 def place_where_it_fits(
     graph: Graph, backends: Sequence[Backend], offload: Offload, strict: bool = False
 ) -> Plan:
-    """The placed graph; if -ngl says nothing, with as many layers on a GPU as it has room for."""
-    names, first, n_layers = [b.name for b in backends], backends[0], len(graph.layer_kinds)
+    """The placed graph; without -ngl, with as many layers on the device as it has room for."""
+    first, n_layers = backends[0], len(graph.layer_kinds)
 
     def placed(n: int | None) -> Plan:
-        rules = replace(offload, n_gpu_layers=n).rules(graph, names)
+        rules = replace(offload, n_gpu_layers=n).rules(graph, backends)
         return place(graph, backends, strict, rules)
 
     plan = placed(offload.n_gpu_layers)
-    if offload.n_gpu_layers is not None or memory_estimate.fits(plan, first):
+    if offload.n_gpu_layers is not None or estimate.fits(plan, first):
         return plan
     # 0 layers always fit: the first of 1, 2, … that doesn't.
     too_many = range(1, n_layers + 1)
-    n = bisect_left(too_many, True, key=lambda n: not memory_estimate.fits(placed(n), first))
+    n = bisect_left(too_many, True, key=lambda n: not estimate.fits(placed(n), first))
     _log.warning("%s has room for %d of %d layers: -ngl %d", first.name, n, n_layers, n)
     return placed(n)

@@ -10,7 +10,6 @@ from engine.backends.base import (
     Array,
     DeviceSampler,
     Instruction,
-    SamplingBackend,
     Split,
     StateStore,
     Timing,
@@ -27,7 +26,7 @@ class Executable:
     def __init__(self, plan: Plan, source: WeightSource) -> None:
         self.plan = plan
         for backend in plan.backends:
-            backend.load_weights(plan.tensors_of(backend, Kind.WEIGHT), source)
+            backend.load_weights(plan.nodes_of(backend), source)
             backend.allocate_states(plan.tensors_of(backend, Kind.STATE))
             backend.declare_inputs(plan.tensors_of(backend, Kind.INPUT))
         self._programs = [(split, split.backend.compile(split)) for split in plan.splits]
@@ -72,16 +71,13 @@ class Executable:
     def _read_outputs(self) -> dict[str, Array]:
         return {name: backend.read(t) for name, (backend, t) in self._outputs.items()}
 
-    def decoder(self) -> DeviceSampler | None:
-        """What draws tokens on the device, if all runs on one that can."""
+    def device_sampler(self) -> DeviceSampler | None:
+        """A sampler on the device, if the whole graph is one split of a backend that has one."""
         if len(self._programs) != 1:
             return None
         ((split, program),), ((_, inputs),) = self._programs, self._inputs
         _, logits = self._outputs["logits"]
-        backend: object = split.backend
-        if not isinstance(backend, SamplingBackend):
-            return None
-        return backend.decoder(program, inputs, logits)
+        return split.backend.device_sampler(program, inputs, logits)
 
     @property
     def stores(self) -> list[StateStore]:

@@ -45,16 +45,16 @@ class Scheduler:
         reclaim: Callable[[], bool] = lambda: False,
     ) -> None:
         """`reclaim` gives back memory that is held for later, and says whether there was any."""
-        self._memory, self._capacity, self._reclaim = memory, capacity, reclaim
+        self.memory, self._capacity, self._reclaim = memory, capacity, reclaim
         self.waiting: deque[Request] = deque()
         self.running: deque[Request] = deque()
         self._prefill_turn = False
 
     def add(self, request: Request, after: Checkpoint | None = None) -> None:
         """Queue a request, which goes on from a checkpoint if there is one."""
-        request.seq = self._memory.create()
+        request.seq = self.memory.create()
         if after is not None:
-            self._memory.restore(request.seq, after)
+            self.memory.restore(request.seq, after)
         self.waiting.append(request)
 
     def remove(self, request: Request) -> None:
@@ -63,8 +63,8 @@ class Scheduler:
             if request in queue:
                 queue.remove(request)
                 if request.keep is not None:
-                    request.keep(request, self._memory.checkpoint(request.seq))
-                self._memory.free(request.seq)
+                    request.keep(request, self.memory.checkpoint(request.seq))
+                self.memory.free(request.seq)
 
     def schedule(self) -> list[tuple[Request, Chunk]]:
         """The chunks of the next step, each with its request; none if nothing can run."""
@@ -92,7 +92,7 @@ class Scheduler:
         while self.waiting and len(self.running) < self._capacity.n_seqs:
             request = self.waiting[0]
             promised = sum(self._unclaimed_blocks(r) for r in self.running)
-            blocks, slots = self._memory.blocks.n_free, self._memory.slots.n_free
+            blocks, slots = self.memory.blocks.n_free, self.memory.slots.n_free
             slots -= sum(map(self._unclaimed_slots, self.running))
             no_blocks = self._unclaimed_blocks(request) > blocks - promised
             if no_blocks or self._unclaimed_slots(request) > slots:
@@ -109,7 +109,7 @@ class Scheduler:
     def _refuse(self, request: Request, n_blocks: int, n_slots: int) -> None:
         """Nothing else runs and it still finds no room: something else holds the memory."""
         size = self._capacity.block_size
-        self._memory.free(request.seq)
+        self.memory.free(request.seq)
         request.finish(
             FinishReason.ERROR,
             f"it needs {request.limit} positions and a state slot: {n_blocks * size} positions and "
@@ -118,7 +118,7 @@ class Scheduler:
 
     def _unclaimed_slots(self, request: Request) -> int:
         """State slots that it will still take: with its first step, and for a mark."""
-        first = 0 if request.n_done else self._memory.missing_slots(request.seq)
+        first = 0 if request.n_done else self.memory.missing_slots(request.seq)
         return first + request.needs_slot
 
     def _unclaimed_blocks(self, request: Request) -> int:
@@ -126,7 +126,7 @@ class Scheduler:
         size = self._capacity.block_size
         if not request.n_done:
             return ceil(request.limit / size) - request.n_past // size
-        return ceil(request.limit / size) - ceil(self._memory.n_tokens(request.seq) / size)
+        return ceil(request.limit / size) - ceil(self.memory.n_tokens(request.seq) / size)
 
     def _prefill_chunks(self, budget: int) -> list[tuple[Request, Chunk]]:
         prompts = [r for r in self.running if r.is_prefilling]

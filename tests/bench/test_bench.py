@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
-import engine.engine
 from engine import Engine
 from engine.bench.batched import BatchedCase, measure_batched
 from engine.bench.facts import ModelFacts
 from engine.bench.measure import BenchError
 from engine.bench.throughput import Case, cases_of, measure
 from engine.errors import EngineError
+from engine.runtime import loop
 from engine.runtime.request import Request
 from tests.support.helpers import STD, Cli, assert_all_free
 from tools.synth import write_model
@@ -57,7 +57,7 @@ class Step(NamedTuple):
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     """Every step that an engine runs from now on."""
     seen: list[Step] = []
-    pack = engine.engine.pack
+    pack = loop.pack
 
     def spy(pieces: Any, memory_steps: Any, capacity: Any) -> Any:
         batch = pack(pieces, memory_steps, capacity)
@@ -65,7 +65,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
         seen.append(Step(past, [len(p.tokens) for p in pieces], batch.live.kv_rows))
         return batch
 
-    monkeypatch.setattr("engine.engine.pack", spy)
+    monkeypatch.setattr("engine.runtime.loop.pack", spy)
     return seen
 
 

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from engine import Engine
-from engine.backends.base import Instruction, Timing
+from engine.backends.base import Instruction, Limits, Timing
 from engine.backends.cpu.backend import CpuBackend
-from engine.bench.limits import Limits, measure_limits
 from engine.bench.profile import Row, by_layer_kind, by_op, entries_of, profile_step
 from engine.commands.profile import _cells
 from engine.graph import Live, Node
@@ -124,15 +123,13 @@ def test_parts_of_a_node_and_fused_nodes_are_one_entry(tiny: Path) -> None:
 
 def test_limits_are_those_of_a_machine() -> None:
     """Nothing on this planet reads less than 0.5 GB/s or more than 10 TB/s from memory."""
-    limits = measure_limits(CpuBackend(2), 2)
+    limits = CpuBackend(2).measure_limits()
     assert 0.5e9 < limits.bytes_per_s < 1e13
     assert 1e8 < limits.flops_per_s < 1e16
 
 
 def test_the_table(tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "engine.commands.profile.measure_limits", lambda *given: Limits(2e9, 4e9, "probed")
-    )
+    monkeypatch.setattr(CpuBackend, "measure_limits", lambda cpu: Limits(2e9, 4e9, "probed"))
     status, out, _ = cli("profile", "-m", tiny, "-p", 20, "-d", 10, "-r", 1)
     assert status == 0
     assert "step of 20 tokens after 10" in out

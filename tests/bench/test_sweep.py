@@ -39,7 +39,7 @@ def contents(engine: Engine, seq: int) -> list[dict[str, Any]]:
     """The state and the KV of a sequence's positions, from every store."""
     span, size = engine.memory._sequences[seq], engine.capacity.block_size
     saved: list[dict[str, Any]] = []
-    for store in engine._running().stores:
+    for store in engine.loop.executable.stores:
         saved.append({} if span.state.slot < 0 else store.save("n_slots", span.state.slot))
         for i, block in enumerate(span.table.blocks):
             kv = store.save("n_blocks", block)  # [..., block_size, head_dim] each
@@ -206,7 +206,7 @@ def test_bytes_are_those_a_sequence_fills(path: Path, rng: Rng) -> None:
         seq = engine.memory.create()
         engine.prefill(seq, [1] * 100)
         span = engine.memory._sequences[seq]
-        (store,) = engine._running().stores
+        (store,) = engine.loop.executable.stores
         state = sum(a.nbytes for a in store.save("n_slots", span.state.slot).values())
         block = sum(a.nbytes for a in store.save("n_blocks", span.table.blocks[0]).values())
         assert sweep.sequence_bytes(engine, 100) == (state, block * 100 // 64)

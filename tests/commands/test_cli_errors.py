@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.backends import cuda_missing
+from engine.backends import missing
 from engine.formats.gguf import GGUFFile
 from tests.support.helpers import Cli
 
@@ -119,7 +119,7 @@ def test_what_cannot_be_run(cli: Cli, tiny: Path, options: tuple[str, ...], line
     assert cli("-m", tiny, "-p", "a", *options).refused() == line
 
 
-@pytest.mark.skipif(not cuda_missing(), reason="there is a GPU")
+@pytest.mark.skipif(not missing("cuda"), reason="there is a GPU")
 @pytest.mark.parametrize("command", [("-p", "a"), ("graph",), ("sweep-bench",)])
 def test_a_backend_that_is_not_there(cli: Cli, tiny: Path, command: tuple[str, ...]) -> None:
     line = cli(*command, "-m", tiny, "--backend", "cuda").refused()
@@ -129,12 +129,13 @@ def test_a_backend_that_is_not_there(cli: Cli, tiny: Path, command: tuple[str, .
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (("-ot", "a=b"), "--override-tensor: expected REGEX=cpu or REGEX=cuda, got 'a=b'"),
+        (("-ot", "a=b"), "--override-tensor: expected REGEX=BACKEND with one of cpu, reference "
+         "(in use), got 'a=b'"),
         (("-ot", "(=cpu"), "--override-tensor (=cpu: no regular expression: missing ), "
          "unterminated subpattern at position 0"),
         (("-ot", "ffn_oops=cpu"), "--override-tensor ffn_oops=cpu: matches no weight of the model"),
-        (("-ot", "ffn=cuda"), "--override-tensor ffn=cuda: expected one of cpu, reference "
-         "(in use)"),
+        (("-ot", "ffn=cuda"), "--override-tensor: expected REGEX=BACKEND with one of cpu, "
+         "reference (in use), got 'ffn=cuda'"),
     ],
 )  # fmt: skip
 def test_placement_that_cannot_be(

@@ -18,14 +18,14 @@ import pytest
 
 from cli import main
 from engine import Engine
-from engine.backends import cuda_missing
+from engine.backends import missing
 from engine.bench.perplexity import encode, perplexity
 from engine.engine import DEMO_MODEL
 from tests.support.cuda_devices import DEVICES, MakeDevice, cuda_and_others, engine_on
 from tools.train_demo.answers import GREEDY, n_right, questions
 from tools.train_demo.heldout import EVALUATED, held_out
 
-NO_GPU = pytest.mark.skipif(bool(cuda_missing()), reason=f"no GPU: {cuda_missing()}")
+NO_GPU = pytest.mark.skipif(bool(missing("cuda")), reason=f"no GPU: {missing('cuda')}")
 BACKENDS = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, NO_GPU]), "reference"]
 # The numpy definition takes its time.
 N_QUESTIONS = {"cpu": 20, "cuda": 100, "reference": 5}
@@ -217,7 +217,7 @@ def test_answers_of_a_chat_on_cuda_devices(make_device: MakeDevice) -> None:
     """Also the emulated one, which takes its time; its steps run ahead of the host."""
     asked = [("What is 27 plus 48?", "75"), ("The cup is blue. What color is the cup?", "blue")]
     with engine_on(DEMO_MODEL, cuda_and_others(make_device(0)), n_ctx=256, n_ubatch=64) as engine:
-        assert engine._ahead is not None
+        assert engine.loop.overlap is not None
         messages: list[dict[str, str]] = []
         for question, right in asked:
             messages.append({"role": "user", "content": question})

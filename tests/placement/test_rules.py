@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.backends.base import Traits
 from engine.config import EngineConfig, capacity_of
 from engine.formats.gguf import GGUFFile
 from engine.graph import Graph, Kind
@@ -22,6 +23,8 @@ Models = Callable[[str, str], Path]
 class Gpu(Picky):
     """A backend with memory of its own."""
 
+    traits = Traits(own_memory=True)
+
     def __init__(self, n_bytes: int = 1 << 40) -> None:
         super().__init__("cuda")
         self.n_bytes = n_bytes
@@ -31,7 +34,8 @@ class Gpu(Picky):
 
 
 def graph_of(path: Path) -> Graph:
-    capacity = capacity_of(EngineConfig(n_ubatch=64), 256)
+    config = EngineConfig(n_ubatch=64).resolved(Traits())
+    capacity = capacity_of(config, 256, Traits())
     return load_model(GGUFFile(path)).build(BuildOptions(capacity))
 
 
@@ -107,7 +111,7 @@ def test_an_expression_counts_more_than_the_number_of_layers(graph: Graph) -> No
 
 
 def test_the_first_expression_that_is_found_counts(graph: Graph) -> None:
-    rules = Offload(overrides=("ffn=cuda", "ffn_down=cpu")).rules(graph, ["cuda", "cpu"])
+    rules = Offload(overrides=("ffn=cuda", "ffn_down=cpu")).rules(graph, [Gpu(), Picky("cpu")])
     assert {backend for backend, _ in rules.values()} == {"cuda"}
 
 

@@ -443,7 +443,7 @@ def test_checked_steps_are_not_ahead(load: Load, alone: Engine) -> None:
     engine = load(check=True)
     (done,) = engine.generate_batch([[1]], GREEDY)
     assert outcome(done) == expected(alone, [1], GREEDY)
-    assert not decoder_of(engine).feeds
+    assert engine.loop.overlap is None
 
 
 def test_seconds_are_those_between_tokens(load: Load) -> None:

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import pytest
 
 from engine import Engine
-from engine.backends import cuda_missing
+from engine.backends import missing
 from engine.backends.base import Backend, Support
 from engine.backends.cpu.backend import CpuBackend
 from engine.backends.cuda.backend import CudaBackend
@@ -26,7 +26,7 @@ from engine.graph import Node
 from tests.support.cuda_emulator.device import EmulatedDevice
 from tests.support.cuda_emulator.device import missing as emulator_missing
 
-_NO_EMULATOR, _NO_GPU = emulator_missing(), cuda_missing()
+_NO_EMULATOR, _NO_GPU = emulator_missing(), missing("cuda")
 
 
 @functools.cache

@@ -8,6 +8,7 @@ looks too early, gets wrong numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -28,13 +29,15 @@ Array = NDArray[Any]
 class LazyBackend(ReferenceBackend):
     """Its `made` decoder shows what was launched."""
 
+    traits = replace(ReferenceBackend.traits, overlaps_steps=True)
+
     def __init__(self) -> None:
         super().__init__(np.float64)
         self.queue: list[tuple[LazyTicket, Callable[[], None]]] = []
         self.states = LazyStates(self)
         self.made: LazyDecoder | None = None
 
-    def decoder(
+    def device_sampler(
         self, program: ReferenceProgram, inputs: Sequence[Tensor], logits: Tensor
     ) -> LazyDecoder:
         self.made = LazyDecoder(self, program, inputs, logits)
@@ -109,10 +112,10 @@ class LazyDecoder:
         self,
         inputs: Mapping[str, Array],
         live: Live,
-        draws: Sequence[SampleSpec],
+        specs: Sequence[SampleSpec],
         feed: Sequence[int],
     ) -> LazyTicket:
-        assert live.n_tokens == live.n_seqs == live.n_outputs == len(draws) == len(feed)
+        assert live.n_tokens == live.n_seqs == live.n_outputs == len(specs) == len(feed)
         before, ticket = self._last, LazyTicket(self._backend)
         given = {name: values.copy() for name, values in inputs.items()}
         self.feeds.append(list(feed))
@@ -125,7 +128,7 @@ class LazyDecoder:
                 self._backend.write(t, given[t.name])
             self._program.run(live)
             rows = self._backend.read(self._logits).astype(np.float32)
-            ticket.drawn = [drawn(row, draw) for row, draw in zip(rows, draws, strict=True)]
+            ticket.drawn = [drawn(row, draw) for row, draw in zip(rows, specs, strict=True)]
 
         self._backend.queue.append((ticket, step))
         self._last = ticket
@@ -150,7 +153,7 @@ def drawn(logits: NDArray[np.float32], draw: SampleSpec) -> int:
 def lazy_engine(path: Any, **options: Any) -> Engine:
     """An engine whose decode steps run ahead, in float64."""
     with patch("engine.backends.create", lambda *options: [LazyBackend()]):
-        engine = Engine.load(path, backend="cuda", **options)
+        engine = Engine.load(path, **options)
     store: Any = engine.plan.backends[0].states
     arrays = store.arrays
     for tensor, array in arrays.items():

@@ -33,9 +33,10 @@ class Picky(ReferenceBackend):
         reason = self._refuses(node)
         return Support(not reason, reason)
 
-    def load_weights(self, weights: Sequence[Tensor], source: WeightSource) -> None:
-        super().load_weights(weights, source)
-        self.loaded += [t.name for t in weights]
+    def load_weights(self, nodes: Sequence[Node], source: WeightSource) -> None:
+        super().load_weights(nodes, source)
+        operands = (t for node in nodes for t in node.inputs.values())
+        self.loaded += {t.name: None for t in operands if t.kind is Kind.WEIGHT}
 
     def allocate_states(self, states: Sequence[Tensor]) -> None:
         super().allocate_states(states)

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from engine.backends.base import Array, Split, Support, WeightSource
+from engine.backends.base import Array, Backend, Limits, Split, Support, Traits, WeightSource
+from engine.backends.cpu import limits
 from engine.backends.cpu.program import CpuProgram
 from engine.backends.cpu.weights import CpuWeights
 from engine.backends.native import library as cpu_library
@@ -36,7 +37,7 @@ _CHUNK_SIZES = 32
 _KERNELS = {*SIGNATURES, "MUL_MAT", "MUL_MAT_ID"}
 
 
-class CpuBackend:
+class CpuBackend(Backend):
     """Runs on `n_threads` threads (None: all cores) with the kernels of `isa` (None: the best).
 
     `matrix`: whether blocks of rows are multiplied as bfloat16 tiles (None: where there are matrix
@@ -44,6 +45,8 @@ class CpuBackend:
     """
 
     name = "cpu"
+    traits = Traits()
+    states: ArrayStates
 
     def __init__(
         self, n_threads: int | None = None, isa: str | None = None, matrix: bool | None = None
@@ -95,20 +98,13 @@ class CpuBackend:
         decoded = sum(math.prod(t.shape) for t in plain) * 4
         return sum(self.weights.packed_bytes(t) for t in packed) + decoded
 
-    def free_bytes(self) -> int | None:
-        """It uses the machine's memory."""
-        return None
-
-    def load_weights(self, weights: Sequence[Tensor], source: WeightSource) -> None:
+    def load_weights(self, nodes: Sequence[Node], source: WeightSource) -> None:
         """Weights are packed when it is known what reads them: by `compile`."""
         self._source = source
 
     def allocate_states(self, states: Sequence[Tensor]) -> None:
         """States as arrays of their stored type."""
         self.states.allocate(states)
-
-    def declare_inputs(self, inputs: Sequence[Tensor]) -> None:
-        """Nothing to do: each input has memory of its own."""
 
     def compile(self, split: Split) -> CpuProgram:
         """Load the split's weights and lay out its program."""
@@ -151,6 +147,9 @@ class CpuBackend:
         self.library.run(
             self.team, instructions.ctypes.data, len(instructions), counts.ctypes.data, times
         )
+
+    def measure_limits(self) -> Limits:
+        return limits.measure(self.read_probe)
 
     def read_probe(self, rows: Array) -> None:
         """Read float32 rows [n, a multiple of 64] once, with all threads; for timing."""

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from engine.backends.base import Array, Split, Support, WeightSource
+from engine.backends.base import Array, Backend, Limits, Split, Support, Traits, WeightSource
+from engine.backends.cuda import limits
 from engine.backends.cuda.device import Device, Memory
 from engine.backends.cuda.inputs import InputRegion
 from engine.backends.cuda.lower.ops import unsupported
@@ -27,10 +28,12 @@ from engine.graph import Kind, Live, Node, Tensor, dim_name
 _RESERVED_BYTES = 128 << 20
 
 
-class CudaBackend:
+class CudaBackend(Backend):
     """Runs on a device; `batch_invariant`: a row's bits don't depend on the rest of its batch."""
 
     name = "cuda"
+    traits = Traits(n_ubatch=4096, own_memory=True, overlaps_steps=True)
+    states: DeviceStates
 
     def __init__(self, device: Device, batch_invariant: bool = False) -> None:
         self.device, self.batch_invariant = device, batch_invariant
@@ -57,7 +60,7 @@ class CudaBackend:
         """What the device has left, but for what libraries take when they are first used."""
         return max(0, self.device.free_bytes() - _RESERVED_BYTES)
 
-    def load_weights(self, weights: Sequence[Tensor], source: WeightSource) -> None:
+    def load_weights(self, nodes: Sequence[Node], source: WeightSource) -> None:
         """Weights are packed when it is known what reads them: by `compile`."""
         self._source = source
         self.device.prepare()
@@ -80,7 +83,7 @@ class CudaBackend:
             self.weights.load(packed, plain, self._source)
         return CudaProgram(self, split)
 
-    def decoder(
+    def device_sampler(
         self, program: CudaProgram, inputs: Sequence[Tensor], logits: Tensor
     ) -> CudaSampler | None:
         """What draws tokens on the device, but for vocabularies larger than there are."""
@@ -105,6 +108,9 @@ class CudaBackend:
         values = np.empty(self._live.shape(tensor.shape), numpy_dtype(tensor.dtype))
         self.device.download(self.fixed(tensor), values)
         return values
+
+    def measure_limits(self) -> Limits:
+        return limits.measure(self.device)
 
     def release(self) -> None:
         """Forget weights, states and activations, once nothing runs that uses them."""

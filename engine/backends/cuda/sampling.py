@@ -134,17 +134,17 @@ class CudaSampler:
         self,
         inputs: Mapping[str, NDArray[np.int32]],
         live: Live,
-        draws: Sequence[SampleSpec],
+        specs: Sequence[SampleSpec],
         feed: Sequence[int],
     ) -> CudaStepHandle:
         """Bring the inputs, run, and have the ids brought back."""
         backend = self._backend
         for t in self._inputs:
             backend.write(t, inputs[t.name])
-        backend.write(self._draws, records(draws, feed))
+        backend.write(self._draws, records(specs, feed))
         backend.begin(live)
         self._replays.run(live)
-        n_bytes = 4 * len(draws)
+        n_bytes = 4 * len(specs)
         return CudaStepHandle(backend.device.fetch(self._memory[0].address, n_bytes))
 
     def _run(self, live: Live) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.backends import cuda_missing
+from engine.backends import missing
 from engine.backends.cuda.cupy_device import CupyDevice
 from engine.backends.cuda.device import Device, Gemm, Memory
 from tests.backends.cpu.test_weights import to_bfloat16
 
-_MISSING = cuda_missing()
+_MISSING = missing("cuda")
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(bool(_MISSING), reason=_MISSING)]
 Array = np.ndarray[Any, Any]
 

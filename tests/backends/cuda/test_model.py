@@ -131,7 +131,7 @@ def test_captured_steps_are_eager_ones_bit_for_bit(
             monkeypatch.setattr("engine.backends.cuda.launches.bucket_of", lambda live: None)
         with engine_on(path, cuda_and_others(device), **OPTIONS) as engine:
             runs.append(walk(engine, ids))
-            (program,) = (p for _, p in engine._running()._programs)
+            (program,) = (p for _, p in engine.loop.executable._programs)
             assert isinstance(program, CudaProgram)
             assert bool(program.replays.captured) == captured
     for got, expected in zip(*runs, strict=True):
@@ -155,7 +155,7 @@ def test_fused_launches_compute_what_single_ones_do(
             monkeypatch.setattr("engine.backends.cuda.program.FUSIONS", ())
         with engine_on(path, cuda_and_others(device), **OPTIONS) as engine:
             runs.append([walk(engine, ids) for ids in prompts])
-            ((_, program),) = engine._running()._programs
+            ((_, program),) = engine.loop.executable._programs
             assert isinstance(program, CudaProgram)
             n_launches.append(len(program._chosen(Live(1, 1, 1))))
     assert n_launches[0] < n_launches[1]

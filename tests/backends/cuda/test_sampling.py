@@ -251,11 +251,11 @@ def test_completions_are_those_of_the_host_s_draws(
     for is_ahead in (True, False):
         if not is_ahead:
             monkeypatch.setattr(
-                "engine.backends.cuda.backend.CudaBackend.decoder", lambda *args: None
+                "engine.backends.cuda.backend.CudaBackend.device_sampler", lambda *args: None
             )
         backends = cuda_and_others(device, batch_invariant=True)
         with engine_on(path, backends, n_ctx=512, n_ubatch=128, n_parallel=3) as engine:
-            assert (engine._ahead is not None) == is_ahead
+            assert (engine.loop.overlap is not None) == is_ahead
             runs.append(generate(engine, prompts, each))
     assert runs[0] == runs[1]
 
@@ -288,7 +288,7 @@ def test_turns_go_on_from_the_tokens_that_came(device: Device, models: Models, s
     """The row that runs on when a turn ends or is stopped leaves nothing in what is held."""
     template, messages = ChatTemplate(source), list[dict[str, str]]()
     with engine_on(models("tiny", "F32"), cuda_and_others(device), n_ctx=1024) as engine:
-        assert engine._ahead is not None
+        assert engine.loop.overlap is not None
         for turn in range(3):
             messages.append({"role": "user", "content": f"turn {turn}"})
             answer = engine.chat(messages, GREEDY, template=template)

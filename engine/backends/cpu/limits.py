@@ -1,0 +1,34 @@
+"""Peaks of the CPU: reads of memory far larger than any cache, and numpy's float32 products."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from engine.backends.base import Array, Limits
+
+_READ_BYTES, _READ_ROW = 256 << 20, 64 << 10
+_MATRIX = 2048
+_REPEATS = 5
+
+
+def measure(read: Callable[[Array], object]) -> Limits:
+    """The best of a few tries. `read` reads float32 rows once with all threads."""
+    rows = np.ones((_READ_BYTES // _READ_ROW, _READ_ROW // 4), np.float32)
+    read_s = _fastest(lambda: read(rows))
+    a = np.ones((_MATRIX, _MATRIX), np.float32)
+    product = np.empty_like(a)
+    multiply_s = _fastest(lambda: np.matmul(a, a, out=product))
+    flops = 2 * _MATRIX**3 / multiply_s
+    return Limits(rows.nbytes / read_s, flops, "read; float32 products, numpy")
+
+
+def _fastest(action: Callable[[], object]) -> float:
+    times = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return min(times)

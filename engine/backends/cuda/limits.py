@@ -1,0 +1,35 @@
+"""Peaks of a GPU: a copy within its memory, read and written, and a bfloat16 product by cuBLAS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from engine.backends.base import Limits
+from engine.backends.cuda.device import Device, Gemm
+
+_COPY_BYTES, _MATRIX = 1 << 30, 8192
+_REPEATS = 5
+
+
+def measure(device: Device) -> Limits:
+    """The best of a few tries."""
+    size, n = _COPY_BYTES, _MATRIX
+    memory, target = device.allocate(size), device.allocate(size)
+    # Random bfloat16 numbers below 1: products of zeros take less power.
+    values = np.random.default_rng(0).integers(0x3C00, 0x3F80, n * n, np.uint16)
+    device.upload(memory.address, values)
+    product = Gemm(target.address, memory.address, memory.address, n, n, n)
+    copy_s = _fastest(device, lambda: device.copy(target.address, memory.address, size))
+    multiply_s = _fastest(device, lambda: device.gemm(product))
+    return Limits(2 * size / copy_s, 2 * n**3 / multiply_s, "copied; bfloat16 products, cuBLAS")
+
+
+def _fastest(device: Device, action: Callable[[], object]) -> float:
+    action()
+    timer = device.timer()
+    for _ in range(_REPEATS):
+        action()
+        timer.mark()
+    return min(timer.seconds())
