@@ -270,8 +270,8 @@ class Engine:
         before = chat.before if chat else ()
         request = self._request(ids, params or SamplingParams(), n_past, before)
         if chat:
-            request.mark_at = chat.mark_at
-            request.keep = lambda r, held: self.conversation.keep(chat, held, r.text, r.tokens)
+            request.rollback_at = chat.rollback_at
+            request.on_finish = lambda r, end: self.conversation.store(chat, end, r.text, r.tokens)
         if request.params.max_tokens == 0:
             request.finish(FinishReason.LENGTH, "0 tokens were asked for")
         else:
@@ -298,7 +298,8 @@ class Engine:
         limit = end + params.max_tokens if params.max_tokens >= 0 else share
         decoder = self.tokenizer.stream(at_start=False)
         limit = min(limit, self.n_ctx)
-        return Request(ids, params, sampler, decoder, ends, limit, n_past, before)
+        sampler.accept(*before)
+        return Request(ids, params, sampler, decoder, ends, limit, n_past)
 
     def _sequence_breakers(self, params: SamplingParams) -> Breakers:
         """DRY's breakers; finding them looks at the whole vocabulary, so it is done once."""

@@ -9,7 +9,7 @@ operands it writes; state is updated in place. Shape errors are raised while the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -160,13 +160,8 @@ class Live:
 
     def dim(self, name: str) -> int | None:
         """The live count of a `Dim`, or None if it always has its capacity (slots, blocks)."""
-        if name == "n_tokens":
-            return self.n_tokens
-        if name == "n_seqs":
-            return self.n_seqs
-        if name == "n_seqs + 1":
-            return self.n_seqs + 1
-        return self.n_outputs if name == "n_outputs" else None
+        counts = {"n_tokens": self.n_tokens, "n_seqs": self.n_seqs, "n_outputs": self.n_outputs}
+        return self.n_seqs + 1 if name == "n_seqs + 1" else counts.get(name)
 
     def shape(self, shape: Shape) -> Shape:
         """`shape` with every varying dimension at its live count."""
@@ -188,22 +183,43 @@ Attrs = Mapping[str, Any]
 Out = tuple[Shape, DType]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Op:
     """The contract of an op.
 
-    `infer(inputs, attrs)` checks shapes and gives the outputs. `reference(**arrays, **attrs)` is
-    the definition in numpy, of the live rows only; it returns a tuple of arrays and writes state
-    in place. `cost(node, live)` counts the work. `cases()` lists inputs for testing a backend.
-    `writes` names the operands that are written.
+    `operands`: their names in the order of the kernels' views, which come after those of the
+        `n_outputs` outputs. `optional` ones may be absent; their views are null.
+    `infer(inputs, attrs)` checks shapes and returns the outputs; it raises ShapeError.
+    `reference(**arrays, **attrs)` is the definition in numpy, of the live rows only. It returns a
+        tuple of arrays and writes state in place.
+    `cost(node, live)` counts the work.
+    `attrs`: names of the attributes, in the kernels' order.
+    `choices`: the values of attributes that are words; kernels get the index.
+    `repeated`: operands that may come several times, numbered (`gate`, `gate1`, …), with an output
+        for each time.
+    `writes`: the operands that the op writes.
     """
 
     name: str
+    operands: tuple[str, ...]
     infer: Callable[[Inputs, Attrs], Sequence[Out]]
     reference: Callable[..., tuple[np.ndarray[Any, Any], ...]]
     cost: Callable[[Node, Live], Cost]
-    cases: Callable[[], Iterable[Any]]
+    n_outputs: int = 1
+    attrs: tuple[str, ...] = ()
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
+    repeated: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+
+    def check_names(self, inputs: Inputs, attrs: Attrs) -> None:
+        """Assert that operands, attributes and choices are those of the contract."""
+        plain = {name for name in inputs if name.rstrip("0123456789") not in self.repeated}
+        required = {*self.operands} - {*self.optional, *self.repeated}
+        assert required <= plain <= {*self.operands}, f"{self.name}: operands {list(inputs)}"
+        assert attrs.keys() == {*self.attrs}, f"{self.name}: attributes {list(attrs)}"
+        for name, values in self.choices.items():
+            assert attrs[name] in values, f"{self.name}: {name} is {attrs[name]}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,8 +292,15 @@ class Graph:
         group[tensor.name] = tensor
         return tensor
 
-    def add(self, op: Op, name: str, inputs: Inputs, **attrs: Any) -> tuple[Tensor, ...]:
-        """Append a node and return its outputs. Raises ShapeError, naming op and node."""
+    def add(
+        self, op: Op, name: str, operands: Mapping[str, Tensor | None], **attrs: Any
+    ) -> tuple[Tensor, ...]:
+        """Append a node and return its outputs; operands that are None are left out.
+
+        Raises ShapeError, naming op and node.
+        """
+        inputs = {operand: t for operand, t in operands.items() if t is not None}
+        op.check_names(inputs, attrs)
         try:
             outs = op.infer(inputs, attrs)
         except ShapeError as error:
@@ -288,7 +311,7 @@ class Graph:
             Tensor(name if i == 0 else f"{name}.{i}", shape, dtype, Kind.ACTIVATION)
             for i, (shape, dtype) in enumerate(outs)
         )
-        self.nodes.append(Node(op, name, dict(inputs), outputs, attrs))
+        self.nodes.append(Node(op, name, inputs, outputs, attrs))
         return outputs
 
     def state_bytes(self) -> tuple[int, int]:
@@ -303,14 +326,23 @@ def dim_name(tensor: Tensor) -> str:
     return first.name if isinstance(first, Dim) else ""
 
 
-def match_shapes(inputs: Inputs, dims: dict[str, int] | None = None, **patterns: str) -> Any:
+class Dims(dict[str, int]):
+    """Sizes by letter: `dims.T`, or `dims["in"]`."""
+
+    def __getattr__(self, name: str) -> int:
+        return self[name]
+
+
+def match_shapes(inputs: Inputs, dims: Mapping[str, int] | None = None, /, **patterns: str) -> Dims:
     """Check operands' shapes against patterns such as `q="T Hk Dk"` and bind the letters.
 
-    Returns the bound dimensions as attributes of a namespace; numbers in a pattern are literal.
-    Raises ShapeError for the first operand that disagrees with what the earlier ones bound.
+    Numbers in a pattern are literal; letters in `dims` are bound already; absent operands are
+    skipped. Returns all bound sizes. Raises ShapeError for the first operand that disagrees.
     """
-    bound: dict[str, int] = dict(dims or {})
+    bound = Dims(dims or {})
     for operand, pattern in patterns.items():
+        if operand not in inputs:
+            continue
         shape, names = inputs[operand].shape, pattern.split()
         expected = [int(n) if n.isdigit() else bound.get(n) for n in names]
         fits = len(shape) == len(names) and all(
@@ -322,18 +354,5 @@ def match_shapes(inputs: Inputs, dims: dict[str, int] | None = None, **patterns:
                 for n, e in zip(names, expected, strict=True)
             )
             raise ShapeError(f"operand {operand}: expected [{want}], got {list(map(int, shape))}")
-        for name, size in zip(names, shape, strict=True):
-            if not name.isdigit():
-                bound.setdefault(name, size)
-    return _Bound(bound)
-
-
-class _Bound:
-    """Dimensions by letter: `dims.T`, or `dims["T"]`."""
-
-    def __init__(self, values: dict[str, int]) -> None:
-        self.__dict__.update(values)
-
-    def __getitem__(self, name: str) -> int:
-        value: int = self.__dict__[name]
-        return value
+        bound |= {n: size for n, size in zip(names, shape, strict=True) if n not in bound}
+    return bound

@@ -189,11 +189,14 @@ def double(writes: tuple[str, ...] = ()) -> Op:
     """An op of two outputs."""
     return Op(
         "DOUBLE",
+        ("x", "state"),
         lambda inputs, attrs: [(inputs["x"].shape, F32)] * 2,
         lambda x, **_: (x, x),
         lambda node, live: Cost(0, 0),
-        lambda: (),
-        writes,
+        n_outputs=2,
+        attrs=("factor",),
+        optional=("state",),
+        writes=writes,
     )
 
 
@@ -202,7 +205,7 @@ def test_nodes_are_appended_with_their_outputs() -> None:
     first, second = graph.add(double(), "blk.0.double", {"x": activation(4, 3)}, factor=2)
     assert [t.name for t in (first, second)] == ["blk.0.double", "blk.0.double.1"]
     assert {t.kind for t in (first, second)} == {Kind.ACTIVATION}
-    graph.add(double(), "later", {"x": second})
+    graph.add(double(), "later", {"x": second, "state": None}, factor=1)
     assert [node.name for node in graph.nodes] == ["blk.0.double", "later"]
     assert graph.nodes[0].attrs == {"factor": 2}
     assert graph.nodes[0].outputs == (first, second)
@@ -211,10 +214,12 @@ def test_nodes_are_appended_with_their_outputs() -> None:
 def test_a_node_says_what_state_it_writes() -> None:
     graph = Graph(Capacity(4))
     state = graph.state("blk.0.state", (Dim(3, "n_slots"), 2))
-    graph.add(double(("state",)), "node", {"x": activation(4, 3), "state": state.slice(1, 0, 1)})
+    graph.add(
+        double(("state",)), "node", {"x": activation(4, 3), "state": state.slice(1, 0, 1)}, factor=1
+    )
     assert graph.nodes[0].written == [state]
     with pytest.raises(AssertionError):
-        graph.add(double(("x",)), "wrong", {"x": activation(4, 3)})
+        graph.add(double(("x",)), "wrong", {"x": activation(4, 3)}, factor=1)
 
 
 def test_weights_are_shared_by_name_and_the_rest_is_declared_once() -> None:

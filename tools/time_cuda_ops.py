@@ -26,7 +26,9 @@ from engine.backends.cuda.program import CudaProgram
 from engine.formats.quants import F16, numpy_dtype
 from engine.graph import Kind, Live, Op
 from engine.ops import OPS
-from engine.ops.cases import (
+from engine.placement.place import place
+from engine.runtime.executor import Executable
+from tests.support.cases import (
     Case,
     Operand,
     activation,
@@ -37,8 +39,6 @@ from engine.ops.cases import (
     single_node_graph,
     slots,
 )
-from engine.placement.place import place
-from engine.runtime.executor import Executable
 
 Operands = dict[str, Operand]
 # More than an L2 cache holds; at most so many layers; calls whose median counts.

@@ -22,11 +22,11 @@ from engine.backends.cpu.backend import CpuBackend
 from engine.backends.native import library as cpu_library
 from engine.graph import Kind, Live
 from engine.ops import OPS
-from engine.ops.cases import Case, single_node_graph
-from engine.ops.gated_delta_net import random_operands
 from engine.placement.place import place
 from engine.runtime.batch import row_blocks
 from engine.runtime.executor import Executable
+from tests.ops.cases.gated_delta_net import random_operands
+from tests.support.cases import Case, single_node_graph
 
 OP, SIZE, SECONDS = OPS["GATED_DELTA_NET"], 128, 0.25
 

@@ -25,7 +25,6 @@ from engine.formats.quants import BY_GGML_ID, WEIGHT_TYPES, DType, names
 MAGIC = b"GGUF"
 MAX_DIMS = 4
 MAX_NAME = 256
-_U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 _STRING, _ARRAY = 8, 9
 # Value type numbers of the format, except string (8) and array (9).
@@ -119,8 +118,10 @@ class GGUFFile:
         return np.frombuffer(data, np.uint8, count=info.nbytes, offset=info.offset)
 
     def release(self, name: str, begin: int = 0, end: int | None = None) -> None:
-        """Let go of the pages that hold a tensor, or some of its bytes; they are read from the file
-        again when used."""
+        """Release the memory pages of a tensor, or of its bytes begin … end - 1.
+
+        The next use reads them from the file again.
+        """
         info = self.tensors[name]
         start = -(-(info.offset + begin) // mmap.PAGESIZE) * mmap.PAGESIZE
         stop = info.offset + (info.nbytes if end is None else end)
@@ -130,42 +131,33 @@ class GGUFFile:
 
     def integer(self, key: str, default: int | None = None) -> int:
         """An integer of the metadata; without `default` a missing key is an error."""
-        value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise GGUFError(
-                f"{self.path}: metadata {key}: expected an integer, got {_shown(value)}"
-            )
-        return value
+        return int(self._value(key, default, "an integer", int))
 
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number of the metadata; without `default` a missing key is an error."""
-        value = self._value(key, default)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
-            raise GGUFError(f"{self.path}: metadata {key}: expected a number, got {_shown(value)}")
-        return float(value)
+        value = float(self._value(key, default, "a number", int, float))
+        if not math.isfinite(value):
+            raise self._unfit(key, "a number", value)
+        return value
 
     def string(self, key: str, default: str | None = None) -> str:
         """A string of the metadata; without `default` a missing key is an error."""
-        value = self._value(key, default)
-        if not isinstance(value, str):
-            raise GGUFError(f"{self.path}: metadata {key}: expected a string, got {_shown(value)}")
-        return value
+        return str(self._value(key, default, "a string", str))
 
     def boolean(self, key: str, default: bool | None = None) -> bool:
         """A boolean of the metadata; without `default` a missing key is an error."""
-        value = self._value(key, default)
-        if not isinstance(value, bool):
-            raise GGUFError(
-                f"{self.path}: metadata {key}: expected true or false, got {_shown(value)}"
-            )
-        return value
+        return bool(self._value(key, default, "true or false", bool))
 
-    def _value(self, key: str, default: Any) -> Any:
+    def _value(self, key: str, default: Any, expected: str, *types: type) -> Any:
         value = self.metadata.get(key, default)
         if value is None:
             raise GGUFError(f"{self.path}: metadata {key} is missing")
+        if type(value) not in types:
+            raise self._unfit(key, expected, value)
         return value
+
+    def _unfit(self, key: str, expected: str, value: Any) -> GGUFError:
+        return GGUFError(f"{self.path}: metadata {key}: expected {expected}, got {_shown(value)}")
 
 
 class _Parser:
@@ -189,17 +181,10 @@ class _Parser:
                 f"truncated: {what} needs {nbytes} bytes at offset {self.pos}, {left} are left"
             )
 
-    def _u32(self, what: str) -> int:
-        self._need(4, what)
-        (value,) = _U32.unpack_from(self.data, self.pos)
-        self.pos += 4
-        return int(value)
-
-    def _u64(self, what: str) -> int:
-        self._need(8, what)
-        (value,) = _U64.unpack_from(self.data, self.pos)
-        self.pos += 8
-        return int(value)
+    def _uint(self, nbytes: int, what: str) -> int:
+        self._need(nbytes, what)
+        self.pos += nbytes
+        return int.from_bytes(self.data[self.pos - nbytes : self.pos], "little")
 
     def _strings(self, n: int, what: str) -> list[str]:
         self._need(8 * n, what)
@@ -237,12 +222,12 @@ class _Parser:
         if magic != MAGIC[: len(magic)]:
             raise self._fail(f"not a GGUF file: expected magic {MAGIC!r}, got {magic!r}")
         self.pos = 4
-        version = self._u32("the version")
+        version = self._uint(4, "the version")
         if version not in (2, 3):
             if int.from_bytes(version.to_bytes(4, "little"), "big") in (1, 2, 3):
                 raise self._fail("a big-endian GGUF file; only little-endian ones can be read")
             raise self._fail(f"GGUF version {version}; expected 2 or 3")
-        n_tensors, n_kv = self._u64("the tensor count"), self._u64("the metadata count")
+        n_tensors, n_kv = self._uint(8, "the tensor count"), self._uint(8, "the metadata count")
         left = len(self.data) - self.pos
         for n, each, what in (
             (n_tensors, _MIN_TENSOR_BYTES, "tensors"),
@@ -258,7 +243,7 @@ class _Parser:
             key = self._name(f"the key of metadata entry {i}")
             if key in metadata:
                 raise self._fail(f"metadata key {key} appears twice")
-            metadata[key] = self._metadata_value(self._u32(key), key)
+            metadata[key] = self._metadata_value(self._uint(4, key), key)
         return metadata
 
     def _metadata_value(self, kind: int, key: str) -> Any:
@@ -266,7 +251,7 @@ class _Parser:
             return self._strings(1, key)[0]
         if kind != _ARRAY:
             return self._numbers(kind, 1, key)[0].item()
-        kind, n = self._u32(key), self._u64(key)
+        kind, n = self._uint(4, key), self._uint(8, key)
         return self._strings(n, key) if kind == _STRING else self._numbers(kind, n, key)
 
     def _numbers(self, kind: int, n: int, key: str) -> NDArray[Any]:
@@ -282,10 +267,10 @@ class _Parser:
 
     def _tensor_table(self, n_tensors: int) -> dict[str, TensorInfo]:
         alignment = self.metadata.get("general.alignment", 32)
-        power = type(alignment) is int and alignment > 0 and not alignment & (alignment - 1)
-        if not power:
-            shown = _shown(alignment)
-            raise self._fail(f"general.alignment: expected a power of two, got {shown}")
+        is_power = type(alignment) is int and alignment > 0 and not alignment & (alignment - 1)
+        if not is_power:
+            came = _shown(alignment)
+            raise self._fail(f"general.alignment: expected a power of two, got {came}")
         entries = [self._tensor_entry(i) for i in range(n_tensors)]
         base = -(-self.pos // alignment) * alignment
         tensors: dict[str, TensorInfo] = {}
@@ -306,14 +291,14 @@ class _Parser:
     def _tensor_entry(self, i: int) -> tuple[str, tuple[int, ...], DType, int]:
         name = self._name(f"the name of tensor {i}")
         what = f"tensor {name}"
-        n_dims = self._u32(what)
+        n_dims = self._uint(4, what)
         if not 1 <= n_dims <= MAX_DIMS:
             raise self._fail(f"{what}: expected 1 to {MAX_DIMS} dimensions, got {n_dims}")
         # ggml lists dimensions innermost first; ours are row-major from here on.
-        shape = tuple(self._u64(what) for _ in range(n_dims))[::-1]
+        shape = tuple(self._uint(8, what) for _ in range(n_dims))[::-1]
         if 0 in shape:
             raise self._fail(f"{what}: shape {shape} has no elements")
-        type_id = self._u32(what)
+        type_id = self._uint(4, what)
         dtype = BY_GGML_ID.get(type_id)
         if dtype is None:
             known = names(WEIGHT_TYPES.values())
@@ -323,7 +308,7 @@ class _Parser:
                 f"{what}: rows of {shape[-1]} are no whole {dtype.name} blocks of "
                 f"{dtype.block_elems}"
             )
-        return name, shape, dtype, self._u64(what)
+        return name, shape, dtype, self._uint(8, what)
 
 
 def _shown(value: Any) -> str:

@@ -1,1 +1,1 @@
-"""Memory of sequences: paged KV blocks for attention layers, state slots for linear layers."""
+"""Memory of sequences: KV blocks for attention layers, state slots for linear layers."""

@@ -1,4 +1,4 @@
-"""Numbered resources with reference counts: KV blocks, state slots."""
+"""Numbered resources with reference counts: KV blocks and state slots."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from engine.errors import EngineError
 
 
 class MemoryFullError(EngineError):
-    """No block or slot is left."""
+    """No block or slot is free."""
 
 
 class Pool:
-    """Indices 0 … size - 1; an index is free again when its last reference is released."""
+    """Indices 0 … size - 1. An index is free while it has no references."""
 
     def __init__(self, size: int, what: str) -> None:
         self.size, self._what = size, what
@@ -19,7 +19,7 @@ class Pool:
 
     @property
     def n_free(self) -> int:
-        """How many indices nobody holds."""
+        """How many indices are free."""
         return len(self._free)
 
     def require(self, n: int) -> None:
@@ -29,25 +29,25 @@ class Pool:
                 f"out of {self._what}: {n} needed, {len(self._free)} of {self.size} are free"
             )
 
-    def acquire(self) -> int:
-        """A free index, with one reference."""
+    def allocate(self) -> int:
+        """A free index, now with one reference; raises MemoryFullError."""
         self.require(1)
         index = self._free.pop()
         self._references[index] = 1
         return index
 
     def share(self, index: int) -> int:
-        """One more reference to an index in use."""
+        """Add a reference to an index in use; returns the index."""
         assert self._references[index] > 0, (self._what, index)
         self._references[index] += 1
         return index
 
     def is_shared(self, index: int) -> bool:
-        """Whether somebody else holds the index too."""
+        """Whether the index has more than one reference."""
         return self._references[index] > 1
 
-    def release(self, index: int) -> None:
-        """Give one reference back."""
+    def free(self, index: int) -> None:
+        """Remove a reference; the index is free when it was the last one."""
         assert self._references[index] > 0, (self._what, index)
         self._references[index] -= 1
         if self._references[index] == 0:

@@ -1,15 +1,20 @@
-"""Memory per sequence: KV blocks and a state slot together, with checkpoints, forks and marks.
+"""Memory of sequences: KV blocks and state slots, with checkpoints, forks and rollback points.
 
-A recurrent state cannot be cut short, so going back means returning to a state that was kept: by a
-checkpoint (which holds blocks too and outlives its sequence), or by a mark or a snapshot of the
-sequence's own. Keeping moves no data: it is one more reference to a slot and to blocks; the first
-write after it goes to another slot, and to a copy of the block that is partly filled.
+A recurrent state cannot be cut short, so a sequence can only go back to a state that was kept:
+
+- a checkpoint keeps blocks and state, and outlives its sequence;
+- a rollback point keeps the state at an earlier position of its own sequence;
+- per-token states are those after the last tokens of the last step, kept until the next step.
+
+Keeping moves no data: it adds references to a slot and to blocks. The next step writes another
+slot, and a copy of the partly filled block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 
 from engine.kvcache.blocks import BlockTable
 from engine.kvcache.pool import Pool
@@ -17,92 +22,90 @@ from engine.kvcache.slots import StateSlot
 
 
 @dataclass
-class Span:
-    """`n_tokens` positions of a sequence, with the blocks and the slot that hold them.
+class Allocation:
+    """The blocks and slots of `n_tokens` positions of a sequence.
 
-    `marks`: states at earlier positions; `snapshots`: those of the last step, kept until the next.
-    Neither needs blocks of its own, for a sequence never overwrites its past.
+    `rollback_points` and `token_states`: position -> state. They need no blocks of their own,
+    since a sequence never overwrites its past.
     """
 
     n_tokens: int
     table: BlockTable
     state: StateSlot
-    marks: dict[int, StateSlot] = field(default_factory=dict)
-    snapshots: dict[int, StateSlot] = field(default_factory=dict)
+    rollback_points: dict[int, StateSlot] = field(default_factory=dict)
+    token_states: dict[int, StateSlot] = field(default_factory=dict)
 
-    def fork(self) -> Span:
-        """The same contents, held once more."""
-        marks = {n: state.fork() for n, state in self.marks.items()}
-        return Span(self.n_tokens, self.table.fork(self.n_tokens), self.state.fork(), marks)
+    def fork(self) -> Allocation:
+        """Further references to the same contents."""
+        return self.at(self.n_tokens, self.state)
 
-    def release(self) -> None:
-        """Give everything back; a step that was begun is not waited for."""
+    def at(self, n_tokens: int, state: StateSlot) -> Allocation:
+        """Further references to the first `n_tokens` positions, of which `state` is the state."""
+        points = {n: s.fork() for n, s in self.rollback_points.items() if n <= n_tokens}
+        return Allocation(n_tokens, self.table.fork(n_tokens), state.fork(), points)
+
+    def free(self) -> None:
+        """Free everything, at once even while a step is in flight."""
         self.state.cancel()
-        self.drop_snapshots()
-        self.drop_marks(0)
+        _free_all(self.token_states)
+        _free_all(self.rollback_points)
         self.table.truncate(0)
-        self.state.release()
+        self.state.free()
         self.n_tokens = 0
 
-    def drop_snapshots(self) -> None:
-        """Give the last step's snapshots back."""
-        for state in self.snapshots.values():
-            state.release()
-        self.snapshots.clear()
 
-    def drop_marks(self, n_tokens: int) -> None:
-        """Give back the marks at or after a position."""
-        for n in [n for n in self.marks if n >= n_tokens]:
-            self.marks.pop(n).release()
+def _free_all(states: dict[int, StateSlot]) -> None:
+    for state in states.values():
+        state.free()
+    states.clear()
 
 
 @dataclass(frozen=True)
 class Step:
-    """Where one step of one sequence reads and writes."""
+    """Where one step of one sequence reads and writes; the contents of its row of the inputs."""
 
     n_past: int
     blocks: list[int]
     state_src: int
     state_dst: int
-    snapshots: tuple[int, ...] = ()
+    snapshot_dst: tuple[int, ...] = ()
 
 
 class Checkpoint:
-    """A sequence as it was at some position; hold it to be able to go back, then `release` it."""
+    """References to a sequence's contents at some position. `release` it when it is not needed."""
 
-    def __init__(self, span: Span) -> None:
-        self._span: Span | None = span
+    def __init__(self, allocation: Allocation) -> None:
+        self._allocation: Allocation | None = allocation
 
     @property
     def n_tokens(self) -> int:
         """The position it was taken at."""
-        return self.span.n_tokens
+        return self.allocation.n_tokens
 
     @property
-    def span(self) -> Span:
-        """What it holds."""
-        assert self._span is not None, "this checkpoint was released"
-        return self._span
+    def allocation(self) -> Allocation:
+        """The blocks and slots that it holds."""
+        assert self._allocation is not None, "this checkpoint was released"
+        return self._allocation
 
     @property
-    def marks(self) -> frozenset[int]:
-        """The earlier positions that `back_to` can go to."""
-        return frozenset(self.span.marks)
+    def rollback_points(self) -> frozenset[int]:
+        """The earlier positions that `rolled_back` can go to."""
+        return frozenset(self.allocation.rollback_points)
 
-    def back_to(self, n_tokens: int) -> Checkpoint:
-        """Another checkpoint, of the sequence as it was at one of `marks`."""
-        marks = {n: state.fork() for n, state in self.span.marks.items() if n <= n_tokens}
-        table, state = self.span.table.fork(n_tokens), self.span.marks[n_tokens].fork()
-        return Checkpoint(Span(n_tokens, table, state, marks))
+    def rolled_back(self, n_tokens: int) -> Checkpoint:
+        """A new checkpoint of the sequence as it was at one of `rollback_points`."""
+        state = self.allocation.rollback_points[n_tokens]
+        return Checkpoint(self.allocation.at(n_tokens, state))
 
     def fork(self) -> Checkpoint:
-        """Another checkpoint of the same, to be released on its own."""
-        return Checkpoint(self.span.fork())
+        """A new checkpoint of the same contents, to be released on its own."""
+        return Checkpoint(self.allocation.fork())
 
     def release(self) -> None:
-        """Give its blocks and its slot back; it can't be restored any more."""
-        self.span.release()
-        self._span = None
+        """Free its references; it can't be used any more."""
+        self.allocation.free()
+        self._allocation = None
 
 
 class SequenceMemory:
@@ -114,115 +117,114 @@ class SequenceMemory:
         self.blocks = Pool(n_blocks, "KV cache blocks")
         self.slots = Pool(n_slots, "state slots")
         self._block_size, self._copy_block = block_size, copy_block
-        self._sequences: dict[int, Span] = {}
-        self._next_id = 0
+        self._sequences: dict[int, Allocation] = {}
+        self._ids = count()
 
     def create(self) -> int:
-        """A new, empty sequence. Nothing is allocated before its first step."""
-        return self._add(Span(0, BlockTable(self.blocks, self._block_size), StateSlot(self.slots)))
+        """A new, empty sequence. Its first step allocates; this doesn't."""
+        table = BlockTable(self.blocks, self._block_size)
+        return self._add(Allocation(0, table, StateSlot(self.slots)))
 
-    def _add(self, span: Span) -> int:
-        seq = self._next_id
-        self._next_id += 1
-        self._sequences[seq] = span
+    def _add(self, allocation: Allocation) -> int:
+        seq = next(self._ids)
+        self._sequences[seq] = allocation
         return seq
 
     def fork(self, seq: int) -> int:
-        """A new sequence with the same contents; each goes its own way from here."""
+        """A new sequence with the same contents. From here on the two are independent."""
         return self._add(self._sequences[seq].fork())
 
     def free(self, seq: int) -> None:
-        """Forget a sequence and give its memory back; checkpoints of it stay valid."""
-        self._sequences.pop(seq).release()
+        """Remove a sequence and free its memory; checkpoints of it stay valid."""
+        self._sequences.pop(seq).free()
 
     def n_tokens(self, seq: int) -> int:
         """Positions that a sequence holds."""
         return self._sequences[seq].n_tokens
 
     def missing_slots(self, seq: int) -> int:
-        """State slots that its next step takes, snapshots apart."""
+        """How many slots its next step allocates, apart from those of per-token states."""
         return self._sequences[seq].state.missing()
 
     def owned(self, seq: int) -> tuple[list[int], list[int]]:
-        """(state slots, blocks) that a sequence holds and nobody else does."""
-        span = self._sequences[seq]
-        slots = [s for state in (span.state, *span.snapshots.values()) for s in state.slots]
+        """(state slots, blocks) that only this sequence holds."""
+        own = self._sequences[seq]
+        slots = [s for state in (own.state, *own.token_states.values()) for s in state.slots]
         return (
             [slot for slot in slots if not self.slots.is_shared(slot)],
-            [block for block in span.table.blocks if not self.blocks.is_shared(block)],
+            [block for block in own.table.blocks if not self.blocks.is_shared(block)],
         )
 
-    def begin(self, seq: int, n_new: int, n_snapshots: int = 0, keep: bool = False) -> Step:
-        """Make room for `n_new` tokens and say where the step reads and writes.
+    def begin(
+        self, seq: int, n_new: int, n_snapshots: int = 0, preserve_state: bool = False
+    ) -> Step:
+        """Allocate what a step of `n_new` tokens needs, and say where it reads and writes.
 
-        The states after each of the last `n_snapshots` of them are kept until the next step. Follow
-        with `finish` or `cancel`: with `keep` also after the step was run, as it then writes no
-        slot or position that the sequence holds. Raises MemoryFullError with the contents
-        unchanged.
+        The states after each of the last `n_snapshots` tokens are kept until the next step. Call
+        `finish` or `cancel` next. With `preserve_state` the step writes no slot and no position
+        that the sequence holds, so `cancel` is possible even after it has run. Raises
+        MemoryFullError; the contents are unchanged then.
         """
-        span = self._sequences[seq]
-        span.drop_snapshots()
+        own = self._sequences[seq]
+        _free_all(own.token_states)
         n_snapshots = min(n_snapshots, n_new)
-        self.slots.require((keep or span.state.missing()) + n_snapshots)
-        span.table.extend(span.n_tokens, n_new, self._copy_block)
-        source, target = span.state.begin(keep)
-        last = span.n_tokens + n_new
+        self.slots.require((preserve_state or own.state.missing()) + n_snapshots)
+        own.table.extend(own.n_tokens, n_new, self._copy_block)
+        source, target = own.state.begin(preserve_state)
+        last = own.n_tokens + n_new
         for n in range(last - n_snapshots + 1, last + 1):
-            span.snapshots[n] = StateSlot(self.slots, self.slots.acquire())
-        kept = tuple(state.slot for state in span.snapshots.values())
-        return Step(span.n_tokens, span.table.blocks, source, target, kept)
+            own.token_states[n] = StateSlot(self.slots, self.slots.allocate())
+        kept = tuple(state.slot for state in own.token_states.values())
+        return Step(own.n_tokens, own.table.blocks, source, target, kept)
 
     def finish(self, seq: int, n_new: int) -> None:
-        """The step was run: the sequence has `n_new` more tokens."""
-        span = self._sequences[seq]
-        span.state.finish()
-        span.n_tokens += n_new
+        """Record that the step has run: the sequence has `n_new` more tokens."""
+        own = self._sequences[seq]
+        own.state.finish()
+        own.n_tokens += n_new
 
     def cancel(self, seq: int) -> None:
-        """The step was not run: the sequence is as it was before `begin`."""
-        span = self._sequences[seq]
-        span.drop_snapshots()
-        span.state.cancel()
-        span.table.truncate(span.n_tokens)
+        """Undo `begin`: the sequence is as it was before the step."""
+        own = self._sequences[seq]
+        _free_all(own.token_states)
+        own.state.cancel()
+        own.table.truncate(own.n_tokens)
 
     def reset(self, seq: int) -> None:
-        """Make a sequence empty, after a step that broke off and left its state half written."""
-        self._sequences[seq].release()
+        """Make a sequence empty, after a step that failed and left its state half written."""
+        self._sequences[seq].free()
 
-    def mark(self, seq: int, only: bool = False) -> None:
+    def add_rollback_point(self, seq: int, replace: bool = False) -> None:
         """Keep the state at this position, so that `truncate` can come back to it.
 
-        With `only`, instead of the marks there are. Raises MemoryFullError if no slot is left.
+        `replace` removes the earlier rollback points. Raises MemoryFullError if no slot is left.
         """
-        span = self._sequences[seq]
-        if only:
-            span.drop_marks(0)
-        if span.n_tokens and span.n_tokens not in span.marks:
+        own = self._sequences[seq]
+        if replace:
+            _free_all(own.rollback_points)
+        if own.n_tokens and own.n_tokens not in own.rollback_points:
             self.slots.require(1)  # The next step needs a slot of its own.
-            span.marks[span.n_tokens] = span.state.fork()
+            own.rollback_points[own.n_tokens] = own.state.fork()
 
     def truncate(self, seq: int, n_tokens: int) -> int:
         """Go back to `n_tokens` positions, or to the nearest kept state before; returns where."""
-        span = self._sequences[seq]
-        if n_tokens >= span.n_tokens:
-            return span.n_tokens
-        kept = span.marks | span.snapshots
+        own = self._sequences[seq]
+        if n_tokens >= own.n_tokens:
+            return own.n_tokens
+        kept = own.rollback_points | own.token_states
         reached = max((n for n in kept if n <= n_tokens), default=0)
-        state = kept[reached].fork() if reached else StateSlot(self.slots)
-        span.state.release()
-        span.state = state
-        span.drop_snapshots()
-        span.drop_marks(reached + 1)
-        span.table.truncate(reached)
-        span.n_tokens = reached
+        state = kept[reached] if reached else StateSlot(self.slots)
+        self._replace(seq, own.at(reached, state))
         return reached
 
     def checkpoint(self, seq: int) -> Checkpoint:
-        """Hold the sequence as it is now."""
+        """A checkpoint of the sequence as it is now."""
         return Checkpoint(self._sequences[seq].fork())
 
     def restore(self, seq: int, checkpoint: Checkpoint) -> None:
-        """Make the sequence what the checkpoint holds; it can be restored again, also elsewhere."""
-        span = checkpoint.span.fork()
-        self._sequences[seq].release()
-        self._sequences[seq] = span
+        """Give the sequence the checkpoint's contents; it can be restored again, also elsewhere."""
+        self._replace(seq, checkpoint.allocation.fork())
+
+    def _replace(self, seq: int, allocation: Allocation) -> None:
+        self._sequences[seq].free()
+        self._sequences[seq] = allocation

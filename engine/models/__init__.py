@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from engine.formats.gguf import GGUFFile
+from engine.models.base import Model
 from engine.models.hparams import ModelError
 from engine.models.kimi_linear import KimiLinear
-from engine.models.layers import BuildOptions, Model
+from engine.models.layers import BuildOptions
 from engine.models.qwen3next import Qwen3Next
 from engine.models.qwen35 import Qwen35
 from engine.models.qwen35moe import Qwen35MoE
 
-ARCHITECTURES: dict[str, Callable[[GGUFFile], Model]] = {
+ARCHITECTURES: dict[str, type[Model]] = {
     model.name: model for model in (Qwen35, Qwen35MoE, Qwen3Next, KimiLinear)
 }
 

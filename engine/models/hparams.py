@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.errors import EngineError
 from engine.formats.gguf import GGUFFile
@@ -70,29 +71,34 @@ class HParams:
             )
         return len(tokens)
 
+    def array(self, key: str, n: int, kinds: str, what: str) -> NDArray[Any] | None:
+        """An array of `n` numbers of numpy's `kinds`, or None if the value is no array."""
+        value = self.file.metadata.get(f"{self.arch}.{key}")
+        if not isinstance(value, np.ndarray):
+            return None
+        if len(value) != n or value.dtype.kind not in kinds:
+            raise self.fail(key, f"{n} {what}", shown(value))
+        return value
+
     def per_layer(
         self, key: str, n_entries: int, default: int | None = None, minimum: int = 1
     ) -> list[int]:
         """One integer per layer (MTP layers too), at least `minimum`, from an array or a scalar."""
-        value = self.file.metadata.get(f"{self.arch}.{key}", default)
-        if not isinstance(value, np.ndarray):
+        values = self.array(key, n_entries, "iu", "integers")
+        if values is None:
             return [self.integer(key, default, minimum)] * n_entries
-        if len(value) != n_entries or value.dtype.kind not in "iu":
-            raise self.fail(key, f"{n_entries} integers", shown(value))
-        if (lowest := int(value.min())) < minimum:
+        if (lowest := int(values.min())) < minimum:
             raise self.fail(key, f"at least {minimum} in every layer", lowest)
-        return [int(v) for v in value]
+        return [int(v) for v in values]
 
     def flags(self, key: str, n_entries: int) -> list[bool] | None:
         """One boolean per layer, from an array or a scalar; None if the key is missing."""
-        value = self.file.metadata.get(f"{self.arch}.{key}")
-        if value is None:
+        if f"{self.arch}.{key}" not in self.file.metadata:
             return None
-        if isinstance(value, np.ndarray):
-            if len(value) != n_entries or value.dtype.kind not in "biu":
-                raise self.fail(key, f"{n_entries} booleans", shown(value))
-            return [bool(v) for v in value]
-        return [self.file.boolean(f"{self.arch}.{key}")] * n_entries
+        values = self.array(key, n_entries, "biu", "booleans")
+        if values is None:
+            return [self.file.boolean(f"{self.arch}.{key}")] * n_entries
+        return [bool(v) for v in values]
 
     def divides(self, key: str, divisor: int, number: int) -> None:
         """Raise unless `key`'s value `divisor` divides `number`."""

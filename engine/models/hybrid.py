@@ -1,4 +1,4 @@
-"""What the Qwen hybrids share: gated delta-net layers with gated full attention every few layers.
+"""The Qwen hybrids: gated delta-net layers with gated full attention every few layers.
 
 A subclass says how value heads lie over key heads, how a linear layer's projections are packed, and
 what the feed-forward is. Layers past the trunk are for multi-token prediction and are skipped.
@@ -7,75 +7,45 @@ Tensor names and formulas follow llama.cpp's files and transformers' models.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from functools import partial
 
-import numpy as np
-
-from engine.formats.gguf import GGUFFile
-from engine.graph import Graph, Shape
+from engine.graph import Shape
 from engine.models.attention import AttentionShape, gated_attention
+from engine.models.base import Model
 from engine.models.delta_net import DeltaNetShape, delta_net
 from engine.models.hparams import HParams, shown
-from engine.models.layers import Builder, BuildOptions, Layer, trunk
+from engine.models.layers import Layer
 from engine.models.moe import moe_ffn, moe_shapes
-from engine.models.weights import Weights
 
 
-class Hybrid(ABC):
-    """A file's hyper-parameters and weights; raises ModelError if they or its tensors don't fit."""
+class Hybrid(Model):
+    """`head_map`: how value heads read key heads. `has_sections`: whether files have the rope
+    sections of images."""
 
-    name: str
+    ffn_norm = "post_attention_norm"
     head_map = "tiled"
     has_sections = True
 
-    def __init__(self, file: GGUFFile) -> None:
-        hp = HParams(file)
-        n_entries, self.n_layers = hp.n_layers()
-        self.n_embd = hp.integer("embedding_length")
-        self.n_ctx_train = hp.integer("context_length")
-        self.eps = hp.number("attention.layer_norm_rms_epsilon")
-        self.n_vocab = hp.n_vocab()
+    def _read(self, hp: HParams, n_entries: int) -> None:
         self.linear = _linear_layers(hp, n_entries, self.n_layers)
         self.delta_net = _delta_net_shape(hp, self.head_map, self.eps)
         if self.has_sections:
             _check_sections(hp)
         self.attention = _attention_shapes(hp, n_entries, self.n_embd, self.eps)
-        self._in_file = file.tensors.keys()
         self._read_ffn(hp, n_entries)
-        self.weights = Weights(file, self._expected(), range(self.n_layers, n_entries))
-        for i in range(self.n_layers):
-            if self.linear[i]:
-                self._unpack_linear(i)
-            else:
-                self._unpack_attention(i)
 
     @abstractmethod
     def _read_ffn(self, hp: HParams, n_entries: int) -> None:
-        """Read what the feed-forward needs."""
-
-    @abstractmethod
-    def _ffn_weights(self, i: int) -> dict[str, Shape]:
-        """The feed-forward's tensors of layer i."""
+        """Read the hyper-parameters of the feed-forward."""
 
     @abstractmethod
     def _ffn(self, i: int) -> Layer:
         """The feed-forward of layer i."""
 
-    def _expected(self) -> dict[str, Shape]:
-        embedding = (self.n_vocab, self.n_embd)
-        expected: dict[str, Shape] = {"token_embd.weight": embedding}
-        if "output.weight" in self._in_file:
-            expected["output.weight"] = embedding
-        expected["output_norm.weight"] = (self.n_embd,)
-        norms = {f"{name}.weight": (self.n_embd,) for name in ("attn_norm", "post_attention_norm")}
-        for i in range(self.n_layers):
-            layer = self._linear_weights(i) if self.linear[i] else self._attention_weights(i)
-            layer |= norms | self._ffn_weights(i)
-            expected |= {f"blk.{i}.{name}": shape for name, shape in layer.items()}
-        return expected
-
-    def _linear_weights(self, i: int) -> dict[str, Shape]:
+    def _mixer_weights(self, i: int) -> dict[str, Shape]:
+        if not self.linear[i]:
+            return self._attention_weights(i)
         s, n_embd = self.delta_net, self.n_embd
         return self._projections(i) | {
             "ssm_conv1d.weight": (s.conv_dim, s.n_taps),
@@ -86,7 +56,7 @@ class Hybrid(ABC):
         }
 
     def _projections(self, i: int) -> dict[str, Shape]:
-        """What makes q, k, v, z, beta and alpha in a linear layer of the file."""
+        """The file's tensors that make q, k, v, z, beta and alpha in a linear layer."""
         s, n_embd = self.delta_net, self.n_embd
         return {
             "attn_qkv.weight": (s.conv_dim, n_embd),
@@ -95,13 +65,9 @@ class Hybrid(ABC):
             "ssm_alpha.weight": (s.n_v_heads, n_embd),
         }
 
-    def _unpack_linear(self, i: int) -> None:
-        """Turn a layer's projections into those of `Hybrid._projections`; here they are."""
-        assert f"blk.{i}.attn_qkv.weight" in self._in_file
-
     def _attention_weights(self, i: int) -> dict[str, Shape]:
         s, n_embd = self.attention[i], self.n_embd
-        if f"blk.{i}.attn_qkv.weight" in self._in_file:
+        if self._has(i, "attn_qkv.weight"):
             products: dict[str, Shape] = {"attn_qkv.weight": (sum(s.widths.values()), n_embd)}
         else:
             products = {f"attn_{part}.weight": (n, n_embd) for part, n in s.widths.items()}
@@ -111,22 +77,20 @@ class Hybrid(ABC):
             "attn_output.weight": (n_embd, s.n_heads * s.d_head),
         }
 
-    def _unpack_attention(self, i: int) -> None:
-        if (packed := f"blk.{i}.attn_qkv.weight") in self._in_file:
+    def _unpack(self, i: int) -> None:
+        if self.linear[i]:
+            self._unpack_linear(i)
+        elif self._has(i, "attn_qkv.weight"):
             names = {f"blk.{i}.attn_{p}.weight": n for p, n in self.attention[i].widths.items()}
-            self.weights.split(packed, names)
+            self.weights.split(f"blk.{i}.attn_qkv.weight", names)
 
-    def build(self, options: BuildOptions) -> Graph:
-        """The compute graph; see Model."""
-        linear = ("delta net", partial(delta_net, shape=self.delta_net))
-        mixers = [
-            linear
-            if self.linear[i]
-            else ("attention", partial(gated_attention, shape=self.attention[i]))
-            for i in range(self.n_layers)
-        ]
-        layers = [(kind, mixer, self._ffn(i)) for i, (kind, mixer) in enumerate(mixers)]
-        return trunk(Builder(self.weights, options), layers, "post_attention_norm", self.eps)
+    def _unpack_linear(self, i: int) -> None:
+        """Make the tensors of `Hybrid._projections`; most files have them."""
+
+    def _layer(self, i: int) -> tuple[str, Layer, Layer]:
+        if self.linear[i]:
+            return "delta net", partial(delta_net, shape=self.delta_net), self._ffn(i)
+        return "attention", partial(gated_attention, shape=self.attention[i]), self._ffn(i)
 
 
 class MoEHybrid(Hybrid):
@@ -136,7 +100,7 @@ class MoEHybrid(Hybrid):
         self._moe = moe_shapes(hp, n_entries)
 
     def _ffn_weights(self, i: int) -> dict[str, Shape]:
-        fused = f"blk.{i}.ffn_gate_up_exps.weight" in self._in_file
+        fused = self._has(i, "ffn_gate_up_exps.weight")
         return self._moe[i].weights(self.n_embd, fused, gated=True, biased=False)
 
     def _ffn(self, i: int) -> Layer:
@@ -181,12 +145,7 @@ def _attention_shapes(hp: HParams, n_entries: int, n_embd: int, eps: float) -> l
 
 
 def _check_sections(hp: HParams) -> None:
-    """Sections assign rope pairs to the axes of images; text has one position on all of them."""
+    """Check that there are 4: they assign rope pairs to image axes, which are equal for text."""
     key = "rope.dimension_sections"
-    sections = hp.file.metadata.get(f"{hp.arch}.{key}")
-    if (
-        not isinstance(sections, np.ndarray)
-        or len(sections) != 4
-        or sections.dtype.kind not in "iu"
-    ):
-        raise hp.fail(key, "4 integers", shown(sections))
+    if hp.array(key, 4, "iu", "integers") is None:
+        raise hp.fail(key, "4 integers", shown(hp.file.metadata.get(f"{hp.arch}.{key}")))

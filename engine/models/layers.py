@@ -1,14 +1,15 @@
-"""Layers that several architectures share, as functions that append nodes to a graph.
+"""Builds graphs: inputs, weights and states by name, the dense feed-forward, and the trunk.
 
-Each takes the hidden rows [T, E] after their norm and gives what is added to the residual. Weights
-are named as in the GGUF file, under a layer's prefix `blk.<i>`.
+A layer is a function that appends nodes: it takes the hidden rows [T, E] after their norm and
+returns the rows that are added to the residual. Nodes and weights have the names of the GGUF file;
+inside a layer the Builder puts the layer's prefix `blk.<i>.` before them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import Protocol
 
 from engine.formats.quants import F16, DType
 from engine.graph import Capacity, Dim, Graph, Shape, Tensor
@@ -29,24 +30,16 @@ class BuildOptions:
     gdn: str = "auto"
 
 
-class Model(Protocol):
-    """An architecture's hyper-parameters, its weights and its graph."""
-
-    name: str
-    n_ctx_train: int
-    n_vocab: int
-    weights: Weights
-
-    def build(self, options: BuildOptions) -> Graph:
-        """The compute graph: outputs `logits` [n_outputs, n_vocab]."""
-
-
 class Builder:
-    """A graph under construction: its inputs, and access to weights and states by name."""
+    """A graph under construction, seen from the trunk or from one layer.
+
+    `recurrent` and `paged` are the operands that place a batch's sequences in state slots and in
+    cache blocks.
+    """
 
     def __init__(self, weights: Weights, options: BuildOptions) -> None:
         self.graph, self.options = Graph(options.capacity), options
-        self._tensors = weights.tensors
+        self._tensors, self._prefix = weights.tensors, ""
         cap = options.capacity
         n_tokens, n_seqs = Dim(cap.n_tokens, "n_tokens"), Dim(cap.n_seqs, "n_seqs")
         declare = self.graph.input
@@ -65,32 +58,60 @@ class Builder:
             "block_tables": declare("block_tables", (n_seqs, cap.n_blocks)),
         }
 
+    def layer(self, i: int) -> Builder:
+        """The same graph, seen from layer i."""
+        builder = copy(self)
+        builder._prefix = f"blk.{i}."
+        return builder
+
+    def name(self, name: str) -> str:
+        """The full name of a node, weight or state."""
+        return self._prefix + name
+
     def has(self, name: str) -> bool:
         """Whether the model has a weight."""
-        return name in self._tensors
+        return self.name(name) in self._tensors
 
     def weight(self, name: str) -> Tensor:
         """A weight of the model."""
-        info = self._tensors[name]
-        return self.graph.weight(name, info.shape, info.dtype)
+        info = self._tensors[self.name(name)]
+        return self.graph.weight(self.name(name), info.shape, info.dtype)
+
+    def mul_mat(
+        self,
+        name: str,
+        x: Tensor,
+        *weights: str,
+        gate: Tensor | None = None,
+        add: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """A MUL_MAT node `name` of x with `weights`, named without `.weight`; by default `name`."""
+        tensors = [self.weight(f"{weight}.weight") for weight in weights or (name,)]
+        return mul_mat(self.graph, self.name(name), x, *tensors, gate=gate, add=add)
+
+    def norm(self, name: str, x: Tensor, delta: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+        """An ADD_RMS_NORM node `name`, whose weight has its name: (normalised sum, sum)."""
+        return add_rms_norm(
+            self.graph, self.name(name), x, delta, self.weight(f"{name}.weight"), eps
+        )
 
     def slots(self, name: str, *shape: int) -> Tensor:
         """A recurrent state of this shape per slot."""
-        return self.graph.state(name, (Dim(self.options.capacity.n_slots, "n_slots"), *shape))
+        first = Dim(self.options.capacity.n_slots, "n_slots")
+        return self.graph.state(self.name(name), (first, *shape))
 
-    def kv_cache(self, prefix: str, n_heads: int, d_k: int, d_v: int) -> tuple[Tensor, Tensor]:
-        """A layer's paged keys and values."""
-        cap = self.options.capacity
-        shape: Shape = (Dim(cap.n_blocks, "n_blocks"), n_heads, cap.block_size)
-        k = self.graph.state(f"{prefix}.k_cache", (*shape, d_k), self.options.type_k)
-        v = self.graph.state(f"{prefix}.v_cache", (*shape, d_v), self.options.type_v)
-        return k, v
+    def k_cache(self, n_heads: int, d_head: int) -> Tensor:
+        """A layer's paged keys [n_blocks, n_heads, block_size, d_head], or latents."""
+        return self._cache("k_cache", n_heads, d_head, self.options.type_k)
 
-    def latent_cache(self, prefix: str, width: int) -> Tensor:
-        """A layer's paged latents, one row of `width` a position."""
+    def v_cache(self, n_heads: int, d_head: int) -> Tensor:
+        """A layer's paged values, in the same layout."""
+        return self._cache("v_cache", n_heads, d_head, self.options.type_v)
+
+    def _cache(self, name: str, n_heads: int, d_head: int, dtype: DType) -> Tensor:
         cap = self.options.capacity
-        shape = (Dim(cap.n_blocks, "n_blocks"), 1, cap.block_size, width)
-        return self.graph.state(f"{prefix}.k_cache", shape, self.options.type_k)
+        shape = (Dim(cap.n_blocks, "n_blocks"), n_heads, cap.block_size, d_head)
+        return self.graph.state(self.name(name), shape, dtype)
 
 
 def dense_weights(n_embd: int, n_ff: int) -> dict[str, Shape]:
@@ -102,35 +123,35 @@ def dense_weights(n_embd: int, n_ff: int) -> dict[str, Shape]:
     }
 
 
-def dense_ffn(b: Builder, prefix: str, x: Tensor) -> Tensor:
+def dense_ffn(b: Builder, x: Tensor) -> Tensor:
     """SwiGLU feed-forward."""
-    weights = [b.weight(f"{prefix}.ffn_{name}.weight") for name in ("gate", "up")]
-    gate, up = mul_mat(b.graph, f"{prefix}.ffn_gate_up", x, *weights)
-    (hidden,) = swiglu(b.graph, f"{prefix}.swiglu", (gate, up))
-    return mul_mat(b.graph, f"{prefix}.ffn_down", hidden, b.weight(f"{prefix}.ffn_down.weight"))[0]
+    gate, up = b.mul_mat("ffn_gate_up", x, "ffn_gate", "ffn_up")
+    (hidden,) = swiglu(b.graph, b.name("swiglu"), (gate, up))
+    return b.mul_mat("ffn_down", hidden)[0]
 
 
-Layer = Callable[[Builder, str, Tensor], Tensor]
+Layer = Callable[[Builder, Tensor], Tensor]
 
 
 def trunk(
     b: Builder, layers: Sequence[tuple[str, Layer, Layer]], ffn_norm: str, eps: float
 ) -> Graph:
-    """Embedding, layers (kind, mixer, feed-forward) and the head; fills the graph."""
+    """Append the embedding, the layers (kind, mixer, feed-forward) and the head; the whole graph.
+
+    `ffn_norm`: the name of the norm before a layer's feed-forward.
+    """
     g = b.graph
     x = get_rows(g, "token_embd", b.weight("token_embd.weight"), b.tokens)
     delta = None
     for i, (kind, mix, ffn) in enumerate(layers):
-        prefix = f"blk.{i}"
-        g.layer_kinds[prefix] = kind
-        norm = b.weight(f"{prefix}.attn_norm.weight")
-        h, x = add_rms_norm(g, f"{prefix}.attn_norm", x, delta, norm, eps)
-        delta = mix(b, prefix, h)
-        norm = b.weight(f"{prefix}.{ffn_norm}.weight")
-        h, x = add_rms_norm(g, f"{prefix}.{ffn_norm}", x, delta, norm, eps)
-        delta = ffn(b, prefix, h)
-    h, _ = add_rms_norm(g, "output_norm", x, delta, b.weight("output_norm.weight"), eps)
+        layer = b.layer(i)
+        g.layer_kinds[f"blk.{i}"] = kind
+        h, x = layer.norm("attn_norm", x, delta, eps)
+        delta = mix(layer, h)
+        h, x = layer.norm(ffn_norm, x, delta, eps)
+        delta = ffn(layer, h)
+    h, _ = b.norm("output_norm", x, delta, eps)
     rows = get_rows(g, "output_rows", h, b.output_rows)
-    head = "output.weight" if b.has("output.weight") else "token_embd.weight"
-    g.outputs["logits"] = mul_mat(g, "output", rows, b.weight(head))[0]
+    head = "output" if b.has("output.weight") else "token_embd"
+    g.outputs["logits"] = b.mul_mat("output", rows, head)[0]
     return g

@@ -19,7 +19,7 @@ class Qwen3Next(MoEHybrid):
     def _projections(self, i: int) -> dict[str, Shape]:
         s, n_embd = self.delta_net, self.n_embd
         packed: dict[str, Shape] = {"ssm_ba.weight": (2 * s.n_v_heads, n_embd)}
-        if f"blk.{i}.ssm_in.weight" in self._in_file:
+        if self._has(i, "ssm_in.weight"):
             return packed | {"ssm_in.weight": (s.conv_dim + s.value_dim, n_embd)}
         shapes = super()._projections(i)
         return packed | {name: shapes[name] for name in ("attn_qkv.weight", "attn_gate.weight")}
@@ -27,11 +27,11 @@ class Qwen3Next(MoEHybrid):
     def _unpack_linear(self, i: int) -> None:
         s, prefix = self.delta_net, f"blk.{i}"
         per_key = s.n_v_heads // s.n_k_heads
+        source = f"{prefix}.ssm_ba.weight"
         for part, name in enumerate(("ssm_beta", "ssm_alpha")):
-            self._gather(
-                f"{prefix}.{name}.weight", f"{prefix}.ssm_ba.weight", [per_key] * 2, [part]
-            )
-        if (source := f"{prefix}.ssm_in.weight") in self._in_file:
+            self._gather(f"{prefix}.{name}.weight", source, [per_key] * 2, [part])
+        if self._has(i, "ssm_in.weight"):
+            source = f"{prefix}.ssm_in.weight"
             sizes = [s.d_k, s.d_k, per_key * s.d_v, per_key * s.d_v]
             self._gather(f"{prefix}.attn_qkv.weight", source, sizes, [0, 1, 2])
             self._gather(f"{prefix}.attn_gate.weight", source, sizes, [3])

@@ -8,54 +8,32 @@ head h reads key head h div (H / Hkv).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
-from engine.formats.quants import F16, F32, DType
-from engine.graph import (
-    Attrs,
-    Cost,
-    Graph,
-    Inputs,
-    Live,
-    Node,
-    Op,
-    Out,
-    ShapeError,
-    Tensor,
-    match_shapes,
-)
+from engine.formats.quants import F32
+from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor, match_shapes
 from engine.ops.base import (
+    PAGED,
     Array,
     bytes_moved,
     check_seq_starts,
+    expect,
     paged_index,
     require_contiguous_rows,
     sigmoid,
     spans,
 )
-from engine.ops.cases import Case, Operand, Rng, activation, blocks, case, paged_operands
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
-    dims = match_shapes(
-        inputs,
-        q="T H D",
-        k_cache="N Hkv B D",
-        v_cache="N Hkv B Dv",
-        positions="T",
-        seq_starts="S1",
-        block_tables="S M",
-    )
-    if "gate" in inputs:
-        match_shapes(inputs, {name: dims[name] for name in ("T", "H", "Dv")}, gate="T H Dv")
-        require_contiguous_rows(inputs, "gate", from_axis=2)
+    patterns = {"q": "T H D", "k_cache": "N Hkv B D", "v_cache": "N Hkv B Dv", "gate": "T H Dv"}
+    dims = match_shapes(inputs, **patterns, **PAGED)
+    require_contiguous_rows(inputs, "gate", from_axis=2)
     require_contiguous_rows(inputs, "q")
     check_seq_starts(dims)
-    if dims.H % dims.Hkv:
-        raise ShapeError(f"operand q: expected a multiple of {dims.Hkv} heads, got {dims.H}")
+    expect(dims.H % dims.Hkv == 0, "operand q", f"a multiple of {dims.Hkv} heads", dims.H)
     return [((dims.T, dims.H, dims.Dv), F32)]
 
 
@@ -97,44 +75,15 @@ def _cost(node: Node, live: Live) -> Cost:
     return Cost(flops, bytes_moved(node, live) + live.kv_rows * row_bytes)
 
 
-def random_operands(
-    rng: Rng,
-    heads: tuple[int, int],
-    sizes: tuple[int, int],
-    pasts: list[int],
-    lengths: list[int],
-    caches: tuple[DType, DType],
-    gated: bool,
-) -> dict[str, Operand]:
-    """Sequences with a past; with a scale of 1 / sqrt(Dk), scores have a deviation of 3."""
-    (n_q, n_kv), (d_k, d_v), n = heads, sizes, sum(lengths)
-    paged, n_blocks = paged_operands(rng, pasts, lengths, 16)
-    operands = {
-        "q": activation(rng.normal(size=(n, n_q, d_k)) * 3),
-        "k_cache": blocks(rng.normal(size=(n_blocks, n_kv, 16, d_k)), caches[0]),
-        "v_cache": blocks(rng.normal(size=(n_blocks, n_kv, 16, d_v)), caches[1]),
-        **paged,
-    }
-    if gated:
-        operands["gate"] = activation(rng.normal(size=(n, n_q, d_v)) * 5)
-    return operands
-
-
-def _cases() -> Iterable[Case]:
-    for heads, sizes, pasts, lengths, caches, gated in (
-        ((1, 1), (16, 16), [0], [1], (F32, F32), False),
-        ((4, 2), (64, 64), [0, 37, 200], [3, 1, 20], (F16, F16), True),
-        ((8, 2), (256, 256), [15, 16], [1, 1], (F16, F16), True),
-        ((6, 1), (72, 64), [5], [33], (F32, F32), False),
-        ((4, 2), (48, 48), [70, 3], [1, 40], (F16, F32), False),
-        ((4, 2), (48, 48), [70, 3], [1, 40], (F32, F16), True),
-    ):
-        params = {"heads": heads, "sizes": sizes, "pasts": pasts, "lengths": lengths}
-        attrs = {"scale": 1 / math.sqrt(sizes[0])}
-        yield case(random_operands, attrs, **params, caches=caches, gated=gated)
-
-
-ATTENTION = Op("ATTENTION", _infer, _reference, _cost, _cases)
+ATTENTION = Op(
+    "ATTENTION",
+    ("q", "k_cache", "v_cache", "gate", *PAGED),
+    _infer,
+    _reference,
+    _cost,
+    attrs=("scale",),
+    optional=("gate",),
+)
 
 
 def attention(
@@ -152,7 +101,5 @@ def attention(
     `gate` [T, H, Dv] before its sigmoid (heads may be strided), or None.
     `batch`: positions [T], seq_starts [S + 1], block_tables [S, max_blocks].
     """
-    inputs = {"q": q, "k_cache": caches[0], "v_cache": caches[1], **batch}
-    if gate is not None:
-        inputs["gate"] = gate
-    return graph.add(ATTENTION, name, inputs, scale=scale)[0]
+    operands = {"q": q, "k_cache": caches[0], "v_cache": caches[1], **batch, "gate": gate}
+    return graph.add(ATTENTION, name, operands, scale=scale)[0]

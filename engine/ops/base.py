@@ -16,16 +16,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.graph import Cost, Inputs, Kind, Live, Node, ShapeError, Tensor, match_shapes
+from engine.graph import Cost, Dims, Inputs, Kind, Live, Node, ShapeError, Tensor
 
 Array = NDArray[Any]
 
-RECURRENT_OPERANDS = {
+# Operands that place a batch's sequences in state slots, and in cache blocks, with their shapes.
+RECURRENT = {
     "seq_starts": "S1",
     "state_src": "S",
     "state_dst": "S",
-    "snapshot_dst": "S N",
+    "snapshot_dst": "S n_snapshots",
 }
+PAGED = {"positions": "T", "seq_starts": "S1", "block_tables": "S M"}
 
 
 def sigmoid(x: Array) -> Array:
@@ -48,26 +50,25 @@ def rms_norm(x: Array, eps: float) -> Array:
     return np.asarray(x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + eps))
 
 
-def check_recurrent(inputs: Inputs) -> None:
-    """Shapes of the four operands that place sequences in slots."""
-    check_seq_starts(match_shapes(inputs, None, **RECURRENT_OPERANDS))
+def expect(fits: bool, what: str, expected: str, got: object) -> None:
+    """Raise ShapeError unless `fits`; `what` is an operand or an attribute."""
+    if not fits:
+        raise ShapeError(f"{what}: expected {expected}, got {got}")
 
 
-def check_seq_starts(dims: Any) -> None:
-    """One more start (S1) than there are sequences (S)."""
-    if dims.S1 != dims.S + 1:
-        raise ShapeError(f"operand seq_starts: expected [{dims.S + 1}], got [{int(dims.S1)}]")
+def check_seq_starts(dims: Dims) -> None:
+    """Raise ShapeError unless there is one more start (S1) than sequences (S)."""
+    expect(dims.S1 == dims.S + 1, "operand seq_starts", f"[{dims.S + 1}]", [int(dims.S1)])
 
 
 def require_contiguous_rows(inputs: Inputs, *operands: str, from_axis: int = 1) -> None:
-    """Only the axes before `from_axis`, the tokens, may be strided."""
+    """Raise ShapeError if operands that are present are strided at or after `from_axis`."""
     for operand in operands:
-        tensor = inputs[operand]
-        if not tensor.is_contiguous(from_axis):
-            raise ShapeError(
-                f"operand {operand}: expected axes from {from_axis} on without gaps, "
-                f"got strides {list(tensor.strides)} for {list(map(int, tensor.shape))}"
-            )
+        tensor = inputs.get(operand)
+        if tensor is not None:
+            expected = f"axes from {from_axis} on without gaps"
+            got = f"strides {list(tensor.strides)} for {list(map(int, tensor.shape))}"
+            expect(tensor.is_contiguous(from_axis), f"operand {operand}", expected, got)
 
 
 def spans(seq_starts: Array) -> Iterator[tuple[int, slice]]:

@@ -13,35 +13,23 @@ decays and never positive, so strong gates underflow to exact zeros.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
 from engine.formats.quants import F32
-from engine.graph import (
-    Attrs,
-    Cost,
-    Graph,
-    Inputs,
-    Live,
-    Node,
-    Op,
-    Out,
-    ShapeError,
-    Tensor,
-    match_shapes,
-)
+from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor, match_shapes
 from engine.ops.base import (
+    RECURRENT,
     Array,
     bytes_moved,
-    check_recurrent,
+    check_seq_starts,
+    expect,
     initial_state,
     require_contiguous_rows,
     spans,
     state_bytes,
 )
-from engine.ops.cases import Case, Operand, Rng, activation, case, recurrent_operands, slots
 
 ALGORITHMS = ("auto", "scan", "chunk")
 HEAD_MAPS = ("tiled", "grouped")
@@ -52,20 +40,12 @@ _AUTO_CHUNK_FROM = 16
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
-    dims = match_shapes(inputs, q="T Hk Dk", k="T Hk Dk", v="T Hv Dv", beta="T Hv")
-    per_row = len(inputs["g"].shape) == 3
-    match_shapes(
-        inputs,
-        {name: dims[name] for name in ("T", "Hv", "Dk", "Dv")},
-        g="T Hv Dk" if per_row else "T Hv",
-        state="N Hv Dv Dk",
-    )
-    check_recurrent(inputs)
+    gates = {"g": "T Hv Dk" if len(inputs["g"].shape) == 3 else "T Hv", "beta": "T Hv"}
+    patterns = {"q": "T Hk Dk", "k": "T Hk Dk", "v": "T Hv Dv", **gates, "state": "N Hv Dv Dk"}
+    dims = match_shapes(inputs, **patterns, **RECURRENT)
+    check_seq_starts(dims)
     require_contiguous_rows(inputs, "q", "k", "v", "g", "beta")
-    if dims.Hv % dims.Hk:
-        raise ShapeError(f"operand v: expected a multiple of {dims.Hk} heads, got {dims.Hv}")
-    assert attrs["head_map"] in HEAD_MAPS, attrs
-    assert attrs["algorithm"] in ALGORITHMS, attrs
+    expect(dims.Hv % dims.Hk == 0, "operand v", f"a multiple of {dims.Hk} heads", dims.Hv)
     return [((dims.T, dims.Hv, dims.Dv), F32)]
 
 
@@ -177,74 +157,34 @@ def _cost(node: Node, live: Live) -> Cost:
     return Cost(flops, bytes_moved(node, live) + state_bytes(node.inputs["state"], live))
 
 
-def random_operands(
-    rng: Rng,
-    lengths: list[int],
-    heads: tuple[int, int],
-    sizes: tuple[int, int],
-    gate: float = -0.1,
-    kda: bool = False,
-    fresh: tuple[int, ...] = (),
-    n_snapshots: int = 0,
-) -> dict[str, Operand]:
-    """Operands at the scales of real models: unit keys, decays around `gate` (0: no decay)."""
-    (n_k, n_v), (d_k, d_v), n = heads, sizes, sum(lengths)
-    q, k = rng.normal(size=(2, n, n_k, d_k))
-    q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
-    g = gate * rng.uniform(0.2, 2, size=(n, n_v, d_k) if kda else (n, n_v))
-    n_slots = (2 + n_snapshots) * len(lengths)
-    return {
-        "q": activation(q),
-        "k": activation(k),
-        "v": activation(rng.normal(size=(n, n_v, d_v))),
-        "g": activation(g),
-        "beta": activation(rng.uniform(0, 1, size=(n, n_v))),
-        "state": slots(rng.normal(size=(n_slots, n_v, d_v, d_k))),
-        **recurrent_operands(lengths, fresh, n_snapshots),
-    }
-
-
-def _cases() -> Iterable[Case]:
-    shapes: list[dict[str, Any]] = [
-        {"lengths": [1], "heads": (2, 2), "sizes": (16, 16)},
-        {"lengths": [3, 1, 70], "heads": (2, 4), "sizes": (32, 16), "fresh": (1,)},
-        {"lengths": [200], "heads": (1, 3), "sizes": (64, 128), "n_snapshots": 2},
-        {"lengths": [65, 64], "heads": (4, 4), "sizes": (128, 128), "fresh": (0, 1)},
-        {"lengths": [2, 130], "heads": (1, 2), "sizes": (40, 24), "n_snapshots": 4},
-        {"lengths": [1, 1, 1], "heads": (2, 4), "sizes": (256, 256)},
-    ]
-    for i, shape in enumerate(shapes):
-        for algorithm in ("scan", "chunk"):
-            for kda in (False, True):
-                gate = (-0.1, 0.0, -20.0, -100.0)[(i + kda) % 4]
-                head_map = HEAD_MAPS[i % 2]
-                attrs = {"head_map": head_map, "scale": 0.1, "algorithm": algorithm}
-                yield case(random_operands, attrs, **shape, gate=gate, kda=kda)
-
-
-GATED_DELTA_NET = Op("GATED_DELTA_NET", _infer, _reference, _cost, _cases, writes=("state",))
+GATED_DELTA_NET = Op(
+    "GATED_DELTA_NET",
+    ("q", "k", "v", "g", "beta", "state", *RECURRENT),
+    _infer,
+    _reference,
+    _cost,
+    attrs=("head_map", "scale", "algorithm"),
+    choices={"head_map": HEAD_MAPS, "algorithm": ALGORITHMS},
+    writes=("state",),
+)
 
 
 def gated_delta_net(
     graph: Graph,
     name: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor,
-    batch: Mapping[str, Tensor],
+    operands: Mapping[str, Tensor],
     *,
     head_map: str,
     algorithm: str = "auto",
 ) -> Tensor:
-    """q, k [T, Hk, Dk] (L2-normalised), v [T, Hv, Dv], g [T, Hv(, Dk)], beta [T, Hv],
-    state [n_slots, Hv, Dv, Dk] f32 -> [T, Hv, Dv].
+    """Returns the rows o [T, Hv, Dv]. Operands:
+
+    q, k [T, Hk, Dk] (L2-normalised), v [T, Hv, Dv], g [T, Hv(, Dk)], beta [T, Hv],
+    state [n_slots, Hv, Dv, Dk] f32, written,
+    seq_starts, state_src, state_dst, snapshot_dst (see engine.ops.base).
 
     `head_map`: value head h reads key head h mod Hk ("tiled") or h div (Hv / Hk) ("grouped").
-    `batch`: seq_starts, state_src, state_dst, snapshot_dst (see engine.ops.common).
     """
-    inputs = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": state, **batch}
-    attrs = {"head_map": head_map, "scale": q.shape[-1] ** -0.5, "algorithm": algorithm}
-    return graph.add(GATED_DELTA_NET, name, inputs, **attrs)[0]
+    scale = operands["q"].shape[-1] ** -0.5
+    attrs = {"head_map": head_map, "scale": scale, "algorithm": algorithm}
+    return graph.add(GATED_DELTA_NET, name, operands, **attrs)[0]

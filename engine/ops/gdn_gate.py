@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 
 from engine.formats.quants import F32
@@ -20,7 +18,6 @@ from engine.ops.base import (
     sigmoid,
     softplus,
 )
-from engine.ops.cases import Case, Operand, Rng, activation, case, weight
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
@@ -35,20 +32,14 @@ def _reference(alpha: Array, beta: Array, a: Array, dt: Array) -> tuple[Array, A
     return a * softplus(alpha + dt), sigmoid(beta)
 
 
-def _cases() -> Iterable[Case]:
-    def make(rng: Rng, heads: tuple[int, ...]) -> dict[str, Operand]:
-        return {
-            "alpha": activation(rng.normal(size=(6, *heads)) * 15),
-            "beta": activation(rng.normal(size=(6, heads[0])) * 10),
-            "a": weight(-np.exp(rng.normal(size=heads[0]))),
-            "dt": weight(rng.normal(size=heads)),
-        }
-
-    for heads in ((4,), (3, 16)):  # GDA, KDA
-        yield case(make, {}, heads=heads)
-
-
-GDN_GATE = Op("GDN_GATE", _infer, _reference, elementwise_cost(8), _cases)
+GDN_GATE = Op(
+    "GDN_GATE",
+    ("alpha", "beta", "a", "dt"),
+    _infer,
+    _reference,
+    elementwise_cost(8),
+    n_outputs=2,
+)
 
 
 def gdn_gate(

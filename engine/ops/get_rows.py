@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from engine.formats.quants import BF16, F32, WEIGHT_TYPES, DType
+from engine.formats.quants import F32
 from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor, match_shapes
 from engine.ops.base import Array, live_bytes, require_contiguous_rows
-from engine.ops.cases import Case, Operand, Rng, activation, case, integers, weight
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
@@ -27,21 +24,7 @@ def _cost(node: Node, live: Live) -> Cost:
     return Cost(0, read + live_bytes(node.inputs["ids"], live) + live_bytes(out, live))
 
 
-def _cases() -> Iterable[Case]:
-    def embed(rng: Rng, dtype: DType) -> dict[str, Operand]:
-        table = weight(rng.normal(size=(11, 64)), dtype)
-        return {"table": table, "ids": integers(rng.integers(0, 11, 5), "n_tokens")}
-
-    def pick(rng: Rng) -> dict[str, Operand]:
-        table = activation(rng.normal(size=(9, 8)))
-        return {"table": table, "ids": integers([8, 0, 8], "n_outputs")}
-
-    for dtype in (F32, BF16, WEIGHT_TYPES["Q8_0"]):
-        yield case(embed, {}, dtype=dtype)
-    yield case(pick, {})
-
-
-GET_ROWS = Op("GET_ROWS", _infer, _reference, _cost, _cases)
+GET_ROWS = Op("GET_ROWS", ("table", "ids"), _infer, _reference, _cost)
 
 
 def get_rows(graph: Graph, name: str, table: Tensor, ids: Tensor) -> Tensor:

@@ -7,50 +7,29 @@ Of one row per token, all R + P numbers are the key that every head shares, the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
-from engine.formats.quants import F16, F32, DType
-from engine.graph import (
-    Attrs,
-    Cost,
-    Graph,
-    Inputs,
-    Live,
-    Node,
-    Op,
-    Out,
-    ShapeError,
-    Tensor,
-    match_shapes,
-)
+from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor, match_shapes
 from engine.ops.base import (
+    PAGED,
     Array,
     bytes_moved,
     check_seq_starts,
+    expect,
     paged_index,
     require_contiguous_rows,
     rms_norm,
     spans,
 )
-from engine.ops.cases import Case, Operand, Rng, activation, blocks, case, paged_operands, weight
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
-    dims = match_shapes(
-        inputs,
-        kv="T C",
-        norm="R",
-        positions="T",
-        k_cache="N 1 B C",
-        seq_starts="S1",
-        block_tables="S M",
-    )
+    dims = match_shapes(inputs, kv="T C", norm="R", k_cache="N 1 B C", **PAGED)
     require_contiguous_rows(inputs, "kv")
     check_seq_starts(dims)
-    if dims.R > dims.C:
-        raise ShapeError(f"operand norm: expected at most [{dims.C}], got [{dims.R}]")
+    expect(dims.R <= dims.C, "operand norm", f"at most [{dims.C}]", [dims.R])
     return []
 
 
@@ -78,24 +57,16 @@ def _cost(node: Node, live: Live) -> Cost:
     return Cost(4 * live.n_tokens * cache.shape[3], bytes_moved(node, live) + written)
 
 
-def _cases() -> Iterable[Case]:
-    def make(
-        rng: Rng, rank: int, n_pe: int, lengths: list[int], cache: DType
-    ) -> dict[str, Operand]:
-        pasts = rng.integers(0, 100, len(lengths)).tolist()
-        paged, n_blocks = paged_operands(rng, pasts, lengths, 16)
-        return {
-            "kv": activation(rng.normal(size=(sum(lengths), rank + n_pe))),
-            "norm": weight(rng.normal(size=rank)),
-            "k_cache": blocks(rng.normal(size=(n_blocks, 1, 16, rank + n_pe)), cache),
-            **paged,
-        }
-
-    for rank, n_pe, lengths, cache in ((16, 8, [1], F32), (512, 64, [3, 1, 20], F16)):
-        yield case(make, {"eps": 1e-6}, rank=rank, n_pe=n_pe, lengths=lengths, cache=cache)
-
-
-MLA_CACHE = Op("MLA_CACHE", _infer, _reference, _cost, _cases, writes=("k_cache",))
+MLA_CACHE = Op(
+    "MLA_CACHE",
+    ("kv", "norm", "k_cache", *PAGED),
+    _infer,
+    _reference,
+    _cost,
+    n_outputs=0,
+    attrs=("eps",),
+    writes=("k_cache",),
+)
 
 
 def mla_cache(

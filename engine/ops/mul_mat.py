@@ -9,36 +9,25 @@ one weight, the product may be gated per token and added to something:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
-from engine.formats.quants import BF16, F16, F32, WEIGHT_TYPES, DType
-from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, ShapeError, Tensor
-from engine.ops.base import Array, bytes_moved, require_contiguous_rows, sigmoid
-from engine.ops.cases import Case, Operand, Rng, activation, case, weight
+from engine.formats.quants import F32
+from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor, match_shapes
+from engine.ops.base import Array, bytes_moved, expect, require_contiguous_rows, sigmoid
 
 
-def _weights(inputs: Inputs) -> list[tuple[str, Tensor]]:
-    return [(name, t) for name, t in inputs.items() if name.startswith("weight")]
+def _weights(inputs: Inputs) -> dict[str, Tensor]:
+    return {name: t for name, t in inputs.items() if name.startswith("weight")}
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
-    x = inputs["x"]
-    if len(x.shape) != 2:
-        raise ShapeError(f"operand x: expected [T, in], got {list(x.shape)}")
-    require_contiguous_rows(inputs, "x")
+    dims = match_shapes(inputs, x="T in", gate="T 1")
     weights = _weights(inputs)
-    if len(weights) > 1 and inputs.keys() & {"gate", "add"}:
-        raise ShapeError(f"operands gate, add: expected one weight, got {len(weights)}")
-    for operand, width in (("gate", 1), ("add", weights[0][1].shape[0])):
-        if operand in inputs and inputs[operand].shape != (x.shape[0], width):
-            came = list(map(int, inputs[operand].shape))
-            raise ShapeError(f"operand {operand}: expected [T, {width}], got {came}")
-        if operand in inputs:
-            require_contiguous_rows(inputs, operand)
-    for name, w in weights:
-        if len(w.shape) != 2 or w.shape[1] != x.shape[1]:
-            raise ShapeError(f"operand {name}: expected [out, {x.shape[1]}], got {list(w.shape)}")
-    return [((x.shape[0], w.shape[0]), F32) for _, w in weights]
+    fits = len(weights) == 1 or not inputs.keys() & {"gate", "add"}
+    expect(fits, "operands gate, add", "one weight", len(weights))
+    sizes = [match_shapes(inputs, dims, **{name: "out in"}).out for name in weights]
+    match_shapes(inputs, dims | {"out": sizes[0]}, add="T out")
+    require_contiguous_rows(inputs, "x", "gate", "add")
+    return [((dims.T, n_out), F32) for n_out in sizes]
 
 
 def _reference(
@@ -54,35 +43,19 @@ def _reference(
 
 def _cost(node: Node, live: Live) -> Cost:
     n_rows = live.shape(node.outputs[0].shape)[0]
-    elems = sum(math.prod(t.shape) for _, t in _weights(node.inputs))
+    elems = sum(math.prod(t.shape) for t in _weights(node.inputs).values())
     return Cost(2 * n_rows * elems, bytes_moved(node, live) if n_rows else 0)
 
 
-def _cases() -> Iterable[Case]:
-    def make(rng: Rng, n_tokens: int, n_in: int, sizes: dict[int, DType]) -> dict[str, Operand]:
-        weights = {
-            f"weight{i}": weight(rng.normal(size=(n_out, n_in)) * 0.05, dtype)
-            for i, (n_out, dtype) in enumerate(sizes.items())
-        }
-        return {"x": activation(rng.normal(size=(n_tokens, n_in))), **weights}
-
-    mixed = {48: WEIGHT_TYPES["Q8_0"], 7: F32, 33: WEIGHT_TYPES["Q4_0"], 16: BF16, 5: F16}
-    for n_tokens in (1, 2, 17):
-        yield case(make, {}, n_tokens=n_tokens, n_in=96, sizes=mixed)
-    yield case(make, {}, n_tokens=3, n_in=2048, sizes={130: F32})
-
-    def gated(rng: Rng, n_tokens: int, with_gate: bool) -> dict[str, Operand]:
-        operands = make(rng, n_tokens, 64, {24: WEIGHT_TYPES["Q8_0"]})
-        operands["add"] = activation(rng.normal(size=(n_tokens, 24)))
-        if with_gate:
-            operands["gate"] = activation(rng.normal(size=(n_tokens, 1)) * 5)
-        return operands
-
-    for with_gate in (False, True):
-        yield case(gated, {}, n_tokens=6, with_gate=with_gate)
-
-
-MUL_MAT = Op("MUL_MAT", _infer, _reference, _cost, _cases)
+MUL_MAT = Op(
+    "MUL_MAT",
+    ("x", "weight", "gate", "add"),
+    _infer,
+    _reference,
+    _cost,
+    optional=("gate", "add"),
+    repeated=("weight",),
+)
 
 
 def mul_mat(
@@ -97,6 +70,5 @@ def mul_mat(
 
     gate [T, 1], before its sigmoid, and add [T, out]: with one weight only.
     """
-    inputs = {"x": x} | {f"weight{i}": w for i, w in enumerate(weights)}
-    inputs |= {key: t for key, t in (("gate", gate), ("add", add)) if t is not None}
-    return graph.add(MUL_MAT, name, inputs)
+    numbered = {f"weight{i}": w for i, w in enumerate(weights)}
+    return graph.add(MUL_MAT, name, {"x": x, **numbered, "gate": gate, "add": add})

@@ -9,25 +9,19 @@ A `tail` [T, H, P] is appended to each row as it is: the part of a query that is
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import numpy as np
 
 from engine.formats.quants import F32
 from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor, match_shapes
 from engine.ops.base import Array, bytes_moved, require_contiguous_rows
-from engine.ops.cases import Case, Operand, Rng, activation, case, weight
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
-    dims = match_shapes(inputs, x="T H in")
-    pattern = "H in out" if attrs["transposed"] else "H out in"
-    n_out = match_shapes(inputs, {"H": dims.H, "in": dims["in"]}, weight=pattern).out
-    require_contiguous_rows(inputs, "x", from_axis=2)
-    if "tail" in inputs:
-        n_out += match_shapes(inputs, {"T": dims.T, "H": dims.H}, tail="T H P").P
-        require_contiguous_rows(inputs, "tail", from_axis=2)
-    return [((dims.T, dims.H, n_out), F32)]
+    weight = "H in out" if attrs["transposed"] else "H out in"
+    dims = match_shapes(inputs, x="T H in", weight=weight, tail="T H P")
+    require_contiguous_rows(inputs, "x", "tail", from_axis=2)
+    return [((dims.T, dims.H, dims.out + dims.get("P", 0)), F32)]
 
 
 def _reference(
@@ -43,31 +37,15 @@ def _cost(node: Node, live: Live) -> Cost:
     return Cost(flops, bytes_moved(node, live))
 
 
-def _cases() -> Iterable[Case]:
-    def make(
-        rng: Rng, shape: tuple[int, int, int], n_tail: int, transposed: bool
-    ) -> dict[str, Operand]:
-        n_heads, n_in, n_out = shape
-        matrix = (n_heads, n_in, n_out) if transposed else (n_heads, n_out, n_in)
-        operands = {
-            "x": activation(rng.normal(size=(5, n_heads, n_in))),
-            "weight": weight(rng.normal(size=matrix)),
-        }
-        if n_tail:
-            operands["tail"] = activation(rng.normal(size=(5, n_heads, n_tail)))
-        return operands
-
-    for shape, n_tail, transposed in (
-        ((2, 16, 24), 0, False),
-        ((3, 24, 64), 8, False),
-        ((4, 32, 64), 8, True),
-        ((2, 128, 40), 0, True),
-    ):
-        attrs = {"transposed": transposed}
-        yield case(make, attrs, shape=shape, n_tail=n_tail, transposed=transposed)
-
-
-MUL_MAT_HEADS = Op("MUL_MAT_HEADS", _infer, _reference, _cost, _cases)
+MUL_MAT_HEADS = Op(
+    "MUL_MAT_HEADS",
+    ("x", "weight", "tail"),
+    _infer,
+    _reference,
+    _cost,
+    attrs=("transposed",),
+    optional=("tail",),
+)
 
 
 def mul_mat_heads(
@@ -80,5 +58,5 @@ def mul_mat_heads(
 ) -> Tensor:
     """x [T, H, in], weight [H, out, in] ([H, in, out] if transposed), tail [T, H, P] or None
     -> [T, H, out (+ P)]. The heads of x and tail may be strided."""
-    inputs = {"x": x, "weight": weight} | ({} if tail is None else {"tail": tail})
-    return graph.add(MUL_MAT_HEADS, name, inputs, transposed=transposed)[0]
+    operands = {"x": x, "weight": weight, "tail": tail}
+    return graph.add(MUL_MAT_HEADS, name, operands, transposed=transposed)[0]

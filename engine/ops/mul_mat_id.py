@@ -11,46 +11,30 @@ get every row.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import numpy as np
 
-from engine.formats.quants import F32, I32, WEIGHT_TYPES, DType
-from engine.graph import (
-    Attrs,
-    Cost,
-    Graph,
-    Inputs,
-    Live,
-    Node,
-    Op,
-    Out,
-    ShapeError,
-    Tensor,
-    match_shapes,
-)
-from engine.ops.base import Array, live_bytes, require_contiguous_rows
-from engine.ops.cases import Case, Operand, Rng, activation, case, weight
+from engine.formats.quants import F32, I32
+from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor, match_shapes
+from engine.ops.base import Array, expect, live_bytes, require_contiguous_rows
 
 
-def _matrices(inputs: Inputs) -> list[Tensor]:
-    return [t for name, t in inputs.items() if name.startswith("matrix")]
+def _matrices(inputs: Inputs) -> dict[str, Tensor]:
+    return {name: t for name, t in inputs.items() if name.startswith("matrix")}
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
-    x, matrices = inputs["x"], _matrices(inputs)
-    dims = match_shapes(inputs, x="T in" if len(x.shape) == 2 else "T U in", ids="T U")
-    bound = {"in": x.shape[-1]}
-    for name in (name for name in inputs if name.startswith("matrix")):
-        bound["X"] = match_shapes(inputs, bound, **{name: "X out in"}).X
-    require_contiguous_rows(inputs, "x", "ids")
-    if inputs["ids"].dtype is not I32:
-        raise ShapeError(f"operand ids: expected I32, got {inputs['ids'].dtype.name}")
-    if "weights" in inputs:
-        match_shapes(inputs, {"T": dims.T, "U": dims.U}, weights="T U")
-        require_contiguous_rows(inputs, "weights")
-        return [((dims.T, m.shape[1]), F32) for m in matrices]
-    return [((dims.T, dims.U, m.shape[1]), F32) for m in matrices]
+    x = "T in" if len(inputs["x"].shape) == 2 else "T U in"
+    dims = match_shapes(inputs, x=x, ids="T U", weights="T U")
+    sizes = []
+    for name in _matrices(inputs):
+        matrix = match_shapes(inputs, dims, **{name: "X out in"})
+        dims["X"] = matrix.X
+        sizes.append(matrix.out)
+    require_contiguous_rows(inputs, "x", "ids", "weights")
+    expect(inputs["ids"].dtype is I32, "operand ids", "I32", inputs["ids"].dtype)
+    rows = (dims.T,) if "weights" in inputs else (dims.T, dims.U)
+    return [((*rows, n_out), F32) for n_out in sizes]
 
 
 def _reference(
@@ -69,47 +53,23 @@ def _reference(
 
 def _cost(node: Node, live: Live) -> Cost:
     """Bytes of the experts that the rows need at least if they all choose differently."""
-    n_used, n_experts = node.inputs["ids"].shape[1], _matrices(node.inputs)[0].shape[0]
-    n_rows = live.n_tokens * n_used
-    touched = min(n_experts, n_rows)
-    flops, nbytes = 0, 0
-    for matrix in _matrices(node.inputs):
-        flops += 2 * n_rows * math.prod(matrix.shape[1:])
-        nbytes += touched * matrix.shape[1] * matrix.dtype.row_bytes(matrix.shape[2])
-    others = [t for name, t in node.inputs.items() if not name.startswith("matrix")]
+    n_rows = live.n_tokens * node.inputs["ids"].shape[1]
+    matrices = _matrices(node.inputs).values()
+    flops = sum(2 * n_rows * math.prod(m.shape[1:]) for m in matrices)
+    nbytes = sum(min(m.shape[0], n_rows) * m.nbytes // m.shape[0] for m in matrices)
+    others = [t for t in node.inputs.values() if t not in matrices]
     return Cost(flops, nbytes + sum(live_bytes(t, live) for t in (*others, *node.outputs)))
 
 
-def _cases() -> Iterable[Case]:
-    def make(
-        rng: Rng, n_tokens: int, experts: tuple[int, int], per_expert: bool, dtype: DType
-    ) -> dict[str, Operand]:
-        n_experts, n_used = experts
-        ids = np.argsort(rng.random((n_tokens, n_experts)), axis=1)[:, :n_used]
-        shape = (n_tokens, n_used, 64) if per_expert else (n_tokens, 64)
-        operands = {
-            "x": activation(rng.normal(size=shape)),
-            "ids": activation(ids.astype(np.int32)),
-        }
-        if per_expert:
-            operands["weights"] = activation(rng.uniform(0, 1, (n_tokens, n_used)))
-        sizes = (24,) if per_expert else (24, 40)
-        for i, n_out in enumerate(sizes):
-            operands[f"matrix{i}"] = weight(rng.normal(size=(n_experts, n_out, 64)), dtype)
-        return operands
-
-    for n_tokens, experts, per_expert, dtype in (
-        (1, (4, 2), False, F32),
-        (1, (4, 2), True, WEIGHT_TYPES["Q8_0"]),
-        (9, (8, 3), False, WEIGHT_TYPES["Q4_0"]),
-        (9, (8, 8), True, F32),
-        (40, (3, 1), True, WEIGHT_TYPES["Q8_0"]),
-    ):
-        params = {"n_tokens": n_tokens, "experts": experts}
-        yield case(make, {}, **params, per_expert=per_expert, dtype=dtype)
-
-
-MUL_MAT_ID = Op("MUL_MAT_ID", _infer, _reference, _cost, _cases)
+MUL_MAT_ID = Op(
+    "MUL_MAT_ID",
+    ("x", "ids", "weights", "matrix"),
+    _infer,
+    _reference,
+    _cost,
+    optional=("weights",),
+    repeated=("matrix",),
+)
 
 
 def mul_mat_id(
@@ -122,6 +82,5 @@ def mul_mat_id(
 ) -> tuple[Tensor, ...]:
     """x [T, in] or [T, U, in], ids [T, U] i32, matrices [X, out_i, in] of any stored type
     -> y_i [T, U, out_i]; with weights [T, U] -> their weighted sums [T, out_i]."""
-    operands = {"x": x, "ids": ids} | ({} if weights is None else {"weights": weights})
-    operands |= {f"matrix{i}": m for i, m in enumerate(matrices)}
-    return graph.add(MUL_MAT_ID, name, operands)
+    numbered = {f"matrix{i}": m for i, m in enumerate(matrices)}
+    return graph.add(MUL_MAT_ID, name, {"x": x, "ids": ids, "weights": weights, **numbered})

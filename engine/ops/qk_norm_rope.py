@@ -8,34 +8,23 @@ every axis of Qwen3.5's interleaved M-RoPE, which is therefore this (as transfor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
-from engine.formats.quants import F16, F32, DType
-from engine.graph import (
-    Attrs,
-    Cost,
-    Graph,
-    Inputs,
-    Live,
-    Node,
-    Op,
-    Out,
-    ShapeError,
-    Tensor,
-    match_shapes,
-)
+from engine.formats.quants import F32
+from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor, match_shapes
 from engine.ops.base import (
+    PAGED,
     Array,
     bytes_moved,
     check_seq_starts,
+    expect,
     paged_index,
     require_contiguous_rows,
     rms_norm,
     spans,
 )
-from engine.ops.cases import Case, Operand, Rng, activation, blocks, case, paged_operands, weight
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
@@ -46,18 +35,15 @@ def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
         v="T Hkv D",
         q_norm="D",
         k_norm="D",
-        positions="T",
         k_cache="N Hkv B D",
         v_cache="N Hkv B D",
-        seq_starts="S1",
-        block_tables="S M",
+        **PAGED,
     )
     require_contiguous_rows(inputs, "k", "v")
     require_contiguous_rows(inputs, "q", from_axis=2)
     check_seq_starts(dims)
-    n_rot = attrs["n_rot"]
-    if n_rot % 2 or not 0 <= n_rot <= dims.D:
-        raise ShapeError(f"attribute n_rot: expected an even number up to {dims.D}, got {n_rot}")
+    n_rot, wanted = attrs["n_rot"], f"an even number up to {dims.D}"
+    expect(n_rot % 2 == 0 and 0 <= n_rot <= dims.D, "attribute n_rot", wanted, n_rot)
     return [((dims.T, dims.H, dims.D), F32)]
 
 
@@ -103,58 +89,30 @@ def _cost(node: Node, live: Live) -> Cost:
     return Cost(10 * elems, bytes_moved(node, live) + 2 * live.n_tokens * row_bytes)
 
 
-def _cases() -> Iterable[Case]:
-    def make(
-        rng: Rng, heads: tuple[int, int], size: int, lengths: list[int], types: tuple[DType, DType]
-    ) -> dict[str, Operand]:
-        (n_q, n_kv), n = heads, sum(lengths)
-        pasts = rng.integers(0, 100, len(lengths)).tolist()
-        paged, n_blocks = paged_operands(rng, pasts, lengths, 16)
-        caches = rng.normal(size=(2, n_blocks, n_kv, 16, size))
-        return {
-            "q": activation(rng.normal(size=(n, n_q, size))),
-            "k": activation(rng.normal(size=(n, n_kv, size))),
-            "v": activation(rng.normal(size=(n, n_kv, size))),
-            "q_norm": weight(rng.normal(size=size)),
-            "k_norm": weight(rng.normal(size=size)),
-            "k_cache": blocks(caches[0], types[0]),
-            "v_cache": blocks(caches[1], types[1]),
-            **paged,
-        }
-
-    for heads, size, lengths, types, n_rot in (
-        ((2, 1), 16, [1], (F32, F32), 8),
-        ((4, 2), 64, [3, 1, 40], (F16, F16), 64),
-        ((8, 2), 256, [5], (F32, F16), 64),
-        ((3, 3), 24, [2, 2], (F16, F32), 0),
-    ):
-        attrs = {"eps": 1e-6, "n_rot": n_rot, "rope_base": 1e6}
-        yield case(make, attrs, heads=heads, size=size, lengths=lengths, types=types)
-
-
-QK_NORM_ROPE = Op("QK_NORM_ROPE", _infer, _reference, _cost, _cases, writes=("k_cache", "v_cache"))
+QK_NORM_ROPE = Op(
+    "QK_NORM_ROPE",
+    ("q", "k", "v", "q_norm", "k_norm", "k_cache", "v_cache", *PAGED),
+    _infer,
+    _reference,
+    _cost,
+    attrs=("eps", "n_rot", "rope_base"),
+    writes=("k_cache", "v_cache"),
+)
 
 
 def qk_norm_rope(
     graph: Graph,
     name: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_norm: Tensor,
-    k_norm: Tensor,
-    caches: tuple[Tensor, Tensor],
-    batch: Mapping[str, Tensor],
+    operands: Mapping[str, Tensor],
     *,
     eps: float,
     n_rot: int,
     rope_base: float,
 ) -> Tensor:
-    """q [T, H, D] (heads may be strided), k, v [T, Hkv, D], norms [D] -> rotated q [T, H, D].
+    """Returns the rotated q [T, H, D]; the rotated k and v go to the caches. Operands:
 
-    `caches`: k and v, [n_blocks, Hkv, block_size, D], f32 or f16, are written.
-    `batch`: positions [T], seq_starts [S + 1], block_tables [S, max_blocks].
+    q [T, H, D] (heads may be strided), k, v [T, Hkv, D], q_norm, k_norm [D],
+    k_cache, v_cache [n_blocks, Hkv, block_size, D] f32 or f16, written,
+    positions [T], seq_starts [S + 1], block_tables [S, max_blocks].
     """
-    inputs = {"q": q, "k": k, "v": v, "q_norm": q_norm, "k_norm": k_norm}
-    inputs |= {"k_cache": caches[0], "v_cache": caches[1], **batch}
-    return graph.add(QK_NORM_ROPE, name, inputs, eps=eps, n_rot=n_rot, rope_base=rope_base)[0]
+    return graph.add(QK_NORM_ROPE, name, operands, eps=eps, n_rot=n_rot, rope_base=rope_base)[0]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from engine.formats.quants import F32
 from engine.graph import Attrs, Graph, Inputs, Op, Out, Tensor, match_shapes
 from engine.ops.base import (
@@ -14,7 +12,6 @@ from engine.ops.base import (
     sigmoid,
     silu,
 )
-from engine.ops.cases import Case, Operand, Rng, activation, case, weight
 
 _ACTIVATIONS = {"silu": silu, "sigmoid": sigmoid}
 
@@ -22,7 +19,6 @@ _ACTIVATIONS = {"silu": silu, "sigmoid": sigmoid}
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
     dims = match_shapes(inputs, x="T H D", gate="T H D", weight="D")
     require_contiguous_rows(inputs, "x", "gate")
-    assert attrs["act"] in _ACTIVATIONS, attrs
     return [((dims.T, dims.H, dims.D), F32)]
 
 
@@ -30,21 +26,15 @@ def _reference(x: Array, gate: Array, weight: Array, *, eps: float, act: str) ->
     return (rms_norm(x, eps) * weight * _ACTIVATIONS[act](gate),)
 
 
-def _cases() -> Iterable[Case]:
-    def make(rng: Rng, shape: tuple[int, ...]) -> dict[str, Operand]:
-        x, gate = rng.normal(size=(2, *shape))
-        return {
-            "x": activation(x),
-            "gate": activation(gate * 10),
-            "weight": weight(rng.normal(size=shape[-1])),
-        }
-
-    for act in _ACTIVATIONS:
-        for shape in ((3, 2, 16), (2, 5, 128)):
-            yield case(make, {"eps": 1e-6, "act": act}, shape=shape)
-
-
-RMS_NORM_GATED = Op("RMS_NORM_GATED", _infer, _reference, elementwise_cost(9), _cases)
+RMS_NORM_GATED = Op(
+    "RMS_NORM_GATED",
+    ("x", "gate", "weight"),
+    _infer,
+    _reference,
+    elementwise_cost(9),
+    attrs=("eps", "act"),
+    choices={"act": tuple(_ACTIVATIONS)},
+)
 
 
 def rms_norm_gated(

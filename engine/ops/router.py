@@ -10,30 +10,34 @@ token's experts don't depend on the rest of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
 from engine.formats.quants import F32, I32
 from engine.graph import Attrs, Graph, Inputs, Op, Out, ShapeError, Tensor, match_shapes
-from engine.ops.base import Array, elementwise_cost, require_contiguous_rows, sigmoid
-from engine.ops.cases import Case, Operand, Rng, activation, case, weight
+from engine.ops.base import Array, elementwise_cost, expect, require_contiguous_rows, sigmoid
 
-GATINGS = ("softmax", "sigmoid")
+
+@dataclass(frozen=True)
+class Routing:
+    """The op's attributes. `groups`: how many groups of experts there are, and are used."""
+
+    n_used: int
+    gating: str = "softmax"
+    scale: float = 1.0
+    eps: float = 0.0
+    groups: tuple[int, int] = (1, 1)
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
-    dims = match_shapes(inputs, logits="T X")
-    if "bias" in inputs:
-        match_shapes(inputs, {"X": dims.X}, bias="X")
+    dims = match_shapes(inputs, logits="T X", bias="X")
     require_contiguous_rows(inputs, "logits")
     n_groups, n_groups_used = attrs["groups"]
     if dims.X % n_groups or not 1 <= n_groups_used <= n_groups or dims.X == n_groups > 1:
         raise ShapeError(f"attribute groups: {n_groups_used} of {n_groups} of {dims.X} experts")
     n_used, n_eligible = attrs["n_used"], dims.X // n_groups * n_groups_used
-    if not 1 <= n_used <= n_eligible:
-        raise ShapeError(f"attribute n_used: expected 1 to {n_eligible} experts, got {n_used}")
-    assert attrs["gating"] in GATINGS, attrs
+    expect(1 <= n_used <= n_eligible, "attribute n_used", f"1 to {n_eligible} experts", n_used)
     return [((dims.T, n_used), I32), ((dims.T, n_used), F32)]
 
 
@@ -70,41 +74,22 @@ def _in_best_groups(scores: Array, n_groups: int, n_used: int) -> Array:
     return np.where(mask[:, :, np.newaxis], grouped, -np.inf).reshape(scores.shape)
 
 
-def _cases() -> Iterable[Case]:
-    def make(rng: Rng, n_experts: int, biased: bool) -> dict[str, Operand]:
-        operands = {"logits": activation(rng.normal(size=(7, n_experts)) * 3)}
-        if biased:
-            operands["bias"] = weight(rng.normal(size=n_experts))
-        return operands
-
-    for n_experts, n_used, gating, biased, groups in (
-        (4, 1, "softmax", False, (1, 1)),
-        (256, 8, "softmax", False, (1, 1)),
-        (8, 8, "sigmoid", True, (1, 1)),
-        (512, 10, "sigmoid", True, (8, 3)),
-    ):
-        attrs = {"n_used": n_used, "gating": gating, "scale": 2.5, "eps": 1e-20, "groups": groups}
-        yield case(make, attrs, n_experts=n_experts, biased=biased)
-
-
-ROUTER = Op("ROUTER", _infer, _reference, elementwise_cost(20), _cases)
+ROUTER = Op(
+    "ROUTER",
+    ("logits", "bias"),
+    _infer,
+    _reference,
+    elementwise_cost(20),
+    n_outputs=2,
+    attrs=("n_used", "gating", "scale", "eps", "groups"),
+    choices={"gating": ("softmax", "sigmoid")},
+    optional=("bias",),
+)
 
 
 def router(
-    graph: Graph,
-    name: str,
-    logits: Tensor,
-    bias: Tensor | None,
-    *,
-    n_used: int,
-    gating: str,
-    scale: float = 1.0,
-    eps: float = 0.0,
-    groups: tuple[int, int] = (1, 1),
+    graph: Graph, name: str, logits: Tensor, bias: Tensor | None, routing: Routing
 ) -> tuple[Tensor, Tensor]:
     """logits [T, X], bias [X] or None -> expert ids [T, n_used] i32, weights [T, n_used]."""
-    inputs = {"logits": logits} | ({} if bias is None else {"bias": bias})
-    ids, weights = graph.add(
-        ROUTER, name, inputs, n_used=n_used, gating=gating, scale=scale, eps=eps, groups=groups
-    )
+    ids, weights = graph.add(ROUTER, name, {"logits": logits, "bias": bias}, **vars(routing))
     return ids, weights

@@ -8,7 +8,7 @@ come in several parts, each with its weight; state and output have them side by 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,16 +16,16 @@ import numpy as np
 from engine.formats.quants import F32
 from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor, match_shapes
 from engine.ops.base import (
+    RECURRENT,
     Array,
     bytes_moved,
-    check_recurrent,
+    check_seq_starts,
     initial_state,
     require_contiguous_rows,
     silu,
     spans,
     state_bytes,
 )
-from engine.ops.cases import Case, Operand, Rng, activation, case, recurrent_operands, slots, weight
 
 
 def _parts(operands: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -41,7 +41,7 @@ def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
         require_contiguous_rows(inputs, x)
         n_channels += part.C
     match_shapes(inputs, {"C": n_channels, "K1": dims.K - 1}, state="N K1 C")
-    check_recurrent(inputs)
+    check_seq_starts(match_shapes(inputs, **RECURRENT))
     return [((dims.T, n_channels), F32)]
 
 
@@ -79,29 +79,15 @@ def _cost(node: Node, live: Live) -> Cost:
     return Cost(flops, bytes_moved(node, live) + state_bytes(node.inputs["state"], live))
 
 
-def _cases() -> Iterable[Case]:
-    def make(
-        rng: Rng, sizes: tuple[int, ...], n_taps: int, lengths: list[int], fresh: list[int], k: int
-    ) -> dict[str, Operand]:
-        operands: dict[str, Operand] = {}
-        for i, n_channels in enumerate(sizes):
-            x = rng.normal(size=(sum(lengths), n_channels))
-            taps = rng.normal(size=(n_channels, n_taps))
-            operands |= {f"x{i or ''}": activation(x), f"weight{i or ''}": weight(taps)}
-        state = rng.normal(size=((2 + k) * len(lengths), n_taps - 1, sum(sizes)))
-        return {**operands, "state": slots(state), **recurrent_operands(lengths, fresh, k)}
-
-    for sizes, n_taps, lengths, fresh, k in (
-        ((16,), 4, [1], [], 0),
-        ((32,), 4, [1, 5, 2], [1], 0),
-        ((40,), 2, [3, 1], [], 1),
-        ((64,), 4, [7, 1, 70], [0, 2], 3),
-        ((24, 8, 16), 4, [2, 1, 9], [1], 2),
-    ):
-        yield case(make, {}, sizes=sizes, n_taps=n_taps, lengths=lengths, fresh=fresh, k=k)
-
-
-SSM_CONV = Op("SSM_CONV", _infer, _reference, _cost, _cases, writes=("state",))
+SSM_CONV = Op(
+    "SSM_CONV",
+    ("state", *RECURRENT, "x", "weight", "x1", "weight1", "x2", "weight2"),
+    _infer,
+    _reference,
+    _cost,
+    optional=("x1", "weight1", "x2", "weight2"),
+    writes=("state",),
+)
 
 
 def ssm_conv(
@@ -113,8 +99,8 @@ def ssm_conv(
 ) -> Tensor:
     """Parts (x [T, C_i], weight [C_i, K]), state [n_slots, K - 1, Σ C_i] f32 -> [T, Σ C_i].
 
-    `batch`: seq_starts, state_src, state_dst, snapshot_dst (see engine.ops.common).
+    `batch`: seq_starts, state_src, state_dst, snapshot_dst (see engine.ops.base).
     """
-    inputs = {f"x{i or ''}": x for i, (x, _) in enumerate(parts)}
-    inputs |= {f"weight{i or ''}": weight for i, (_, weight) in enumerate(parts)}
-    return graph.add(SSM_CONV, name, {**inputs, "state": state, **batch})[0]
+    operands = {f"x{i or ''}": x for i, (x, _) in enumerate(parts)}
+    operands |= {f"weight{i or ''}": weight for i, (_, weight) in enumerate(parts)}
+    return graph.add(SSM_CONV, name, {**operands, "state": state, **batch})[0]

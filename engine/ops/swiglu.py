@@ -5,12 +5,9 @@ A node may take several pairs (the routed experts' and the shared expert's), one
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from engine.formats.quants import F32
-from engine.graph import Attrs, Graph, Inputs, Op, Out, ShapeError, Tensor
-from engine.ops.base import Array, elementwise_cost, require_contiguous_rows, silu
-from engine.ops.cases import Case, Operand, Rng, activation, case
+from engine.graph import Attrs, Graph, Inputs, Op, Out, Tensor
+from engine.ops.base import Array, elementwise_cost, expect, require_contiguous_rows, silu
 
 
 def _pairs(n_operands: int) -> list[tuple[str, str]]:
@@ -22,13 +19,11 @@ def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
     outs: list[Out] = []
     for gate, up in _pairs(len(inputs)):
         shape, other = inputs[gate].shape, inputs[up].shape
-        if len(shape) < 2 or shape[0] != inputs["gate"].shape[0]:
-            n_tokens, came = int(inputs["gate"].shape[0]), list(map(int, shape))
-            raise ShapeError(f"operand {gate}: expected [T={n_tokens}, …, F], got {came}")
-        if other != shape:
-            raise ShapeError(
-                f"operand {up}: expected {list(map(int, shape))}, got {list(map(int, other))}"
-            )
+        n_tokens = inputs["gate"].shape[0]
+        wanted, came = (list(map(int, s)) for s in (shape, other))
+        is_rows = len(shape) > 1 and shape[0] == n_tokens
+        expect(is_rows, f"operand {gate}", f"[T={int(n_tokens)}, …, F]", wanted)
+        expect(other == shape, f"operand {up}", str(wanted), came)
         require_contiguous_rows(inputs, gate, up, from_axis=len(shape) - 1)
         outs.append((shape, F32))
     return outs
@@ -38,24 +33,12 @@ def _reference(**operands: Array) -> tuple[Array, ...]:
     return tuple(silu(operands[gate]) * operands[up] for gate, up in _pairs(len(operands)))
 
 
-def _cases() -> Iterable[Case]:
-    def make(rng: Rng, shapes: list[tuple[int, ...]]) -> dict[str, Operand]:
-        operands: dict[str, Operand] = {}
-        for (gate, up), shape in zip(_pairs(2 * len(shapes)), shapes, strict=True):
-            values = rng.normal(size=(2, 4, *shape))
-            operands |= {gate: activation(values[0] * 20), up: activation(values[1])}
-        return operands
-
-    for shapes in ([(4,)], [(67,)], [(3584,)], [(3, 24), (40,)]):
-        yield case(make, {}, shapes=shapes)
-
-
-SWIGLU = Op("SWIGLU", _infer, _reference, elementwise_cost(5), _cases)
+_PAIR = ("gate", "up")
+SWIGLU = Op("SWIGLU", _PAIR, _infer, _reference, elementwise_cost(5), repeated=_PAIR)
 
 
 def swiglu(graph: Graph, name: str, *pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Pairs (gate, up) of equal shapes [T, …, F] (only F must be without gaps) -> as many."""
-    inputs: dict[str, Tensor] = {}
-    for names, pair in zip(_pairs(2 * len(pairs)), pairs, strict=True):
-        inputs |= zip(names, pair, strict=True)
-    return graph.add(SWIGLU, name, inputs)
+    names = (name for pair in _pairs(2 * len(pairs)) for name in pair)
+    tensors = (t for pair in pairs for t in pair)
+    return graph.add(SWIGLU, name, dict(zip(names, tensors, strict=True)))

@@ -1,7 +1,6 @@
 """Batches: chunks of several sequences packed into the inputs of one step.
 
-Rows of all chunks lie one after another, any lengths together: decode rows and prefill chunks are
-the same to the graph.
+Chunks of any lengths lie one after another. A decode row is a chunk of one token.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class Logits(Enum):
 
 @dataclass(frozen=True)
 class Chunk:
-    """The next `tokens` of sequence `seq`; the states after the last `n_snapshots` are kept."""
+    """The next `tokens` of sequence `seq`; states after the last `n_snapshots` of them are kept."""
 
     seq: int
     tokens: Sequence[int]
@@ -46,7 +45,7 @@ class Chunk:
 
     @property
     def n_outputs(self) -> int:
-        """How many of its rows need logits."""
+        """The number of its rows that need logits."""
         if self.logits is Logits.LAST:
             return 1
         return len(self.tokens) if self.logits is Logits.ALL else 0
@@ -77,15 +76,19 @@ def check_fits(chunks: Sequence[Chunk], capacity: Capacity) -> None:
         raise BatchError(f"sequence {max(seqs, key=seqs.count)} twice in one step")
 
 
-def begin(chunks: Sequence[Chunk], memory: SequenceMemory, keep: bool = False) -> list[Step]:
-    """Room in memory for every chunk; if one finds none, all are undone and its error raised.
+def begin(
+    chunks: Sequence[Chunk], memory: SequenceMemory, preserve_state: bool = False
+) -> list[Step]:
+    """Allocate memory for every chunk, or for none: then MemoryFullError is raised.
 
-    With `keep`, the sequences stay as they are until the step is finished.
+    With `preserve_state`, a step can be cancelled even after it ran (see SequenceMemory.begin).
     """
     steps: list[Step] = []
     try:
         for chunk in chunks:
-            steps.append(memory.begin(chunk.seq, len(chunk.tokens), chunk.n_snapshots, keep))
+            steps.append(
+                memory.begin(chunk.seq, len(chunk.tokens), chunk.n_snapshots, preserve_state)
+            )
     except BaseException:
         for chunk in chunks[: len(steps)]:
             memory.cancel(chunk.seq)
@@ -113,7 +116,7 @@ def row_blocks(pasts: Sequence[int], lengths: Sequence[int]) -> tuple[tuple[int,
 
 
 def pack(chunks: Sequence[Chunk], steps: Sequence[Step], capacity: Capacity) -> Batch:
-    """The inputs of a step over `chunks`, whose room in memory is `steps`."""
+    """The inputs of a step over `chunks`; `steps` say where each reads and writes memory."""
     lengths, outputs = [len(p.tokens) for p in chunks], [p.n_outputs for p in chunks]
     pasts, starts = [step.n_past for step in steps], np.cumsum([0, *lengths])
     positions = _ranges(pasts, lengths)
@@ -121,7 +124,7 @@ def pack(chunks: Sequence[Chunk], steps: Sequence[Step], capacity: Capacity) -> 
     snapshots = np.full((len(chunks), capacity.n_snapshots), -1)
     for s, step in enumerate(steps):
         tables[s, : len(step.blocks)] = step.blocks
-        snapshots[s, capacity.n_snapshots - len(step.snapshots) :] = step.snapshots
+        snapshots[s, capacity.n_snapshots - len(step.snapshot_dst) :] = step.snapshot_dst
     inputs: dict[str, Any] = {
         "tokens": np.fromiter(chain.from_iterable(p.tokens for p in chunks), np.int32, starts[-1]),
         "positions": positions,
@@ -144,6 +147,6 @@ def pack(chunks: Sequence[Chunk], steps: Sequence[Step], capacity: Capacity) -> 
 
 
 def _ranges(firsts: Any, lengths: Sequence[int]) -> NDArray[np.int64]:
-    """As many numbers as a length says, from each first one on."""
+    """The numbers first, first + 1, … of each length, one range after another."""
     ends = np.cumsum(lengths)
     return np.asarray(np.arange(ends[-1]) + np.repeat(firsts - (ends - lengths), lengths))

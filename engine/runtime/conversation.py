@@ -1,17 +1,18 @@
 """A conversation: its messages as tokens, and how much of them memory holds already.
 
-The template renders all messages anew for every turn. What the state of the last turn holds is a
-list of parts, of which the answer's tokens are the model's own, whatever its text would be cut to.
-Where the new text starts with the texts of all parts, only what follows them is processed. Else the
-template rewrote something (most drop the thinking of earlier answers): a recurrent state can't be
-cut, so the conversation goes on from the mark that was taken before the last answer, or from the
-start.
+For every turn the template renders all messages anew. Memory holds the prefix that the last turn
+left: a list of segments, each a text with its tokens. An answer is one segment with the tokens that
+the model gave, which may differ from a tokenization of its text. If the new text starts with the
+texts of all segments, only what follows is processed. If not, the template changed something before
+(most remove the thinking of earlier answers). A recurrent state can't be cut short, so the turn
+continues from the rollback point before the last answer, or from nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from engine.kvcache.sequences import Checkpoint
@@ -20,13 +21,14 @@ from engine.text.tokenizer import Tokenizer
 
 # Templates look for these in what a model said.
 _THINKING = ("<think>", "</think>")
-# A text that no template has and none strips, to see what becomes of an answer.
+# An answer that no template contains or changes; it shows what the template puts around answers.
 _PROBE = "\ufdd0"
+_Render = Callable[[Sequence[Message]], str]
 
 
 @dataclass(frozen=True)
-class Part:
-    """A text and its tokens; None for tokens that don't spell what was shown of them."""
+class Segment:
+    """A text and its tokens; text None: the tokens decode to another text than was shown."""
 
     text: str | None
     ids: list[int]
@@ -34,51 +36,51 @@ class Part:
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """What a turn processes: `ids`, on top of the `n_kept` positions of `after`.
+    """What a turn processes: `ids`, after the `n_kept` cached positions of checkpoint `after`.
 
-    `parts` are what memory then holds. `mark_at`: the position (0: none) up to which the next
-    turn's prompt is sure to be the same. `n_dropped`: positions that were held and can't be used,
-    for the text differs from some place on that lies before them.
+    `segments` are the whole prompt. `n_dropped`: cached positions discarded because the rendered
+    text diverges before them. `rollback_at`: the position (0: none) up to which the next turn's
+    prompt will be the same whatever the answer is.
     """
 
     ids: list[int]
-    parts: list[Part]
+    segments: list[Segment]
     after: Checkpoint | None
     n_kept: int
     n_dropped: int
-    mark_at: int
+    rollback_at: int
 
     @property
     def before(self) -> list[int]:
         """The tokens at the positions that are kept."""
-        return _ids(self.parts)[: self.n_kept]
+        return _ids(self.segments)[: self.n_kept]
 
 
-def _ids(parts: Sequence[Part]) -> list[int]:
-    return [token for part in parts for token in part.ids]
+def _ids(segments: Sequence[Segment]) -> list[int]:
+    return [token for segment in segments for token in segment.ids]
 
 
 class Conversation:
-    """What memory holds of one conversation: nothing, or a checkpoint with the parts it is of."""
+    """The cached prefix of one conversation: nothing, or a checkpoint with its segments."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         self._special = {k: tokenizer.text(i) for k, i in named.items() if i is not None}
-        self._held: Checkpoint | None = None
-        self._parts: list[Part] = []
+        self._cached: Checkpoint | None = None
+        self._segments: list[Segment] = []
 
     @property
     def n_tokens(self) -> int:
-        """Positions that it holds."""
-        return self._held.n_tokens if self._held else 0
+        """Positions of the cached prefix."""
+        return self._cached.n_tokens if self._cached else 0
 
     def release(self) -> bool:
-        """Give its memory back; the next turn starts from nothing. False if there was none."""
-        if self._held is None:
+        """Free the cached prefix; False if there was none."""
+        if self._cached is None:
             return False
-        self._held.release()
-        self._held, self._parts = None, []
+        self._cached.release()
+        self._cached, self._segments = None, []
         return True
 
     def prompt(
@@ -88,115 +90,107 @@ class Conversation:
         tools: Sequence[Mapping[str, Any]] | None = None,
         reasoning: bool | None = None,
     ) -> ChatPrompt:
-        """The prompt for the next answer; release its `after` when it was used.
+        """The prompt for the next answer; the caller releases its `after`.
 
         Special tokens come from the template alone: control tokens that a message spells are
         text (in an answer, <think> and </think> excepted). Raises ChatError.
         """
-        guarded = [self._guarded(message) for message in _checked(messages)]
-        text = template.render(guarded, tools, reasoning, special=self._special)
-        n_parts, end, n_kept = self._agreement(text)
-        parts = self._parts[:n_parts]
-        known = _ids(parts)
-        new = [Part(*piece) for piece in self._tokenizer.pieces(text[end:], continues=end > 0)]
-        if not known and self._tokenizer.add_bos and _first_id(new) != self._tokenizer.bos_id:
-            assert self._tokenizer.bos_id is not None
-            new = [Part("", [self._tokenizer.bos_id]), *new]
-        same = self._same_next_time(template, guarded, text, tools, reasoning)
-        mark_at = _position([*parts, *new], same)
+        render: _Render = partial(
+            template.render, tools=tools, reasoning=reasoning, special=self._special
+        )
+        escaped = [self._escaped(message) for message in _checked(messages)]
+        text = render(escaped)
+        n_same, end, n_kept = self._match(text)
+        same = self._segments[:n_same]
+        known = _ids(same)
+        new = [Segment(*s) for s in self._tokenizer.segments(text[end:], continues=end > 0)]
+        bos_id = self._tokenizer.bos_id
+        if not known and self._tokenizer.add_bos and _ids(new)[:1] != [bos_id]:
+            assert bos_id is not None
+            new = [Segment("", [bos_id]), *new]
+        rollback_at = _position([*same, *new], _n_stable(render, escaped, text))
         return ChatPrompt(
             # The last token of an answer that was cut short has not been processed yet.
             known[n_kept:] + _ids(new),
-            [*parts, *new],
+            [*same, *new],
             self._checkpoint(n_kept),
             n_kept,
             self.n_tokens - n_kept,
-            mark_at if mark_at > n_kept else 0,
+            rollback_at if rollback_at > n_kept else 0,
         )
 
-    def keep(self, prompt: ChatPrompt, checkpoint: Checkpoint, text: str, ids: list[int]) -> None:
-        """A turn has ended: what it holds takes the place of what was held before.
+    def store(self, prompt: ChatPrompt, checkpoint: Checkpoint, text: str, ids: list[int]) -> None:
+        """Make a turn that has ended the cached prefix.
 
         text, ids: the answer as it was shown, and its tokens. If not all of the prompt was
-        processed, everything stays as it was before the turn.
+        processed, the cached prefix stays as it was before the turn.
         """
-        if checkpoint.n_tokens < len(_ids(prompt.parts)):
+        if checkpoint.n_tokens < len(_ids(prompt.segments)):
             checkpoint.release()
             return
         self.release()
-        self._held = checkpoint
-        # A stop text is not shown but lies in the state.
+        self._cached = checkpoint
+        # A stop text is in the state, but was not shown.
         decoder = self._tokenizer.stream(at_start=False)
         spelled = "".join(map(decoder.push, ids)) + decoder.finish()
         is_whole = spelled.rstrip("\ufffd") == text.rstrip("\ufffd")
-        shown = self._guarded({"role": "assistant", "content": text})["content"]
-        self._parts = [*prompt.parts, Part(shown if is_whole else None, ids)]
+        shown = self._escaped({"role": "assistant", "content": text})["content"]
+        self._segments = [*prompt.segments, Segment(shown if is_whole else None, ids)]
 
-    def _agreement(self, text: str) -> tuple[int, int, int]:
-        """(parts that stay, the end of their text, positions of them): see the module.
+    def _match(self, text: str) -> tuple[int, int, int]:
+        """(segments that `text` starts with, the end of their text, their positions) to reuse.
 
-        Some text must follow them, for the logits of its last token.
+        At least one token must follow them: its logits are needed.
         """
-        if self._held is None:
+        if self._cached is None:
             return 0, 0, 0
         ends = [0]
-        for part in self._parts:
-            if part.text is None or not text.startswith(part.text, ends[-1]):
+        for segment in self._segments:
+            if segment.text is None or not text.startswith(segment.text, ends[-1]):
                 break
-            ends.append(ends[-1] + len(part.text))
-        if len(ends) == len(self._parts) + 1 and ends[-1] < len(text):
-            return len(self._parts), ends[-1], self._held.n_tokens
-        starts = {len(_ids(self._parts[:n])): n for n in range(len(ends)) if ends[n] < len(text)}
-        marks = self._held.marks & starts.keys()
-        if not marks:
-            return 0, 0, 0
-        n_parts = starts[max(marks)]
-        return n_parts, ends[n_parts], max(marks)
+            ends.append(ends[-1] + len(segment.text))
+        if len(ends) == len(self._segments) + 1 and ends[-1] < len(text):
+            return len(self._segments), ends[-1], self._cached.n_tokens
+        starts = {len(_ids(self._segments[:n])): n for n, end in enumerate(ends) if end < len(text)}
+        n_kept = max(self._cached.rollback_points & starts.keys(), default=0)
+        n_same = starts[n_kept] if n_kept else 0
+        return n_same, ends[n_same], n_kept
 
     def _checkpoint(self, n_tokens: int) -> Checkpoint | None:
-        if self._held is None or not n_tokens:
+        """The cached prefix up to a position that `_match` gave."""
+        if self._cached is None or not n_tokens:
             return None
-        is_end = n_tokens == self._held.n_tokens
-        return self._held.fork() if is_end else self._held.back_to(n_tokens)
+        is_end = n_tokens == self._cached.n_tokens
+        return self._cached.fork() if is_end else self._cached.rolled_back(n_tokens)
 
-    def _same_next_time(
-        self,
-        template: ChatTemplate,
-        messages: Sequence[Message],
-        text: str,
-        tools: Sequence[Mapping[str, Any]] | None,
-        reasoning: bool | None,
-    ) -> int:
-        """How many characters of `text` begin the next turn's text, whatever the answer is."""
-        following = [{"role": role, "content": _PROBE} for role in ("assistant", "user")]
-        try:
-            messages = [*messages, *following]
-            later = template.render(messages, tools, reasoning, special=self._special)
-        except ChatError:  # It refuses a turn after these messages, so there is nothing to expect.
-            return 0
-        pairs = zip(text, later, strict=False)
-        return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(text), len(later)))
-
-    def _guarded(self, message: Message) -> dict[str, Any]:
+    def _escaped(self, message: Message) -> dict[str, Any]:
         is_answer = message["role"] == "assistant"
-        return {
-            key: value if key == "role" else self._guard(value, is_answer)
-            for key, value in message.items()
-        }
+        return {k: v if k == "role" else self._escape(v, is_answer) for k, v in message.items()}
 
-    def _guard(self, value: Any, is_answer: bool) -> Any:
-        """A value of a message, with guards in all texts of it."""
+    def _escape(self, value: Any, is_answer: bool) -> Any:
+        """A value of a message with the special tokens escaped in all its texts."""
         if isinstance(value, str):
-            text = self._tokenizer.guard(value)
-            for mark in _THINKING if is_answer else ():
-                text = text.replace(self._tokenizer.guard(mark), mark)
+            text = self._tokenizer.escape_special_tokens(value)
+            for tag in _THINKING if is_answer else ():
+                text = text.replace(self._tokenizer.escape_special_tokens(tag), tag)
             return text
         if isinstance(value, Mapping):
             items = value.items()
-            return {self._guard(k, is_answer): self._guard(v, is_answer) for k, v in items}
+            return {self._escape(k, is_answer): self._escape(v, is_answer) for k, v in items}
         if isinstance(value, list | tuple):
-            return [self._guard(item, is_answer) for item in value]
+            return [self._escape(item, is_answer) for item in value]
         return value
+
+
+def _n_stable(render: _Render, messages: Sequence[Message], text: str) -> int:
+    """How many characters of `text` will begin the next turn's text, whatever the answer is."""
+    following = [{"role": role, "content": _PROBE} for role in ("assistant", "user")]
+    try:
+        later = render([*messages, *following])
+    except ChatError:  # The template allows no further turn.
+        return 0
+    pairs = zip(text, later, strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(text), len(later)))
 
 
 def _checked(messages: Sequence[Message]) -> Sequence[Message]:
@@ -208,16 +202,12 @@ def _checked(messages: Sequence[Message]) -> Sequence[Message]:
     return messages
 
 
-def _first_id(parts: Sequence[Part]) -> int | None:
-    return next((token for part in parts for token in part.ids), None)
-
-
-def _position(parts: Sequence[Part], n_characters: int) -> int:
-    """The last position between two parts that lies within so many characters of their text."""
+def _position(segments: Sequence[Segment], n_characters: int) -> int:
+    """The last position between two segments within the first `n_characters` of their text."""
     position = end = 0
-    for part in parts:
-        end += len(part.text or "")
+    for segment in segments:
+        end += len(segment.text or "")
         if end > n_characters:
             break
-        position += len(part.ids)
+        position += len(segment.ids)
     return position

@@ -1,7 +1,7 @@
-"""The non-finite guard: which sequences of a step went wrong, and where.
+"""The finite check: which sequences of a step have NaN or infinity, and where.
 
-The logits of every step are looked at; with `--check` every node's outputs are too, so that the
-first one that is not finite is named, with its sequence and position.
+It checks the logits of every step. With `--check` it checks every node's outputs, so that the error
+names the first node that is not finite, the sequence and the position.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from engine.runtime.batch import Batch
 
 
 class NonFiniteError(EngineError):
-    """NaN or infinity where there must be numbers."""
+    """NaN or infinity in a step's values."""
 
 
 class FiniteCheck:
-    """Watches one step over `batch`; `failures` maps a chunk's index to where it failed first."""
+    """Checks one step over `batch`; `failures`: index of a chunk -> where it failed first."""
 
     def __init__(self, batch: Batch, seqs: Sequence[int]) -> None:
         self._inputs, self._seqs = batch.inputs, seqs
         self.failures: dict[int, str] = {}
 
     def watch(self, node: Node, outputs: Sequence[NDArray[Any]]) -> None:
-        """Look at a node's outputs."""
+        """Check a node's outputs; passed to the programs of a step."""
         for tensor, values in zip(node.outputs, outputs, strict=True):
             dim = dim_name(tensor)
             if dim in ("n_tokens", "n_outputs"):
-                self._look(f"{node.name} ({node.op.name})", values, dim == "n_outputs")
+                self._check(f"{node.name} ({node.op.name})", values, dim == "n_outputs")
 
     def check_logits(self, logits: NDArray[Any]) -> None:
-        """Look at the step's result."""
-        self._look("the logits", logits, True)
+        """Check logits [n_outputs, n_vocab]."""
+        self._check("the logits", logits, True)
 
-    def _look(self, what: str, values: NDArray[Any], selected: bool) -> None:
+    def _check(self, what: str, values: NDArray[Any], is_output: bool) -> None:
         finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
         bad = np.flatnonzero(~finite)
-        rows = self._inputs["output_rows"][bad] if selected else bad
+        rows = self._inputs["output_rows"][bad] if is_output else bad
         chunks = np.searchsorted(self._inputs["seq_starts"], rows, side="right") - 1
         for chunk, row in zip(chunks.tolist(), rows.tolist(), strict=True):
             position = self._inputs["positions"][row]
@@ -50,5 +50,5 @@ class FiniteCheck:
 
 
 def failure(what: str, seq: int, position: int) -> str:
-    """Where a sequence went wrong, in words."""
+    """The error message of a sequence."""
     return f"non-finite values in {what}, sequence {seq}, position {position}"

@@ -59,7 +59,7 @@ class StepLoop:
 
     def _drop(self) -> None:
         if self.overlap is not None:
-            self.overlap.drop()
+            self.overlap.cancel()
 
     def run(self, chunks: Sequence[Chunk]) -> tuple[NDArray[np.float32], dict[int, str]]:
         """Run one batch; see Engine.run."""
@@ -149,14 +149,14 @@ class StepLoop:
         rows = iter(logits)
         for i, (request, chunk) in enumerate(work):
             row = next(rows) if chunk.n_outputs else None
-            request.count(len(chunk.tokens), seconds)
-            if request.is_at_mark:
-                self.memory.mark(request.seq, only=True)
+            request.count_step(len(chunk.tokens), seconds)
+            if request.is_at_rollback:
+                self.memory.add_rollback_point(request.seq, replace=True)
             if i in failures:
                 request.finish(FinishReason.ERROR, failures[i])
             elif row is not None:
                 try:
-                    request.receive(row)
+                    request.accept_logits(row)
                 except SamplingError as error:
                     request.finish(FinishReason.ERROR, str(error))
             if request.finish_reason:
@@ -171,7 +171,7 @@ class StepLoop:
             work = self.overlap.step()
             for request, token in work:
                 if token >= 0:
-                    request.take(token)
+                    request.accept_token(token)
                 else:
                     position = self.memory.n_tokens(request.seq) - 1
                     self._wipe(request.seq)

@@ -1,10 +1,10 @@
-"""Decode steps that run ahead: while the host deals with a step's tokens, the next one runs.
+"""Overlapped decode steps (asynchronous scheduling): the device runs a step ahead of the host.
 
-A step ahead continues with tokens that the host hasn't seen yet. It leaves the memory of its
-sequences as it was, in that it writes slots of its own: so whoever looks between steps sees what
-belongs to the tokens that came, and a step that turns out to be unwanted is as if it had never
-been. A request that ends by one of these tokens takes its memory back at once; as devices work in
-order, whoever gets it next writes after the step.
+While the host handles a step's tokens, the device runs the next step, whose tokens it feeds itself.
+Such a step leaves its sequences' memory as it was: it writes a second state slot of each, and
+positions after their last. So between steps memory looks as if steps ran one by one, and cancelling
+a step undoes it. A request that ends frees its memory at once, even while a row of it still runs:
+the device works in order, so a new owner's writes come after that row's.
 """
 
 from __future__ import annotations
@@ -23,75 +23,75 @@ from engine.runtime.scheduler import Scheduler
 
 @dataclass(frozen=True)
 class InFlightStep:
-    """A step that was launched, and its requests row by row."""
+    """A launched step and its requests, row by row."""
 
     requests: list[Request]
-    ticket: StepHandle
+    handle: StepHandle
     start: float
 
     @property
-    def running(self) -> list[Request]:
-        """Those that have not ended since."""
+    def unfinished(self) -> list[Request]:
+        """Its requests that have not ended since."""
         return [r for r in self.requests if not r.finish_reason]
 
 
 class OverlappedSteps:
-    """Makes the steps that are a row of every running request, if a device can draw them all."""
+    """Runs the steps in which every running request decodes, if the device can sample for all."""
 
     def __init__(
         self,
-        decoder: DeviceSampler,
+        device: DeviceSampler,
         scheduler: Scheduler,
         memory: SequenceMemory,
         capacity: Capacity,
     ) -> None:
-        self._decoder, self._scheduler = decoder, scheduler
+        self._device, self._scheduler = device, scheduler
         self._memory, self._capacity = memory, capacity
-        self._flight: InFlightStep | None = None
-        self._collected = 0.0
+        self._in_flight: InFlightStep | None = None
+        self._last_ids_at = 0.0
 
     def step(self) -> list[tuple[Request, int]]:
-        """Finish a step, and have the next one launched before.
+        """Launch the next step, then wait for the tokens of the one in flight.
 
-        Returns a token for each request, -1 where logits are not finite; nothing if the next step
-        is not to be made here.
+        Returns a token for each request, -1 where logits are not finite. Returns nothing if the
+        next step can't be run here.
         """
-        flight, self._flight = self._flight, None
-        if flight is None or not flight.running:
-            flight = self._launch(None)
-        if flight is None:
+        step, self._in_flight = self._in_flight, None
+        if step is None or not step.unfinished:
+            step = self._launch(None)
+        if step is None:
             return []
-        for request in flight.running:
+        for request in step.unfinished:
             self._memory.finish(request.seq, 1)
-        self._flight = self._launch(flight)
-        ids = flight.ticket.ids()
-        # The time between tokens, or since there was something to do.
-        start, self._collected = max(self._collected, flight.start), time.perf_counter()
-        for request in flight.running:
-            request.count(1, self._collected - start)
-        return [(r, i) for r, i in zip(flight.requests, ids, strict=True) if not r.finish_reason]
+        self._in_flight = self._launch(step)
+        ids = step.handle.ids()
+        # A step counts from the tokens before it, or from its launch if the device was idle.
+        start, self._last_ids_at = max(self._last_ids_at, step.start), time.perf_counter()
+        for request in step.unfinished:
+            request.count_step(1, self._last_ids_at - start)
+        return [(r, i) for r, i in zip(step.requests, ids, strict=True) if not r.finish_reason]
 
     def _launch(self, before: InFlightStep | None) -> InFlightStep | None:
-        """Launch the next step, which follows one whose tokens have not come, or None."""
+        """Launch the step after `before`, whose tokens are on the device; None if it can't."""
         start, ahead = time.perf_counter(), int(before is not None)
-        requests = [r for r in self._scheduler.decoding() if r.goes_on(ahead)]
-        draws = [draw for r in requests if (draw := r.draw(ahead)) is not None]
-        if not requests or len(draws) < len(requests):
+        requests = [r for r in self._scheduler.decoding() if r.can_continue(ahead)]
+        specs = [spec for r in requests if (spec := r.sample_spec(ahead)) is not None]
+        if not requests or len(specs) < len(requests):
             return None
-        rows = {id(r): i for i, r in enumerate(before.requests)} if before else {}
+        rows = {r: i for i, r in enumerate(before.requests)} if before else {}
         chunks = [Chunk(r.seq, r.tokens[-1:]) for r in requests]
         try:
-            steps = begin(chunks, self._memory, keep=before is not None)
+            steps = begin(chunks, self._memory, preserve_state=before is not None)
         except MemoryFullError:
             return None
         batch = pack(chunks, steps, self._capacity)
-        feed = [rows.get(id(r), -1) for r in requests]
-        ticket = self._decoder.launch(batch.inputs, batch.live, draws, feed)
-        return InFlightStep(requests, ticket, start)
+        feed = [rows.get(r, -1) for r in requests]
+        handle = self._device.launch(batch.inputs, batch.live, specs, feed)
+        return InFlightStep(requests, handle, start)
 
-    def drop(self) -> None:
-        """Undo the step that runs ahead."""
-        if self._flight is not None:
-            for request in self._flight.running:
+    def cancel(self) -> None:
+        """Undo the step in flight."""
+        if self._in_flight is not None:
+            for request in self._in_flight.unfinished:
                 self._memory.cancel(request.seq)
-        self._flight = None
+        self._in_flight = None

@@ -1,4 +1,4 @@
-"""One completion in the making: its prompt, what it has produced, and why it ended."""
+"""A request (prompt, tokens so far, why it ended), and the completion that its user sees."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from engine.text.tokenizer import StreamDecoder
 
 
 class FinishReason(StrEnum):
-    """Why a completion ended: by itself, at a limit, because its user or an error said so."""
+    """Why a completion ended: an end token or stop text, a limit, its user, or an error."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -31,7 +31,8 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True)
 class Token:
-    """A generated token and the text it completes (empty inside a character or a stop text)."""
+    """A generated token and the text it completes: empty in the middle of a character, and while
+    a stop text may have begun."""
 
     text: str
     token: int
@@ -48,40 +49,43 @@ class Timings:
 
 
 class StopTexts:
-    """Holds text back as long as it could be the start of a stop text."""
+    """Finds stop texts in text that comes in pieces.
+
+    It holds back the end of a text for as long as that could be the start of a stop text.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops, self._held = stops, ""
+        self._stops, self._pending = stops, ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """(text that may be shown, whether a stop text came up); what follows one is dropped."""
-        held = self._held + text
-        found = [at for at in (held.find(stop) for stop in self._stops) if at >= 0]
+        """(text that may be shown, whether a stop text was found); what follows one is dropped."""
+        text, self._pending = self._pending + text, ""
+        found = [at for at in map(text.find, self._stops) if at >= 0]
         if found:
-            self._held = ""
-            return held[: min(found)], True
-        keep = max((_overlap(held, stop) for stop in self._stops), default=0)
-        self._held = held[len(held) - keep :]
-        return held[: len(held) - keep], False
+            return text[: min(found)], True
+        n_shown = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._pending = text[n_shown:]
+        return text[:n_shown], False
 
     def finish(self) -> str:
-        """What was held back and turned out to be no stop text."""
-        held, self._held = self._held, ""
-        return held
+        """The text still held back: no stop text followed."""
+        pending, self._pending = self._pending, ""
+        return pending
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` begin `stop`."""
+    """How many characters at the end of `text` are the start of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class Request:
-    """A prompt on its way to a completion.
+    """A prompt with what was generated for it so far.
 
-    `limit`: most positions that it may fill in memory. `before`: the tokens that came before it,
-    which penalties see. `mark_at`: a position of its prompt (0: none) at which a step ends and a
-    mark is to be taken. `keep` is called when it ends, with a checkpoint to hold or release.
+    ids: the prompt, which comes after `n_past` positions. ends: tokens that end the completion.
+    limit: the most positions that it may fill in memory. `rollback_at`: the position in the prompt
+    (0: none) at which a step ends and the state is kept as a rollback point. `on_finish` is called
+    when it ends, with a checkpoint that the callee keeps or releases.
     """
 
     def __init__(
@@ -93,16 +97,14 @@ class Request:
         ends: Container[int],
         limit: int,
         n_past: int = 0,
-        before: Sequence[int] = (),
     ) -> None:
         self.ids, self.params, self.limit = list(ids), params, limit
         self._sampler, self._decoder, self._ends = sampler, decoder, ends
         self._stops = StopTexts(params.stop)
-        for token in (*before, *self.ids):
-            sampler.accept(token)
+        sampler.accept(*self.ids)
         self.seq = -1
-        self.mark_at, self.is_at_mark = 0, False
-        self.keep: Callable[[Request, Checkpoint], None] | None = None
+        self.rollback_at, self.is_at_rollback = 0, False
+        self.on_finish: Callable[[Request, Checkpoint], None] | None = None
         self.n_past, self.n_done = n_past, 0
         self.tokens: list[int] = []
         self.text = ""
@@ -118,7 +120,7 @@ class Request:
 
     @property
     def position(self) -> int:
-        """How many positions precede what is left of its prompt."""
+        """Positions before the unprocessed part of its prompt."""
         return self.n_past + self.n_done
 
     @property
@@ -128,17 +130,18 @@ class Request:
 
     @property
     def chunk_limit(self) -> int:
-        """The position that its next piece of prompt may not pass."""
-        return self.mark_at if self.position < self.mark_at else self.prompt_end
+        """The position at which its next chunk has to end at the latest."""
+        return self.rollback_at if self.position < self.rollback_at else self.prompt_end
 
     @property
     def needs_slot(self) -> bool:
-        """Whether a mark is to come, or the step after it, which leaves the marked state alone."""
-        return self.position < self.mark_at or self.is_at_mark
+        """Whether its rollback point will take a state slot: the point is still to come, or the
+        next step has to write another slot than the one kept."""
+        return self.position < self.rollback_at or self.is_at_rollback
 
-    def count(self, n_tokens: int, seconds: float) -> None:
+    def count_step(self, n_tokens: int, seconds: float) -> None:
         """Note that a step of so many seconds processed its next `n_tokens`."""
-        self.is_at_mark = self.position < self.mark_at == self.position + n_tokens
+        self.is_at_rollback = self.position < self.rollback_at == self.position + n_tokens
         if self.is_prefilling:
             self.n_done += n_tokens
             self.timings.n_prompt += n_tokens
@@ -147,61 +150,66 @@ class Request:
             self.timings.n_eval += n_tokens
             self.timings.eval_s += seconds
 
-    def goes_on(self, n_more: int) -> bool:
-        """Whether no limit ends it with its next `n_more` tokens."""
+    def can_continue(self, n_more: int) -> bool:
+        """Whether it may have `n_more` tokens without reaching a limit."""
         return not self._limit_at(len(self.tokens) + n_more)
 
-    def draw(self, ahead: int) -> SampleSpec | None:
-        """How a device draws a token for `take`; see Sampler.draw."""
-        return self._sampler.draw(ahead)
+    def sample_spec(self, ahead: int) -> SampleSpec | None:
+        """How a device samples a token for `accept_token`; see Sampler.sample_spec."""
+        return self._sampler.sample_spec(ahead)
 
-    def receive(self, logits: NDArray[np.float32]) -> None:
-        """SampleSpec the next token from the logits of the last one, and end if it is time to."""
+    def accept_logits(self, logits: NDArray[np.float32]) -> None:
+        """Sample the next token from logits [n_vocab], and end if that token or a limit says so.
+
+        Raises SamplingError if no token can be sampled.
+        """
         token = self._sampler.sample(logits)
         self._sampler.accept(token)
-        self._continue(token)
+        self._append(token)
 
-    def take(self, token: int) -> None:
-        """As `receive`, with the token that a device drew."""
-        self._sampler.drew(token)
-        self._continue(token)
+    def accept_token(self, token: int) -> None:
+        """As `accept_logits`, with a token that a device sampled."""
+        self._sampler.accept_sampled(token)
+        self._append(token)
 
-    def _continue(self, token: int) -> None:
+    def _append(self, token: int) -> None:
         if token in self._ends:
-            self._emit(token, self._rest())
+            if text := self._rest():
+                self._emit(token, text)
             self.finish(FinishReason.STOP, f"end-of-generation token {token}")
             return
         self.tokens.append(token)
-        text, stopped = self._stops.push(self._decoder.push(token))
-        if stopped:
+        text, is_stopped = self._stops.push(self._decoder.push(token))
+        limit = "" if is_stopped else self._limit_at(len(self.tokens))
+        if limit:
+            text += self._rest()
+        if text or not is_stopped:
             self._emit(token, text)
+        if is_stopped:
             self.finish(FinishReason.STOP, "stop text")
-        elif limit := self._limit_at(len(self.tokens)):
-            self._emit(token, text + self._rest(), always=True)
+        elif limit:
             self.finish(FinishReason.LENGTH, limit)
-        else:
-            self._emit(token, text, always=True)
 
     def _limit_at(self, n: int) -> str:
-        """What ends it when it has n tokens; nothing if it may go on."""
+        """The limit that ends it when it has n tokens; empty if it may continue."""
         if n == self.params.max_tokens:
             return f"{n} tokens were asked for"
-        full = self.prompt_end + n > self.limit
-        return f"the context of {self.limit} positions is full" if full else ""
+        is_full = self.prompt_end + n > self.limit
+        return f"the context of {self.limit} positions is full" if is_full else ""
 
     def finish(self, reason: FinishReason, detail: str = "") -> None:
-        """End it; the first reason counts."""
+        """End it; of several calls the first one counts."""
         if self.finish_reason is None:
             self.finish_reason, self.detail = reason, detail
 
     def _rest(self) -> str:
-        text, stopped = self._stops.push(self._decoder.finish())
-        return text if stopped else text + self._stops.finish()
+        """The text that decoder and stop texts still hold back."""
+        text, is_stopped = self._stops.push(self._decoder.finish())
+        return text if is_stopped else text + self._stops.finish()
 
-    def _emit(self, token: int, text: str, always: bool = False) -> None:
-        if text or always:
-            self.ready.append(Token(text, token))
-            self.text += text
+    def _emit(self, token: int, text: str) -> None:
+        self.ready.append(Token(text, token))
+        self.text += text
 
 
 class GenerationError(EngineError):
@@ -212,18 +220,19 @@ class Runner(Protocol):
     """What a completion needs of its engine."""
 
     def advance(self) -> bool:
-        """Run a step."""
+        """Run a step; False if there was nothing to run."""
 
     def cancel(self, request: Request) -> None:
-        """End a request."""
+        """End a request and free its memory."""
 
 
 class Completion:
-    """An iterator of a completion's pieces, each with `.text` and `.token`.
+    """An iterator of a completion's tokens, each with `.text` and `.token`.
 
-    When it has ended: `finish_reason` (stop, length, cancelled, error), `detail` in words. `text`
-    and `tokens` are what there is so far. Asking for the next piece runs steps until there is one;
-    an error raises GenerationError. `close`, or forgetting it, cancels and frees its memory.
+    `next` runs steps until a token is there, and raises GenerationError if the completion ended by
+    an error. `text` and `tokens` are what came so far. When it has ended, `finish_reason` says why
+    (stop, length, cancelled, error), and `detail` says it in words. `close`, or dropping the last
+    reference, cancels it and frees its memory.
     """
 
     def __init__(self, engine: Runner, request: Request) -> None:
@@ -248,12 +257,12 @@ class Completion:
 
     @property
     def text(self) -> str:
-        """The completion so far."""
+        """The text so far."""
         return self._request.text
 
     @property
     def tokens(self) -> list[int]:
-        """Its tokens so far, without the one that ended it."""
+        """The tokens so far, without an end-of-generation token."""
         return self._request.tokens
 
     @property
@@ -272,12 +281,12 @@ class Completion:
         return self._request.timings
 
     def stop(self) -> None:
-        """Let asking for the next piece cancel it. Unlike `cancel`, this may come in the middle of
-        a step, from a signal's handler: the step ends as it would, and its memory is whole."""
+        """Cancel it at the next call of `next`. Unlike `cancel`, a signal handler may call this
+        in the middle of a step: the step is completed, and memory stays whole."""
         self._is_stopping = True
 
     def cancel(self) -> None:
-        """End it; the reason is then `cancelled`, unless it had ended before."""
+        """End it with the reason `cancelled`, unless it has ended already."""
         self._engine.cancel(self._request)
 
     close = cancel
@@ -287,8 +296,8 @@ class Completion:
 
 
 class ChatCompletion(Completion):
-    """An answer of a chat: a Completion with its `prompt`, which says what was kept of the last
-    turn's memory (`n_kept` positions) and what could not be (`n_dropped`)."""
+    """An answer of a chat: a Completion with its `prompt`, which says how many positions of the
+    cached prefix were reused (`n_kept`) and how many were discarded (`n_dropped`)."""
 
     def __init__(self, engine: Runner, request: Request, prompt: ChatPrompt) -> None:
         super().__init__(engine, request)

@@ -1,9 +1,9 @@
 """Which chunks of which requests run in the next step.
 
-Decode rows come first, then prefill chunks under the token budget, shared evenly among the prompts:
-a short one is not kept waiting by a long one. Pieces end at multiples of 64 positions, so that a
-prompt gives the same chunks however it is cut. A request is admitted when all the memory it may
-ever need is free, in order of arrival; what is admitted never runs out.
+Decode rows come first, then prefill chunks under the token budget. The prompts share the budget
+evenly, so that a short one need not wait for a long one. Chunks end at multiples of 64 positions,
+so that the kernels' own chunks are the same however a prompt is cut. Requests are admitted in order
+of arrival, each when all memory that it may ever need is free; so a running one never runs out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CHUNK_MULTIPLE = BLOCK_POSITIONS
 
 
 def cut(n_past: int, n_tokens: int, n_ubatch: int) -> Iterator[slice]:
-    """Cut `n_tokens` that come after position `n_past` into chunks of at most `n_ubatch`.
+    """Cut `n_tokens` that follow `n_past` positions into chunks of at most `n_ubatch`.
 
     From a limit of 64 up, chunks end at multiples of 64 positions (except the last).
     """
@@ -44,14 +44,14 @@ class Scheduler:
         capacity: Capacity,
         reclaim: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`reclaim` gives back memory that is held for later, and says whether there was any."""
+        """`reclaim` frees memory that is cached for later; False if there was none."""
         self.memory, self._capacity, self._reclaim = memory, capacity, reclaim
         self.waiting: deque[Request] = deque()
         self.running: deque[Request] = deque()
         self._prefill_turn = False
 
     def add(self, request: Request, after: Checkpoint | None = None) -> None:
-        """Queue a request, which goes on from a checkpoint if there is one."""
+        """Queue a request, which continues from a checkpoint if there is one."""
         request.seq = self.memory.create()
         if after is not None:
             self.memory.restore(request.seq, after)
@@ -62,8 +62,8 @@ class Scheduler:
         for queue in (self.waiting, self.running):
             if request in queue:
                 queue.remove(request)
-                if request.keep is not None:
-                    request.keep(request, self.memory.checkpoint(request.seq))
+                if request.on_finish is not None:
+                    request.on_finish(request, self.memory.checkpoint(request.seq))
                 self.memory.free(request.seq)
 
     def schedule(self) -> list[tuple[Request, Chunk]]:
@@ -73,78 +73,81 @@ class Scheduler:
         first = next((r for r in self.running if r.is_prefilling), None)
         prefill = self._prefill_chunks(self._capacity.n_tokens - len(work))
         if work and first and all(r is not first for r, _ in prefill):
-            # Its chunk doesn't fit beside the decode rows: the two kinds take turns.
+            # Its chunk doesn't fit beside the decode rows: the two kinds alternate.
             self._prefill_turn = not self._prefill_turn
             if self._prefill_turn:
                 work, prefill = [], self._prefill_chunks(self._capacity.n_tokens)
-        # Whoever got least is first the next time.
-        got = {id(r): len(chunk.tokens) for r, chunk in prefill}
-        self.running = deque(sorted(self.running, key=lambda r: got.get(id(r), 0)))
+        # Prompts that got the fewest tokens come first in the next step.
+        n_given = {r: len(chunk.tokens) for r, chunk in prefill}
+        self.running = deque(sorted(self.running, key=lambda r: n_given.get(r, 0)))
         return work + prefill
 
     def decoding(self) -> list[Request]:
-        """All that runs, if the next step is a row of each; none if there are prompts to run."""
+        """All running requests if each of them decodes; none if a prompt is being processed."""
         self._admit()
         return [] if any(r.is_prefilling for r in self.running) else list(self.running)
 
     def _admit(self) -> None:
-        """Start waiting requests, first come first served, as far as memory goes."""
+        """Start waiting requests, in order of arrival, while their memory is free."""
         while self.waiting and len(self.running) < self._capacity.n_seqs:
             request = self.waiting[0]
-            promised = sum(self._unclaimed_blocks(r) for r in self.running)
-            blocks, slots = self.memory.blocks.n_free, self.memory.slots.n_free
-            slots -= sum(map(self._unclaimed_slots, self.running))
-            no_blocks = self._unclaimed_blocks(request) > blocks - promised
-            if no_blocks or self._unclaimed_slots(request) > slots:
-                if self.running:
-                    return
-                if not self._reclaim():
-                    if request.mark_at:
-                        request.mark_at = 0  # It can do without.
-                    else:
-                        self._refuse(self.waiting.popleft(), blocks, slots)
-                continue
-            self.running.append(self.waiting.popleft())
+            if self._fits(request):
+                self.running.append(self.waiting.popleft())
+            elif self.running:
+                return
+            elif not self._reclaim():
+                if request.rollback_at:
+                    request.rollback_at = 0  # It can run without.
+                else:
+                    self._refuse(self.waiting.popleft())
 
-    def _refuse(self, request: Request, n_blocks: int, n_slots: int) -> None:
-        """Nothing else runs and it still finds no room: something else holds the memory."""
-        size = self._capacity.block_size
+    def _fits(self, request: Request) -> bool:
+        """Whether all that it and the running requests may still take is free."""
+        everything = [*self.running, request]
+        n_blocks = sum(map(self._unclaimed_blocks, everything))
+        n_slots = sum(map(self._unclaimed_slots, everything))
+        return n_blocks <= self.memory.blocks.n_free and n_slots <= self.memory.slots.n_free
+
+    def _refuse(self, request: Request) -> None:
+        """End a request that doesn't fit although nothing else runs."""
+        n_positions = self.memory.blocks.n_free * self._capacity.block_size
+        n_slots = self.memory.slots.n_free
         self.memory.free(request.seq)
         request.finish(
             FinishReason.ERROR,
-            f"it needs {request.limit} positions and a state slot: {n_blocks * size} positions and "
+            f"it needs {request.limit} positions and a state slot: {n_positions} positions and "
             f"{n_slots} slots are free, others are held (by checkpoints, say)",
         )
 
     def _unclaimed_slots(self, request: Request) -> int:
-        """State slots that it will still take: with its first step, and for a mark."""
+        """State slots that it will still take: with its first step, and for a rollback point."""
         first = 0 if request.n_done else self.memory.missing_slots(request.seq)
         return first + request.needs_slot
 
     def _unclaimed_blocks(self, request: Request) -> int:
-        """Blocks that a request may still need; a partly filled one that it shares counts too."""
-        size = self._capacity.block_size
-        if not request.n_done:
-            return ceil(request.limit / size) - request.n_past // size
-        return ceil(request.limit / size) - ceil(self.memory.n_tokens(request.seq) / size)
+        """Blocks that it may still take; a shared, partly filled one counts, as it is copied."""
+        size, n_past = self._capacity.block_size, self.memory.n_tokens(request.seq)
+        n_own = ceil(n_past / size) if request.n_done else request.n_past // size
+        return ceil(request.limit / size) - n_own
 
     def _prefill_chunks(self, budget: int) -> list[tuple[Request, Chunk]]:
+        """Chunks of at most `budget` tokens together; prompts take turns of 64 positions."""
         prompts = [r for r in self.running if r.is_prefilling]
-        ends = {id(r): r.position for r in prompts}
-        growing = prompts
-        while growing:
-            grown = []
-            for r in growing:
-                end = self._next_end(ends[id(r)], r.chunk_limit, budget)
-                budget -= end - ends[id(r)]
-                if end > ends[id(r)]:
-                    grown.append(r)
-                ends[id(r)] = end
-            growing = grown
-        return [(r, _chunk(r, ends[id(r)])) for r in prompts if ends[id(r)] > r.position]
+        ends = [r.position for r in prompts]
+        turns = deque(range(len(prompts)))
+        while turns:
+            i = turns.popleft()
+            end = self._next_end(ends[i], prompts[i].chunk_limit, budget)
+            if end > ends[i]:
+                budget -= end - ends[i]
+                ends[i] = end
+                turns.append(i)
+        return [
+            (r, _chunk(r, end)) for r, end in zip(prompts, ends, strict=True) if end > r.position
+        ]
 
     def _next_end(self, done: int, last: int, budget: int) -> int:
-        """Where the next quantum of a prompt ends: a multiple of 64 positions, or its own end."""
+        """Where a prompt's next turn ends: at a multiple of 64 positions, or at `last`."""
         if self._capacity.n_tokens < CHUNK_MULTIPLE:
             return min(done + 1, last) if budget else done
         end = min(done - done % CHUNK_MULTIPLE + CHUNK_MULTIPLE, last)

@@ -1,7 +1,7 @@
-"""Sampling parameters, and the sampler that draws one sequence's tokens.
+"""The sampler of one sequence: from its logits to its next token.
 
-Names, order and defaults are llama.cpp's: logit bias, then penalties, dry, top-n-sigma, top-k 40,
-typical, top-p 0.95, min-p 0.05, xtc, temperature 0.8, draw. With mirostat 2: temperature, mirostat.
+Names, order and defaults are llama.cpp's: logit bias, then the samplers of steps.py, then one
+token is sampled by probability. With mirostat 2, temperature and mirostat take the samplers' place.
 """
 
 from __future__ import annotations
@@ -9,18 +9,20 @@ from __future__ import annotations
 import functools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.sampling import steps as samplers
-from engine.sampling.params import _INF, SamplingError, SamplingParams
+from engine.sampling import steps
+from engine.sampling.params import SamplingError, SamplingParams
 from engine.sampling.spec import MAX_BANNED, MAX_TOP_K, SampleSpec
-from engine.sampling.steps import Breakers, Candidates
+from engine.sampling.steps import SAMPLERS, Breakers, Candidates, Context
 from engine.text.tokenizer import Tokenizer
 
+# Samplers that a device has, in its order; they are fields of SampleSpec.
+_DEVICE_SAMPLERS = ("top_k", "top_p", "min_p", "temperature")
 # Temperatures that a device gets: no logit leaves float32's range.
 _DEVICE_TEMPERATURES = (2**-10, 2**10)
 # A breaker's tail is cut to this many tokens, as in llama.cpp.
@@ -28,167 +30,120 @@ _MAX_TAIL = 20
 
 
 class Sampler:
-    """Draws the tokens of one sequence.
+    """Samples the tokens of one sequence.
 
-    `params` must be resolved. `banned` tokens are never drawn. `breakers` are those of DRY.
+    `params` must be resolved. `banned` tokens are never sampled. `breakers` are those of DRY.
     """
 
     def __init__(
         self, params: SamplingParams, banned: Iterable[int] = (), breakers: Breakers | None = None
     ) -> None:
-        self._p = cast(Any, params)
-        bias = dict(params.logit_bias) | dict.fromkeys(banned, -_INF)
+        self._params = p = cast(Any, params)
+        bias = dict(params.logit_bias) | dict.fromkeys(banned, -math.inf)
         self._biased = np.fromiter(bias, np.intp, len(bias))
         self._bias = np.fromiter(bias.values(), np.float64, len(bias))
         seed = params.seed if params.seed not in (None, -1) else None
-        self._rng = np.random.default_rng(seed)
-        # Numbers of `draw` whose tokens have not come yet.
+        self._context = Context(np.random.default_rng(seed), breakers or {})
+        # Random numbers given out by `sample_spec` for tokens that have not been accepted yet.
         self._uniforms: deque[float] = deque()
-        self._breakers = breakers or {}
-        self._recent: list[int] = []
-        self._mu = 2.0 * self._p.mirostat_tau
-        self._room = np.empty(0)
-        self._steps = self._chain()
+        self._mu = 2.0 * p.mirostat_tau
+        self._buffer = np.empty(0)
+        names = ("temperature",) if p.mirostat else p.samplers
+        self._active = [name for name in names if not SAMPLERS[name].is_off(p)]
         self._is_greedy = self._takes_highest()
-        self._draw = self._device_draw()
+        self._spec = self._device_spec()
 
-    def accept(self, token: int) -> None:
-        """Count a token of the prompt or of the output for the penalties."""
-        self._recent.append(token)
+    def accept(self, *tokens: int) -> None:
+        """Count tokens of the prompt or of the output for the penalties."""
+        self._context.recent += tokens
 
     def sample(self, logits: NDArray[np.float32]) -> int:
-        """SampleSpec a token from logits [n_vocab]; SamplingError if no token can be drawn."""
+        """Sample a token from logits [n_vocab]; SamplingError if no token can be sampled."""
         if self._is_greedy:
             return self._highest(logits)
-        values = self._room = _room_for(logits, self._room)
+        if self._buffer.shape != logits.shape:
+            self._buffer = np.empty(logits.shape)
+        values = self._buffer
         values[:] = logits
         values[self._biased] += self._bias
         _check_finite(values.max())
-        c = Candidates(_all_ids(len(values)), values)
         try:
             with np.errstate(over="raise", invalid="raise"):
-                for step in self._steps:
-                    c = step(c)
-                chosen = samplers.draw(c, self._uniform())
+                c = self._remaining(Candidates(_all_ids(len(values)), values))
+                chosen = steps.sample(c, self._uniform())
         except FloatingPointError as error:
             raise SamplingError(f"parameters too extreme for the logits: {error}") from None
-        if self._p.mirostat:
+        if self._params.mirostat:
             surprise = -math.log2(c.probabilities()[chosen])
-            self._mu -= self._p.mirostat_eta * (surprise - self._p.mirostat_tau)
+            self._mu -= self._params.mirostat_eta * (surprise - self._params.mirostat_tau)
         return int(c.ids[chosen])
 
+    def _remaining(self, c: Candidates) -> Candidates:
+        """The candidates that the samplers leave."""
+        for name in self._active:
+            c = SAMPLERS[name].apply(c, self._params, self._context)
+        return steps.mirostat(c, self._mu) if self._params.mirostat else c
+
     def _uniform(self) -> float:
-        return self._uniforms.popleft() if self._uniforms else float(self._rng.random())
+        return self._uniforms.popleft() if self._uniforms else float(self._context.rng.random())
 
-    def draw(self, ahead: int) -> SampleSpec | None:
-        """How a device draws the token that comes `ahead` tokens after the next one.
+    def sample_spec(self, ahead: int) -> SampleSpec | None:
+        """How a device samples the token that comes `ahead` tokens after the next one.
 
-        None if only `sample` can. Follow with `drew` for each token that was drawn so; what is
-        asked for again, or sampled after all, gets the same random number.
+        None if only `sample` can. Call `accept_sampled` for each token that was sampled so. A
+        token has one random number, however often this is called and whoever samples it.
         """
-        if self._draw is None or self._is_greedy:
-            return self._draw
+        if self._spec is None or self._is_greedy:
+            return self._spec
         while len(self._uniforms) <= ahead:
-            self._uniforms.append(float(self._rng.random()))
-        return self._draw._replace(uniform=self._uniforms[ahead])
+            self._uniforms.append(float(self._context.rng.random()))
+        return self._spec._replace(uniform=self._uniforms[ahead])
 
-    def drew(self, token: int) -> None:
-        """Count a token that a device drew."""
+    def accept_sampled(self, token: int) -> None:
+        """`accept` a token that a device sampled."""
         if self._uniforms:
             self._uniforms.popleft()
         self.accept(token)
 
-    def _active(self) -> list[str]:
-        """The steps of the chain that can change anything."""
-        p = self._p
-        neutral = {
-            "penalties": (p.repeat_penalty, p.frequency_penalty, p.presence_penalty) == (1, 0, 0),
-            "dry": not p.dry_multiplier,
-            "top_n_sigma": p.top_n_sigma <= 0,
-            "top_k": p.top_k <= 0,
-            "typ_p": p.typical_p >= 1,
-            "top_p": p.top_p >= 1,
-            "min_p": p.min_p <= 0,
-            "xtc": p.xtc_probability <= 0 or p.xtc_threshold > 0.5,
-            "temperature": p.temperature == 1 and not p.dynatemp_range,
-        }
-        return [name for name in p.samplers if not neutral[name]]
+    def _only_bans(self) -> bool:
+        """Whether no logit is changed by its bias but those of tokens that are banned."""
+        return bool(np.all(self._bias == -math.inf))
 
     def _takes_highest(self) -> bool:
-        """Whether all the chain does is to find the highest logit that is not banned."""
-        p = self._p
-        keeps_highest = not {"penalties", "dry", "typ_p", "xtc"} & set(self._active())
-        cold = p.temperature <= 0 and not p.dynatemp_range and "temperature" in p.samplers
-        only_banned = bool(np.all(self._bias == -_INF))
-        return keeps_highest and cold and only_banned and not p.mirostat
+        """Whether the chain as a whole chooses the highest logit that is not banned."""
+        p = self._params
+        keeps_highest = all(SAMPLERS[name].keeps_highest for name in self._active)
+        is_cold = p.temperature <= 0 and not p.dynatemp_range and "temperature" in p.samplers
+        return keeps_highest and is_cold and self._only_bans() and not p.mirostat
 
-    def _device_draw(self) -> SampleSpec | None:
-        """What the chain is as a SampleSpec, without its random number; None if it is none."""
-        p, banned, steps = self._p, tuple(self._biased.tolist()), self._active()
-        if len(banned) > MAX_BANNED or not np.all(self._bias == -_INF) or p.mirostat:
+    def _device_spec(self) -> SampleSpec | None:
+        """The chain as a SampleSpec without its random number; None if a device can't run it."""
+        p, banned, active = self._params, tuple(self._biased.tolist()), self._active
+        if len(banned) > MAX_BANNED or not self._only_bans() or p.mirostat:
             return None
         if self._is_greedy:
             return SampleSpec(banned)
-        in_order = [name for name in ("top_k", "top_p", "min_p", "temperature") if name in steps]
-        if steps != in_order or "top_k" not in steps or p.top_k > MAX_TOP_K or p.dynatemp_range:
+        in_order = [name for name in _DEVICE_SAMPLERS if name in active]
+        if active != in_order or "top_k" not in active or p.top_k > MAX_TOP_K or p.dynatemp_range:
             return None
-        draw = SampleSpec(banned, **{name: getattr(p, name) for name in steps})
+        spec = SampleSpec(banned, **{name: getattr(p, name) for name in active})
         low, high = _DEVICE_TEMPERATURES
-        return draw if low <= draw.temperature <= high else None
+        return spec if low <= spec.temperature <= high else None
 
     def _highest(self, logits: NDArray[np.float32]) -> int:
         values = logits.copy()
-        values[self._biased] = -_INF
+        values[self._biased] = -math.inf
         token = int(values.argmax())
         _check_finite(values[token])
         return token
 
-    def _window(self, n: int) -> list[int]:
-        return self._recent if n < 0 else self._recent[-n:] if n else []
 
-    def _chain(self) -> list[Callable[[Candidates], Candidates]]:
-        p = self._p
-        steps: dict[str, Callable[[Candidates], Candidates]] = {
-            "penalties": lambda c: samplers.penalties(
-                c,
-                self._window(p.repeat_last_n),
-                p.repeat_penalty,
-                p.frequency_penalty,
-                p.presence_penalty,
-            ),
-            "dry": lambda c: samplers.dry(
-                c,
-                self._window(p.dry_penalty_last_n),
-                p.dry_multiplier,
-                p.dry_base,
-                p.dry_allowed_length,
-                self._breakers,
-            ),
-            "top_n_sigma": lambda c: samplers.top_n_sigma(c, p.top_n_sigma),
-            "top_k": lambda c: samplers.top_k(c, p.top_k),
-            "typ_p": lambda c: samplers.typical(c, p.typical_p),
-            "top_p": lambda c: samplers.top_p(c, p.top_p),
-            "min_p": lambda c: samplers.min_p(c, p.min_p),
-            "xtc": lambda c: samplers.xtc(c, p.xtc_probability, p.xtc_threshold, self._rng),
-            "temperature": lambda c: samplers.temperature(
-                c, p.temperature, p.dynatemp_range, p.dynatemp_exponent
-            ),
-        }
-        if p.mirostat:
-            return [steps["temperature"], lambda c: samplers.mirostat(c, self._mu)]
-        return [steps[name] for name in p.samplers]
-
-
-# Fresh arrays of a large vocabulary take longer than what is done with them.
+# Kept, because making the ids of a large vocabulary takes longer than sampling from it.
 @functools.lru_cache(4)
 def _all_ids(n: int) -> NDArray[np.intp]:
     ids = np.arange(n)
     ids.flags.writeable = False
     return ids
-
-
-def _room_for(logits: NDArray[np.float32], room: NDArray[np.float64]) -> NDArray[np.float64]:
-    return room if room.shape == logits.shape else np.empty(logits.shape)
 
 
 def _check_finite(highest: float) -> None:

@@ -1,18 +1,20 @@
-"""How a device samples a row's token: what every device sampler can do."""
+"""How a device samples a token: what every DeviceSampler can do."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-# What every decoder can do.
+# The most that every device sampler takes.
 MAX_TOP_K, MAX_BANNED = 128, 16
 
 
 class SampleSpec(NamedTuple):
-    """How a row's token is drawn: of the tokens that are not `banned`, the `top_k` of the highest
-    logits (equal ones by their ids), of these the likeliest until they reach `top_p`, of these what
-    has `min_p` times the highest probability; then by probability at a temperature, where `uniform`
-    of [0, 1) falls.
+    """How a row's token is sampled, in this order.
+
+    banned: tokens that are left out. top_k: keep the highest logits; of equal ones, the lower ids.
+    top_p: keep the likeliest until their probability reaches it. min_p: keep those with this share
+    of the highest probability. Then divide the logits by the temperature and sample by probability,
+    with the random number `uniform` of [0, 1).
     """
 
     banned: tuple[int, ...] = ()

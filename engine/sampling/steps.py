@@ -1,16 +1,18 @@
-"""The steps between logits and a token, one function each, as llama.cpp defines them.
+"""The samplers: steps between logits and a token, one function each, as llama.cpp defines them.
 
-A step takes `Candidates` and gives those that remain, with their logits changed where it does that.
-They come in any order; steps that need falling logits sort them, equal ones by their place.
+A sampler takes candidates, the sequence's resolved SamplingParams and its Context. It returns the
+candidates that remain, in any order, with other logits if it changes them. SAMPLERS, below the
+functions, is their table. To add a sampler, write a function, a row there, and a field of
+SamplingParams for each parameter.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,14 +20,14 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 # DRY's sequence breakers: head token -> the tails that complete one; () if the token is one alone.
 Breakers = Mapping[int, Sequence[tuple[int, ...]]]
-# Logits in a group of which only the highest is looked at first, where few of many are wanted.
+# top_k looks at the highest logit of each of so many groups first.
 _GROUP = 64
 _FLOAT32_MAX_LOG = 88.7228391
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Token ids and their logits, equally long and never empty."""
+    """Token ids and their logits: arrays of the same length, never empty."""
 
     ids: NDArray[np.intp]
     logits: Floats
@@ -40,73 +42,76 @@ class Candidates:
         return np.asarray(weights / weights.sum())
 
     def falling(self) -> Candidates:
-        """In order of falling logits."""
+        """In order of falling logits; equal ones stay in their order."""
         if np.all(self.logits[:-1] >= self.logits[1:]):
             return self
         return self.take(np.argsort(-self.logits, kind="stable"))
 
     def lowered(self, amounts: Mapping[int, float]) -> Candidates:
-        """With amounts subtracted from the logits of tokens."""
+        """With amounts (token -> amount) subtracted from the logits."""
         logits = self.logits.copy()
         for i in np.flatnonzero(np.isin(self.ids, list(amounts))):
             logits[i] -= amounts[int(self.ids[i])]
         return Candidates(self.ids, logits)
 
 
-def penalties(
-    c: Candidates, recent: Sequence[int], repeat: float, frequency: float, presence: float
-) -> Candidates:
-    """Lower the logits of recent tokens: by a factor, then by count and by mere presence."""
-    if (repeat, frequency, presence) == (1, 0, 0) or not recent:
+@dataclass
+class Context:
+    """What samplers read besides parameters: random numbers, DRY's breakers, and the `recent`
+    tokens of prompt and output, oldest first."""
+
+    rng: np.random.Generator
+    breakers: Breakers
+    recent: list[int] = field(default_factory=list)
+
+    def window(self, n: int) -> list[int]:
+        """The last n recent tokens; all of them if n is negative."""
+        return self.recent if n < 0 else self.recent[-n:] if n else []
+
+
+def penalties(c: Candidates, p: Any, context: Context) -> Candidates:
+    """Lower the logits of recent tokens: by a factor, by their count, and by mere presence."""
+    counts = Counter(context.window(p.repeat_last_n))
+    if not counts:
         return c
-    counts = Counter(recent)
     seen = np.isin(c.ids, list(counts))
-    factor = np.where(c.logits <= 0, repeat, 1 / repeat)
+    factor = np.where(c.logits <= 0, p.repeat_penalty, 1 / p.repeat_penalty)
     scaled = Candidates(c.ids, np.where(seen, c.logits * factor, c.logits))
-    return scaled.lowered({t: n * frequency + presence for t, n in counts.items()})
+    return scaled.lowered(
+        {t: n * p.frequency_penalty + p.presence_penalty for t, n in counts.items()}
+    )
 
 
-def dry(
-    c: Candidates,
-    recent: Sequence[int],
-    multiplier: float,
-    base: float,
-    allowed_length: int,
-    breakers: Breakers,
-) -> Candidates:
+def dry(c: Candidates, p: Any, context: Context) -> Candidates:
     """Lower the logits of tokens that would continue a repetition ("don't repeat yourself").
 
     A token that would prolong a repeated run of n tokens loses multiplier · base^(n - allowed).
     A run never reaches back over a breaker.
     """
-    if multiplier == 0 or len(recent) <= allowed_length:
-        return c
+    recent, breakers = context.window(p.dry_penalty_last_n), context.breakers
+    allowed, base = p.dry_allowed_length, p.dry_base
     limit = _repetition_limit(recent, breakers)
-    if limit < allowed_length:
+    if len(recent) <= allowed or limit < allowed:
         return c
     longest: Counter[int] = Counter()
     for end, length in enumerate(_suffix_matches(recent)):
         length = min(length, limit)
-        if length >= allowed_length:
+        if length >= allowed:
             following = recent[end + 1]
             longest[following] = max(longest[following], length)
-    top = _max_exponent(base)
+    # Above this exponent base^n leaves float32's range.
+    most = _FLOAT32_MAX_LOG // math.log(base) if base > 1.000001 else math.inf
     return c.lowered(
         {
-            token: multiplier * base ** min(length - allowed_length, top)
+            token: p.dry_multiplier * base ** min(length - allowed, most)
             for token, length in longest.items()
             if () not in breakers.get(token, ())
         }
     )
 
 
-def _max_exponent(base: float) -> float:
-    """Where base^n would leave float32's range."""
-    return _FLOAT32_MAX_LOG // math.log(base) if base > 1.000001 else math.inf
-
-
 def _repetition_limit(recent: Sequence[int], breakers: Breakers) -> int:
-    """How many tokens at the end lie behind the last breaker."""
+    """The number of tokens after the last breaker."""
     n = len(recent)
     for back in range(n):
         head = n - 1 - back
@@ -118,7 +123,7 @@ def _repetition_limit(recent: Sequence[int], breakers: Breakers) -> int:
 
 
 def _suffix_matches(tokens: Sequence[int]) -> list[int]:
-    """For each position but the last: how long a run ending there equals the end of `tokens`.
+    """For each position but the last: the length of the run ending there that ends `tokens` too.
 
     The Z algorithm on the reversed sequence; linear time.
     """
@@ -135,92 +140,116 @@ def _suffix_matches(tokens: Sequence[int]) -> list[int]:
     return z[:0:-1]
 
 
-def top_n_sigma(c: Candidates, n: float) -> Candidates:
-    """Without chance: those more than n standard deviations of all logits below the highest."""
-    if n <= 0:
-        return c
-    floor = c.logits.max() - n * c.logits[np.isfinite(c.logits)].std()
+def top_n_sigma(c: Candidates, p: Any, context: Context) -> Candidates:
+    """Give -inf to logits more than n standard deviations (of all logits) below the highest."""
+    floor = c.logits.max() - p.top_n_sigma * c.logits[np.isfinite(c.logits)].std()
     return Candidates(c.ids, np.where(c.logits < floor, -np.inf, c.logits))
 
 
-def top_k(c: Candidates, k: int) -> Candidates:
-    """The k likeliest, falling; all if k is not positive."""
-    n_columns = len(c.ids) // _GROUP
-    if 0 < k < n_columns:
-        # Of disjoint groups' maxima, k are at least the k-th largest maximum: what is less is out.
+def top_k(c: Candidates, p: Any, context: Context) -> Candidates:
+    """Keep the k highest logits, falling."""
+    k, n_columns = p.top_k, len(c.ids) // _GROUP
+    if k < n_columns:
+        # The k-th largest of the groups' maxima is a floor: k logits at least reach it.
         maxima = c.logits[: n_columns * _GROUP].reshape(_GROUP, n_columns).max(axis=0)
         c = c.take(np.flatnonzero(c.logits >= np.partition(maxima, n_columns - k)[-k]))
-    if 0 < k < len(c.ids):
+    if k < len(c.ids):
         floor = np.partition(c.logits, len(c.ids) - k)[-k]
         c = c.take(c.logits >= floor)
-    return c.falling().take(slice(k)) if k > 0 else c
+    return c.falling().take(slice(k))
 
 
-def typical(c: Candidates, p: float) -> Candidates:
-    """Those whose surprise is nearest to the expected one, until their probability exceeds p."""
-    if p >= 1:
-        return c
+def typical(c: Candidates, p: Any, context: Context) -> Candidates:
+    """Keep those with a surprise nearest to the expected one, until their probability exceeds p."""
     probabilities = c.probabilities()
     kept = probabilities > 0
     c, probabilities = c.take(kept), probabilities[kept]
     surprise = -np.log(probabilities)
     entropy = (probabilities * surprise).sum()
     order = np.argsort(np.abs(surprise - entropy), kind="stable")
-    n = int(np.searchsorted(np.cumsum(probabilities[order]), p, side="right")) + 1
+    n = int(np.searchsorted(np.cumsum(probabilities[order]), p.typical_p, side="right")) + 1
     return c.take(order[:n])
 
 
-def top_p(c: Candidates, p: float) -> Candidates:
-    """The likeliest until their probability reaches p; at least one."""
-    if p >= 1:
+def top_p(c: Candidates, p: Any, context: Context) -> Candidates:
+    """Keep the likeliest until their probability reaches p; at least one."""
+    c = c.falling()
+    return c.take(slice(int(np.searchsorted(np.cumsum(c.probabilities()), p.top_p)) + 1))
+
+
+def min_p(c: Candidates, p: Any, context: Context) -> Candidates:
+    """Keep those with at least p times the highest probability."""
+    return c.take(c.logits >= c.logits.max() + math.log(p.min_p))
+
+
+def xtc(c: Candidates, p: Any, context: Context) -> Candidates:
+    """With a probability, remove all but the least likely of those above the threshold."""
+    if len(c.ids) < 2 or context.rng.random() > p.xtc_probability:
         return c
     c = c.falling()
-    return c.take(slice(int(np.searchsorted(np.cumsum(c.probabilities()), p)) + 1))
-
-
-def min_p(c: Candidates, p: float) -> Candidates:
-    """Those with at least p times the highest probability."""
-    return c.take(c.logits >= c.logits.max() + math.log(p)) if p > 0 else c
-
-
-def xtc(
-    c: Candidates, probability: float, threshold: float, rng: np.random.Generator
-) -> Candidates:
-    """With a probability, leave out all but the least likely of those above the threshold."""
-    if probability <= 0 or threshold > 0.5 or len(c.ids) < 2 or rng.random() > probability:
-        return c
-    c = c.falling()
-    n_above = int(np.count_nonzero(c.probabilities() >= threshold))
+    n_above = int(np.count_nonzero(c.probabilities() >= p.xtc_threshold))
     return c.take(slice(n_above - 1, None)) if n_above > 1 else c
 
 
-def temperature(c: Candidates, t: float, spread: float = 0, exponent: float = 1) -> Candidates:
-    """Divide the logits by the temperature; at most 0 leaves only the likeliest.
+def temperature(c: Candidates, p: Any, context: Context) -> Candidates:
+    """Divide the logits by the temperature t; at most 0 keeps only the likeliest.
 
-    With a `spread`, the temperature goes from t - spread to t + spread with the entropy.
+    With dynatemp_range, the temperature goes from t - range to t + range with the entropy.
     """
-    if spread > 0:
-        low, high = max(0.0, t - spread), t + spread
+    t = p.temperature
+    if p.dynatemp_range > 0:
+        low, high = max(0.0, t - p.dynatemp_range), t + p.dynatemp_range
         probabilities = c.probabilities()
         positive = probabilities[probabilities > 0]
         entropy = float(-(positive * np.log(positive)).sum())
         share = entropy / math.log(len(c.ids)) if len(c.ids) > 1 else 0.0
-        t = low + (high - low) * share**exponent
+        t = low + (high - low) * share**p.dynatemp_exponent
     if t <= 0:
         return c.take([int(np.argmax(c.logits))])
     return Candidates(c.ids, c.logits / t)
 
 
+class SamplerSpec(NamedTuple):
+    """A row of the table.
+
+    is_off: whether the sampler changes nothing with these parameters; it must not be called then.
+    keeps_highest: it never removes the highest logit nor lets another one pass it.
+    """
+
+    apply: Callable[[Candidates, Any, Context], Candidates]
+    is_off: Callable[[Any], bool]
+    keeps_highest: bool = False
+
+
+# By the names that `--samplers` takes, in llama.cpp's default order.
+SAMPLERS: dict[str, SamplerSpec] = {
+    "penalties": SamplerSpec(
+        penalties,
+        lambda p: (p.repeat_penalty, p.frequency_penalty, p.presence_penalty) == (1, 0, 0),
+    ),
+    "dry": SamplerSpec(dry, lambda p: p.dry_multiplier == 0),
+    "top_n_sigma": SamplerSpec(top_n_sigma, lambda p: p.top_n_sigma <= 0, keeps_highest=True),
+    "top_k": SamplerSpec(top_k, lambda p: p.top_k <= 0, keeps_highest=True),
+    "typ_p": SamplerSpec(typical, lambda p: p.typical_p >= 1),
+    "top_p": SamplerSpec(top_p, lambda p: p.top_p >= 1, keeps_highest=True),
+    "min_p": SamplerSpec(min_p, lambda p: p.min_p <= 0, keeps_highest=True),
+    "xtc": SamplerSpec(xtc, lambda p: p.xtc_probability <= 0 or p.xtc_threshold > 0.5),
+    "temperature": SamplerSpec(
+        temperature, lambda p: p.temperature == 1 and not p.dynatemp_range, keeps_highest=True
+    ),
+}
+
+
 def mirostat(c: Candidates, mu: float) -> Candidates:
-    """Those whose surprise is at most mu bits; at least one (mirostat 2)."""
+    """Keep those with a surprise of at most mu bits; at least one (mirostat 2)."""
     c = c.falling()
     with np.errstate(divide="ignore"):
         surprise = -np.log2(c.probabilities())
     return c.take(slice(max(1, int(np.count_nonzero(surprise <= mu)))))
 
 
-def draw(c: Candidates, uniform: float) -> int:
-    """The index of a candidate, drawn by probability with a number of [0, 1)."""
+def sample(c: Candidates, uniform: float) -> int:
+    """The index of a candidate, sampled by probability with a random number of [0, 1)."""
     cumulated = np.cumsum(c.probabilities())
     # The product is below the total however it is rounded: the index is one with a probability.
     return int(np.searchsorted(cumulated, uniform * cumulated[-1], side="right"))

@@ -1,8 +1,8 @@
-"""Chat templates: from messages to the text that a model was trained to go on from.
+"""Chat templates: from messages to the text that a model was trained to continue.
 
-A template is a Jinja program that comes with the model's file, from a stranger. It runs in
-jinja2's sandbox, with what transformers' `apply_chat_template` gives it: trimmed blocks, `tojson`
-that leaves HTML alone, `raise_exception`, `strftime_now`, loop controls, the tag `generation`.
+A template is a Jinja program in the model's file, so it is untrusted. It runs in jinja2's sandbox
+with the environment of transformers' `apply_chat_template`: trimmed blocks, `tojson` that leaves
+HTML alone, `raise_exception`, `strftime_now`, loop controls, the tag `generation`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Message = Mapping[str, Any]
 
 _log = logging.getLogger(__name__)
 TEMPLATE_KEY = "tokenizer.chat_template"
-# What each `--chat-template NAME` is that no file has to bring.
+# Values of `--chat-template NAME` that need no file.
 BUILT_IN = {
     "chatml": (
         "{%- for message in messages %}"
@@ -42,7 +42,7 @@ class ChatError(EngineError):
 
 
 class ChatTemplate:
-    """A compiled template; `name` is for messages, `variables` are the names that it reads.
+    """A compiled template; `name` is for error texts, `variables` are the names that it reads.
 
     Raises ChatError for a template that doesn't parse.
     """
@@ -66,12 +66,12 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         special: Mapping[str, str] | None = None,
     ) -> str:
-        """The text of a conversation, as transformers' apply_chat_template has it.
+        """The text of a conversation, as transformers' apply_chat_template renders it.
 
-        messages: each with `role` and `content`, and whatever else the template reads. tools: JSON
-        schemas. reasoning: the template's `enable_thinking` (None: its own default). special: the
-        texts of special tokens, by the names that templates have for them (`bos_token`, …).
-        Raises ChatError if the template fails, by itself or because the sandbox stops it.
+        messages: each with `role`, `content` and what else the template reads. tools: JSON schemas.
+        reasoning: the template's `enable_thinking` (None: its own default). special: the texts of
+        special tokens by the names that templates use (`bos_token`, …).
+        Raises ChatError if the template fails or the sandbox stops it.
         """
         given: dict[str, Any] = dict(special or {})
         if reasoning is not None:
@@ -84,7 +84,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **given,
             )
-        except Exception as error:  # A stranger's program may raise anything.
+        except Exception as error:  # An untrusted program may raise anything.
             said = str(error) if isinstance(error, jinja2.TemplateError) else repr(error)
             raise self._error(said or type(error).__name__) from None
 
@@ -95,7 +95,7 @@ class ChatTemplate:
 def find_template(file: GGUFFile, choice: str | None = None) -> ChatTemplate:
     """The template of a model's file, or the one that `choice` names.
 
-    choice: a name of BUILT_IN, the name of another template in the file, or a file with one. A
+    choice: a name of BUILT_IN, the name of another template in the model's file, or a path. A
     model without a template gets chatml, with a warning. Raises ChatError, GGUFError.
     """
     if choice is None:
@@ -111,11 +111,8 @@ def find_template(file: GGUFFile, choice: str | None = None) -> ChatTemplate:
         came = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
         raise ChatError(f"chat template {choice}: expected UTF-8, got {came}") from None
     except (OSError, ValueError) as error:
-        in_file = [
-            k.removeprefix(f"{TEMPLATE_KEY}.")
-            for k in file.metadata
-            if k.startswith(f"{TEMPLATE_KEY}.")
-        ]
+        prefix = f"{TEMPLATE_KEY}."
+        in_file = [k.removeprefix(prefix) for k in file.metadata if k.startswith(prefix)]
         raise ChatError(
             f"chat template {choice}: expected a file or one of {', '.join([*BUILT_IN, *in_file])} "
             f"({getattr(error, 'strerror', None) or error})"
@@ -133,14 +130,14 @@ def _environment() -> jinja2.Environment:
 
 
 class _GenerationTag(ext.Extension):
-    """`{% generation %}` marks what a model wrote, for training; here it is only its body."""
+    """`{% generation %}` marks a model's own text, for training; it renders as its body."""
 
     tags = {"generation"}  # noqa: RUF012  (jinja2's own type)
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        # A call block, as in transformers: what is set inside stays inside.
+        # A call block, as in transformers: variables set inside are not visible outside.
         return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
 
     def _body(self, caller: Callable[[], str]) -> str:

@@ -1,9 +1,9 @@
 """Text to token ids and back, for the tokenizers that GGUF files carry.
 
-Byte-level BPE (`gpt2`) runs on the `tokenizers` package, SentencePiece BPE (`llama`) on
-`sentencepiece`, of which only the one in use is imported. Special tokens are cut out of the text
-here, before either of them sees it. The ids are llama.cpp's, except for the two pre-tokenizers
-where llama.cpp leaves the model's own regex (deepseek-llm at U+3000, kimi-k2).
+Byte-level BPE (`gpt2`) uses the `tokenizers` package, SentencePiece BPE (`llama`) uses
+`sentencepiece`; a package is imported only where it is needed. Special tokens are cut out of the
+text here, before the package sees it. The ids are llama.cpp's, except for two pre-tokenizers where
+llama.cpp differs from the model's own regex (deepseek-llm at U+3000, kimi-k2).
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ from engine.text.vocab import (
     USER_DEFINED,
     TokenizerError,
     Vocab,
+    metadata_error,
     read_vocab,
     strings,
 )
 
-__all__ = ["GUARD", "StreamDecoder", "Tokenizer", "TokenizerError", "pretokenize"]
+__all__ = ["ESCAPE", "StreamDecoder", "Tokenizer", "TokenizerError"]
 
 _log = logging.getLogger(__name__)
 _KEY = "tokenizer.ggml."
-# Stands inside of what is not to be a special token. No text has it, for it is not Unicode.
-GUARD = "\udfff"
+# Put inside the spelling of a special token, it makes the spelling plain text. A lone surrogate is
+# not Unicode, so no text contains it.
+ESCAPE = "\udfff"
 
 _CONTRACTION = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -49,7 +51,7 @@ _KIMI = (
     + rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SUFFIX}"
     + r"|\p{N}{1,3}"
 )
-# Escaped, for several of these characters would not survive an editor that normalizes.
+# Written as escapes: an editor that normalizes Unicode would change several of the characters.
 _DEEPSEEK_LETTERS = (
     "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-"
     "\u02af\u0370-\u0373\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1"
@@ -64,7 +66,7 @@ _DEEPSEEK_LETTERS = (
     "\uff3a\uff41-\uff5a\U00010400-\U0001044f\U000104b0-\U000104d3\U000104d8-\U000104fb"
     "\U00010c80-\U00010cb2\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943"
 )
-# What each `tokenizer.ggml.pre` means: regexes, each of which splits what the one before left.
+# Value of `tokenizer.ggml.pre` -> its regexes; each splits the pieces that the one before left.
 _PRE: dict[str, tuple[str, ...]] = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
     "deepseek-llm": (
@@ -98,8 +100,8 @@ _PRE_ALIASES = {
 class Tokenizer:
     """The tokenizer of one GGUF file.
 
-    `n_vocab`; `bos_id` and `eos_id`, which `add_special` puts around a text if `add_bos` and
-    `add_eos` say so; `eog_ids`, the tokens that end a generation; `vocab_type`, gpt2 or llama.
+    n_vocab: number of tokens. bos_id, eos_id: `add_special` puts them around a text if `add_bos`
+    and `add_eos` are set. eog_ids: the tokens that end a generation. vocab_type: gpt2 or llama.
     """
 
     def __init__(self, file: GGUFFile) -> None:
@@ -120,11 +122,8 @@ class Tokenizer:
             self._encoder = _SentencePiece(file, vocab, self._space_prefix)
             self.add_bos = file.boolean(_KEY + "add_bos_token", True)
         self.add_eos = file.boolean(_KEY + "add_eos_token", False)
-        for name, add, token_id in (
-            ("bos", self.add_bos, self.bos_id),
-            ("eos", self.add_eos, self.eos_id),
-        ):
-            if add and token_id is None:
+        for name in ("bos", "eos"):
+            if getattr(self, f"add_{name}") and getattr(self, f"{name}_id") is None:
                 raise TokenizerError(f"{file.path}: a {name} token is to be added, but has no id")
         self._specials = _specials(vocab)
         self._always_cut = [(t, i) for t, i in self._specials if vocab.types[i] == USER_DEFINED]
@@ -140,66 +139,55 @@ class Tokenizer:
     def encode(
         self, text: str, add_special: bool = False, parse_special: bool = False
     ) -> list[int]:
-        """The ids of `text`. User-defined tokens in it are recognized, control and unknown ones
-        with `parse_special`. Raises TokenizerError for text that is not Unicode (surrogates)."""
+        """The ids of `text`. User-defined tokens in it are always recognized, control and unknown
+        tokens only with `parse_special`. Raises TokenizerError for text with lone surrogates."""
         _check_unicode(text)
-        ids: list[int] = []
+        segments = self._cut(text, self._specials if parse_special else self._always_cut)
+        ids = [token_id for _, part in segments for token_id in part]
         if add_special and self.add_bos and self.bos_id is not None:
-            ids.append(self.bos_id)
-        for part in self._cut(text, self._specials if parse_special else self._always_cut):
-            if isinstance(part, int):
-                ids.append(part)
-            else:
-                ids += self._encoder.encode(part)
+            ids.insert(0, self.bos_id)
         if add_special and self.add_eos and self.eos_id is not None:
             ids.append(self.eos_id)
         return ids
 
-    def guard(self, text: str) -> str:
-        """`text` with a GUARD inside of each control or unknown token that it spells, so that
-        `pieces` takes it as text. Raises TokenizerError for text that is not Unicode."""
+    def escape_special_tokens(self, text: str) -> str:
+        """`text` with an ESCAPE in each control or unknown token that it spells, so that `segments`
+        takes the spelling as text. Raises TokenizerError for text with lone surrogates."""
         _check_unicode(text)
         for special, token_id in self._specials:
-            # A guard finds no room inside of a single character.
+            # A single character can't be escaped: nothing fits inside it.
             if special in text and self._vocab.types[token_id] != USER_DEFINED and special[1:]:
-                text = text.replace(special, special[0] + GUARD + special[1:])
+                text = text.replace(special, special[0] + ESCAPE + special[1:])
         return text
 
-    def pieces(self, text: str, continues: bool = False) -> list[tuple[str, list[int]]]:
-        """`text`, in which there may be guards, cut at its special tokens: (text, ids) of each.
+    def segments(self, text: str, continues: bool = False) -> list[tuple[str, list[int]]]:
+        """`text`, which may have ESCAPEs, cut at its special tokens: (text, ids) of each segment.
 
-        Together the ids are those of `encode` with parse_special. `continues`: the text goes on
-        from another one, so that nothing is put before it.
+        The ids together are those of `encode` with parse_special. `continues`: the text follows
+        another one, so it gets no space before it.
         """
-        _check_unicode(text.replace(GUARD, ""))
-        found: list[tuple[str, list[int]]] = []
-        for part in self._cut(text, self._specials):
-            if isinstance(part, int):
-                found.append((self._vocab.tokens[part], [part]))
-            else:
-                first = continues and not found
-                found.append((part, self._encoder.encode(part.replace(GUARD, ""), first)))
-        return found
+        _check_unicode(text.replace(ESCAPE, ""))
+        return self._cut(text, self._specials, continues)
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Control and unknown tokens
-        are left out unless `special`. Raises TokenizerError for an id that there is not."""
+        are left out unless `special`. Raises TokenizerError for an id out of range."""
         pieces = [self.token_bytes(token_id, special) for token_id in ids]
         if pieces and self._space_prefix:
             pieces[0] = pieces[0].removeprefix(b" ")
         return b"".join(pieces).decode("utf-8", "replace")
 
     def stream(self, special: bool = False, at_start: bool = True) -> StreamDecoder:
-        """A decoder for ids that come one by one. Pass `at_start=False` where they continue a
-        text: their first space is then one of their own, not the prefix that encode() added."""
+        """A decoder for ids that come one by one. at_start: they begin a text, so a space before
+        it is the prefix that `encode` added, and is removed."""
         return StreamDecoder(self, special, at_start and self._space_prefix)
 
     def token_bytes(self, token_id: int, special: bool = False) -> bytes:
-        """The bytes that a token adds to a text, which need not be whole characters."""
+        """The bytes of a token; they may begin or end inside a character."""
         return self._vocab.piece(self._checked(token_id), special)
 
     def text(self, token_id: int) -> str:
-        """The token as the file stores it: spaces and bytes in the vocabulary's own alphabet."""
+        """The token as the file spells it, in the vocabulary's own alphabet."""
         return self._vocab.tokens[self._checked(token_id)]
 
     def _checked(self, token_id: int) -> int:
@@ -207,16 +195,26 @@ class Tokenizer:
             raise TokenizerError(f"token id {token_id}: expected 0 to {self.n_vocab - 1}")
         return token_id
 
-    def _cut(self, text: str, specials: list[tuple[str, int]]) -> list[str | int]:
+    def _cut(
+        self, text: str, specials: list[tuple[str, int]], continues: bool = False
+    ) -> list[tuple[str, list[int]]]:
+        """(text, ids) of the special tokens in a text and of what is between them."""
         parts: list[str | int] = [text] if text else []
         for special, token_id in specials:
             if special in text:
                 parts = [piece for part in parts for piece in _split(part, special, token_id)]
-        return parts
+        found: list[tuple[str, list[int]]] = []
+        for part in parts:
+            if isinstance(part, int):
+                found.append((self._vocab.tokens[part], [part]))
+            else:
+                ids = self._encoder.encode(part.replace(ESCAPE, ""), continues and not found)
+                found.append((part, ids))
+        return found
 
 
 class StreamDecoder:
-    """Decodes ids one by one into text that is never cut inside a character."""
+    """Decodes ids one by one into text that never ends inside a character."""
 
     def __init__(self, tokenizer: Tokenizer, special: bool, strip_space: bool) -> None:
         self._tokenizer, self._special, self._strip_space = tokenizer, special, strip_space
@@ -231,19 +229,13 @@ class StreamDecoder:
         return self._utf8.decode(piece)
 
     def finish(self) -> str:
-        """The rest: U+FFFD if the last character was never completed, else nothing."""
+        """U+FFFD if the last character is incomplete, else an empty text."""
         return self._utf8.decode(b"", final=True)
-
-
-def pretokenize(pre: str, text: str) -> list[str]:
-    """How the pre-tokenizer called `pre` cuts `text` into the pieces that BPE merges within."""
-    pieces = pre_tokenizer(pre).pre_tokenize_str(text)
-    return [text[start:end] for _, (start, end) in pieces]
 
 
 class _Encoder(Protocol):
     def encode(self, text: str, continues: bool = False) -> list[int]:
-        """The ids of a non-empty text without special tokens, or of what goes on from one."""
+        """The ids of a non-empty text without special tokens. `continues`: see `segments`."""
 
 
 class _ByteLevelBPE:
@@ -255,7 +247,7 @@ class _ByteLevelBPE:
         self._missing = {byte for char, byte in BYTE_OF.items() if char not in vocab.ids}
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
-        # The package would drop these bytes without a word.
+        # The package would drop such bytes silently.
         if self._missing and (lost := self._missing.intersection(text.encode())):
             raise TokenizerError(
                 f"text cannot be encoded: the vocabulary has no token for byte 0x{min(lost):02X}"
@@ -277,7 +269,7 @@ class _SentencePiece:
             ) from None
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
-        # Every other text comes first or after a special token, so it gets the prefix.
+        # Any other text begins or follows a special token, so it gets the prefix.
         prefix = "" if continues else self._prefix
         ids: list[int] = self._processor.encode(prefix + text, out_type=int)
         return ids
@@ -298,7 +290,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _specials(vocab: Vocab) -> list[tuple[str, int]]:
-    """Text and id of the tokens to cut out of a text, longest first."""
+    """Text and id of the special tokens, longest first."""
     cut = {USER_DEFINED, CONTROL, UNKNOWN}
     found = [(vocab.tokens[i], i) for i, kind in enumerate(vocab.types) if kind in cut]
     return sorted(found, key=lambda special: -len(special[0].encode()))
@@ -308,12 +300,9 @@ def _split(part: str | int, special: str, token_id: int) -> list[str | int]:
     if isinstance(part, int):
         return [part]
     out: list[str | int] = []
-    for i, piece in enumerate(part.split(special)):
-        if i > 0:
-            out.append(token_id)
-        if piece:
-            out.append(piece)
-    return out
+    for piece in part.split(special):
+        out += [token_id, piece] if piece else [token_id]
+    return out[1:]
 
 
 def _pre_name(file: GGUFFile) -> str:
@@ -331,6 +320,8 @@ def _pre_name(file: GGUFFile) -> str:
 
 
 def pre_tokenizer(pre: str) -> Any:
+    """The package's pre-tokenizer for a name of _PRE: it cuts a text into the pieces within which
+    BPE merges."""
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
@@ -341,7 +332,7 @@ def pre_tokenizer(pre: str) -> Any:
 def _bpe(file: GGUFFile, vocab: Vocab, ignore_merges: bool) -> Any:
     from tokenizers.models import BPE
 
-    # The first of equal merges counts for llama.cpp, the last one for the package.
+    # Of equal merges llama.cpp uses the first, the package the last.
     merges = list(dict.fromkeys(strings(file, "merges")))
     cuts = ((merge, merge.find(" ", 1)) for merge in merges)
     pairs = [(merge[:cut], merge[cut + 1 :]) for merge, cut in cuts]
@@ -350,24 +341,22 @@ def _bpe(file: GGUFFile, vocab: Vocab, ignore_merges: bool) -> Any:
     except Exception:  # the package raises nothing narrower
         for merge, pair in zip(merges, pairs, strict=True):
             if any(token not in vocab.ids for token in (*pair, "".join(pair))):
-                raise TokenizerError(
-                    f"{file.path}: metadata {_KEY}merges: expected two tokens that make a third, "
-                    f"got {merge!r}"
-                ) from None
+                expected = "expected two tokens that make a third"
+                raise metadata_error(file, f"merges: {expected}, got {merge!r}") from None
         raise
 
 
 def _model_proto(vocab: Vocab) -> bytes:
-    """The vocabulary as sentencepiece reads it: a ModelProto in protobuf's wire format."""
+    """The vocabulary as sentencepiece's ModelProto, in protobuf's wire format."""
     assert vocab.scores is not None
     out = bytearray()
     for text, kind, score in zip(vocab.tokens, vocab.types, vocab.scores.tolist(), strict=True):
-        # Like llama.cpp, the rest merges by score: user-defined tokens in the text are cut already.
+        # As in llama.cpp, all others merge by score: user-defined tokens are cut out before.
         kind = kind if kind in (UNKNOWN, CONTROL, BYTE) else NORMAL
         piece = _field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + _field(3, kind)
         out += _field(1, piece)
     trainer = _field(3, 2) + _field(35, int(BYTE in vocab.types))  # BPE, byte_fallback
-    # No prefix space (ours differs), whitespace kept as it is, spaces escaped as U+2581.
+    # add_dummy_prefix 0 (the prefix is added here), remove_extra_whitespaces 0, spaces as U+2581.
     normalizer = _field(1, b"identity") + _field(3, 0) + _field(4, 0) + _field(5, 1)
     return bytes(out) + _field(2, trainer) + _field(3, normalizer)
 

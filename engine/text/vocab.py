@@ -1,9 +1,8 @@
 """The vocabulary of a GGUF file: token texts, types, scores, special ids and the bytes of a token.
 
-Everything is checked once, here, when it is read; ids, types and lengths are trusted afterwards.
-Nothing in this file encodes text, see engine/text/tokenizer.py. Like llama.cpp, some tokens are
-recognized by their text: those that end a turn or mark fill-in-the-middle are control tokens
-whatever type the file gives them.
+`read_vocab` checks everything; ids, types and lengths are trusted afterwards. As in llama.cpp, some
+tokens are recognized by their text: those that end a turn or mark fill-in-the-middle are control
+tokens whatever type the file gives them. tokenizer.py encodes text with a vocabulary.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +20,13 @@ from engine.errors import EngineError
 from engine.formats.gguf import GGUFFile
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-SPACE = "\u2581"  # how SentencePiece writes a space
+SPACE = "\u2581"  # SentencePiece's character for a space
 MODELS = ("gpt2", "llama")
 
 _log = logging.getLogger(__name__)
 _KEY = "tokenizer.ggml."
 _BYTE_TEXT = re.compile("<0x[0-9A-F]{2}>")
-# BOS and EOS of files that don't name theirs.
+# BOS and EOS of files without these ids.
 _DEFAULT_BOS_EOS = {"gpt2": (11, 11), "llama": (1, 2)}
 _ENDS_GENERATION = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
@@ -34,7 +34,8 @@ _ENDS_GENERATION = (
     "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
     "<｜end▁of▁sentence｜>", "[e~[",
 )  # fmt: skip
-# The last three end generation too; where several names exist, the first one is the token.
+# Of several names that exist, the first one is the token. fim_pad, fim_rep and fim_sep also end
+# generation.
 _FILL_IN_THE_MIDDLE = {
     "fim_pre": ("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>",
                 "▁<PRE>", "<|code_prefix|>", "<|prefix|>"),
@@ -49,11 +50,11 @@ _FILL_IN_THE_MIDDLE = {
 
 
 class TokenizerError(EngineError):
-    """The tokenizer of a file, a text or a token id cannot be used."""
+    """A file's tokenizer, a text or a token id that can't be used."""
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's character for each byte: itself where it is printable, else one from U+0100 on."""
+    """GPT-2's character for each byte: the byte itself if printable, else one from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -76,7 +77,7 @@ class Vocab:
     eog_ids: frozenset[int]
 
     def piece(self, token_id: int, special: bool) -> bytes:
-        """What a token stands for; control and unknown ones for their text, or for nothing."""
+        """The bytes of a token; of control and unknown tokens only with `special`."""
         text, kind = self.tokens[token_id], self.types[token_id]
         if kind == UNUSED or (kind in (CONTROL, UNKNOWN) and not special):
             return b""
@@ -87,7 +88,7 @@ class Vocab:
         elif kind == NORMAL:
             try:
                 return bytes(map(BYTE_OF.__getitem__, text))
-            except KeyError:  # not in the byte alphabet, so it is no byte-level token
+            except KeyError:  # Not in the byte alphabet: the text is the token.
                 pass
         return text.encode()
 
@@ -100,7 +101,7 @@ def read_vocab(file: GGUFFile) -> Vocab:
             f"{file.path}: unknown tokenizer model {model!r}; known are {', '.join(MODELS)}"
         )
     tokens = _tokens(file)
-    ids = dict(zip(tokens, range(len(tokens)), strict=True))
+    ids = {text: i for i, text in enumerate(tokens)}
     if len(ids) != len(tokens):
         raise _doubled(file, tokens)
     scores = _scores(file, len(tokens)) if model == "llama" else None
@@ -115,57 +116,57 @@ def read_vocab(file: GGUFFile) -> Vocab:
     return Vocab(model, tokens, ids, kinds.tolist(), scores, bos_id, eos_id, eog_ids)
 
 
-def strings(file: GGUFFile, key: str) -> list[str]:
-    """A required array of strings of the tokenizer's metadata."""
+def metadata_error(file: GGUFFile, message: str) -> TokenizerError:
+    """An error of the tokenizer's metadata; `message` begins with the key."""
+    return TokenizerError(f"{file.path}: metadata {_KEY}{message}")
+
+
+def _required(file: GGUFFile, key: str) -> Any:
     value = file.metadata.get(_KEY + key)
     if value is None:
-        raise TokenizerError(f"{file.path}: metadata {_KEY}{key} is missing")
+        raise metadata_error(file, f"{key} is missing")
+    return value
+
+
+def strings(file: GGUFFile, key: str) -> list[str]:
+    """A required array of strings of the tokenizer's metadata."""
+    value = _required(file, key)
     if not isinstance(value, list):
-        raise TokenizerError(f"{file.path}: metadata {_KEY}{key}: expected an array of strings")
+        raise metadata_error(file, f"{key}: expected an array of strings")
     return value
 
 
 def _tokens(file: GGUFFile) -> list[str]:
     tokens = strings(file, "tokens")
     if not tokens:
-        raise TokenizerError(f"{file.path}: metadata {_KEY}tokens is empty")
-    if "" in tokens:
-        tokens = [text or f"[EMPTY_{i}]" for i, text in enumerate(tokens)]
-    return tokens
+        raise metadata_error(file, "tokens is empty")
+    return [text or f"[EMPTY_{i}]" for i, text in enumerate(tokens)]
 
 
 def _doubled(file: GGUFFile, tokens: list[str]) -> TokenizerError:
     first: dict[str, int] = {}
-    for i, text in enumerate(tokens):
-        if first.setdefault(text, i) != i:
-            break
-    return TokenizerError(
-        f"{file.path}: metadata {_KEY}tokens: {text!r} appears twice, as {first[text]} and {i}"
+    i = next(i for i, text in enumerate(tokens) if first.setdefault(text, i) != i)
+    return metadata_error(
+        file, f"tokens: {tokens[i]!r} appears twice, as {first[tokens[i]]} and {i}"
     )
 
 
 def _numbers(file: GGUFFile, key: str, kinds: str, n_tokens: int) -> NDArray[np.generic]:
     """A required array of numbers, one for each token, whose numpy kind is among `kinds`."""
-    value = file.metadata.get(_KEY + key)
-    if value is None:
-        raise TokenizerError(f"{file.path}: metadata {_KEY}{key} is missing")
+    value = _required(file, key)
     if not isinstance(value, np.ndarray) or value.dtype.kind not in kinds:
-        raise TokenizerError(f"{file.path}: metadata {_KEY}{key}: expected an array of numbers")
+        raise metadata_error(file, f"{key}: expected an array of numbers")
     if len(value) != n_tokens:
-        raise TokenizerError(
-            f"{file.path}: metadata {_KEY}{key}: expected {n_tokens} entries, one for each token, "
-            f"got {len(value)}"
-        )
+        expected = f"expected {n_tokens} entries, one for each token"
+        raise metadata_error(file, f"{key}: {expected}, got {len(value)}")
     return value
 
 
 def _scores(file: GGUFFile, n_tokens: int) -> NDArray[np.float32]:
     scores = _numbers(file, "scores", "fiu", n_tokens).astype(np.float32)
-    if (bad := np.flatnonzero(~np.isfinite(scores))).size:
-        raise TokenizerError(
-            f"{file.path}: metadata {_KEY}scores: expected a finite number for token {bad[0]}, "
-            f"got {scores[bad[0]]}"
-        )
+    for i in np.flatnonzero(~np.isfinite(scores)):
+        expected = f"expected a finite number for token {i}"
+        raise metadata_error(file, f"scores: {expected}, got {scores[i]}")
     return scores
 
 
@@ -173,18 +174,13 @@ def _types(file: GGUFFile, tokens: list[str], required: bool) -> NDArray[np.int6
     if not required and _KEY + "token_type" not in file.metadata:
         return np.full(len(tokens), NORMAL, np.int64)
     kinds = _numbers(file, "token_type", "iu", len(tokens)).astype(np.int64)
-    if (bad := np.flatnonzero((kinds < NORMAL) | (kinds > BYTE))).size:
-        i = bad[0]
-        raise TokenizerError(
-            f"{file.path}: metadata {_KEY}token_type: expected {NORMAL} to {BYTE} for token {i}, "
-            f"got {kinds[i]}"
-        )
+    for i in np.flatnonzero((kinds < NORMAL) | (kinds > BYTE)):
+        expected = f"expected {NORMAL} to {BYTE} for token {i}"
+        raise metadata_error(file, f"token_type: {expected}, got {kinds[i]}")
     for i in np.flatnonzero(kinds == BYTE):
         if not _BYTE_TEXT.fullmatch(tokens[i]):
-            raise TokenizerError(
-                f"{file.path}: metadata {_KEY}tokens: byte token {i}: expected a text like <0x0A>, "
-                f"got {tokens[i]!r}"
-            )
+            expected = f"byte token {i}: expected a text like <0x0A>"
+            raise metadata_error(file, f"tokens: {expected}, got {tokens[i]!r}")
     return kinds
 
 
@@ -197,10 +193,8 @@ def _special_id(file: GGUFFile, name: str, n_tokens: int) -> int | None:
         return None
     value = file.integer(f"{_KEY}{name}_token_id")
     if not 0 <= value < n_tokens:
-        raise TokenizerError(
-            f"{file.path}: metadata {_KEY}{name}_token_id: expected an id below {n_tokens}, "
-            f"got {value}"
-        )
+        expected = f"expected an id below {n_tokens}"
+        raise metadata_error(file, f"{name}_token_id: {expected}, got {value}")
     return value
 
 

@@ -172,16 +172,16 @@ def shorten_prefill(patch: pytest.MonkeyPatch) -> None:
 
 def change_tokens(change: Callable[[list[int]], object]) -> Callable[[pytest.MonkeyPatch], None]:
     def apply(patch: pytest.MonkeyPatch) -> None:
-        receive = Request.receive
+        accept_logits = Request.accept_logits
         changed: list[Request] = []
 
         def lie(self: Request, logits: Any) -> None:
-            receive(self, logits)
+            accept_logits(self, logits)
             if len(self.tokens) == 2 and self not in changed:
                 changed.append(self)
                 change(self.tokens)
 
-        patch.setattr(Request, "receive", lie)
+        patch.setattr(Request, "accept_logits", lie)
 
     return apply
 

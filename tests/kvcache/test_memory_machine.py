@@ -1,8 +1,9 @@
 """Random ways through the memory of sequences, against whole lists of tokens.
 
-A state machine steps (with snapshots or not), breaks, forks, marks, truncates, saves, restores and
-frees. Every sequence and every checkpoint must read back its own tokens at all times, `truncate`
-must reach exactly the nearest kept position, and at the end everything must be free.
+A state machine steps (with per-token states or not), breaks, forks, adds rollback points,
+truncates, saves, restores and frees. Every sequence and every checkpoint must read back its own
+tokens at all times, `truncate` must reach exactly the nearest kept position, and at the end
+everything must be free.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ class Model:
     """What a sequence should be: its tokens, and the positions that it can go back to."""
 
     tokens: list[int] = field(default_factory=list)
-    marks: set[int] = field(default_factory=set)
-    snapshots: set[int] = field(default_factory=set)
+    rollback_points: set[int] = field(default_factory=set)
+    token_states: set[int] = field(default_factory=set)
 
     def kept(self) -> Model:
         """What forks, checkpoints and restored sequences share of it."""
-        return Model(list(self.tokens), set(self.marks))
+        return Model(list(self.tokens), set(self.rollback_points))
 
     def truncate(self, n: int) -> int:
         """Go back to the nearest kept position."""
         if n >= len(self.tokens):
             return len(self.tokens)
-        reached = max((k for k in self.marks | self.snapshots if k <= n), default=0)
+        reached = max((k for k in self.rollback_points | self.token_states if k <= n), default=0)
         self.tokens = self.tokens[:reached]
-        self.marks = {k for k in self.marks if k <= reached}
-        self.snapshots = set()
+        self.rollback_points = {k for k in self.rollback_points if k <= reached}
+        self.token_states = set()
         return reached
 
 
@@ -98,11 +99,12 @@ class Sequences(RuleBasedStateMachine):
         try:
             steps = begin(chunks, self.memory)
         except MemoryFullError:
-            # It may have given snapshots back: they are kept until the next step only.
+            # It may have freed per-token states: they are kept until the next step only.
             assert self.memory.blocks.n_free <= free[0]
             assert self.memory.slots.n_free >= free[1]
             for chunk in chunks:
-                self.models[chunk.seq].snapshots &= set(self.memory._sequences[chunk.seq].snapshots)
+                kept = self.memory._sequences[chunk.seq].token_states.keys()
+                self.models[chunk.seq].token_states &= kept
             return
         if end != "cancel":
             for chunk, step in zip(chunks, steps, strict=True):
@@ -116,25 +118,25 @@ class Sequences(RuleBasedStateMachine):
             self.memory.finish(chunk.seq, len(chunk.tokens))
             model.tokens = model.tokens + list(chunk.tokens)
             n, kept = len(model.tokens), min(chunk.n_snapshots, len(chunk.tokens))
-            model.snapshots = set(range(n - kept + 1, n + 1))
+            model.token_states = set(range(n - kept + 1, n + 1))
         elif end == "cancel":
             self.memory.cancel(chunk.seq)
-            model.snapshots = set()
+            model.token_states = set()
         else:
             self.memory.reset(chunk.seq)
             self.models[chunk.seq] = Model()
 
     @precondition(lambda self: self.models)
     @rule(data=st.data())
-    def mark(self, data: st.DataObject) -> None:
+    def add_rollback_point(self, data: st.DataObject) -> None:
         seq = self.choose(data)
         model, n_free = self.models[seq], self.memory.slots.n_free
         try:
-            self.memory.mark(seq)
+            self.memory.add_rollback_point(seq)
         except MemoryFullError:
             assert n_free == 0
             return
-        model.marks |= {len(model.tokens)} - {0}
+        model.rollback_points |= {len(model.tokens)} - {0}
         assert self.memory.slots.n_free == n_free
 
     @precondition(lambda self: self.models)
@@ -167,28 +169,29 @@ class Sequences(RuleBasedStateMachine):
     @invariant()
     def everybody_reads_his_own(self) -> None:
         for seq, model in self.models.items():
-            span = self.memory._sequences[seq]
-            self.contents.check(span, model.tokens)
-            assert (set(span.marks), set(span.snapshots)) == (model.marks, model.snapshots)
+            held = self.memory._sequences[seq]
+            self.contents.check(held, model.tokens)
+            assert set(held.rollback_points) == model.rollback_points
+            assert set(held.token_states) == model.token_states
         for checkpoint, model in self.saved:
             assert checkpoint.n_tokens == len(model.tokens)
-            self.contents.check(checkpoint.span, model.tokens)
+            self.contents.check(checkpoint.allocation, model.tokens)
 
     @invariant()
     def kept_states_are_those_of_their_positions(self) -> None:
-        spans = [(self.memory._sequences[seq], model) for seq, model in self.models.items()]
-        spans += [(checkpoint.span, model) for checkpoint, model in self.saved]
-        for span, model in spans:
-            for n, state in [*span.marks.items(), *span.snapshots.items()]:
+        allocations = [(self.memory._sequences[seq], model) for seq, model in self.models.items()]
+        allocations += [(checkpoint.allocation, model) for checkpoint, model in self.saved]
+        for held, model in allocations:
+            for n, state in [*held.rollback_points.items(), *held.token_states.items()]:
                 assert list(self.contents.slots[state.slot]) == model.tokens[:n]
 
     @invariant()
     def nothing_is_held_by_nobody(self) -> None:
-        spans = [*self.memory._sequences.values(), *(c.span for c, _ in self.saved)]
-        blocks = {block for span in spans for block in span.table.blocks}
-        slots = {span.state.slot for span in spans} - {-1}
-        for span in spans:
-            slots |= {s.slot for s in [*span.marks.values(), *span.snapshots.values()]}
+        allocations = [*self.memory._sequences.values(), *(c.allocation for c, _ in self.saved)]
+        blocks = {block for held in allocations for block in held.table.blocks}
+        slots = {held.state.slot for held in allocations} - {-1}
+        for held in allocations:
+            slots |= {s.slot for s in [*held.rollback_points.values(), *held.token_states.values()]}
         assert len(blocks) == self.memory.blocks.size - self.memory.blocks.n_free
         assert len(slots) == self.memory.slots.size - self.memory.slots.n_free
 

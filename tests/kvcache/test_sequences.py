@@ -14,7 +14,7 @@ import pytest
 
 from engine.kvcache.blocks import BlockTable
 from engine.kvcache.pool import MemoryFullError, Pool
-from engine.kvcache.sequences import SequenceMemory, Span, Step
+from engine.kvcache.sequences import Allocation, SequenceMemory, Step
 from engine.kvcache.slots import NO_SLOT, StateSlot
 from engine.runtime.batch import Chunk, begin
 
@@ -26,31 +26,31 @@ BLOCK = 4
 
 def test_a_pool_hands_out_every_index_once() -> None:
     pool = Pool(3, "things")
-    assert sorted(pool.acquire() for _ in range(3)) == [0, 1, 2]
+    assert sorted(pool.allocate() for _ in range(3)) == [0, 1, 2]
     assert pool.n_free == 0
     with pytest.raises(MemoryFullError, match="out of things: 1 needed, 0 of 3 are free"):
-        pool.acquire()
-    pool.release(1)
-    assert pool.acquire() == 1
+        pool.allocate()
+    pool.free(1)
+    assert pool.allocate() == 1
 
 
 def test_an_index_is_free_when_its_last_reference_goes() -> None:
     pool = Pool(2, "things")
-    index = pool.acquire()
+    index = pool.allocate()
     assert not pool.is_shared(index)
     assert pool.share(index) == index
     assert pool.is_shared(index)
-    pool.release(index)
+    pool.free(index)
     assert (pool.n_free, pool.is_shared(index)) == (1, False)
-    pool.release(index)
+    pool.free(index)
     assert pool.n_free == 2
 
 
 def test_a_pool_notices_what_nobody_holds() -> None:
     pool = Pool(2, "things")
-    index = pool.acquire()
-    pool.release(index)
-    for wrong in (pool.release, pool.share):
+    index = pool.allocate()
+    pool.free(index)
+    for wrong in (pool.free, pool.share):
         with pytest.raises(AssertionError):
             wrong(index)
 
@@ -150,7 +150,7 @@ def test_a_slot_starts_from_zeros_and_is_written_in_place() -> None:
     assert state.begin() == (slot, slot)
     state.finish()
     assert pool.n_free == 1
-    state.release()
+    state.free()
     assert (state.slot, pool.n_free) == (NO_SLOT, 2)
 
 
@@ -204,22 +204,22 @@ class Contents:
     def run(self, step: Step, tokens: list[int]) -> None:
         """What the graph does: read the state, write keys and the state after the tokens."""
         before = () if step.state_src == NO_SLOT else self.slots[step.state_src]
-        for back, slot in enumerate(step.snapshots[::-1]):
+        for back, slot in enumerate(step.snapshot_dst[::-1]):
             self.slots[slot] = (*before, *tokens[: len(tokens) - back])
         self.slots[step.state_dst] = (*before, *tokens)
         for position, token in enumerate(tokens, step.n_past):
             self.blocks[step.blocks[position // BLOCK]][position % BLOCK] = token
 
-    def read(self, span: Span) -> tuple[list[Any], list[Any]]:
+    def read(self, held: Allocation) -> tuple[list[Any], list[Any]]:
         """The tokens according to the blocks, and according to the slot."""
-        cells = [cell for block in span.table.blocks for cell in self.blocks[block]]
-        slot = span.state.slot
-        return cells[: span.n_tokens], [] if slot == NO_SLOT else list(self.slots[slot])
+        cells = [cell for block in held.table.blocks for cell in self.blocks[block]]
+        slot = held.state.slot
+        return cells[: held.n_tokens], [] if slot == NO_SLOT else list(self.slots[slot])
 
-    def check(self, span: Span, tokens: list[int]) -> None:
-        assert span.n_tokens == len(tokens)
-        assert self.read(span) == (tokens, tokens)
-        assert len(span.table.blocks) == -(-len(tokens) // BLOCK)
+    def check(self, held: Allocation, tokens: list[int]) -> None:
+        assert held.n_tokens == len(tokens)
+        assert self.read(held) == (tokens, tokens)
+        assert len(held.table.blocks) == -(-len(tokens) // BLOCK)
 
 
 def stepped(contents: Contents, seq: int, tokens: list[int]) -> Step:
@@ -272,7 +272,7 @@ def test_holders_of_one_state_need_no_slots_until_they_step() -> None:
     with pytest.raises(MemoryFullError, match="out of state slots: 1 needed, 0 of 2 are free"):
         memory.begin(others[1], 1)
     assert (memory.blocks.n_free, memory.slots.n_free) == (6, 0)
-    contents.check(saved.span, [1, 2])
+    contents.check(saved.allocation, [1, 2])
 
 
 @pytest.mark.parametrize("n_blocks", [1, 2, 3])
@@ -286,7 +286,7 @@ def test_a_batch_without_room_for_its_last_sequence_begins_none(n_blocks: int) -
 
 def snapped(contents: Contents, seq: int, tokens: list[int], n_snapshots: int) -> None:
     step = contents.memory.begin(seq, len(tokens), n_snapshots)
-    assert len(step.snapshots) == min(n_snapshots, len(tokens))
+    assert len(step.snapshot_dst) == min(n_snapshots, len(tokens))
     contents.run(step, tokens)
     contents.memory.finish(seq, len(tokens))
 
@@ -295,24 +295,24 @@ def snapped(contents: Contents, seq: int, tokens: list[int], n_snapshots: int) -
     ("n", "reached"), [(9, 7), (7, 7), (6, 6), (5, 5), (4, 2), (2, 2), (1, 0), (0, 0), (-3, 0)]
 )
 def test_truncate_reaches_the_nearest_kept_position(n: int, reached: int) -> None:
-    """Kept are a mark at 2 and snapshots after 5, 6 and 7 tokens."""
+    """Kept are a rollback point at 2 and the states after 5, 6 and 7 tokens."""
     contents = Contents(8, 8)
     memory, seq = contents.memory, contents.memory.create()
     stepped(contents, seq, [1, 2])
-    memory.mark(seq)
+    memory.add_rollback_point(seq)
     snapped(contents, seq, [3, 4, 5, 6, 7], 3)
     assert memory.truncate(seq, n) == memory.n_tokens(seq) == reached
-    contents.check(memory.checkpoint(seq).span, [1, 2, 3, 4, 5, 6, 7][:reached])
+    contents.check(memory.checkpoint(seq).allocation, [1, 2, 3, 4, 5, 6, 7][:reached])
     stepped(contents, seq, [8])
-    contents.check(memory.checkpoint(seq).span, [*[1, 2, 3, 4, 5, 6, 7][:reached], 8])
+    contents.check(memory.checkpoint(seq).allocation, [*[1, 2, 3, 4, 5, 6, 7][:reached], 8])
 
 
-def test_snapshots_are_gone_with_the_next_step_and_marks_stay() -> None:
+def test_per_token_states_are_gone_with_the_next_step_and_rollback_points_stay() -> None:
     contents = Contents(8, 8)
     memory, seq = contents.memory, contents.memory.create()
     snapped(contents, seq, [1, 2, 3, 4], 2)
-    memory.mark(seq)
-    memory.mark(seq)
+    memory.add_rollback_point(seq)
+    memory.add_rollback_point(seq)
     stepped(contents, seq, [5])
     stepped(contents, seq, [6])
     assert memory.slots.n_free == 6
@@ -321,79 +321,80 @@ def test_snapshots_are_gone_with_the_next_step_and_marks_stay() -> None:
     assert (memory.slots.n_free, memory.blocks.n_free) == (8, 8)
 
 
-def test_marks_behind_a_truncation_are_gone() -> None:
+def test_rollback_points_behind_a_truncation_are_gone() -> None:
     contents = Contents(8, 8)
     memory, seq = contents.memory, contents.memory.create()
     for n in (1, 2, 3):
         stepped(contents, seq, [n])
-        memory.mark(seq)
+        memory.add_rollback_point(seq)
     assert memory.truncate(seq, 1) == 1
     stepped(contents, seq, [4, 5, 6])
     assert memory.truncate(seq, 3) == 1
-    contents.check(memory.checkpoint(seq).span, [1])
+    contents.check(memory.checkpoint(seq).allocation, [1])
 
 
-def test_a_fork_has_marks_of_its_own() -> None:
+def test_a_fork_has_rollback_points_of_its_own() -> None:
     contents = Contents(8, 8)
     memory, a = contents.memory, contents.memory.create()
     stepped(contents, a, [1, 2, 3])
-    memory.mark(a)
+    memory.add_rollback_point(a)
     stepped(contents, a, [4, 5])
     b = memory.fork(a)
     assert memory.truncate(a, 1) == 0
     assert memory.truncate(b, 4) == 3
     stepped(contents, b, [6])
-    contents.check(memory.checkpoint(b).span, [1, 2, 3, 6])
+    contents.check(memory.checkpoint(b).allocation, [1, 2, 3, 6])
     assert memory.n_tokens(a) == 0
 
 
-def test_a_checkpoint_goes_back_to_its_marks() -> None:
+def test_a_checkpoint_goes_back_to_its_rollback_points() -> None:
     contents = Contents(8, 8)
     memory, seq = contents.memory, contents.memory.create()
     for n in (1, 2, 3):
         stepped(contents, seq, [n, -n, 0])
-        memory.mark(seq)
+        memory.add_rollback_point(seq)
     stepped(contents, seq, [4])
     held = memory.checkpoint(seq)
     memory.free(seq)
-    assert held.marks == {3, 6, 9}
-    back, again = held.back_to(6), held.fork()
-    assert (back.marks, again.marks) == (frozenset({3, 6}), frozenset({3, 6, 9}))
-    contents.check(back.span, [1, -1, 0, 2, -2, 0])
+    assert held.rollback_points == {3, 6, 9}
+    back, again = held.rolled_back(6), held.fork()
+    assert back.rollback_points == frozenset({3, 6})
+    assert again.rollback_points == frozenset({3, 6, 9})
+    contents.check(back.allocation, [1, -1, 0, 2, -2, 0])
     held.release()
-    contents.check(again.span, [1, -1, 0, 2, -2, 0, 3, -3, 0, 4])
+    contents.check(again.allocation, [1, -1, 0, 2, -2, 0, 3, -3, 0, 4])
     again.release()
     seq = memory.create()
     memory.restore(seq, back)
     back.release()
     stepped(contents, seq, [7])
-    contents.check(memory.checkpoint(seq).span, [1, -1, 0, 2, -2, 0, 7])
+    contents.check(memory.checkpoint(seq).allocation, [1, -1, 0, 2, -2, 0, 7])
 
 
-def test_one_mark_instead_of_others() -> None:
+def test_one_rollback_point_instead_of_others() -> None:
     contents = Contents(8, 8)
     memory, seq = contents.memory, contents.memory.create()
     for n in (1, 2, 3):
         stepped(contents, seq, [n])
-        memory.mark(seq, only=True)
+        memory.add_rollback_point(seq, replace=True)
     stepped(contents, seq, [4])
     assert memory.slots.n_free == 6
-    assert memory.checkpoint(seq).marks == {3}
+    assert memory.checkpoint(seq).rollback_points == {3}
     assert memory.truncate(seq, 3) == 3
 
 
-def test_a_mark_needs_a_slot_for_the_next_step() -> None:
+def test_a_rollback_point_needs_a_slot_for_the_next_step() -> None:
     contents = Contents(8, 1)
     seq = contents.memory.create()
-    contents.memory.mark(seq)
+    contents.memory.add_rollback_point(seq)
     stepped(contents, seq, [1])
     with pytest.raises(MemoryFullError, match="out of state slots: 1 needed, 0 of 1 are free"):
-        contents.memory.mark(seq)
+        contents.memory.add_rollback_point(seq)
     stepped(contents, seq, [2])
     assert contents.memory.truncate(seq, 1) == 0
 
 
-def test_a_step_without_room_for_its_snapshots_changes_nothing() -> None:
+def test_a_step_without_slots_for_its_per_token_states_changes_nothing() -> None:
     contents = Contents(8, 3)
     seq = contents.memory.create()
     stepped(contents, seq, [1])
@@ -401,4 +402,4 @@ def test_a_step_without_room_for_its_snapshots_changes_nothing() -> None:
         contents.memory.begin(seq, 5, 3)
     assert (contents.memory.slots.n_free, contents.memory.blocks.n_free) == (2, 7)
     snapped(contents, seq, [2], 3)
-    contents.check(contents.memory.checkpoint(seq).span, [1, 2])
+    contents.check(contents.memory.checkpoint(seq).allocation, [1, 2])

@@ -18,11 +18,11 @@ import pytest
 from engine.formats.quants import F32, I32, DType
 from engine.graph import Capacity, Graph, Kind, Op, ShapeError, Tensor
 from engine.ops import OPS
-from engine.ops.cases import Case, Operand, single_node_graph
 from engine.ops.mul_mat import mul_mat
 from engine.ops.mul_mat_id import mul_mat_id
 from engine.ops.qk_norm_rope import QK_NORM_ROPE
 from engine.ops.router import ROUTER
+from tests.support.cases import Case, Operand, single_node_graph
 from tests.support.opcase import largest_case
 
 # Which axes nothing else determines: counts of rows, slots and blocks, widths of tables.

@@ -11,12 +11,12 @@ from engine.formats.quants import F16, F32, I32, WEIGHT_TYPES, DType
 from engine.graph import Capacity, Cost, Dim, Graph, Kind, Live, Op, Tensor
 from engine.ops import OPS
 from engine.ops.attention import attention
-from engine.ops.cases import live_counts, paged_operands, single_node_graph
 from engine.ops.gated_delta_net import gated_delta_net
 from engine.ops.get_rows import get_rows
 from engine.ops.mla_cache import mla_cache
 from engine.ops.mul_mat import mul_mat
 from engine.ops.mul_mat_id import mul_mat_id
+from tests.support.cases import live_counts, paged_operands, single_node_graph
 from tests.support.opcase import largest_case
 
 # Three live rows of two sequences, out of a capacity of eight and four.
@@ -90,9 +90,10 @@ def delta_net_node(n_heads: tuple[int, int] = (1, 2), kda: bool = False) -> Grap
         "snapshot_dst": graph.input("snapshot_dst", (n_seqs, 2)),
     }
     g = rows("g", n_v, 16) if kda else rows("g", n_v)
-    operands = (rows("q", n_k, 16), rows("k", n_k, 16), rows("v", n_v, 8), g, rows("beta", n_v))
+    operands = {"q": rows("q", n_k, 16), "k": rows("k", n_k, 16), "v": rows("v", n_v, 8), "g": g}
+    operands |= {"beta": rows("beta", n_v), **batch}
     state = graph.state("state", (Dim(9, "n_slots"), n_v, 8, 16))
-    gated_delta_net(graph, "delta", *operands, state, batch, head_map="tiled")
+    gated_delta_net(graph, "delta", operands | {"state": state}, head_map="tiled")
     return graph
 
 

@@ -77,9 +77,8 @@ def run_decomposed(
         "state_dst": graph.input("state_dst", (n_seqs,)),
         "snapshot_dst": graph.input("snapshot_dst", (n_seqs, 0)),
     }
-    out = delta_net_decomposed(
-        graph, "rule", **operands, state=state, batch=batch, head_map=head_map
-    )
+    given = {**operands, "state": state, **batch}
+    out = delta_net_decomposed(graph, "rule", given, head_map=head_map)
     graph.outputs["out"] = out
     backend = ReferenceBackend(np.float64)
     executable = Executable(place(graph, [backend]), RawWeights({}))

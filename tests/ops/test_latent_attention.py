@@ -15,12 +15,12 @@ from engine.backends.reference import ReferenceBackend
 from engine.formats.quants import F16, F32, DType
 from engine.graph import Capacity, Dim, Graph, Kind, Tensor
 from engine.ops.attention import attention
-from engine.ops.cases import live_counts, paged_operands
 from engine.ops.mla_cache import mla_cache
 from engine.placement.place import place
 from engine.runtime.batch import row_blocks
 from engine.runtime.executor import Executable
 from tests.support import naive
+from tests.support.cases import live_counts, paged_operands
 from tests.support.opcase import F16_LIMIT, OpCase, RawWeights, assert_close, fresh_seed
 
 Array = np.ndarray[Any, Any]

@@ -1,8 +1,8 @@
-"""Completions in a batch: each is what its prompt gives alone, whoever joins, leaves or fails.
+"""Completions in a batch: each equals its prompt run alone, whichever others join, leave or fail.
 
 The standard is an engine that runs one completion at a time, in float64 like those under test, so
-that the logits of every step can be compared closely. Random schedules start, pull, cancel, close
-and forget completions; whatever happens, all memory comes back.
+that the logits of every step can be compared closely. Random schedules start, read, cancel, close
+and drop completions; after all of them, all memory is free.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ Logged = dict[Request, list[NDArray[np.float32]]]
 MAX_NMSE = 1e-10
 N_CTX = 2048
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
-# Flat: another token at any step is all but certain if the logits or the random numbers differ.
+# Flat: if logits or random numbers differ, some token almost certainly differs.
 WILD: dict[str, Any] = {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 @pytest.fixture(autouse=True)
 def logged(monkeypatch: pytest.MonkeyPatch) -> Logged:
-    """The logits that every request has received."""
+    """The logits that every request was given."""
     seen: Logged = defaultdict(list)
-    receive = Request.receive
+    accept_logits = Request.accept_logits
 
     def recording(self: Request, logits: NDArray[np.float32]) -> None:
         seen[self].append(logits.copy())
-        receive(self, logits)
+        accept_logits(self, logits)
 
-    monkeypatch.setattr(Request, "receive", recording)
+    monkeypatch.setattr(Request, "accept_logits", recording)
     return seen
 
 
@@ -62,13 +62,13 @@ def request_of(completion: Completion) -> Request:
 
 
 def finished(engine: Engine, prompt: Sequence[int], params: SamplingParams) -> Request:
-    """A prompt run to its end with nobody else there."""
+    """A prompt run to its end, alone in the engine."""
     (completion,) = engine.generate_batch([prompt], [params])
     return request_of(completion)
 
 
 def assert_same_run(got: Request, expected: Request, logged: Logged) -> None:
-    """All of it, or as far as it came before it was cancelled."""
+    """Compare all of a run; of a cancelled one, all that it had."""
     n = len(logged[got])
     for ours, theirs in zip(logged[got], logged[expected][:n], strict=True):
         assert nmse(ours, theirs) <= MAX_NMSE
@@ -82,7 +82,7 @@ def assert_same_run(got: Request, expected: Request, logged: Logged) -> None:
 
 
 def random_params(rng: Rng) -> SamplingParams:
-    """With a seed of its own, so that it can be run again."""
+    """Random parameters with a seed, so that the run can be repeated."""
     choices: list[dict[str, Any]] = [
         {"temperature": 0},
         WILD,
@@ -133,7 +133,7 @@ class Schedule:
         self.started.append((request_of(completion), prompt, params))
 
     def leave(self) -> None:
-        """Give one up, in one of the ways to do that."""
+        """End one: cancel it, close it, or drop the last reference."""
         completion = self.active.pop(self.rng.integers(len(self.active)))
         way = self.rng.integers(3)
         if way == 0:
@@ -144,7 +144,7 @@ class Schedule:
         # Otherwise it is forgotten.
 
     def pull(self) -> None:
-        """Ask one for its next piece."""
+        """Read the next token of one."""
         next(self.active[self.rng.integers(len(self.active))], None)
 
     def act(self) -> None:

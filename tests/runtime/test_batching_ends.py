@@ -1,6 +1,6 @@
-"""Why completions end, each beside others that go on; and requests that find no room at first.
+"""Why completions end, each beside others that continue; and requests that don't fit at first.
 
-What has to wait runs when there is room; what can never fit is refused with the sizes.
+A request that has to wait runs when memory is free; one that never fits is refused with the sizes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def three(models: Callable[[str, str], Path]) -> Engine:
 
 @pytest.fixture
 def company(three: Engine) -> Iterator[Engine]:
-    """Room for three; nothing of a test is left in it."""
+    """An engine for three sequences; every test leaves its memory free."""
     yield three
     assert_all_free(three)
     assert not three.advance()
@@ -107,13 +107,13 @@ def test_ends_when_its_user_says_so(company: Engine) -> None:
     assert list(completion) == []
     assert completion.tokens == [first.token]
     assert [t.token for t in other] == tokens_alone(company, [2])
-    # What had ended before ended as it did.
+    # A completion that had ended before keeps its reason.
     other.cancel()
     assert other.finish_reason == "length"
 
 
 def test_ends_with_an_error_of_its_own(company: Engine) -> None:
-    """A request that bans every token; the one beside it doesn't notice."""
+    """A request that bans every token fails; the one beside it is not affected."""
     nothing = SamplingParams(logit_bias=dict.fromkeys(range(320), -np.inf))
     done, other = company.generate_batch([[1], [2]], [nothing, GREEDY])
     assert done.finish_reason == "error"
@@ -123,7 +123,7 @@ def test_ends_with_an_error_of_its_own(company: Engine) -> None:
         next(company.generate([1], nothing))
 
 
-# Requests that find no room.
+# Requests that don't fit.
 
 
 def test_more_than_fit_wait_their_turn(load: Callable[..., Engine]) -> None:
@@ -132,7 +132,7 @@ def test_more_than_fit_wait_their_turn(load: Callable[..., Engine]) -> None:
         for expected in ([1, 1, 0, 0, 0], [2, 2, 0, 0, 0]):
             engine.advance()
             assert [len(c.tokens) for c in all_five] == expected
-        # Whoever waits can leave too, and the last can be asked first.
+        # A waiting request can be cancelled, and the last one can be read first.
         all_five.pop(2).cancel()
         assert len(list(all_five[-1])) == 10
         assert [c.finish_reason for c in all_five] == ["length"] * 4
@@ -149,7 +149,7 @@ def held_by_a_checkpoint(engine: Engine, n: int) -> Checkpoint:
 
 
 def test_what_a_checkpoint_holds_is_waited_for(load: Callable[..., Engine]) -> None:
-    """4 + 2 + 1 blocks of 64; the checkpoint holds 4, the first request's promise is 2."""
+    """There are 4 + 2 + 1 blocks of 64; the checkpoint holds 4, the first request may take 2."""
     whole = SamplingParams(temperature=0, max_tokens=186, ignore_eos=True)
     with load(n_ctx=256, n_parallel=2, n_checkpoints=1) as engine:
         checkpoint = held_by_a_checkpoint(engine, 200)
@@ -186,7 +186,7 @@ def test_what_can_never_fit_is_refused_with_the_sizes(load: Callable[..., Engine
 def test_slots_that_checkpoints_hold_are_promised_to_nobody(
     load: Callable[..., Engine], n_held: int
 ) -> None:
-    """More checkpoints than were planned for: fewer requests run at once, none breaks."""
+    """With more checkpoints than n_checkpoints, fewer requests run at once, and none fails."""
     with load(n_parallel=3, n_checkpoints=0) as engine:
         held = [held_by_a_checkpoint(engine, 5) for _ in range(n_held)]
         done = engine.generate_batch([[1], [2], [3], [4]], GREEDY)

@@ -18,7 +18,7 @@ from engine.engine import PromptError
 from engine.kvcache.sequences import Checkpoint
 from engine.runtime.request import ChatCompletion
 from engine.text.template import ChatError
-from engine.text.tokenizer import GUARD, TokenizerError
+from engine.text.tokenizer import ESCAPE, TokenizerError
 from tests.support.chats import CHATML, QWEN35_STYLE, Messages
 from tests.support.helpers import N_VOCAB, STD, assert_all_free, failing_at, float64_engine, nmse
 from tests.support.lazy_backend import lazy_engine
@@ -40,7 +40,7 @@ def fresh(tiny: Path) -> Engine:
 
 @pytest.fixture(params=[float64_engine, lazy_engine])
 def engine(tiny: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
-    """Decode steps one by one, and steps that run ahead of the host."""
+    """With synchronous decode steps, and with overlapped ones."""
     with request.param(tiny, n_ctx=1024) as engine:
         yield engine
         engine.conversation.release()
@@ -90,7 +90,7 @@ def special_ids(engine: Engine, ids: list[int]) -> list[int]:
 
 
 def test_a_turn_processes_only_its_own_tokens(engine: Engine, fresh: Engine) -> None:
-    """Ten turns. The tokens that a turn may process, counted from the texts alone."""
+    """Ten turns process no more tokens than counted from the texts alone."""
     talk = Talk(engine, fresh, PLAIN)
     encode = engine.tokenizer.encode
     n_held = 0
@@ -120,7 +120,7 @@ def test_thinking_that_is_left_out_is_all_that_is_processed_again(
     for turn in range(3):
         before = engine.conversation.n_tokens
         answer = talk.ask(f"more {turn}")
-        # What stays ends with the last special token before the thinking of the answer.
+        # The kept prefix ends with the last special token before the answer's thinking.
         text = THINKING.render(talk.messages[:-3], add_generation_prompt=False) + "<|im_start|>"
         kept = engine.tokenizer.encode(text, parse_special=True)
         assert answer.prompt.n_kept == len(kept) < before
@@ -128,7 +128,7 @@ def test_thinking_that_is_left_out_is_all_that_is_processed_again(
         everything = engine.tokenizer.encode(text, parse_special=True)
         assert answer.prompt.before + answer.prompt.ids == everything
         assert answer.prompt.n_dropped == before - len(kept) < 40
-        # There is no more than one mark.
+        # There is at most one rollback point.
         assert engine.memory.slots.n_free == engine.memory.slots.size - 2
 
 
@@ -140,9 +140,9 @@ def test_a_mark_lies_just_before_the_thinking(tmp_path: Path) -> None:
             prompt = engine.conversation.prompt(
                 THINKING, [{"role": "user", "content": "a"}], reasoning=reasoning
             )
-            assert len(prompt.ids) - prompt.mark_at == n_thinking
+            assert len(prompt.ids) - prompt.rollback_at == n_thinking
         prompt = engine.conversation.prompt(PLAIN, [{"role": "user", "content": "a"}])
-        assert len(prompt.ids) == prompt.mark_at
+        assert len(prompt.ids) == prompt.rollback_at
 
 
 def test_without_reasoning_nothing_else_is_dropped(engine: Engine, fresh: Engine) -> None:
@@ -178,7 +178,7 @@ def test_a_history_that_was_changed(engine: Engine, fresh: Engine, change: int) 
 def test_an_answer_that_was_changed(engine: Engine, fresh: Engine) -> None:
     talk = Talk(engine, fresh, PLAIN)
     talk.ask("the cat")
-    n_prompt = len(talk.ask("and the dog").prompt.parts)
+    n_prompt = len(talk.ask("and the dog").prompt.segments)
     assert n_prompt
     talk.messages[-1]["content"] = "another answer"
     answer = talk.ask("more")
@@ -286,8 +286,8 @@ def special_model(directory: Path, *texts: str, kind: int = 3) -> Path:
                        vocab_size=len(tokens))  # fmt: skip
 
 
-def test_guards_are_no_text(engine: Engine) -> None:
-    for text in (GUARD, f"a{GUARD}b", "\ud800"):
+def test_escapes_are_no_text(engine: Engine) -> None:
+    for text in (ESCAPE, f"a{ESCAPE}b", "\ud800"):
         with pytest.raises(TokenizerError, match="lone surrogate"):
             engine.chat([{"role": "user", "content": text}], template=PLAIN)
 
@@ -375,14 +375,14 @@ def test_a_stop_text_is_no_part_of_the_history(engine: Engine, fresh: Engine) ->
     answer = talk.ask("the cat")
     assert answer.detail == "stop text"
     n_prompt = len(answer.prompt.ids)
-    # The state holds the stop text, so it is not gone on from.
+    # The state has read the stop text, so the next turn can't continue from it.
     following = talk.ask("more")
     assert following.prompt.n_kept == n_prompt
     assert stop not in talk.messages[1]["content"]
 
 
 def test_invisible_tokens_stay(engine: Engine, fresh: Engine) -> None:
-    """A control token in the middle of an answer is not shown, and the state goes on with it."""
+    """A control token in the middle of an answer is not shown, but the state has read it."""
     start = engine.tokenizer.encode("<|im_start|>", parse_special=True)[0]
     talk = Talk(engine, fresh, PLAIN, SamplingParams(temperature=0, max_tokens=3,
                                                      logit_bias={start: 1000.0}))  # fmt: skip
@@ -396,19 +396,19 @@ def test_invisible_tokens_stay(engine: Engine, fresh: Engine) -> None:
 
 def states(engine: Engine, checkpoint: Checkpoint) -> dict[int, dict[str, Any]]:
     """Contents of a checkpoint's slots, by position: its own, and those of its marks."""
-    slots = {n: state.slot for n, state in checkpoint.span.marks.items()}
-    slots[checkpoint.n_tokens] = checkpoint.span.state.slot
+    slots = {n: state.slot for n, state in checkpoint.allocation.rollback_points.items()}
+    slots[checkpoint.n_tokens] = checkpoint.allocation.state.slot
     store = engine.plan.backends[0].states
     return {n: store.save("n_slots", slot) for n, slot in slots.items()}
 
 
 def assert_holds(engine: Engine, fresh: Engine, answer: ChatCompletion, n_tokens: int) -> None:
-    """The conversation holds the state after so many of the tokens, and that at the mark."""
+    """The cached prefix is the state after so many tokens, and that at the rollback point."""
     ids = [*answer.prompt.before, *answer.prompt.ids, *answer.tokens]
-    held = engine.conversation._held
+    held = engine.conversation._cached
     assert held is not None
     found = states(engine, held)
-    assert found.keys() == {n_tokens, answer.prompt.mark_at} - {0}
+    assert found.keys() == {n_tokens, answer.prompt.rollback_at} - {0}
     for n, got in found.items():
         seq = fresh.memory.create()
         fresh.prefill(seq, ids[:n])
@@ -424,8 +424,8 @@ def assert_holds(engine: Engine, fresh: Engine, answer: ChatCompletion, n_tokens
 def test_what_is_held_where_an_answer_is_stopped(
     engine: Engine, fresh: Engine, template: ChatTemplate, n: int
 ) -> None:
-    """After any token, by stop(), cancel(), a limit or a stop text, all held are the tokens that
-    came, the last one excepted, which no step has read."""
+    """Stopped after any token by stop(), cancel(), a limit or a stop text: the cached prefix has
+    all tokens but the last one, which no step has read."""
     messages: Messages = [{"role": "user", "content": "the cat"}]
     endless = SamplingParams(temperature=0, ignore_eos=True)
     text = engine.tokenizer.decode(fresh_answer(fresh, template, messages)[n : n + 1])
@@ -466,7 +466,7 @@ def test_others_get_the_memory_that_is_held(tiny: Path) -> None:
     with Engine.load(tiny, n_ctx=256, n_checkpoints=1) as engine:
         list(engine.chat([{"role": "user", "content": "the cat " * 20}], GREEDY, template=PLAIN))
         assert engine.conversation.n_tokens > 64
-        # It holds both state slots, so it has to go.
+        # The cached prefix has both state slots, so it is released.
         completion = engine.generate([1] * 250, SamplingParams(max_tokens=3, ignore_eos=True))
         assert len(list(completion)) == 3
         assert engine.conversation.n_tokens == 0
@@ -482,7 +482,7 @@ def test_others_leave_it_where_there_is_room(engine: Engine, fresh: Engine) -> N
 
 @pytest.mark.parametrize("n_checkpoints", [0, 1, 2, 3])
 def test_few_state_slots(tiny: Path, fresh: Engine, n_checkpoints: int) -> None:
-    """Marks are done without, then what is held, before a turn is refused."""
+    """A turn gives up rollback points, then the cached prefix, before it is refused."""
     with float64_engine(tiny, n_ctx=512, n_checkpoints=n_checkpoints) as engine:
         talk = Talk(engine, fresh, THINKING)
         for turn in range(3):
@@ -501,7 +501,7 @@ def test_marks_of_many_conversations_at_once(tiny: Path, fresh: Engine) -> None:
             assert len(list(answer)) == len(answer.tokens)
             expected = fresh.generate(answer.prompt.ids, GREEDY)
             assert [token.token for token in expected] == answer.tokens
-        # The last to end is the one that is held.
+        # The turn that ends last is cached.
         assert engine.conversation.n_tokens > 0
         engine.conversation.release()
         assert_all_free(engine)
@@ -516,7 +516,7 @@ def test_a_full_context(tiny: Path) -> None:
         messages += [{"role": "assistant", "content": answer.text}, *messages]
         with pytest.raises(PromptError, match=r"tokens after position \d+, the context 64"):
             engine.chat(messages, GREEDY, template=PLAIN)
-        # It is still held, and all of it comes back.
+        # It is still cached, and releasing it frees everything.
         assert engine.conversation.n_tokens > 60
         engine.conversation.release()
         assert_all_free(engine)
@@ -542,7 +542,7 @@ def test_messages_that_cannot_be_used(engine: Engine, messages: Any, words: str)
 
 
 def test_text_that_has_no_tokens_holds_nothing(engine: Engine, fresh: Engine) -> None:
-    """An error in the middle of a turn's prompt gives back what it was to go on from."""
+    """An error in the middle of a turn's prompt frees the checkpoint it continued from."""
     talk = Talk(engine, fresh, PLAIN)
     talk.ask("the cat")
     asked = [*talk.messages, {"role": "user", "content": "more"}]
@@ -560,11 +560,11 @@ def test_the_models_own_template(tmp_path: Path) -> None:
 
 
 def test_a_template_that_refuses_the_next_turn(engine: Engine) -> None:
-    """Then there is no mark, and no error."""
+    """A template that refuses the next turn means no rollback point, and no error."""
     once = "{% if messages | length > 1 %}{{ raise_exception('once') }}{% endif %}"
     template = ChatTemplate(once + "{{ messages[0].content }}:")
     answer = engine.chat([{"role": "user", "content": "abc"}], GREEDY, template=template)
-    assert answer.prompt.mark_at == 0
+    assert answer.prompt.rollback_at == 0
 
 
 def test_templates_without_special_tokens(engine: Engine, fresh: Engine) -> None:
@@ -578,7 +578,7 @@ def test_templates_without_special_tokens(engine: Engine, fresh: Engine) -> None
 
 
 def test_sentencepiece_texts_go_on_without_a_space(tmp_path: Path) -> None:
-    """After an answer, a text without special tokens goes on where it is."""
+    """After an answer, a text without special tokens continues without a prefix space."""
     vocabulary = padded_vocabulary(spm_metadata(), N_VOCAB)
     vocabulary |= {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
     path = write_model(tmp_path / "spm.gguf", "tiny", overrides=vocabulary)

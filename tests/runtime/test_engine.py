@@ -1,7 +1,7 @@
 """The engine's batches: however tokens are cut, mixed or interrupted, the logits are the same.
 
-The standard is one sequence, alone, in one step. Everything is computed in float64, so that what is
-left of a difference is far below what a lost or foreign token makes.
+The standard is one sequence, alone, in one step. Everything is computed in float64, so that the
+differences of rounding are far below the effect of a lost or foreign token.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Walk:
         self.saved.pop(index)[0].release()
 
     def end(self) -> None:
-        """Give everything back and see that nothing is left."""
+        """Free everything and check that all memory is free."""
         for seq in list(self.tokens):
             self.free(seq)
         while self.saved:
@@ -260,7 +260,7 @@ def test_a_step_answers_the_rows_that_asked(alone: Engine, path: Path, rng: Rng)
         assert_same(rows[1:], alone.logits(prompts[2]))
         none = engine.step([Chunk(sequences[0], [1], Logits.NONE)])
         assert none.shape == (0, engine.model.n_vocab)
-        # What asked for nothing was run all the same.
+        # The chunk without logits was run all the same.
         next_row = engine.step([Chunk(sequences[1], [7])])
         assert_same(next_row, alone.logits([*prompts[1], 7])[-1:])
 

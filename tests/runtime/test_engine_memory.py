@@ -1,6 +1,6 @@
-"""What the engine holds: all of it comes back, whatever breaks off in between, and none is shared.
+"""The engine's memory: all of it is freed, whatever fails in between, and none is shared.
 
-A step that breaks off leaves half-written states; a step that finds no room leaves everything.
+A step that fails leaves half-written states; a step that doesn't fit changes nothing.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def test_no_free_block_leaves_everything(tiny: Path, load: Load, alone: Engine, 
         with pytest.raises(MemoryFullError, match="out of KV cache blocks: 2 needed, 1 of 3"):
             engine.step([Chunk(a, [1] * 65)])
         assert counts(engine) == before
-        # The first chunk finds room, the second doesn't: both are as they were.
+        # The first chunk fits, the second doesn't: both sequences are as they were.
         with pytest.raises(MemoryFullError, match="out of KV cache blocks: 1 needed, 0 of 3"):
             engine.step([Chunk(a, [1]), Chunk(b, ids)])
         assert counts(engine) == before

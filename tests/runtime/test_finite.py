@@ -1,7 +1,7 @@
-"""The non-finite guard: a sequence that goes wrong ends alone, named, and leaves nothing behind.
+"""The finite check: a sequence with NaN ends alone, is named, and leaves no NaN in memory.
 
-A NaN in one row of the token embedding hits whoever uses that token, and nobody else; a NaN in a
-norm hits everybody.
+A NaN in one row of the token embedding affects only the sequences that use that token; a NaN in a
+norm affects all.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def is_slot_wise(engine: Engine, array: NDArray[Any]) -> bool:
 
 
 def snapshot(engine: Engine, n_blocks: int) -> list[tuple[Any, NDArray[Any]]]:
-    """Copies, padded so that both a slot and a block may be looked up in each."""
+    """Copies, padded so that both a slot and a block index are valid in each."""
     return [(t, np.concatenate([a, a])) for t, a in states(engine).items()]
 
 
@@ -208,7 +208,7 @@ def test_what_others_share_of_it_stays(engine: Engine, sane: Engine, rng: Rng, h
 
 
 def test_the_engine_goes_on_with_clean_memory(engine: Engine, sane: Engine, rng: Rng) -> None:
-    """The blocks and slots that failed are used again."""
+    """The blocks and slots of the failed sequence are used again."""
     for _ in range(2):
         done = engine.generate_batch([[BAD], [1, BAD], [*ids(rng, 80), BAD]], GREEDY)
         assert {c.finish_reason for c in done} == {"error"}
@@ -217,7 +217,7 @@ def test_the_engine_goes_on_with_clean_memory(engine: Engine, sane: Engine, rng:
 
 
 def test_a_token_that_was_drawn_can_be_the_bad_one(engine: Engine) -> None:
-    """It fails a step later than it is drawn; what came before stays."""
+    """The bad token fails one step after it is sampled; the tokens before it stay."""
     tempted = SamplingParams(temperature=0, max_tokens=8, logit_bias={BAD: 1e4})
     completion = engine.generate([1, 2, 3], tempted)
     assert next(completion).token == BAD

@@ -1,6 +1,6 @@
-"""Decode steps that run ahead give what steps one by one give, and nobody sees them do it.
+"""Overlapped decode steps give what synchronous steps give, and leave memory as those leave it.
 
-The standard is an engine of the same arithmetic whose tokens are drawn on the host.
+The standard is an engine with the same arithmetic that samples its tokens on the host.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from tests.support.helpers import (
     random_ids,
     replaced_op,
 )
-from tests.support.lazy_backend import LazyTicket, decoder_of, lazy_engine
+from tests.support.lazy_backend import LazyHandle, decoder_of, lazy_engine
 from tests.support.timing import judge
 
 Rng = np.random.Generator
 Load = Callable[..., Engine]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 DRAWN = replace(GREEDY, temperature=1.5, top_p=0.99, min_p=0.01, seed=3)
-# Drawn on the host: no device has a step for it.
+# Sampled on the host: a device has no such sampler.
 HOST = replace(DRAWN, repeat_penalty=1.3)
 NODE = "blk.1.gated_delta_net"
 
@@ -73,7 +73,7 @@ def expected(alone: Engine, prompt: Sequence[int], params: SamplingParams) -> tu
 
 
 def n_ahead(engine: Engine) -> int:
-    """Steps that continued with tokens which the host hadn't seen."""
+    """The number of launched steps that read tokens from the step before on the device."""
     return sum(max(feed) >= 0 for feed in decoder_of(engine).feeds)
 
 
@@ -84,7 +84,7 @@ def test_the_tokens_are_those_of_steps_one_by_one(
     engine, prompt = load(), random_ids(rng, 70)
     (completion,) = engine.generate_batch([prompt], params)
     assert outcome(completion) == expected(alone, prompt, params)
-    # The first token comes from the prompt's logits, the second from a step that waits for none.
+    # The first token comes from the prompt's logits, the second from a step without one in flight.
     assert n_ahead(engine) == (0 if params is HOST else 10)
     assert len(decoder_of(engine).feeds) == (0 if params is HOST else 11)
 
@@ -93,20 +93,20 @@ def test_the_next_step_is_launched_before_the_tokens_are_waited_for(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, launched = load(n_parallel=2), list[int]()
-    ids = LazyTicket.ids
+    ids = LazyHandle.ids
 
-    def waiting(self: LazyTicket) -> list[int]:
+    def waiting(self: LazyHandle) -> list[int]:
         launched.append(len(decoder_of(engine).feeds))
         return ids(self)
 
-    monkeypatch.setattr(LazyTicket, "ids", waiting)
+    monkeypatch.setattr(LazyHandle, "ids", waiting)
     engine.generate_batch([[1], [2]], replace(GREEDY, max_tokens=5))
     assert launched == [2, 3, 4, 4]
 
 
 @pytest.mark.parametrize("n", range(1, 6))
 def test_it_ends_at_any_token(load: Load, alone: Engine, n: int) -> None:
-    """At a limit nothing runs ahead in vain; at a stop text one step does."""
+    """No step runs past a known limit; one step runs past a stop text."""
     engine = load()
     tokens = expected(alone, [5, 6], GREEDY)[0]
     (short,) = engine.generate_batch([[5, 6]], replace(GREEDY, max_tokens=n))
@@ -137,7 +137,7 @@ def test_it_ends_at_a_full_context(load: Load, n_prompt: int) -> None:
 
 
 def random_params(rng: Rng) -> SamplingParams:
-    """Mostly what a device draws."""
+    """Mostly parameters that a device can sample with."""
     chosen = [GREEDY, DRAWN, replace(DRAWN, stop=("e", " t"), top_k=100), HOST]
     params = chosen[rng.choice(4, p=[0.3, 0.4, 0.2, 0.1])]
     n, seed = int(rng.integers(1, 25)), int(rng.integers(2**32))
@@ -160,7 +160,7 @@ def test_whoever_joins_or_leaves_the_others_go_on(
         elif chance < 0.18:
             active.pop(rng.integers(len(active))).cancel()
         elif chance < 0.22:
-            # Somebody else's step comes between.
+            # A user's own step comes between.
             nmse(engine.logits([1, 2, 3]), alone.logits([1, 2, 3]))
         else:
             next(active[rng.integers(len(active))], None)
@@ -177,13 +177,13 @@ def test_whoever_joins_or_leaves_the_others_go_on(
     assert n_ahead(engine)
 
 
-# What is seen between steps.
+# Memory between steps.
 
 
 def state_of(engine: Engine, seq: int) -> dict[str, Any]:
     """Contents of a sequence's slot, through a checkpoint."""
     checkpoint = engine.memory.checkpoint(seq)
-    saved = engine.plan.backends[0].states.save("n_slots", checkpoint.span.state.slot)
+    saved = engine.plan.backends[0].states.save("n_slots", checkpoint.allocation.state.slot)
     checkpoint.release()
     return saved
 
@@ -193,7 +193,7 @@ def state_of(engine: Engine, seq: int) -> dict[str, Any]:
 def test_memory_is_as_if_nothing_ran_ahead(
     load: Load, alone: Engine, n_prompt: int, params: SamplingParams
 ) -> None:
-    """At every token: positions, state, and what comes after a checkpoint."""
+    """At every token, compare positions, state, and the tokens after a checkpoint."""
     engine, prompt = load(n_parallel=2, n_checkpoints=12), [9] * n_prompt
     ours, theirs = engine.generate(prompt, params), alone.generate(prompt, params)
     kept = []
@@ -217,7 +217,7 @@ def test_memory_is_as_if_nothing_ran_ahead(
 
 
 def test_a_checkpoint_of_what_ends_beside_others(load: Load, alone: Engine) -> None:
-    """Its blocks and slots go to the next while a step that has its row is on its way."""
+    """The next request gets its blocks and slots while a step with its row is in flight."""
     engine = load(n_parallel=2, n_ctx=128, n_checkpoints=0)
     each = [replace(GREEDY, max_tokens=n) for n in (40, 9, 4, 17, 30, 2)]
     prompts = [[i] * 40 for i in range(6)]
@@ -243,7 +243,7 @@ def test_without_slots_to_spare_nothing_runs_ahead(load: Load, alone: Engine) ->
 
 
 def test_what_runs_ahead_takes_no_room_from_others(load: Load, alone: Engine) -> None:
-    """A sequence of the user's takes the last slot while a step is ahead."""
+    """A user's sequence takes the last slot while a step is in flight."""
     engine = load(n_parallel=1, n_checkpoints=0)
     completion = engine.generate([1], GREEDY)
     for _ in range(3):
@@ -279,7 +279,7 @@ def test_turns_run_ahead_and_go_on_from_each_other(load: Load, alone: Engine) ->
 
 
 def test_turns_beside_completions(load: Load, alone: Engine) -> None:
-    """A mark is taken, a turn ends and another begins while rows of others are on their way."""
+    """A rollback point is taken, a turn ends, another begins, with others' rows in flight."""
     engine, messages = load(n_parallel=3, n_ubatch=16), list[dict[str, str]]()
     others = [engine.generate([i], replace(GREEDY, max_tokens=90)) for i in (1, 2)]
     for turn in range(4):
@@ -306,7 +306,7 @@ def test_turns_beside_completions(load: Load, alone: Engine) -> None:
 def test_a_turn_whose_step_breaks_off_keeps_nothing(
     load: Load, alone: Engine, error: type[BaseException]
 ) -> None:
-    """Its state may be half written; what was held before the turn stays."""
+    """Its state may be half written; the cached prefix from before the turn stays."""
     engine = load()
     messages = [{"role": "user", "content": "one"}]
     first = engine.chat(messages, GREEDY, template=CHATML)
@@ -384,7 +384,7 @@ def test_an_error_in_a_launch_ends_them(load: Load, monkeypatch: pytest.MonkeyPa
 def test_a_row_that_is_not_finite_ends_alone(
     load: Load, alone: Engine, params: SamplingParams
 ) -> None:
-    """The step after it ran with its NaN; none is left in the memory that it gave back."""
+    """The next step ran with its NaN too; no NaN is left in the memory it freed."""
     engine = load(n_parallel=2, n_checkpoints=0)
     good, bad = engine.generate([1], params), engine.generate([2], params)
     for _ in range(3):
@@ -407,7 +407,7 @@ def test_a_row_that_is_not_finite_ends_alone(
     assert bad.finish_reason == "error"
     n = len(bad.tokens)
     assert bad.detail == f"non-finite values in the logits, sequence 1, position {n}"
-    # The step ahead has had its turn too.
+    # The step in flight has run too.
     assert written == 2
     states: Any = engine.plan.backends[0].states
     assert all(np.isfinite(array).all() for array in states.arrays.values())
@@ -447,7 +447,7 @@ def test_checked_steps_are_not_ahead(load: Load, alone: Engine) -> None:
 
 
 def test_seconds_are_those_between_tokens(load: Load) -> None:
-    """The host's time counts, as it is the step's; it counts once."""
+    """The host's time counts as part of the step's, and only once."""
     engine = load()
 
     def share() -> float:
@@ -463,7 +463,7 @@ def test_seconds_are_those_between_tokens(load: Load) -> None:
 
 
 def test_a_full_pool_is_no_reason_to_end(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Should blocks be short for the step ahead, they may not be for the step itself."""
+    """If blocks run out for the step ahead only, the step itself still runs."""
     engine, launch = load(), OverlappedSteps._launch
 
     def refusing(self: OverlappedSteps, before: Any) -> Any:

@@ -1,8 +1,8 @@
-"""The scheduler alone: real memory that holds nothing, and requests that only count.
+"""The scheduler alone: memory without contents, and fake requests that count their tokens.
 
-Every step of every load is checked: decode rows first, the token budget, chunks that end at
-multiples of 64, each chunk the next tokens of its request, memory that is never short. Fairness is
-counted in steps.
+Every step of every load is checked: decode rows come first, the token budget holds, chunks end at
+multiples of 64 and are the next tokens of their request, memory never runs out. Fairness is counted
+in steps.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BLOCK = Capacity.block_size
 
 
 class Fake:
-    """A request of `n_prompt` tokens that wants `n_new`; the scheduler sees no more of a real one.
+    """A request of `n_prompt` tokens that wants `n_new`, with what the scheduler uses of a Request.
 
     Its tokens are their own positions, so that a chunk shows where it comes from.
     """
@@ -35,8 +35,8 @@ class Fake:
         self.seq, self.n_done, self.n_past = -1, 0, 0
         self.finish_reason: FinishReason | None = None
         self.detail = ""
-        self.keep = None
-        self.mark_at = 0
+        self.on_finish = None
+        self.rollback_at = 0
         self.n_waited = 0
 
     @property
@@ -58,14 +58,14 @@ class Fake:
     def finish(self, reason: FinishReason, detail: str = "") -> None:
         self.finish_reason, self.detail = reason, detail
 
-    def receive(self) -> None:
+    def accept_logits(self) -> None:
         self.tokens.append(len(self.ids) + len(self.tokens))
         if len(self.tokens) == self.n_new:
             self.finish(FinishReason.LENGTH)
 
 
 class Harness:
-    """Runs what the scheduler says, and checks it."""
+    """Runs the scheduler's steps, and checks each."""
 
     def __init__(self, n_tokens: int, n_seqs: int, n_blocks: int = 10_000, n_slots: int = 0):
         self.n_seqs = min(n_seqs, n_tokens)
@@ -96,7 +96,7 @@ class Harness:
         chunks = [chunk for _, chunk in work]
         self.check(work)
         check_fits(chunks, self.capacity)
-        # Raises MemoryFullError if more was promised than there is.
+        # Raises MemoryFullError if the scheduler admitted too much.
         begin(chunks, self.memory)
         for request, chunk in work:
             self.memory.finish(chunk.seq, len(chunk.tokens))
@@ -126,7 +126,7 @@ class Harness:
     def apply(self, request: Fake, chunk: Chunk) -> None:
         request.n_done += len(chunk.tokens) if request.is_prefilling else 0
         if chunk.n_outputs:
-            request.receive()
+            request.accept_logits()
         if request.finish_reason:
             self.leave(request)
 
@@ -163,7 +163,7 @@ def test_decode_rows_and_pieces_share_a_step() -> None:
     harness = Harness(512, 4)
     a, b = decoding(harness, 2)
     c, d = harness.add(1000), harness.add(100)
-    # 510 tokens are left: quanta of 64 in turn, and 36 of the short one.
+    # 510 tokens are left: turns of 64, and 36 of the short one.
     assert harness.step() == {a: 1, b: 1, c: 384, d: 100}
     assert list(harness.step().values()) == [1, 1, 1, 448]
 
@@ -181,7 +181,7 @@ def test_a_prompt_alone_is_cut_like_this(n_tokens: int, expected: list[int]) -> 
 
 @pytest.mark.parametrize("n_tokens", [64, 100, 128])
 def test_a_sequence_past_a_boundary_comes_back_to_it(n_tokens: int) -> None:
-    """Whatever else took its share, every chunk but the last ends at a multiple of 64."""
+    """Beside any other rows, every chunk but the last ends at a multiple of 64."""
     harness = Harness(n_tokens, 4)
     decoding(harness, 2, 60)
     for n in (130, 64, 200):
@@ -235,7 +235,7 @@ def test_prompts_and_decode_rows_take_turns(n_decoding: int) -> None:
         harness.step()
     assert not prompt.is_prefilling
     assert len(rows[0].tokens) - before == 10
-    # From then on nobody waits.
+    # From then on no request waits.
     harness.step()
     assert len(rows[0].tokens) - before == 11
 
@@ -264,7 +264,7 @@ def test_a_stream_of_prompts_starves_no_decoding() -> None:
 
 @pytest.mark.parametrize("n_tokens", [64, 200, 512])
 def test_a_short_prompt_waits_for_one_round_at_most(n_tokens: int) -> None:
-    """Beside so many long ones that a step hasn't room for all."""
+    """Beside more long ones than fit in a step."""
     harness = Harness(n_tokens, 17)
     for _ in range(16):
         harness.add(1000)
@@ -316,14 +316,14 @@ def test_promises_count_what_was_not_taken_yet() -> None:
 
 
 def test_slots_are_promised_too() -> None:
-    """One slot of three is held by somebody else."""
+    """One slot of three is held by another sequence."""
     harness = Harness(64, 3)
     other = harness.memory.create()
     begin([Chunk(other, [1])], harness.memory)
     harness.memory.finish(other, 1)
     for _ in range(3):
         harness.add(5, 4)
-    # A prompt of 64 lets the next one wait with nothing in its hands.
+    # After a prompt of 64 tokens the next one waits without any memory.
     harness.add(64, 4)
     while work := harness.step():
         assert len(work) <= 2

@@ -1,8 +1,8 @@
-"""Sequences of a real model, led at random ways: each goes on as its tokens alone would.
+"""Random operations on sequences of a real model: each continues as its tokens alone would.
 
-Beside every sequence stands the plain list of its tokens and of the positions that it can go back
+The test keeps, for every sequence, the list of its tokens and of the positions that it can go back
 to. After every operation a fork of the sequence takes one more token, and its logits are compared
-with those of the whole list, run from scratch; so the states that were kept are really looked at.
+with those of the whole list, run from scratch; so wrong kept states are found.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Walk:
     def mark(self) -> None:
         seq = self.any()
         if len(self.sequences[seq].marks) < 2:
-            self.memory.mark(seq)
+            self.memory.add_rollback_point(seq)
             self.sequences[seq].marks |= {len(self.sequences[seq].ids)} - {0}
 
     def truncate(self, seq: int, n: int) -> None:
@@ -171,7 +171,7 @@ class Walk:
         except MemoryFullError:
             # Contents are as they were; snapshots may have gone.
             for seq, sequence in self.sequences.items():
-                sequence.snapshots &= set(self.memory._sequences[seq].snapshots)
+                sequence.snapshots &= set(self.memory._sequences[seq].token_states)
 
     def end(self) -> None:
         for seq in list(self.sequences):
@@ -238,7 +238,7 @@ def test_fewer_snapshots_than_the_graph_has_room_for(walk: Walk) -> None:
 def test_marks_and_snapshots_are_kept_together(walk: Walk) -> None:
     seq = walk.create()
     walk.extend({seq: 40})
-    walk.memory.mark(seq)
+    walk.memory.add_rollback_point(seq)
     walk.sequences[seq].marks = {40}
     walk.extend({seq: 30}, 3)
     fork = walk.memory.fork(seq)

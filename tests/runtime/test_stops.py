@@ -1,7 +1,7 @@
-"""Stop texts: what is shown of a text that comes in pieces, and where it ends.
+"""Stop texts: which part of a text that comes in pieces is shown, and where the text ends.
 
-The definition looks at the whole text after each piece: if it holds stop texts, it is cut before
-the first one. Nothing that could still become a stop text is shown, and nothing else is held back.
+The definition looks at the whole text after each piece. If it contains stop texts, it is cut before
+the first one. Text that could still become a stop text is held back, and nothing else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.support.helpers import Cli
 
 
 def shown(pieces: Sequence[str], stops: Sequence[str]) -> tuple[list[str], bool]:
-    """What is shown after each piece (and at the end), and whether a stop text ended it."""
+    """The text shown after each piece (and at the end), and whether a stop text ended it."""
     texts, made = [], StopTexts(stops)
     for piece in pieces:
         text, stopped = made.push(piece)
@@ -107,7 +107,7 @@ def engine(tiny: Path) -> Engine:
 
 
 class Script(Sampler):
-    """Draws the tokens it was told."""
+    """Samples the given tokens."""
 
     def __init__(self, tokens: Sequence[int]) -> None:
         super().__init__(SamplingParams().resolved({}))
@@ -120,13 +120,13 @@ class Script(Sampler):
 def spoken(
     tokenizer: Tokenizer, tokens: Sequence[int], stops: Sequence[str], max_tokens: int = -1
 ) -> Request:
-    """A request after these tokens, or as many of them as it took."""
+    """A request after these tokens, or those up to its end."""
     params = SamplingParams(stop=tuple(stops), max_tokens=max_tokens)
     decoder = tokenizer.stream(at_start=False)
     request = Request([1], params, Script(tokens), decoder, tokenizer.eog_ids, 10**6)
     for _ in tokens:
         if request.finish_reason is None:
-            request.receive(None)  # type: ignore[arg-type]
+            request.accept_logits(None)  # type: ignore[arg-type]
     pieces = [token.text for token in request.ready]
     assert "".join(pieces) == request.text
     return request

@@ -1,7 +1,7 @@
-"""The sampler's steps together: order, logit bias, mirostat over time, and wrong parameters.
+"""The samplers together: order, logit bias, mirostat over time, and wrong parameters.
 
-What each step does alone is in test_samplers.py; here they meet, each order shown by a case that
-another order would answer differently.
+test_steps.py tests each alone. Here each order is shown by a case that another order would answer
+differently.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from engine.sampling.chain import Sampler
-from engine.sampling.params import SAMPLERS, SamplingError, SamplingParams
+from engine.sampling.params import SamplingError, SamplingParams
+from engine.sampling.steps import SAMPLERS
 from tests.sampling.test_sampler import check_draws, kept, log_of, sampler
 
 INF = math.inf
@@ -29,9 +30,9 @@ def softmax(values: np.ndarray) -> np.ndarray:
 
 
 def test_the_order_is_llama_cpps() -> None:
-    assert SamplingParams().samplers == SAMPLERS
-    assert SAMPLERS == ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p",
-                        "xtc", "temperature")  # fmt: skip
+    assert SamplingParams().samplers == tuple(SAMPLERS)
+    assert list(SAMPLERS) == ["penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p",
+                              "min_p", "xtc", "temperature"]  # fmt: skip
 
 
 def test_samplers_run_in_the_order_given() -> None:
@@ -266,7 +267,7 @@ def test_a_sampler_made_of_unresolved_parameters_is_our_mistake() -> None:
     ],
 )
 def test_parameters_that_leave_the_range_of_numbers(params: dict[str, Any]) -> None:
-    """One line, or a token; never another exception, which would break off everybody's step."""
+    """A SamplingError in one line, or a token; another exception would end every request."""
     made = sampler([0, 0, 1, 2], **params)
     logits, message = np.array([3, 2, 1], np.float32), ""
     try:

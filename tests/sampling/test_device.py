@@ -1,4 +1,4 @@
-"""Which chains of samplers a device gets, and that it then draws what `sample` would."""
+"""Which chains of samplers a device can run, and that it samples what `sample` would."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from engine.sampling.chain import Sampler
-from engine.sampling.params import SAMPLERS, SamplingParams
+from engine.sampling.params import SamplingParams
 from engine.sampling.spec import MAX_BANNED, MAX_TOP_K, SampleSpec
-from tests.support.lazy_backend import drawn
+from engine.sampling.steps import SAMPLERS
+from tests.support.lazy_backend import sampled_token
 
 Rng = np.random.Generator
 PLAIN = {"top_k": 40, "top_p": 0.9, "min_p": 0.05, "temperature": 0.8}
@@ -41,8 +42,8 @@ def sampler(banned: Any = (), **params: Any) -> Sampler:
         {"repeat_last_n": 64, "repeat_penalty": 1.0, "typical_p": 1.0},
     ],
 )
-def test_a_device_draws_what_sample_does(rng: Rng, params: dict[str, Any]) -> None:
-    """Also when it is some steps ahead, asked twice, or `sample` takes its turn."""
+def test_a_device_samples_what_sample_does(rng: Rng, params: dict[str, Any]) -> None:
+    """Also some steps ahead, when specs are asked for twice, and with `sample` in between."""
     banned, seed = (1, 2), int(rng.integers(2**32))
     ours, theirs = (sampler(banned, seed=seed, **params) for _ in range(2))
     expected = []
@@ -57,12 +58,12 @@ def test_a_device_draws_what_sample_does(rng: Rng, params: dict[str, Any]) -> No
             ours.accept(got[-1])
             continue
         n_ahead = int(rng.integers(1, 4))
-        draws = [ours.draw(i) for i in range(n_ahead)]
-        assert draws == [ours.draw(i) for i in range(n_ahead)]
-        for row, draw in zip(rows[len(got) :], draws[: int(rng.integers(n_ahead + 1))]):  # noqa: B905
-            assert draw is not None
-            got.append(drawn(row, draw))
-            ours.drew(got[-1])
+        specs = [ours.sample_spec(i) for i in range(n_ahead)]
+        assert specs == [ours.sample_spec(i) for i in range(n_ahead)]
+        for row, spec in zip(rows[len(got) :], specs[: int(rng.integers(n_ahead + 1))]):  # noqa: B905
+            assert spec is not None
+            got.append(sampled_token(row, spec))
+            ours.accept_sampled(got[-1])
     assert got == expected
 
 
@@ -87,22 +88,22 @@ def test_a_device_draws_what_sample_does(rng: Rng, params: dict[str, Any]) -> No
         {"logit_bias": dict.fromkeys(range(MAX_BANNED + 1), -math.inf)},
         {"temperature": 1e-4},
         {"temperature": 1e5},
-        {"samplers": SAMPLERS[::-1]},
+        {"samplers": tuple(SAMPLERS)[::-1]},
         {"samplers": ("temperature",)},
         {"samplers": ("top_p", "top_k", "temperature")},
         {"samplers": ("top_k", "top_k", "temperature")},
         {"samplers": ()},
     ],
 )
-def test_what_only_the_host_can_draw(params: dict[str, Any]) -> None:
-    assert sampler(**params).draw(0) is None
+def test_what_only_the_host_can_sample(params: dict[str, Any]) -> None:
+    assert sampler(**params).sample_spec(0) is None
 
 
-def test_the_numbers_of_a_draw() -> None:
+def test_the_numbers_of_a_spec() -> None:
     chain = sampler((7,), seed=1, **PLAIN)
     uniforms = np.random.default_rng(1).random(3)
-    draws = [chain.draw(i) for i in (2, 0, 1)]
-    assert draws == [SampleSpec((7,), 40, 0.9, 0.05, 0.8, uniforms[i]) for i in (2, 0, 1)]
-    chain.drew(5)
-    assert chain.draw(0) == draws[2]
-    assert sampler((7,), temperature=0).draw(3) == SampleSpec((7,))
+    specs = [chain.sample_spec(i) for i in (2, 0, 1)]
+    assert specs == [SampleSpec((7,), 40, 0.9, 0.05, 0.8, uniforms[i]) for i in (2, 0, 1)]
+    chain.accept_sampled(5)
+    assert chain.sample_spec(0) == specs[2]
+    assert sampler((7,), temperature=0).sample_spec(3) == SampleSpec((7,))

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from engine import Engine, SamplingParams
 from engine.formats.gguf import GGUFFile
-from engine.sampling import steps as samplers
 from engine.sampling.chain import Sampler, sequence_breakers
 from engine.sampling.params import SamplingError
 from engine.sampling.steps import Breakers, Candidates
 from engine.text.tokenizer import Tokenizer
+from tests.support.helpers import apply_sampler
 
 N = 6
 
@@ -29,7 +29,7 @@ N = 6
 def dry(
     recent: Sequence[int], multiplier: float, base: float, allowed: int, breakers: Breakers
 ) -> list[float]:
-    """What every token's logit loses."""
+    """The amount that each token's logit loses."""
     lost = [0.0] * N
     n, limit = len(recent), behind_the_last_breaker(recent, breakers)
     if n <= allowed or limit < allowed:
@@ -45,7 +45,7 @@ def dry(
 
 
 def behind_the_last_breaker(recent: Sequence[int], breakers: Breakers) -> int:
-    """How many tokens follow the breaker that begins last; the longest, if several begin there."""
+    """The number of tokens after the last breaker; of several that begin there, the longest."""
     n = len(recent)
     for start in range(n - 1, -1, -1):
         lengths = [
@@ -62,7 +62,10 @@ def applied(
     recent: Sequence[int], multiplier: float, base: float, allowed: int, breakers: Breakers
 ) -> list[float]:
     c = Candidates(np.arange(N)[::-1], np.zeros(N))
-    got = samplers.dry(c, recent, multiplier, base, allowed, breakers)
+    got = apply_sampler(
+        "dry", c, recent=recent, breakers=breakers, dry_multiplier=multiplier, dry_base=base,
+        dry_allowed_length=allowed,
+    )  # fmt: skip
     assert got.ids.tolist() == c.ids.tolist()
     return [-float(x) for x in got.logits[::-1]]
 
@@ -166,7 +169,7 @@ def tokenizer(tiny: Path) -> Tokenizer:
 
 
 def naive_breakers(tokenizer: Tokenizer, text: str) -> dict[int, set[tuple[int, ...]]]:
-    """Every token that holds the text, or ends with its beginning and what is left to come."""
+    """Tokens that contain the text, or end with its start: token -> the rest of the text."""
     data, found = text.encode(), dict[int, set[tuple[int, ...]]]()
     for token in range(tokenizer.n_vocab):
         piece = tokenizer.token_bytes(token, special=True)

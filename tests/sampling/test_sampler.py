@@ -1,7 +1,7 @@
 """Sampling against a plain definition of every step in Python floats, step by step and together.
 
-A temperature so high that all that is left becomes equally likely shows what the truncations kept;
-random numbers that are spread evenly show each token's share. A chi-square test compares draws with
+At a very high temperature all remaining tokens are equally likely, which shows what the truncations
+kept. Evenly spread random numbers show each token's share. A chi-square test compares samples with
 the probabilities; its seeds are fixed, so it cannot flake.
 """
 
@@ -39,7 +39,7 @@ def sampler(recent: Sequence[int] = (), banned: Sequence[int] = (), **params: An
 
 
 def kept(logits: Any, recent: Sequence[int] = (), **params: Any) -> list[int]:
-    """The tokens that are left for the draw, each of which some of the draws hit."""
+    """The tokens that the samplers leave: so many samples hit each of them."""
     made = sampler(recent, **{**params, "temperature": FLAT})
     values = np.array(logits, np.float32)
     return sorted({made.sample(values) for _ in range(40 * len(logits))})
@@ -135,10 +135,10 @@ class Even:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_every_token_gets_its_share(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Of numbers that are spread evenly, but for less than one: finer than chance could show it."""
+    """Evenly spread random numbers give each token its count, to less than one."""
     n = 400
     made, logits, expected = random_draws(seed)
-    monkeypatch.setattr(made, "_rng", Even(n))
+    monkeypatch.setattr(made._context, "rng", Even(n))
     drawn = Counter(made.sample(logits) for _ in range(n))
     assert set(drawn) <= set(expected)
     assert all(abs(drawn[i] - p * n) < 1 + 1e-3 for i, p in expected.items())
@@ -287,7 +287,7 @@ def test_greedy_takes_the_first_highest(temperature: float) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_greedy_is_what_the_chain_leaves(seed: int) -> None:
-    """The short way and the long one: same tokens, also of equals, also of what is banned."""
+    """The greedy shortcut gives the chain's token, also with equal logits and banned tokens."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=500).round(1).astype(np.float32)
     best = np.argsort(-logits, kind="stable")
@@ -335,7 +335,7 @@ def test_banned_tokens_are_never_drawn() -> None:
 
 
 class Highest:
-    """A generator whose numbers are as near to 1 as they come."""
+    """A generator of the largest number below 1."""
 
     def random(self) -> float:
         return float(np.nextafter(1, 0))

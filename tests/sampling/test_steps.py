@@ -1,4 +1,4 @@
-"""The steps of the sampler one by one, each against a plain definition, and their edges.
+"""The samplers one by one, each against a plain definition, and their edge cases.
 
 The definitions follow llama.cpp's semantics in float64 Python, over dicts of token -> logit. Random
 logits, often with ties, with -inf and with one far above the rest; every seed is fixed.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 from engine.sampling import steps as samplers
 from engine.sampling.steps import Candidates
 from tests.sampling.test_sampler import check_draws
+from tests.support.helpers import apply_sampler as step
 
 Rng = np.random.Generator
 Logits = dict[int, float]
@@ -74,7 +76,7 @@ def only(logits: Logits, tokens: Sequence[int]) -> Logits:
 
 
 def close(a: float, b: float) -> bool:
-    """So near that rounding decides, and a comparison of the two sides would be luck."""
+    """So near to each other that rounding decides a comparison of the two."""
     return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
 
 
@@ -135,7 +137,10 @@ def test_penalties(seed: int) -> None:
     recent = rng.choice([*logits, 200], rng.integers(0, 12)).tolist()
     values = [float(rng.choice([1, 1.3, 0.5])), float(rng.choice([0, 0.7, -0.2])),
               float(rng.choice([0, 1.1, -0.4]))]  # fmt: skip
-    got = samplers.penalties(candidates(logits), recent, *values)
+    got = step(
+        "penalties", candidates(logits), recent=recent, repeat_last_n=-1, repeat_penalty=values[0],
+        frequency_penalty=values[1], presence_penalty=values[2],
+    )  # fmt: skip
     assert_equal(got, penalized(logits, recent, *values))
 
 
@@ -145,7 +150,7 @@ def test_top_k(seed: int) -> None:
     logits = random_logits(rng)
     for k in (-1, 0, 1, 2, len(logits) - 1, len(logits), 50):
         order = falling(logits)
-        got = samplers.top_k(candidates(logits), k)
+        got = step("top_k", candidates(logits), top_k=k)
         assert_equal(got, only(logits, order[:k] if k > 0 else order))
         if k > 0:
             assert got.ids.tolist() == order[:k]
@@ -158,7 +163,7 @@ def test_top_k_of_many(seed: int) -> None:
     for n, k in ((5000, 1), (5000, 40), (12_347, 40), (12_347, 191)):
         logits = rng.normal(size=n).round(1 if seed % 2 else 9)
         want = np.argsort(-logits, kind="stable")[:k]
-        got = samplers.top_k(samplers.Candidates(np.arange(n), logits), k)
+        got = step("top_k", samplers.Candidates(np.arange(n), logits), top_k=k)
         assert got.ids.tolist() == want.tolist()
         assert np.array_equal(got.logits, logits[want])
 
@@ -168,9 +173,9 @@ def test_top_p(seed: int) -> None:
     rng = np.random.default_rng(seed)
     logits = random_logits(rng)
     for p in rng.uniform(0.01, 0.99, 4):
-        assert_equal(samplers.top_p(candidates(logits), float(p)), top_p(logits, float(p)))
-    assert_equal(samplers.top_p(candidates(logits), 0), only(logits, falling(logits)[:1]))
-    assert_equal(samplers.top_p(candidates(logits), 1), logits)
+        assert_equal(step("top_p", candidates(logits), top_p=float(p)), top_p(logits, float(p)))
+    assert_equal(step("top_p", candidates(logits), top_p=0), only(logits, falling(logits)[:1]))
+    assert_equal(step("top_p", candidates(logits), top_p=1), logits)
 
 
 @SEEDS
@@ -181,10 +186,10 @@ def test_min_p(seed: int) -> None:
         chances = softmax(logits)
         floor = float(p) * max(chances.values())
         kept = [t for t, x in chances.items() if x >= floor]
-        assert_equal(samplers.min_p(candidates(logits), float(p)), only(logits, kept))
+        assert_equal(step("min_p", candidates(logits), min_p=float(p)), only(logits, kept))
     best = [t for t, x in logits.items() if x == max(logits.values())]
-    assert_equal(samplers.min_p(candidates(logits), 1), only(logits, best))
-    assert_equal(samplers.min_p(candidates(logits), 0), logits)
+    assert_equal(step("min_p", candidates(logits), min_p=1), only(logits, best))
+    assert_equal(step("min_p", candidates(logits), min_p=0), logits)
 
 
 @SEEDS
@@ -198,7 +203,7 @@ def test_top_n_sigma(seed: int) -> None:
         floor = max(finite) - n * sigma
         assert not any(close(x, floor) for x in finite if sigma and n > 0)
         expected = {t: x if n <= 0 or x >= floor else -INF for t, x in logits.items()}
-        assert_equal(samplers.top_n_sigma(candidates(logits), n), expected)
+        assert_equal(step("top_n_sigma", candidates(logits), top_n_sigma=n), expected)
 
 
 @SEEDS
@@ -208,12 +213,13 @@ def test_typical(seed: int) -> None:
     if len(set(logits.values())) < len(logits):
         # Of equally typical ones any may be kept; their number is the same.
         for p in (0.2, 0.7):
-            got = samplers.typical(candidates(logits), p)
+            got = step("typ_p", candidates(logits), typical_p=p)
             assert len(got.ids) == len(typical(logits, p))
         return
     for p in rng.uniform(0.01, 0.99, 4):
-        assert_equal(samplers.typical(candidates(logits), float(p)), typical(logits, float(p)))
-    assert_equal(samplers.typical(candidates(logits), 1), logits)
+        got = step("typ_p", candidates(logits), typical_p=float(p))
+        assert_equal(got, typical(logits, float(p)))
+    assert_equal(step("typ_p", candidates(logits), typical_p=1), logits)
 
 
 @SEEDS
@@ -221,11 +227,12 @@ def test_temperature(seed: int) -> None:
     rng = np.random.default_rng(seed)
     logits = random_logits(rng)
     for t in (0.3, 1.0, 4.0):
-        got = samplers.temperature(candidates(logits), t)
+        got = step("temperature", candidates(logits), temperature=t)
         assert_equal(got, {token: x / t for token, x in logits.items()})
     best = max(logits, key=lambda t: logits[t])
     for t in (0.0, -1.0):
-        assert result(samplers.temperature(candidates(logits), t)) == {best: logits[best]}
+        got = step("temperature", candidates(logits), temperature=t)
+        assert result(got) == {best: logits[best]}
 
 
 @SEEDS
@@ -233,7 +240,10 @@ def test_dynamic_temperature(seed: int) -> None:
     rng = np.random.default_rng(seed)
     logits = random_logits(rng)
     for t, spread, exponent in ((1.0, 0.5, 1.0), (0.8, 0.3, 2.0), (0.5, 2.0, 0.5), (1.0, 0.4, 0.0)):
-        got = samplers.temperature(candidates(logits), t, spread, exponent)
+        got = step(
+            "temperature", candidates(logits), temperature=t, dynatemp_range=spread,
+            dynatemp_exponent=exponent,
+        )  # fmt: skip
         chosen = dynamic(logits, t, spread, exponent)
         if chosen < 1e-9:
             assert len(got.ids) == 1 or softmax(result(got)) == pytest.approx(softmax(logits))
@@ -243,7 +253,7 @@ def test_dynamic_temperature(seed: int) -> None:
 
 
 class Fixed:
-    """A generator that says one number, and how often it was asked."""
+    """A generator of one number, which counts its calls."""
 
     def __init__(self, number: float) -> None:
         self.number, self.n_asked = number, 0
@@ -261,20 +271,20 @@ def test_xtc(seed: int) -> None:
         chances, order = softmax(logits), falling(logits)
         above = [t for t in order if chances[t] >= threshold]
         expected = only(logits, order[max(len(above) - 1, 0) :])
-        got: Any = samplers.xtc(candidates(logits), 0.5, threshold, Fixed(0.4))  # type: ignore[arg-type]
-        assert_equal(got, expected)
+        xtc = partial(step, "xtc", candidates(logits), xtc_threshold=threshold)
+        assert_equal(xtc(xtc_probability=0.5, rng=Fixed(0.4)), expected)
         for probability, number in ((0.5, 0.6), (0.0, 0.0)):
-            same: Any = Fixed(number)
-            assert_equal(samplers.xtc(candidates(logits), probability, threshold, same), logits)
-    off: Any = Fixed(0.0)
-    assert_equal(samplers.xtc(candidates(logits), 1.0, 0.51, off), logits)
+            assert_equal(xtc(xtc_probability=probability, rng=Fixed(number)), logits)
+    off = Fixed(0.0)
+    got = step("xtc", candidates(logits), xtc_probability=1.0, xtc_threshold=0.51, rng=off)
+    assert_equal(got, logits)
     assert off.n_asked == 0
 
 
 def test_xtc_leaves_out_with_its_probability() -> None:
     logits = {0: 1.0, 1: 0.9, 2: 0.0}
-    rng = np.random.default_rng(0)
-    n = sum(len(samplers.xtc(candidates(logits), 0.3, 0.2, rng).ids) == 2 for _ in range(4000))
+    params = {"xtc_probability": 0.3, "xtc_threshold": 0.2, "rng": np.random.default_rng(0)}
+    n = sum(len(step("xtc", candidates(logits), **params).ids) == 2 for _ in range(4000))
     assert 1100 < n < 1300
 
 
@@ -294,7 +304,7 @@ def test_draw(seed: int) -> None:
     rng = np.random.default_rng(seed)
     logits = random_logits(rng)
     c, n = candidates(logits), 2000
-    drawn = Counter(int(c.ids[samplers.draw(c, rng.random())]) for _ in range(n))
+    drawn = Counter(int(c.ids[samplers.sample(c, rng.random())]) for _ in range(n))
     check_draws(drawn, {t: p for t, p in softmax(logits).items() if p > 0}, n)
 
 
@@ -302,55 +312,59 @@ def test_draw(seed: int) -> None:
 def test_draw_never_takes_what_has_no_chance(number: float) -> None:
     for values in ([-INF, 1.0, -INF], [-INF, 0.0, -2000.0, -INF], [0.0, -INF], [-INF, 5.0]):
         rng: Any = Fixed(number)
-        index = samplers.draw(Candidates(np.arange(len(values)), np.array(values)), rng.random())
+        index = samplers.sample(Candidates(np.arange(len(values)), np.array(values)), rng.random())
         assert values[index] >= 0
 
 
 # Steps that change nothing when they are off, and steps on a single candidate.
 
-OFF: dict[str, Callable[[Candidates], Candidates]] = {
-    "penalties": lambda c: samplers.penalties(c, [1, 2], 1, 0, 0),
-    "penalties of nothing": lambda c: samplers.penalties(c, [], 2, 1, 1),
-    "dry": lambda c: samplers.dry(c, [1, 2, 1, 2], 0, 1.75, 1, {}),
-    "top_n_sigma": lambda c: samplers.top_n_sigma(c, 0),
-    "top_k": lambda c: samplers.top_k(c, 0),
-    "typical": lambda c: samplers.typical(c, 1),
-    "top_p": lambda c: samplers.top_p(c, 1),
-    "min_p": lambda c: samplers.min_p(c, 0),
-    "temperature": lambda c: samplers.temperature(c, 1),
+OFF: dict[str, dict[str, Any]] = {
+    "penalties": {"recent": [1, 2], "repeat_penalty": 1},
+    "dry": {"recent": [1, 2, 1, 2], "dry_multiplier": 0, "dry_allowed_length": 1},
+    "top_n_sigma": {"top_n_sigma": 0},
+    "top_k": {"top_k": 0},
+    "typ_p": {"typical_p": 1},
+    "top_p": {"top_p": 1},
+    "min_p": {"min_p": 0},
+    "temperature": {"temperature": 1},
 }
 
 
-@pytest.mark.parametrize("name", OFF)
+@pytest.mark.parametrize("name", [*OFF, "penalties of nothing"])
 def test_off_is_off(name: str) -> None:
     logits = {5: 1.0, 1: -INF, 2: 3.0, 9: 3.0}
-    assert OFF[name](candidates(logits)).logits.tolist() == list(logits.values())
+    nothing = {"repeat_penalty": 2, "frequency_penalty": 1, "presence_penalty": 1}
+    got = step(name.split()[0], candidates(logits), **OFF.get(name, nothing))
+    assert got.logits.tolist() == list(logits.values())
+
+
+SINGLE: dict[str, dict[str, Any]] = {
+    "top_n_sigma": {"top_n_sigma": 0.1},
+    "top_k": {"top_k": 1},
+    "typ_p": {"typical_p": 0},
+    "top_p": {"top_p": 0},
+    "min_p": {"min_p": 1},
+    "xtc": {"xtc_probability": 1, "xtc_threshold": 0, "rng": np.random.default_rng(0)},
+    "temperature": {"temperature": 0.5, "dynatemp_range": 0.5},
+    "dry": {"recent": [7] * 4, "dry_multiplier": 1, "dry_base": 2, "dry_allowed_length": 1},
+}
 
 
 def test_a_single_candidate_always_stays() -> None:
-    rng = np.random.default_rng(0)
-    steps: list[Callable[[Candidates], Candidates]] = [
-        lambda c: samplers.top_n_sigma(c, 0.1),
-        lambda c: samplers.top_k(c, 1),
-        lambda c: samplers.typical(c, 0),
-        lambda c: samplers.top_p(c, 0),
-        lambda c: samplers.min_p(c, 1),
-        lambda c: samplers.xtc(c, 1, 0, rng),
-        lambda c: samplers.temperature(c, 0.5, 0.5),
-        lambda c: samplers.mirostat(c, -1),
-        lambda c: samplers.dry(c, [7, 7, 7, 7], 1, 2, 1, {}),
-    ]
-    for step in steps:
-        assert step(candidates({7: -3.0})).ids.tolist() == [7]
+    one = {7: -3.0}
+    for name, params in SINGLE.items():
+        assert step(name, candidates(one), **params).ids.tolist() == [7]
+    assert samplers.mirostat(candidates(one), -1).ids.tolist() == [7]
 
 
 def test_steps_leave_their_operands_alone() -> None:
     rng = np.random.default_rng(1)
     logits = {t: float(x) for t, x in enumerate(rng.normal(size=20))}
     c = candidates(logits)
-    samplers.penalties(c, [1, 2, 3], 2, 1, 1)
-    samplers.dry(c, [1, 2, 3, 1, 2], 1, 2, 1, {})
-    samplers.top_n_sigma(c, 0.5)
-    samplers.temperature(c, 0.5, 0.2)
-    samplers.mirostat(samplers.top_k(c, 5), 2)
+    penalties = {"repeat_penalty": 2, "frequency_penalty": 1, "presence_penalty": 1}
+    step("penalties", c, recent=[1, 2, 3], **penalties)
+    step("dry", c, recent=[1, 2, 3, 1, 2], dry_multiplier=1, dry_base=2, dry_allowed_length=1)
+    step("top_n_sigma", c, top_n_sigma=0.5)
+    step("temperature", c, temperature=0.5, dynatemp_range=0.2)
+    samplers.mirostat(step("top_k", c, top_k=5), 2)
     assert result(c) == logits

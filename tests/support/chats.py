@@ -15,7 +15,7 @@ CHATML = """\
 <|im_start|>assistant
 {% endif -%}
 """
-# Everything that transformers puts into a template's reach.
+# Everything that transformers offers to a template.
 FEATURES = """\
   {# lstrip_blocks, trim_blocks #}
 {% for message in messages %}

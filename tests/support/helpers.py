@@ -1,12 +1,12 @@
-"""What tests of the engine share: a float64 engine, random tokens, comparisons, broken nodes.
+"""Shared by tests of the engine: a float64 engine, random tokens, comparisons, broken nodes.
 
-For tests of the command line: what a run of it answered.
+For tests of the command line: the result of a run.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,8 @@ from engine.backends.native import library as cpu_library
 from engine.backends.reference import ReferenceBackend
 from engine.formats.quants import BY_GGML_ID
 from engine.graph import Kind, Live, Tensor
+from engine.sampling.params import SamplingParams
+from engine.sampling.steps import SAMPLERS, Breakers, Candidates, Context
 from tools.ggufwrite import TensorSpec, write_gguf
 from tools.makevocab import made_vocabulary, padded_vocabulary
 from tools.presets import PRESETS, metadata, tensors
@@ -31,8 +33,8 @@ from tools.synth import tensor_type
 STD = 0.1
 N_VOCAB = 320
 HEADER_VOCAB = 512
-# A float64 engine's results differ by the rounding of logits to float32, 1e-15; another token at
-# the start of a prompt makes 1e-3 a hundred tokens later.
+# Two float64 engines differ by the rounding of logits to float32: 1e-15. Another token at the start
+# of a prompt changes logits by 1e-3 a hundred tokens later.
 MAX_NMSE = 1e-12
 MAX_REFUSAL_SECONDS = 2
 
@@ -52,10 +54,10 @@ def float64_engine(path: Path, **options: Any) -> Engine:
     return engine
 
 
-# The best instruction set whose kernels compute a row the same way wherever it is in a batch: where
-# there are matrix units, blocks of rows are rounded to bfloat16 and loose rows are not.
+# The best instruction set whose kernels compute a row the same way wherever it is in a batch. With
+# matrix units they don't: row tiles are rounded to bfloat16, remainder rows are not.
 ROW_BY_ROW: dict[str, Any] = {"cpu_isa": next(isa for isa in cpu_library.usable() if isa != "amx")}
-# Backends whose logits are the same however tokens are cut and mixed: but for 1e-15, and exactly.
+# Backends whose logits are the same however tokens are cut and mixed: to 1e-15, and exactly.
 EXACT = ("float64", "cpu")
 
 
@@ -88,9 +90,25 @@ def assert_all_free(engine: Engine) -> None:
         assert pool.n_free == pool.size, f"{pool.n_free} of {pool.size} are free"
 
 
+def apply_sampler(
+    name: str,
+    c: Candidates,
+    *,
+    recent: Sequence[int] = (),
+    breakers: Breakers | None = None,
+    rng: Any = None,
+    **params: Any,
+) -> Candidates:
+    """What a sampler of a chain leaves of candidates: all of them if `params` switch it off."""
+    resolved = SamplingParams(**params).resolved({})
+    context = Context(rng, breakers or {}, list(recent))
+    sampler = SAMPLERS[name]
+    return c if sampler.is_off(resolved) else sampler.apply(c, resolved, context)
+
+
 @contextmanager
 def replaced_op(engine: Engine, node_name: str, reference: Callable[..., Any]) -> Iterator[None]:
-    """Within it, a node of the reference backend computes something else."""
+    """Inside this context, a node of the reference backend computes `reference` instead."""
     node = next(node for node in engine.plan.graph.nodes if node.name == node_name)
     op = node.op
     object.__setattr__(node, "op", replace(op, reference=reference))
@@ -102,7 +120,7 @@ def replaced_op(engine: Engine, node_name: str, reference: Callable[..., Any]) -
 
 @contextmanager
 def failing_at(engine: Engine, node_name: str, error: type[BaseException]) -> Iterator[None]:
-    """Within it, steps raise `error` where a node would run, after those before it did."""
+    """Inside this context, steps raise `error` at a node, after the nodes before it ran."""
 
     def broken(**operands: Any) -> Any:
         raise error
@@ -121,7 +139,7 @@ def failing_at(engine: Engine, node_name: str, error: type[BaseException]) -> It
 
 
 def write_header(path: Path, preset: str) -> Path:
-    """A GGUF of a preset's shapes in Q4_0 whose tensors all lie over the same hole in the file."""
+    """A GGUF of a preset's shapes in Q4_0; all tensors share one hole of a sparse file."""
     p = replace(PRESETS[preset], n_vocab=HEADER_VOCAB)
     values = {"general.architecture": p.arch} | metadata(p)
     values |= padded_vocabulary(made_vocabulary(), HEADER_VOCAB)
@@ -136,19 +154,19 @@ def write_header(path: Path, preset: str) -> Path:
 
 
 class Result(NamedTuple):
-    """What a command line answered."""
+    """The result of a command."""
 
     status: int
     out: str
     err: str
 
     def refused(self) -> str:
-        """The message, if all there is of it is one line on standard error, and status 1."""
+        """The error message; asserts status 1 and one line on standard error, nothing else."""
         assert (self.status, self.out) == (1, ""), self
         assert self.err.startswith("error: "), self
         assert self.err.endswith("\n"), self
         line = self.err.removeprefix("error: ").removesuffix("\n")
-        # Also no other separator that a terminal takes for a line's end.
+        # Other separators that a terminal takes for a line's end are not printable either.
         assert line.isprintable(), self
         return line
 

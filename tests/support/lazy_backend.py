@@ -1,8 +1,8 @@
-"""A backend with a decoder that works as a device does: in order, and no sooner than it must.
+"""A backend that samples as a device does: it runs launched steps in order, as late as possible.
 
 It is the reference backend in float64. A launched step runs when its ids are asked for, or before
-anything else touches what it works on; so a host that relies on more than the order of work, or
-looks too early, gets wrong numbers.
+anything else reads or writes its memory. So an engine that relies on more than the order of work,
+or reads too early, gets wrong numbers.
 """
 
 from __future__ import annotations
@@ -19,47 +19,48 @@ from engine import Engine
 from engine.backends.native.states import ArrayStates
 from engine.backends.reference import ReferenceBackend, ReferenceProgram
 from engine.graph import Live, Tensor
-from engine.sampling import steps as samplers
+from engine.sampling import steps
 from engine.sampling.spec import MAX_BANNED, MAX_TOP_K, SampleSpec
 from engine.sampling.steps import Candidates
+from tests.support.helpers import apply_sampler
 
 Array = NDArray[Any]
 
 
 class LazyBackend(ReferenceBackend):
-    """Its `made` decoder shows what was launched."""
+    """`made`: its sampler, which shows what was launched."""
 
     traits = replace(ReferenceBackend.traits, overlaps_steps=True)
 
     def __init__(self) -> None:
         super().__init__(np.float64)
-        self.queue: list[tuple[LazyTicket, Callable[[], None]]] = []
+        self.queue: list[tuple[LazyHandle, Callable[[], None]]] = []
         self.states = LazyStates(self)
-        self.made: LazyDecoder | None = None
+        self.made: LazySampler | None = None
 
     def device_sampler(
         self, program: ReferenceProgram, inputs: Sequence[Tensor], logits: Tensor
-    ) -> LazyDecoder:
-        self.made = LazyDecoder(self, program, inputs, logits)
+    ) -> LazySampler:
+        self.made = LazySampler(self, program, inputs, logits)
         return self.made
 
     def write(self, tensor: Tensor, values: Array) -> None:
         self.work()
         super().write(tensor, values)
 
-    def work(self, until: LazyTicket | None = None) -> None:
-        """Run what was launched, or as far as to one ticket."""
-        while self.queue and (until is None or not until.drawn):
-            ticket, step = self.queue.pop(0)
-            # What a step writes is no more waiting.
-            held, self.queue = self.queue, []
+    def work(self, until: LazyHandle | None = None) -> None:
+        """Run everything that was launched, or up to one step."""
+        while self.queue and (until is None or not until.sampled):
+            handle, step = self.queue.pop(0)
+            # The step's own writes call this too; they must not run the steps after it.
+            later, self.queue = self.queue, []
             step()
-            self.queue = held
-            assert ticket.drawn
+            self.queue = later
+            assert handle.sampled
 
 
 class LazyStates(ArrayStates):
-    """States that are as they were asked to be, in order."""
+    """States whose reads and writes wait for the steps launched before."""
 
     def __init__(self, backend: LazyBackend) -> None:
         super().__init__()
@@ -82,19 +83,19 @@ class LazyStates(ArrayStates):
         super().load(dim, index, contents)
 
 
-class LazyTicket:
-    """Ids once they were drawn."""
+class LazyHandle:
+    """Ids of a step, once they are sampled."""
 
     def __init__(self, backend: LazyBackend) -> None:
-        self._backend, self.drawn = backend, list[int]()
+        self._backend, self.sampled = backend, list[int]()
 
     def ids(self) -> list[int]:
         self._backend.work(self)
-        return self.drawn
+        return self.sampled
 
 
-class LazyDecoder:
-    """Draws with the steps of samplers.py. `feeds`: those of all launches."""
+class LazySampler:
+    """Samples by the definitions of steps.py. `feeds`: the `feed` of every launch."""
 
     def __init__(
         self,
@@ -105,7 +106,7 @@ class LazyDecoder:
     ) -> None:
         self._backend, self._program = backend, program
         self._inputs, self._logits = inputs, logits
-        self._last = LazyTicket(backend)
+        self._last = LazyHandle(backend)
         self.feeds: list[list[int]] = []
 
     def launch(
@@ -114,44 +115,46 @@ class LazyDecoder:
         live: Live,
         specs: Sequence[SampleSpec],
         feed: Sequence[int],
-    ) -> LazyTicket:
+    ) -> LazyHandle:
         assert live.n_tokens == live.n_seqs == live.n_outputs == len(specs) == len(feed)
-        before, ticket = self._last, LazyTicket(self._backend)
+        before, handle = self._last, LazyHandle(self._backend)
         given = {name: values.copy() for name, values in inputs.items()}
         self.feeds.append(list(feed))
 
         def step() -> None:
             for row, source in enumerate(feed):
                 if source >= 0:
-                    given["tokens"][row] = max(before.drawn[source], 0)
+                    given["tokens"][row] = max(before.sampled[source], 0)
             for t in self._inputs:
                 self._backend.write(t, given[t.name])
             self._program.run(live)
             rows = self._backend.read(self._logits).astype(np.float32)
-            ticket.drawn = [drawn(row, draw) for row, draw in zip(rows, specs, strict=True)]
+            handle.sampled = [
+                sampled_token(row, spec) for row, spec in zip(rows, specs, strict=True)
+            ]
 
-        self._backend.queue.append((ticket, step))
-        self._last = ticket
-        return ticket
+        self._backend.queue.append((handle, step))
+        self._last = handle
+        return handle
 
 
-def drawn(logits: NDArray[np.float32], draw: SampleSpec) -> int:
-    """The token of a row, by definition."""
-    assert draw.top_k <= MAX_TOP_K
-    assert len(draw.banned) <= MAX_BANNED
-    assert 0 <= draw.uniform < 1
+def sampled_token(logits: NDArray[np.float32], spec: SampleSpec) -> int:
+    """The token of a row by the definitions of the samplers; -1 if a logit is not finite."""
+    assert spec.top_k <= MAX_TOP_K
+    assert len(spec.banned) <= MAX_BANNED
+    assert 0 <= spec.uniform < 1
     if not np.isfinite(logits).all():
         return -1
     values = logits.astype(np.float64)
-    values[list(draw.banned)] = -np.inf
-    c = samplers.top_k(Candidates(np.arange(len(values)), values), draw.top_k)
-    c = samplers.min_p(samplers.top_p(c, draw.top_p), draw.min_p)
-    c = samplers.temperature(c, draw.temperature)
-    return int(c.ids[samplers.draw(c, draw.uniform)])
+    values[list(spec.banned)] = -np.inf
+    c = Candidates(np.arange(len(values)), values)
+    for name in ("top_k", "top_p", "min_p", "temperature"):
+        c = apply_sampler(name, c, **{name: getattr(spec, name)})
+    return int(c.ids[steps.sample(c, spec.uniform)])
 
 
 def lazy_engine(path: Any, **options: Any) -> Engine:
-    """An engine whose decode steps run ahead, in float64."""
+    """An engine with overlapped decode steps, in float64."""
     with patch("engine.backends.create", lambda *options: [LazyBackend()]):
         engine = Engine.load(path, **options)
     store: Any = engine.plan.backends[0].states
@@ -161,7 +164,7 @@ def lazy_engine(path: Any, **options: Any) -> Engine:
     return engine
 
 
-def decoder_of(engine: Engine) -> LazyDecoder:
-    """What its steps were launched on."""
+def decoder_of(engine: Engine) -> LazySampler:
+    """The sampler that its steps were launched on."""
     backend: Any = engine.plan.backends[0]
     return backend.made

@@ -1,4 +1,4 @@
-"""Runs the cases of engine.ops on any backend and says what must come out.
+"""Runs the cases of ops on any backend and says what must come out.
 
 A case becomes a graph of one node at a capacity above its live counts and goes through the planner,
 as an engine's graph would. Whatever a kernel must not look at is NaN: padding around rows, rows
@@ -24,10 +24,11 @@ from numpy.lib.stride_tricks import as_strided
 from engine.formats.quants import F32, I32, DType, numpy_dtype
 from engine.graph import Graph, Kind, Op, Tensor
 from engine.ops import OPS
-from engine.ops.cases import Case, Operand, integers, live_counts, single_node_graph
-from engine.ops.gated_delta_net import random_operands
 from engine.placement.place import place
 from engine.runtime.executor import Executable
+from tests.ops.cases import CASES
+from tests.ops.cases.gated_delta_net import random_operands
+from tests.support.cases import Case, Operand, integers, live_counts, single_node_graph
 from tests.support.naive import NAIVE, routing_scores
 from tools.randblocks import TYPES, generator, random_blocks
 
@@ -346,7 +347,7 @@ def _bits(values: Array) -> bytes:
 
 def every_case() -> list[OpCase]:
     """All cases of all ops, and some that no op lists."""
-    listed = [OpCase(op, case) for op in OPS.values() for case in op.cases()]
+    listed = [OpCase(op, case) for op in OPS.values() for case in CASES[op.name]()]
     far = Case(
         "positions up to 262143", _far_positions, {"eps": 1e-6, "n_rot": 16, "rope_base": 1e7}
     )
@@ -366,12 +367,12 @@ def largest_case(op: Op) -> Case:
         operands = case.make(np.random.default_rng(0)).values()
         return len(operands), sum(o.values.size for o in operands)
 
-    return max(op.cases(), key=size)
+    return max(CASES[op.name](), key=size)
 
 
 def _far_positions(rng: np.random.Generator) -> dict[str, Operand]:
     """The last rows of long contexts, where angles in float32 have lost their digits."""
-    case = next(iter(OPS["QK_NORM_ROPE"].cases()))
+    case = next(iter(CASES["QK_NORM_ROPE"]()))
     operands, n_blocks = case.make(rng), 4
     positions = np.array([131071, 131072, 262143])
     table = np.full((1, 262144 // 16), -1)

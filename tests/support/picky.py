@@ -1,6 +1,6 @@
-"""Backends that refuse: the reference backend under another name, which also keeps a record.
+"""The reference backend under another name, which refuses nodes and records what it holds.
 
-States start as NaN, so that a step that reads what nobody wrote is found out.
+States start as NaN, so that a step that reads an unwritten state gives NaN.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Refusal = Callable[[Node], str]
 
 
 class Picky(ReferenceBackend):
-    """`refuses(node)` is the reason for which it does not run a node, or an empty string.
+    """`refuses(node)` gives the reason not to run a node, or an empty string.
 
-    `loaded`: names of the weights it was given; `most_held`: activations held at one time.
+    loaded: names of the weights it was given. most_held: the most activations held at one time.
     """
 
     def __init__(self, name: str, refuses: Refusal = lambda node: "", **options: Any) -> None:
@@ -48,7 +48,7 @@ class Picky(ReferenceBackend):
         self.most_held = max(self.most_held, len(self.held()))
 
     def held(self) -> list[Tensor]:
-        """The activations that it has a value for."""
+        """The activations with a value."""
         return [t for t in self._values if t.kind is Kind.ACTIVATION]
 
 

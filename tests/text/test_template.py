@@ -1,6 +1,6 @@
-"""Chat templates alone: where they come from, what they may do, and what is wrong with bad ones.
+"""Chat templates alone: where they come from, what they may do, and the errors of bad ones.
 
-That they render as transformers does is in tests/parity/test_chat_template.py.
+tests/parity/test_chat_template.py compares what they render with transformers.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.formats.gguf import GGUFFile
-from engine.text.tokenizer import Tokenizer, TokenizerError, pretokenize
+from engine.text.tokenizer import Tokenizer, TokenizerError, pre_tokenizer
 from tools.ggufwrite import write_gguf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -231,6 +231,10 @@ def split_cases() -> Iterator[Any]:
                 yield pytest.param(name, text, pieces, id=f"{name}-{text!a}")
 
 
+def pretokenize(pre: str, text: str) -> list[str]:
+    return [text[slice(*span)] for _, span in pre_tokenizer(pre).pre_tokenize_str(text)]
+
+
 @pytest.mark.parametrize(("pre", "text", "pieces"), list(split_cases()))
 def test_pretokenize(pre: str, text: str, pieces: list[str]) -> None:
     assert pretokenize(pre, text) == pieces
@@ -306,25 +310,28 @@ SPELLED = ("<tool>", "<|im_start|>", "<unk>", "<s>", "<mark>", "<", "a", " ", "b
 
 @given(text=st.lists(st.sampled_from(SPELLED)).map("".join))
 @BOTH
-def test_pieces_are_the_text_and_guards_make_it_text(
+def test_segments_are_the_text_and_escapes_make_it_text(
     bpe: Tokenizer, spm: Tokenizer, text: str
 ) -> None:
     for tokenizer in (bpe, spm):
-        for given_text, parse_special in ((text, True), (tokenizer.guard(text), False)):
-            pieces = tokenizer.pieces(given_text)
-            assert "".join(piece for piece, _ in pieces) == given_text
-            ids = [i for _, ids in pieces for i in ids]
+        for given_text, parse_special in (
+            (text, True),
+            (tokenizer.escape_special_tokens(text), False),
+        ):
+            segments = tokenizer.segments(given_text)
+            assert "".join(segment for segment, _ in segments) == given_text
+            ids = [i for _, ids in segments for i in ids]
             assert ids == tokenizer.encode(text, parse_special=parse_special)
 
 
-def test_pieces_that_go_on_have_no_prefix_space(bpe: Tokenizer, spm: Tokenizer) -> None:
-    assert [texts(spm, ids) for _, ids in spm.pieces("ab<s>a", continues=True)] == [
+def test_segments_that_continue_a_text_have_no_prefix_space(bpe: Tokenizer, spm: Tokenizer) -> None:
+    assert [texts(spm, ids) for _, ids in spm.segments("ab<s>a", continues=True)] == [
         ["ab"], ["<s>"], ["▁a"]]  # fmt: skip
-    assert [texts(spm, ids) for _, ids in spm.pieces("<s>a", continues=True)] == [["<s>"], ["▁a"]]
-    assert bpe.pieces("ab", continues=True) == bpe.pieces("ab")
+    assert [texts(spm, ids) for _, ids in spm.segments("<s>a", continues=True)] == [["<s>"], ["▁a"]]
+    assert bpe.segments("ab", continues=True) == bpe.segments("ab")
     for tokenizer in (bpe, spm):
         with pytest.raises(TokenizerError, match="lone surrogate"):
-            tokenizer.pieces("a\ud800")
+            tokenizer.segments("a\ud800")
 
 
 @pytest.mark.parametrize("text", ["\ud800", "ok \udfff", "\udc80<tool>"])

@@ -1,88 +1,47 @@
-"""Nodes as instructions: operands and attributes of each kernel, in its order, for all backends.
+"""A node's kernel arguments: views and attributes, in the order that its op declares.
 
-Views and instructions are numpy records laid out as the structs of engine/ops/cpu/kernel.h and
-engine/backends/cpu/executor.cpp, so that a program is a few arrays which one native call runs.
+The kernels of all native backends index views and attributes in this order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
 
 from engine.graph import Kind, Node, Tensor
-from engine.ops.gated_delta_net import ALGORITHMS, HEAD_MAPS
-from engine.ops.router import GATINGS
+from engine.ops import OPS
+from engine.ops.mul_mat import MUL_MAT
+from engine.ops.mul_mat_id import MUL_MAT_ID
 
 # Ops that read weights in panels, and how their operands' names begin.
 PACKED_OPERANDS = {"MUL_MAT": "weight", "MUL_MAT_ID": "matrix", "GET_ROWS": "table"}
-_ENUMS = {
-    "algorithm": ALGORITHMS,
-    "head_map": HEAD_MAPS,
-    "act": ("silu", "sigmoid"),
-    "gating": GATINGS,
-}
-_RECURRENT = ("state", "seq_starts", "state_src", "state_dst", "snapshot_dst")
-_PAGED = ("positions", "seq_starts", "block_tables")
+# Ops whose kernels take the operands in the op's own order. Products are lowered by hand.
+SIGNATURES = {op.name: op for op in OPS.values() if op not in (MUL_MAT, MUL_MAT_ID)}
 
 
-@dataclass(frozen=True)
-class Signature:
-    """A kernel's views are `n_outputs` outputs, then `operands`; absent ones are null."""
-
-    n_outputs: int
-    operands: tuple[str, ...]
-    attrs: tuple[str, ...] = ()
-
-
-SIGNATURES = {
-    "ADD_RMS_NORM": Signature(2, ("x", "weight", "delta"), ("eps",)),
-    "ATTENTION": Signature(1, ("q", "k_cache", "v_cache", "gate", *_PAGED), ("scale",)),
-    "GATED_DELTA_NET": Signature(
-        1, ("q", "k", "v", "g", "beta", *_RECURRENT), ("head_map", "scale", "algorithm")
-    ),
-    "GDN_GATE": Signature(2, ("alpha", "beta", "a", "dt")),
-    "GET_ROWS": Signature(1, ("table", "ids")),
-    "L2_NORM": Signature(1, ("x",), ("eps",)),
-    "MLA_CACHE": Signature(0, ("kv", "norm", "k_cache", *_PAGED), ("eps",)),
-    "MUL_MAT_HEADS": Signature(1, ("x", "weight", "tail"), ("transposed",)),
-    "QK_NORM_ROPE": Signature(
-        1,
-        ("q", "k", "v", "q_norm", "k_norm", "k_cache", "v_cache", *_PAGED),
-        ("eps", "n_rot", "rope_base"),
-    ),
-    "RMS_NORM_GATED": Signature(1, ("x", "gate", "weight"), ("eps", "act")),
-    "ROUTER": Signature(2, ("logits", "bias"), ("n_used", "gating", "scale", "eps", "groups")),
-    "SSM_CONV": Signature(1, (*_RECURRENT, "x", "weight", "x1", "weight1", "x2", "weight2"), ()),
-    "SWIGLU": Signature(1, ("gate", "up")),
-}
-
-
-def numbers(attrs: Mapping[str, Any], names: Iterable[str]) -> list[float]:
-    """Attributes as a kernel reads them: choices by their index, tuples one after another."""
+def numbers(node: Node) -> list[float]:
+    """A node's attributes as its kernel reads them: choices by index, tuples one after another."""
     values: list[float] = []
-    for name in names:
-        value = attrs[name]
-        if name in _ENUMS:
-            value = _ENUMS[name].index(value)
+    for name in node.op.attrs:
+        value = node.attrs[name]
+        if name in node.op.choices:
+            value = node.op.choices[name].index(value)
         values += map(float, value if isinstance(value, tuple) else (value,))
     return values
 
 
 def parts(node: Node) -> list[tuple[str, list[Tensor | None], list[float]]]:
-    """(kernel, views' tensors, attributes) of the instructions of a node that has a signature.
+    """(kernel, views' tensors, attributes) of the instructions of a node in SIGNATURES.
 
-    A node of several independent parts, as SWIGLU's pairs are, becomes one instruction for each.
+    A node whose operands are repeated, as SWIGLU's pairs are, becomes one instruction for each.
     """
-    signature = SIGNATURES[node.op.name]
-    if node.op.name == "SWIGLU":
-        names = [(f"gate{i or ''}", f"up{i or ''}") for i in range(len(node.outputs))]
-        pairs = zip(names, node.outputs, strict=True)
-        return [("SWIGLU", [out, *(node.inputs[n] for n in pair)], []) for pair, out in pairs]
-    outputs: list[Tensor | None] = [*node.outputs]
-    outputs += [None] * (signature.n_outputs - len(outputs))
-    operands = [node.inputs.get(name) for name in signature.operands]
-    return [(node.op.name, outputs + operands, numbers(node.attrs, signature.attrs))]
+    op, attrs = node.op, numbers(node)
+    if op.repeated:
+        named = [[f"{name}{i or ''}" for name in op.operands] for i in range(len(node.outputs))]
+        views = zip(node.outputs, named, strict=True)
+        return [(op.name, [out, *(node.inputs[n] for n in names)], attrs) for out, names in views]
+    absent = [None] * (op.n_outputs - len(node.outputs))
+    operands = [node.inputs.get(name) for name in op.operands]
+    return [(op.name, [*node.outputs, *absent, *operands], attrs)]
 
 
 def used_packed(nodes: Iterable[Node]) -> tuple[list[Tensor], list[Tensor]]:

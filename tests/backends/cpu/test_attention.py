@@ -17,12 +17,14 @@ from engine.backends.cpu.backend import CpuBackend
 from engine.backends.native import library as cpu_library
 from engine.formats.quants import F16, F32, DType, numpy_dtype
 from engine.graph import Capacity, Dim, Graph, Kind, Live, Tensor
-from engine.ops.attention import ATTENTION, attention, random_operands
-from engine.ops.cases import Case, case
+from engine.ops.attention import ATTENTION, attention
 from engine.placement.place import place
 from engine.runtime.batch import row_blocks
 from engine.runtime.executor import Executable
 from tests.ops import test_latent_attention
+from tests.ops.cases.attention import cases as attention_cases
+from tests.ops.cases.attention import random_operands
+from tests.support.cases import Case, case
 from tests.support.opcase import RawWeights, check_case, fresh_seed, nmse
 
 Array = np.ndarray[Any, Any]
@@ -80,7 +82,7 @@ def sequences(c: Case) -> tuple[list[int], list[int]]:
 # A case on all of them in turn: what must come out is computed once.
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("c", [*BLOCK_CASES, *ATTENTION.cases()], ids=lambda c: c.name)
+@pytest.mark.parametrize("c", [*BLOCK_CASES, *attention_cases()], ids=lambda c: c.name)
 def test_blocks(c: Case, isa: str, strided: bool, seed: int) -> None:
     backend, (pasts, lengths) = CpuBackend(2, isa, matrix=True), sequences(c)
     blocks = row_blocks(pasts, lengths)

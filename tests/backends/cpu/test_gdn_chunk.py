@@ -20,9 +20,10 @@ from engine.backends.base import Support
 from engine.backends.cpu.backend import CpuBackend
 from engine.backends.native import library as cpu_library
 from engine.ops import OPS
-from engine.ops.cases import Case, Operand, Rng, activation, integers, single_node_graph, slots
-from engine.ops.gated_delta_net import HEAD_MAPS, random_operands
+from engine.ops.gated_delta_net import HEAD_MAPS
 from engine.runtime.batch import BLOCK_POSITIONS, row_blocks
+from tests.ops.cases.gated_delta_net import random_operands
+from tests.support.cases import Case, Operand, Rng, activation, integers, single_node_graph, slots
 from tests.support.opcase import assert_close, check_case, fresh_seed, make_operands, run_case
 
 Array = np.ndarray[Any, Any]

@@ -1,4 +1,4 @@
-"""Drawing on CUDA against the steps of samplers.py; completions by steps that run ahead."""
+"""Drawing on CUDA against the samplers of steps.py; completions by steps that run ahead."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from engine.backends.cuda.weights import CudaWeights
 from engine.formats.quants import F32, I32
 from engine.graph import Dim, Kind, Live, Tensor
 from engine.runtime.batch import Chunk
-from engine.sampling import steps as samplers
 from engine.sampling.spec import MAX_BANNED, MAX_TOP_K, SampleSpec
 from engine.sampling.steps import Candidates
 from tests.support.chats import CHATML, QWEN35_STYLE
 from tests.support.cuda_devices import DEVICES, cuda_and_others, engine_on
-from tests.support.helpers import assert_all_free, nmse, random_ids
-from tests.support.lazy_backend import drawn
+from tests.support.helpers import apply_sampler, assert_all_free, nmse, random_ids
+from tests.support.lazy_backend import sampled_token
 
 Rng = np.random.Generator
 Logits = NDArray[np.float32]
@@ -120,7 +119,7 @@ def acceptable(logits: Logits, draw: SampleSpec) -> set[int]:
                 top_p=min(draw.top_p * factor, 1.0),
                 min_p=min(draw.min_p * factor, 1.0),
             )
-            found.add(drawn(logits, near))
+            found.add(sampled_token(logits, near))
     return found
 
 
@@ -150,8 +149,8 @@ def test_every_candidate_gets_its_share(device: Device, rng: Rng) -> None:
     """Uniform numbers in order go through the tokens in order of their probabilities."""
     rows, logits = Rows(device, 1, 320), rng.normal(0, 1, (1, 320)).astype(np.float32)
     values = logits[0].astype(np.float64)
-    c = samplers.top_k(Candidates(np.arange(320), values), 20)
-    edges = np.cumsum(samplers.temperature(c, 0.7).probabilities())
+    c = apply_sampler("top_k", Candidates(np.arange(320), values), top_k=20)
+    edges = np.cumsum(apply_sampler("temperature", c, temperature=0.7).probabilities())
     for i, edge in enumerate(edges[:-1]):
         for uniform, index in ((edge - 1e-4, i), (edge + 1e-4, i + 1)):
             draw = SampleSpec((), 20, 1.0, 0.0, 0.7, float(uniform))
@@ -301,7 +300,7 @@ def test_turns_go_on_from_the_tokens_that_came(device: Device, models: Models, s
             assert (answer.prompt.n_dropped > 0) == (turn > 0 and source == QWEN35_STYLE)
             assert len(answer.tokens) == (6 if turn == 1 else 10)
             # What comes next after all but the last token, which no step has read.
-            held = engine.conversation._held
+            held = engine.conversation._cached
             assert held is not None
             assert held.n_tokens == len(ids) - 1
             seq = engine.memory.create()

@@ -15,11 +15,18 @@ from engine.backends.cuda.device import Device
 from engine.formats.quants import F16, F32, numpy_dtype
 from engine.graph import Kind, Op, Tensor
 from engine.ops import OPS
-from engine.ops.attention import random_operands as attention_operands
-from engine.ops.cases import Case, Operand, blocks, live_counts, paged_operands, single_node_graph
-from engine.ops.gated_delta_net import random_operands as delta_operands
 from engine.placement.place import place
 from engine.runtime.executor import Executable
+from tests.ops.cases.attention import random_operands as attention_operands
+from tests.ops.cases.gated_delta_net import random_operands as delta_operands
+from tests.support.cases import (
+    Case,
+    Operand,
+    blocks,
+    live_counts,
+    paged_operands,
+    single_node_graph,
+)
 from tests.support.cuda_devices import ON_DEVICES, MakeDevice
 from tests.support.cuda_emulator.device import EmulatedDevice
 from tests.support.naive import NAIVE

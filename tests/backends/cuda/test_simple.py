@@ -15,7 +15,7 @@ from engine.backends.cuda.lower.simple import FEW_ROWS, GET_ROWS
 from engine.formats.quants import F32
 from engine.graph import Kind, Node, Tensor
 from engine.ops import OPS
-from engine.ops.cases import Case, Operand, activation, recurrent_operands, slots, weight
+from tests.support.cases import Case, Operand, activation, recurrent_operands, slots, weight
 from tests.support.cuda_emulator import device as emulated
 from tests.support.cuda_emulator.device import EmulatedDevice
 from tests.support.cuda_emulator.launching import launch

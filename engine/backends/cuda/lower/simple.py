@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.backends.cuda.device import Grid
 from engine.backends.cuda.launches import Condition, Lowering, always
-from engine.backends.native.signatures import SIGNATURES, numbers, parts
+from engine.backends.native.signatures import numbers, parts
 from engine.graph import Live, Node, Tensor
 
 # A batch of up to so many rows is a launch for few rows, where there is one.
@@ -24,7 +24,7 @@ _HEAD_CHUNK, _HEAD_FEW, _HEAD_ROWS, _HEAD_OUT = 32, 8, 128, 64
 
 
 def _by_signature(node: Node) -> list[float]:
-    return numbers(node.attrs, SIGNATURES[node.op.name].attrs)
+    return numbers(node)
 
 
 def _takes_all(node: Node) -> str:
