@@ -1,10 +1,10 @@
-"""Compare this engine with llama.cpp in one run: speed side by side, and accuracy.
+"""Compare this engine with llama.cpp in one run: speed and accuracy, side by side.
 
     python tools/compare.py MODEL.gguf --peer-python PATH
 
-PATH is a python, or a virtual environment, that has llama-cpp-python. Each engine runs in a process
-of its own; they take turns, and the idle one is stopped. Both get the same file, threads and
-tokens; how far the logits of each are from the float32 reference is told beside their speed.
+PATH is a Python, or a virtual environment, that has llama-cpp-python. Each engine runs in its own
+process; the two take turns, and the idle one is stopped. Both get the same file, number of threads
+and tokens. Accuracy is the distance of an engine's logits from those of the float32 reference.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ if not __package__:  # run as a script, so Python looks for modules in tools/ on
 from engine import backends
 from engine.backends.cpu.backend import CpuBackend
 from engine.backends.native import library as cpu_library
-from engine.commands.options import InputError, Parser, at_least, integers, write_text
+from engine.bench.facts import cpu_name
+from engine.commands.options import InputError, Parser, integers, write_text
 from engine.errors import EngineError
 from engine.formats.gguf import GGUFFile
 from engine.models import load_model
@@ -39,34 +40,31 @@ WAYS = {"one prefill": False, "token by token": True}
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line's."""
+    """The options of a command line."""
     p = Parser(prog="compare.py", allow_abbrev=False, description=str(__doc__).split("\n")[0])
     add = p.add_argument
     add("models", nargs="+", metavar="MODEL.gguf", type=Path)
     add("--peer-python", required=True, metavar="PATH", type=Path,
-        help="a python, or a virtual environment, with llama-cpp-python")  # fmt: skip
+        help="a Python, or a virtual environment, with llama-cpp-python")  # fmt: skip
     add("-p", "--n-prompt", type=integers(1), default=[512], metavar="N,…",
         help="prompt lengths (512)")  # fmt: skip
-    add("-n", "--n-gen", type=at_least(1), default=64, metavar="N", help="tokens generated (64)")
+    p.number("-n --n-gen", "tokens generated (64)", default=64)
     add("-d", "--n-depth", type=integers(0), default=[0], metavar="N,…",
-        help="positions before the generated tokens (0)")  # fmt: skip
-    add("-r", "--repetitions", type=at_least(1), default=5, metavar="N", help="rounds (5)")
-    add("-t", "--threads", type=at_least(1), default=cpu_library.n_cores(), metavar="N",
-        help="threads of each engine (all cores)")  # fmt: skip
-    add("-ub", "--ubatch-size", type=at_least(1), default=512, metavar="N",
-        help="most tokens of a step (512)")  # fmt: skip
+        help="tokens of context before the generated ones (0)")  # fmt: skip
+    p.number("-r --repetitions", "rounds (5)", default=5)
+    p.number("-t --threads", "threads of each engine (all cores)", default=cpu_library.n_cores())
+    p.number("-ub --ubatch-size", "most tokens of a step (512)", default=512)
     add("--backend", choices=backends.names(), default="auto", help="of this engine (auto)")
-    add("--accuracy-tokens", type=at_least(0), default=64, metavar="N",
-        help="tokens whose logits are compared with the reference's (64; 0: none)")  # fmt: skip
-    add("--seed", type=at_least(0), default=0, metavar="N", help="of the tokens (0)")
-    add("--timeout", type=at_least(1), default=1800, metavar="S",
-        help="seconds that an engine has for an answer (1800)")  # fmt: skip
-    add("--json", metavar="FILE", help="write everything that was measured to a file")
+    p.number("--accuracy-tokens", "compare the logits after N tokens with the reference's (64; "
+        "0: none)", low=0, default=64)  # fmt: skip
+    p.number("--seed", "seed of the random tokens (0)", low=0, default=0)
+    p.number("--timeout", "seconds that an engine has for an answer (1800)", default=1800)
+    add("--json", metavar="FILE", help="write all measurements to a file")
     return p.parse_args(argv)
 
 
 def python_of(path: Path) -> Path:
-    """The python that a path names, or the one of the virtual environment there."""
+    """The Python at a path, or the one of the virtual environment there. Raises InputError."""
     python = path / "bin" / "python" if path.is_dir() else path
     if not python.is_file():
         came = "a directory without bin/python" if path.is_dir() else "no such file"
@@ -83,7 +81,7 @@ class Comparison:
         self.n_vocab = load_model(GGUFFile(path)).n_vocab
 
     def run(self) -> dict[str, Any]:
-        """Everything about the model, as it goes into the document."""
+        """All measurements of the model, as they go into the document."""
         with ExitStack() as stack:
             workers = [stack.enter_context(self._worker(side)) for side in SIDES]
             about = {side: self._start(w) for side, w in zip(SIDES, workers, strict=True)}
@@ -121,7 +119,7 @@ class Comparison:
 
     def _load(self, worker: Worker, backend: str) -> dict[str, Any]:
         a = self.args
-        # Generation asks for a position more than it fills.
+        # One position more than generation fills: the scheduler reserves it.
         n_ctx = max(*a.n_prompt, max(a.n_depth) + a.n_gen + 1, a.accuracy_tokens)
         try:
             return worker.ask(
@@ -161,7 +159,7 @@ class Comparison:
         return test | sides | {"ratio": ratio(engine, peer)}
 
     def _logits(self, workers: list[Worker], tokens: list[int]) -> dict[str, dict[str, Any]]:
-        """For each way and side the file that holds its logits, or the failure."""
+        """For each way and side, the file with its logits, or {"failure": why there is none}."""
         files: dict[str, dict[str, Any]] = {way: {} for way in WAYS}
         for way, one_by_one in WAYS.items() if tokens else ():
             for side, worker in zip(SIDES, workers, strict=True):
@@ -178,7 +176,7 @@ class Comparison:
     def _accuracy(
         self, files: dict[str, dict[str, Any]], tokens: list[int], failures: list[str]
     ) -> dict[str, dict[str, Any]]:
-        """Distances from the reference, which runs when nothing else does any more."""
+        """Distances from the reference, which runs after the other processes have ended."""
         _progress(f"{self.path.stem} reference logits")
         file = self.folder / "reference.npy"
         with self._worker("engine") as worker:
@@ -209,16 +207,11 @@ def _progress(text: str) -> None:
 
 
 def machine(n_threads: int) -> dict[str, Any]:
-    """What it runs on, and how busy that was before."""
+    """The CPU, its bandwidth, and the load average before the comparison."""
     load = os.getloadavg()[0]
     limits = CpuBackend(n_threads).measure_limits()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return {
-        "cpu": next(names, "unknown CPU"),
+        "cpu": cpu_name() or "unknown CPU",
         "n_threads": n_threads,
         "read_bytes_per_s": limits.bytes_per_s,
         "load_average": load,
@@ -253,14 +246,14 @@ def _about(side: dict[str, Any], name: str) -> str:
         return title.strip()
     facts = [side["backends"], f"{side['type_k']}/{side['type_v']} cache"]
     if name == "peer":
-        # Built for less than the machine has, it would be no fair peer.
+        # A build without the best instruction sets of this machine would be no fair peer.
         sets = re.findall(r"\b((?:AVX|AMX|NEON|SVE|SME)\w*) = 1", side["system_info"])
         facts += ["flash attention", *sets]
     return f"{title} ({', '.join(facts)})"
 
 
 def compare(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    """The document of all models, and whether nothing failed."""
+    """The document of all models, and whether nothing failed. Raises EngineError."""
     python_of(args.peer_python)
     with tempfile.TemporaryDirectory(prefix="compare-") as folder:
         comparisons = [Comparison(path, args, Path(folder)) for path in args.models]
@@ -272,7 +265,7 @@ def compare(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
 
 
 def check_writable(path: str) -> None:
-    """Raise InputError before anything is measured in vain."""
+    """Raise InputError if a file can't be written; called before anything is measured."""
     try:
         Path(path).open("a").close()
     except OSError as error:
@@ -298,6 +291,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Not to leave the folder with the logits behind.
+    # As an exception, so that the folder with the logits is removed.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

@@ -1,8 +1,8 @@
-"""What a worker of compare.py does with this engine: load, time a prompt, time generation, logits.
+"""This engine's side of compare.py: load a model, time a prompt, time generation, write logits.
 
-Generation is what a user gets: through `Engine.generate`, with sampling and text, which the peer's
-side leaves out. Every prompt starts on a fresh sequence; what stands before generated tokens is
-processed once and returned to through a checkpoint.
+Generation is timed as a user gets it, through `Engine.generate` with sampling and text; the peer's
+side has neither. Every prompt starts on a fresh sequence. The context before generated tokens is
+processed once; each generation starts from its checkpoint.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.bench.measure import backend_names, n_threads, time_generation, time_prompt
+from engine.bench.measure import backend_names, n_threads, time_generation, time_prompts
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.kvcache.sequences import Checkpoint
@@ -31,13 +31,13 @@ class EngineRunner:
         self._checkpoint: Checkpoint | None = None
 
     def about(self) -> dict[str, Any]:
-        """What runs here."""
+        """The engine's version."""
         return {"version": __version__}
 
     def load(
         self, model: str, backend: str, n_ctx: int, n_ubatch: int, n_threads: int
     ) -> dict[str, Any]:
-        """Load a model; returns how it will be run."""
+        """Load a model; returns backends, cache types, threads and seconds of loading."""
         n_batch = max(n_ubatch, 2048)
         self.engine = Engine.load(
             model, backend=backend, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=n_ubatch,
@@ -59,17 +59,18 @@ class EngineRunner:
         """Seconds for a prompt, with the logits of its last token."""
         seq = self.engine.memory.create()
         try:
-            return {"seconds": time_prompt(self.engine, seq, tokens)}
+            return {"seconds": time_prompts(self.engine, [seq], [tokens])}
         finally:
             self.engine.memory.free(seq)
 
     def generate(self, past: Sequence[int], tokens: Sequence[int]) -> dict[str, float]:
-        """Seconds for as many tokens as there are in `tokens`, of which the first is fed."""
+        """Seconds to generate len(tokens) tokens after `past`; the first of `tokens` starts it."""
         self._go_to(tuple(past))
         n = len(tokens)
         return {"seconds": time_generation(self.engine, tokens[:1], n, [self._checkpoint])}
 
     def _go_to(self, past: tuple[int, ...]) -> None:
+        """Make `_checkpoint` that of `past`; None for no tokens."""
         if past == self._past:
             return
         if self._checkpoint:
@@ -87,7 +88,7 @@ class EngineRunner:
 
     def logits(self, tokens: Sequence[int], one_by_one: bool, file: str) -> dict[str, Any]:
         """Write the logits [n_tokens, n_vocab] after each token to a file."""
-        self._go_to(())  # The whole context is for these.
+        self._go_to(())  # A checkpoint would hold blocks that these tokens may need.
         if not one_by_one:
             np.save(file, self.engine.logits(tokens))
             return {}

@@ -1,9 +1,9 @@
-"""What a worker of compare.py does with llama.cpp, through llama-cpp-python's C interface.
+"""llama.cpp's side of compare.py, through the C interface of llama-cpp-python.
 
-Flash attention is on, the KV cache is f16, everything else llama.cpp's default. What is timed is
-decoding and the wait for its logits: known tokens are fed, nothing is sampled, and Python's share
-is to fill a batch and call. It runs in the peer's environment, so it needs numpy and llama_cpp and
-nothing of the engine.
+Flash attention is on, the KV cache is f16, everything else is llama.cpp's default. The timed part
+is `llama_decode` of known tokens until their logits are there; nothing is sampled, and Python only
+fills a batch. It runs in the peer's environment, so it imports numpy and llama_cpp, and no module
+of the engine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 
 class PeerError(Exception):
-    """llama.cpp refused something."""
+    """llama.cpp returned an error."""
 
 
 class PeerRunner:
@@ -32,7 +32,7 @@ class PeerRunner:
         self._state: Any = None
 
     def about(self) -> dict[str, Any]:
-        """What runs here."""
+        """The version of llama-cpp-python, and what llama.cpp was built for."""
         return {
             "version": f"llama-cpp-python {lib.__version__}",
             "system_info": lib.llama_print_system_info().decode(errors="replace"),
@@ -41,7 +41,7 @@ class PeerRunner:
     def load(
         self, model: str, backend: str, n_ctx: int, n_ubatch: int, n_threads: int
     ) -> dict[str, Any]:
-        """Load a model; `backend` is the other engine's business."""
+        """Load a model; `backend` is ignored, it is an option of the other engine."""
         start = time.perf_counter()
         model_params = lib.llama_model_default_params()
         model_params.n_gpu_layers = 0
@@ -81,7 +81,7 @@ class PeerRunner:
         return {"seconds": time.perf_counter() - start}
 
     def _go_to(self, past: tuple[int, ...]) -> None:
-        """Make `past` the sequence's contents; a recurrent state can only be copied back."""
+        """Make `past` the contents of the sequence: process it once, then copy its state back."""
         lib.llama_memory_clear(self._memory, True)
         if not past:
             return
@@ -114,13 +114,13 @@ class PeerRunner:
         size: int | None = None,
         keep: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Decode tokens in pieces; `keep` is called with each row's piece and place in it."""
+        """Decode tokens in chunks; call keep(position of the chunk, row) for each of its rows."""
         size = size or self._n_ubatch
         for start in range(0, len(tokens), size):
-            piece = tokens[start : start + size]
+            chunk = tokens[start : start + size]
             at_end = start + size >= len(tokens)
-            self._decode(piece, n_past + start, last_only=keep is None, wanted=at_end)
-            for row in range(len(piece) if keep else 0):
+            self._decode(chunk, n_past + start, last_only=keep is None, wanted=at_end)
+            for row in range(len(chunk) if keep else 0):
                 keep(n_past + start, row)  # type: ignore[misc]
 
     def _decode(

@@ -1,8 +1,9 @@
-"""The parent's side of compare.py's workers: processes that run only while they are asked.
+"""compare.py's workers as their parent sees them: processes that run only during a request.
 
-A worker that is idle is stopped (SIGSTOP), so that threads which spin while they wait take no core
-from the one at work. One that crashes, refuses or doesn't answer in time keeps the reason in
-`failure` and raises it whenever it is asked again. `close` kills it, stopped or not.
+An idle worker is stopped (SIGSTOP), so that threads which spin while they wait take no core from
+the worker whose turn it is. A worker that crashes, refuses a request or doesn't answer in time
+keeps the reason in `failure`, and every later request raises it. `close` kills a worker, stopped
+or not.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ _PYTHON_STARTS_S = 60.0
 
 
 class WorkerFailure(Exception):
-    """Why a worker has no answer, in one line."""
+    """Why a worker did not answer, in one line."""
 
 
 class WorkerMissing(Exception):
-    """What a Python lacks that a worker needs, in one line."""
+    """What a worker needs and its Python lacks, in one line."""
 
 
 class Worker:
-    """A worker process of a kind (engine, peer), run by a python; what it says goes to `log`."""
+    """A worker process of a kind (engine, peer) in a Python; its standard error goes to `log`."""
 
     def __init__(
         self,
@@ -47,7 +48,7 @@ class Worker:
         self._received = b""
         with log.open("wb") as stderr:
             try:
-                # In a session of its own: Ctrl-C is the parent's to handle.
+                # In a session of its own, so that only the parent gets Ctrl-C.
                 self.process = subprocess.Popen(
                     [python, str(_SCRIPT), kind],
                     stdin=subprocess.PIPE,
@@ -68,9 +69,10 @@ class Worker:
         self.close()
 
     def start(self) -> dict[str, Any]:
-        """Wait until it has imported its engine; returns what it says about itself.
+        """Wait until it has imported its engine; returns what `about` of its runner says.
 
-        Raises WorkerMissing if its Python is none or lacks something, WorkerFailure if it crashes.
+        Raises WorkerMissing if its Python is not a Python or lacks a module, WorkerFailure if it
+        crashes.
         """
         timeout_s, self.timeout_s = self.timeout_s, min(self.timeout_s, _PYTHON_STARTS_S)
         try:
@@ -83,12 +85,12 @@ class Worker:
         return about
 
     def ask(self, do: str, **request: Any) -> dict[str, Any]:
-        """Let it run until it has answered a request. Raises WorkerFailure."""
+        """Continue it, wait for its answer to a request, and stop it. Raises WorkerFailure."""
         if self.failure:
             raise WorkerFailure(self.failure)
         self.process.send_signal(signal.SIGCONT)
         assert self.process.stdin
-        # If it is gone, there will be no answer either.
+        # If it has ended, `_receive` says so.
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps({"do": do} | request).encode() + b"\n")
             self.process.stdin.flush()
@@ -128,7 +130,7 @@ class Worker:
         return line
 
     def _stop(self) -> None:
-        """Stop it, and see that it has stopped."""
+        """Stop it, and wait until it has stopped."""
         self.process.send_signal(signal.SIGSTOP)
         if self.process.returncode is None:
             os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
@@ -153,7 +155,7 @@ class Worker:
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe:
-                # What it did not read is lost, as is meant.
+                # A request that it has not read is dropped.
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
 
@@ -161,9 +163,9 @@ class Worker:
 def alternate(
     workers: Sequence[Worker], request: Mapping[str, Any], rounds: int
 ) -> list[list[float]]:
-    """Seconds that each worker took for a request, A B A B; a round before the first warms up.
+    """Seconds that each worker took for a request in each round; workers take turns, A B A B.
 
-    A worker that fails has fewer seconds than there were rounds.
+    A round before the first warms up. A worker that fails has fewer seconds than rounds.
     """
     seconds: list[list[float]] = [[] for _ in workers]
     for i in range(rounds + 1):

@@ -1,4 +1,4 @@
-"""Results of compare.py as figures and tables: medians, ratios, and distances between logits."""
+"""compare.py's figures and tables: medians, ratios, and distances between logits."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def summary(n_tokens: int, seconds: Sequence[float], failure: str) -> dict[str, 
 
 
 def ratio(engine: Sequence[float], peer: Sequence[float]) -> float | None:
-    """The median of the rounds' ratios of speed: above 1 the engine is faster."""
+    """The median over rounds of the ratio of speeds; above 1 the engine is faster."""
     ratios = [p / e for e, p in zip(engine, peer, strict=False)]
     return statistics.median(ratios) if ratios else None
 
 
 def distance(logits: NDArray[np.float32], reference: NDArray[np.float32]) -> dict[str, float]:
-    """How far logits [n_tokens, n_vocab] are from reference ones.
+    """The distance of logits [n_tokens, n_vocab] from the reference's.
 
     nmse: ‖logits − reference‖² / ‖reference‖². kl: the mean over positions of
     KL(softmax(reference) ‖ softmax(logits)), in nats.
@@ -49,7 +49,7 @@ def _log_softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def finite(value: Any) -> Any:
-    """A document as JSON can hold it: numbers that are not finite become null."""
+    """A document without the numbers that JSON lacks: NaN and infinity become null."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -78,7 +78,7 @@ def _rate(result: dict[str, Any]) -> str:
 
 
 def accuracy_table(models: Sequence[dict[str, Any]]) -> str:
-    """A row for each model and way to process the tokens."""
+    """A row for each model and way of processing the tokens."""
     rows = [("model", "logits", "engine NMSE, KL", "llama.cpp NMSE, KL")]
     for model in models:
         for way in model["accuracy"]:
@@ -94,7 +94,7 @@ def _distance(result: dict[str, Any]) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their cells; a message that is longer than a figure moves its row only."""
+    """Columns as wide as their cells; a message longer than 32 characters shifts only its row."""
     widest = [max(len(row[i]) for row in rows if len(row[i]) <= 32) for i in range(len(rows[0]))]
     lines = (
         "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widest, strict=True))

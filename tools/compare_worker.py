@@ -1,11 +1,12 @@
-"""A worker of compare.py: one engine in a process of its own, asked by JSON lines.
+"""A worker process of compare.py: runs one engine and answers requests as JSON lines.
 
     PYTHON tools/compare_worker.py engine | peer
 
-A line on standard input is a request `{"do": METHOD, …}`, a line on standard output its answer:
-`{"ok": {…}}`, `{"error": TEXT}`, or once, at the start, `{"missing": TEXT}`. Whatever a library
-prints goes to standard error. As `peer` it runs in the peer's environment and imports nothing of
-the engine. It dies with its parent, also while it is stopped.
+A line on standard input is a request `{"do": METHOD, …}`; a line on standard output is its answer,
+`{"ok": {…}}` or `{"error": TEXT}`. The first answer may be `{"missing": TEXT}`: a module that this
+Python lacks. Output of libraries goes to standard error. As `peer` it runs in the peer's
+environment and imports no module of the engine. It is killed when its parent ends, also while it is
+stopped.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def main() -> None:
         print(json.dumps(fields), file=answers)
 
     answer(ok={"pid": os.getpid()})
-    # In the place of tools/, which Python puts there for a script.
+    # Python puts tools/, the folder of the script, first; modules are looked for beside it.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     try:
         runner = _runner(sys.argv[1])

@@ -3,6 +3,7 @@
     python tools/dump_outputs.py write before.npz            # --device gpu on a machine with one
     python tools/dump_outputs.py write after.npz
     python tools/dump_outputs.py compare before.npz after.npz
+    python tools/dump_outputs.py write some.npz --quick      # one model, no commands
 
 A dump holds the logits of tiny models of all architectures on every backend and instruction set
 here and on the emulated CUDA device (prompts in chunks, ragged batches, decode steps, a return to a
@@ -164,19 +165,19 @@ def command_output(arguments: str, stdin: str, folder: Path) -> str:
     return "\n".join(sorted(lines) if arguments.startswith("profile") else lines)
 
 
-def dump(device: str) -> dict[str, np.ndarray]:
-    """All outputs by name."""
+def dump(device: str, quick: bool = False) -> dict[str, np.ndarray]:
+    """All outputs by name; if `quick`, those of one model."""
     found: dict[str, np.ndarray] = {}
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
-        for preset, dtype in MODELS:
+        for preset, dtype in MODELS[:1] if quick else MODELS:
             path = write_model(folder / f"{preset}-{dtype}.gguf", preset, dtype, std=STD)
             for name, load in engines(device):
                 print(f"{preset} {dtype} {name}", file=sys.stderr)
                 with load(path) as engine:
                     found |= dict(outputs(engine, f"{preset}-{dtype}/{name}"))
         (folder / "text.txt").write_text(TEXT)
-        for arguments, stdin in COMMANDS.items() if device != "gpu" else ():
+        for arguments, stdin in () if quick or device == "gpu" else COMMANDS.items():
             print(arguments, file=sys.stderr)
             found[f"cli {arguments}"] = np.array(command_output(arguments, stdin, folder))
     return found
@@ -206,13 +207,14 @@ def main() -> int:
     write = commands.add_parser("write", help="run everything and write what came out")
     write.add_argument("file", type=Path)
     write.add_argument("--device", choices=("emulated", "gpu", "none"), default="emulated")
+    write.add_argument("--quick", action="store_true", help="one model and no commands")
     both = commands.add_parser("compare", help="compare two dumps")
     both.add_argument("before", type=Path)
     both.add_argument("after", type=Path)
     args = parser.parse_args()
     if args.command == "compare":
         return compare(args.before, args.after)
-    arrays: dict[str, Any] = dump(args.device)
+    arrays: dict[str, Any] = dump(args.device, args.quick)
     np.savez_compressed(args.file, **arrays)
     return 0
 

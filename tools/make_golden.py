@@ -2,13 +2,15 @@
 
     python tools/make_golden.py [CASE ...]
 
-Needs the parity extra. A case is named as its file is (qwen35-ratio2); without names all are
-written. Seeds are tried in order until the greedy run is a fair test (tests/parity/live.py), so
-the same torch and transformers give the same files. A file is checked before it is written.
+Needs the parity extra. A case is named like its file (qwen35-ratio2); without names, all files are
+written. Seeds are tried in order until the greedy run is a fair test (tests/parity/live.py), so the
+same versions of torch and transformers write the same files. Each file is checked before it is
+written.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -29,16 +31,23 @@ from tests.parity.common import (
     golden_path,
     relative_error,
 )
-from tests.parity.live import Live, first_fair, is_fair, logits
+
+try:
+    from tests.parity.live import Live, first_fair, is_fair, logits
+except ModuleNotFoundError as error:
+    sys.exit(f"make_golden.py: expected {error.name} (pip install 'gdn-engine[parity]')")
 
 SEEDS = range(1000)
 
 
-def main(names: list[str]) -> int:
+def main() -> int:
+    """Write the files and print a line about each."""
     known = {case_id(case): case for case in CASES}
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="CASE", help=", ".join(known))
+    names = parser.parse_args().names
     if unknown := sorted(set(names) - known.keys()):
-        print(f"no such case: {', '.join(unknown)}; known are {', '.join(known)}", file=sys.stderr)
-        return 2
+        parser.error(f"no such case: {', '.join(unknown)}; known are {', '.join(known)}")
     GOLDEN_DIR.mkdir(exist_ok=True)
     print(f"{'case':30} seed   margin  experts distinct    rms    noise   bytes")
     for case in [known[name] for name in names] or CASES:
@@ -70,4 +79,4 @@ def _checked_noise(case: Case, live: Live) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

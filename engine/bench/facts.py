@@ -1,7 +1,7 @@
-"""What stands beside a measurement: the model as its file's header describes it, and the machine.
+"""Facts that benchmarks print beside their numbers: the model, the machine, bytes of a sequence.
 
-Nothing is loaded for it: a header is enough to refuse a file, or sizes that its context can't hold,
-before anything is measured.
+A model's facts come from its file's header alone, so that a bad file, or sizes that its context
+can't hold, are refused before anything is loaded or measured.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.bench.measure import BenchError
+from engine.engine import Engine
 from engine.formats.gguf import GGUFFile
 from engine.models import load_model
 
@@ -34,24 +35,17 @@ class ModelFacts:
         file = GGUFFile(path)
         n_ctx_train = load_model(file).n_ctx_train
         tensors = file.tensors.values()
-        words = (
-            file.string("general.architecture"),
-            file.metadata.get("general.size_label", ""),
-            _file_type(file),
-        )
-        return cls(
-            path,
-            # What a file says must not break a table.
-            " ".join(word for word in (re.sub(r"[^\w.+-]", "", str(w)) for w in words) if word),
-            sum(t.nbytes for t in tensors),
-            sum(math.prod(t.shape) for t in tensors),
-            n_ctx_train,
-        )
+        label = file.metadata.get("general.size_label", "")
+        words = (file.string("general.architecture"), label, _file_type(file))
+        # Without characters of the file that would break a table.
+        kind = " ".join(filter(None, (re.sub(r"[^\w.+-]", "", str(word)) for word in words)))
+        n_params = sum(math.prod(t.shape) for t in tensors)
+        return cls(path, kind, sum(t.nbytes for t in tensors), n_params, n_ctx_train)
 
     def check_context(self, n_positions: int, what: str, n_ctx: int | None = None) -> None:
-        """Raise BenchError unless so many positions fit `n_ctx` (None, 0: what it was trained on).
+        """Raise BenchError if `what` needs more positions than `n_ctx` has.
 
-        `what` needs them, for the message.
+        n_ctx: None or 0 for the context that the model was trained with.
         """
         limit = n_ctx or self.n_ctx_train
         if n_positions > limit:
@@ -63,13 +57,13 @@ class ModelFacts:
 
 
 def _file_type(file: GGUFFile) -> str:
-    """The name of the file's type, else of the tensors' type that most bytes have."""
+    """The name of the file's type; if it names none, of the type that most bytes have."""
     from gguf import LlamaFileType
 
     number = file.metadata.get("general.file_type")
-    for known in LlamaFileType:
-        if known.value == number and type(number) is int:
-            return str(known.name).removeprefix("MOSTLY_").removeprefix("ALL_")
+    names = {known.value: str(known.name) for known in LlamaFileType}
+    if type(number) is int and number in names:
+        return names[number].removeprefix("MOSTLY_").removeprefix("ALL_")
     nbytes: Counter[str] = Counter()
     for tensor in file.tensors.values():
         nbytes[tensor.dtype.name] += tensor.nbytes
@@ -77,9 +71,17 @@ def _file_type(file: GGUFFile) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's name, as far as the system tells."""
+    """The processor's name, or an empty string if the system has none."""
     try:
         names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     except OSError:
         names = []
     return names[0] if names else platform.processor()
+
+
+def sequence_bytes(engine: Engine, n_tokens: int) -> tuple[int, int]:
+    """Bytes of recurrent state and of KV cache that a sequence of `n_tokens` fills."""
+    state, kv = engine.plan.graph.state_bytes()
+    capacity = engine.capacity
+    per_position = kv // (capacity.n_blocks * capacity.block_size)
+    return state // capacity.n_slots, per_position * n_tokens

@@ -1,16 +1,22 @@
-"""What the measurements share: timed prompts and generation, and the facts that stand beside them.
+"""The measuring core: cases, their timed runs, and the check that each run did what it says.
 
-Tokens are random: what they say costs no more and no less. Generation runs through
-`Engine.generate`, greedy and past every end-of-generation token, and counts only if every token was
-delivered and the position moved with each.
+A case is prompts and generation of one or more sequences at a depth. A run starts from a checkpoint
+at that depth, so that the depth is processed once and never timed. Tokens are random: their values
+cost nothing. Generation runs through `Engine.generate`, greedy and past every end-of-generation
+token. A run counts only if every token was processed or delivered.
 """
 
 from __future__ import annotations
 
 import resource
+import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import groupby
 
 import numpy as np
 
@@ -18,24 +24,225 @@ from engine.backends.native import library as cpu_library
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.kvcache.sequences import Checkpoint
+from engine.runtime.batch import Chunk, Logits
+from engine.runtime.scheduler import CHUNK_MULTIPLE, cut
 from engine.sampling.params import SamplingParams
+
+Rng = np.random.Generator
 
 
 class BenchError(EngineError):
-    """A measurement that can't be made, or did not measure what it says."""
+    """A measurement that can't be made, or that did not measure what it says."""
 
 
-def random_tokens(engine: Engine, n: int, rng: np.random.Generator) -> list[int]:
+@dataclass(frozen=True)
+class Case:
+    """Each of `n_seqs` sequences of `n_depth` tokens processes a prompt, then generates `n_gen`.
+
+    A prompt has `n_prompt` tokens; with `is_shared` all sequences continue from the same one.
+    """
+
+    n_prompt: int = 0
+    n_gen: int = 0
+    n_depth: int = 0
+    n_seqs: int = 1
+    is_shared: bool = False
+
+    @property
+    def n_prompts(self) -> int:
+        """Prompts that are processed."""
+        return 1 if self.is_shared else self.n_seqs
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return self.n_prompts * self.n_prompt
+
+    @property
+    def gen_tokens(self) -> int:
+        """Tokens that all sequences generate."""
+        return self.n_seqs * self.n_gen
+
+    @property
+    def n_kv(self) -> int:
+        """Positions that are filled beyond the depth."""
+        return self.prompt_tokens + self.gen_tokens
+
+    @property
+    def name(self) -> str:
+        """llama-bench's name of it, such as `pp512 @ d4096`."""
+        name = f"pp{self.n_prompt}" if self.n_prompt else f"tg{self.n_gen}"
+        return f"{name} @ d{self.n_depth}" if self.n_depth else name
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Seconds of each run of a case: of its prompts and of its generation (0 where it has none).
+
+    `test_time`: when the runs began, ISO 8601, UTC.
+    """
+
+    case: Case
+    prompt_s: list[float]
+    gen_s: list[float]
+    test_time: str = ""
+
+    def medians(self) -> dict[str, float]:
+        """Median seconds, and tokens per second at these, under llama.cpp's keys."""
+        t_pp, t_tg = statistics.median(self.prompt_s), statistics.median(self.gen_s)
+        return {
+            "t_pp": t_pp, "speed_pp": self.case.prompt_tokens / t_pp,
+            "t_tg": t_tg, "speed_tg": self.case.gen_tokens / t_tg,
+        }  # fmt: skip
+
+
+def mean_and_deviation(samples: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation, which is 0 for a single sample."""
+    deviation = statistics.stdev(samples) if len(samples) > 1 else 0.0
+    return statistics.fmean(samples), deviation
+
+
+def measure(
+    engine: Engine,
+    cases: Sequence[Case],
+    rng: Rng,
+    repeats: int = 1,
+    warm_up: Callable[[Case], Case] | None = None,
+    on_run: Callable[[], None] = lambda: None,
+) -> Iterator[Measurement]:
+    """Measure cases one after another; consecutive cases of one depth share its checkpoint.
+
+    Before each, the case that `warm_up` makes of it runs untimed. `on_run` is called after every
+    run. The engine needs `n_checkpoints` for the sequences of a case. Raises BenchError.
+    """
+    for n_depth, group in groupby(cases, key=lambda case: case.n_depth):
+        depth = [random_tokens(engine, n_depth, rng)]
+        with processed(engine, depth) as (_, (start,)):
+            for case in group:
+                if warm_up:
+                    _run(engine, warm_up(case), start, rng)
+                    on_run()
+                now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+                m = Measurement(case, [], [], now)
+                for _ in range(repeats):
+                    prompt_s, gen_s = _run(engine, case, start, rng)
+                    m.prompt_s.append(prompt_s)
+                    m.gen_s.append(gen_s)
+                    on_run()
+                yield m
+
+
+def _run(engine: Engine, case: Case, start: Checkpoint, rng: Rng) -> tuple[float, float]:
+    """Seconds of the prompts and of the generation of a case that continues from `start`."""
+    prompts = [random_tokens(engine, case.n_prompt, rng) for _ in range(case.n_prompts)]
+    first = random_tokens(engine, case.n_seqs, rng)
+    with processed(engine, prompts, start) as (prompt_s, ends):
+        after = ends * (case.n_seqs // len(ends))
+        gen_s = time_generation(engine, first, case.n_gen, after) if case.n_gen else 0.0
+    return prompt_s if case.n_prompt else 0.0, gen_s
+
+
+def measure_and_extend(
+    engine: Engine, seq: int, n_prompt: int, n_gen: int, rng: Rng, repeats: int = 1
+) -> Measurement:
+    """Measure generation and then a prompt where a sequence stands; the prompt stays in it.
+
+    So the sequence never holds generated tokens, and its recurrent state is that of its prompts.
+    Needs `n_checkpoints` of 1.
+    """
+    case = Case(n_prompt, n_gen, engine.memory.n_tokens(seq))
+    with _checkpoints(engine, [seq]) as after:
+        gen_s = [
+            time_generation(engine, random_tokens(engine, 1, rng), n_gen, after)
+            for _ in range(repeats)
+        ]
+        tokens = random_tokens(engine, n_prompt, rng)
+        prompt_s = []
+        for _ in range(repeats):
+            engine.memory.restore(seq, after[0])
+            prompt_s.append(time_prompts(engine, [seq], [tokens]))
+    return Measurement(case, prompt_s, gen_s)
+
+
+@contextmanager
+def sequences(engine: Engine, n: int, start: Checkpoint | None = None) -> Iterator[list[int]]:
+    """`n` sequences, empty or continuing from a checkpoint; freed at the end."""
+    seqs = [engine.memory.create() for _ in range(n)]
+    try:
+        if start:
+            for seq in seqs:
+                engine.memory.restore(seq, start)
+        yield seqs
+    finally:
+        for seq in seqs:
+            engine.memory.free(seq)
+
+
+@contextmanager
+def _checkpoints(engine: Engine, seqs: Sequence[int]) -> Iterator[list[Checkpoint]]:
+    """A checkpoint of each sequence; released at the end."""
+    taken = [engine.memory.checkpoint(seq) for seq in seqs]
+    try:
+        yield taken
+    finally:
+        for checkpoint in taken:
+            checkpoint.release()
+
+
+@contextmanager
+def processed(
+    engine: Engine, prompts: Sequence[Sequence[int]], start: Checkpoint | None = None
+) -> Iterator[tuple[float, list[Checkpoint]]]:
+    """Seconds to process prompts after `start`, and a checkpoint at the end of each."""
+    with ExitStack() as held:
+        with sequences(engine, len(prompts), start) as seqs:
+            seconds = time_prompts(engine, seqs, prompts)
+            ends = held.enter_context(_checkpoints(engine, seqs))
+        yield seconds, ends
+
+
+def random_tokens(engine: Engine, n: int, rng: Rng) -> list[int]:
     """`n` token ids, uniform over the vocabulary."""
     ids: list[int] = rng.integers(0, engine.model.n_vocab, n).tolist()
     return ids
 
 
-def time_prompt(engine: Engine, seq: int, tokens: Sequence[int]) -> float:
-    """Seconds to append tokens to a sequence, with the logits of the last."""
+def time_prompts(engine: Engine, seqs: Sequence[int], prompts: Sequence[Sequence[int]]) -> float:
+    """Seconds to append a prompt to each sequence, in shared steps, with its last token's logits.
+
+    Raises BenchError for a sequence that is not as much longer as its prompt.
+    """
+    n_past = [engine.memory.n_tokens(seq) for seq in seqs]
+    steps = list(_packed(list(zip(seqs, n_past, prompts, strict=True)), engine.capacity.n_tokens))
     start = time.perf_counter()
-    engine.prefill(seq, tokens)
-    return time.perf_counter() - start
+    for chunks in steps:
+        engine.step(chunks)
+    seconds = time.perf_counter() - start
+    for seq, past, prompt in zip(seqs, n_past, prompts, strict=True):
+        if (n_tokens := engine.memory.n_tokens(seq)) != past + len(prompt):
+            raise BenchError(
+                f"expected {past + len(prompt)} positions after a prompt, got {n_tokens}"
+            )
+    return seconds
+
+
+def _packed(waiting: list[tuple[int, int, Sequence[int]]], n_ubatch: int) -> Iterator[list[Chunk]]:
+    """The chunks of each step: (sequence, n_past, prompt) after each other, in steps that are full.
+
+    Chunks are cut as the scheduler cuts them. One that would be cut short of 64 tokens by the rest
+    of a step waits for the next step.
+    """
+    smallest = CHUNK_MULTIPLE if n_ubatch >= CHUNK_MULTIPLE else 1
+    while waiting := [(seq, n_past, tokens) for seq, n_past, tokens in waiting if tokens]:
+        chunks, budget = [], n_ubatch
+        for i, (seq, n_past, tokens) in enumerate(waiting):
+            if budget < min(len(tokens), smallest):
+                continue
+            n = next(cut(n_past, len(tokens), budget)).stop
+            budget -= n
+            chunks.append(Chunk(seq, tokens[:n], Logits.LAST if n == len(tokens) else Logits.NONE))
+            waiting[i] = seq, n_past + n, tokens[n:]
+        yield chunks
 
 
 def time_generation(
@@ -44,7 +251,8 @@ def time_generation(
     """Seconds to generate `n` tokens in each of several sequences at once.
 
     Sequence i starts from the token first[i], after checkpoint after[i] (None: from nothing), so
-    that each of the n steps processes one token of every sequence.
+    that each of the n steps processes one token of every sequence. Raises BenchError if it ends
+    early or takes another number of steps.
     """
     params = SamplingParams(temperature=0, max_tokens=n, ignore_eos=True)
     start = time.perf_counter()

@@ -1,9 +1,9 @@
 """Perplexity of a text, as llama.cpp's `llama-perplexity` defines it (tools/perplexity).
 
-The text is cut into chunks of n_ctx tokens, each on a fresh sequence. Only the second half of a
-chunk is scored, so that every scored token has some context. With a stride, windows that overlap
-are scored in their last tokens only. Logits are asked for where a token is scored, a piece of the
-prompt at a time, and never held in float64.
+The text is cut into text chunks of n_ctx tokens, each on a fresh sequence. Only the second half of
+a text chunk is scored, so that every scored token has some context. With a stride, overlapping
+windows are scored in their last tokens only. Logits are computed only for scored tokens, a step's
+at a time, in float32.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from engine.errors import EngineError
 from engine.runtime.batch import BLOCK_POSITIONS, Chunk, Logits
 from engine.runtime.scheduler import cut
 
-# Of a chunk of fewer tokens, no token is scored.
+# In a text chunk of fewer tokens, no token is scored.
 MIN_CTX = 4
-# Most bytes of logits that a step returns, and that are worked on at a time.
+# Most bytes of logits that a step returns, and that are exponentiated at a time.
 _STEP_BYTES, _BLOCK_BYTES = 2**28, 2**23
 
 
 class PerplexityError(EngineError):
-    """A text or sizes that have no perplexity."""
+    """A text, or sizes, for which perplexity is not defined."""
 
 
 @dataclass(frozen=True)
 class ScoredChunk:
-    """Tokens `start` … `start + n_tokens - 1` of a text; those from `first` of it on are scored."""
+    """`n_tokens` tokens of a text from `start` on; all but the first `first` are scored."""
 
     start: int
     n_tokens: int
@@ -41,7 +41,7 @@ class ScoredChunk:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The perplexity of what has been scored so far.
+    """The perplexity of the tokens scored so far.
 
     `ppl` is e to the mean negative log-likelihood (nats) of `n_scored` tokens. `error` is
     llama.cpp's uncertainty of it: the standard error of that mean, times ppl; NaN for one token.
@@ -53,15 +53,15 @@ class Estimate:
 
 
 def window(n_ctx: int, stride: int = 0) -> int:
-    """Tokens of a chunk: n_ctx, and half a stride more where there is one."""
+    """Tokens of a text chunk: n_ctx, plus half a stride if there is one."""
     return n_ctx + stride // 2
 
 
 def chunks(n_tokens: int, n_ctx: int, stride: int = 0) -> list[ScoredChunk]:
-    """How a text of `n_tokens` is cut.
+    """The text chunks of a text of `n_tokens`.
 
-    Without a stride: chunks of n_ctx, one after another; what is left over is not scored. The
-    tokens after position n_ctx/2 of each are scored. With one: windows of n_ctx + stride/2, each
+    Without a stride: chunks of n_ctx, one after another; a shorter rest is dropped. The tokens
+    after position n_ctx/2 of each are scored. With a stride: windows of n_ctx + stride/2, each
     `stride` further, whose last `stride` tokens are scored.
     Raises PerplexityError for a text of less than one chunk, and for sizes that score nothing.
     """
@@ -70,7 +70,7 @@ def chunks(n_tokens: int, n_ctx: int, stride: int = 0) -> list[ScoredChunk]:
     if not 0 <= stride <= n_ctx:
         raise PerplexityError(f"stride: expected 0 to the {n_ctx} of n_ctx, got {stride}")
     size = window(n_ctx, stride)
-    # A window whose end is the text's end is left out, as llama.cpp leaves it out.
+    # As in llama.cpp, a window that ends where the text ends is left out.
     n_chunks = -(-(n_tokens - size) // stride) if stride else n_tokens // n_ctx
     if n_chunks < 1:
         needed = size + 1 if stride else size
@@ -83,7 +83,7 @@ def chunks(n_tokens: int, n_ctx: int, stride: int = 0) -> list[ScoredChunk]:
 
 
 def encode(engine: Engine, text: str) -> list[int]:
-    """The tokens of a text: BOS first if the model adds one; special tokens in it are text."""
+    """The tokens of a text, after BOS if the model adds it; special tokens are treated as text."""
     tokenizer = engine.tokenizer
     bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     return bos + tokenizer.encode(text)
@@ -92,10 +92,10 @@ def encode(engine: Engine, text: str) -> list[int]:
 def perplexity(
     engine: Engine, ids: Sequence[int], n_ctx: int = 512, stride: int = 0
 ) -> Iterator[Estimate]:
-    """The estimate after each chunk of `ids`, which `encode` gave; the last one is the result.
+    """The estimate after each text chunk of `ids` (from `encode`); the last one is the result.
 
-    If the model adds BOS, it replaces the first token of every chunk, in the input alone. Windows
-    of a stride keep theirs: so does llama.cpp, which puts BOS there too late to be read.
+    If the model adds BOS, it replaces the first input token of every chunk, but not of windows with
+    a stride: llama.cpp writes BOS there only after it has filled the batch.
     The engine's context must hold `window(n_ctx, stride)` tokens. Raises as `chunks` does.
     """
     parts = chunks(len(ids), n_ctx, stride)
@@ -113,13 +113,13 @@ def perplexity(
 
 
 def _estimate(n: int, total: float, squares: float) -> Estimate:
-    """From the number of scores, their sum and the sum of their squares."""
+    """The estimate from `n` scores, their sum and the sum of their squares."""
     mean = total / n
     try:
         ppl = math.exp(mean)
     except OverflowError:
         ppl = math.inf
-    # Rounding may leave a variance of 0 below it.
+    # Rounding may make a variance of 0 negative.
     variance = max(0.0, squares / n - mean * mean)
     return Estimate(ppl, ppl * math.sqrt(variance / (n - 1)) if n > 1 else math.nan, n)
 
@@ -129,19 +129,19 @@ def _score(
 ) -> NDArray[np.float64]:
     """Negative log-likelihoods [n_tokens - first] of the targets from `first` on.
 
-    The logits of position i score token i + 1: the last token is no input.
+    The logits of position i score token i + 1, so the last token is not an input.
     """
     n_rows = max(_STEP_BYTES // (4 * engine.model.n_vocab), BLOCK_POSITIONS)
     n_rows = min(n_rows, engine.capacity.n_tokens)
-    # Pieces end at multiples of 64 positions: the few rows before `first` are dropped.
-    n_silent = (first - 1) // BLOCK_POSITIONS * BLOCK_POSITIONS
+    # Chunks end at multiples of 64 positions, so some rows before `first` have logits: dropped.
+    n_unscored = (first - 1) // BLOCK_POSITIONS * BLOCK_POSITIONS
     seq = engine.memory.create()
     scores = []
     try:
-        if n_silent:
-            engine.prefill(seq, given[:n_silent], Logits.NONE)
-        for part in cut(n_silent, len(given) - 1 - n_silent, n_rows):
-            at = slice(n_silent + part.start, n_silent + part.stop)
+        if n_unscored:
+            engine.prefill(seq, given[:n_unscored], Logits.NONE)
+        for part in cut(n_unscored, len(given) - 1 - n_unscored, n_rows):
+            at = slice(n_unscored + part.start, n_unscored + part.stop)
             logits = engine.step([Chunk(seq, given[at], Logits.ALL)])
             skip = max(0, first - 1 - at.start)
             wanted = targets[at.start + skip + 1 : at.stop + 1]

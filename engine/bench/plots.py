@@ -1,7 +1,7 @@
-"""Speed against depth, drawn: curves from sweep-bench's output, ours or ik_llama.cpp's.
+"""Plots of speed against depth, from the output of sweep-bench, ours or ik_llama.cpp's.
 
-Both of its forms are read, the table and JSON lines, also mixed with a program's log; a line that
-begins like a row and is none is refused. matplotlib is an optional extra, imported when needed.
+The table and the JSON lines are read, also between lines of a log. A line that begins like a row
+but isn't one is refused. matplotlib is an optional extra, imported when needed.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.bench.sweep import COLUMNS
 from engine.errors import EngineError
 
+# sweep-bench's columns, each with the format of its values.
+COLUMNS = {
+    "PP": "6d", "TG": "6d", "N_KV": "6d", "T_PP s": "8.3f", "S_PP t/s": "8.2f",
+    "T_TG s": "8.3f", "S_TG t/s": "8.2f",
+}  # fmt: skip
 SUFFIXES = (".png", ".svg", ".pdf")
 _LABEL_WIDTH = 48
-_KEYS = ("n_kv", "speed_pp", "speed_tg")
 
 
 class PlotError(EngineError):
-    """A plot that can't be made: unreadable rows, no matplotlib, nowhere to write it."""
+    """A plot that can't be drawn: bad rows, no matplotlib, or a file that can't be written."""
 
 
 class Point(NamedTuple):
@@ -35,7 +38,7 @@ class Point(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """The points of one run, and what it is called."""
+    """The points of one run, and its name in the legend."""
 
     label: str
     points: Sequence[Point]
@@ -62,42 +65,37 @@ def parse_points(text: str) -> list[Point]:
 def _parse_line(line: str) -> Point | None:
     """A row, or None for a line that is none. Raises ValueError with what was expected."""
     if line.startswith("{"):
-        return _from_json(line)
-    return _from_table(line) if line.startswith("|") else None
-
-
-def _from_json(line: str) -> Point:
-    try:
-        row: dict[str, Any] = json.loads(line)
-    except (ValueError, RecursionError):
-        raise ValueError("a row of sweep-bench as one JSON object") from None
-    if missing := [key for key in _KEYS if key not in row]:
-        raise ValueError(f"a row of sweep-bench with the key {missing[0]}")
-    return _point(row[key] for key in _KEYS)
-
-
-def _from_table(line: str) -> Point | None:
-    cells = [cell.strip() for cell in line.removeprefix("|").removesuffix("|").split("|")]
-    if tuple(cells) == COLUMNS or set("".join(cells)) <= set("-:"):
+        values = _from_json(line)
+    elif line.startswith("|"):
+        cells = [cell.strip() for cell in line.removeprefix("|").removesuffix("|").split("|")]
+        if cells == list(COLUMNS) or set("".join(cells)) <= set("-:"):
+            return None
+        if len(cells) != len(COLUMNS) or not line.endswith("|"):
+            raise ValueError(f"the columns {' | '.join(COLUMNS)}")
+        values = [cells[2], cells[4], cells[6]]
+    else:
         return None
-    if len(cells) != len(COLUMNS) or not line.endswith("|"):
-        raise ValueError(f"the columns {' | '.join(COLUMNS)}")
-    _, _, n_kv, _, speed_pp, _, speed_tg = cells
-    return _point((n_kv, speed_pp, speed_tg))
-
-
-def _point(values: Any) -> Point:
     try:
         point = Point(*map(float, values))
     except (TypeError, ValueError, OverflowError):
         point = Point(math.nan, 0, 0)
     if not all(math.isfinite(v) and v >= 0 for v in point):
-        raise ValueError(f"numbers for {', '.join(_KEYS)}")
+        raise ValueError(f"numbers for {', '.join(Point._fields)}")
     return point
 
 
+def _from_json(line: str) -> list[Any]:
+    try:
+        row: dict[str, Any] = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError("a row of sweep-bench as one JSON object") from None
+    if missing := [key for key in Point._fields if key not in row]:
+        raise ValueError(f"a row of sweep-bench with the key {missing[0]}")
+    return [row[key] for key in Point._fields]
+
+
 def check_output(path: str) -> None:
-    """Raises PlotError unless a plot can be written there; leaves what is there as it is."""
+    """Raise PlotError unless a plot can be written to `path`; a file that exists is not changed."""
     _figure_class()
     if Path(path).suffix.lower() not in SUFFIXES:
         raise PlotError(f"{path}: expected a name that ends in {', '.join(SUFFIXES)}")
@@ -122,7 +120,7 @@ def _figure_class() -> Any:
 
 
 def labels_of(paths: Sequence[str]) -> list[str]:
-    """What files are called in a plot: their stems, or whole paths where those are the same."""
+    """Names of files in a plot: their stems, or whole paths where two stems are the same."""
     stems = [Path(path).stem for path in paths]
     return [
         path if stems.count(stem) > 1 else stem for path, stem in zip(paths, stems, strict=True)
@@ -130,7 +128,7 @@ def labels_of(paths: Sequence[str]) -> list[str]:
 
 
 def draw(curves: Sequence[Curve], path: str) -> None:
-    """SampleSpec PP and TG against N_KV side by side, a line for each curve. Raises PlotError."""
+    """Draw PP and TG against N_KV side by side, a line for each curve. Raises PlotError."""
     n_columns = min(len(curves), 3)
     legend_height = 0.25 * math.ceil(len(curves) / n_columns)
     figure = _figure_class()(figsize=(11, 4.2 + legend_height), dpi=150, layout="constrained")
@@ -140,7 +138,7 @@ def draw(curves: Sequence[Curve], path: str) -> None:
     legend = figure.legend(
         lines, map(str, range(len(lines))), loc="outside lower center", ncols=n_columns
     )
-    # Set afterwards: a label may begin with an underscore, which would hide it, or hold a formula.
+    # Set afterwards: matplotlib hides labels that begin with an underscore, and parses formulas.
     for text, curve in zip(legend.get_texts(), curves, strict=True):
         text.set_parse_math(False)
         text.set_text(_shortened(curve.label))

@@ -3,132 +3,93 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from engine.bench.batched import BatchedCase, BatchedMeasurement, measure_batched
 from engine.bench.facts import ModelFacts
-from engine.bench.measure import BenchError, n_gpu_layers, n_threads
-from engine.commands.options import (
-    Parser,
-    at_least,
-    common_options,
-    engine_options,
-    given_fields,
-    integers,
-)
+from engine.bench.measure import BenchError, Case, Measurement, measure, n_gpu_layers, n_threads
+from engine.commands.options import Parser, given_fields, load_engine
+from engine.commands.output import Rows, Table
 from engine.config import EngineConfig
 from engine.engine import Engine, resolved_config
 
 ABOUT = "Measure prompts and generation of several sequences at once, as llama-batched-bench does."
-# Column -> format of its values; llama-batched-bench's.
-_COLUMNS = {
+_TABLE = Table({
     "PP": "6d", "TG": "6d", "B": "4d", "N_KV": "6d", "T_PP s": "8.3f", "S_PP t/s": "8.2f",
     "T_TG s": "8.3f", "S_TG t/s": "8.2f", "T s": "8.3f", "S t/s": "8.2f",
-}  # fmt: skip
+})  # fmt: skip
+_WARM_UP = 16
 
 
 def add_options(p: Parser) -> None:
     """Its options."""
-    common_options(p)
-    lists: Any = {"required": True, "type": integers(1), "action": "extend", "metavar": "N[,N…]"}
-    add = p.add_argument
-    add("-npp", dest="n_prompt", help="tokens of each prompt", **lists)
-    add("-ntg", dest="n_gen", help="tokens generated after each", **lists)
-    add("-npl", dest="n_seqs", help="sequences at once", **lists)
-    add("-pps", action="store_true", help="one prompt, shared by the sequences")
-    add("--no-warmup", action="store_true", help="no short run before each that counts")
-    add("-s", "--seed", type=at_least(0), default=0, metavar="N", help="of the tokens (0)")
-    add("--output-format", choices=("md", "jsonl"), default="md")
-    engine_options(p, without=("n_parallel",))
+    p.common_options()
+    p.numbers("-npp", "tokens of each prompt", dest="n_prompt", required=True)
+    p.numbers("-ntg", "tokens generated after each prompt", dest="n_gen", required=True)
+    p.numbers("-npl", "sequences that run at the same time", dest="n_seqs", required=True)
+    p.flag("-pps", "process one prompt for all sequences")
+    p.flag("--no-warmup", "no short unmeasured run before each row")
+    p.seed()
+    p.choice("--output-format", "format of the results", "md", "jsonl")
+    p.engine_options("n_parallel")
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
     """Print a row for every combination of the sizes."""
     sizes = product(args.n_prompt, args.n_gen, args.n_seqs)
-    cases = [BatchedCase(*size, is_shared=args.pps) for size in sizes]
-    config = _config(args, cases)
+    cases = [Case(n_prompt, n_gen, 0, n_seqs, args.pps) for n_prompt, n_gen, n_seqs in sizes]
+    options = _engine_options(args, cases)
+    warm_up = None if args.no_warmup else warm_up_case
     rng = np.random.default_rng(args.seed)
-    with (
-        Engine.load(args.model, **config) as engine,
-        tqdm(total=len(cases), unit="row", disable=None) as bar,
-    ):
-        for i, case in enumerate(cases):
-            m = measure_batched(engine, case, rng, not args.no_warmup)
-            bar.update()
-            with tqdm.external_write_mode():
-                if args.output_format == "md":
-                    print(*([] if i else _head()), _line(m), sep="\n")
-                else:
-                    print(json.dumps(_document(engine, m)))
-                sys.stdout.flush()
+    with load_engine(args, **options) as engine, Rows(args.output_format, _TABLE) as rows:
+        measured = measure(engine, cases, rng, warm_up=warm_up)
+        for m in tqdm(measured, total=len(cases), unit="row", disable=None):
+            values = _values(m)
+            rows.add(_settings(engine, args.pps) | values, list(values.values()))
     return 0
 
 
-def _config(args: argparse.Namespace, cases: list[BatchedCase]) -> dict[str, Any]:
-    """Options of an engine that all cases fit. Raises BenchError if there can be none."""
-    config = given_fields(args, EngineConfig)
-    n_seqs = max(case.n_seqs for case in cases)
+def _values(m: Measurement) -> dict[str, Any]:
+    """A row under llama-batched-bench's keys, in the order of its columns."""
+    case, medians = m.case, m.medians()
+    sizes = {"pp": case.n_prompt, "tg": case.n_gen, "pl": case.n_seqs, "n_kv": case.n_kv}
+    seconds = medians["t_pp"] + medians["t_tg"]
+    return {**sizes, **medians, "t": seconds, "speed": case.n_kv / seconds}
+
+
+def _settings(engine: Engine, is_shared: bool) -> dict[str, Any]:
+    """The keys of a JSON line before those."""
+    threads = n_threads(engine)
+    return {
+        "n_kv_max": engine.n_ctx, "n_batch": engine.config.n_batch,
+        "n_ubatch": engine.config.n_ubatch, "is_pp_shared": int(is_shared),
+        "n_gpu_layers": n_gpu_layers(engine), "n_threads": threads, "n_threads_batch": threads,
+    }  # fmt: skip
+
+
+def warm_up_case(case: Case) -> Case:
+    return replace(case, n_prompt=min(case.n_prompt, _WARM_UP), n_gen=1)
+
+
+def _engine_options(args: argparse.Namespace, cases: list[Case]) -> dict[str, Any]:
+    """Options of an engine that can run all cases. Raises BenchError if none can."""
+    given = given_fields(args, EngineConfig)
     facts = ModelFacts.of(args.model)
     for case in cases:
         sizes = f"-npp {case.n_prompt} -ntg {case.n_gen}"
-        if "n_ctx" in config:
-            facts.check_context(case.n_kv, f"{sizes} -npl {case.n_seqs}", config["n_ctx"])
+        if "n_ctx" in given:
+            facts.check_context(case.n_kv, f"{sizes} -npl {case.n_seqs}", given["n_ctx"])
         else:
             facts.check_context(case.n_prompt + case.n_gen, sizes)
-    sizes_of_step = resolved_config(**config)
-    n_ubatch = min(sizes_of_step.n_batch, sizes_of_step.n_ubatch)
+    n_seqs = max(case.n_seqs for case in cases)
+    config = resolved_config(**given)
+    n_ubatch = min(config.n_batch, config.n_ubatch)
     if n_seqs > n_ubatch:
         raise BenchError(f"-npl {n_seqs}: expected at most the {n_ubatch} tokens of a step (-ub)")
-    # Sequences that share a prompt have a checkpoint each too: it is what gives them room for
-    # blocks of their own.
-    config |= {"n_parallel": n_seqs, "n_checkpoints": n_seqs}
-    config.setdefault("n_ctx", max(case.n_kv for case in cases))
-    return config
-
-
-def _head() -> list[str]:
-    widths = [int(form.partition(".")[0].rstrip("d")) for form in _COLUMNS.values()]
-    names = (f"{name:>{width}}" for name, width in zip(_COLUMNS, widths, strict=True))
-    return [
-        "|" + " | ".join(names) + " |",
-        "|" + "-|-".join("-" * width for width in widths) + "-|",
-    ]
-
-
-def _line(m: BatchedMeasurement) -> str:
-    case = m.case
-    values = (
-        *(case.n_prompt, case.n_gen, case.n_seqs, case.n_kv),
-        *(m.prompt_s, m.prompt_ts, m.gen_s, m.gen_ts, m.seconds, m.ts),
-    )
-    cells = (f"{v:{form}}" for v, form in zip(values, _COLUMNS.values(), strict=True))
-    return "|" + " | ".join(cells) + " |"
-
-
-def _document(engine: Engine, m: BatchedMeasurement) -> dict[str, Any]:
-    """A measurement under llama-batched-bench's keys."""
-    return {
-        "n_kv_max": engine.n_ctx,
-        "n_batch": engine.config.n_batch,
-        "n_ubatch": engine.config.n_ubatch,
-        "is_pp_shared": int(m.case.is_shared),
-        "n_gpu_layers": n_gpu_layers(engine),
-        "n_threads": n_threads(engine),
-        "n_threads_batch": n_threads(engine),
-        "pp": m.case.n_prompt,
-        "tg": m.case.n_gen,
-        "pl": m.case.n_seqs,
-        "n_kv": m.case.n_kv,
-        "t_pp": m.prompt_s,
-        "speed_pp": m.prompt_ts,
-        "t_tg": m.gen_s,
-        "speed_tg": m.gen_ts,
-        "t": m.seconds,
-        "speed": m.ts,
-    }
+    n_ctx = given.get("n_ctx", max(case.n_kv for case in cases))
+    # A checkpoint for each sequence reserves the blocks that it fills after a shared prompt.
+    return {"n_parallel": n_seqs, "n_checkpoints": n_seqs, "n_ctx": n_ctx}

@@ -3,53 +3,56 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import json
-import sys
-from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from engine.bench.facts import ModelFacts, cpu_name
-from engine.bench.measure import backend_names, n_gpu_layers, n_threads
-from engine.bench.throughput import Case, Measurement, cases_of, mean_and_deviation, measure
-from engine.commands.options import (
-    Parser,
-    at_least,
-    common_options,
-    engine_options,
-    given_fields,
-    integers,
+from engine.bench.measure import (
+    Case,
+    Measurement,
+    backend_names,
+    mean_and_deviation,
+    measure,
+    n_gpu_layers,
+    n_threads,
 )
+from engine.commands.options import Parser, given_fields
+from engine.commands.output import Rows, Table
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.version import __version__
 
 ABOUT = "Measure tokens per second of prompts and of generation, as llama-bench does."
-# Column -> width, negative for text that stands on the left; llama-bench's.
-_COLUMNS = {
-    "model": -30, "size": 10, "params": 10, "backend": -10, "threads": 7, "test": 15, "t/s": 20,
-}  # fmt: skip
-_SAMPLES = ("samples_ns", "samples_ts")
-Row = dict[str, Any]
+_TABLE = Table(
+    {
+        "model": "<30", "size": ">10", "params": ">10", "backend": "<10", "threads": "7d",
+        "test": ">15", "t/s": ">20",
+    },
+    is_markdown=True,
+)  # fmt: skip
 
 
 def add_options(p: Parser) -> None:
     """Its options."""
-    common_options(p, many=True)
-    add = p.add_argument
-    lists: Any = {"type": integers(0), "action": "extend", "metavar": "N[,N…]"}
-    add("-p", "--n-prompt", help="prompts of N tokens (512; 0: none)", **lists)
-    add("-n", "--n-gen", help="generation of N tokens (128; 0: none)", **lists)
-    add("-d", "--n-depth", help="each after N positions (0)", **lists)
-    add("-r", "--repetitions", type=at_least(1), default=5, metavar="N",
-        help="runs of each test that count (5)")  # fmt: skip
-    add("--no-warmup", action="store_true", help="no run before those that count")
-    add("-s", "--seed", type=at_least(0), default=0, metavar="N", help="of the tokens (0)")
-    add("-o", "--output", choices=("md", "json", "csv"), default="md")
-    engine_options(p, without=("n_parallel",))
+    p.common_options(many=True)
+    p.numbers("-p --n-prompt", "process prompts of N tokens (512; 0: none)", low=0)
+    p.numbers("-n --n-gen", "generate N tokens (128; 0: none)", low=0)
+    p.numbers("-d --n-depth", "measure each after N tokens of context (0)", low=0)
+    p.number("-r --repetitions", "measured runs of each test (5)", default=5)
+    p.flag("--no-warmup", "no unmeasured run before each test")
+    p.seed()
+    p.choice("-o --output", "format of the results", "md", "json", "csv")
+    p.engine_options("n_parallel")
+
+
+def cases_of(prompts: list[int], gens: list[int], depths: list[int]) -> list[Case]:
+    """Every prompt, then every generation, at each depth; a size of 0 means none."""
+    sizes = [(n, 0) for n in prompts if n] + [(0, n) for n in gens if n]
+    return [Case(*size, n_depth) for n_depth, size in product(depths, sizes)]
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
@@ -57,116 +60,56 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
     cases = cases_of(args.n_prompt or [512], args.n_gen or [128], args.n_depth or [0])
     if not cases:
         parser.error("nothing to measure: expected a size above 0 for -p or for -n")
-    config = {"n_checkpoints": 1} | given_fields(args, EngineConfig)
-    longest = max(cases, key=lambda case: case.n_depth + case.n_tokens)
+    options = {"n_checkpoints": 1} | given_fields(args, EngineConfig)
+    longest = max(cases, key=lambda case: case.n_depth + case.n_kv)
+    needed = longest.n_depth + longest.n_kv
     models = [ModelFacts.of(path) for path in args.model]
-    needed = longest.n_depth + longest.n_tokens
     for facts in models:
-        facts.check_context(needed, longest.name, config.get("n_ctx"))
-    config.setdefault("n_ctx", needed)
-    n_runs = len(models) * len(cases) * (args.repetitions + (not args.no_warmup))
-    rows: list[Row] = []
-    try:
-        with tqdm(total=n_runs, unit="run", disable=None) as bar:
-            for facts in models:
-                bar.set_description(facts.type)
-                for row in _rows(facts, cases, config, args, lambda: bar.update()):
-                    rows.append(row)
-                    with tqdm.external_write_mode():
-                        _show(rows, args.output)
-    finally:
-        if rows and args.output == "json":
-            print(json.dumps(rows, indent=2))
+        facts.check_context(needed, longest.name, options.get("n_ctx"))
+    options.setdefault("n_ctx", needed)
+    warm_up = None if args.no_warmup else warm_up_case
+    n_runs = len(models) * len(cases) * (args.repetitions + bool(warm_up))
+    rng = np.random.default_rng(args.seed)
+    with Rows(args.output, _TABLE) as rows, tqdm(total=n_runs, unit="run", disable=None) as bar:
+        for facts in models:
+            bar.set_description(facts.type)
+            with Engine.load(facts.path, **options) as engine:
+                for m in measure(engine, cases, rng, args.repetitions, warm_up, bar.update):
+                    row = _document(facts, engine, m)
+                    rows.add(row, _cells(row, m.case.name))
     return 0
 
 
-def _rows(
-    facts: ModelFacts,
-    cases: list[Case],
-    config: dict[str, Any],
-    args: argparse.Namespace,
-    on_run: Callable[[], None],
-) -> Iterator[Row]:
-    rng = np.random.default_rng(args.seed)
-    with Engine.load(facts.path, **config) as engine:
-        for m in measure(engine, cases, args.repetitions, rng, not args.no_warmup, on_run):
-            yield _row(facts, engine, m)
+def warm_up_case(case: Case) -> Case:
+    """The whole prompt, or one generated token, as in llama-bench."""
+    return replace(case, n_gen=min(case.n_gen, 1))
 
 
-def _row(facts: ModelFacts, engine: Engine, m: Measurement) -> Row:
+def _document(facts: ModelFacts, engine: Engine, m: Measurement) -> dict[str, Any]:
     """A measurement under llama-bench's keys."""
-    config, (type_k, type_v) = engine.config, engine.config.cache_types()
-    avg_ns, stddev_ns = mean_and_deviation(m.samples_ns)
-    avg_ts, stddev_ts = mean_and_deviation(m.samples_ts)
+    config, (type_k, type_v), case = engine.config, engine.config.cache_types(), m.case
+    ns = [round((p + g) * 1e9) for p, g in zip(m.prompt_s, m.gen_s, strict=True)]
+    ts = [1e9 * case.n_kv / n for n in ns]
+    (avg_ns, stddev_ns), (avg_ts, stddev_ts) = mean_and_deviation(ns), mean_and_deviation(ts)
     return {
-        "build_commit": __version__,
-        "cpu_info": cpu_name(),
-        "backends": backend_names(engine),
-        "model_filename": facts.path,
-        "model_type": facts.type,
-        "model_size": facts.size,
-        "model_n_params": facts.n_params,
-        "n_batch": config.n_batch,
-        "n_ubatch": config.n_ubatch,
-        "n_threads": n_threads(engine),
-        "type_k": type_k.name.lower(),
-        "type_v": type_v.name.lower(),
+        "build_commit": __version__, "cpu_info": cpu_name(), "backends": backend_names(engine),
+        "model_filename": facts.path, "model_type": facts.type,
+        "model_size": facts.size, "model_n_params": facts.n_params,
+        "n_batch": config.n_batch, "n_ubatch": config.n_ubatch, "n_threads": n_threads(engine),
+        "type_k": type_k.name.lower(), "type_v": type_v.name.lower(),
         "n_gpu_layers": n_gpu_layers(engine),
-        "n_prompt": m.case.n_prompt,
-        "n_gen": m.case.n_gen,
-        "n_depth": m.case.n_depth,
-        "test_time": m.test_time,
-        "avg_ns": round(avg_ns),
-        "stddev_ns": round(stddev_ns),
-        "avg_ts": avg_ts,
-        "stddev_ts": stddev_ts,
-        "samples_ns": m.samples_ns,
-        "samples_ts": m.samples_ts,
-    }
+        "n_prompt": case.n_prompt, "n_gen": case.n_gen, "n_depth": case.n_depth,
+        "test_time": m.test_time, "avg_ns": round(avg_ns), "stddev_ns": round(stddev_ns),
+        "avg_ts": avg_ts, "stddev_ts": stddev_ts, "samples_ns": ns, "samples_ts": ts,
+    }  # fmt: skip
 
 
-def _show(rows: list[Row], output: str) -> None:
-    """The last row at once; JSON is one array, so it comes at the end."""
-    if output == "md":
-        _show_markdown(rows)
-    elif output == "csv":
-        _show_csv(rows)
-    sys.stdout.flush()
-
-
-def _show_markdown(rows: list[Row]) -> None:
-    """The last row, after the head of the table if it is the first."""
-    if len(rows) == 1:
-        print(_line(list(_COLUMNS)))
-        rules = (f"{'-' * (abs(w) - 1)}{':' if w > 0 else '-'}" for w in _COLUMNS.values())
-        print("".join(["|", *(f" {rule} |" for rule in rules)]))
-    row = rows[-1]
+def _cells(row: dict[str, Any], name: str) -> list[Any]:
     size, n_params = row["model_size"], row["model_n_params"]
-    in_gib, in_billions = size >= 1 << 30, n_params >= 1e9
-    print(
-        _line(
-            [
-                row["model_type"],
-                f"{size / 2**30:.2f} GiB" if in_gib else f"{size / 2**20:.2f} MiB",
-                f"{n_params / 1e9:.2f} B" if in_billions else f"{n_params / 1e6:.2f} M",
-                row["backends"],
-                str(row["n_threads"]),
-                Case(row["n_prompt"], row["n_gen"], row["n_depth"]).name,
-                f"{row['avg_ts']:.2f} ± {row['stddev_ts']:.2f}",
-            ]
-        )
-    )
-
-
-def _line(cells: list[str]) -> str:
-    widths = zip(cells, _COLUMNS.values(), strict=True)
-    aligned = (cell.rjust(w) if w > 0 else cell.ljust(-w) for cell, w in widths)
-    return "".join(["|", *(f" {cell} |" for cell in aligned)])
-
-
-def _show_csv(rows: list[Row]) -> None:
-    """The last row, after the names of the columns if it is the first."""
-    row = {key: value for key, value in rows[-1].items() if key not in _SAMPLES}
-    if len(rows) == 1:
-        print(",".join(row))
-    csv.writer(sys.stdout, quoting=csv.QUOTE_ALL, lineterminator="\n").writerow(row.values())
+    return [
+        row["model_type"],
+        f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB",
+        f"{n_params / 1e9:.2f} B" if n_params >= 1e9 else f"{n_params / 1e6:.2f} M",
+        row["backends"], row["n_threads"], name,
+        f"{row['avg_ts']:.2f} ± {row['stddev_ts']:.2f}",
+    ]  # fmt: skip

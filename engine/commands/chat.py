@@ -1,6 +1,6 @@
 """`cli.py -cnv`: a conversation, with the state kept between turns.
 
-Answers go to standard output; what is asked, and a line about each turn, to standard error.
+Answers go to standard output; prompts of the terminal and a line about each turn to standard error.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 from engine.commands.messages import is_interactive, read_messages
-from engine.commands.options import Parser, given_fields, unescaped
-from engine.config import EngineConfig
+from engine.commands.options import Parser, load_engine, unescaped
+from engine.commands.output import write
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.formats.gguf import GGUFFile
@@ -30,14 +30,13 @@ HELP = (
 
 def add_options(p: Parser) -> None:
     """Options of a chat."""
-    group = p.add_argument_group("chat")
-    add = group.add_argument
+    add = p.add_argument_group("chat").add_argument
     add("-cnv", "--conversation", action="store_true",
-        help="chat: read messages from standard input, -p or -f being the first")  # fmt: skip
+        help="chat: read messages from standard input; -p or -f is the first one")  # fmt: skip
     add("-sys", "--system-prompt", metavar="TEXT", help="system message")
     add("--chat-template", metavar="FILE|NAME", help="Jinja template (default: the model's)")
     add("--reasoning", action=argparse.BooleanOptionalAction,
-        help="think before an answer, or don't (the template's enable_thinking)")  # fmt: skip
+        help="let the model think before it answers (the template's enable_thinking)")  # fmt: skip
 
 
 def check_options(parser: Parser, args: argparse.Namespace) -> None:
@@ -51,12 +50,12 @@ def check_options(parser: Parser, args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace, first: str | None, params: SamplingParams) -> int:
     """Answer `first`, if there is one, then every message until the input ends."""
-    # Before the weights: a template that can't be used shows at once.
+    # Before the weights are loaded: a template that can't be used is refused at once.
     template = find_template(GGUFFile(args.model), args.chat_template)
     if args.reasoning is not None and "enable_thinking" not in template.variables:
         option = "--reasoning" if args.reasoning else "--no-reasoning"
         raise ChatError(f"{template.name} takes no {option}: it reads no enable_thinking")
-    with Engine.load(args.model, **given_fields(args, EngineConfig)) as engine:
+    with load_engine(args) as engine:
         chat = Chat(engine, template, args, params)
         if first is not None:
             chat.say(first)
@@ -77,7 +76,7 @@ def run(args: argparse.Namespace, first: str | None, params: SamplingParams) -> 
 
 
 class Chat:
-    """The messages so far, and what answering them took."""
+    """The messages so far, and the answers with their timings."""
 
     def __init__(
         self,
@@ -93,19 +92,18 @@ class Chat:
             text = unescaped(args, args.system_prompt)
             self._system.append({"role": "system", "content": text})
         self._messages = list(self._system)
-        self._n_turns = self._n_prompt = self._n_generated = 0
-        self._prompt_s = self._eval_s = 0.0
+        self._answers: list[ChatCompletion] = []
 
     def reset(self) -> None:
-        """Forget all but the system message."""
+        """Forget all messages but the system message."""
         self._messages = list(self._system)
         self._engine.conversation.release()
 
     def say(self, text: str) -> None:
         """Print the answer to a message, and a line about the turn.
 
-        A message that gets no answer is taken back: an error, or an interrupt before its first
-        token. On a terminal the chat goes on after an error.
+        A message without an answer is taken back: after an error, or an interrupt before the first
+        token. On a terminal the chat continues after an error.
         """
         asked = [*self._messages, {"role": "user", "content": text}]
         written = ""
@@ -116,51 +114,47 @@ class Chat:
             with stopping(answer):
                 for token in answer:
                     written = token.text or written
-                    _write(token.text)
+                    write(token.text)
         except EngineError as error:
             if written:
-                _write("\n")
+                write("\n")
             if not is_interactive():
                 raise
             print("error:", *str(error).splitlines(), file=sys.stderr)
             return
-        _write("\n")
+        write("\n")
         if not _is_taken_back(answer):
             self._messages = [*asked, {"role": "assistant", "content": answer.text}]
-        self._count(answer)
+        self._answers.append(answer)
         print(self._line(answer), file=sys.stderr)
-
-    def _count(self, answer: ChatCompletion) -> None:
-        t = answer.timings
-        self._n_turns += 1
-        self._n_prompt += t.n_prompt
-        self._n_generated += len(answer.tokens)
-        self._prompt_s += t.prompt_s
-        self._eval_s += t.eval_s
 
     def _line(self, answer: ChatCompletion) -> str:
         t, prompt = answer.timings, answer.prompt
         kept = f"after {prompt.n_kept} kept"
         if prompt.n_dropped:
             kept += f", {prompt.n_dropped} dropped: the template changed what they say"
-        parts = [
-            f"turn {self._n_turns}: {t.n_prompt} tokens processed{_rate(t.n_prompt, t.prompt_s)}",
-            kept,
-            f"{len(answer.tokens)} generated{_rate(t.n_eval, t.eval_s)}",
-        ]
+        end = f"; {answer.finish_reason} ({answer.detail})"
         if _is_taken_back(answer):
-            parts.append("stopped before its first token: the message is taken back")
-        elif answer.finish_reason is not FinishReason.STOP:
-            parts.append(f"{answer.finish_reason} ({answer.detail})")
-        return f"[{'; '.join(parts)}]"
+            end = "; stopped before its first token: the message is taken back"
+        elif answer.finish_reason is FinishReason.STOP:
+            end = ""
+        return (
+            f"[turn {len(self._answers)}: {t.n_prompt} tokens processed"
+            f"{_rate(t.n_prompt, t.prompt_s)}; {kept}; "
+            f"{len(answer.tokens)} generated{_rate(t.n_eval, t.eval_s)}{end}]"
+        )
 
     def stats(self) -> str:
         """Tokens of the whole chat."""
+        timings = [answer.timings for answer in self._answers]
+        n_prompt = sum(t.n_prompt for t in timings)
+        n_generated = sum(len(answer.tokens) for answer in self._answers)
         return (
-            f"[{self._n_turns} turns: {self._n_prompt} tokens processed"
-            f"{_rate(self._n_prompt, self._prompt_s)}; {self._n_generated} generated"
-            f"{_rate(self._n_generated, self._eval_s)}; {self._engine.conversation.n_tokens} of "
-            f"{self._engine.n_ctx} positions of the context held]"
+            f"[{len(timings)} turns: {n_prompt} tokens processed"
+            f"{_rate(n_prompt, sum(t.prompt_s for t in timings))}; {n_generated} generated"
+            f"{_rate(n_generated, sum(t.eval_s for t in timings))}; "
+            f"{self._engine.conversation.n_tokens} of {self._engine.n_ctx} positions of the "
+            "context held]"
         )
 
 
@@ -185,8 +179,3 @@ def stopping(answer: ChatCompletion) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, earlier)
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

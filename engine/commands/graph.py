@@ -5,29 +5,23 @@ from __future__ import annotations
 import argparse
 
 from engine.commands import report
-from engine.commands.options import (
-    Parser,
-    backend_options,
-    common_options,
-    given_fields,
-    integers,
-    write_text,
-)
+from engine.commands.options import Parser, given_fields, integers, write_text
 from engine.config import EngineConfig
 from engine.engine import plan_only
 
-ABOUT = "Show a model's compute graph: node counts, and which backend runs each and why."
+ABOUT = "Show a model's compute graph: node counts, and which backend runs each node and why."
 
 
 def add_options(p: Parser) -> None:
     """Its options."""
-    common_options(p)
-    backend_options(p)
+    p.common_options()
+    p.backend_options()
     add = p.add_argument
-    add("--bs", type=integers(1), default=[512, 1], metavar="N[,N…]", help="batch sizes (512,1)")
+    add("--bs", type=integers(1), default=[512, 1], metavar="N[,N…]",
+        help="batch sizes in tokens (512,1)")  # fmt: skip
     add("--gdn", dest="gdn_form", choices=("fused", "decomposed"), default="fused",
-        help="the delta net as one node, or as primitive ops")  # fmt: skip
-    add("--json", action="store_true", help="print JSON")
+        help="the delta rule as one node, or as primitive ops (fused)")  # fmt: skip
+    p.flag("--json", "print JSON")
     add("--dot", metavar="FILE", help="write the graph for Graphviz")
 
 

@@ -12,64 +12,59 @@ _QUOTES = '"""'
 
 
 def read_messages() -> Iterator[str]:
-    """Messages from standard input until it ends. Empty ones are left out."""
+    """Messages from standard input until it ends, except empty ones."""
     while (line := _read_line()) is not None:
         start = line.lstrip()
         if start.startswith(_QUOTES):
-            message = _block(start.removeprefix(_QUOTES))
+            message = _quoted(start.removeprefix(_QUOTES))
         else:
             message = _continued(line)
         if message.strip():
             yield message
 
 
-def _block(line: str | None) -> str:
+def _quoted(line: str | None) -> str:
     """The lines up to one that ends in quotes."""
     lines = []
     while line is not None:
-        if line.rstrip().endswith(_QUOTES):
-            lines.append(line.rstrip().removesuffix(_QUOTES))
-            break
-        lines.append(line)
-        line = _read_line()
+        text = line.rstrip()
+        lines.append(text.removesuffix(_QUOTES) if text.endswith(_QUOTES) else line)
+        line = None if text.endswith(_QUOTES) else _read_line()
     return "\n".join(lines).strip("\n")
 
 
-def _continued(line: str) -> str:
-    """A line, with those after it as long as each ends in a backslash."""
+def _continued(line: str | None) -> str:
+    """A line, and the next as long as a line ends in a backslash."""
     lines = []
-    while line.endswith("\\"):
+    while line is not None:
         lines.append(line.removesuffix("\\"))
-        following = _read_line()
-        if following is None:
-            return "\n".join(lines)
-        line = following
-    return "\n".join([*lines, line])
+        line = _read_line() if line.endswith("\\") else None
+    return "\n".join(lines)
 
 
 def is_interactive() -> bool:
-    """Whether messages are typed."""
+    """Whether messages are typed on a terminal."""
     return sys.stdin is not None and sys.stdin.isatty()
 
 
 def _read_line() -> str | None:
-    """A line without its end; None at the end of the input."""
-    if is_interactive():
-        if sys.stdout.isatty():
-            with contextlib.suppress(ImportError):
-                import readline  # noqa: F401  (with it, input() edits lines)
-            try:
-                return input("> ")
-            except EOFError:
-                print(file=sys.stderr)
-                return None
-        print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-    else:
+    """A line without its end; None at the end of the input. Raises InputError."""
+    if not is_interactive():
         data = sys.stdin.buffer.readline()
         try:
             line = data.decode()
         except UnicodeDecodeError as error:
             came = f"byte 0x{data[error.start]:02x} in {data[:40]!r}"
             raise InputError(f"standard input: expected UTF-8, got {came}") from None
+    elif sys.stdout.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (with it, input() edits lines)
+        try:
+            return input("> ")
+        except EOFError:
+            print(file=sys.stderr)
+            return None
+    else:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
     return line.rstrip("\r\n") if line else None

@@ -1,4 +1,4 @@
-"""What the commands share: options, prompts, and how a mistake on the command line is answered."""
+"""Options that the commands share, and how a mistake on the command line is answered."""
 
 from __future__ import annotations
 
@@ -11,25 +11,24 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from engine import backends
-from engine.engine import DEMO_MODEL
+from engine.config import EngineConfig
+from engine.engine import DEMO_MODEL, Engine, resolved_config
 from engine.errors import EngineError
 
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "'": "'", '"': '"', "\\": "\\"}
+# More layers than any model has.
+ALL_LAYERS = 1 << 20
+# Names; the field of an options class that they set; its values; help. Values: a conversion of the
+# text, a tuple of choices, `bool` for a flag, or argparse's keywords.
+OptionRow = tuple[str, str, Any, str]
 
 
 class InputError(EngineError):
     """A file that can't be read or written."""
 
 
-class Parser(argparse.ArgumentParser):
-    """Answers a wrong command line in one line, with status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
 def at_least(low: int) -> Callable[[str], int]:
-    """Reads an integer of at least `low`."""
+    """A conversion to an integer of at least `low`."""
 
     def convert(text: str) -> int:
         value = int(text)
@@ -41,137 +40,8 @@ def at_least(low: int) -> Callable[[str], int]:
     return convert
 
 
-def common_options(p: Parser, many: bool = False) -> None:
-    """The model, or with `many` a list of them, and how much to say."""
-    how: Any = {"default": str(DEMO_MODEL), "metavar": "FILE"}
-    about = "GGUF file (default: the small model that comes with the engine)"
-    if many:
-        how = {"type": _paths, "action": "extend", "required": True, "metavar": "FILE[,FILE…]"}
-        about = "GGUF file"
-    p.add_argument("-m", "--model", help=about, **how)
-    p.add_argument("-v", "--verbose", action="store_true", help="more detail; tracebacks of errors")
-
-
-def _comma_list(text: str) -> list[str]:
-    return text.split(",")
-
-
-def _paths(text: str) -> list[str]:
-    paths = text.split(",")
-    if not all(paths):
-        raise argparse.ArgumentTypeError(f"expected files and commas between them, got {text!r}")
-    return paths
-
-
-def backend_options(p: Parser) -> None:
-    """What runs the graph."""
-    p.add_argument(
-        "--backend",
-        choices=backends.names(),
-        default="auto",
-        help="what runs the graph (default: auto, the best that is there)",
-    )
-    p.add_argument(
-        "--strict-backend", action="store_true", help="fail rather than run a node elsewhere"
-    )
-    given: Any = {"default": argparse.SUPPRESS}
-    group = p.add_argument_group("placement")
-    group.add_argument(
-        "-ngl", "--n-gpu-layers", type=at_least(0), metavar="N", dest="n_gpu_layers",
-        help="layers on the GPU, from the last; the head is one more (all that fit)", **given,
-    )  # fmt: skip
-    group.add_argument(
-        "-ncmoe", "--n-cpu-moe", type=at_least(0), metavar="N", dest="n_cpu_moe",
-        help="layers, from the first, whose experts stay on the CPU (0)", **given,
-    )  # fmt: skip
-    group.add_argument(
-        "-cmoe", "--cpu-moe", action="store_const", const=ALL_LAYERS, dest="n_cpu_moe",
-        help="the experts of all layers stay on the CPU", **given,
-    )  # fmt: skip
-    group.add_argument(
-        "-ot", "--override-tensor", action="extend", type=_comma_list, metavar="REGEX=cpu|cuda",
-        dest="override_tensor", help="nodes whose weight's name matches run there", **given,
-    )  # fmt: skip
-
-
-def prompt_options(p: Parser, many: bool = False) -> None:
-    """Where the prompt comes from; with `many`, a file of prompts too."""
-    source = p.add_mutually_exclusive_group()
-    if many:
-        source.add_argument(
-            "--prompts", metavar="FILE", help="one prompt a line, text or JSON; prints JSON lines"
-        )
-    source.add_argument("-p", "--prompt", metavar="TEXT", help="prompt (default: standard input)")
-    source.add_argument("-f", "--file", metavar="FILE", help="file with the prompt")
-    p.add_argument(
-        "--no-escape",
-        action="store_true",
-        help=r"take \n, \t, \\ … in -p as they stand instead of as what they mean",
-    )
-
-
-# More layers than any model has.
-ALL_LAYERS = 1 << 20
-_CACHE_TYPES = ("f32", "f16")
-# Names, the field of an options class that they set, how to read a value, and what it means.
-OptionRow = tuple[str, str, Any, str]
-_ENGINE_OPTIONS: list[OptionRow] = [
-    ("-c --ctx-size", "n_ctx", at_least(0), "context (4096 or the model's; 0: the model's)"),
-    ("-b --batch-size", "n_batch", at_least(1), "most tokens of a batch (2048, or -ub)"),
-    ("-ub --ubatch-size", "n_ubatch", at_least(1), "most tokens of a step (512; cuda: 4096)"),
-    ("-t --threads", "n_threads", at_least(1), "threads (all cores)"),
-    ("--cpu-isa", "cpu_isa", str, "instruction set of the CPU kernels (the best there is)"),
-    ("-np --parallel", "n_parallel", at_least(1), "sequences that run together (1)"),
-]
-
-
-def table_options(p: Any, rows: list[OptionRow]) -> None:
-    """Options that leave their field to its default when they are not given."""
-    for names, field, convert, about in rows:
-        p.add_argument(
-            *names.split(),
-            dest=field,
-            type=convert,
-            default=argparse.SUPPRESS,
-            metavar="N",
-            help=about,
-        )
-
-
-def engine_options(p: Parser, without: tuple[str, ...] = ()) -> None:
-    """Options that set fields of EngineConfig, but for some fields."""
-    backend_options(p)
-    group = p.add_argument_group("engine")
-    table_options(group, [row for row in _ENGINE_OPTIONS if row[1] not in without])
-    given: Any = {"default": argparse.SUPPRESS}
-    for short, name, field in (("-ctk", "key", "type_k"), ("-ctv", "value", "type_v")):
-        group.add_argument(
-            short,
-            f"--cache-type-{name[0]}",
-            dest=field,
-            choices=_CACHE_TYPES,
-            help=f"type of cached {name}s",
-            **given,
-        )
-    group.add_argument(
-        "--batch-invariant",
-        action="store_true",
-        help="cuda: a sequence's bits don't depend on what runs beside it, at some cost",
-        **given,
-    )
-    group.add_argument(
-        "--gdn", choices=("auto", "scan", "chunk"), help="algorithm of the delta net", **given
-    )
-
-
-def given_fields(args: argparse.Namespace, options: type) -> dict[str, Any]:
-    """The fields of a dataclass that the command line sets."""
-    given = {f.name: getattr(args, f.name) for f in fields(options) if hasattr(args, f.name)}
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-
-
 def integers(low: int) -> Callable[[str], list[int]]:
-    """Reads integers of at least `low`, with commas between them."""
+    """A conversion to integers of at least `low`, with commas between them."""
 
     def convert(text: str) -> list[int]:
         try:
@@ -181,6 +51,146 @@ def integers(low: int) -> Callable[[str], list[int]]:
             raise argparse.ArgumentTypeError(message) from None
 
     return convert
+
+
+def _paths(text: str) -> list[str]:
+    paths = text.split(",")
+    if not all(paths):
+        raise argparse.ArgumentTypeError(f"expected files and commas between them, got {text!r}")
+    return paths
+
+
+def _comma_list(text: str) -> list[str]:
+    return text.split(",")
+
+
+_PLACEMENT_OPTIONS: list[OptionRow] = [
+    ("-ngl --n-gpu-layers", "n_gpu_layers", at_least(0),
+     "put the last N layers on the GPU; the output head counts as one more (all that fit)"),
+    ("-ncmoe --n-cpu-moe", "n_cpu_moe", at_least(0),
+     "keep the experts of the first N layers on the CPU (0)"),
+    ("-cmoe --cpu-moe", "n_cpu_moe", {"action": "store_const", "const": ALL_LAYERS},
+     "keep the experts of all layers on the CPU"),
+    ("-ot --override-tensor", "override_tensor",
+     {"action": "extend", "type": _comma_list, "metavar": "REGEX=cpu|cuda"},
+     "run products there whose weight's name matches"),
+]  # fmt: skip
+_ENGINE_OPTIONS: list[OptionRow] = [
+    ("-c --ctx-size", "n_ctx", at_least(0),
+     "context in tokens (4096, or the model's if that is less; 0: the model's)"),
+    ("-b --batch-size", "n_batch", at_least(1), "most tokens of a batch (2048, or -ub)"),
+    ("-ub --ubatch-size", "n_ubatch", at_least(1), "most tokens of a step (512; cuda: 4096)"),
+    ("-t --threads", "n_threads", at_least(1), "CPU threads (all cores)"),
+    ("--cpu-isa", "cpu_isa", {"metavar": "NAME"},
+     "instruction set of the CPU kernels (the best that this CPU has)"),
+    ("-np --parallel", "n_parallel", at_least(1), "sequences that run at the same time (1)"),
+    ("-ctk --cache-type-k", "type_k", ("f32", "f16"), "type of the K cache"),
+    ("-ctv --cache-type-v", "type_v", ("f32", "f16"), "type of the V cache"),
+    ("--batch-invariant", "batch_invariant", bool,
+     "cuda: results of a sequence don't depend on the others of its batch; slower"),
+    ("--gdn", "gdn", ("auto", "scan", "chunk"), "algorithm of the delta rule"),
+]  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """The options that commands share; answers a wrong command line in one line, with status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def number(self, names: str, about: str, low: int = 1, group: Any = None, **how: Any) -> None:
+        """An option that takes an integer of at least `low`."""
+        add = (group or self).add_argument
+        add(*names.split(), type=at_least(low), metavar="N", help=about, **how)
+
+    def numbers(self, names: str, about: str, low: int = 1, **how: Any) -> None:
+        """An option that takes integers of at least `low`; given again, it adds to them."""
+        how |= {"type": integers(low), "action": "extend", "metavar": "N[,N…]"}
+        self.add_argument(*names.split(), help=about, **how)
+
+    def choice(self, names: str, about: str, *choices: str) -> None:
+        """An option that takes one of several words, by default the first."""
+        first, about = choices[0], f"{about} ({choices[0]})"
+        self.add_argument(*names.split(), choices=choices, default=first, help=about)
+
+    def flag(self, names: str, about: str) -> None:
+        """An option without a value."""
+        self.add_argument(*names.split(), action="store_true", help=about)
+
+    def table(self, title: str, rows: list[OptionRow]) -> None:
+        """Options that leave their field at its default where they are not given."""
+        group = self.add_argument_group(title)
+        for names, field, values, about in rows:
+            how: Any = {"type": values, "metavar": "N"}
+            if isinstance(values, dict):
+                how = values
+            elif isinstance(values, tuple):
+                how = {"choices": values}
+            elif values is bool:
+                how = {"action": "store_true"}
+            unset = argparse.SUPPRESS
+            group.add_argument(*names.split(), dest=field, default=unset, help=about, **how)
+
+    def common_options(self, many: bool = False) -> None:
+        """The model, or with `many` a list of models, and --verbose."""
+        how: Any = {"default": str(DEMO_MODEL), "metavar": "FILE"}
+        about = "GGUF file (default: the demo model that comes with the engine)"
+        if many:
+            how = {"type": _paths, "action": "extend", "required": True, "metavar": "FILE[,FILE…]"}
+            about = "GGUF file"
+        self.add_argument("-m", "--model", help=about, **how)
+        self.flag("-v --verbose", "more detail; tracebacks of errors")
+
+    def backend_options(self) -> None:
+        """What runs the graph."""
+        self.add_argument(
+            "--backend",
+            choices=backends.names(),
+            default="auto",
+            help="backend that runs the graph (auto: the fastest that works here)",
+        )
+        self.flag("--strict-backend", "fail where that backend does not support a node, instead of "
+            "running the node on another backend")  # fmt: skip
+        self.table("placement", _PLACEMENT_OPTIONS)
+
+    def engine_options(self, *without: str) -> None:
+        """Options that set fields of EngineConfig, except some fields."""
+        self.backend_options()
+        self.table("engine", [row for row in _ENGINE_OPTIONS if row[1] not in without])
+
+    def seed(self) -> None:
+        """The seed of a benchmark's tokens."""
+        self.number("-s --seed", "seed of the random tokens (0)", low=0, default=0)
+
+    def prompt_options(self, many: bool = False) -> None:
+        """Where the prompt comes from; with `many`, a file of prompts too."""
+        add = self.add_mutually_exclusive_group().add_argument
+        if many:
+            add("--prompts", metavar="FILE",
+                help="complete each line of a file, text or JSON; print JSON lines")  # fmt: skip
+        add("-p", "--prompt", metavar="TEXT", help="prompt (default: standard input)")
+        add("-f", "--file", metavar="FILE", help="file with the prompt")
+        self.flag("--no-escape",
+            r"don't replace \n, \t, \\ … in -p by the characters they mean")  # fmt: skip
+
+
+def given_fields(args: argparse.Namespace, options: type) -> dict[str, Any]:
+    """The fields of a dataclass that the command line sets."""
+    given = {f.name: getattr(args, f.name) for f in fields(options) if hasattr(args, f.name)}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+
+
+def load_engine(args: argparse.Namespace, **options: Any) -> Engine:
+    """The engine of --model with the options of the command line, and with `options` before them.
+
+    Raises EngineError.
+    """
+    return Engine.load(args.model, **(given_fields(args, EngineConfig) | options))
+
+
+def step_size(options: dict[str, Any]) -> int:
+    """Tokens of a step (-ub) of an engine with these options."""
+    return resolved_config(**options).n_ubatch
 
 
 def read_prompt(parser: Parser, args: argparse.Namespace) -> str:
@@ -193,27 +203,28 @@ def read_prompt(parser: Parser, args: argparse.Namespace) -> str:
 
 
 def read_text(path: str | None) -> str:
-    """The text of a file, of standard input for None or `-`."""
-    name = "standard input" if path in (None, "-") else path
+    """The text of a file, or of standard input for None or `-`. Raises InputError."""
+    is_stdin = path in (None, "-")
+    name = "standard input" if is_stdin else path
     try:
-        data = sys.stdin.buffer.read() if path in (None, "-") else Path(str(path)).read_bytes()
+        data = sys.stdin.buffer.read() if is_stdin else Path(str(path)).read_bytes()
         return data.decode()
+    except UnicodeDecodeError as error:
+        came = f"byte 0x{data[error.start]:02x} at offset {error.start}"
+        raise InputError(f"{name}: expected UTF-8, got {came}") from None
     except (OSError, ValueError) as error:
-        if isinstance(error, UnicodeDecodeError):
-            came = f"byte 0x{data[error.start]:02x} at offset {error.start}"
-            raise InputError(f"{name}: expected UTF-8, got {came}") from None
         raise InputError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def unescaped(args: argparse.Namespace, text: str) -> str:
-    """A text of the command line with escapes as what they mean, unless --no-escape."""
+    """A text of the command line with its escapes replaced, unless --no-escape."""
     if args.no_escape:
         return text
     return re.sub(r"\\([ntr'\"\\])", lambda match: _ESCAPES[match[1]], text)
 
 
 def write_text(path: str, text: str) -> None:
-    """Write a file. Raises InputError if it can't be."""
+    """Write a file. Raises InputError."""
     try:
         Path(path).write_text(text)
     except OSError as error:

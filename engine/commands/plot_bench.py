@@ -7,9 +7,7 @@ import argparse
 from engine.bench.plots import Curve, PlotError, check_output, draw, labels_of, parse_points
 from engine.commands.options import InputError, Parser, read_text
 
-ABOUT = (
-    "SampleSpec prompt and generation speed against depth, one line for each sweep-bench output."
-)
+ABOUT = "Draw prompt and generation speed against depth, a line for each output of sweep-bench."
 
 
 def add_options(p: Parser) -> None:
@@ -18,7 +16,7 @@ def add_options(p: Parser) -> None:
         help="output of sweep-bench, ours or ik_llama.cpp's (-: standard input)")  # fmt: skip
     p.add_argument("-o", "--output", required=True, metavar="OUT.png",
         help="picture to write (.png, .svg, .pdf)")  # fmt: skip
-    p.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
+    p.flag("-v --verbose", "tracebacks of errors")
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:

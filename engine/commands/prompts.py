@@ -1,8 +1,8 @@
-"""Many prompts from a file: one a line, as JSON or as plain text; results as JSON lines.
+"""Many prompts from a file, one a line, as plain text or as JSON; results as JSON lines.
 
 A line that starts with `{` or `"` is JSON: a string, or an object with `prompt` (text or token ids)
-and any of SamplingParams' fields for it alone. Empty lines are skipped. A line that can't be used
-gives a result with the reason `error`, and the others run.
+and any fields of SamplingParams, which apply to this prompt only. Empty lines are skipped. A line
+that can't be used gives a result with finish_reason `error`; the others run.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from engine.errors import EngineError
-from engine.runtime.request import Completion
+from engine.runtime.request import Completion, FinishReason
 from engine.sampling.params import SamplingError, SamplingParams
 
-# Other names for SamplingParams' fields, as llama.cpp's server has them.
+# llama.cpp's server has other names for some fields of SamplingParams.
 _ALIASES = {"n_predict": "max_tokens", "temp": "temperature", "typ_p": "typical_p"}
 _FIELDS = {f.name for f in fields(SamplingParams)}
 _TUPLES = {"stop", "samplers", "dry_sequence_breakers"}
@@ -29,7 +29,7 @@ class LineError(EngineError):
 
 @dataclass(frozen=True)
 class PromptLine:
-    """Line `number` (from 1) of a file: a prompt with its parameters, or what is wrong with it."""
+    """Line `number` (from 1) of a file: a prompt with its parameters, or the error in it."""
 
     number: int
     prompt: str | list[int]
@@ -38,7 +38,7 @@ class PromptLine:
 
 
 def read_prompts(lines: Iterable[str], params: SamplingParams) -> Iterator[PromptLine]:
-    """The prompts of a file's lines; `params` where a line has none of its own."""
+    """The prompts of a file's lines; a line without parameters of its own gets `params`."""
     for number, line in enumerate(lines, 1):
         text = line.rstrip("\r\n")
         if not text.strip():
@@ -100,5 +100,6 @@ def result_line(line: PromptLine, completion: Completion | None) -> str:
     else:
         reason = completion.finish_reason
         document |= {"text": completion.text, "tokens": completion.tokens, "finish_reason": reason}
-        document |= {"error": completion.detail} if reason == "error" else {}
+        if reason is FinishReason.ERROR:
+            document["error"] = completion.detail
     return json.dumps(document, ensure_ascii=False)

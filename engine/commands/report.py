@@ -1,4 +1,4 @@
-"""What a graph looks like: counts, nodes per layer kind, and why each backend runs its nodes."""
+"""Reports of a graph: counts, nodes per layer kind, and why each backend runs its nodes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def histogram(plan: Plan) -> list[tuple[str, int]]:
 
 
 def layer_kinds(plan: Plan) -> list[tuple[str, int, int]]:
-    """(layer kind, layers of it, nodes per layer); nodes outside of layers come as `(no layer)`."""
+    """(layer kind, number of layers, nodes per layer); `(no layer)` for nodes outside of layers."""
     kinds = plan.graph.layer_kinds
     per_layer = Counter(node.layer for node in plan.graph.nodes)
     rows = []
@@ -37,7 +37,7 @@ def layer_kinds(plan: Plan) -> list[tuple[str, int, int]]:
 
 
 def placements(plan: Plan) -> list[tuple[str, str, int]]:
-    """(backend, reason, nodes), reasons that name a node or tensor taken together."""
+    """(backend, reason, number of nodes); reasons that differ only in a node or tensor are one."""
     counts: Counter[tuple[str, str]] = Counter()
     for placement in plan.placements.values():
         reason = placement.reason
@@ -70,7 +70,7 @@ def text(plans: Mapping[int, Plan], verbose: bool = False) -> str:
 
 
 def as_json(plans: Mapping[int, Plan]) -> str:
-    """The report as JSON, the nodes of the first batch size included."""
+    """The report as JSON, with the nodes of the first batch size."""
     plan = next(iter(plans.values()))
     nodes = [
         {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from typing import Any
+from collections import deque
 
 from tqdm import tqdm
 
@@ -15,16 +15,13 @@ from engine.commands.options import (
     OptionRow,
     Parser,
     at_least,
-    common_options,
-    engine_options,
     given_fields,
-    prompt_options,
+    load_engine,
     read_prompt,
     read_text,
-    table_options,
 )
-from engine.commands.prompts import read_prompts, result_line
-from engine.config import EngineConfig
+from engine.commands.output import write
+from engine.commands.prompts import PromptLine, read_prompts, result_line
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.runtime.request import Completion, FinishReason
@@ -65,38 +62,6 @@ _SAMPLING_OPTIONS: list[OptionRow] = [
 ]
 
 
-class _Version(argparse.Action):
-    """Prints the version and the backends, which are looked for only then."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *given: object) -> None:
-        print(f"gdn-engine {__version__}: {backends.describe()}")
-        parser.exit()
-
-
-def add_options(p: Parser) -> None:
-    """Its options."""
-    p.add_argument(
-        "--version", action=_Version, nargs=0, help="show program's version number and exit"
-    )
-    common_options(p)
-    prompt_options(p, many=True)
-    chat.add_options(p)
-    engine_options(p)
-    table_options(p.add_argument_group("sampling"), _SAMPLING_OPTIONS)
-    given: Any = {"default": argparse.SUPPRESS}
-    add = p.add_argument
-    add("--check", action="store_true", help="look for non-finite values after every node", **given)
-    add("--samplers", type=_names, metavar="A;B;…", help="the samplers, in order", **given)
-    add("--dry-sequence-breaker", dest="dry_sequence_breakers", action="append", metavar="TEXT",
-        help="text that ends a repetition, or none (default: newline : \" *)", **given)  # fmt: skip
-    add("-l", "--logit-bias", type=_bias, action="append", metavar="ID±X",
-        help="add X to a token's logit: 15043+1, 15043-inf", **given)  # fmt: skip
-    add("-r", "--reverse-prompt", dest="stop", action="append", metavar="TEXT",
-        help="text that ends the output", **given)  # fmt: skip
-    add("--ignore-eos", action="store_true", help="never end before -n", **given)
-    add("--no-display-prompt", action="store_true", help="print the completion only")
-
-
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.split(";") if name)
 
@@ -108,12 +73,44 @@ def _bias(text: str) -> tuple[int, float]:
     return int(match[1]), float(match[2])
 
 
+# Options whose values are no plain numbers.
+_TEXT_OPTIONS: list[OptionRow] = [
+    ("--samplers", "samplers", {"type": _names, "metavar": "A;B;…"}, "the samplers, in order"),
+    ("--dry-sequence-breaker", "dry_sequence_breakers", {"action": "append", "metavar": "TEXT"},
+     "text that ends a repetition for DRY; none: no such text (default: newline : \" *)"),
+    ("-l --logit-bias", "logit_bias", {"type": _bias, "action": "append", "metavar": "ID±X"},
+     "add X to the logit of token ID: 15043+1, 15043-inf"),
+    ("-r --reverse-prompt", "stop", {"action": "append", "metavar": "TEXT"},
+     "stop where the output has this text"),
+    ("--ignore-eos", "ignore_eos", bool, "don't stop at the end-of-generation token"),
+]  # fmt: skip
+
+
+class _Version(argparse.Action):
+    """Prints the version and the backends, which are looked for only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: object) -> None:
+        print(f"gdn-engine {__version__}: {backends.describe()}")
+        parser.exit()
+
+
+def add_options(p: Parser) -> None:
+    """Its options."""
+    p.add_argument("--version", action=_Version, nargs=0, help="print version and backends")
+    p.common_options()
+    p.prompt_options(many=True)
+    p.flag("--no-display-prompt", "print the completion only")
+    chat.add_options(p)
+    p.engine_options()
+    p.table("sampling", _SAMPLING_OPTIONS + _TEXT_OPTIONS)
+    check = "name the first node with values that are not finite; slow"
+    p.table("debugging", [("--check", "check", bool, check)])
+
+
 def _sampling(args: argparse.Namespace) -> SamplingParams:
     given = given_fields(args, SamplingParams)
     if breakers := given.get("dry_sequence_breakers"):
         given["dry_sequence_breakers"] = tuple(b for b in breakers if b != "none")
-    if "stop" in given:
-        given["stop"] = tuple(given["stop"])
     if "logit_bias" in given:
         given["logit_bias"] = dict(given["logit_bias"])
     return SamplingParams(**given)
@@ -128,67 +125,63 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
     prompts = None if args.prompts is None else read_text(args.prompts).split("\n")
     prompt = read_prompt(parser, args) if prompts is None else ""
     params = _sampling(args)
-    with Engine.load(args.model, **given_fields(args, EngineConfig)) as engine:
+    with load_engine(args) as engine:
         if prompts is not None:
             return _run_many(engine, prompts, params)
-        completion = engine.generate(prompt, params)
-        status = 0
-        try:
-            if not args.no_display_prompt:
-                _write(prompt)
-            for token in completion:
-                _write(token.text)
-        except KeyboardInterrupt:
-            completion.cancel()
-            status = 130
-        except EngineError:
-            if completion.text or not args.no_display_prompt:
-                _write("\n")
-            raise
-        _write("\n")
-        print(_timings(engine.load_s, completion), file=sys.stderr)
-        ended_at_once = completion.finish_reason is FinishReason.STOP and not completion.text
-        if ended_at_once and engine.file.string(TEMPLATE_KEY, ""):
-            print("it said nothing: with -cnv, it is asked by its chat template", file=sys.stderr)
+        return _run_one(engine, prompt, params, show_prompt=not args.no_display_prompt)
+
+
+def _run_one(engine: Engine, prompt: str, params: SamplingParams, show_prompt: bool) -> int:
+    """Stream a completion; Ctrl-C ends it, with status 130."""
+    completion = engine.generate(prompt, params)
+    status = 0
+    try:
+        if show_prompt:
+            write(prompt)
+        for token in completion:
+            write(token.text)
+    except KeyboardInterrupt:
+        completion.cancel()
+        status = 130
+    except EngineError:
+        if completion.text or show_prompt:
+            write("\n")
+        raise
+    write("\n")
+    print(_timings(engine.load_s, completion), file=sys.stderr)
+    ended_at_once = completion.finish_reason is FinishReason.STOP and not completion.text
+    if ended_at_once and engine.file.string(TEMPLATE_KEY, ""):
+        print("it said nothing: with -cnv, it is asked by its chat template", file=sys.stderr)
     return status
 
 
 def _run_many(engine: Engine, lines: list[str], params: SamplingParams) -> int:
-    """Complete every line; results in order as soon as they are there."""
+    """Complete every line; results in order of the lines, each as soon as it can be printed."""
     prompts = list(read_prompts(lines, params))
-    good = [p for p in prompts if not p.error]
-    finished: dict[int, str] = {p.number: result_line(p, None) for p in prompts if p.error}
-    n_failed = len(finished)
-    order = iter(p.number for p in prompts)
-    following = next(order, None)
+    valid = [p for p in prompts if not p.error]
+    results: dict[int, str] = {}
+    waiting = deque(p.number for p in prompts)
 
-    def flush() -> None:
-        nonlocal following
-        while following in finished:
-            print(finished.pop(following), flush=True)
-            following = next(order, None)
+    def show(line: PromptLine, completion: Completion | None, error: str) -> None:
+        if error:
+            print(f"error: {error}", file=sys.stderr)
+        results[line.number] = result_line(line, completion)
+        while waiting and waiting[0] in results:
+            print(results.pop(waiting.popleft()), flush=True)
 
     def done(index: int, completion: Completion) -> None:
-        nonlocal n_failed
-        if completion.finish_reason == "error":
-            print(f"error: line {good[index].number}: {completion.detail}", file=sys.stderr)
-            n_failed += 1
-        finished[good[index].number] = result_line(good[index], completion)
-        flush()
+        is_failed = completion.finish_reason is FinishReason.ERROR
+        error = f"line {valid[index].number}: {completion.detail}" if is_failed else ""
+        show(valid[index], completion, error)
         bar.update()
 
     for line in prompts:
         if line.error:
-            print(f"error: {line.error}", file=sys.stderr)
-    flush()
-    with tqdm(total=len(good), unit="prompt", disable=None) as bar:
-        engine.generate_batch([p.prompt for p in good], [p.params for p in good], done)
-    return 1 if n_failed else 0
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+            show(line, None, line.error)
+    with tqdm(total=len(valid), unit="prompt", disable=None) as bar:
+        finished = engine.generate_batch([p.prompt for p in valid], [p.params for p in valid], done)
+    all_good = all(c.finish_reason is not FinishReason.ERROR for c in finished)
+    return 0 if all_good and len(valid) == len(prompts) else 1
 
 
 def _timings(load_s: float, completion: Completion) -> str:

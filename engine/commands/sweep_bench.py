@@ -1,102 +1,112 @@
 """`cli.py sweep-bench`: speed at every depth of the context, in ik_llama.cpp's formats.
 
-Rows are printed as they are measured, and every place where output goes is tried before that.
+Rows are printed as they are measured; whether the plot can be written is checked before that.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from engine.bench.measure import backend_names, n_gpu_layers, n_threads, rss_hwm_mib
-from engine.bench.plots import Curve, Point, check_output, draw
-from engine.bench.sweep import (
-    TABLE_HEAD,
-    Row,
-    context_needed,
-    depths,
-    sequence_bytes,
-    sweep,
-    table_line,
-    warm_up,
+from engine.bench.facts import sequence_bytes
+from engine.bench.measure import (
+    Measurement,
+    backend_names,
+    measure_and_extend,
+    n_gpu_layers,
+    n_threads,
+    rss_hwm_mib,
+    sequences,
 )
-from engine.commands.options import Parser, at_least, common_options, engine_options, given_fields
+from engine.bench.plots import COLUMNS, Curve, Point, check_output, draw
+from engine.commands.options import Parser, given_fields, load_engine, step_size
+from engine.commands.output import Rows, Table, say
 from engine.config import DEFAULT_CTX, EngineConfig
-from engine.engine import Engine, resolved_config
+from engine.engine import Engine
 
 ABOUT = (
-    "Measure generation (TG) and then a prompt of -ub tokens (PP) after every -ub positions of "
-    "the context. JSON lines also have the nodes of the graph, the bytes of state and of KV "
-    "cache that a sequence of N_KV tokens fills, and the most memory used so far."
+    "Measure generation (TG) and then a prompt of -ub tokens (PP) after every -ub tokens of "
+    "context. JSON lines also have the nodes of the graph, the bytes of state and of KV "
+    "cache that a sequence of N_KV tokens fills, and the peak memory of the process so far."
 )
+_TABLE = Table(COLUMNS)
+_WARM_UP = 4
 
 
 def add_options(p: Parser) -> None:
     """Its options."""
-    common_options(p)
-    add, size = p.add_argument, at_least(1)
-    add("-c", "--ctx-size", dest="n_kv_max", type=size, default=DEFAULT_CTX, metavar="N",
-        help=f"rows for N_KV from 0 to below N ({DEFAULT_CTX})")  # fmt: skip
-    add("-n", "--n-predict", dest="n_gen", type=size, metavar="N",
-        help="generate N tokens (a quarter of -ub)")  # fmt: skip
-    add("-nrep", "--repetitions", dest="repeats", type=size, default=1, metavar="N",
-        help="measure everything N times, report medians (1)")  # fmt: skip
-    add("--no-warmup", action="store_true",
-        help="measure at once, without a prompt and a few generated tokens before")  # fmt: skip
-    add("-s", "--seed", type=at_least(0), default=0, metavar="N", help="of the tokens (0)")
-    add("--output-format", choices=("md", "table", "jsonl"), default="md",
-        help="md, or table for short: ik_llama.cpp's table (the default); jsonl")  # fmt: skip
-    add("--plot", metavar="FILE.png", help="also draw the rows (.png, .svg, .pdf)")
-    engine_options(p, without=("n_ctx", "n_parallel"))
+    p.common_options()
+    p.number("-c --ctx-size", f"print rows for N_KV from 0 to below N ({DEFAULT_CTX})",
+        dest="n_kv_max", default=DEFAULT_CTX)  # fmt: skip
+    p.number("-n --n-predict", "generate N tokens (a quarter of -ub)", dest="n_gen")
+    p.number("-nrep --repetitions", "measure each row N times, report medians (1)",
+        dest="repeats", default=1)  # fmt: skip
+    p.flag("--no-warmup", "no unmeasured prompt and generation before the first row")
+    p.seed()
+    p.choice("--output-format", "md and table are the same", "md", "table", "jsonl")
+    p.add_argument("--plot", metavar="FILE.png", help="also draw the rows (.png, .svg, .pdf)")
+    p.engine_options("n_ctx", "n_parallel")
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
     """Print a row for every depth."""
-    options = given_fields(args, EngineConfig)
-    n_prompt = resolved_config(**options).n_ubatch
-    options |= {"n_ubatch": n_prompt, "n_batch": options.get("n_batch", max(n_prompt, 2048))}
+    given = given_fields(args, EngineConfig)
+    n_prompt = step_size(given)
     if args.n_kv_max < n_prompt:
         parser.error(f"argument -c: expected at least the {n_prompt} of -ub, got {args.n_kv_max}")
     n_gen = args.n_gen or max(1, n_prompt // 4)
-    options["n_ctx"] = context_needed(args.n_kv_max, n_prompt, n_gen)
     if args.plot is not None:
         check_output(args.plot)
-    with Engine.load(args.model, n_checkpoints=1, **options) as engine:
+    with load_engine(
+        args, n_checkpoints=1, n_ctx=context_needed(args.n_kv_max, n_prompt, n_gen),
+        n_ubatch=n_prompt, n_batch=given.get("n_batch", max(n_prompt, 2048)),
+    ) as engine:  # fmt: skip
         rows = _measure(engine, args, n_prompt, n_gen)
     if args.plot is not None:
-        points = [Point(row.n_kv, row.speed_pp, row.speed_tg) for row in rows]
+        points = [Point(*(row[key] for key in Point._fields)) for row in rows]
         draw([Curve(Path(args.model).stem, points)], args.plot)
     return 0
 
 
-def _measure(engine: Engine, args: argparse.Namespace, n_prompt: int, n_gen: int) -> list[Row]:
+def depths(n_kv_max: int, n_prompt: int) -> range:
+    """The N_KV of the rows."""
+    return range(0, n_kv_max, n_prompt)
+
+
+def context_needed(n_kv_max: int, n_prompt: int, n_gen: int) -> int:
+    """Context for a sweep: the last row's prompt and generation come after its N_KV."""
+    return depths(n_kv_max, n_prompt)[-1] + n_prompt + n_gen
+
+
+def _measure(
+    engine: Engine, args: argparse.Namespace, n_prompt: int, n_gen: int
+) -> list[dict[str, float]]:
+    """Print the rows; returns their values."""
     settings = _settings(engine, args.n_kv_max)
-    as_json = args.output_format == "jsonl"
-    if not as_json:
+    if args.output_format != "jsonl":
         facts = ", ".join(f"{name} = {value}" for name, value in settings.items())
-        _print(f"\nmain: {facts}\n\n{TABLE_HEAD}")
+        say(f"\nmain: {facts}\n")
     rng = np.random.default_rng(args.seed)
     if not args.no_warmup:
-        warm_up(engine, n_prompt, n_gen, rng)
-    rows = []
-    seq = engine.memory.create()
-    n_rows = len(depths(args.n_kv_max, n_prompt))
-    with tqdm(total=n_rows, unit="row", leave=False, disable=None) as bar:
-        for row in sweep(engine, seq, args.n_kv_max, n_prompt, n_gen, rng, args.repeats):
-            _print(_json_line(engine, settings, row) if as_json else table_line(row))
-            rows.append(row)
-            bar.update()
-    return rows
+        with sequences(engine, 1) as (seq,):
+            measure_and_extend(engine, seq, n_prompt, min(n_gen, _WARM_UP), rng)
+    measured = []
+    with sequences(engine, 1) as (seq,), Rows(args.output_format, _TABLE) as rows:
+        kv = depths(args.n_kv_max, n_prompt)
+        for _ in tqdm(kv, unit="row", leave=False, disable=None):
+            m = measure_and_extend(engine, seq, n_prompt, n_gen, rng, args.repeats)
+            measured.append(values := _values(m))
+            document = settings | values | _extra(engine, m.case.n_depth)
+            rows.add(document, list(values.values()))
+    return measured
 
 
 def _settings(engine: Engine, n_kv_max: int) -> dict[str, int]:
-    """What ik_llama.cpp prints before the rows, in its order."""
+    """The settings that ik_llama.cpp prints before the rows, in its order."""
     threads = n_threads(engine)
     layers = len(engine.plan.graph.layer_kinds)
     return {
@@ -110,17 +120,16 @@ def _settings(engine: Engine, n_kv_max: int) -> dict[str, int]:
     }
 
 
-def _json_line(engine: Engine, settings: dict[str, int], row: Row) -> str:
-    """ik_llama.cpp's keys in its order, then ours."""
-    state_bytes, kv_bytes = sequence_bytes(engine, row.n_kv)
-    values: dict[str, Any] = settings | {
-        "pp": row.pp,
-        "tg": row.tg,
-        "n_kv": row.n_kv,
-        "t_pp": row.t_pp,
-        "speed_pp": row.speed_pp,
-        "t_tg": row.t_tg,
-        "speed_tg": row.speed_tg,
+def _values(m: Measurement) -> dict[str, float]:
+    """A row under ik_llama.cpp's keys, in the order of its columns."""
+    case = m.case
+    return {"pp": case.n_prompt, "tg": case.n_gen, "n_kv": case.n_depth, **m.medians()}
+
+
+def _extra(engine: Engine, n_kv: int) -> dict[str, Any]:
+    """The keys of a JSON line that ik_llama.cpp does not have."""
+    state_bytes, kv_bytes = sequence_bytes(engine, n_kv)
+    return {
         "backend": backend_names(engine),
         "graph_nodes": len(engine.plan.graph.nodes),
         "state_bytes": state_bytes,
@@ -128,10 +137,3 @@ def _json_line(engine: Engine, settings: dict[str, int], row: Row) -> str:
         "rss_hwm_mib": rss_hwm_mib(),
         "vram_delta_mib": engine.device_bytes() / 2**20,
     }
-    return json.dumps(values)
-
-
-def _print(text: str) -> None:
-    """Print at once, past the progress bar."""
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()

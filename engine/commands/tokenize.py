@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from engine.commands.options import Parser, common_options, prompt_options, read_prompt
+from engine.commands.options import Parser, read_prompt
 from engine.formats.gguf import GGUFFile
 from engine.text.tokenizer import Tokenizer
 
@@ -13,11 +13,11 @@ ABOUT = "Show a text's tokens."
 
 def add_options(p: Parser) -> None:
     """Its options."""
-    common_options(p)
-    prompt_options(p)
-    p.add_argument("--ids", action="store_true", help="print the ids only, as a list")
-    p.add_argument("--no-bos", action="store_true", help="add no BOS or EOS token")
-    p.add_argument("--no-parse-special", action="store_true", help="take special tokens as text")
+    p.common_options()
+    p.prompt_options()
+    p.flag("--ids", "print the ids only, as a list")
+    p.flag("--no-bos", "add no BOS or EOS token")
+    p.flag("--no-parse-special", "treat special tokens in the text as plain text")
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:

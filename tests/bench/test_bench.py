@@ -1,4 +1,4 @@
-"""bench and batched-bench: llama.cpp's tables, and what stands in them really was done."""
+"""bench and batched-bench: llama.cpp's tables; every run processes what its row says."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +15,12 @@ import pytest
 from gguf import GGUFReader
 
 from engine import Engine
-from engine.bench.batched import BatchedCase, measure_batched
 from engine.bench.facts import ModelFacts
-from engine.bench.measure import BenchError
-from engine.bench.throughput import Case, cases_of, measure
+from engine.bench.measure import BenchError, Case, measure
+from engine.commands.bench import cases_of, warm_up_case
 from engine.errors import EngineError
-from engine.runtime import loop
+from engine.runtime import batch
+from engine.runtime.batch import Chunk
 from engine.runtime.request import Request
 from tests.support.helpers import STD, Cli, assert_all_free
 from tools.synth import write_model
@@ -35,7 +36,7 @@ BATCHED_HEAD = """\
 |    PP |     TG |    B |   N_KV |   T_PP s | S_PP t/s |   T_TG s | S_TG t/s |      T s |    S t/s |
 |-------|--------|------|--------|----------|----------|----------|----------|----------|----------|
 """
-# In llama-bench's order, without what this engine has none of.
+# In llama-bench's order, without keys of features that this engine lacks.
 KEYS = [
     "build_commit", "cpu_info", "backends", "model_filename", "model_type",
     "model_size", "model_n_params", "n_batch", "n_ubatch", "n_threads",
@@ -46,7 +47,7 @@ KEYS = [
 
 
 class Step(NamedTuple):
-    """A step that ran: positions before each of its pieces, their lengths, rows of K and V read."""
+    """A step that ran: positions before each of its chunks, their lengths, rows of K and V read."""
 
     past: list[int]
     lengths: list[int]
@@ -57,12 +58,12 @@ class Step(NamedTuple):
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     """Every step that an engine runs from now on."""
     seen: list[Step] = []
-    pack = loop.pack
+    pack = batch.pack
 
-    def spy(pieces: Any, memory_steps: Any, capacity: Any) -> Any:
-        batch = pack(pieces, memory_steps, capacity)
+    def spy(chunks: Any, memory_steps: Any, capacity: Any) -> Any:
+        batch = pack(chunks, memory_steps, capacity)
         past = [step.n_past for step in memory_steps]
-        seen.append(Step(past, [len(p.tokens) for p in pieces], batch.live.kv_rows))
+        seen.append(Step(past, [len(chunk.tokens) for chunk in chunks], batch.live.kv_rows))
         return batch
 
     monkeypatch.setattr("engine.runtime.loop.pack", spy)
@@ -144,17 +145,21 @@ def test_defaults_are_those_of_llama_bench() -> None:
 
 @pytest.mark.parametrize("warm_up", [True, False])
 def test_every_position_is_filled(path: Path, rng: Rng, steps: list[Step], warm_up: bool) -> None:
-    """The depth once; each prompt whole and each generation token by token, from the depth on."""
+    """The depth is processed once; every prompt and generation starts after it."""
     with Engine.load(path, n_ctx=128, n_ubatch=64, n_checkpoints=1) as engine:
         cases = [Case(30, 0, 70), Case(0, 3, 70), Case(0, 2, 0)]
         runs: list[int] = []
-        measured = list(measure(engine, cases, 2, rng, warm_up, lambda: runs.append(len(steps))))
+        warm = warm_up_case if warm_up else None
+        measured = list(measure(engine, cases, rng, 2, warm, lambda: runs.append(len(steps))))
         assert_all_free(engine)
     assert [m.case for m in measured] == cases
-    assert [len(m.samples_ns) for m in measured] == [2, 2, 2]
+    assert [len(m.prompt_s) for m in measured] == [2, 2, 2]
+    for m in measured:
+        for seconds, n in ((m.prompt_s, m.case.n_prompt), (m.gen_s, m.case.n_gen)):
+            assert all(s > 0 if n else s == 0 for s in seconds)
     assert len(runs) == 3 * (2 + warm_up)
     prompt = [([70], [30], 100)]
-    # A piece of a prompt ends at a multiple of 64.
+    # A chunk of a prompt ends at a multiple of 64.
     expected = [([0], [64], 64), ([64], [6], 70)]
     for n_past, run in ((70, prompt), (70, 3), (0, 2)):
         token = [([n_past + i], [1], n_past + i + 1) for i in range(3)]
@@ -165,9 +170,13 @@ def test_every_position_is_filled(path: Path, rng: Rng, steps: list[Step], warm_
     assert steps == expected
 
 
-def shorten_prefill(patch: pytest.MonkeyPatch) -> None:
-    prefill = Engine.prefill
-    patch.setattr(Engine, "prefill", lambda self, s, ids, *a: prefill(self, s, ids[:-1], *a))
+def shorten_prompts(patch: pytest.MonkeyPatch) -> None:
+    step = Engine.step
+
+    def shortened(self: Engine, chunks: list[Chunk]) -> Any:
+        return step(self, [replace(chunk, tokens=chunk.tokens[:-1]) for chunk in chunks])
+
+    patch.setattr(Engine, "step", shortened)
 
 
 def change_tokens(change: Callable[[list[int]], object]) -> Callable[[pytest.MonkeyPatch], None]:
@@ -175,13 +184,13 @@ def change_tokens(change: Callable[[list[int]], object]) -> Callable[[pytest.Mon
         accept_logits = Request.accept_logits
         changed: list[Request] = []
 
-        def lie(self: Request, logits: Any) -> None:
+        def accept_and_change(self: Request, logits: Any) -> None:
             accept_logits(self, logits)
             if len(self.tokens) == 2 and self not in changed:
                 changed.append(self)
                 change(self.tokens)
 
-        patch.setattr(Request, "accept_logits", lie)
+        patch.setattr(Request, "accept_logits", accept_and_change)
 
     return apply
 
@@ -191,9 +200,9 @@ def do_nothing(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lie", "expected"),
+    ("fault", "expected"),
     [
-        (shorten_prefill, "expected 4 positions after a prompt, got 3"),
+        (shorten_prompts, "expected 4 positions after a prompt, got 3"),
         (change_tokens(lambda tokens: tokens.pop()), "expected 4 tokens in 4 steps, got 4 in 5"),
         (
             change_tokens(lambda tokens: tokens.append(1)),
@@ -202,25 +211,25 @@ def do_nothing(patch: pytest.MonkeyPatch) -> None:
         (do_nothing, "expected 4 tokens in 4 steps, got 0 in 0"),
     ],
 )
-def test_an_engine_that_lies_is_found_out(
+def test_a_run_of_other_tokens_than_asked_for_is_an_error(
     tiny: Path,
     cli: Cli,
     monkeypatch: pytest.MonkeyPatch,
-    lie: Callable[[pytest.MonkeyPatch], None],
+    fault: Callable[[pytest.MonkeyPatch], None],
     expected: str,
 ) -> None:
-    lie(monkeypatch)
-    size = ("-p", 4, "-n", 0) if lie is shorten_prefill else ("-p", 0, "-n", 4)
+    fault(monkeypatch)
+    size = ("-p", 4, "-n", 0) if fault is shorten_prompts else ("-p", 0, "-n", 4)
     assert expected in cli("bench", "-m", tiny, *size, "--no-warmup").refused()
 
 
-def test_a_lie_about_the_depth_is_found_out(
+def test_a_depth_of_other_tokens_than_asked_for_is_an_error(
     tiny: Path, rng: Rng, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shorten_prefill(monkeypatch)
+    shorten_prompts(monkeypatch)
     with Engine.load(tiny, n_ctx=64) as engine:
         with pytest.raises(BenchError, match="expected 9 positions after a prompt, got 8"):
-            next(measure(engine, [Case(0, 2, 9)], 1, rng))
+            next(measure(engine, [Case(0, 2, 9)], rng))
         assert_all_free(engine)
 
 
@@ -252,10 +261,10 @@ def interrupt(*_: object) -> None:
 
 
 @pytest.mark.parametrize("output", ["md", "json", "csv"])
-def test_what_was_measured_survives_an_interrupt(
+def test_rows_before_an_interrupt_are_printed(
     tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, output: str
 ) -> None:
-    monkeypatch.setattr("engine.bench.throughput.time_generation", interrupt)
+    monkeypatch.setattr("engine.bench.measure.time_generation", interrupt)
     status, out, _ = cli("bench", "-m", tiny, "-p", 4, "-n", 4, "-r", 1, "-o", output)
     assert status == 130
     if output == "json":
@@ -264,7 +273,7 @@ def test_what_was_measured_survives_an_interrupt(
         assert len(out.removeprefix(HEAD).splitlines()) == (1 if output == "md" else 2)
 
 
-def test_what_was_measured_survives_a_later_model(
+def test_rows_before_a_model_that_fails_are_printed(
     models: Callable[[str, str], Path], cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good, bad = models("tiny", "Q8_0"), models("tiny", "F32")
@@ -293,7 +302,7 @@ def test_what_was_measured_survives_a_later_model(
         ({"general.file_type": "x"}, "qwen35 Q8_0"),
     ],
 )
-def test_types(tmp_path: Path, overrides: dict[str, Any], expected: str) -> None:
+def test_model_types(tmp_path: Path, overrides: dict[str, Any], expected: str) -> None:
     path = tmp_path / "m.gguf"
     write_model(path, "tiny", "Q8_0", std=STD, overrides=overrides)
     assert ModelFacts.of(str(path)).type == expected
@@ -319,7 +328,7 @@ def test_bad_options(tiny: Path, cli: Cli, options: tuple[str, ...], expected: s
     assert result.err.count("\n") == 1
 
 
-def test_every_model_is_looked_at_first(
+def test_every_model_is_checked_before_the_first_run(
     tiny: Path, tmp_path: Path, cli: Cli, steps: list[Step]
 ) -> None:
     (tmp_path / "text").write_text("no model")
@@ -330,7 +339,7 @@ def test_every_model_is_looked_at_first(
     assert steps == []
 
 
-def test_contexts_are_looked_at_first(tiny: Path, tmp_path: Path, cli: Cli) -> None:
+def test_contexts_are_checked_before_the_first_run(tiny: Path, tmp_path: Path, cli: Cli) -> None:
     short = tmp_path / "short.gguf"
     write_model(short, "tiny", "Q8_0", std=STD, overrides={"qwen35.context_length": 32})
     sizes = ("-p", "4", "-n", "8", "-d", "0,30")
@@ -350,7 +359,7 @@ def test_the_batched_table(tiny: Path, cli: Cli) -> None:
     assert out.startswith(BATCHED_HEAD)
     pattern = r"\|( *\d+) \|( *\d+) \|( *\d+) \|( *\d+) \|" + r"( *\d+\.\d+) \|" * 6
     lines = out.removeprefix(BATCHED_HEAD).splitlines()
-    # Speeds of small models may need more digits than llama-batched-bench has room for.
+    # The speeds of small models may have more digits than a column of llama-batched-bench.
     assert min(map(len, lines)) >= len(BATCHED_HEAD) // 2 - 1
     rows = [tuple(map(float, m.groups())) for line in lines if (m := re.fullmatch(pattern, line))]
     assert [row[:4] for row in rows] == [
@@ -359,7 +368,7 @@ def test_the_batched_table(tiny: Path, cli: Cli) -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_batched_numbers_go_together(tiny: Path, cli: Cli, shared: bool) -> None:
+def test_batched_numbers_are_consistent(tiny: Path, cli: Cli, shared: bool) -> None:
     options = ("-m", tiny, "-npp", "20", "-ntg", "3", "-npl", "2,4", "--output-format", "jsonl")
     status, out, _ = cli("batched-bench", *options, *(["-pps"] if shared else []))
     assert status == 0
@@ -384,11 +393,12 @@ def test_batched_steps(
     tiny: Path, rng: Rng, steps: list[Step], shared: bool, n_prompt: int, n_gen: int,
     n_seqs: int, n_ubatch: int,
 ) -> None:  # fmt: skip
-    """Full steps of prompts, then all sequences in every step, in the least context."""
-    case = BatchedCase(n_prompt, n_gen, n_seqs, shared)
-    options = {"n_parallel": n_seqs, "n_checkpoints": n_seqs, "n_ubatch": n_ubatch}
+    """Full steps of prompts, then steps of all sequences; the smallest context suffices."""
+    case = Case(n_prompt, n_gen, n_seqs=n_seqs, is_shared=shared)
+    options: dict[str, Any] = {"n_parallel": n_seqs, "n_checkpoints": n_seqs}
+    options["n_ubatch"] = n_ubatch
     with Engine.load(tiny, n_ctx=case.n_kv, **options) as engine:
-        measure_batched(engine, case, rng, warm_up=False)
+        list(measure(engine, [case], rng))
         assert_all_free(engine)
     prompts, gen = steps[:-n_gen], steps[-n_gen:]
     assert sum(sum(step.lengths) for step in prompts) == case.n_prompts * n_prompt
@@ -421,7 +431,9 @@ def test_bad_batched_options(
     assert status == 2 or result.err.startswith("error: ")
 
 
-def test_a_batched_lie_is_found_out(tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batched_generation_of_other_tokens_is_an_error(
+    tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     change_tokens(lambda tokens: tokens.pop())(monkeypatch)
     line = cli("batched-bench", "-m", tiny, "-npp", 8, "-ntg", 3, "-npl", 2).refused()
     assert "expected 3 tokens in 3 steps, got 3 in 4" in line

@@ -1,5 +1,5 @@
-"""Perplexity: every score against a float64 softmax of logits that were asked for one chunk at a
-time, the chunks against llama.cpp's loops written out, and the command."""
+"""Perplexity: every score against a float64 softmax, text chunks against llama.cpp's loops, and the
+command."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def scores(engine: Engine, ids: list[int], n_ctx: int, stride: int) -> list[NDArray[np.float64]]:
-    """-log p of every scored token by chunk: the loops of llama.cpp's perplexity and _v2."""
+    """-log p of every scored token of each text chunk, by the loops of llama.cpp."""
     found = []
     if stride:
         calc_chunk = n_ctx + stride // 2
@@ -130,7 +130,7 @@ def test_chunks() -> None:
         ((99, 8, -1), "stride: expected 0 to the 8 of n_ctx, got -1"),
     ],
 )
-def test_sizes_that_have_none(sizes: tuple[int, ...], words: str) -> None:
+def test_sizes_without_a_perplexity(sizes: tuple[int, ...], words: str) -> None:
     with pytest.raises(PerplexityError, match=re.escape(words)):
         chunks(*sizes)
 
@@ -141,7 +141,7 @@ def test_one_chunk_is_enough() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_negative_log_likelihood(rng: Rng, scale: float) -> None:
-    # More rows than are worked on at a time.
+    # More rows than are exponentiated at a time.
     logits = (scale * rng.standard_normal((90, 50_000))).astype(np.float32)
     targets = rng.integers(0, 50_000, 90).tolist()
     expected = -log_softmax(logits.astype(np.float64))[np.arange(90), targets]

@@ -1,4 +1,4 @@
-"""plot-bench: what it reads, what it draws, and what it says of files that it can't read."""
+"""plot-bench: the formats that it reads, the curves that it draws, and its errors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 
 from engine.bench import plots
+from engine.bench.measure import Case, Measurement
 from engine.bench.plots import Curve, PlotError, Point
-from engine.bench.sweep import TABLE_HEAD, Row, table_line
+from engine.commands.sweep_bench import _TABLE, _values
 from tests.support.helpers import Cli
 
 Rng = np.random.Generator
+Row = dict[str, float]
+KEYS = ("n_kv", "speed_pp", "speed_tg")
 IK_TABLE = """
 main: n_kv_max = 1024, n_batch = 2048, n_ubatch = 512, flash_attn = 1, n_gpu_layers = 0, …
 
@@ -34,16 +37,18 @@ IK_JSON = (
 
 @pytest.fixture
 def rows(rng: Rng) -> list[Row]:
-    return [Row(64, 16, n_kv, *rng.uniform(0.5, 9, 2).tolist()) for n_kv in range(0, 640, 64)]
+    """Rows of sweep-bench with random times."""
+    cases = [Case(64, 16, n_kv) for n_kv in range(0, 640, 64)]
+    return [_values(Measurement(case, *rng.uniform(0.5, 9, (2, 1)).tolist())) for case in cases]
 
 
 def markdown(rows: list[Row]) -> str:
-    return "\n".join([TABLE_HEAD, *map(table_line, rows), ""])
+    lines = (_TABLE.line(list(row.values())) for row in rows)
+    return "\n".join([_TABLE.head(), *lines, ""])
 
 
 def json_lines(rows: list[Row]) -> str:
-    keys = ("n_kv", "speed_pp", "speed_tg")
-    return "".join(json.dumps({k: getattr(row, k) for k in keys}) + "\n" for row in rows)
+    return "".join(json.dumps({key: row[key] for key in KEYS}) + "\n" for row in rows)
 
 
 def test_ik_output_is_read() -> None:
@@ -55,10 +60,12 @@ def test_ik_output_is_read() -> None:
 
 
 @pytest.mark.parametrize("written", [markdown, json_lines])
-def test_what_is_written_is_read(rows: list[Row], written: Callable[[list[Row]], str]) -> None:
+def test_output_of_sweep_bench_is_read(
+    rows: list[Row], written: Callable[[list[Row]], str]
+) -> None:
     points = plots.parse_points(written(rows))
     for point, row in zip(points, rows, strict=True):
-        expected = (row.n_kv, row.speed_pp, row.speed_tg)
+        expected = tuple(row[key] for key in KEYS)
         assert point == pytest.approx(expected, abs=0.0051 if written is markdown else 0)
 
 
@@ -67,7 +74,7 @@ def test_what_is_written_is_read(rows: list[Row], written: Callable[[list[Row]],
     [
         ("", "expected sweep-bench's output (its table or JSON lines), got nothing"),
         ("\n hello\n", "(its table or JSON lines), got 'hello'"),
-        (TABLE_HEAD, "expected sweep-bench's output"),
+        (_TABLE.head(), "expected sweep-bench's output"),
         ("| model | size |", "line 1: expected the columns PP | TG | N_KV | T_PP s"),
         (IK_TABLE.rstrip()[:-2], "line 8: expected the columns"),
         (IK_TABLE.replace("36.20", "nan"), "line 8: expected numbers for n_kv, speed_pp"),
@@ -99,7 +106,7 @@ def test_panels(rows: list[Row]) -> None:
     """One line per curve and panel, y from 0 to above the highest point."""
     from matplotlib.figure import Figure
 
-    points = [Point(row.n_kv, row.speed_pp, row.speed_tg) for row in rows]
+    points = [Point(*(row[key] for key in KEYS)) for row in rows]
     other = [Point(0, 1, 1000), Point(64, 1, 1000)]
     for field in ("speed_pp", "speed_tg"):
         axes = Figure().subplots()
@@ -128,7 +135,7 @@ def test_the_command(cli: Cli, tmp_path: Path, rows: list[Row], suffix: str) -> 
 
 
 def test_strange_names_show_in_the_legend(cli: Cli, tmp_path: Path, rows: list[Row]) -> None:
-    """Many curves, no warnings; in an SVG the labels stand as comments of what was drawn."""
+    """Many curves give no warnings; an SVG has the labels as comments."""
     curves = [Curve(f"_${i}^", [Point(0, 0, 0)]) for i in range(23)] + [Curve("日本", [])]
     path = tmp_path / "a.svg"
     plots.draw(curves, str(path))
@@ -171,7 +178,7 @@ def test_without_matplotlib(
     assert cli(command, *options[command]).refused().startswith("plots need matplotlib")
 
 
-def test_checking_the_output_leaves_what_is_there(tmp_path: Path) -> None:
+def test_checking_the_output_does_not_change_files(tmp_path: Path) -> None:
     old, new = tmp_path / "old.png", tmp_path / "new.png"
     old.write_text("x")
     for path in (old, new):

@@ -1,4 +1,4 @@
-"""profile: times that add up, and work that a hand count agrees with."""
+"""profile: times add up to the step, and work agrees with a count by hand."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def test_times_add_up_to_the_step(
     with Engine.load(path, backend=backend, n_ctx=256, n_ubatch=256) as engine:
 
         def covered() -> float:
-            """The share of a step that its entries have."""
+            """The share of a step's time that its entries cover."""
             profile = profile_step(engine, n_tokens, n_past, 5, rng)
             total = sum(e.seconds for e in profile.entries)
             assert total <= profile.seconds
             for rows in (by_op(profile), by_layer_kind(profile, engine.plan.graph.layer_kinds)):
                 assert math.isclose(sum(row.seconds for row in rows), total)
                 assert [r.seconds for r in rows] == sorted((r.seconds for r in rows), reverse=True)
-            # Where Python is between nodes as well as around them, nodes take nearly all of a step.
+            # On the reference backend, "everything else" is the Python around the nodes.
             rest = sum(e.seconds for e in profile.entries if e.label == "everything else")
             return (total - (rest if backend == "reference" else 0)) / profile.seconds
 
-        # Something else may run between the last timer and the clock around them all.
+        # Another process may run between the last timer and the clock around all timers.
         judge(f"{path.stem}, {n_tokens} tokens, past {n_past}, {backend}: share", covered, 0.95)
 
 
@@ -65,7 +65,7 @@ def test_every_node_is_in_one_entry(path: Path, rng: Rng) -> None:
         assert covered == engine.plan.graph.nodes
 
 
-def test_a_step_leaves_nothing_behind(tiny: Path, rng: Rng) -> None:
+def test_a_profile_frees_its_memory(tiny: Path, rng: Rng) -> None:
     with Engine.load(tiny, n_ctx=64) as engine:
         free = engine.memory.blocks.n_free, engine.memory.slots.n_free
         profile_step(engine, 5, 7, 2, rng)
@@ -97,8 +97,8 @@ def test_bytes_agree_with_a_hand_count(tiny: Path, cli: Cli) -> None:
     (_, n_k, d_k), (_, n_v, d_v) = rule.inputs["q"].shape, rule.inputs["v"].shape
     state = n_v * d_v * d_k * 4
     operands = 4 * (2 * n_k * d_k + 2 * n_v * d_v + 2 * n_v)  # q, k; v, out; g, beta
-    places = 4 * (2 + 1 + 1)  # seq_starts, state_src, state_dst; no snapshots
-    assert entries[rule.name]["bytes"] == 2 * state + operands + places
+    indices = 4 * (2 + 1 + 1)  # seq_starts, state_src, state_dst; no snapshots
+    assert entries[rule.name]["bytes"] == 2 * state + operands + indices
 
 
 def node_named(engine: Engine, name: str) -> Node:
@@ -122,7 +122,7 @@ def test_parts_of_a_node_and_fused_nodes_are_one_entry(tiny: Path) -> None:
 
 
 def test_limits_are_those_of_a_machine() -> None:
-    """Nothing on this planet reads less than 0.5 GB/s or more than 10 TB/s from memory."""
+    """Every machine reads between 0.5 GB/s and 10 TB/s from memory."""
     limits = CpuBackend(2).measure_limits()
     assert 0.5e9 < limits.bytes_per_s < 1e13
     assert 1e8 < limits.flops_per_s < 1e16
@@ -140,7 +140,7 @@ def test_the_table(tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Non
     assert {row[0] for row in ops} >= {"MUL_MAT", "GATED_DELTA_NET", "ATTENTION"}
     total_ms = float(total[2])
     for _, _, *cells in ops:
-        # All that numbers can have been before they were rounded to their last digit.
+        # Each printed number stands for an interval of half its last digit.
         ms, share, mb, rate = map(float, cells)
         assert ms - 0.001 <= share / 100 * total_ms + 0.0005 * total_ms
         assert share / 100 * total_ms - 0.0005 * total_ms <= ms + 0.001
@@ -149,10 +149,10 @@ def test_the_table(tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_took_no_time_has_no_rate() -> None:
-    """As a GPU's clock may say of a small kernel."""
+    """A GPU's clock may show no time for a small kernel."""
     limits = Limits(bytes_per_s=1e9, flops_per_s=1e9, what="")
-    cells = _cells(Row("NODE", 1, 0.0, flops=5, bytes=7), total=1.0, limits=limits)
-    assert cells == ("NODE", "1", "0.000", "0.0%", "0.00", "0.00", "0.0%", "0.000", "0.0", "0.0%")
+    cells = _cells(Row("NODE", 1, 0.0, flops=5, bytes=7), total_s=1.0, limits=limits)
+    assert cells == ("1", "0.000", "0.0%", "0.00", "0.00", "0.0%", "0.000", "0.0", "0.0%")
 
 
 def test_verbose_names_nodes(tiny: Path, cli: Cli) -> None:

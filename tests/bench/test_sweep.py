@@ -1,11 +1,11 @@
-"""sweep-bench: rows truly at their depth, in ik_llama.cpp's formats."""
+"""sweep-bench: each row is measured at its depth and printed in ik_llama.cpp's formats."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from engine import Engine
-from engine.bench import plots, sweep
-from engine.bench.measure import BenchError
-from engine.runtime.batch import Logits
+from engine.bench import measure, plots
+from engine.bench.facts import sequence_bytes
+from engine.bench.measure import BenchError, Case, Measurement, measure_and_extend, sequences
+from engine.commands.sweep_bench import _TABLE, _values, context_needed, depths
+from engine.runtime.batch import Chunk
 from tests.support.helpers import Cli, assert_all_free
 
 Rng = np.random.Generator
@@ -24,7 +26,7 @@ HEAD = [
     "|    PP |     TG |   N_KV |   T_PP s | S_PP t/s |   T_TG s | S_TG t/s |",
     "|-------|--------|--------|----------|----------|----------|----------|",
 ]
-# Speeds of small models may need more digits than there is room for.
+# The speeds of small models may have more digits than a column.
 LINE = re.compile(
     r"\|([ \d]{6}) \| ([ \d]{6}) \| ([ \d]{6}) \| ([ \d.]{8}) \| ([ \d.]{8,}) "
     r"\| ([ \d.]{8}) \| ([ \d.]{8,}) \|"
@@ -36,7 +38,7 @@ KEYS = f"{IK_KEYS} {IK_SPEEDS} {OUR_KEYS}".split()
 
 
 def contents(engine: Engine, seq: int) -> list[dict[str, Any]]:
-    """The state and the KV of a sequence's positions, from every store."""
+    """The recurrent state and the KV cache of a sequence, from every store."""
     span, size = engine.memory._sequences[seq], engine.capacity.block_size
     saved: list[dict[str, Any]] = []
     for store in engine.loop.executable.stores:
@@ -60,40 +62,48 @@ def assert_identical(got: list[dict[str, Any]], expected: list[dict[str, Any]]) 
 @pytest.fixture
 def engine_for(path: Path) -> Any:
     def load(n_kv_max: int, n_ubatch: int, n_gen: int) -> Engine:
-        n_ctx = sweep.context_needed(n_kv_max, n_ubatch, n_gen)
+        n_ctx = context_needed(n_kv_max, n_ubatch, n_gen)
         return Engine.load(path, n_ctx=n_ctx, n_ubatch=n_ubatch, n_checkpoints=1)
 
     return load
 
 
+def sweep(
+    engine: Engine, seq: int, n_kv_max: int, n_prompt: int, n_gen: int, rng: Rng, repeats: int = 1
+) -> Iterator[Measurement]:
+    """The rows of a sweep of one sequence, as the command measures them."""
+    for _ in depths(n_kv_max, n_prompt):
+        yield measure_and_extend(engine, seq, n_prompt, n_gen, rng, repeats)
+
+
 @pytest.mark.parametrize(
     ("n_kv_max", "n_ubatch", "n_gen", "repeats"), [(192, 64, 5, 1), (90, 30, 70, 2)]
 )
-def test_memory_is_as_if_nothing_had_been_generated(
+def test_a_sequence_holds_only_its_prompts(
     engine_for: Any, rng: Rng, n_kv_max: int, n_ubatch: int, n_gen: int, repeats: int
 ) -> None:
-    prompts: list[list[int]] = []
+    tokens: list[int] = []
     with (
         engine_for(n_kv_max, n_ubatch, n_gen) as engine,
         engine_for(n_kv_max, n_ubatch, n_gen) as plain,
     ):
-        prefill = engine.prefill
+        step = engine.step
 
-        def recorded(seq: int, tokens: Sequence[int], logits: Logits = Logits.LAST) -> Any:
-            prompts.append(list(tokens))
-            return prefill(seq, tokens, logits)
+        def recorded(chunks: Sequence[Chunk]) -> Any:
+            tokens.extend(token for chunk in chunks for token in chunk.tokens)
+            return step(chunks)
 
-        engine.prefill = recorded
+        engine.step = recorded
         seq, alone = engine.memory.create(), plain.memory.create()
-        for row in sweep.sweep(engine, seq, n_kv_max, n_ubatch, n_gen, rng, repeats):
-            assert row.n_kv == plain.memory.n_tokens(alone)
-            assert len(prompts) == repeats
-            assert all(tokens == prompts[0] for tokens in prompts)
-            plain.prefill(alone, prompts[0])
-            prompts.clear()
-            assert engine.memory.n_tokens(seq) == row.n_kv + n_ubatch
+        for m in sweep(engine, seq, n_kv_max, n_ubatch, n_gen, rng, repeats):
+            assert m.case.n_depth == plain.memory.n_tokens(alone)
+            prompt = tokens[:n_ubatch]
+            assert tokens == prompt * repeats
+            plain.prefill(alone, prompt)
+            tokens.clear()
+            assert engine.memory.n_tokens(seq) == m.case.n_depth + n_ubatch
             assert_identical(contents(engine, seq), contents(plain, alone))
-        assert row.n_kv == n_kv_max - n_ubatch
+        assert m.case.n_depth == n_kv_max - n_ubatch
         engine.memory.free(seq)
         assert_all_free(engine)
 
@@ -101,9 +111,9 @@ def test_memory_is_as_if_nothing_had_been_generated(
 def test_generation_starts_at_the_depth_of_its_row(
     tiny: Path, rng: Rng, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And leaves the sequence as it found it."""
+    """And does not change the sequence."""
     seen: list[int] = []
-    plain = sweep.time_generation
+    plain = measure.time_generation
 
     def watched(engine: Engine, first: Any, n: int, after: Any) -> float:
         before = contents(engine, seq)
@@ -112,10 +122,10 @@ def test_generation_starts_at_the_depth_of_its_row(
         assert_identical(contents(engine, seq), before)
         return seconds
 
-    monkeypatch.setattr(sweep, "time_generation", watched)
+    monkeypatch.setattr(measure, "time_generation", watched)
     with Engine.load(tiny, n_ctx=200, n_ubatch=40, n_checkpoints=1) as engine:
         seq = engine.memory.create()
-        list(sweep.sweep(engine, seq, 120, 40, 9, rng, repeats=2))
+        list(sweep(engine, seq, 120, 40, 9, rng, repeats=2))
     assert seen == [0, 0, 40, 40, 80, 80]
 
 
@@ -125,39 +135,41 @@ def test_generation_starts_at_the_depth_of_its_row(
 def test_the_context_just_suffices(
     tiny: Path, rng: Rng, n_kv_max: int, n_prompt: int, n_gen: int
 ) -> None:
-    n_ctx = sweep.context_needed(n_kv_max, n_prompt, n_gen)
+    n_ctx = context_needed(n_kv_max, n_prompt, n_gen)
     with Engine.load(tiny, n_ctx=n_ctx, n_ubatch=n_prompt, n_checkpoints=1) as engine:
-        sweep.warm_up(engine, n_prompt, n_gen, rng)
+        with sequences(engine, 1) as (seq,):
+            measure_and_extend(engine, seq, n_prompt, min(n_gen, 4), rng)
         assert_all_free(engine)
         seq = engine.memory.create()
-        rows = list(sweep.sweep(engine, seq, n_kv_max, n_prompt, n_gen, rng))
-    assert [row.n_kv for row in rows] == list(range(0, n_kv_max, n_prompt))
+        measured = list(sweep(engine, seq, n_kv_max, n_prompt, n_gen, rng))
+    assert [m.case.n_depth for m in measured] == list(range(0, n_kv_max, n_prompt))
 
 
-def test_a_context_too_small_measures_nothing_wrong(tiny: Path, rng: Rng) -> None:
+def test_a_context_that_is_too_small_is_an_error(tiny: Path, rng: Rng) -> None:
     with Engine.load(tiny, n_ctx=64, n_ubatch=64, n_checkpoints=1) as engine:
         seq = engine.memory.create()
         with pytest.raises(BenchError, match="expected 100 tokens in 100 steps"):
-            list(sweep.sweep(engine, seq, 64, 64, 100, rng))
+            list(sweep(engine, seq, 64, 64, 100, rng))
         engine.memory.free(seq)
         assert_all_free(engine)
 
 
 def test_medians(tiny: Path, rng: Rng, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt, generation = iter([5.0, 2.0, 3.0]), iter([8.0, 1.0, 4.0])
-    monkeypatch.setattr(sweep, "time_prompt", lambda *_: next(prompt))
-    monkeypatch.setattr(sweep, "time_generation", lambda *_: next(generation))
+    monkeypatch.setattr(measure, "time_prompts", lambda *_: next(prompt))
+    monkeypatch.setattr(measure, "time_generation", lambda *_: next(generation))
     with Engine.load(tiny, n_ctx=64, n_checkpoints=1) as engine:
-        row = sweep.measure_row(engine, engine.memory.create(), 6, 8, 3, rng)
-    assert (row.t_pp, row.speed_pp, row.t_tg, row.speed_tg) == (3.0, 2.0, 4.0, 2.0)
+        m = measure_and_extend(engine, engine.memory.create(), 6, 8, rng, 3)
+    assert (m.prompt_s, m.gen_s) == ([5.0, 2.0, 3.0], [8.0, 1.0, 4.0])
+    assert m.medians() == {"t_pp": 3.0, "speed_pp": 2.0, "t_tg": 4.0, "speed_tg": 2.0}
 
 
 def test_a_table_line() -> None:
-    row = sweep.Row(512, 128, 1024, 2.0, 3.2)
-    assert sweep.table_line(row) == (
+    values = _values(Measurement(Case(512, 128, 1024), [2.0], [3.2]))
+    assert _TABLE.line(list(values.values())) == (
         "|   512 |    128 |   1024 |    2.000 |   256.00 |    3.200 |    40.00 |"
     )
-    assert sweep.TABLE_HEAD.split("\n") == HEAD
+    assert _TABLE.head().split("\n") == HEAD
 
 
 @pytest.mark.parametrize("form", [(), ("--output-format", "md"), ("--output-format", "table")])
@@ -172,7 +184,7 @@ def test_the_table(tiny: Path, cli: Cli, form: tuple[str, ...]) -> None:
     rows = [[float(cell) for cell in LINE.fullmatch(line).groups()] for line in table[2:]]  # type: ignore[union-attr]
     assert [row[:3] for row in rows] == [[32, 3, n_kv] for n_kv in (0, 32, 64)]
     for pp, tg, _, t_pp, s_pp, t_tg, s_tg in rows:
-        # Seconds are printed to the millisecond: for short runs rougher than the speeds.
+        # Seconds are rounded to milliseconds, which is coarse for short runs.
         assert pp / s_pp == pytest.approx(t_pp, abs=0.000501)
         assert tg / s_tg == pytest.approx(t_tg, abs=0.000501)
     assert [(p.n_kv, p.speed_pp, p.speed_tg) for p in plots.parse_points(out)] == [
@@ -209,15 +221,20 @@ def test_bytes_are_those_a_sequence_fills(path: Path, rng: Rng) -> None:
         (store,) = engine.loop.executable.stores
         state = sum(a.nbytes for a in store.save("n_slots", span.state.slot).values())
         block = sum(a.nbytes for a in store.save("n_blocks", span.table.blocks[0]).values())
-        assert sweep.sequence_bytes(engine, 100) == (state, block * 100 // 64)
+        assert sequence_bytes(engine, 100) == (state, block * 100 // 64)
 
 
 @pytest.mark.parametrize("warm", [True, False])
-def test_the_warm_up_is_no_row(
+def test_the_warm_up_is_not_printed(
     tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, warm: bool
 ) -> None:
     generated: list[int] = []
-    monkeypatch.setattr(sweep, "time_generation", lambda e, f, n, a: generated.append(n) or 1.0)
+
+    def note(engine: Engine, first: object, n: int, after: object) -> float:
+        generated.append(n)
+        return 1.0
+
+    monkeypatch.setattr(measure, "time_generation", note)
     form = ("--output-format", "jsonl", *(() if warm else ("--no-warmup",)))
     status, out, _ = cli("sweep-bench", "-m", tiny, "-c", 32, "-ub", 32, *form)
     assert (status, out.count("\n")) == (0, 1)
@@ -234,7 +251,7 @@ def test_rows_are_printed_as_they_are_measured(
             raise KeyboardInterrupt
         return seconds
 
-    monkeypatch.setattr(sweep, "time_generation", interrupted)
+    monkeypatch.setattr(measure, "time_generation", interrupted)
     options = ("-c", 16, "-ub", 4, "--no-warmup", "--output-format", "jsonl")
     status, out, _ = cli("sweep-bench", "-m", tiny, *options)
     assert status == 130

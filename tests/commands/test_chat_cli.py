@@ -1,4 +1,4 @@
-"""`cli.py -cnv`: what is read and printed, what is refused, and Ctrl-C in a real process."""
+"""`cli.py -cnv`: its input and output, its errors, and Ctrl-C in a real process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answers(path: Path, *messages: str, system: str | None = None, **options: Any) -> list[str]:
-    """What the engine's own interface answers, turn by turn."""
+    """The answers of `Engine.chat`, turn by turn."""
     params = SamplingParams(max_tokens=6, temperature=0)
     history = [] if system is None else [{"role": "system", "content": system}]
     with Engine.load(path) as engine:
@@ -124,7 +124,7 @@ def test_a_model_without_a_template(cli: Cli, model: Path, tiny: Path) -> None:
 
 
 def test_a_terminal(cli: Cli, model: Path) -> None:
-    """Help and the prompt go to standard error; after an error the chat would go on."""
+    """Help and the prompt go to standard error; after an error the chat continues."""
     result = cli("-m", model, "-cnv", "-c", 20, "-p", "a" * 30, *GREEDY, stdin=None)
     assert (result.status, result.out) == (0, "")
     error, told, prompt = result.err.splitlines()
@@ -159,7 +159,7 @@ def test_messages(monkeypatch: pytest.MonkeyPatch, given: str, expected: list[st
     assert list(read_messages()) == expected
 
 
-# Mistakes.
+# Errors.
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_a_bad_template_in_the_model(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_messages_that_cannot_be_used(cli: Cli, model: Path) -> None:
-    """Where nobody types, the first error ends the chat."""
+    """If the input is not a terminal, the first error ends the chat."""
     line = cli("-m", model, "-cnv", stdin=b"a\xff\n").refused()
     assert line.startswith("standard input: expected UTF-8, got byte 0xff")
     line = cli("-m", model, "-cnv", "-c", 12, stdin=b"aaaaaaaaaa\nb\n").refused()
@@ -221,11 +221,11 @@ def test_messages_that_cannot_be_used(cli: Cli, model: Path) -> None:
 
 
 class Running:
-    """A chat whose answers never end by themselves."""
+    """A chat in a process; only an interrupt ends its answers."""
 
     def __init__(self, *argv: object) -> None:
         command = [*COMMAND, *map(str, argv), "-cnv", "-n", "-1", "--ignore-eos", "--temp", "0"]
-        # Who runs the tests in the background may ignore interrupts, which children inherit.
+        # A shell that runs the tests in the background may ignore SIGINT; children inherit that.
         self.process = subprocess.Popen(
             command, bufsize=0, env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -240,9 +240,9 @@ class Running:
         assert self.process.stdout is not None
         found = b""
         while len(found) < n:
-            piece = self.process.stdout.read(n - len(found))
-            assert piece
-            found += piece
+            part = self.process.stdout.read(n - len(found))
+            assert part
+            found += part
         return found
 
     def line(self) -> str:
@@ -250,9 +250,9 @@ class Running:
         assert self.process.stderr is not None
         found = b""
         while not found.endswith(b"\n"):
-            piece = self.process.stderr.read(1)
-            assert piece, found
-            found += piece
+            part = self.process.stderr.read(1)
+            assert part, found
+            found += part
         return found.decode().removesuffix("\n")
 
 
@@ -262,7 +262,7 @@ def start() -> Any:
 
     def run(*argv: object) -> Running:
         running = Running(*argv)
-        # Whoever waits for it in vain then sees the end of its output.
+        # A test that waits in vain then reads the end of the output.
         timer = threading.Timer(60, running.process.kill)
         timer.start()
         started.append((running, timer))
@@ -287,7 +287,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(
         line = chat.line()
         assert line.endswith("; cancelled (by its user)]")
         ((number, processed, kept, dropped, generated),) = turns(line)
-        # What was said before the interrupt is history, and none of it is processed again.
+        # The text before the interrupt is history; none of it is processed again.
         assert (number, dropped) == (turn, 0)
         assert generated > 5
         assert kept >= kept_before

@@ -1,6 +1,6 @@
-"""The command line: what goes to which stream, and the commands graph and tokenize.
+"""The command line: its output streams, and the commands graph and tokenize.
 
-Most of it runs in this process; what depends on real streams and signals is in test_cli_process.py.
+It runs in this process; tests that need real streams and signals are in test_cli_process.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GREEDY = ("--temp", 0)
 
 
 def completion(path: Path, prompt: str, n: int, **params: Any) -> str:
-    """What the engine's own interface gives."""
+    """The completion that `Engine.generate` gives."""
     chosen = SamplingParams(max_tokens=n, **{"temperature": 0, **params})
     with Engine.load(path) as engine:
         return "".join(token.text for token in engine.generate(prompt, chosen))
@@ -223,7 +223,7 @@ def test_tokenize_format_is_llama_cpps(cli: Cli, tiny: Path) -> None:
     assert result.out.splitlines()[0] == "    60 -> '<'"
 
 
-def test_tokenize_adds_bos_unless_told(cli: Cli, tmp_path: Path) -> None:
+def test_tokenize_adds_bos_except_with_no_bos(cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "m"
     write_gguf(path, {"tokenizer.ggml.model": "gpt2"} | made_vocabulary()
                | {"tokenizer.ggml.add_bos_token": True}, [])  # fmt: skip
@@ -248,7 +248,7 @@ def test_tokenize_of_nothing(cli: Cli, tiny: Path) -> None:
 
 @pytest.fixture
 def unreadable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From here on, whoever touches tensor data fails."""
+    """From here on, reading tensor data fails."""
 
     def raw(self: GGUFFile, name: str) -> None:
         raise AssertionError(f"{name} was read")
@@ -289,7 +289,7 @@ def test_graph_as_json(cli: Cli, tiny: Path, gdn: str) -> None:
     document = json.loads(cli("graph", "-m", tiny, "--json", "--bs", "64,1,7", "--gdn", gdn).out)
     counts = {str(bs): len(plan_only(tiny, bs, gdn).graph.nodes) for bs in (64, 1, 7)}
     assert document["graph_nodes"] == counts
-    # The CPU has no primitives: each of the three delta nets is a split of the reference's.
+    # The CPU backend has no primitives: each of the three delta rules is a split on the reference.
     n_splits = 1 if gdn == "fused" else 2 * 3 + 1
     assert document["graph_splits"] == dict.fromkeys(("64", "1", "7"), n_splits)
     nodes = document["nodes"]
@@ -320,7 +320,7 @@ def test_graph_for_graphviz(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     assert set(re.findall(r'^  "([^"]+)" \[label=', dot, re.M)) == names
     edges = re.findall(r'^  "([^"]+)" -> "([^"]+)";$', dot, re.M)
     assert {name for edge in edges for name in edge} == names
-    # A node's inputs that others computed are its edges.
+    # Edges are the inputs of a node that other nodes compute.
     made = {out["name"]: node["name"] for node in nodes for out in node["outputs"]}
     expected = {
         (made[name], node["name"])
@@ -370,7 +370,7 @@ def test_graph_of_a_large_model_reads_only_its_header(
     assert int(match[1]) <= most
 
 
-def test_graph_shows_the_same_whatever_the_order(cli: Cli, tiny: Path) -> None:
+def test_graph_does_not_depend_on_the_order_of_batch_sizes(cli: Cli, tiny: Path) -> None:
     a, b = (cli("graph", "-m", tiny, "--bs", bs).out.splitlines() for bs in ("1,64", "64,1"))
     assert a[2:] == b[2:]
     assert a[0] == "graph nodes  = 49 (with bs=1), 49 (with bs=64)"

@@ -1,6 +1,6 @@
-"""Mistakes on the command line: one line on standard error, nothing on standard output.
+"""Errors of the command line: one line on standard error, nothing on standard output.
 
-Status 2 for what the options themselves have wrong, 1 for everything else. Bad models have their
+Status 2 for wrong options, 1 for every other error. Bad models have their
 own tests in test_bad_models.py and test_bad_files.py.
 """
 
@@ -40,7 +40,7 @@ def test_a_model_needs_its_name(cli: Cli, command: tuple[str, ...]) -> None:
 def test_unknown_options(cli: Cli, command: tuple[str, ...]) -> None:
     expected = "unrecognized arguments: --nothing"
     assert usage_error(cli, *command, "-m", "x", "--nothing") == expected
-    # Names are not to be shortened: a later option could make the short form mean another thing.
+    # Names can't be shortened: a later option could make a short form ambiguous.
     assert usage_error(cli, *command, "--mod", "x") == "unrecognized arguments: --mod x"
 
 
@@ -138,7 +138,7 @@ def test_a_backend_that_is_not_there(cli: Cli, tiny: Path, command: tuple[str, .
          "reference (in use), got 'ffn=cuda'"),
     ],
 )  # fmt: skip
-def test_placement_that_cannot_be(
+def test_placement_that_is_impossible(
     cli: Cli, tiny: Path, options: tuple[str, ...], line: str
 ) -> None:
     assert cli("-m", tiny, "-p", "a", "--backend", "cpu", *options).refused() == line
@@ -172,7 +172,7 @@ def test_prompts_that_cannot_be_read(
     assert refused(stdin=latin.read_bytes()) == f"standard input: {expected}"
     # Half a character at the end.
     assert refused(stdin=b"ab\xc3") == "standard input: expected UTF-8, got byte 0xc3 at offset 2"
-    # How the system hands over bytes of an argument that are not UTF-8.
+    # Python decodes bytes of an argument that are not UTF-8 to lone surrogates.
     line = refused("-p", "a\udcff")
     assert line == "text cannot be encoded: lone surrogate '\\udcff' at character 1"
     # An empty name is not standard input.
@@ -219,6 +219,6 @@ def test_interrupted_before_the_first_token(
         assert cli(*command, "-m", tiny) == (130, "", "")
 
 
-def test_verbose_shows_where_an_error_came_from(cli: Cli, tmp_path: Path) -> None:
+def test_verbose_shows_the_traceback_of_an_error(cli: Cli, tmp_path: Path) -> None:
     with pytest.raises(Exception, match="No such file"):
         cli("-v", "-m", tmp_path / "none", "-p", "a")

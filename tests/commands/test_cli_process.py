@@ -17,9 +17,9 @@ from tests.support.helpers import STD
 from tools.synth import write_model
 
 ROOT = Path(__file__).resolve().parents[2]
-# A warning would be a line too many on standard error.
+# Warnings are errors: users should see none.
 COMMAND = (sys.executable, "-W", "error", str(ROOT / "cli.py"))
-# Output is buffered for users, whatever the one who runs the tests prefers.
+# Output is buffered, as for users, also where the tests run unbuffered.
 ENV = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
 
@@ -90,7 +90,7 @@ def test_weights_that_are_no_numbers(tmp_path: Path, value: float) -> None:
 
 @pytest.fixture
 def closed_pipe() -> Any:
-    """The writing end of a pipe that nobody reads any more."""
+    """The writing end of a pipe whose reading end is closed."""
     reading, writing = os.pipe()
     os.close(reading)
     yield writing
@@ -100,12 +100,12 @@ def closed_pipe() -> Any:
 @pytest.mark.parametrize(
     "argv", [("-p", "a", "-n", "5"), ("graph",), ("graph", "--json"), ("tokenize", "-p", "a")]
 )
-def test_nobody_reads_the_output(tiny: Path, closed_pipe: int, argv: tuple[str, ...]) -> None:
+def test_an_output_that_is_closed(tiny: Path, closed_pipe: int, argv: tuple[str, ...]) -> None:
     done = run(*argv, "-m", tiny, capture_output=False, stdout=closed_pipe, stderr=subprocess.PIPE)
     assert (done.returncode, done.stderr) == (1, b"")
 
 
-def test_the_reader_of_the_output_leaves(tiny: Path) -> None:
+def test_an_output_that_is_closed_during_generation(tiny: Path) -> None:
     command = [*COMMAND, "-m", str(tiny), "-p", "Once", "-n", "-1", "-c", "4096", "--ignore-eos"]
     with subprocess.Popen(
         command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -123,8 +123,8 @@ def test_the_reader_of_the_output_leaves(tiny: Path) -> None:
 def test_interrupting_keeps_what_was_generated(tiny: Path, n_read: int) -> None:
     command = [*COMMAND, "-m", str(tiny), "-p", "Once", "-n", "-1", "-c", "4096", "--ignore-eos",
                "--temp", "0"]  # fmt: skip
-    # Unbuffered: what is read ahead here would be lost to `communicate`.
-    # Who runs the tests in the background may ignore interrupts, which children inherit.
+    # Unbuffered, since `communicate` would not see what a buffer has read ahead.
+    # A shell that runs the tests in the background may ignore SIGINT; children inherit that.
     with subprocess.Popen(
         command, bufsize=0, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -132,9 +132,9 @@ def test_interrupting_keeps_what_was_generated(tiny: Path, n_read: int) -> None:
         assert process.stdout is not None
         first = b""
         while len(first) < n_read:
-            piece = process.stdout.read(n_read - len(first))
-            assert piece
-            first += piece
+            part = process.stdout.read(n_read - len(first))
+            assert part
+            first += part
         start = time.perf_counter()
         process.send_signal(signal.SIGINT)
         rest, err = process.communicate(timeout=30)

@@ -19,7 +19,7 @@ from engine import Engine, SamplingParams
 from engine.commands.prompts import PromptLine, read_prompts
 from tests.support.helpers import Cli, Result
 
-# A busy machine is no failure.
+# A busy machine must not fail the tests.
 RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 BASE = SamplingParams(temperature=0.5, max_tokens=7)
 
@@ -40,7 +40,7 @@ def one(line: str) -> PromptLine:
 @pytest.mark.parametrize(
     "text", ["Once upon", "  leading and trailing  ", "[1, 2]", "5", "null", "'q'", r"a\nb", "日本"]
 )
-def test_a_line_of_text_is_taken_as_it_stands(text: str) -> None:
+def test_a_line_of_text_is_the_prompt(text: str) -> None:
     for end in ("", "\n", "\r\n"):
         assert one(text + end) == PromptLine(1, text, BASE)
 
@@ -92,7 +92,7 @@ def test_an_object_has_a_prompt(prompt: Any) -> None:
 )
 def test_an_objects_options_are_its_own(options: Any, expected: Any) -> None:
     assert one(json.dumps({"prompt": "a", **options})).params == replace(BASE, **expected)
-    # They are nobody else's.
+    # Other lines keep the defaults.
     assert read(json.dumps({"prompt": "a", **options}), "b")[1].params == BASE
 
 
@@ -159,7 +159,7 @@ keys = st.sampled_from([*vars(BASE), "temp", "n_predict"])
 def test_no_object_raises(options: dict[str, Any]) -> None:
     prompt = one(json.dumps({"prompt": "a", **options}))
     if not prompt.error:
-        # What is let through can be sampled with.
+        # Accepted parameters can be sampled with.
         prompt.params.resolved({})
 
 
@@ -190,7 +190,7 @@ def alone(path: Path, prompt: Any, **params: Any) -> dict[str, Any]:
 def test_answers_are_those_of_single_runs_in_order(
     cli: Cli, tiny: Path, file: Path, n_parallel: int
 ) -> None:
-    """The long one comes first, so that later ones end before it."""
+    """The long prompt comes first, so later prompts end before it."""
     cases: list[tuple[str, Any, dict[str, Any]]] = [
         ('{"prompt": "The long one", "n_predict": 40}', "The long one", {"max_tokens": 40}),
         ("plain text", "plain text", {}),
@@ -218,7 +218,7 @@ def test_prompts_from_standard_input(cli: Cli, tiny: Path, file: Path) -> None:
 
 
 def test_only_line_feeds_end_lines(cli: Cli, tiny: Path, file: Path) -> None:
-    """JSON may hold these as they are, and they are answered as they came."""
+    """JSON strings may contain other separators; the result has them unchanged."""
     text = "a\u2028b\u2029c\x85d\x7f"
     file.write_text(json.dumps({"prompt": text}, ensure_ascii=False) + "\nb\x0cc\n", "utf-8")
     found = answers(cli("-m", tiny, "--prompts", file, *GREEDY))

@@ -283,7 +283,11 @@ def test_xtc(seed: int) -> None:
 
 def test_xtc_leaves_out_with_its_probability() -> None:
     logits = {0: 1.0, 1: 0.9, 2: 0.0}
-    params: Any = {"xtc_probability": 0.3, "xtc_threshold": 0.2, "rng": np.random.default_rng(0)}
+    params: dict[str, Any] = {
+        "xtc_probability": 0.3,
+        "xtc_threshold": 0.2,
+        "rng": np.random.default_rng(0),
+    }
     n = sum(len(step("xtc", candidates(logits), **params).ids) == 2 for _ in range(4000))
     assert 1100 < n < 1300
 
@@ -361,7 +365,7 @@ def test_steps_leave_their_operands_alone() -> None:
     rng = np.random.default_rng(1)
     logits = {t: float(x) for t, x in enumerate(rng.normal(size=20))}
     c = candidates(logits)
-    penalties: Any = {"repeat_penalty": 2, "frequency_penalty": 1, "presence_penalty": 1}
+    penalties: dict[str, Any] = {"repeat_penalty": 2, "frequency_penalty": 1, "presence_penalty": 1}
     step("penalties", c, recent=[1, 2, 3], **penalties)
     step("dry", c, recent=[1, 2, 3, 1, 2], dry_multiplier=1, dry_base=2, dry_allowed_length=1)
     step("top_n_sigma", c, top_n_sigma=0.5)

@@ -1,7 +1,7 @@
-"""compare.py: turns, stops, crashes and distances, with a made-up llama.cpp; and with a real one.
+"""compare.py: turns, stops, crashes and distances, with a fake llama.cpp and with a real one.
 
-The made-up one (tests/support/fakepeer) is a module on the PYTHONPATH of a script that stands for
-the peer's python; what it does when it decodes is a test's own code.
+The fake (tests/support/fakepeer) is a module on the PYTHONPATH of a script that serves as the
+peer's Python; when it decodes, it runs code of the test.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tools.compare_table import distance, ratio, speed_table, summary
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("-p", "24,16", "-n", "4", "-d", "0,12", "-r", "2", "-t", "1", "-ub", "16")
 LOAD = {"model": "m", "backend": "auto", "n_ctx": 64, "n_ubatch": 16, "n_threads": 1}
-# What processes with the same parent are doing, by their ids.
+# The states (R, S, T, …) of the processes with the same parent, by their ids.
 STATES = """
 def states():
     import os, pathlib
@@ -47,7 +47,7 @@ Peer = Callable[..., Path]
 
 @pytest.fixture
 def peer(tmp_path: Path) -> Peer:
-    """peer(on_decode, load): a python whose llama_cpp is made up, and runs this code."""
+    """peer(on_decode, load): a Python whose llama_cpp is the fake, which runs this code."""
 
     def make(on_decode: str = "pass", load: str = "return path", at_import: str = "") -> Path:
         folder = tmp_path / "peer"
@@ -132,7 +132,7 @@ def test_the_first_round_is_not_counted() -> None:
 
 
 def test_the_ratio_is_the_median_of_the_rounds() -> None:
-    """In the second round both were slowed down: its ratio is like the others'."""
+    """Both are slow in the second round, so its ratio is like that of the others."""
     assert ratio([1, 10, 2], [2, 20, 3]) == 2
     assert ratio([1], []) is None
     result = summary(100, [1, 4, 2], "")
@@ -140,7 +140,7 @@ def test_the_ratio_is_the_median_of_the_rounds() -> None:
 
 
 def test_distance_by_hand() -> None:
-    """Two words with probabilities 1/2, 1/2 where 1/4, 3/4 are right, and a row that is right."""
+    """A row with probabilities 1/2, 1/2 where the reference has 1/4, 3/4, and an equal row."""
     reference = np.log(np.array([[1, 3], [1, 1]], np.float32))
     logits = np.array([[5, 5], [0, 0]], np.float32)
     right = np.log(3)
@@ -159,7 +159,7 @@ def test_table_and_document(tiny: Path, peer: Peer, run: Callable[..., Result]) 
     """Logits that are all 0 are as far from the reference as its own norm: their NMSE is 1."""
     python = peer()
     out = python.parent / "out.json"
-    # The directory of a virtual environment will do as well.
+    # The directory of a virtual environment is accepted too.
     options = (*SMALL, "--backend", "reference", "--json", out)
     status, text, err = run(tiny, "--peer-python", python.parent.parent, *options)
     assert (status, err) == (0, "")
@@ -198,7 +198,7 @@ def test_both_get_the_same_tokens_and_the_depth_comes_back(
     assert status == 0
     fed = [line.split() for line in log.read_text().splitlines()]
     assert all(0 <= int(token) < 320 for _, *tokens in fed for token in tokens)
-    # Three rounds each: a prompt in two pieces, one in one, and tokens from 0 and from 12 on.
+    # Three rounds each: a prompt in two chunks, one in one chunk, tokens after 0 and after 12.
     sizes = [(int(n_past), len(tokens)) for n_past, *tokens in fed]
     prompts, steps = [(0, 16), (16, 8)] * 3 + [(0, 16)] * 3, [(i, 1) for i in range(4)] * 3
     assert sizes == [*prompts, *steps, (0, 12), *[(12 + i, 1) for i, _ in steps], *steps]
@@ -232,7 +232,7 @@ def test_a_crash_is_shown_and_ours_still_measured(
 
 
 def test_the_table_keeps_figures_of_rounds_before_a_crash() -> None:
-    """It says that it crashed; the document has the rounds that were measured."""
+    """The table shows the crash; the document has the rounds before it."""
     broken = summary(8, [1, 2], "crashed: SIGSEGV")
     assert broken["tokens_per_s"] == [8, 4]
     test = {"test": "pp8", "engine": summary(8, [1, 2, 4], ""), "peer": broken, "ratio": 1.0}
@@ -262,13 +262,13 @@ def test_a_worker_that_died_while_it_was_idle(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_worker_outlives_its_parent(tiny: Path, peer: Peer, number: int) -> None:
-    """One of the two is stopped when that happens."""
+    """Also the one of the two that is stopped then."""
     python = peer(
         "print(states(), file=open(__file__ + '.seen', 'w')); import time; time.sleep(60)"
     )
     seen = python.parent.parent / "fake_hook.py.seen"
     command = [sys.executable, ROOT / "tools" / "compare.py", tiny, "--peer-python", python, *SMALL]
-    # Who runs the tests in the background may ignore interrupts, which children inherit.
+    # A shell that runs the tests in the background may ignore SIGINT; children inherit that.
     with subprocess.Popen(
         [*map(str, command)], stdout=subprocess.DEVNULL,
         env={**os.environ, "TMPDIR": str(python.parent)},
@@ -319,7 +319,7 @@ def program(path: Path, text: str) -> Path:
         ),
     ],
 )
-def test_a_peer_that_is_none(
+def test_a_peer_that_is_no_python_with_llama_cpp(
     tiny: Path, run: Callable[..., Result], tmp_path: Path, text: str | None, expected: str
 ) -> None:
     """One line, before anything is measured."""
@@ -357,7 +357,7 @@ def test_wrong_options(
 def test_files_that_are_not_there(
     tiny: Path, peer: Peer, run: Callable[..., Result], tmp_path: Path
 ) -> None:
-    """Also when only the last model is missing: nothing is measured in vain."""
+    """They are errors before anything is measured, also if only the last model is missing."""
     python, missing = peer(), tmp_path / "missing.gguf"
     assert str(missing) in run(tiny, missing, "--peer-python", python, *SMALL).refused()
     nowhere = tmp_path / "no" / "where.json"
@@ -365,14 +365,14 @@ def test_files_that_are_not_there(
     assert line == f"{nowhere}: No such file or directory"
 
 
-def test_a_missing_module_is_told_by_the_worker(tmp_path: Path) -> None:
+def test_the_worker_names_a_missing_module(tmp_path: Path) -> None:
     worker = Worker("peer", sys.executable, tmp_path / "log", 30)
     with worker, pytest.raises(WorkerMissing, match="llama_cpp"):
         worker.start()
     assert worker.process.returncode is not None
 
 
-def test_the_real_thing(
+def test_a_real_llama_cpp(
     request: pytest.FixtureRequest, models: Any, run: Callable[..., Result], tmp_path: Path
 ) -> None:
     """Both engines read the same model: llama.cpp's logits are near the reference's."""

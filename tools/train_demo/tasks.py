@@ -27,7 +27,7 @@ class Question:
     key: str
 
 
-SampleSpec = Callable[[Random], Question]
+Draw = Callable[[Random], Question]
 
 
 def is_held_out(key: str) -> bool:
@@ -196,7 +196,7 @@ def _story(rng: Random) -> Question:
     return Question("story", text, answer, text)
 
 
-TASKS: dict[str, SampleSpec] = {
+TASKS: dict[str, Draw] = {
     "add": _add,
     "subtract": _subtract,
     "multiply": _multiply,

@@ -23,8 +23,12 @@ START = time.monotonic()
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch  # noqa: E402  (the script's own start is measured before it)
-import torch.nn.functional as F  # noqa: E402
+# START comes first: importing torch is part of the time that is measured.
+try:
+    import torch
+    import torch.nn.functional as F
+except ModuleNotFoundError as error:
+    sys.exit(f"train.py: expected {error.name} (pip install torch)")
 
 from tools.train_demo.evaluate import accuracy, perplexity  # noqa: E402
 from tools.train_demo.feed import BLOCK, Feed  # noqa: E402

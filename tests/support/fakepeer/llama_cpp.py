@@ -1,7 +1,7 @@
-"""A stand-in for llama_cpp in tests of compare.py: all its logits are 0.
+"""A fake llama_cpp for tests of compare.py: all its logits are 0.
 
-Every decoded batch is told to `fake_hook.on_decode(tokens, n_past)`, a module that the test writes
-and puts beside it on PYTHONPATH.
+For every decoded batch it calls `fake_hook.on_decode(tokens, n_past)`; a test writes the module
+`fake_hook` and puts it on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ LLAMA_FLASH_ATTN_TYPE_ENABLED = 1
 GGML_TYPE_F16 = 1
 N_VOCAB = 320
 
-print("chatter that must not be taken for an answer")
+print("output of a library, which is no answer")
 
 
 class _Batch(SimpleNamespace):
-    """Rows that were asked for are known by `logits`."""
+    """`logits` marks the rows whose logits were asked for."""
 
 
 def llama_backend_init() -> None:

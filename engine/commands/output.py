@@ -1,0 +1,93 @@
+"""Standard output: text as it comes, and rows of benchmarks as md, csv, json or jsonl."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+
+def write(text: str) -> None:
+    """Print a part of a line at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def say(text: str) -> None:
+    """Print a line at once, past a progress bar."""
+    with tqdm.external_write_mode():
+        print(text, flush=True)
+
+
+class Table:
+    """A table of llama.cpp's: columns with their format specs, such as `6d`, `>20` or `<30`.
+
+    With `is_markdown` as llama-bench prints it, otherwise as llama-batched-bench does.
+    """
+
+    def __init__(self, columns: Mapping[str, str], is_markdown: bool = False) -> None:
+        self._columns, self._is_markdown = columns, is_markdown
+        self._edge = "| " if is_markdown else "|"
+
+    def head(self) -> str:
+        """The names of the columns, and the rule below."""
+        names, rules = [], []
+        for name, form in self._columns.items():
+            side, width = form[0] if form[0] in "<>" else ">", int(re.findall(r"\d+", form)[0])
+            names.append(f"{name:{side}{width}}")
+            rules.append("-" * (width - 1) + (":" if self._is_markdown and side == ">" else "-"))
+        rule = " | ".join(rules) + " |" if self._is_markdown else "-|-".join(rules) + "-|"
+        return f"{self._edge}{' | '.join(names)} |\n{self._edge}{rule}"
+
+    def line(self, values: Sequence[Any]) -> str:
+        """A row."""
+        cells = (f"{v:{form}}" for v, form in zip(values, self._columns.values(), strict=True))
+        return f"{self._edge}{' | '.join(cells)} |"
+
+
+class Rows:
+    """Prints rows in one form; the array of `json` at the end, also after an error."""
+
+    def __init__(self, form: str, table: Table) -> None:
+        self._form, self._table = form, table
+        self._documents: list[dict[str, Any]] = []
+
+    def add(self, document: dict[str, Any], values: Sequence[Any]) -> None:
+        """Print a row: `values` in the table, `document` in the other forms (csv: no lists)."""
+        head = "" if self._documents else self._head(document)
+        self._documents.append(document)
+        if self._form != "json":
+            say(head + self._line(document, values))
+
+    def _head(self, document: dict[str, Any]) -> str:
+        if self._form == "csv":
+            return ",".join(_flat(document)) + "\n"
+        return self._table.head() + "\n" if self._form in ("md", "table") else ""
+
+    def _line(self, document: dict[str, Any], values: Sequence[Any]) -> str:
+        if self._form == "jsonl":
+            return json.dumps(document)
+        if self._form == "csv":
+            text = io.StringIO()
+            csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="").writerow(
+                _flat(document).values()
+            )
+            return text.getvalue()
+        return self._table.line(values)
+
+    def __enter__(self) -> Rows:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._documents and self._form == "json":
+            say(json.dumps(self._documents, indent=2))
+
+
+def _flat(document: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in document.items() if not isinstance(value, list)}

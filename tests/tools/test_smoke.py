@@ -1,0 +1,87 @@
+"""Every script in tools/ says what it does, and the small ones run.
+
+synth.py and compare.py have tests of their own; time_cuda_*.py need a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted(
+    str(path.relative_to(ROOT))
+    for path in (ROOT / "tools").rglob("*.py")
+    if '__name__ == "__main__"' in path.read_text() and path.name != "compare_worker.py"
+)
+# Scripts that can't start without torch.
+TORCH = ("tools/make_golden.py", "tools/train_demo/train.py")
+
+
+def run(*argv: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, argv)]
+    env = {**os.environ, "COLUMNS": "100"}
+    return subprocess.run(
+        command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=300, check=False
+    )
+
+
+def test_scripts_are_found() -> None:
+    assert {"tools/synth.py", "tools/dump_outputs.py", *TORCH} <= set(SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help(script: str) -> None:
+    """Where torch is missing, its scripts say so in one line."""
+    result = run(script, "--help")
+    if script in TORCH and importlib.util.find_spec("torch") is None:
+        assert (result.returncode, result.stdout) == (1, "")
+        assert re.fullmatch(r"\w+\.py: expected torch \(pip install .*\)\n", result.stderr)
+    else:
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout.startswith(f"usage: {Path(script).name} ")
+
+
+def test_two_dumps_are_the_same_and_a_changed_one_differs(tmp_path: Path) -> None:
+    import numpy as np
+
+    files = [tmp_path / "a.npz", tmp_path / "b.npz"]
+    for file in files:
+        written = run("tools/dump_outputs.py", "write", file, "--quick", "--device", "none")
+        assert written.returncode == 0
+    result = run("tools/dump_outputs.py", "compare", *files)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert re.fullmatch(r"(\d+) outputs before, \1 after, 0 differ\n", result.stdout)
+    with np.load(files[0]) as dump:
+        arrays = {name: dump[name] for name in dump.files}
+    name = next(name for name, values in arrays.items() if values.dtype == np.float32)
+    arrays[name] = np.nextafter(arrays[name], np.float32(9e9))
+    np.savez(files[1], **arrays)
+    result = run("tools/dump_outputs.py", "compare", *files)
+    assert result.returncode == 1
+    assert result.stdout.startswith(f"{name}: other bits\n")
+    assert result.stdout.endswith(", 1 differ\n")
+
+
+@pytest.mark.parametrize("kda", [(), ("--kda",)])
+def test_the_delta_rule_is_timed(kda: tuple[str, ...]) -> None:
+    options = ("-t", 1, "--heads", 1, "--lengths", "1,64", *kda)
+    result = run("tools/time_delta_net.py", *options)
+    assert (result.returncode, result.stderr) == (0, "")
+    rows = re.findall(r"^\| (\d+) \| 1 \| \d+ \| \d+ \| \d+\.\d\d \|$", result.stdout, re.M)
+    assert rows == ["1", "64"]
+
+
+def test_the_demo_model_answers() -> None:
+    """Two questions of each task; tests/models/test_demo_model.py asks more."""
+    result = run("tools/train_demo/answers.py", "-n", 2, "--backend", "cpu")
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert len(lines) == 14
+    assert all(re.fullmatch(r"\w+ +chat [01]\.\d00 plain [01]\.\d00", line) for line in lines)
