@@ -6,8 +6,7 @@ several backends.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,15 +14,14 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from engine import Engine
-from engine.backends.base import Backend
-from engine.backends.cpu.backend import CpuBackend
-from engine.backends.reference import ReferenceBackend
+from engine import Engine, backends
+from engine.backends.base import BackendOptions
+from engine.graph import Kind
 from engine.placement.place import PlacementError
 from engine.runtime.batch import Chunk
 from tests.support.helpers import ROW_BY_ROW, nmse
 from tests.support.opcase import OpCase, check_case, every_case, fresh_seed
-from tests.support.toy_backend import ToyBackend
+from tests.support.toy_backend import REGISTRATION, ToyBackend
 from tests.support.toy_backend.program import KERNELS
 
 CASES = [c for c in every_case() if c.op.name in KERNELS]
@@ -40,19 +38,34 @@ def path(models: Callable[[str, str], Path]) -> Path:
     return models("tiny", "F32")
 
 
-@contextmanager
-def engine_on(path: Path, backends: Sequence[Backend], **options: Any) -> Iterator[Engine]:
-    """An engine that is given these backends."""
-    with (
-        patch("engine.backends.create", lambda *given: list(backends)),
-        Engine.load(path, **OPTIONS, **options) as engine,
-    ):
-        yield engine
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    """The toy comes before the CPU in the registry, and after CUDA, which needs a GPU."""
+    cuda, *others = backends.REGISTRY
+    with patch("engine.backends.REGISTRY", (cuda, REGISTRATION, *others)):
+        backends.missing.cache_clear()
+        yield
+    backends.missing.cache_clear()
 
 
-def split_backends() -> list[Backend]:
-    """The toy, then the CPU without matrix units, which refuses the chunked delta rule."""
-    return [ToyBackend(), CpuBackend(2, ROW_BY_ROW["cpu_isa"]), ReferenceBackend()]
+def engine_on(path: Path, backend: str, **options: Any) -> Engine:
+    """An engine on a backend and those after it; the CPU without matrix units, so that it refuses
+    the chunked delta rule, which the reference backend then takes."""
+    return Engine.load(path, backend=backend, **OPTIONS, **ROW_BY_ROW, **options)
+
+
+def toy_of(engine: Engine) -> ToyBackend:
+    (toy,) = (b for b in engine.plan.backends if isinstance(b, ToyBackend))
+    return toy
+
+
+def test_it_is_asked_for_by_name_and_passed_by_by_auto() -> None:
+    assert "toy" in backends.names()
+    assert backends.traits("toy") == ToyBackend.traits
+    names = [b.name for b in backends.create("toy", BackendOptions(n_threads=1))]
+    assert names == ["toy", "cpu", "reference"]
+    assert backends.create("auto")[0].name != "toy"
+    assert "toy, cpu" in backends.describe()
 
 
 @pytest.mark.parametrize("strided", [False, True])
@@ -62,9 +75,8 @@ def test_op(c: OpCase, strided: bool, seed: int) -> None:
 
 
 def test_nodes_are_placed_with_reasons(path: Path) -> None:
-    backends = split_backends()
-    with engine_on(path, backends, gdn="chunk") as engine:
-        placed = engine.plan.placements
+    with engine_on(path, "toy", gdn="chunk") as engine:
+        placed, loaded = engine.plan.placements, toy_of(engine).loaded
     assert {p.backend.name for p in placed.values()} == {"toy", "cpu", "reference"}
     for node, (backend, reason) in ((n, (p.backend.name, p.reason)) for n, p in placed.items()):
         if node.op.name == "GATED_DELTA_NET":
@@ -79,18 +91,17 @@ def test_nodes_are_placed_with_reasons(path: Path) -> None:
             assert (backend, reason[: len(wanted)]) == ("toy", wanted)
         else:
             assert backend == "cpu"
-    toy = backends[0]
-    assert isinstance(toy, ToyBackend)
-    used = {t.name for n in placed if n.op.name in KERNELS for t in n.inputs.values()}
-    assert toy.loaded
-    assert set(toy.loaded) <= used
+    own = [n for n, p in placed.items() if p.backend.name == "toy"]
+    used = {t.name for n in own for t in n.inputs.values() if t.kind is Kind.WEIGHT}
+    assert len(loaded) == len(set(loaded))
+    assert set(loaded) == used
 
 
 def test_strict_placement_names_its_refusal(path: Path) -> None:
     refusal = "expected backend toy .strict., got cpu: toy: no kernel for GET_ROWS"
     with (
         pytest.raises(PlacementError, match=refusal),
-        engine_on(path, split_backends(), strict_backend=True),
+        engine_on(path, "toy", strict_backend=True),
     ):
         pass
 
@@ -112,9 +123,9 @@ def logits(engine: Engine, seed: int) -> list[np.ndarray[Any, Any]]:
 def test_a_model_split_over_three_backends_gives_the_logits_of_the_reference(
     path: Path, seed: int
 ) -> None:
-    with engine_on(path, [ReferenceBackend()], gdn="chunk") as engine:
+    with engine_on(path, "reference", gdn="chunk", type_k="f16", type_v="f16") as engine:
         want = logits(engine, seed)
-    with engine_on(path, split_backends(), gdn="chunk") as engine:
+    with engine_on(path, "toy", gdn="chunk") as engine:
         assert len(engine.plan.splits) > 10
         got = logits(engine, seed)
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
@@ -122,7 +133,7 @@ def test_a_model_split_over_three_backends_gives_the_logits_of_the_reference(
 
 
 def test_a_watch_sees_every_node_and_timings_every_instruction(path: Path) -> None:
-    with engine_on(path, split_backends(), check=True) as engine:
+    with engine_on(path, "toy", check=True) as engine:
         seq = engine.memory.create()
         assert np.isfinite(engine.step([Chunk(seq, [1, 2, 3])])).all()
         timings, _ = engine.run_timed([Chunk(seq, [4])])
@@ -133,9 +144,8 @@ def test_a_watch_sees_every_node_and_timings_every_instruction(path: Path) -> No
 
 
 def test_a_released_backend_holds_nothing(path: Path) -> None:
-    backends = split_backends()
-    with engine_on(path, backends) as engine:
+    with engine_on(path, "toy") as engine:
         engine.logits([1, 2, 3])
-    toy = backends[0]
-    assert isinstance(toy, ToyBackend)
+        toy = toy_of(engine)
+        assert toy._values
     assert not toy._values

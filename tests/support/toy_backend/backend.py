@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from engine.backends.base import Array, Split, Support, WeightSource
+from engine.backends.base import Array, Backend, Limits, Split, Support, Traits, WeightSource
 from engine.formats.quants import dequantize, numpy_dtype
 from engine.graph import Kind, Live, Node, Tensor
 from tests.support.toy_backend.program import KERNELS, ToyProgram
@@ -34,10 +34,11 @@ class NoStates:
         pass
 
 
-class ToyBackend:
+class ToyBackend(Backend):
     """Runs the ops of KERNELS. `loaded` has the names of the weights that it was given."""
 
     name, detail = "toy", "numpy, three ops"
+    traits = Traits(n_ubatch=64)
 
     def __init__(self) -> None:
         self.states = NoStates()
@@ -50,23 +51,16 @@ class ToyBackend:
         return Support(False, f"no kernel for {node.op.name}")
 
     def weight_bytes(self, nodes: Sequence[Node]) -> int:
-        weights = {t.base for n in nodes for t in n.inputs.values() if t.kind is Kind.WEIGHT}
-        return sum(4 * math.prod(t.shape) for t in weights)
+        return sum(4 * math.prod(t.shape) for t in _weights(nodes))
 
-    def free_bytes(self) -> int | None:
-        return None
-
-    def load_weights(self, weights: Sequence[Tensor], source: WeightSource) -> None:
-        for t in weights:
+    def load_weights(self, nodes: Sequence[Node], source: WeightSource) -> None:
+        for t in _weights(nodes):
             self._values[t] = dequantize(t.dtype, source.raw(t.name), t.shape)
             source.release(t.name)
             self.loaded.append(t.name)
 
     def allocate_states(self, states: Sequence[Tensor]) -> None:
         assert not states, states
-
-    def declare_inputs(self, inputs: Sequence[Tensor]) -> None:
-        pass
 
     def compile(self, split: Split) -> ToyProgram:
         return ToyProgram(self, split)
@@ -76,6 +70,9 @@ class ToyBackend:
 
     def read(self, tensor: Tensor) -> Array:
         return self._values[tensor]
+
+    def measure_limits(self) -> Limits:
+        return Limits(1e10, 1e10, "a guess")
 
     def release(self) -> None:
         self._values.clear()
@@ -90,3 +87,9 @@ class ToyBackend:
         """Drop activations that nothing reads any more."""
         for tensor in tensors:
             self._values.pop(tensor, None)
+
+
+def _weights(nodes: Sequence[Node]) -> list[Tensor]:
+    """The weights that some nodes read, each once."""
+    operands = (t for node in nodes for t in node.inputs.values())
+    return list(dict.fromkeys(t.base for t in operands if t.kind is Kind.WEIGHT))
