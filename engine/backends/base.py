@@ -109,8 +109,8 @@ class Backend(Protocol):
     def free_bytes(self) -> int | None:
         """What is left of a memory of its own; None if it uses the machine's."""
 
-    def load_weights(self, weights: Sequence[Tensor], source: WeightSource) -> None:
-        """Take the weights of its nodes."""
+    def load_weights(self, nodes: Sequence[Node], source: WeightSource) -> None:
+        """Load the weights of its nodes, before programs are compiled."""
 
     def allocate_states(self, states: Sequence[Tensor]) -> None:
         """Make room for the states of its nodes; contents are arbitrary until written."""

@@ -53,9 +53,10 @@ class ReferenceBackend:
         """It uses the machine's memory."""
         return None
 
-    def load_weights(self, weights: Sequence[Tensor], source: WeightSource) -> None:
+    def load_weights(self, nodes: Sequence[Node], source: WeightSource) -> None:
         """Nothing is read before a node needs it."""
-        for tensor in weights:
+        used = (t.base for node in nodes for t in node.inputs.values() if t.kind is Kind.WEIGHT)
+        for tensor in dict.fromkeys(used):
             self._weights.add(tensor, source.raw(tensor.name))
 
     def allocate_states(self, states: Sequence[Tensor]) -> None:

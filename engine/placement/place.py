@@ -37,12 +37,15 @@ class Plan:
         self.graph, self.placements = graph, placements
         self.splits = _splits(graph, placements)
 
+    def nodes_of(self, backend: Backend) -> list[Node]:
+        """A backend's nodes, in the graph's order."""
+        return [node for node, placement in self.placements.items() if placement.backend is backend]
+
     def tensors_of(self, backend: Backend, kind: Kind) -> list[Tensor]:
         """Weights, states or inputs that a backend's nodes use, each once."""
         used: dict[Tensor, None] = {}
-        for node, placement in self.placements.items():
-            if placement.backend is backend:
-                used |= {t.base: None for t in node.inputs.values() if t.kind is kind}
+        for node in self.nodes_of(backend):
+            used |= {t.base: None for t in node.inputs.values() if t.kind is kind}
         return list(used)
 
     @property

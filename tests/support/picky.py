@@ -34,9 +34,10 @@ class Picky(ReferenceBackend):
         reason = self._refuses(node)
         return Support(not reason, reason)
 
-    def load_weights(self, weights: Sequence[Tensor], file: GGUFFile) -> None:
-        super().load_weights(weights, file)
-        self.loaded += [t.name for t in weights]
+    def load_weights(self, nodes: Sequence[Node], file: GGUFFile) -> None:
+        super().load_weights(nodes, file)
+        used = (t.base for node in nodes for t in node.inputs.values() if t.kind is Kind.WEIGHT)
+        self.loaded += [t.name for t in dict.fromkeys(used)]
 
     def allocate_states(self, states: Sequence[Tensor]) -> None:
         super().allocate_states(states)

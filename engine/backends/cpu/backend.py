@@ -99,7 +99,7 @@ class CpuBackend:
         """It uses the machine's memory."""
         return None
 
-    def load_weights(self, weights: Sequence[Tensor], source: WeightSource) -> None:
+    def load_weights(self, nodes: Sequence[Node], source: WeightSource) -> None:
         """Weights are packed when it is known what reads them: by `compile`."""
         self._source = source
 

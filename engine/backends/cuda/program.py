@@ -1,21 +1,20 @@
-"""A split on the GPU: launches with their parameters, run one by one or as a captured graph."""
+"""A split on the GPU: launches with their arguments, run one by one or as a captured graph."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from engine.backends.base import Array, Instruction, Split
 from engine.backends.cuda.args import ARGS
-from engine.backends.cuda.device import CudaError, Device, Gemm, Grid, Memory
+from engine.backends.cuda.device import CudaError, Gemm, Grid, Memory
 from engine.backends.cuda.fusion import FUSIONS
-from engine.backends.cuda.inputs import InputRegion
-from engine.backends.cuda.launches import Kernel, Lowering, Product, Replays, Step, fill_view
-from engine.backends.cuda.lower.ops import add_node
-from engine.backends.cuda.states import DeviceStates
-from engine.backends.cuda.weights import CudaWeights
+from engine.backends.cuda.host import Host
+from engine.backends.cuda.kernels import KERNELS
+from engine.backends.cuda.launches import Launch, Lowering, Product, Replays, Step, fill_view
+from engine.backends.cuda.lower import lower_node
 from engine.backends.native.buffers import Arena, Ref, Zeros, owner_of
 from engine.backends.native.fusion import Uses, grouped
 from engine.backends.native.program import NativeProgram
@@ -26,22 +25,6 @@ from engine.graph import Kind, Live, Node, Tensor
 _LAUNCH_SECONDS = 50e-6
 # Batches of so many different sizes whose launches are kept.
 _MAX_KEPT = 64
-
-
-class Host(Protocol):
-    """What a program needs of its backend."""
-
-    device: Device
-    weights: CudaWeights
-    states: DeviceStates
-    inputs: InputRegion
-    batch_invariant: bool
-
-    def fixed(self, tensor: Tensor) -> int:
-        """The address of a tensor that outlives programs."""
-
-    def begin(self, live: Live) -> None:
-        """Bring inputs and live counts to the device."""
 
 
 class CudaProgram(NativeProgram):
@@ -57,7 +40,7 @@ class CudaProgram(NativeProgram):
         for fusion, group in grouped(split.nodes, uses, fusions):
             first = len(lowering.steps)
             if fusion is None:
-                add_node(lowering, group[0])
+                lower_node(lowering, group[0])
             else:
                 fusion.lower(lowering, group)
             self._spans[group[0]] = range(first, len(lowering.steps))
@@ -72,7 +55,7 @@ class CudaProgram(NativeProgram):
         for args, step in zip(self._args, self._steps, strict=True):
             self._prepare(args, step)
         self.replays = Replays(self._device, self.launch)
-        self.instructions = [Instruction(step.name, tuple(step.nodes)) for step in self._steps]
+        self.instructions = [Instruction(step.kernel, tuple(step.nodes)) for step in self._steps]
 
     def _allocate_zeros(self) -> dict[Any, Memory]:
         zeros: dict[Any, Memory] = {}
@@ -82,18 +65,19 @@ class CudaProgram(NativeProgram):
         return zeros
 
     def _prepare(self, args: Any, step: Step) -> None:
-        """The function and the parameter of a launch."""
+        """Find the function of a launch, and fill in its arguments."""
         if isinstance(step, Product):
             self._functions.append(0)
             return
-        self._functions.append(self._device.function(step.source, step.name, step.shared))
+        source, (_, shared) = KERNELS[step.kernel].source, step.block
+        self._functions.append(self._device.function(source, step.kernel, shared))
         for i, ref in enumerate(step.operands):
             fill_view(args["v"][i], ref, step, self._address(ref), self._backend.weights)
         args["attr"][: len(step.attrs)] = step.attrs
-        args["live"] = self._backend.inputs.live_address
+        args["live"] = self._backend.live_address
 
     def _address(self, ref: Ref) -> int:
-        """Where an operand's base lies; 0 for packed weights, whose view knows better."""
+        """The address of an operand's base; 0 for packed weights, whose views have their own."""
         owner = owner_of(ref)
         if owner is None:
             return 0
@@ -103,8 +87,6 @@ class CudaProgram(NativeProgram):
             return self._zeros[owner].address
         if owner.kind is Kind.WEIGHT:
             return self._backend.weights.plain_or_zero(owner)
-        if owner.kind is Kind.STATE:
-            return self._backend.states.address(owner)
         return self._backend.fixed(owner)
 
     def _compile_unfused(self) -> CudaProgram:
@@ -125,7 +107,7 @@ class CudaProgram(NativeProgram):
             raise CudaError(f"{node}: {error}") from None
 
     def launch(self, live: Live) -> None:
-        """Launch all of it."""
+        """Launch every step that a batch of such counts needs."""
         self._launch(self._chosen(live), live)
 
     def _launch(self, steps: Iterable[int], live: Live) -> None:
@@ -138,14 +120,14 @@ class CudaProgram(NativeProgram):
                 device.gemm(what)
                 continue
             step, address = self._steps[i], base + i * ARGS.itemsize
-            assert isinstance(step, Kernel)
+            assert isinstance(step, Launch)
             try:
-                device.launch(self._functions[i], what, step.threads, step.shared, address)
+                device.launch(self._functions[i], what, *step.block, address)
             except CudaError as error:
-                raise CudaError(f"{_who(step)}: {error}") from None
+                raise CudaError(f"{step.nodes[0]} (kernel {step.kernel}): {error}") from None
 
     def _chosen(self, live: Live) -> Mapping[int, Grid | Gemm]:
-        """The steps that are launched for such counts, and how; kept, as many batches are alike."""
+        """The steps that such counts launch, with their grids; kept, as batches are alike."""
         counts = live.n_tokens, live.n_seqs, live.n_outputs
         if counts not in self._kept:
             if len(self._kept) == _MAX_KEPT:
@@ -156,8 +138,8 @@ class CudaProgram(NativeProgram):
         return self._kept[counts]
 
     def _sized(self, step: Step, live: Live) -> Grid | Gemm | None:
-        """A step for such counts; None if there is nothing to do."""
-        if isinstance(step, Kernel):
+        """The grid or sizes of a step for such counts; None if there is nothing to do."""
+        if isinstance(step, Launch):
             grid = step.grid(live)
             return None if 0 in grid else grid
         assert step.out is not None
@@ -187,7 +169,3 @@ class CudaProgram(NativeProgram):
         values = np.empty(live.shape(tensor.shape), numpy_dtype(tensor.dtype))
         self._device.download(self._address(tensor), values)
         return values
-
-
-def _who(step: Step) -> str:
-    return f"{step.nodes[0]} (kernel {step.name})"

@@ -89,41 +89,45 @@ DEVICE void run_loose(const Args& a, char* memory) {
     });
 }
 
-using Latent = Shape<576, 512, 1, 4, 32, true>;
-using LatentTiles = Shape<576, 512, 2, 4, 32, true>;
-
 }  // namespace attention_op
 }  // namespace gdn
 
 // Grid: (blocks for a row's chunks, key heads · parts of 16 heads of their groups, loose rows).
-#define LOOSE(NAME, ...)                                     \
-    KERNEL(attention_loose_##NAME, (__VA_ARGS__::THREADS)) { \
-        using namespace gdn::attention_op;                   \
-        DYNAMIC_SHARED(memory);                              \
-        run_loose<__VA_ARGS__>(a, memory);                   \
+#define LOOSE(NAME, ...)                                                                \
+    KERNEL(attention_loose_##NAME) {                                                    \
+        using namespace gdn::attention_op;                                              \
+        using S = Shape<__VA_ARGS__>;                                                   \
+        static_assert(S::THREADS == gdn::THREADS_attention_loose_##NAME, "kernels.py"); \
+        static_assert(S::ROWS == gdn::ATTENTION_LOOSE_ROWS, "kernels.py");              \
+        KERNEL_SHARED(attention_loose_##NAME, memory, S::SHARED);                       \
+        run_loose<S>(a, memory);                                                        \
     }
 // Grid: (tiles, key heads).
-#define TILES(NAME, ...)                                     \
-    KERNEL(attention_tiles_##NAME, (__VA_ARGS__::THREADS)) { \
-        using namespace gdn::attention_op;                   \
-        DYNAMIC_SHARED(memory);                              \
-        run_tile<__VA_ARGS__>(a, memory);                    \
+#define TILES(NAME, ...)                                                                \
+    KERNEL(attention_tiles_##NAME) {                                                    \
+        using namespace gdn::attention_op;                                              \
+        using S = Shape<__VA_ARGS__>;                                                   \
+        static_assert(S::THREADS == gdn::THREADS_attention_tiles_##NAME, "kernels.py"); \
+        static_assert(S::ROWS == gdn::ATTENTION_TILE_ROWS_##NAME, "kernels.py");        \
+        KERNEL_SHARED(attention_tiles_##NAME, memory, S::SHARED);                       \
+        run_tile<S>(a, memory);                                                         \
     }
 
-LOOSE(64, gdn::attention_op::Shape<64, 64, 1, 4, 32>)
-LOOSE(128, gdn::attention_op::Shape<128, 128, 1, 4, 32>)
-LOOSE(256, gdn::attention_op::Shape<256, 256, 1, 4, 32>)
-LOOSE(latent, gdn::attention_op::Latent)
-TILES(64, gdn::attention_op::Shape<64, 64, 4, 1, 64>)
-TILES(128, gdn::attention_op::Shape<128, 128, 4, 1, 64>)
-TILES(256, gdn::attention_op::Shape<256, 256, 4, 2, 32>)
-TILES(latent, gdn::attention_op::LatentTiles)
+LOOSE(64, 64, 64, 1, 4, 32)
+LOOSE(128, 128, 128, 1, 4, 32)
+LOOSE(256, 256, 256, 1, 4, 32)
+LOOSE(latent, 576, 512, 1, 4, 32, true)
+TILES(64, 64, 64, 4, 1, 64)
+TILES(128, 128, 128, 4, 1, 64)
+TILES(256, 256, 256, 4, 2, 32)
+TILES(latent, 576, 512, 2, 4, 32, true)
 
 // Joins the chunks of a loose row's head. Grid: (heads, loose rows).
-KERNEL(attention_join, 256) {
+KERNEL(attention_join) {
     using namespace gdn;
     using namespace gdn::attention_op;
-    __shared__ float sum_factors[MAX_CHUNKS], chunk_factors[MAX_CHUNKS], chunk_l[MAX_CHUNKS];
+    __shared__ float sum_factors[MAX_POSITION_CHUNKS], chunk_factors[MAX_POSITION_CHUNKS],
+        chunk_l[MAX_POSITION_CHUNKS];
     const int h = blockIdx.x, lane = threadIdx.x % 32, size = a.v[OUT].shape[2];
     const Loose loose(a, blockIdx.y);
     if (loose.row < 0) return;

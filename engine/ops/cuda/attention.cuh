@@ -1,7 +1,7 @@
 // What the kernels of ATTENTION share: operands, which rows a block works on, sums of chunks.
 //
 // Sequences with at least `min_rows` rows in the batch are taken in tiles of rows; the rows of
-// others are loose, and each row's positions are cut into at most MAX_CHUNKS chunks, as its own
+// others are loose, and each row's positions are cut into at most MAX_POSITION_CHUNKS chunks, as its own
 // position says. A chunk's result is (m, l, acc): largest score, sum of weights exp(score - m), and
 // the sum of values so weighted.
 #pragma once
@@ -14,14 +14,15 @@ namespace attention_op {
 // Attributes: scale, min_rows.
 enum { OUT, PARTIALS, Q, K_CACHE, V_CACHE, GATE, POSITIONS, SEQ_STARTS, BLOCK_TABLES };
 
-// A chunk's result in memory is acc, m, l: rows of PARTIALS [rows, heads, MAX_CHUNKS, Dv + 4].
-constexpr int MAX_CHUNKS = 64, CHUNK_UNIT = 64;
+// A chunk's result in memory is acc, m, l: rows of PARTIALS [rows, heads, MAX_POSITION_CHUNKS, Dv + PARTIAL_EXTRA].
+constexpr int CHUNK_UNIT = 64;
 DEVICE float infinity() { return bf16_to_float(0x7f80); }
 
 // Positions of a chunk of a row that sees n; a multiple of CHUNK_UNIT.
 DEVICE int chunk_size(int n) {
     const int least = n <= 1024 ? CHUNK_UNIT : n <= 4096 ? 2 * CHUNK_UNIT : 4 * CHUNK_UNIT;
-    const int even = (n + MAX_CHUNKS * CHUNK_UNIT - 1) / (MAX_CHUNKS * CHUNK_UNIT) * CHUNK_UNIT;
+    const int even = (n + MAX_POSITION_CHUNKS * CHUNK_UNIT - 1) /
+                     (MAX_POSITION_CHUNKS * CHUNK_UNIT) * CHUNK_UNIT;
     return even > least ? even : least;
 }
 

@@ -25,6 +25,8 @@ struct Shape {
     static constexpr int K_STEP = DK + 8, V_STEP = LATENT ? K_STEP : DV + 8, P_STEP = POSITIONS + 8;
     static constexpr int KEYS = POSITIONS * K_STEP, VALUES = LATENT ? 0 : POSITIONS * V_STEP;
     static constexpr int STAGE = KEYS + VALUES, QUERIES = ROWS * K_STEP;
+    static constexpr int SHARED =
+        2 * (2 * STAGE + (Q_IN_REGISTERS ? 0 : QUERIES) + (N_WARPS > 1 ? ROWS * P_STEP : 0));
     static constexpr int N_TILES = POSITIONS / N_WARPS / 8;  // of a warp's scores
     static constexpr int COLUMNS = DV / N_WARPS;             // of a warp's result
     static_assert(DK % 32 == 0 && COLUMNS % 16 == 0 && POSITIONS % 16 == 0, "");

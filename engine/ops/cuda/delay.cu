@@ -2,7 +2,7 @@
 
 #include "kernel.cuh"
 
-KERNEL(delay, 1) {
+KERNEL(delay) {
     using namespace gdn;
     const uint64_t end = nanoseconds() + static_cast<uint64_t>(a.attr[0]);
     while (nanoseconds() < end) {}

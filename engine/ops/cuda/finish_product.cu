@@ -3,7 +3,7 @@
 #include "kernel.cuh"
 
 // Grid: (columns / threads, rows).
-KERNEL(finish_product, 256) {
+KERNEL(finish_product) {
     using namespace gdn;
     enum { OUT, GATE, ADD };
     const int t = blockIdx.y, c = blockIdx.x * blockDim.x + threadIdx.x;

@@ -31,6 +31,7 @@ struct Tiles {
     static constexpr int WIDTH = LANES * PER, COLUMNS = THREADS / LANES;
     static constexpr int ROWS_SIZE = TILE * WIDTH;
     static constexpr int STAGE = ROWS_SIZE * (KDA ? 3 : 2) + TILE * COLUMNS;
+    static constexpr int SHARED = 4 * (2 * STAGE + (KDA ? WARPS * WIDTH : 0));
 
     float* base;
     int stage;
@@ -296,11 +297,12 @@ DEVICE void run_step(const Args& a) {
 
 // Grid: (columns / (128 / LANES), value heads, sequences). Names end in LANES: a head's keys fit
 // into 16 · LANES.
-#define GATED_DELTA_NET(NAME, LANES, KDA)                                     \
-    KERNEL(NAME##_step_##LANES, 128) { gdn::delta::run_step<LANES, KDA>(a); } \
-    KERNEL(NAME##_rows_##LANES, 128) {                                        \
-        DYNAMIC_SHARED(memory);                                               \
-        gdn::delta::run_rows<LANES, KDA>(a, memory);                          \
+#define GATED_DELTA_NET(NAME, LANES, KDA)                                \
+    KERNEL(NAME##_step_##LANES) { gdn::delta::run_step<LANES, KDA>(a); } \
+    KERNEL(NAME##_rows_##LANES) {                                        \
+        using Memory = gdn::delta::Tiles<LANES, KDA>;                    \
+        KERNEL_SHARED(NAME##_rows_##LANES, memory, Memory::SHARED);      \
+        gdn::delta::run_rows<LANES, KDA>(a, memory);                     \
     }
 
 GATED_DELTA_NET(delta_net, 4, false)

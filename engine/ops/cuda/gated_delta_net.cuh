@@ -14,7 +14,8 @@ namespace delta {
 // sequences of first … end - 1 rows.
 enum { OUT, Q, K, V, G, BETA, STATE, SEQ_STARTS, STATE_SRC, STATE_DST, SNAPSHOT_DST, CHUNKS };
 
-constexpr int PER = 16, QUADS = PER / 4, THREADS = 128, WARPS = THREADS / 32;
+constexpr int PER = DELTA_LANE_FLOATS, QUADS = PER / 4;
+constexpr int THREADS = THREADS_delta_net_rows_4, WARPS = THREADS / 32;
 
 DEVICE bool takes(const Args& a, int32_t n) { return n > 0 && n >= a.attr[3] && n < a.attr[4]; }
 

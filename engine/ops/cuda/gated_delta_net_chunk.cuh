@@ -17,16 +17,18 @@ namespace gdn {
 namespace delta {
 
 using half = uint16_t;
-constexpr int CHUNK = 64, CHUNK_THREADS = 256, VALUE_TILE = 64;
+constexpr int CHUNK = DELTA_CHUNK, VALUE_TILE = DELTA_VALUE_TILE;
+constexpr int CHUNK_THREADS = THREADS_delta_net_prepare_64;
 
 // A chunk's matrices for one value head, in a row of CHUNKS [slots, value heads, floats].
 template <int WIDTH_>
-struct Record {
+struct Prepared {
     static constexpr int WIDTH = WIDTH_, MATRIX = CHUNK * WIDTH;  // of W, q and k: elements
+    static constexpr int FLOATS = (3 * MATRIX + CHUNK * CHUNK) / 2 + WIDTH;  // all but U
     char* base;
     int n_columns;  // of U: Dv, rounded up
 
-    DEVICE Record(const Args& a, int slot, int head) {
+    DEVICE Prepared(const Args& a, int slot, int head) {
         base = reinterpret_cast<char*>(a.v[CHUNKS].row(slot, head));
         n_columns = (a.v[V].shape[2] + VALUE_TILE - 1) / VALUE_TILE * VALUE_TILE;
     }
@@ -35,7 +37,9 @@ struct Record {
     DEVICE half* k() const { return w() + 2 * MATRIX; }
     DEVICE half* b() const { return w() + 3 * MATRIX; }  // [CHUNK, CHUNK]
     DEVICE float* decay() const { return reinterpret_cast<float*>(b() + CHUNK * CHUNK); }
-    DEVICE float* u() const { return decay() + WIDTH; }  // [CHUNK, n_columns]
+    DEVICE float* u() const {
+        return reinterpret_cast<float*>(base) + FLOATS;
+    }  // [CHUNK, n_columns]
 };
 
 // The slot of a sequence's first chunk; the slots of two sequences never meet.

@@ -187,7 +187,7 @@ DEVICE void multiply_inverse(float (&y)[WIDTH / 16][4], const half* t, const hal
 // Queries decayed from the chunk's start, keys decayed to its end, all decays; with KDA the keys in
 // shared memory become those decayed from the start.
 template <int WIDTH>
-DEVICE void write_decayed_kda(Memory<WIDTH, true>& m, const Record<WIDTH>& to, float scale) {
+DEVICE void write_decayed_kda(Memory<WIDTH, true>& m, const Prepared<WIDTH>& to, float scale) {
     constexpr int STEP = WIDTH + 8;
     for (int d = threadIdx.x; d < WIDTH; d += CHUNK_THREADS) {
         float left = 1.0f, grown = 1.0f;
@@ -206,7 +206,7 @@ DEVICE void write_decayed_kda(Memory<WIDTH, true>& m, const Record<WIDTH>& to, f
 }
 
 template <int WIDTH>
-DEVICE void write_decayed(const Memory<WIDTH, false>& m, const Record<WIDTH>& to, float scale) {
+DEVICE void write_decayed(const Memory<WIDTH, false>& m, const Prepared<WIDTH>& to, float scale) {
     constexpr int STEP = WIDTH + 8, LAST = CHUNK - 1;
     for (int at = threadIdx.x; at < CHUNK * WIDTH / 2; at += CHUNK_THREADS) {
         const int i = at / (WIDTH / 2), d = at % (WIDTH / 2) * 2;
@@ -235,7 +235,7 @@ DEVICE void prepare_chunk(const Args& a, char* memory) {
     const int start = found.index * CHUNK, rest = place.n_grouped(a) - start;
     const int n = rest < CHUNK ? rest : CHUNK, dk = a.v[Q].shape[2], dv = a.v[V].shape[2];
     const int64_t row = place.begin + start;
-    const Record<WIDTH> to(a, first_slot(place.begin, place.seq) + found.index, place.head);
+    const Prepared<WIDTH> to(a, first_slot(place.begin, place.seq) + found.index, place.head);
     const float scale = a.attr[1];
     const View& g = a.v[G];
 
@@ -293,10 +293,12 @@ DEVICE void prepare_chunk(const Args& a, char* memory) {
 }  // namespace gdn
 
 // Grid: (chunks, value heads).
-#define PREPARE(NAME, WIDTH, KDA)                         \
-    KERNEL(NAME##_prepare_##WIDTH, 256) {                 \
-        DYNAMIC_SHARED(memory);                           \
-        gdn::delta::prepare_chunk<WIDTH, KDA>(a, memory); \
+#define PREPARE(NAME, WIDTH, KDA)                                                                \
+    KERNEL(NAME##_prepare_##WIDTH) {                                                             \
+        using namespace gdn::delta;                                                              \
+        static_assert(Prepared<WIDTH>::FLOATS == gdn::DELTA_CHUNK_FLOATS_##WIDTH, "kernels.py"); \
+        KERNEL_SHARED(NAME##_prepare_##WIDTH, memory, (sizeof(Memory<WIDTH, KDA>)));             \
+        prepare_chunk<WIDTH, KDA>(a, memory);                                                    \
     }
 
 PREPARE(delta_net, 64, false)

@@ -48,7 +48,7 @@ DEVICE int warp_number() { return blockIdx.x * (blockDim.x / 32) + threadIdx.x /
 }  // namespace gdn
 
 // Grid: (rows · heads) / warps.
-KERNEL(l2_norm, 256) {
+KERNEL(l2_norm) {
     using namespace gdn;
     const View& x = a.v[l2::X];
     const int i = warp_number(), n_heads = x.shape[1], t = i / n_heads, h = i % n_heads;
@@ -57,7 +57,7 @@ KERNEL(l2_norm, 256) {
 }
 
 // Grid: (rows · heads) / warps.
-KERNEL(rms_norm_gated, 256) {
+KERNEL(rms_norm_gated) {
     using namespace gdn;
     const View& x = a.v[gated::X];
     const int i = warp_number(), n_heads = x.shape[1], t = i / n_heads, h = i % n_heads;

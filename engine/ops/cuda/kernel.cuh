@@ -18,8 +18,6 @@ enum Dim : int32_t { FIXED, N_TOKENS, N_SEQS, N_SEQS_1, N_OUTPUTS, N_DIMS };
 
 enum DType : int32_t { F32, F16, I32, I8, PACKED, BF16 };
 
-constexpr int MAX_RANK = 4, MAX_VIEWS = 22, MAX_ATTRS = 8;
-
 // A row-major array or a strided part of one; strides count elements. A weight in a packed layout
 // has dtype PACKED, its layout's number, and the layout's strides in bytes (see layout.cuh).
 struct View {
@@ -49,6 +47,12 @@ struct Args {
         return view.dim ? live[view.dim] : view.shape[0];
     }
 };
+
+static_assert(sizeof(View) == VIEW_BYTES && sizeof(Args) == ARGS_BYTES, "as in args.py");
+// Dynamic shared memory of kernel NAME, whose size is the same for every launch.
+#define KERNEL_SHARED(NAME, MEMORY, BYTES)                                              \
+    static_assert((BYTES) == gdn::SHARED_##NAME, "bytes of shared memory, kernels.py"); \
+    DYNAMIC_SHARED(MEMORY)
 
 // The sequence that row t belongs to.
 DEVICE int32_t sequence_of(const int32_t* seq_starts, int32_t n_seqs, int32_t t) {

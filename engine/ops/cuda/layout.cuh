@@ -1,6 +1,6 @@
 // Packed weights: the panels of engine/ops/cpu/layout.h, which draws them, as the GPU reads them.
 //
-// A panel is 16 rows; a record of it 32 columns: scales (and mins), then words of 4 columns of all 16
+// A panel is 16 rows; a k-block of it 32 columns: scales (and mins), then words of 4 columns of all 16
 // rows in planes of 4, 2 and 1 bits. A value is scale · (q - ZERO) - min.
 #pragma once
 
@@ -8,8 +8,8 @@
 
 namespace gdn {
 
-constexpr int ROWS = 16, RECORD = 32, SUPER = 256, WORDS = 8;
-constexpr int WORD_BYTES = ROWS * 4;
+constexpr int SUPER = 256, WORDS = K_BLOCK / 4;
+constexpr int WORD_BYTES = PANEL * 4;
 
 // The numbers of engine/ops/cpu/layout.h.
 enum Layout : int32_t {
@@ -36,24 +36,26 @@ struct Format {
     static constexpr int BITS = BITS_, GROUP = GROUP_, ZERO = ZERO_;
     static constexpr bool IS_SUPER = SUPER_, HAS_MIN = MIN_, CODEBOOK = CODEBOOK_;
     static constexpr bool SIGNED = BITS == 8 || CODEBOOK;
-    static constexpr int GROUPS = RECORD / GROUP;
-    static constexpr int SCALE_BYTES = ROWS * GROUPS * (IS_SUPER ? 1 : 2);
+    static constexpr int GROUPS = K_BLOCK / GROUP;
+    static constexpr int SCALE_BYTES = PANEL * GROUPS * (IS_SUPER ? 1 : 2);
     static constexpr int HEAD_BYTES = SCALE_BYTES * (HAS_MIN ? 2 : 1);
-    static constexpr int RECORD_BYTES = HEAD_BYTES + ROWS * RECORD * BITS / 8;
-    static constexpr int SUPER_HEAD = IS_SUPER ? ROWS * 2 * (HAS_MIN ? 2 : 1) : 0;
-    static constexpr int SUPER_BYTES = SUPER_HEAD + SUPER / RECORD * RECORD_BYTES;
+    static constexpr int K_BLOCK_BYTES = HEAD_BYTES + PANEL * K_BLOCK * BITS / 8;
+    static constexpr int SUPER_HEAD = IS_SUPER ? PANEL * 2 * (HAS_MIN ? 2 : 1) : 0;
+    static constexpr int SUPER_BYTES = SUPER_HEAD + SUPER / K_BLOCK * K_BLOCK_BYTES;
 
-    // Of 8 records, with the head of a super-block.
-    DEVICE static constexpr int batch_bytes() { return SUPER_HEAD + SUPER / RECORD * RECORD_BYTES; }
+    // Of 8 k-blocks, with the head of a super-block.
+    DEVICE static constexpr int batch_bytes() {
+        return SUPER_HEAD + SUPER / K_BLOCK * K_BLOCK_BYTES;
+    }
 
-    // Where a record begins, and where its super-block does.
-    DEVICE static const uint8_t* record(const uint8_t* panel, int i) {
-        if (!IS_SUPER) return panel + i * RECORD_BYTES;
-        constexpr int n = SUPER / RECORD;
-        return panel + i / n * SUPER_BYTES + SUPER_HEAD + i % n * RECORD_BYTES;
+    // Where a k-block begins, and where its super-block does.
+    DEVICE static const uint8_t* k_block(const uint8_t* panel, int i) {
+        if (!IS_SUPER) return panel + i * K_BLOCK_BYTES;
+        constexpr int n = SUPER / K_BLOCK;
+        return panel + i / n * SUPER_BYTES + SUPER_HEAD + i % n * K_BLOCK_BYTES;
     }
     DEVICE static const uint8_t* super_block(const uint8_t* panel, int i) {
-        return panel + i / (SUPER / RECORD) * SUPER_BYTES;
+        return panel + i / (SUPER / K_BLOCK) * SUPER_BYTES;
     }
 };
 

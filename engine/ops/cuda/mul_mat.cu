@@ -28,11 +28,11 @@ DEVICE Row row_of(const Args& a) {
 // Grid: (groups of PANELS panels of all weights, 1, blocks that share a group's columns: one where
 // the row is a norm). Dynamic shared memory: for each warp ROUNDS batches, a slot, PANELS · 16 + 1
 // floats.
-EAGER_KERNEL_FOR(mul_mat_1, 512, 2) {
+EAGER_KERNEL_FOR(mul_mat_1, 2) {
     using namespace gdn;
     DYNAMIC_SHARED(shared);
     const auto attribute = [&](int i) { return static_cast<int>(a.attr[i]); };
-    const int panels = attribute(PANELS), width = panels * ROWS;
+    const int panels = attribute(PANELS), width = panels * PANEL;
     const int rounds = attribute(ROUNDS), slot_bytes = attribute(SLOT_BYTES);
     const Place at(a, panels);
     const View& w = a.v[WEIGHT + at.weight];
@@ -42,7 +42,7 @@ EAGER_KERNEL_FOR(mul_mat_1, 512, 2) {
     char* slots = shared + own_warps * rounds * sizeof(RowBatch);
     float* sums = reinterpret_cast<float*>(slots + own_warps * slot_bytes);
     float *squares = sums + own_warps * width, *own = sums + own_warp * width;
-    const int left = n_panels(w) - at.panel, n = n_in / RECORD;
+    const int left = n_panels(w) - at.panel, n = n_in / K_BLOCK;
     Stream stream(w, at.panel, left < panels ? left : panels, slots + own_warp * slot_bytes, warp,
                   n_warps);
     Row row = row_of(a);
@@ -65,7 +65,7 @@ EAGER_KERNEL_FOR(mul_mat_1, 512, 2) {
     if (threadIdx.x % 32 == 0) squares[own_warp] = own_squares;
     __syncthreads();
     float factor = 1.0f;
-    if (row.source == NORM_OF) {
+    if (row.source == ROW_NORM) {
         float total = 0.0f;
         for (int i = 0; i < own_warps; i++) total += squares[i];
         factor = rsqrt_of(total / static_cast<float>(n_in) + row.eps);
@@ -77,7 +77,7 @@ EAGER_KERNEL_FOR(mul_mat_1, 512, 2) {
     });
 }
 
-EAGER_KERNEL_FOR(mul_mat_2, 256, 2) {
+EAGER_KERNEL_FOR(mul_mat_2, 2) {
     DYNAMIC_SHARED(sums);
     gdn::mul_mat_floats<2>(a, reinterpret_cast<float*>(sums));
 }

@@ -8,7 +8,6 @@ namespace gdn {
 // Outputs and weights are MAX_WEIGHTS each; Q, SCALE and SUM: see quantize.cuh, absent where rows
 // are quantized on the way. PARTIAL and COUNTERS are there where several blocks share a panel's
 // columns.
-constexpr int MAX_WEIGHTS = 6;
 enum MulMat {
     OUT,
     X = MAX_WEIGHTS,
@@ -37,12 +36,12 @@ struct Place {
         }
         const bool is_plain = is_plain_layout(a.v[WEIGHT + weight].layout);
         half = is_plain ? panel % 2 : 0;
-        n_rows = is_plain ? HALF : panels * ROWS;
+        n_rows = is_plain ? HALF : panels * PANEL;
         panel = is_plain ? panel / 2 : panel * panels;
     }
 
     DEVICE static int n_blocks(const View& w, int panels, float inverse) {
-        const int n = (w.shape[0] + ROWS - 1) / ROWS;
+        const int n = (w.shape[0] + PANEL - 1) / PANEL;
         if (is_plain_layout(w.layout)) return 2 * n;
         // (n + panels - 1) / panels without a slow division: no quotient is near an integer.
         return static_cast<int>((static_cast<float>(n + panels) - 0.5f) * inverse);
@@ -55,7 +54,7 @@ DEVICE void store_products(const Args& a, const Place& at, int first, int n, int
                            Value value) {
     const int n_out = a.v[WEIGHT + at.weight].shape[0];
     for (int i = threadIdx.x; i < n * width; i += blockDim.x) {
-        const int t = first + i / width, column = at.panel * ROWS + at.half * HALF + i % width;
+        const int t = first + i / width, column = at.panel * PANEL + at.half * HALF + i % width;
         if (column >= n_out || i % width >= at.n_rows) continue;
         float y = value(i);
         if (a.v[GATE]) y *= sigmoid(a.v[GATE].row(t)[0]);
@@ -108,7 +107,7 @@ DEVICE const float* row_of(const View& x, int t) {
 // Dynamic shared memory: warps · ROWS_OF_X · 16 floats.
 template <typename Rows, typename MakeRows>
 DEVICE void mul_mat(const Args& a, float* sums, MakeRows make_rows) {
-    constexpr int N = Rows::ROWS_OF_X, PER_WARP = N * ROWS, AT_ONCE = N < 8 ? N : 8;
+    constexpr int N = Rows::ROWS_OF_X, PER_WARP = N * PANEL, AT_ONCE = N < 8 ? N : 8;
     const View& x = a.v[X];
     // Weights are fetched before it is known how many rows are live: those past them are multiplied
     // with whatever they have, and not stored.
@@ -131,7 +130,7 @@ DEVICE void mul_mat(const Args& a, float* sums, MakeRows make_rows) {
                 for (int i = 0; i < AT_ONCE; i++) rows[i] = row_of(x, first + t + i);
                 const auto value = [&](int i, int k) { return rows[i][k]; };
                 multiply_plain<AT_ONCE>(f, panel, at.half, value, n_in, warp, n_warps,
-                                        own + t * ROWS);
+                                        own + t * PANEL);
             }
         } else {
             auto rows = make_rows(first);
@@ -141,7 +140,7 @@ DEVICE void mul_mat(const Args& a, float* sums, MakeRows make_rows) {
     wait_for_inputs();  // Warps without columns, too.
     __syncthreads();
     const int n = n_rows - first < N ? n_rows - first : N;
-    finish_products(a, at, first, n, ROWS, PER_WARP, [&](int i) {
+    finish_products(a, at, first, n, PANEL, PER_WARP, [&](int i) {
         float value = 0.0f;
         for (int w = 0; w < own_warps; w++) value += sums[w * PER_WARP + i];
         return value;
@@ -153,14 +152,14 @@ DEVICE void mul_mat_floats(const Args& a, float* sums) {
     mul_mat<FloatRows<R>>(a, sums, [&](int first) {
         const View& x = a.v[X];
         const auto row_at = [&](int i) { return row_of(x, first + i); };
-        return FloatRows<R>(row_at, x.shape[1] / RECORD, is_aligned(x));
+        return FloatRows<R>(row_at, x.shape[1] / K_BLOCK, is_aligned(x));
     });
 }
 
 template <int N>
 DEVICE void mul_mat_quantized(const Args& a, float* sums) {
     mul_mat<QuantizedRows<N>>(a, sums, [&](int first) {
-        return QuantizedRows<N>(a, Q, first, a.v[X].shape[0], a.v[X].shape[1] / RECORD);
+        return QuantizedRows<N>(a, Q, first, a.v[X].shape[0], a.v[X].shape[1] / K_BLOCK);
     });
 }
 

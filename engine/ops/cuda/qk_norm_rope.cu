@@ -12,7 +12,7 @@ enum { OUT, Q, K, V, Q_NORM, K_NORM, K_CACHE, V_CACHE, POSITIONS, SEQ_STARTS, BL
 // base^(-2 / n_rot), a pair's speed over that of the one before, comes as a sum of two floats.
 enum { EPS, N_ROT, RATIO, RATIO_REST };
 
-constexpr int MAX_PAIRS = 256;
+constexpr int MAX_PAIRS = ROPE_MAX_ROT / 2;
 constexpr double QUARTER_TURNS = 0.63661977236758134308;  // In a radian.
 constexpr float HALF_PI = 1.57079632679489661923f;
 
@@ -74,7 +74,7 @@ DEVICE void norm_and_turn(const float* x, const float* norm, float scale, int si
 }  // namespace gdn
 
 // Grid: (rows, (query heads + key heads) / warps).
-KERNEL(qk_norm_rope, 256) {
+KERNEL(qk_norm_rope) {
     using namespace gdn;
     __shared__ Angles angles;
     const int t = blockIdx.x, lane = threadIdx.x % 32;

@@ -13,7 +13,8 @@ enum { IDS, WEIGHTS, LOGITS, BIAS };
 enum { SOFTMAX, SIGMOID };
 enum { N_USED, GATING, SCALE, EPS, N_GROUPS, N_GROUPS_USED };
 
-constexpr int MAX_EXPERTS = 512, PER_LANE = MAX_EXPERTS / 32;
+constexpr int PER_LANE = ROUTER_MAX_EXPERTS / 32;
+static_assert(ROUTER_MAX_USED <= 32, "a lane has one expert that is used");
 constexpr float LOWEST = -3.402823466e38f;
 constexpr uint32_t NEVER = 0;
 
@@ -67,7 +68,7 @@ DEVICE void probabilities(float (&p)[PER_LANE], const float* logits, int n, bool
 }
 
 // Marks the experts outside of the best groups. A group is as good as the sum of its two best.
-// `shared` is of MAX_EXPERTS floats.
+// `shared` is of ROUTER_MAX_EXPERTS floats.
 DEVICE void keep_best_groups(uint32_t (&scores)[PER_LANE], const float (&values)[PER_LANE], int n,
                              int n_groups, int n_kept, float* shared) {
     const int lane = threadIdx.x % 32, size = n / n_groups;
@@ -100,10 +101,10 @@ DEVICE void keep_best_groups(uint32_t (&scores)[PER_LANE], const float (&values)
 
 }  // namespace gdn
 
-// Grid: rows. At most 512 experts, of which 32 are used.
-KERNEL(router, 32) {
+// Grid: rows.
+KERNEL(router) {
     using namespace gdn;
-    __shared__ float shared[MAX_EXPERTS];
+    __shared__ float shared[ROUTER_MAX_EXPERTS];
     const int t = blockIdx.x, lane = threadIdx.x;
     if (t >= a.rows(a.v[LOGITS])) return;
     const int n = a.v[LOGITS].shape[1], n_used = a.v[IDS].shape[1];

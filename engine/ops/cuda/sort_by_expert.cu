@@ -23,7 +23,7 @@ DEVICE int32_t sum_before(int32_t x, int32_t* shared) {
 
 // One block. ORDER [T · U]; TILES [1 + n, 3]: first their number, then (expert, first place in
 // ORDER, rows). Attributes: experts (as many as threads at most), rows of a tile.
-KERNEL(sort_by_expert, 1024) {
+KERNEL(sort_by_expert) {
     using namespace gdn;
     enum { ORDER, TILES, IDS };
     __shared__ int32_t next[1024], scratch[32];

@@ -15,7 +15,7 @@ DEVICE void run(const Args& a, const Channel& channel, int begin, int end) {
     const int32_t* starts = a.v[SEQ_STARTS].as<int32_t>();
     const int n_taps = N_TAPS ? N_TAPS : a.v[WEIGHT].shape[1];
     const int n_seqs = a.rows(a.v[STATE_SRC]);
-    float taps[N_TAPS ? N_TAPS : MAX_TAPS];
+    float taps[N_TAPS ? N_TAPS : CONV_MAX_TAPS];
     for (int j = 0; j < n_taps; j++) taps[j] = channel.weight[j];
     // When tokens are generated one by one, row t is sequence t's: no search.
     const bool alone = begin < n_seqs && starts[begin] == begin && starts[begin + 1] > begin;
@@ -48,7 +48,7 @@ DEVICE void run(const Args& a, const Channel& channel, int begin, int end) {
 }  // namespace gdn
 
 // Grid: (channels / threads, runs).
-KERNEL(ssm_conv, 128) {
+KERNEL(ssm_conv) {
     using namespace gdn;
     const int n_rows = a.live[N_TOKENS], n_runs = gridDim.y;
     const int per_run = (n_rows + n_runs - 1) / n_runs;

@@ -7,7 +7,7 @@ namespace gdn {
 
 enum { OUT, STATE, SEQ_STARTS, STATE_SRC, STATE_DST, SNAPSHOT_DST, X, WEIGHT };
 constexpr int N_PARTS = 3;  // X and WEIGHT are followed by those of the other parts.
-constexpr int MAX_TAPS = 16, AHEAD = 8;
+constexpr int AHEAD = 8;
 
 // One channel: `x` and `weight` are its column and row of a part, `c` its number in state and
 // output.
@@ -59,7 +59,7 @@ struct Window {
 
     // Rows from `t` up to `end`.
     DEVICE void convolve(int t, int end) const {
-        float window[N_TAPS ? N_TAPS : MAX_TAPS];
+        float window[N_TAPS ? N_TAPS : CONV_MAX_TAPS];
         for (int j = 0; j + 1 < n_taps(); j++) window[j] = at(t - n_taps() + 1 + j);
         const auto next = [&](float value) {
             window[n_taps() - 1] = value;

@@ -31,7 +31,7 @@ DEVICE void columns(const Args& a, int t, int i, int c, int n) {
 }  // namespace gdn
 
 // Grid: (tokens · fours of columns / threads, rows of a token).
-KERNEL(swiglu, 256) {
+KERNEL(swiglu) {
     using namespace gdn;
     const View& gate = a.v[GATE];
     const int n = gate.shape[gate.rank - 1], per_row = (n + 3) / 4;

@@ -10,12 +10,12 @@ namespace gdn {
 
 // After SSM_CONV's views. QK: the heads of OUT that are scaled. Attribute: eps.
 enum { NORMED = X + 2 * N_PARTS, QK, G, STEP, ALPHA, BETA, A, DT };
-constexpr int CHANNELS = 128;
+constexpr int CHANNELS = THREADS_delta_net_inputs;
 
 template <int N_TAPS>
 DEVICE void convolve_row(const Args& a, const Channel& channel, int t) {
     const int n_taps = N_TAPS ? N_TAPS : a.v[WEIGHT].shape[1];
-    float taps[N_TAPS ? N_TAPS : MAX_TAPS];
+    float taps[N_TAPS ? N_TAPS : CONV_MAX_TAPS];
     for (int j = 0; j < n_taps; j++) taps[j] = channel.weight[j];
     const Window<N_TAPS> window{a,
                                 channel,
@@ -39,7 +39,7 @@ DEVICE void normalize(const Args& a, int t, int h) {
 }  // namespace gdn
 
 // Grid: (channels / 128 + gates' entries / 128, rows).
-KERNEL(delta_net_inputs, 128) {
+KERNEL(delta_net_inputs) {
     using namespace gdn;
     const int t = blockIdx.y, n_blocks = (a.v[OUT].shape[1] + CHANNELS - 1) / CHANNELS;
     if (t >= a.rows(a.v[OUT])) return;

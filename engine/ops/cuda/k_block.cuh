@@ -1,6 +1,6 @@
-// How a warp reads records of packed weights.
+// How a warp reads k-blocks of packed weights.
 //
-// repack.cu has put a record's words into the order of tensor cores' fragments: lane 4g + c of a
+// repack.cu has put a k-block's words into the order of tensor cores' fragments: lane 4g + c of a
 // warp has columns 8c … 8c+7 (words 2c and 2c+1) of rows g and g + 8, its "piece", and reads what
 // belongs to it, word by word of the planes and element by element of the scales, in one access.
 // All columns of rows g and g + 8 are a "pair"; there, 8 lanes read 128 bytes in a row at a time.
@@ -43,17 +43,17 @@ struct Piece {
 
     uint32_t planes[4], head[2];
 
-    DEVICE void load(const uint8_t* record, int lane) {
+    DEVICE void load(const uint8_t* k_block, int lane) {
         const int g = lane / 4, c = lane % 4;
-        const uint8_t* at = record + F::HEAD_BYTES;
+        const uint8_t* at = k_block + F::HEAD_BYTES;
         if (IS_BYTES) {
             const Words4 v = load_words<Words4>(at + (8 * c + g) * 16);
             for (int i = 0; i < 4; i++) planes[i] = v.w[i];
         }
         if (NIBBLE) put(planes, load_words<Words2>(at + (c / 2 * 8 + g) * 16 + c % 2 * 8));
-        if (PAIR) put(planes + PAIRS, load_words<Words2>(record + PAIRS_AT + (2 * g + c / 2) * 8));
-        if (BIT) put(planes + BITS, load_words<Words2>(record + BITS_AT + g * 8));
-        at = record + g * HEAD;
+        if (PAIR) put(planes + PAIRS, load_words<Words2>(k_block + PAIRS_AT + (2 * g + c / 2) * 8));
+        if (BIT) put(planes + BITS, load_words<Words2>(k_block + BITS_AT + g * 8));
+        at = k_block + g * HEAD;
         if (HEAD == 8) put(head, load_words<Words2>(at));
         if (HEAD == 4) head[0] = load_words<uint32_t>(at);
         if (HEAD == 2) head[0] = *reinterpret_cast<const uint16_t*>(at);
@@ -108,7 +108,7 @@ struct Piece {
     }
 };
 
-// All columns of rows g and g + 8 of a record: four pieces. Records lie in shared memory.
+// All columns of rows g and g + 8 of a k-block: four pieces. K-blocks lie in shared memory.
 template <typename F>
 struct Pair {
     using P = Piece<F>;
@@ -116,13 +116,13 @@ struct Pair {
 
     uint32_t words[N_WORDS], pairs[4], bits[2], head[2];
 
-    DEVICE void load(const uint8_t* record, int g) {
-        const uint8_t* at = record + F::HEAD_BYTES + g * 16;
+    DEVICE void load(const uint8_t* k_block, int g) {
+        const uint8_t* at = k_block + F::HEAD_BYTES + g * 16;
         if (P::IS_BYTES || P::NIBBLE)
             for (int i = 0; i < N_WORDS / 4; i++) put(words + 4 * i, at + i * 128);
-        if (P::PAIR) put(pairs, record + P::PAIRS_AT + g * 16);
-        if (P::BIT) P::put(bits, *reinterpret_cast<const Words2*>(record + P::BITS_AT + g * 8));
-        at = record + g * P::HEAD;
+        if (P::PAIR) put(pairs, k_block + P::PAIRS_AT + g * 16);
+        if (P::BIT) P::put(bits, *reinterpret_cast<const Words2*>(k_block + P::BITS_AT + g * 8));
+        at = k_block + g * P::HEAD;
         if (P::HEAD == 8) P::put(head, *reinterpret_cast<const Words2*>(at));
         if (P::HEAD == 4) head[0] = *reinterpret_cast<const uint32_t*>(at);
         if (P::HEAD == 2) head[0] = *reinterpret_cast<const uint16_t*>(at);
@@ -204,6 +204,6 @@ DEVICE void decode(const Piece<F>& piece, const Super<F>& super, int c, int i, f
 DEVICE const uint8_t* panel_at(const View& w, int64_t p) {
     return w.as<uint8_t>() + p * w.stride[w.rank - 2];
 }
-DEVICE int n_panels(const View& w) { return (w.shape[w.rank - 2] + ROWS - 1) / ROWS; }
+DEVICE int n_panels(const View& w) { return (w.shape[w.rank - 2] + PANEL - 1) / PANEL; }
 
 }  // namespace gdn
