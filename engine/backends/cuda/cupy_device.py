@@ -212,8 +212,10 @@ class _EventTimer:
 
 
 class _Blas:
-    """A cuBLAS handle with a workspace, which captured products need. CuPy's own handle would belong
-    to the device, and the stream, that were created last."""
+    """A cuBLAS handle with a workspace, which captured products need.
+
+    CuPy's own handle would belong to the device, and the stream, that were created last.
+    """
 
     # What cuBLAS documents for Hopper.
     _WORKSPACE = 32 << 20

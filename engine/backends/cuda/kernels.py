@@ -58,81 +58,63 @@ class Kernel:
     shared: int = 0
 
 
-# Source -> kernel -> threads, or threads and bytes of shared memory.
-_SOURCES: dict[str, dict[str, int | tuple[int, int]]] = {
-    "add_rms_norm": {"add_rms_norm": 256},
-    "attention": {
-        "attention_join": 256,
-        "attention_loose_64": (128, 19712),
-        "attention_loose_128": (128, 36096),
-        "attention_loose_256": (128, 68864),
-        "attention_loose_latent": (128, 94720),
-        "attention_tiles_64": (128, 36864),
-        "attention_tiles_128": (128, 69632),
-        "attention_tiles_256": (256, 72704),
-        "attention_tiles_latent": (256, 114688),
-    },
-    "attention_rows": {f"attention_rows_{size}": 256 for size in (64, 256, 576, 1024)},
-    "delay": {"delay": 1},
-    "expand": {"expand": 256},
-    "finish_product": {"finish_product": 256},
-    "fused/delta_net_inputs": {"delta_net_inputs": 128},
-    "gated_delta_net": {
-        **{f"delta_net_{kda}step_{lanes}": 128 for kda in ("", "kda_") for lanes in (4, 8, 16)},
-        "delta_net_rows_4": (128, 20480),
-        "delta_net_rows_8": (128, 34816),
-        "delta_net_rows_16": (128, 66560),
-        "delta_net_kda_rows_4": (128, 29696),
-        "delta_net_kda_rows_8": (128, 53248),
-        "delta_net_kda_rows_16": (128, 103424),
-    },
-    "gated_delta_net_chunk": {
-        f"delta_net_{kda}chunks_{size}": (256, shared)
-        for kda in ("", "kda_")
-        for size, shared in {
-            "64_32": 83456,
-            "64_64": 92160,
-            "128_32": 136704,
-            "128_64": 149504,
-            "256_32": 132608,
-        }.items()
-    },
-    "gated_delta_net_prepare": {
-        "delta_net_prepare_64": (256, 74180),
-        "delta_net_prepare_128": (256, 90564),
-        "delta_net_prepare_256": (256, 123332),
-        "delta_net_kda_prepare_64": (256, 90560),
-        "delta_net_kda_prepare_128": (256, 123328),
-        "delta_net_kda_prepare_256": (256, 188864),
-    },
-    "gdn_gate": {"gdn_gate": 256},
-    "gemm": {"gemm_64": (256, 28672), "gemm_128": (256, 40960)},
-    "gemm_experts": {"gemm_experts_32": (256, 22528), "gemm_experts_64": (256, 28672)},
-    "get_rows": {"get_rows": 256},
-    "get_rows_packed": {"get_rows_packed": 128},
-    "head_norms": {"l2_norm": 256, "rms_norm_gated": 256},
-    "mla_cache": {"mla_cache": 128},
-    "mul_mat": {"mul_mat_1": 512, "mul_mat_2": 256},
-    "mul_mat_heads": {"mul_mat_heads_rows": 128, "mul_mat_heads_tiles": 256},
-    "mul_mat_id": {"mul_mat_id": 512, "mul_mat_id_sum": 512},
-    "mul_mat_id_rows": {"mul_mat_id_rows": 256},
-    "mul_mat_rows": {"mul_mat_16": 256, "mul_mat_32": 256},
-    "mul_mat_some": {"mul_mat_4": 256, "mul_mat_8": 256},
-    "qk_norm_rope": {"qk_norm_rope": 256},
-    "quantize_rows": {"quantize_rows": 256},
-    "repack": {"repack": 128},
-    "round_rows": {"round_rows": 128},
-    "router": {"router": 32},
-    "sample": {"feed_tokens": 64, "sample_segments": 256, "sample_rows": 256},
-    "sort_by_expert": {"sort_by_expert": 1024},
-    "ssm_conv": {"ssm_conv": 128},
-    "sum_experts": {"sum_experts": 256},
-    "swiglu": {"swiglu": 256},
+# Threads -> kernels whose source has their name.
+_SINGLE = {
+    1: "delay",
+    32: "router",
+    128: "get_rows_packed mla_cache repack round_rows ssm_conv",
+    256: "add_rms_norm expand finish_product gdn_gate get_rows mul_mat_id_rows qk_norm_rope "
+    "quantize_rows sum_experts swiglu",
+    1024: "sort_by_expert",
 }
+# Source, threads, beginning and ends of the names of its kernels.
+_FAMILIES = (
+    ("attention", 128, "attention_loose_", "64 128 256 latent"),
+    ("attention", 128, "attention_tiles_", "64 128"),
+    ("attention", 256, "attention_", "tiles_256 tiles_latent join"),
+    ("attention_rows", 256, "attention_rows_", "64 256 576 1024"),
+    ("fused/delta_net_inputs", 128, "delta_net_inputs", ""),
+    ("gated_delta_net", 128, "delta_net_", "step_4 step_8 step_16 rows_4 rows_8 rows_16"),
+    ("gated_delta_net", 128, "delta_net_kda_", "step_4 step_8 step_16 rows_4 rows_8 rows_16"),
+    ("gated_delta_net_chunk", 256, "delta_net_chunks_", "64_32 64_64 128_32 128_64 256_32"),
+    ("gated_delta_net_chunk", 256, "delta_net_kda_chunks_", "64_32 64_64 128_32 128_64 256_32"),
+    ("gated_delta_net_prepare", 256, "delta_net_", "prepare_64 prepare_128 prepare_256"),
+    ("gated_delta_net_prepare", 256, "delta_net_kda_", "prepare_64 prepare_128 prepare_256"),
+    ("gemm", 256, "gemm_", "64 128"),
+    ("gemm_experts", 256, "gemm_experts_", "32 64"),
+    ("head_norms", 256, "", "l2_norm rms_norm_gated"),
+    ("mul_mat", 512, "mul_mat_", "1"),
+    ("mul_mat", 256, "mul_mat_", "2"),
+    ("mul_mat_some", 256, "mul_mat_", "4 8"),
+    ("mul_mat_rows", 256, "mul_mat_", "16 32"),
+    ("mul_mat_heads", 128, "mul_mat_heads_", "rows"),
+    ("mul_mat_heads", 256, "mul_mat_heads_", "tiles"),
+    ("mul_mat_id", 512, "mul_mat_id", " _sum"),
+    ("sample", 64, "", "feed_tokens"),
+    ("sample", 256, "sample_", "segments rows"),
+)
+_SHARED = {
+    "attention_loose_64": 19712, "attention_loose_128": 36096, "attention_loose_256": 68864,
+    "attention_loose_latent": 94720, "attention_tiles_64": 36864, "attention_tiles_128": 69632,
+    "attention_tiles_256": 72704, "attention_tiles_latent": 114688,
+    "delta_net_rows_4": 20480, "delta_net_rows_8": 34816, "delta_net_rows_16": 66560,
+    "delta_net_kda_rows_4": 29696, "delta_net_kda_rows_8": 53248, "delta_net_kda_rows_16": 103424,
+    "delta_net_prepare_64": 74180, "delta_net_prepare_128": 90564, "delta_net_prepare_256": 123332,
+    "delta_net_kda_prepare_64": 90560, "delta_net_kda_prepare_128": 123328,
+    "delta_net_kda_prepare_256": 188864,
+    "gemm_64": 28672, "gemm_128": 40960, "gemm_experts_32": 22528, "gemm_experts_64": 28672,
+}  # fmt: skip
+for _size, _bytes in (
+    ("64_32", 83456), ("64_64", 92160), ("128_32", 136704), ("128_64", 149504), ("256_32", 132608)
+):  # fmt: skip
+    _SHARED |= {f"delta_net_{kda}chunks_{_size}": _bytes for kda in ("", "kda_")}
 KERNELS = {
-    name: Kernel(source, *(size if isinstance(size, tuple) else (size,)))
-    for source, kernels in _SOURCES.items()
-    for name, size in kernels.items()
+    **{name: Kernel(name, n) for n, names in _SINGLE.items() for name in names.split()},
+    **{
+        begin + end: Kernel(source, n, _SHARED.get(begin + end, 0))
+        for source, n, begin, ends in _FAMILIES
+        for end in ends.split(" ")
+    },
 }
 
 

@@ -1,7 +1,7 @@
 """Compiles the kernels of engine/ops/cuda for the host, once for each state of their sources.
 
 Each source becomes one library. A folder of links mirrors the sources; the emulator's
-primitives.cuh and the generated constants.cuh lie there too, and includes are looked up there first.
+primitives.cuh and the generated constants.cuh lie there too, and includes are found there first.
 """
 
 from __future__ import annotations

@@ -8,14 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.backends.cuda import kernels
 from engine.backends.cuda.device import Device, Grid
-from engine.backends.cuda.kernels import (
-    ATTENTION_LOOSE_ROWS,
-    ATTENTION_TILE_ROWS,
-    KERNELS,
-    MAX_POSITION_CHUNKS,
-    PARTIAL_EXTRA,
-)
+from engine.backends.cuda.kernels import KERNELS
 from engine.backends.cuda.launches import Condition, Launch, Lowering, always
 from engine.backends.cuda.lower.common import cut, has_shared, is_decode
 from engine.backends.native.buffers import Ref, Scratch
@@ -61,7 +56,7 @@ class _Attention:
     @property
     def blocks_per_row(self) -> int:
         """Thread blocks of a remainder row, for each chunk of its positions."""
-        return self.n_kv * cut(self.group, ATTENTION_LOOSE_ROWS)
+        return self.n_kv * cut(self.group, kernels.ATTENTION_LOOSE_ROWS)
 
     def n_loose(self, live: Live) -> int:
         """The most remainder rows that there can be."""
@@ -75,10 +70,10 @@ class _Attention:
         """A few thread blocks for each multiprocessor; of many rows each takes several chunks."""
         rows = self.n_loose(live)
         blocks = cut(4 * self.device.n_multiprocessors, max(1, rows * self.blocks_per_row))
-        return min(MAX_POSITION_CHUNKS, blocks), self.blocks_per_row, rows
+        return min(kernels.MAX_POSITION_CHUNKS, blocks), self.blocks_per_row, rows
 
     def tile_grid(self, live: Live) -> Grid:
-        n_tiles = cut(live.n_tokens * self.group, ATTENTION_TILE_ROWS[self.kind])
+        n_tiles = cut(live.n_tokens * self.group, kernels.ATTENTION_TILE_ROWS[self.kind])
         return n_tiles + live.n_seqs - 1, self.n_kv, 1
 
 
@@ -122,7 +117,7 @@ def lower_attention(lowering: Lowering, node: Node) -> None:
 def _partials(node: Node) -> Scratch:
     """Results of chunks of positions, for as many remainder rows as have room."""
     n_tokens, n_heads, d_v = node.outputs[0].shape
-    row = (n_heads, MAX_POSITION_CHUNKS, d_v + PARTIAL_EXTRA)
+    row = (n_heads, kernels.MAX_POSITION_CHUNKS, d_v + kernels.PARTIAL_EXTRA)
     n_rows = _PARTIALS_BYTES // (row[0] * row[1] * row[2] * 4)
     return Scratch((max(1, min(n_rows, 1 << (int(n_tokens) - 1).bit_length())), *row), F32)
 

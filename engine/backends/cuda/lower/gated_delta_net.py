@@ -10,15 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.backends.cuda import kernels
 from engine.backends.cuda.device import Device
-from engine.backends.cuda.kernels import (
-    DELTA_CHUNK,
-    DELTA_CHUNK_FLOATS,
-    DELTA_LANE_FLOATS,
-    DELTA_VALUE_TILE,
-    KERNELS,
-    threads,
-)
+from engine.backends.cuda.kernels import KERNELS, threads
 from engine.backends.cuda.launches import Condition, Launch, Lowering
 from engine.backends.cuda.lower.common import NO_END, cut, has_shared, is_decode
 from engine.backends.native.buffers import Scratch
@@ -48,12 +42,12 @@ class _DeltaNet:
     @property
     def lanes(self) -> int:
         """Lanes that share a value column of the state."""
-        return next(n for n in (4, 8, 16) if self.d_k <= n * DELTA_LANE_FLOATS)
+        return next(n for n in (4, 8, 16) if self.d_k <= n * kernels.DELTA_LANE_FLOATS)
 
     @property
     def width(self) -> int:
         """Keys' size, rounded up."""
-        return self.lanes * DELTA_LANE_FLOATS
+        return self.lanes * kernels.DELTA_LANE_FLOATS
 
     def kernel(self, kind: str) -> str:
         return f"delta_net_{'kda_' if self.is_kda else ''}{kind}"
@@ -74,8 +68,8 @@ class _DeltaNet:
         return self.kernel(f"chunks_{self.width}_{self.columns(device)}")
 
     def has_chunks(self, device: Device) -> bool:
-        kernels = (self.prepare, self.chunks(device))
-        return all(has_shared(device, KERNELS[name].shared) for name in kernels)
+        names = (self.prepare, self.chunks(device))
+        return all(has_shared(device, KERNELS[name].shared) for name in names)
 
 
 def lower_gated_delta_net(lowering: Lowering, node: Node) -> None:
@@ -127,13 +121,15 @@ def _chunks(lowering: Lowering, node: Node, first: int, when: Condition) -> None
     delta, device = _DeltaNet.of(node), lowering.device
     n_tokens, n_seqs = int(node.outputs[0].shape[0]), int(node.inputs["state_src"].shape[0])
     # first_slot in gated_delta_net_chunk.cuh gives the chunks of each sequence slots of their own.
-    n_slots = cut(n_tokens, DELTA_CHUNK) + n_seqs
-    n_values = DELTA_CHUNK * cut(delta.d_v, DELTA_VALUE_TILE) * DELTA_VALUE_TILE
-    n_floats = DELTA_CHUNK_FLOATS[str(delta.width)] + n_values
+    n_slots = cut(n_tokens, kernels.DELTA_CHUNK) + n_seqs
+    n_values = (
+        kernels.DELTA_CHUNK * cut(delta.d_v, kernels.DELTA_VALUE_TILE) * kernels.DELTA_VALUE_TILE
+    )
+    n_floats = kernels.DELTA_CHUNK_FLOATS[str(delta.width)] + n_values
     prepared = Scratch((n_slots, delta.n_heads, n_floats), F32)
     n_blocks = cut(delta.d_v, delta.columns(device))
     for kernel, grid in (
-        (delta.prepare, lambda x: (x.n_tokens // DELTA_CHUNK + x.n_seqs, delta.n_heads, 1)),
+        (delta.prepare, lambda x: (x.n_tokens // kernels.DELTA_CHUNK + x.n_seqs, delta.n_heads, 1)),
         (delta.chunks(device), lambda x: (n_blocks, delta.n_heads, x.n_seqs)),
     ):
         lowering.add(Launch(

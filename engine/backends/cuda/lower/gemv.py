@@ -9,17 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from engine.backends.cuda.kernels import (
-    MAX_WEIGHTS,
-    PANEL,
-    ROW_AS_IT_IS,
-    ROW_BATCH_BYTES,
-    ROW_GATED_SIGMOID,
-    ROW_GATED_SILU,
-    ROW_NORM,
-    ROW_SWIGLU,
-    threads,
-)
+from engine.backends.cuda import kernels
+from engine.backends.cuda.kernels import threads
 from engine.backends.cuda.launches import MAX_COUNTERS, Launch, Lowering
 from engine.backends.cuda.lower.common import (
     WARP_COLUMNS,
@@ -42,7 +33,7 @@ GEMV_SPLIT_BLOCKS = 8
 MAX_PANELS = 8
 # In more thread blocks than these a norm costs more than a launch of its own.
 NORM_BLOCKS = 2048
-_SUM_BYTES = 4 * PANEL
+_SUM_BYTES = 4 * kernels.PANEL
 
 
 @dataclass(frozen=True)
@@ -54,7 +45,7 @@ class GemvRow:
     more: Ref = None
     factor: Ref = None
     total: Ref = None
-    source: int = ROW_AS_IT_IS
+    source: int = kernels.ROW_AS_IT_IS
     eps: float = 0.0
     head: int = 0
 
@@ -64,15 +55,15 @@ def lower_gemv(
 ) -> None:
     """One launch for all weights of a product of one row."""
     row, weights = row or GemvRow([], node.inputs["x"]), list(outs)
-    split = WorkSplit.of(lowering, weights, may_split=row.source != ROW_NORM)
+    split = WorkSplit.of(lowering, weights, may_split=row.source != kernels.ROW_NORM)
     blocks = blocks_of(weights, split.panels)
-    padding = [None] * (MAX_WEIGHTS - len(weights))
+    padding = [None] * (kernels.MAX_WEIGHTS - len(weights))
     lowering.add(Launch(
         kernel="mul_mat_1", nodes=[*row.nodes, node],
         operands=[
             *outs.values(), *padding, row.x, row.more, row.factor, row.total, *weights, *padding,
             node.inputs.get("gate"), node.inputs.get("add"),
-            *split_buffers(lowering, blocks, split.splits, split.panels * PANEL),
+            *split_buffers(lowering, blocks, split.splits, split.panels * kernels.PANEL),
         ],
         attrs=[row.source, row.eps, row.head, split.panels, split.rounds, split.slot_bytes],
         threads=32 * split.warps, shared=split.warps * split.warp_bytes(split.panels),
@@ -121,14 +112,14 @@ class WorkSplit:
             return cls(1, 1, warps_of(columns, plain=True), 0, 0)
         slot = max(lowering.weights.part_bytes(w, WARP_COLUMNS) for w in quantized)
         batches = cut(columns, WARP_COLUMNS)
-        left = lowering.device.shared_bytes - (batches + GEMV_WARPS) * ROW_BATCH_BYTES
+        left = lowering.device.shared_bytes - (batches + GEMV_WARPS) * kernels.ROW_BATCH_BYTES
         most = max(1, min(GEMV_WARPS, left // (slot + _SUM_BYTES * MAX_PANELS)))
         rounds = cut(batches, most)
         return cls(1, 1, cut(batches, rounds), rounds, slot)
 
     def warp_bytes(self, panels: int) -> int:
         """A warp's shared memory: batches of the row, a slot, sums, the sum of squares."""
-        return self.rounds * ROW_BATCH_BYTES + self.slot_bytes + _SUM_BYTES * panels + 4
+        return self.rounds * kernels.ROW_BATCH_BYTES + self.slot_bytes + _SUM_BYTES * panels + 4
 
 
 def is_worth_a_norm(weights: Sequence[Tensor]) -> bool:
@@ -138,7 +129,7 @@ def is_worth_a_norm(weights: Sequence[Tensor]) -> bool:
 
 def swiglu_row(act: Node) -> GemvRow:
     """The row that a SWIGLU makes."""
-    return GemvRow([act], act.inputs["gate"], act.inputs["up"], source=ROW_SWIGLU)
+    return GemvRow([act], act.inputs["gate"], act.inputs["up"], source=kernels.ROW_SWIGLU)
 
 
 def norm_row(norm: Node) -> GemvRow:
@@ -146,11 +137,13 @@ def norm_row(norm: Node) -> GemvRow:
     delta, weight = norm.inputs.get("delta"), norm.inputs["weight"]
     total = norm.outputs[1] if delta is not None else None
     x, eps = norm.inputs["x"], norm.attrs["eps"]
-    return GemvRow([norm], x, delta, weight, total, ROW_NORM, eps)
+    return GemvRow([norm], x, delta, weight, total, kernels.ROW_NORM, eps)
 
 
 def gated_row(norm: Node) -> GemvRow:
     """The row that an RMS_NORM_GATED makes."""
     x, gate, weight = (norm.inputs[name] for name in ("x", "gate", "weight"))
-    source = {"silu": ROW_GATED_SILU, "sigmoid": ROW_GATED_SIGMOID}[norm.attrs["act"]]
+    source = {"silu": kernels.ROW_GATED_SILU, "sigmoid": kernels.ROW_GATED_SIGMOID}[
+        norm.attrs["act"]
+    ]
     return GemvRow([norm], x, gate, weight, None, source, norm.attrs["eps"], x.shape[2])

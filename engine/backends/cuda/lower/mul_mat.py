@@ -9,15 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+from engine.backends.cuda import kernels
 from engine.backends.cuda.device import Device, Grid
-from engine.backends.cuda.kernels import (
-    GEMM_COLUMNS,
-    K_BLOCK,
-    MAX_WEIGHTS,
-    PANEL,
-    ROW_GROUP,
-    threads,
-)
+from engine.backends.cuda.kernels import threads
 from engine.backends.cuda.launches import Launch, Lowering, Product
 from engine.backends.cuda.lower.common import (
     RowRange,
@@ -41,9 +35,9 @@ from engine.graph import Kind, Live, Node, Tensor
 # Rows that each thread block quantizes for itself, at most.
 INLINE_ROWS = 4
 # The most rows that are multiplied by panels as they are stored: COPIED_ROWS where weights of more
-# than MANY_ELEMENTS all have copies in bfloat16, else TILED_ROWS. On an H200 a pass of 16 rows takes
-# twice as long as one of 8; with copies a step of 16 rows takes 0.86 of that time with 4B, but 1.28
-# with 0.8B, because of its launches.
+# than MANY_ELEMENTS all have copies in bfloat16, else TILED_ROWS. On an H200 a pass of 16 rows
+# takes twice as long as one of 8; with copies a step of 16 rows takes 0.86 of that time with 4B,
+# but 1.28 with 0.8B, because of its launches.
 COPIED_ROWS, TILED_ROWS, MANY_ELEMENTS = 8, 16, 1 << 23
 # Rows up to which gemm.cuh has tiles of 64 rows, then of 128; and from which on a weight without a
 # copy is expanded to bfloat16 for one product by cuBLAS.
@@ -83,8 +77,8 @@ def _gemm_kernels(
 
 def unsupported(node: Node, device: Device) -> str:
     """See lower.unsupported."""
-    if node.op.name == "MUL_MAT" and len(matrices_of(node)) > MAX_WEIGHTS:
-        return f"more than {MAX_WEIGHTS} weights of one product"
+    if node.op.name == "MUL_MAT" and len(matrices_of(node)) > kernels.MAX_WEIGHTS:
+        return f"more than {kernels.MAX_WEIGHTS} weights of one product"
     return ""
 
 
@@ -126,8 +120,8 @@ def _lower_panels(
 ) -> None:
     """The products with some weights of more than `more_than` and at most `most` rows."""
     x, weights = node.inputs["x"], list(outs)
-    kernels = [k for k in _panel_kernels(lowering, weights) if most is None or k[0] <= most]
-    chosen = list(walk(kernels, x, more_than, most))
+    table = [row for row in _panel_kernels(lowering, weights) if most is None or row[0] <= most]
+    chosen = list(walk(table, x, more_than, most))
     if chosen[0][0] == "mul_mat_1":
         lower_gemv(lowering, node, outs)
         del chosen[0]
@@ -135,8 +129,8 @@ def _lower_panels(
     if not (plain or lowering.batch_invariant):
         splits = splits_of(lowering.device, blocks, x.shape[1])
     warps = warps_of(cut(x.shape[1], splits), plain)
-    sums = split_buffers(lowering, blocks, splits, _PASS_ROWS[chosen[-1][0]] * PANEL)
-    padding = [None] * (MAX_WEIGHTS - len(weights))
+    sums = split_buffers(lowering, blocks, splits, _PASS_ROWS[chosen[-1][0]] * kernels.PANEL)
+    padding = [None] * (kernels.MAX_WEIGHTS - len(weights))
     others = [node.inputs.get("gate"), node.inputs.get("add")]
     absent: Sequence[Ref] = [None] * 3
     converted = _quantized(lowering, node, x) if any(map(is_quantized, weights)) else absent
@@ -146,7 +140,7 @@ def _lower_panels(
         lowering.add(Launch(
             kernel=kernel, nodes=[node],
             operands=[*outs.values(), *padding, x, *made, *weights, *padding, *others, *sums],
-            threads=32 * warps, shared=warps * n * PANEL * 4,
+            threads=32 * warps, shared=warps * n * kernels.PANEL * 4,
             grid=partial(_pass_grid, x, n, blocks, splits), when=rows,
         ))  # fmt: skip
 
@@ -181,18 +175,18 @@ def _lower_gemm(
 def _quantized(lowering: Lowering, node: Node, x: Tensor) -> Sequence[Scratch]:
     """x as int8 in fragments of ROW_GROUP rows (quantize.cuh); once for all nodes that read it."""
     most = None if lowering.batch_invariant else TILED_ROWS
-    n_groups, n_k_blocks = cut(int(x.shape[0]), ROW_GROUP), x.shape[1] // K_BLOCK
+    n_groups, n_k_blocks = cut(int(x.shape[0]), kernels.ROW_GROUP), x.shape[1] // kernels.K_BLOCK
     shapes = (
-        ((n_groups, n_k_blocks * ROW_GROUP * K_BLOCK), I8),
-        ((n_groups, n_k_blocks * ROW_GROUP), F32),
-        ((n_groups, n_k_blocks * ROW_GROUP * 2), I32),
+        ((n_groups, n_k_blocks * kernels.ROW_GROUP * kernels.K_BLOCK), I8),
+        ((n_groups, n_k_blocks * kernels.ROW_GROUP), F32),
+        ((n_groups, n_k_blocks * kernels.ROW_GROUP * 2), I32),
     )
     buffers, is_new = lowering.buffers(("quantized", view_key(x)), shapes)
     if is_new:
         n_blocks = cut(n_k_blocks, threads("quantize_rows") // 32)
         lowering.add(Launch(
             kernel="quantize_rows", nodes=[node], operands=[*buffers, x],
-            grid=lambda live: (n_blocks, cut(rows_of(x, live), ROW_GROUP), 1),
+            grid=lambda live: (n_blocks, cut(rows_of(x, live), kernels.ROW_GROUP), 1),
             when=RowRange(x, INLINE_ROWS, most),
         ))  # fmt: skip
     return buffers
@@ -218,7 +212,7 @@ def _pass_grid(t: Tensor, rows: int, blocks: int, splits: int, live: Live) -> Gr
 
 
 def _gemm_grid(out: Tensor, rows: int, n_out: int, live: Live) -> Grid:
-    return cut(rows_of(out, live), rows), cut(n_out, GEMM_COLUMNS), 1
+    return cut(rows_of(out, live), rows), cut(n_out, kernels.GEMM_COLUMNS), 1
 
 
 LOWERINGS = {"GET_ROWS": lower_get_rows, "MUL_MAT": lower_mul_mat}

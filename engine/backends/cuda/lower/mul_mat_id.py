@@ -9,14 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from engine.backends.cuda import kernels
 from engine.backends.cuda.device import Device, Grid
-from engine.backends.cuda.kernels import (
-    EXPERT_TILE_ROWS,
-    GEMM_COLUMNS,
-    MAX_MATRICES,
-    PANEL,
-    threads,
-)
+from engine.backends.cuda.kernels import threads
 from engine.backends.cuda.launches import Condition, Launch, Lowering
 from engine.backends.cuda.lower.common import RowRange, cut, rows_of, walk, warps_of
 from engine.backends.cuda.lower.gemv import GEMV_WARPS, WorkSplit
@@ -34,7 +29,11 @@ MAX_EXPERTS = threads("sort_by_expert")
 SINGLE_TOKENS, TILE_TOKENS = 4, 64
 # Rows of an expert on average from which on its tiles have 64 rows on tensor cores, before 32.
 LARGE_FROM = 48
-_TILE_ROWS = {"mul_mat_id_rows": EXPERT_TILE_ROWS, "gemm_experts_32": 32, "gemm_experts_64": 64}
+_TILE_ROWS = {
+    "mul_mat_id_rows": kernels.EXPERT_TILE_ROWS,
+    "gemm_experts_32": 32,
+    "gemm_experts_64": 64,
+}
 
 
 def _kernels(lowering: Lowering, node: Node) -> Sequence[tuple[int | None, str, bool]]:
@@ -52,8 +51,8 @@ def _kernels(lowering: Lowering, node: Node) -> Sequence[tuple[int | None, str, 
 def unsupported(node: Node, device: Device) -> str:
     """See lower.unsupported."""
     matrices = matrices_of(node)
-    if len(matrices) > MAX_MATRICES:
-        return f"more than {MAX_MATRICES} matrices of experts in one product"
+    if len(matrices) > kernels.MAX_MATRICES:
+        return f"more than {kernels.MAX_MATRICES} matrices of experts in one product"
     if matrices[0].shape[0] > MAX_EXPERTS:
         return f"more than {MAX_EXPERTS} experts"
     return ""
@@ -73,9 +72,9 @@ def _lower_single(lowering: Lowering, node: Node, when: Condition) -> None:
     x, ids, gates = (node.inputs.get(name) for name in ("x", "ids", "weights"))
     assert ids is not None
     matrices, n_used = matrices_of(node), ids.shape[1]
-    padding = [None] * (MAX_MATRICES - len(matrices))
+    padding = [None] * (kernels.MAX_MATRICES - len(matrices))
     operands = [*node.outputs, *padding, x, *matrices, *padding, ids, gates]
-    blocks = sum(cut(m.shape[1], PANEL) for m in matrices)
+    blocks = sum(cut(m.shape[1], kernels.PANEL) for m in matrices)
     split = WorkSplit.of_warps(lowering, matrices, matrices[0].shape[2])
     n, attrs = split.warps, [split.rounds, split.slot_bytes, split.warps]
     if gates is None:
@@ -88,8 +87,8 @@ def _lower_single(lowering: Lowering, node: Node, when: Condition) -> None:
     warps = min(max(GEMV_WARPS // n, 1), n_used) * n
     lowering.add(Launch(
         kernel="mul_mat_id_sum", nodes=[node], operands=operands, attrs=attrs,
-        threads=32 * warps, shared=warps * split.warp_bytes(0) + n_used * n * PANEL * 4, when=when,
-        grid=lambda live: (blocks, rows_of(ids, live), 1),
+        threads=32 * warps, grid=lambda live: (blocks, rows_of(ids, live), 1), when=when,
+        shared=warps * split.warp_bytes(0) + n_used * n * kernels.PANEL * 4,
     ))  # fmt: skip
 
 
@@ -104,7 +103,7 @@ def _lower_tiles(lowering: Lowering, node: Node, kernel: str, when: RowRange) ->
     n_threads = n_shared = 0
     if by_panels:
         warps = warps_of(matrices[0].shape[2], plain=not is_quantized(matrices[0]))
-        n_threads, n_shared = 32 * warps, warps * rows * PANEL * 4
+        n_threads, n_shared = 32 * warps, warps * rows * kernels.PANEL * 4
     grid = _panel_grid if by_panels else _gemm_grid
     for out, m in zip(node.outputs, matrices, strict=True):
         target = _per_choice(node, out, m)
@@ -154,11 +153,11 @@ def _n_tiles(ids: Tensor, m: Tensor, rows: int, n_tokens: int) -> int:
 
 
 def _panel_grid(ids: Tensor, m: Tensor, rows: int, live: Live) -> Grid:
-    return cut(m.shape[1], PANEL), _n_tiles(ids, m, rows, rows_of(ids, live)), 1
+    return cut(m.shape[1], kernels.PANEL), _n_tiles(ids, m, rows, rows_of(ids, live)), 1
 
 
 def _gemm_grid(ids: Tensor, m: Tensor, rows: int, live: Live) -> Grid:
-    return _n_tiles(ids, m, rows, rows_of(ids, live)), cut(m.shape[1], GEMM_COLUMNS), 1
+    return _n_tiles(ids, m, rows, rows_of(ids, live)), cut(m.shape[1], kernels.GEMM_COLUMNS), 1
 
 
 LOWERINGS = {"MUL_MAT_ID": lower_mul_mat_id}

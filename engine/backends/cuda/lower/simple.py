@@ -9,18 +9,9 @@ from functools import partial
 
 import numpy as np
 
+from engine.backends.cuda import kernels
 from engine.backends.cuda.device import Device, Grid
-from engine.backends.cuda.kernels import (
-    CONV_MAX_TAPS,
-    HEADS_FEW_ROWS,
-    HEADS_INPUTS,
-    HEADS_TILE_OUTPUTS,
-    HEADS_TILE_ROWS,
-    ROPE_MAX_ROT,
-    ROUTER_MAX_EXPERTS,
-    ROUTER_MAX_USED,
-    threads,
-)
+from engine.backends.cuda.kernels import threads
 from engine.backends.cuda.launches import Condition, Launch, Lowering, always
 from engine.backends.cuda.lower.common import cut
 from engine.backends.native.signatures import SIGNATURES, numbers, parts
@@ -102,16 +93,20 @@ def _conv_grid(node: Node, live: Live) -> Grid:
 
 def _heads_few(node: Node, live: Live) -> Grid:
     heads, rows = node.inputs["x"].shape[1], _rows(node, live)
-    return cut(_heads_out(node), 32), heads, cut(rows, HEADS_FEW_ROWS)
+    return cut(_heads_out(node), 32), heads, cut(rows, kernels.HEADS_FEW_ROWS)
 
 
 def _heads_many(node: Node, live: Live) -> Grid:
     heads, rows = node.inputs["x"].shape[1], _rows(node, live)
-    return cut(rows, HEADS_TILE_ROWS), heads, cut(_heads_out(node), HEADS_TILE_OUTPUTS)
+    return (
+        cut(rows, kernels.HEADS_TILE_ROWS),
+        heads,
+        cut(_heads_out(node), kernels.HEADS_TILE_OUTPUTS),
+    )
 
 
 def _heads_shared(node: Node) -> int:
-    return cut(node.inputs["x"].shape[2], HEADS_INPUTS) * HEADS_FEW_ROWS * 32 * 4
+    return cut(node.inputs["x"].shape[2], kernels.HEADS_INPUTS) * kernels.HEADS_FEW_ROWS * 32 * 4
 
 
 def _heads_out(node: Node) -> int:
@@ -127,16 +122,16 @@ def _many(live: Live) -> bool:
 
 
 def _refuse_rope(node: Node) -> str:
-    return _beyond(node.attrs["n_rot"], ROPE_MAX_ROT, "rotated entries")
+    return _beyond(node.attrs["n_rot"], kernels.ROPE_MAX_ROT, "rotated entries")
 
 
 def _refuse_conv(node: Node) -> str:
-    return _beyond(node.inputs["weight"].shape[1], CONV_MAX_TAPS, "taps")
+    return _beyond(node.inputs["weight"].shape[1], kernels.CONV_MAX_TAPS, "taps")
 
 
 def _refuse_router(node: Node) -> str:
-    experts = _beyond(node.inputs["logits"].shape[1], ROUTER_MAX_EXPERTS, "experts")
-    return experts or _beyond(node.attrs["n_used"], ROUTER_MAX_USED, "used experts")
+    experts = _beyond(node.inputs["logits"].shape[1], kernels.ROUTER_MAX_EXPERTS, "experts")
+    return experts or _beyond(node.attrs["n_used"], kernels.ROUTER_MAX_USED, "used experts")
 
 
 def _beyond(n: int, most: int, what: str) -> str:
