@@ -68,7 +68,7 @@ def _gemm_kernels(
     of_step = is_of_step(out)
     copied = of_step and lowering.weights.has_bf16(w)
     return (
-        (GEMM_ROWS, "gemm_64", not copied),
+        (min(GEMM_ROWS, EXPANDED_ROWS - 1), "gemm_64", not copied),
         (EXPANDED_ROWS - 1, "gemm_128", not copied),
         (None, "expand", of_step and not copied),
         (None, "gemm_bf16", copied),
