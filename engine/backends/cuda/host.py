@@ -1,12 +1,15 @@
-"""The part of a CudaBackend that its programs and samplers use."""
+"""The part of a CudaBackend that its programs and samplers use, and their launches' arguments."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
 from engine.backends.cuda.device import Device
+from engine.backends.cuda.kernels import KERNELS
+from engine.backends.cuda.launches import Launch, fill_view
 from engine.backends.cuda.weights import CudaWeights
 from engine.graph import Live, Tensor
 
@@ -31,3 +34,16 @@ class Host(Protocol):
 
     def begin(self, live: Live) -> None:
         """Bring inputs and live counts to the device."""
+
+
+def prepare(host: Host, step: Launch, args: Any, addresses: Iterable[int]) -> int:
+    """Fill in the record `args` of ARGS for a launch; returns its function.
+
+    addresses: of the operands' bases, but of packed weights.
+    """
+    for view, ref, address in zip(args["v"], step.operands, addresses, strict=False):
+        fill_view(view, ref, step, address, host.weights)
+    args["attr"][: len(step.attrs)] = step.attrs
+    args["live"] = host.live_address
+    _, shared = step.block
+    return host.device.function(KERNELS[step.kernel].source, step.kernel, shared)

@@ -11,9 +11,8 @@ from engine.backends.base import Array, Instruction, Split
 from engine.backends.cuda.args import ARGS
 from engine.backends.cuda.device import CudaError, Gemm, Grid, Memory
 from engine.backends.cuda.fusion import FUSIONS
-from engine.backends.cuda.host import Host
-from engine.backends.cuda.kernels import KERNELS
-from engine.backends.cuda.launches import Launch, Lowering, Product, Replays, Step, fill_view
+from engine.backends.cuda.host import Host, prepare
+from engine.backends.cuda.launches import Launch, Lowering, Product, Replays, Step
 from engine.backends.cuda.lower import lower_node
 from engine.backends.native.buffers import Arena, Ref, Zeros, owner_of
 from engine.backends.native.fusion import Uses, grouped
@@ -50,10 +49,8 @@ class CudaProgram(NativeProgram):
         lowering.place(arena, self.outside | self._zeros.keys())
         self._offsets = arena.offsets
         self._arena = self._device.allocate(arena.size)
-        self._functions: list[int] = []
         self._args = np.zeros(len(self._steps), ARGS)
-        for args, step in zip(self._args, self._steps, strict=True):
-            self._prepare(args, step)
+        self._functions = list(map(self._prepare, self._args, self._steps))
         self.replays = Replays(self._device, self.launch)
         self.instructions = [Instruction(step.kernel, tuple(step.nodes)) for step in self._steps]
 
@@ -64,17 +61,10 @@ class CudaProgram(NativeProgram):
             self._device.fill(zeros[ref].address, ref.nbytes, 0)
         return zeros
 
-    def _prepare(self, args: Any, step: Step) -> None:
-        """Find the function of a launch, and fill in its arguments."""
+    def _prepare(self, args: Any, step: Step) -> int:
         if isinstance(step, Product):
-            self._functions.append(0)
-            return
-        source, (_, shared) = KERNELS[step.kernel].source, step.block
-        self._functions.append(self._device.function(source, step.kernel, shared))
-        for i, ref in enumerate(step.operands):
-            fill_view(args["v"][i], ref, step, self._address(ref), self._backend.weights)
-        args["attr"][: len(step.attrs)] = step.attrs
-        args["live"] = self._backend.live_address
+            return 0
+        return prepare(self._backend, step, args, map(self._address, step.operands))
 
     def _address(self, ref: Ref) -> int:
         """The address of an operand's base; 0 for packed weights, whose views have their own."""

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from engine.backends.cuda.args import ARGS
 from engine.backends.cuda.device import Fetched, Grid
-from engine.backends.cuda.host import Host
-from engine.backends.cuda.kernels import KERNELS, MAX_SEGMENTS, SAMPLE_SPEC_BYTES, SEGMENT, threads
-from engine.backends.cuda.launches import Launch, Replays, Sizes, fill_view
+from engine.backends.cuda.host import Host, prepare
+from engine.backends.cuda.kernels import MAX_SEGMENTS, SAMPLE_SPEC_BYTES, SEGMENT, threads
+from engine.backends.cuda.launches import Launch, Replays, Sizes
 from engine.backends.cuda.lower.common import cut
 from engine.backends.native.buffers import Scratch
 from engine.formats.quants import I32
@@ -141,11 +141,7 @@ class _Prepared:
 
     def __init__(self, backend: Host, step: Launch, addresses: Sequence[int]) -> None:
         self._device, self._step, self._args = backend.device, step, np.zeros((), ARGS)
-        self._function = self._device.function(KERNELS[step.kernel].source, step.kernel)
-        for i, (ref, address) in enumerate(zip(step.operands, addresses, strict=True)):
-            fill_view(self._args["v"][i], ref, step, address, backend.weights)
-        self._args["attr"][: len(step.attrs)] = step.attrs
-        self._args["live"] = backend.live_address
+        self._function = prepare(backend, step, self._args, addresses)
 
     def __call__(self, live: Live) -> None:
         address = self._args.ctypes.data

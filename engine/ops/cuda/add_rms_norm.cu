@@ -7,7 +7,7 @@ namespace gdn {
 // Attribute: eps. TOTAL and DELTA come together or not at all.
 enum { NORM, TOTAL, X, WEIGHT, DELTA };
 
-// What a thread keeps in registers, with the weights that it will need; the rest it reads twice.
+// Vectors that a thread keeps in registers, with their weights; it reads the rest twice.
 constexpr int THREADS = THREADS_add_rms_norm, KEPT = 8;
 
 template <int V>

@@ -1,10 +1,9 @@
-// ATTENTION of any head size and type of cache in float32, a block for each row and head. Its warps
-// take turns at the row's positions, and their sums are joined at the end.
+// ATTENTION of any head size and type of cache in float32, a thread block for each row and head.
+// Its warps take positions in turn, and their sums are joined at the end.
 
 #include "attention.cuh"
 
-namespace gdn {
-namespace attention_op {
+namespace gdn::attention_op {
 
 constexpr int WARPS = THREADS_attention_rows_64 / 32, AT_ONCE = 4;
 
@@ -86,8 +85,7 @@ DEVICE void run_row(const Args& a) {
     }
 }
 
-}  // namespace attention_op
-}  // namespace gdn
+}  // namespace gdn::attention_op
 
 // Grid: (heads, rows).
 KERNEL(attention_rows_64) { gdn::attention_op::run_row<2>(a); }

@@ -1,4 +1,4 @@
-// Keeps the stream busy for some nanoseconds, so that what is launched meanwhile runs without gaps.
+// Keeps the stream busy for some nanoseconds, so that later launches queue up and run without gaps.
 
 #include "kernel.cuh"
 

@@ -1,4 +1,4 @@
-// The end of a product with one weight, y = add + sigmoid(gate) · y, where another kernel made y.
+// Finishes a product y by cuBLAS: y = add + sigmoid(gate) · y.
 
 #include "kernel.cuh"
 

@@ -1,11 +1,10 @@
 // The chunk form of GATED_DELTA_NET, second kernel: from chunk to chunk (see
-// gated_delta_net_chunk.cuh). A block has COLUMNS value columns of one head of one sequence; their
-// state is in registers, by rows of columns as it is stored, and for products in shared memory too.
+// gated_delta_net_chunk.cuh). A thread block has COLUMNS value columns of one head of one sequence.
+// Their state is in registers, transposed as it is stored, and as float16 in shared memory.
 
 #include "gated_delta_net_chunk.cuh"
 
-namespace gdn {
-namespace delta {
+namespace gdn::delta {
 
 // Shared memory: STAGES chunks' W, q, k and B, the state and D as float16.
 template <int WIDTH_, int COLUMNS_, int STAGES_>
@@ -128,7 +127,7 @@ DEVICE void run_chunks(const Args& a, char* memory) {
     keep_state();
     for (int i = 0; i < n_chunks; i++) {
         const Prepared<WIDTH> prepared(a, slot + i, place.head), next(a, slot + i + 1, place.head);
-        // What is added later is asked for before the wait.
+        // Loads that are needed later start before the wait.
         float2 u[C::N_D][2], decay[C::N_STATE];
 #pragma unroll
         for (int j = 0; j < C::N_D; j++) {
@@ -183,7 +182,7 @@ DEVICE void run_chunks(const Args& a, char* memory) {
         }
     }
 
-    // The state as the scan of the remaining tokens wants it.
+    // The state goes to the layout of the scan, which computes the remaining tokens.
     __syncthreads();
     float* states = reinterpret_cast<float*>(memory);
     for_pairs(s, state_column, key, [&](int c, int at, float x, float y) {
@@ -198,8 +197,7 @@ DEVICE void run_chunks(const Args& a, char* memory) {
     }
 }
 
-}  // namespace delta
-}  // namespace gdn
+}  // namespace gdn::delta
 
 // Grid: (columns / COLUMNS, value heads, sequences).
 #define CHUNKS_OF(NAME, WIDTH, COLUMNS, STAGES, KDA)                              \

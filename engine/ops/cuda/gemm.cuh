@@ -1,7 +1,7 @@
 // Products of many rows with a packed weight on tensor cores: a tile of BM rows of bfloat16 x times
 // 128 rows of the weight (8 panels), which is decoded to bfloat16 on its way into shared memory.
 //
-// A row's sums are added in the order of columns, whatever other rows a tile has. K is a multiple
+// A row's sums are added in the order of columns, whatever other rows the tile has. K is a multiple
 // of 32.
 #pragma once
 
@@ -11,7 +11,7 @@ namespace gdn {
 
 constexpr int TILE_N = GEMM_COLUMNS, TILE_K = K_BLOCK, STAGES = 3;
 
-// 8 elements of row r of a tile of 32 columns, placed so that 8 rows lie in all banks.
+// 8 elements of row r of a tile of 32 columns, swizzled so that 8 rows use all banks.
 DEVICE uint16_t* chunk(uint16_t* tile, int r, int c) {
     return tile + r * TILE_K + (c ^ (r / 2 % 4)) * 8;
 }
@@ -59,8 +59,8 @@ DEVICE void expand(Plain<L>, const StoredPiece& from, int, int i, Words4& to) {
     }
 }
 
-// The threads' parts of a tile's work: warp w has the weight's panel w of 8 while it is decoded,
-// and rows w % 2 · BM / 2 and columns w / 2 · 32 of the product.
+// A tile: warp w decodes panel w of 8, and computes rows from w % 2 · BM / 2 and columns from
+// w / 2 · 32 of the product.
 template <int BM>
 struct Gemm {
     static constexpr int THREADS = THREADS_gemm_64, A_SIZE = BM * TILE_K, B_SIZE = TILE_N * TILE_K;
@@ -98,7 +98,7 @@ struct Gemm {
         for (int i = 0; i < COPIES; i++) {
             const int row = (threadIdx.x + i * THREADS) / 4, c = threadIdx.x % 4;
             if (row >= BM || step >= n_k_blocks) continue;
-            // Where there is no row, any address does.
+            // Without a row the copy writes zeros, and any address will do.
             const void* from = rows[i] ? static_cast<const void*>(rows[i] + step * TILE_K + 8 * c)
                                        : static_cast<const void*>(weight.data);
             copy_async(chunk(a + step % STAGES * A_SIZE, row, c), from, rows[i] != nullptr);
@@ -153,7 +153,7 @@ struct Gemm {
             put_weights(step);
             fetch_weights(step + 1);
             wait_copies<1>();
-            // What is overwritten from here on was read before this barrier.
+            // All warps have read, before this barrier, the stages that are overwritten below.
             __syncthreads();
             copy_rows(step + 2);
             multiply(step);

@@ -12,9 +12,7 @@ enum { OUT, X };
 
 template <int V>
 DEVICE void run(const Args& a, int t, int h) {
-    const auto scale = [&](float sum) { return l2_scale(sum, a.attr[0]); };
-    const auto more = [](int) { return ones<V>(); };
-    norm_head<V>(a.v[X].row(t, h), a.v[OUT].row(t, h), a.v[X].shape[2], scale, more);
+    l2_norm_head<V>(a.v[X].row(t, h), a.v[OUT].row(t, h), a.v[X].shape[2], a.attr[0]);
 }
 
 }  // namespace l2

@@ -1,9 +1,9 @@
 // How a warp reads k-blocks of packed weights.
 //
-// repack.cu has put a k-block's words into the order of tensor cores' fragments: lane 4g + c of a
-// warp has columns 8c … 8c+7 (words 2c and 2c+1) of rows g and g + 8, its "piece", and reads what
-// belongs to it, word by word of the planes and element by element of the scales, in one access.
-// All columns of rows g and g + 8 are a "pair"; there, 8 lanes read 128 bytes in a row at a time.
+// repack.cu has put a k-block's words into the order of fragments of tensor cores. Lane 4g + c of a
+// warp holds columns 8c … 8c+7 (words 2c and 2c+1) of rows g and g + 8: its piece. It reads its
+// words of a plane, and its scales, in one access each. A pair is all columns of rows g and g + 8;
+// 8 lanes read 128 contiguous bytes of a pair at a time.
 #pragma once
 
 #include "layout.cuh"
@@ -38,7 +38,7 @@ struct Piece {
     static constexpr int PAIRS_AT = F::HEAD_BYTES + NIBBLE * WORD_BYTES;
     static constexpr int BITS_AT = PAIRS_AT + PAIR * WORD_BYTES;
 
-    // Where pairs and bits of rows g and g + 8 are among `planes`.
+    // The indices in `planes` of the planes of 2 bits and of 1 bit.
     static constexpr int PAIRS = NIBBLE ? 2 : 0, BITS = PAIRS + PAIR;
 
     uint32_t planes[4], head[2];
@@ -65,8 +65,8 @@ struct Piece {
         head[0] = head[1] = 0;
     }
 
-    // Word 2c of rows g and g + 8, then word 2c + 1 of both: bytes with the values' own signs, not
-    // less than 0 where there is a ZERO.
+    // Word 2c of rows g and g + 8, then word 2c + 1 of both: signed bytes; where the format has a
+    // ZERO, bytes of at least 0.
     DEVICE void words(int c, uint32_t (&a)[4]) const {
         for (int i = 0; i < 2; i++) {
             if (IS_BYTES) {
@@ -152,7 +152,7 @@ struct Pair {
     }
 };
 
-// What scales and mins of a super-block are in units of, for rows g and g + 8; else 1.
+// The units of a super-block's scales and mins, for rows g and g + 8; 1 without super-blocks.
 template <typename F>
 struct Super {
     float scale[2], min[2];

@@ -1,15 +1,14 @@
 // Packed weights: the panels of engine/ops/cpu/layout.h, which draws them, as the GPU reads them.
 //
-// A panel is 16 rows; a k-block of it 32 columns: scales (and mins), then words of 4 columns of all 16
-// rows in planes of 4, 2 and 1 bits. A value is scale · (q - ZERO) - min.
+// A panel has PANEL rows. A k-block is K_BLOCK of its columns: scales (and mins), then words of 4
+// columns of all rows, in planes of 4, 2 and 1 bits. A value is scale · (q - ZERO) - min.
 #pragma once
 
 #include "kernel.cuh"
 
 namespace gdn {
 
-constexpr int SUPER = 256, WORDS = K_BLOCK / 4;
-constexpr int WORD_BYTES = PANEL * 4;
+constexpr int WORDS = K_BLOCK / 4, WORD_BYTES = PANEL * 4;
 
 // The numbers of engine/ops/cpu/layout.h.
 enum Layout : int32_t {
@@ -41,21 +40,16 @@ struct Format {
     static constexpr int HEAD_BYTES = SCALE_BYTES * (HAS_MIN ? 2 : 1);
     static constexpr int K_BLOCK_BYTES = HEAD_BYTES + PANEL * K_BLOCK * BITS / 8;
     static constexpr int SUPER_HEAD = IS_SUPER ? PANEL * 2 * (HAS_MIN ? 2 : 1) : 0;
-    static constexpr int SUPER_BYTES = SUPER_HEAD + SUPER / K_BLOCK * K_BLOCK_BYTES;
+    // Of BATCH k-blocks, with the head of a super-block.
+    static constexpr int SUPER_BYTES = SUPER_HEAD + BATCH * K_BLOCK_BYTES;
 
-    // Of 8 k-blocks, with the head of a super-block.
-    DEVICE static constexpr int batch_bytes() {
-        return SUPER_HEAD + SUPER / K_BLOCK * K_BLOCK_BYTES;
-    }
-
-    // Where a k-block begins, and where its super-block does.
+    // The address of k-block i, and of its super-block.
     DEVICE static const uint8_t* k_block(const uint8_t* panel, int i) {
         if (!IS_SUPER) return panel + i * K_BLOCK_BYTES;
-        constexpr int n = SUPER / K_BLOCK;
-        return panel + i / n * SUPER_BYTES + SUPER_HEAD + i % n * K_BLOCK_BYTES;
+        return super_block(panel, i) + SUPER_HEAD + i % BATCH * K_BLOCK_BYTES;
     }
     DEVICE static const uint8_t* super_block(const uint8_t* panel, int i) {
-        return panel + i / (SUPER / K_BLOCK) * SUPER_BYTES;
+        return panel + i / BATCH * SUPER_BYTES;
     }
 };
 

@@ -1,10 +1,10 @@
-// Products of panels of a weight with 2 to 8, or N · 8, rows of an activation; of one: row.cuh.
+// Products of panels of a weight with 2 to 8, or N · 8, rows of an activation; one row: row.cuh.
 //
-// Quantized weights meet int8 activations on tensor cores: a panel's 16 rows and a k-block's 32
-// columns are one fragment, whose integer sums are exact; k-blocks are summed in float32. A block
-// has one panel, its warps share the columns: warp w takes k-blocks 8w … 8w+7, then those of W warps
-// further on. So a row's bits depend on neither the number of rows nor its place among them.
-// Plain weights meet float32 activations in float32.
+// Tensor cores multiply quantized weights by int8 activations: a k-block of a panel is one
+// fragment, whose integer sums are exact; the sums of k-blocks are added in float32. A thread block
+// has one panel. Its W warps share the columns: warp w takes k-blocks 8w … 8w+7, then skips those
+// of the other warps. So a row's results depend, bit for bit, on neither the number of rows nor its
+// index. Plain weights are multiplied by float32 activations in float32.
 #pragma once
 
 #include "k_block.cuh"
@@ -12,20 +12,20 @@
 
 namespace gdn {
 
-// As a float, this many units above 2^23 + 2^22 are an integer's value.
+// The bits of MAGIC_VALUE = 2^23 + 2^22: MAGIC + n, as a float, is MAGIC_VALUE + n.
 constexpr int32_t MAGIC = 0x4B400000;
 constexpr float MAGIC_VALUE = 12582912.0f;
 
-// A lane's part of a k-block of 8 rows of x: its fragment; of columns 2c and 2c + 1 of a product the
-// scales and (of two groups) the sums.
+// A lane's part of a k-block of 8 rows of x: its fragment, and the scales and sums (of both groups)
+// of columns 2c and 2c + 1 of the product.
 struct Columns {
     uint32_t q[2];
     float scale[2];
     int32_t sum[2][2];
 };
 
-// R ≤ 8 rows of float32, quantized by each block for itself: in a round, a warp's lanes have 8 / R
-// k-blocks of them.
+// R ≤ 8 rows of float32, which each thread block quantizes itself. In a round the lanes of a warp
+// hold 8 / R k-blocks of all rows.
 template <int R>
 struct FloatRows {
     static constexpr int ROWS_OF_X = R, N = 1, PER_ROUND = 8 / R;
@@ -36,7 +36,7 @@ struct FloatRows {
     Eight values[R];
     Quantized round;
 
-    // `row_at(i)`: where row i < R is; there may be fewer of them: then the last is given again.
+    // `row_at(i)`: the address of row i < R; where there are fewer rows, that of the last.
     template <typename RowAt>
     DEVICE FloatRows(RowAt row_at, int n_k_blocks_, bool aligned_)
         : row(row_at(threadIdx.x % 32 / 4 % R)), n_k_blocks(n_k_blocks_), aligned(aligned_) {}
@@ -52,7 +52,7 @@ struct FloatRows {
         }
     }
 
-    // Record i of the batch; for i = 0, 1, … in this order.
+    // K-block i of the batch; called for i = 0, 1, … in this order.
     DEVICE void columns(int, int i, int, Columns& to) {
         const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
         if (i % PER_ROUND == 0) round = quantize(values[i / PER_ROUND]);
@@ -67,7 +67,7 @@ struct FloatRows {
     }
 };
 
-// 8 · N_ rows that QUANTIZE_ROWS has made.
+// 8 · N_ rows that QUANTIZE_ROWS has quantized.
 template <int N_>
 struct QuantizedRows {
     static constexpr int ROWS_OF_X = 8 * N_, N = N_;
@@ -77,7 +77,7 @@ struct QuantizedRows {
     const int32_t* sum;
     int n_k_blocks, n_blocks;
 
-    // `capacity`: of rows.
+    // `capacity`: the most rows of the activation.
     DEVICE QuantizedRows(const Args& a, int first_view, int first_row, int capacity,
                          int n_k_blocks_)
         : n_k_blocks(n_k_blocks_), n_blocks((capacity - first_row + 7) / 8) {
@@ -179,7 +179,7 @@ DEVICE void multiply_panel(F, const uint8_t* panel, X& x, int warp, int n_warps,
             x.fetch(first);
             multiply_k_blocks<BATCH>(w, x, first, 0, acc);
         } else {
-            // Code for whole batches would be too long.
+            // Unrolled for whole batches, the code would be too long.
             constexpr int PART = 2;
             Pieces<F, PART> w, next;
             next.load(panel, first, n, lane);
@@ -201,14 +201,14 @@ DEVICE void multiply_panel(F, const uint8_t* panel, X& x, int warp, int n_warps,
         }
 }
 
-// Plain panels are taken in halves, 8 rows each: they are few and wide (routers, gates), so that
-// whole ones would leave most of a GPU idle.
+// A thread block has half of a plain panel, 8 rows: plain weights have few rows and many columns
+// (routers, gates), so whole panels would leave most of a GPU idle.
 constexpr int HALF = PANEL / 2;
 
 DEVICE bool is_plain_layout(int32_t layout) { return layout <= L_BF16; }
 
-// What a lane has of 16 · PER columns of half a plain panel: those of column (or pair of columns)
-// lane / 2 in rows 4q … 4q+3 of the half, for q = lane % 2.
+// A lane's part of 16 · PER columns of half a plain panel: column (or pair of columns) lane / 2 of
+// rows 4q … 4q+3 of the half, for q = lane % 2.
 template <Layout L>
 struct PlainColumns {
     static constexpr int PER = L == L_BF16 ? 2 : 1;
@@ -233,8 +233,8 @@ struct PlainColumns {
     }
 };
 
-// R rows of x (`value(i, k)`) times half a plain panel: the part of warp `warp`, to sums [R, 16], of
-// which 8 are written.
+// R rows of x (`value(i, k)`) times half a plain panel: the part of warp `warp`, to sums [R, 16],
+// of which 8 are written.
 template <int R, Layout L, typename Value>
 DEVICE void multiply_plain(Plain<L>, const uint8_t* panel, int half, Value value, int n_in,
                            int warp, int n_warps, float* sums) {

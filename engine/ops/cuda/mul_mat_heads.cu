@@ -1,7 +1,7 @@
 // MUL_MAT_HEADS: each head's rows times a float32 matrix of its own.
 //
-// Both kernels sum the products of 32 inputs in their order, then those sums in theirs: the same
-// bits for a row, however many there are.
+// Both kernels add the products of 32 inputs in order, then those sums in order: a row's results
+// are the same, bit for bit, for any number of rows.
 
 #include "vectors.cuh"
 
@@ -12,9 +12,7 @@ enum { OUT, X, WEIGHT, TAIL };
 
 // Rows and outputs of a thread's part of a tile.
 constexpr int ROWS_EACH = 8, OUT_EACH = 4;
-static_assert(HEADS_TILE_ROWS * HEADS_TILE_OUTPUTS ==
-                  ROWS_EACH * OUT_EACH * THREADS_mul_mat_heads_tiles,
-              "threads of a tile");
+static_assert(HEADS_TILE_ROWS * HEADS_TILE_OUTPUTS == 32 * THREADS_mul_mat_heads_tiles, "");
 
 // Four floats of which n are there (others are zeros), `fours`: in one load if all are.
 DEVICE Floats<4> load_part(const float* p, int n, bool fours) {
@@ -24,7 +22,7 @@ DEVICE Floats<4> load_part(const float* p, int n, bool fours) {
     return x;
 }
 
-// The part of the rows [begin, end) that isn't multiplied.
+// Copies the columns of rows [begin, end) that are not multiplied.
 DEVICE void copy_tail(const Args& a, int h, int begin, int end, int n_out) {
     const View& tail = a.v[TAIL];
     if (!tail) return;

@@ -1,5 +1,6 @@
-// MUL_MAT_ID of several tokens: a block for each panel and tile of up to 8 rows of one expert, as
-// SORT_BY_EXPERT lists them. A row's products have the bits that mul_mat_id.cu gives them.
+// MUL_MAT_ID of several tokens: a thread block for each panel and tile of up to EXPERT_TILE_ROWS
+// rows of one expert, as SORT_BY_EXPERT lists them. A row's products don't depend on the tile's
+// other rows.
 
 #include "mul_mat.cuh"
 

@@ -45,15 +45,16 @@ namespace gdn {
 
 constexpr uint32_t ALL_LANES = 0xffffffffu;
 
-// Programmatic dependent launch (from compute capability 9.0 on): the next kernel's blocks may take
-// their places as soon as all of this one's have started …
+// Programmatic dependent launch (from compute capability 9.0 on): the next kernel's thread blocks
+// may start as soon as all of this kernel's have started …
 DEVICE void let_next_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-// … and wait here until the kernel before is done and what it wrote can be seen. As that one has
-// waited too, so are all before it. Until then a kernel may read weights and live counts alone.
+// … and wait here until the kernel before is done and its writes are visible. That kernel has
+// waited too, so all earlier ones are done. Before it, a kernel may read only weights and live
+// counts.
 DEVICE void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -231,9 +232,9 @@ DEVICE uint64_t nanoseconds() {
 }
 
 DEVICE int32_t add_atomic(int32_t* p, int32_t x) { return atomicAdd(p, x); }
-// What this thread has written can be seen by other blocks before what it writes from now on …
+// Other thread blocks see this thread's earlier writes before its later ones …
 DEVICE void publish() { __threadfence(); }
-// … and is read by them past the L1 cache.
+// … and read them past the L1 cache.
 DEVICE float load_published(const float* p) { return __ldcg(p); }
 
 }  // namespace gdn

@@ -83,7 +83,7 @@ KERNEL(qk_norm_rope) {
     const int half = static_cast<int>(a.attr[N_ROT]) / 2;
     const int i = blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32, h = i - n_heads;
     const int32_t position = a.v[POSITIONS].as<int32_t>()[t];
-    // Heads first: the angles are computed while they come.
+    // Loads of the head start first; the angles are computed meanwhile.
     const float* x = i < n_heads ? a.v[Q].row(t, i) : a.v[K].row(t, h < n_kv ? h : 0);
     const float* norm = a.v[i < n_heads ? Q_NORM : K_NORM].as<float>();
     float sum = 0.0f;

@@ -2,7 +2,8 @@
 
 #include "quantize.cuh"
 
-// Grid: (k-blocks / 8, rows / 8); a warp for each k-block of 8 rows. Past the live ones are zeros.
+// Grid: (k-blocks / 8, rows / 8); a warp for each k-block of 8 rows. Rows past the live ones become
+// zeros.
 KERNEL(quantize_rows) {
     using namespace gdn;
     enum { Q, SCALE, SUM, X };

@@ -25,7 +25,7 @@ DEVICE int word_source(int at) {
     return base + i / 2 + 8 * (i % 2);
 }
 
-// Reorders the n_halves or bytes of a head. All threads of the block come here.
+// Reorders the n halves or bytes of a head; called by all threads of the block.
 template <typename F, typename T>
 DEVICE void reorder_head(T* head, int n) {
     const int i = threadIdx.x;
@@ -48,9 +48,9 @@ DEVICE void reorder(F, uint8_t* panel, int i) {
     if (F::IS_SUPER) {
         reorder_head<F>(k_block, F::HEAD_BYTES);
         auto* block = reinterpret_cast<uint16_t*>(const_cast<uint8_t*>(F::super_block(panel, i)));
-        // Its scale and min per row are as those of one group.
+        // A super-block's scale and min per row are ordered like those of one group.
         using One = Format<8, K_BLOCK, true, F::HAS_MIN, 0>;
-        if (i % (SUPER / K_BLOCK) == 0) reorder_head<One>(block, F::SUPER_HEAD / 2);
+        if (i % BATCH == 0) reorder_head<One>(block, F::SUPER_HEAD / 2);
     } else {
         reorder_head<F>(reinterpret_cast<uint16_t*>(k_block), F::HEAD_BYTES / 2);
     }

@@ -1,17 +1,17 @@
-// Products of panels with one row, which may be computed on the way.
+// Products of panels with one row (GEMV), which the same launch may compute from an op's inputs.
 //
-// The row's values become integers of 15 bits (quantize.cuh), so that next to nothing is lost. One
-// row would fill one column of eight of a product on tensor cores. So each lane takes a k-block for
-// itself: lane 4g + c all columns of rows g and g + 8 of number c of 4 k-blocks; in the other operand
-// columns 2c and 2c + 1 have that k-block's values alone, high bytes and low bytes. Then a lane gets
-// the sums of its own k-block, whose scales it has too.
+// The row is quantized to integers of 15 bits (quantize.cuh), which loses next to nothing. One row
+// would fill one of the eight columns of a product on tensor cores. So each lane multiplies a
+// k-block of its own: lane 4g + c has all columns of rows g and g + 8 of k-block c of 4. Operand B
+// is block-diagonal: columns 2c and 2c + 1 hold the high and low bytes of k-block c, so a lane's
+// accumulators are its own k-block's sums, and it holds the scales of that k-block, too.
 #pragma once
 
 #include "mul_mat.cuh"
 
 namespace gdn {
 
-// What the row is, of X and other rows:
+// `source` says what the row is, of X and other rows:
 //   ROW_SWIGLU          silu(X) · MORE
 //   ROW_NORM            ADD_RMS_NORM of X and (if present) MORE, times FACTOR; their sum is TOTAL
 //   ROW_GATED_SILU,     RMS_NORM_GATED of X with the gate MORE, times FACTOR
@@ -65,7 +65,7 @@ struct Row {
         return v;
     }
 
-    // Column k for plain weights, which no gated row meets.
+    // Column k, for plain weights; gated rows are never multiplied by plain weights.
     DEVICE float column(int k, bool counts) {
         float v = x[k];
         if (source != ROW_NORM) return v;
@@ -77,7 +77,7 @@ struct Row {
         return v * factor[k];
     }
 
-    // Makes a batch: k-blocks first … first + 7, of n.
+    // Quantizes a batch: k-blocks first … first + 7, of n.
     DEVICE void stage(RowBatch& to, int first, int n) {
         const int lane = threadIdx.x % 32, i = lane / 4, c = lane % 4;
         const Integers made = to_integers(columns(first * K_BLOCK + 8 * lane, first + i < n));
@@ -95,13 +95,13 @@ struct Row {
     }
 };
 
-// The batches of neighbouring panels that are a warp's, each through a slot of its shared memory: the
-// first batch of all panels, then the next one. What else is on its way is other warps'.
+// A warp's batches of neighbouring panels, which come one at a time through its slot of shared
+// memory: its first batch of all panels, then its next one. While a warp waits, others compute.
 struct Stream {
     const uint8_t* panel;
     uint8_t* slot;
     int32_t panel_bytes, n_panels, batch_bytes = 0;
-    int32_t offset, step, next_panel = 0;  // Of what is fetched next; to the batch after it.
+    int32_t offset, step, next_panel = 0;  // Of the next fetch; bytes to the warp's next batch.
 
     DEVICE Stream(const View& w, int first_panel, int n_panels_, char* slot_, int warp, int n_warps)
         : panel(panel_at(w, first_panel)),
@@ -109,12 +109,12 @@ struct Stream {
           panel_bytes(w.stride[w.rank - 2]),
           n_panels(n_panels_) {
         with_format(w.layout, [&](auto f) {
-            if constexpr (!is_plain(decltype(f){})) batch_bytes = f.batch_bytes();
+            if constexpr (!is_plain(decltype(f){})) batch_bytes = decltype(f)::SUPER_BYTES;
         });
         offset = warp * batch_bytes, step = n_warps * batch_bytes;
     }
 
-    // Has a batch copied, if there is one left.
+    // Starts the copy of a batch, if there is one left.
     DEVICE void fetch() {
         const int left = panel_bytes - offset, bytes = left < batch_bytes ? left : batch_bytes;
         const uint8_t* from = panel + static_cast<int64_t>(next_panel) * panel_bytes + offset;
@@ -123,13 +123,13 @@ struct Stream {
         fence_copies();
         if (++next_panel == n_panels) next_panel = 0, offset += step;
     }
-    // The batch, once it is there.
+    // Waits for the batch; returns its address.
     DEVICE const uint8_t* wait() const {
         wait_copies<0>();
         sync_warp();
         return slot;
     }
-    // All lanes have read it.
+    // Called when all lanes have read the batch: starts the next copy.
     DEVICE void release() {
         sync_warp();
         fetch();
@@ -181,8 +181,8 @@ DEVICE void multiply_batch(const uint8_t* k_blocks, int count, const RowBatch& x
     }
 }
 
-// A warp's part of the products of a stream's panels, to sums [panels, 16]: it has k-blocks 8 · warp …
-// 8 · warp + 7 of n, which are batches[0], and so on in steps of n_warps batches.
+// A warp's part of the products of a stream's panels, to sums [panels, 16]: batches[0] are k-blocks
+// 8 · warp … 8 · warp + 7 of n, the next ones follow in steps of n_warps batches.
 template <typename F>
 DEVICE void multiply_row(F, Stream& stream, const RowBatch* batches, int n, int warp, int n_warps,
                          float* sums) {

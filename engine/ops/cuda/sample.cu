@@ -1,8 +1,8 @@
-// Draws a token from each row of logits: top-k, top-p, min-p, temperature, by probability.
+// Samples a token from each row of logits: top-k, top-p, min-p, temperature, by probability.
 //
-// A logit and its id make one key; keys are all different, and the highest is that of the highest
-// logit, of equal ones of the lowest id. Blocks take the best keys of a segment of the vocabulary,
-// then one block for each row takes the best of these.
+// A logit and its id make one key. No two keys are equal; the highest key is that of the highest
+// logit, of equal logits that of the lowest id. A thread block takes the best keys of a segment of
+// the vocabulary, then one thread block for each row takes the best of these.
 
 #include "kernel.cuh"
 
@@ -12,8 +12,8 @@ constexpr int THREADS = THREADS_sample_segments, PER_SEGMENT = SEGMENT / THREADS
 constexpr int PER_JOIN = MAX_SEGMENTS * MAX_TOP_K / THREADS;
 static_assert(THREADS == THREADS_sample_rows && SEGMENT % THREADS == 0, "take_best has both");
 
-// How a row is drawn, as in engine/backends/cuda/sampling.py; with `feed` >= 0 its token is what that
-// row got in the step before.
+// How a row is sampled, as in engine/backends/cuda/sampling.py. With `feed` >= 0 the row's input
+// token is the one that row `feed` got in the step before.
 struct SampleSpec {
     float temperature, top_p, log_min_p, uniform;
     int32_t top_k, feed, n_banned, unused;
@@ -21,7 +21,8 @@ struct SampleSpec {
 };
 static_assert(sizeof(SampleSpec) == SAMPLE_SPEC_BYTES, "as in sampling.py");
 
-// The upper half of a key grows with the logit; at its ends is what is not finite, and what is none.
+// The upper half of a key grows with the logit. Its highest value marks a logit that is not finite,
+// its lowest the absence of one.
 constexpr uint32_t NOT_FINITE = 0xffffffffu, NONE = 0;
 
 DEVICE uint64_t key_of(uint32_t order, int id) {
@@ -43,11 +44,11 @@ DEVICE float logit_of(uint64_t key) {
 
 DEVICE uint64_t highest(uint64_t a, uint64_t b) { return a > b ? a : b; }
 
-// The `k` highest of a block's keys, falling, in `best`; of N keys of each thread, all different.
+// The `k` highest of a thread block's keys, descending, in `best`. Each thread has N keys.
 template <int N>
 DEVICE void take_best(const uint64_t (&keys)[N], int k, uint64_t* best) {
     __shared__ uint64_t maxima[THREADS];
-    // Of what a thread has, all may be among the best, but no more than k threads have any.
+    // All keys of a thread may be among the best, but at most k threads have any of them.
     __shared__ uint64_t kept[N * MAX_TOP_K];
     __shared__ uint64_t floor;
     __shared__ int32_t n_kept;
@@ -68,7 +69,7 @@ DEVICE void take_best(const uint64_t (&keys)[N], int k, uint64_t* best) {
     __syncthreads();
     int rank = 0;
     for (int i = 0; i < THREADS; i++) rank += maxima[i] > mine;
-    // The k-th highest maximum: k keys are at least that.
+    // The k-th highest maximum: at least k keys are not below it.
     if (rank == k - 1) floor = mine;
     __syncthreads();
     for (int i = 0; i < N; i++) {
@@ -84,8 +85,8 @@ DEVICE void take_best(const uint64_t (&keys)[N], int k, uint64_t* best) {
     __syncthreads();
 }
 
-// Of `n` falling keys the index of the one that is drawn; `weights` are their probabilities but for
-// a factor, `tempered` those at the temperature.
+// The index of the sampled key among `n` descending keys; `weights` are proportional to their
+// probabilities, `tempered` to those at the temperature.
 DEVICE int drawn(const SampleSpec& draw, const uint64_t* keys, int n, const float* weights,
                  const float* tempered) {
     const float top_p = draw.top_p, least = logit_of(keys[0]) + draw.log_min_p;
@@ -107,7 +108,7 @@ DEVICE int drawn(const SampleSpec& draw, const uint64_t* keys, int n, const floa
 
 }  // namespace gdn
 
-// The tokens of rows that continue with what the step before drew. Grid: (rows / threads).
+// Sets the input tokens of rows that continue a row of the step before. Grid: (rows / threads).
 KERNEL(feed_tokens) {
     using namespace gdn;
     enum { TOKENS, DRAWN, DRAWS };
@@ -159,7 +160,7 @@ KERNEL(sample_rows) {
     uint64_t keys[PER_JOIN];
     for (int i = 0; i < PER_JOIN; i++) {
         const int at = i * THREADS + t;
-        // Ids that no logit has.
+        // Absent keys get ids that no logit has.
         keys[i] = at < n_segments * k ? found[at / k * MAX_TOP_K + at % k] : key_of(NONE, -2 - at);
     }
     take_best(keys, k, best);

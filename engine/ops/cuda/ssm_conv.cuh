@@ -76,7 +76,7 @@ struct Window {
         while (t < end) next(x(t));
     }
 
-    // The state after `end` rows. Upwards: in place, what is read lies above what is written.
+    // Writes the state after `end` rows, in ascending order: in place, reads lie above writes.
     DEVICE void save(int slot, int end) const {
         for (int i = 0; i + 1 < n_taps(); i++) *state(slot, i) = at(end - n_taps() + 1 + i);
     }

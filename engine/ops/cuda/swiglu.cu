@@ -6,7 +6,7 @@ namespace gdn {
 
 enum { OUT, GATE, UP };
 
-// Row i of token t. Any of the axes may have gaps, so its index is taken apart.
+// Row i of token t. Each axis may have gaps, so the index is split into one per axis.
 DEVICE float* row_of(const View& v, int t, int i) {
     float* p = v.row(t);
     for (int axis = v.rank - 2; axis > 0; axis--) {
