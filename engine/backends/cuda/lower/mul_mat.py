@@ -1,7 +1,8 @@
 """MUL_MAT and GET_ROWS as launches; the products of experts are in mul_mat_id.py.
 
 Few rows are multiplied by panels as they are stored, with int8 activations (product.cuh); many as
-bfloat16, by cuBLAS or by gemm.cuh. `_kernels` is the table of what multiplies how many rows.
+bfloat16, by cuBLAS or by gemm.cuh. `_panel_kernels` and `_gemm_kernels` are the tables of what
+multiplies how many rows.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def _rope_attrs(node: Node) -> list[float]:
 
 
 def _conv_grid(node: Node, live: Live) -> Grid:
-    """Runs of as many rows as still leave enough blocks: each reads the rows before it again."""
+    """Runs of rows, as long as leaves enough thread blocks: each reads the rows before it again."""
     n_blocks, n = cut(node.inputs["state"].shape[2], threads("ssm_conv")), live.n_tokens
     length = min(max(n * n_blocks // CONV_BLOCKS, 1), 32)
     return n_blocks, cut(n, length), 1
@@ -117,10 +117,6 @@ def _few(live: Live) -> bool:
     return live.n_tokens <= FEW_ROWS
 
 
-def _many(live: Live) -> bool:
-    return not _few(live)
-
-
 def _refuse_rope(node: Node) -> str:
     return _beyond(node.attrs["n_rot"], kernels.ROPE_MAX_ROT, "rotated entries")
 
@@ -145,7 +141,7 @@ SINGLE_LAUNCH: dict[str, tuple[SingleLaunch, ...]] = {
     "MLA_CACHE": (SingleLaunch("mla_cache", _row_each),),
     "MUL_MAT_HEADS": (
         SingleLaunch("mul_mat_heads_rows", _heads_few, _heads_shared, when=_few),
-        SingleLaunch("mul_mat_heads_tiles", _heads_many, when=_many),
+        SingleLaunch("mul_mat_heads_tiles", _heads_many, when=lambda live: not _few(live)),
     ),
     "QK_NORM_ROPE": (
         SingleLaunch("qk_norm_rope", _rope_grid, attrs=_rope_attrs, refuses=_refuse_rope),
