@@ -1,23 +1,21 @@
-"""A split on the GPU: launches with their parameters, run one by one or as a captured graph."""
+"""A split on the GPU: launches with their arguments, run one by one or as a captured graph."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from engine.backends.base import Array, Split
 from engine.backends.cuda.args import ARGS
-from engine.backends.cuda.device import CudaError, Device, Gemm, Grid, Memory
+from engine.backends.cuda.device import CudaError, Gemm, Grid, Memory
 from engine.backends.cuda.fusion import FUSIONS
-from engine.backends.cuda.inputs import InputRegion
-from engine.backends.cuda.launches import Kernel, Lowering, Product, Replays, Step
-from engine.backends.cuda.lower.ops import add_node
-from engine.backends.cuda.states import DeviceStates
-from engine.backends.cuda.weights import CudaWeights
+from engine.backends.cuda.host import Host, prepare
+from engine.backends.cuda.launches import Launch, Lowering, Product, Replays, Step
+from engine.backends.cuda.lower import lower_node
 from engine.backends.native.buffers import Zeros
-from engine.backends.native.program import NativeProgram, write_operand
+from engine.backends.native.program import NativeProgram
 from engine.formats.quants import numpy_dtype
 from engine.graph import Live, Node, Tensor
 
@@ -25,22 +23,6 @@ from engine.graph import Live, Node, Tensor
 _LAUNCH_SECONDS = 50e-6
 # Batches of so many different sizes whose launches are kept.
 _MAX_KEPT = 64
-
-
-class Host(Protocol):
-    """What a program needs of its backend."""
-
-    device: Device
-    weights: CudaWeights
-    states: DeviceStates
-    inputs: InputRegion
-    batch_invariant: bool
-
-    def fixed(self, tensor: Tensor) -> int:
-        """The address of a tensor that outlives programs."""
-
-    def begin(self, live: Live) -> None:
-        """Bring inputs and live counts to the device."""
 
 
 class CudaProgram(NativeProgram[Host]):
@@ -51,15 +33,13 @@ class CudaProgram(NativeProgram[Host]):
         self._device = host.device
         self._kept: dict[tuple[int, int, int], Mapping[int, Grid | Gemm]] = {}
         lowering = Lowering(host.device, host.weights, host.batch_invariant)
-        self._lower(lowering, () if host.batch_invariant else FUSIONS, add_node)
+        self._lower(lowering, () if host.batch_invariant else FUSIONS, lower_node)
         self._steps = lowering.steps
         self._zeros = self._allocate_zeros()
         self._addresses |= {ref: memory.address for ref, memory in self._zeros.items()}
         self._place(self._steps, range(len(self._steps)))
-        self._functions: list[int] = []
         self._args = np.zeros(len(self._steps), ARGS)
-        for args, step in zip(self._args, self._steps, strict=True):
-            self._prepare(args, step)
+        self._functions = list(map(self._prepare, self._args, self._steps))
         self.replays = Replays(self._device, self.launch)
 
     def _allocate(self, n_bytes: int) -> int:
@@ -73,17 +53,10 @@ class CudaProgram(NativeProgram[Host]):
             self._device.fill(zeros[ref].address, ref.nbytes, 0)
         return zeros
 
-    def _prepare(self, args: Any, step: Step) -> None:
-        """The function and the parameter of a launch."""
+    def _prepare(self, args: Any, step: Step) -> int:
         if isinstance(step, Product):
-            self._functions.append(0)
-            return
-        self._functions.append(self._device.function(step.source, step.kernel, step.shared))
-        for i, ref in enumerate(step.operands):
-            address = self._address(ref)
-            write_operand(args["v"][i], ref, step.nodes, address, self._host.weights)
-        args["attr"][: len(step.attrs)] = step.attrs
-        args["live"] = self._host.inputs.live_address
+            return 0
+        return prepare(self._host, step, args, map(self._address, step.operands))
 
     def _run_all(self, live: Live) -> None:
         self._host.begin(live)
@@ -100,7 +73,7 @@ class CudaProgram(NativeProgram[Host]):
             raise CudaError(f"{node}: {error}") from None
 
     def launch(self, live: Live) -> None:
-        """Launch all of it."""
+        """Launch every step that a batch of such counts needs."""
         self._launch(self._chosen(live), live)
 
     def _launch(self, steps: Iterable[int], live: Live) -> None:
@@ -113,14 +86,14 @@ class CudaProgram(NativeProgram[Host]):
                 device.gemm(what)
                 continue
             step, address = self._steps[i], base + i * ARGS.itemsize
-            assert isinstance(step, Kernel)
+            assert isinstance(step, Launch)
             try:
-                device.launch(self._functions[i], what, step.threads, step.shared, address)
+                device.launch(self._functions[i], what, *step.block, address)
             except CudaError as error:
-                raise CudaError(f"{_who(step)}: {error}") from None
+                raise CudaError(f"{step.nodes[0]} (kernel {step.kernel}): {error}") from None
 
     def _chosen(self, live: Live) -> Mapping[int, Grid | Gemm]:
-        """The steps that are launched for such counts, and how; kept, as many batches are alike."""
+        """The steps that such counts launch, with their grids; kept, as batches are alike."""
         counts = live.n_tokens, live.n_seqs, live.n_outputs
         if counts not in self._kept:
             if len(self._kept) == _MAX_KEPT:
@@ -131,8 +104,8 @@ class CudaProgram(NativeProgram[Host]):
         return self._kept[counts]
 
     def _sized(self, step: Step, live: Live) -> Grid | Gemm | None:
-        """A step for such counts; None if there is nothing to do."""
-        if isinstance(step, Kernel):
+        """The grid or sizes of a step for such counts; None if there is nothing to do."""
+        if isinstance(step, Launch):
             grid = step.grid(live)
             return None if 0 in grid else grid
         assert step.out is not None
@@ -160,7 +133,3 @@ class CudaProgram(NativeProgram[Host]):
         values = np.empty(live.shape(tensor.shape), numpy_dtype(tensor.dtype))
         self._device.download(self._address(tensor), values)
         return values
-
-
-def _who(step: Step) -> str:
-    return f"{step.nodes[0]} (kernel {step.kernel})"

@@ -16,7 +16,7 @@ class DeviceStates:
         self._memory: dict[Tensor, Memory] = {}
 
     def allocate(self, states: Sequence[Tensor]) -> None:
-        """Zeros."""
+        """Allocate states, as zeros."""
         for t in states:
             self._memory[t] = self._device.allocate(t.nbytes)
             self._device.fill(self._memory[t].address, t.nbytes, 0)

@@ -1,12 +1,12 @@
 // EXPAND: a packed weight as a bfloat16 matrix [out, in], for products of many rows.
 
-#include "record.cuh"
+#include "k_block.cuh"
 
 namespace gdn {
 
-// Columns 8c … 8c+7 of rows g and g + 8 of record i, to a matrix whose row 0 is the panel's first.
+// Columns 8c … 8c+7 of rows g and g + 8 of k-block i, to a matrix whose row 0 is the panel's first.
 template <typename F>
-DEVICE void expand_record(F, const uint8_t* panel, int i, int n_rows, int n_in, uint16_t* out) {
+DEVICE void expand_k_block(F, const uint8_t* panel, int i, int n_rows, int n_in, uint16_t* out) {
     const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
     Piece<F> piece;
     uint32_t raw[2] = {};
@@ -25,8 +25,8 @@ DEVICE void expand_record(F, const uint8_t* panel, int i, int n_rows, int n_in, 
 }
 
 template <Layout L>
-DEVICE void expand_record(Plain<L>, const uint8_t* panel, int i, int n_rows, int n_in,
-                          uint16_t* out) {
+DEVICE void expand_k_block(Plain<L>, const uint8_t* panel, int i, int n_rows, int n_in,
+                           uint16_t* out) {
     const int lane = threadIdx.x % 32, k = i * K_BLOCK + lane;
     if (k >= n_in) return;
     for (int row = 0; row < n_rows; row++) {
@@ -40,8 +40,8 @@ DEVICE void expand_record(Plain<L>, const uint8_t* panel, int i, int n_rows, int
 
 }  // namespace gdn
 
-// Grid: (records / 8, panels); a warp for each record.
-KERNEL(expand, 256) {
+// Grid: (k-blocks / 8, panels); a warp for each k-block.
+KERNEL(expand) {
     using namespace gdn;
     enum { OUT, WEIGHT };
     const View& w = a.v[WEIGHT];
@@ -50,5 +50,5 @@ KERNEL(expand, 256) {
     const int n_rows = w.shape[0] - first < PANEL ? w.shape[0] - first : PANEL;
     uint16_t* out = a.v[OUT].as<uint16_t>() + static_cast<int64_t>(first) * n_in;
     with_format(w.layout,
-                [&](auto f) { expand_record(f, panel_at(w, blockIdx.y), i, n_rows, n_in, out); });
+                [&](auto f) { expand_k_block(f, panel_at(w, blockIdx.y), i, n_rows, n_in, out); });
 }

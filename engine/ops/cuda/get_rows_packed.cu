@@ -1,6 +1,6 @@
 // GET_ROWS of a packed table: rows decoded to float32.
 
-#include "record.cuh"
+#include "k_block.cuh"
 
 namespace gdn {
 
@@ -30,7 +30,7 @@ DEVICE void decode_eight(Plain<L>, const uint8_t* panel, int row, int at, int n,
 }  // namespace gdn
 
 // Grid: (columns / (8 · threads), rows).
-KERNEL(get_rows_packed, 128) {
+KERNEL(get_rows_packed) {
     using namespace gdn;
     enum { OUT, TABLE, IDS };
     const View &out = a.v[OUT], &table = a.v[TABLE];

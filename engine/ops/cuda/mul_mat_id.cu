@@ -1,16 +1,16 @@
-// MUL_MAT_ID of few tokens: a block for each panel and (token, choice), or token; see row.cuh.
+// MUL_MAT_ID of few tokens: a thread block for each panel and (token, choice), or for each panel
+// and token; see row.cuh.
 
 #include "row.cuh"
 
 namespace gdn {
 
-// There is a live token wherever a kernel is launched, so that the first one needs no check.
-constexpr int MAX_MATRICES = 4;
+// A launch has at least one live token, so token 0 needs no check.
 enum MulMatId { OUT, X = MAX_MATRICES, MATRIX, IDS = MATRIX + MAX_MATRICES, WEIGHTS };
-// Batches of a row that a warp has at most, bytes of one of weights, warps that share an expert.
+// The most batches of a row that a warp has, bytes of a batch of weights, warps of an expert.
 enum MulMatIdAttribute { ROUNDS, SLOT_BYTES, SHARE };
 
-// Which matrix and panel a block has.
+// The matrix and panel of a thread block.
 struct ExpertPlace {
     int matrix, panel;
 
@@ -70,9 +70,9 @@ DEVICE void multiply_pair(const Args& a, const ExpertPlace& at, int t, int u, in
 
 }  // namespace gdn
 
-// Grid: (panels of all matrices, U, T). Dynamic shared memory: for each warp ROUNDS batches, a slot,
-// 16 floats.
-KERNEL_FOR(mul_mat_id, 512, 2) {
+// Grid: (panels of all matrices, U, T). Dynamic shared memory: for each warp ROUNDS batches, a
+// slot, 16 floats.
+KERNEL_FOR(mul_mat_id, 2) {
     using namespace gdn;
     DYNAMIC_SHARED(shared);
     const PairMemory memory(a, shared);
@@ -92,7 +92,7 @@ KERNEL_FOR(mul_mat_id, 512, 2) {
 
 // With the weighted sum over a token's experts. Grid: (panels of all matrices, T). Dynamic shared
 // memory: for each warp ROUNDS batches, a slot; U · SHARE · 16 floats.
-KERNEL_FOR(mul_mat_id_sum, 512, 2) {
+KERNEL_FOR(mul_mat_id_sum, 2) {
     using namespace gdn;
     DYNAMIC_SHARED(shared);
     const PairMemory memory(a, shared);
@@ -103,7 +103,7 @@ KERNEL_FOR(mul_mat_id_sum, 512, 2) {
     const ExpertPlace at(a);
     const View &w = a.v[MATRIX + at.matrix], &weights = a.v[WEIGHTS];
     for (int u = warp / share; u < n_used; u += n_warps / share) {
-        sync_warp();  // The pair before is done with.
+        sync_warp();  // All lanes have read the batches of the pair before.
         multiply_pair(a, at, t, u, warp % share, share, memory,
                       sums + (u * share + warp % share) * PANEL);
     }
