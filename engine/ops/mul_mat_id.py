@@ -52,7 +52,7 @@ def _reference(
 
 
 def _cost(node: Node, live: Live) -> Cost:
-    """Counts as many experts as read as the rows can choose, at most all."""
+    """Reads as many experts as the rows can choose, and at most all."""
     n_rows = live.n_tokens * node.inputs["ids"].shape[1]
     matrices = _matrices(node.inputs).values()
     flops = sum(2 * n_rows * math.prod(m.shape[1:]) for m in matrices)
