@@ -55,8 +55,6 @@ struct Place {
     }
 };
 
-DEVICE bool is_aligned(const void* p) { return reinterpret_cast<uint64_t>(p) % 16 == 0; }
-
 // `n` floats at p as a column's lane holds them; 16 bytes at a time where `whole`.
 template <int LANES>
 DEVICE void load_part(float (&x)[PER], const float* p, int n, int lane, bool whole) {

@@ -39,10 +39,13 @@ DEVICE void norm_head(const float* x, float* out, int n, Scale scale, More more)
 // x / sqrt(Σx² + eps).
 template <int V>
 DEVICE void l2_norm_head(const float* x, float* out, int n, float eps) {
-    Floats<V> ones;
-    for (int j = 0; j < V; j++) ones.v[j] = 1.0f;
     const auto scale = [&](float sum) { return rsqrt_of(sum + eps); };
-    norm_head<V>(x, out, n, scale, [&](int) { return ones; });
+    const auto ones = [](int) {
+        Floats<V> one;
+        for (int j = 0; j < V; j++) one.v[j] = 1.0f;
+        return one;
+    };
+    norm_head<V>(x, out, n, scale, ones);
 }
 
 }  // namespace gdn

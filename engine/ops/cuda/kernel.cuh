@@ -65,6 +65,7 @@ DEVICE int32_t sequence_of(const int32_t* seq_starts, int32_t n_seqs, int32_t t)
     return low;
 }
 
+DEVICE bool is_aligned(const void* p) { return reinterpret_cast<uint64_t>(p) % 16 == 0; }
 DEVICE float sigmoid(float x) { return 1.0f / (1.0f + exp_fast(-fmaxf(x, -80.0f))); }
 DEVICE float silu(float x) { return x * sigmoid(x); }
 

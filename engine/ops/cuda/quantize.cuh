@@ -41,8 +41,6 @@ DEVICE void store_eight(float* p, const Eight& x, bool aligned) {
     }
 }
 
-DEVICE bool is_aligned(const float* p) { return reinterpret_cast<uint64_t>(p) % 16 == 0; }
-
 // Whether all rows of an activation [T, in] or [T, U, in] are aligned to 16 bytes.
 DEVICE bool is_aligned(const View& x) {
     const int32_t strides = x.stride[0] | (x.rank == 3 ? x.stride[1] : 0);

@@ -12,7 +12,7 @@ from engine.backends.cuda import kernels
 from engine.backends.cuda.device import Device, Grid
 from engine.backends.cuda.kernels import KERNELS
 from engine.backends.cuda.launches import Condition, Launch, Lowering, always
-from engine.backends.cuda.lower.common import cut, has_shared, is_decode
+from engine.backends.cuda.lower.common import NO_END, cut, has_shared, is_decode
 from engine.backends.native.buffers import Ref, Scratch
 from engine.backends.native.signatures import parts
 from engine.formats.quants import F16, F32
@@ -20,8 +20,8 @@ from engine.graph import Live, Node
 
 # Sequences with so many rows in a step are computed in tiles (engine.runtime.batch.MIN_BLOCK_ROWS).
 _TILE_ROWS = 16
-# As the fewest rows that are computed in tiles: none are.
-_NO_TILES = 1 << 24
+
+
 _PARTIALS_BYTES = 64 << 20
 # The sizes of heads that attention_rows.cu is compiled for.
 _ROW_SIZES = (64, 256, 576, 1024)
@@ -103,9 +103,9 @@ def lower_attention(lowering: Lowering, node: Node) -> None:
     attention = _Attention(node, lowering.device, kind, has_tiles)
     partials = _partials(node)
     if not has_tiles:
-        _lower_loose(lowering, attention, partials, _NO_TILES, always)
+        _lower_loose(lowering, attention, partials, NO_END, always)
         return
-    _lower_loose(lowering, attention, partials, _NO_TILES, is_decode)
+    _lower_loose(lowering, attention, partials, NO_END, is_decode)
     _lower_loose(lowering, attention, partials, _TILE_ROWS, lambda live: not is_decode(live))
     lowering.add(Launch(
         kernel=f"attention_tiles_{kind}", nodes=[node], operands=[out, None, *operands],
