@@ -17,15 +17,7 @@ from tqdm import tqdm
 from engine.backends.base import Array
 from engine.backends.cuda import nvrtc
 from engine.backends.cuda.args import ARGS
-from engine.backends.cuda.device import (
-    Captured,
-    CudaError,
-    Fetched,
-    Gemm,
-    Grid,
-    Memory,
-    Timer,
-)
+from engine.backends.cuda.device import Captured, CudaError, Fetched, Gemm, Grid, Memory, Timer
 from engine.backends.cuda.driver import Launcher
 from engine.backends.cuda.staging import PinnedBytes, StagingRing
 

@@ -26,12 +26,7 @@ _PARTIALS_BYTES = 64 << 20
 # The sizes of heads that attention_rows.cu is compiled for.
 _ROW_SIZES = (64, 256, 576, 1024)
 # Suffixes of the kernels on tensor cores, by the sizes of keys and values.
-_TENSOR_CORE_KERNELS = {
-    (64, 64): "64",
-    (128, 128): "128",
-    (256, 256): "256",
-    (576, 512): "latent",
-}
+_TENSOR_CORE_KERNELS = {(64, 64): "64", (128, 128): "128", (256, 256): "256", (576, 512): "latent"}
 
 
 @dataclass(frozen=True)
