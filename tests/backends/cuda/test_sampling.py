@@ -16,6 +16,7 @@ from engine import ChatTemplate, Engine, SamplingParams
 from engine.backends.cuda.device import Device, Memory
 from engine.backends.cuda.sampling import MAX_VOCAB, CudaSampler, CudaStepHandle, specs_input
 from engine.backends.cuda.weights import CudaWeights
+from engine.backends.native import library
 from engine.formats.quants import F32, I32
 from engine.graph import Dim, Kind, Live, Tensor
 from engine.runtime.batch import Chunk
@@ -43,7 +44,7 @@ class Rows:
     """A decoder whose program has given logits."""
 
     def __init__(self, device: Device, n_rows: int, n_vocab: int) -> None:
-        self.device, self.weights = device, CudaWeights(device, Any)  # type: ignore[arg-type]
+        self.device, self.weights = device, CudaWeights(device, library.load())
         self.sample_specs = specs_input(n_rows)
         self.tokens = Tensor("tokens", (Dim(n_rows, "n_tokens"),), I32, Kind.INPUT)
         shape = (Dim(n_rows, "n_outputs"), n_vocab)
