@@ -116,6 +116,8 @@ class CudaBackend(Backend):
         """The address of a tensor that outlives programs; made at its first use."""
         if tensor.kind is Kind.INPUT:
             return self.inputs.address(tensor)
+        if tensor.kind is Kind.STATE:
+            return self.states.address(tensor)
         if tensor not in self._fixed:
             self._fixed[tensor] = self.device.allocate(tensor.nbytes)
         return self._fixed[tensor].address

@@ -14,7 +14,6 @@ from engine.backends.cuda.fusion import FUSIONS
 from engine.backends.cuda.inputs import InputRegion
 from engine.backends.cuda.launches import Kernel, Lowering, Product, Replays, Step
 from engine.backends.cuda.lower.ops import add_node
-from engine.backends.cuda.states import DeviceStates
 from engine.backends.cuda.weights import CudaWeights
 from engine.backends.native.buffers import Zeros
 from engine.backends.native.program import NativeProgram, write_operand
@@ -32,7 +31,6 @@ class Host(Protocol):
 
     device: Device
     weights: CudaWeights
-    states: DeviceStates
     inputs: InputRegion
     batch_invariant: bool
 
