@@ -30,7 +30,7 @@ from engine.backends.native.views import (
     write_view,
 )
 from engine.formats.quants import numpy_dtype
-from engine.graph import Live, Node, Tensor
+from engine.graph import Kind, Live, Node, Tensor
 
 # Head size of ATTENTION, at most.
 _MAX_LATENT = 1024
@@ -124,18 +124,21 @@ class CpuBackend(Backend):
         self._fixed.clear()
 
     def _array(self, tensor: Tensor) -> Array:
+        if tensor.kind is Kind.STATE:
+            return self.states.arrays[tensor]
         if tensor not in self._fixed:
             self._fixed[tensor] = np.empty(tensor.shape, numpy_dtype(tensor.dtype))
         return self._fixed[tensor]
 
     def fixed(self, tensor: Tensor) -> int:
-        """The address of a tensor that outlives programs; allocated at its first use."""
+        """The address of an input, a state, or an activation that outlives programs."""
         return self._array(tensor).ctypes.data
 
     def row_tiles(self, live: Live) -> list[tuple[int, int]]:
         """(first row, rows) of a step's row tiles; none without matrix units."""
-        n_positions = self.library.constant("max_tile_rows")
-        return row_tiles(live.chunks, n_positions) if self.matrix else []
+        if not self.matrix:
+            return []
+        return row_tiles(live.chunks, self.library.constant("max_tile_rows"))
 
     def run(self, instructions: Array, live: Live, seconds: Array | None = None) -> None:
         """Run some instructions of a program."""

@@ -15,7 +15,6 @@ from engine.backends.cpu.weights import CpuWeights
 from engine.backends.native.buffers import ALIGNMENT
 from engine.backends.native.library import Library
 from engine.backends.native.program import NativeProgram, write_operand
-from engine.backends.native.states import ArrayStates
 from engine.backends.native.views import INSTRUCTION, VIEW
 from engine.formats.quants import numpy_dtype
 from engine.graph import Live, Node, Tensor
@@ -26,14 +25,13 @@ class Host(Protocol):
 
     library: Library
     weights: CpuWeights
-    states: ArrayStates
     matrix: bool
 
     def fixed(self, tensor: Tensor) -> int:
-        """The address of a tensor that outlives programs."""
+        """The address of an input, a state, or an activation that outlives programs."""
 
     def read(self, tensor: Tensor) -> Array:
-        """The live rows of a tensor that outlives programs."""
+        """The live rows of an activation that outlives programs."""
 
     def run(self, instructions: Array, live: Live, seconds: Array | None = None) -> None:
         """Run some instructions of a program."""

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from engine.backends.cuda.device import Device
 from engine.backends.cuda.kernels import KERNELS
 from engine.backends.cuda.launches import Launch
-from engine.backends.cuda.states import DeviceStates
 from engine.backends.cuda.weights import CudaWeights
 from engine.backends.native.program import write_operand
 from engine.graph import Live, Tensor
@@ -21,7 +20,6 @@ class Host(Protocol):
 
     device: Device
     weights: CudaWeights
-    states: DeviceStates
     batch_invariant: bool
     sample_specs: Tensor
 

@@ -50,13 +50,6 @@ class Weights(Protocol):
         """The address of a weight decoded to float32; 0 if it is only packed."""
 
 
-class States(Protocol):
-    """The states of a native backend."""
-
-    def address(self, tensor: Tensor) -> int:
-        """The address of a state."""
-
-
 class Host(Protocol):
     """What every program needs of its backend."""
 
@@ -64,12 +57,8 @@ class Host(Protocol):
     def weights(self) -> Weights:
         """Its loaded weights."""
 
-    @property
-    def states(self) -> States:
-        """Its allocated states."""
-
     def fixed(self, tensor: Tensor) -> int:
-        """The address of a tensor that outlives programs; allocated at its first use."""
+        """The address of an input, a state, or an activation that outlives programs."""
 
 
 H = TypeVar("H", bound=Host)
@@ -126,8 +115,6 @@ class NativeProgram(ABC, Generic[H]):
             return self._addresses.get(owner, 0)
         if owner.kind is Kind.WEIGHT:
             return self._host.weights.plain_or_zero(owner)
-        if owner.kind is Kind.STATE:
-            return self._host.states.address(owner)
         return self._host.fixed(owner)
 
     def run(self, live: Live, watch: Watch | None = None) -> None:

@@ -21,10 +21,6 @@ class ArrayStates:
         """Zeros; the system provides their memory when it is first written."""
         self.arrays |= {t: np.zeros(t.shape, numpy_dtype(t.dtype)) for t in states}
 
-    def address(self, tensor: Tensor) -> int:
-        """The address of a state."""
-        return self.arrays[tensor].ctypes.data
-
     def _of(self, dim: str) -> Iterator[Array]:
         return (a for t, a in self.arrays.items() if dim_name(t) == dim)
 
