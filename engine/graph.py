@@ -21,7 +21,7 @@ from engine.formats.quants import F32, I32, DType
 
 
 class ShapeError(EngineError):
-    """Operands of a node don't fit together; names op, node, operand, expected and given shape."""
+    """Operands don't fit together; the message names op, node, operand, expected and given."""
 
 
 class Dim(int):
@@ -42,7 +42,7 @@ Shape = tuple[int, ...]
 
 
 class Kind(Enum):
-    """What a tensor's contents are: constant, given per batch, kept between steps, or computed."""
+    """The origin of a tensor's contents: the file, the batch, earlier steps, or a node."""
 
     WEIGHT = "weight"
     INPUT = "input"
@@ -144,11 +144,10 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Live:
-    """Live counts of one batch, for costs and for kernels.
+    """The live counts of one batch, for costs and kernels.
 
     `kv_rows`: cached positions summed over sequences; `kv_pairs`: over tokens (each token's own).
-    `blocks`: (first row, rows) of the tokens that a backend may compute together, see
-    engine.batch.row_blocks.
+    `chunks`: (cached positions, rows) of each sequence, in the order of rows.
     """
 
     n_tokens: int
@@ -156,7 +155,7 @@ class Live:
     n_outputs: int
     kv_rows: int = 0
     kv_pairs: int = 0
-    blocks: tuple[tuple[int, int], ...] = ()
+    chunks: tuple[tuple[int, int], ...] = ()
 
     def dim(self, name: str) -> int | None:
         """The live count of a `Dim`, or None if it always has its capacity (slots, blocks)."""
@@ -248,7 +247,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Capacity:
-    """The sizes that a graph is built for: the most that one batch, or the memory, can hold."""
+    """The sizes that a graph is built for: the most of one batch, and all slots and blocks."""
 
     n_tokens: int
     n_seqs: int = 1
@@ -272,7 +271,7 @@ class Graph:
     layer_kinds: dict[str, str] = field(default_factory=dict)
 
     def input(self, name: str, shape: Shape) -> Tensor:
-        """Declare an INPUT tensor (int32)."""
+        """Declare an INPUT tensor, int32."""
         return self._declare(self.inputs, Tensor(name, shape, I32, Kind.INPUT))
 
     def weight(self, name: str, shape: Shape, dtype: DType) -> Tensor:

@@ -211,6 +211,38 @@ def test_nodes_are_appended_with_their_outputs() -> None:
     assert graph.nodes[0].outputs == (first, second)
 
 
+@pytest.mark.parametrize(
+    ("operands", "attrs", "message"),
+    [
+        ({"x", "y"}, {"act": "silu"}, "SPLIT: operands"),
+        ({"gate"}, {"act": "silu"}, "SPLIT: operands"),
+        ({"x", "x1"}, {"act": "silu"}, "SPLIT: operands"),
+        ({"x"}, {}, "SPLIT: attributes"),
+        ({"x"}, {"act": "silu", "eps": 1}, "SPLIT: attributes"),
+        ({"x"}, {"act": "gelu"}, "SPLIT: act is gelu"),
+    ],
+)
+def test_names_that_an_op_does_not_declare_are_refused(
+    operands: set[str], attrs: dict[str, Any], message: str
+) -> None:
+    op = Op(
+        "SPLIT",
+        ("x", "gate", "weight"),
+        lambda inputs, attrs: [],
+        lambda **_: (),
+        lambda node, live: Cost(0, 0),
+        attrs=("act",),
+        choices={"act": ("silu", "sigmoid")},
+        optional=("gate",),
+        repeated=("weight",),
+    )
+    graph, x = Graph(Capacity(4)), activation(4, 3)
+    graph.add(op, "ok", {"x": x, "gate": None, "weight": x, "weight12": x}, act="sigmoid")
+    assert list(graph.nodes[0].inputs) == ["x", "weight", "weight12"]
+    with pytest.raises(AssertionError, match=message):
+        graph.add(op, "wrong", dict.fromkeys(operands, x), **attrs)
+
+
 def test_a_node_says_what_state_it_writes() -> None:
     graph = Graph(Capacity(4))
     state = graph.state("blk.0.state", (Dim(3, "n_slots"), 2))

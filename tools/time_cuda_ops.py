@@ -1,17 +1,18 @@
-"""GATED_DELTA_NET and ATTENTION alone on a GPU: microseconds a call, and the share of its peaks.
+"""Times GATED_DELTA_NET and ATTENTION on a GPU: microseconds a call, and the share of its peaks.
 
     python tools/time_cuda_ops.py [--bandwidth GB/S] [--flops TFLOPS] [delta] [attention]
 
-Each number is of many layers with states of their own, launched as one captured graph, so that what
-is read comes from memory as in a model. `scan` takes all rows by the scan, `chunk` by chunks.
+A captured graph launches many layers with states of their own, so that states come from memory as
+in a model. `scan` computes all rows by the scan, `chunk` in chunks. `--device emulated --quick`
+runs the tool itself without a GPU; its times mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.backends.cuda.backend import CudaBackend
-from engine.backends.cuda.cupy_device import CupyDevice
+from engine.backends.cuda.device import Device
 from engine.backends.cuda.program import CudaProgram
 from engine.formats.quants import F16, numpy_dtype
 from engine.graph import Kind, Live, Op
@@ -39,13 +40,38 @@ from tests.support.cases import (
     single_node_graph,
     slots,
 )
+from tools.cuda_device import add_device_options, device_of
 
 Operands = dict[str, Operand]
-# More than an L2 cache holds; at most so many layers; calls whose median counts.
-TOUCHED, MAX_LAYERS, CALLS = 256 << 20, 24, 7
+# Bytes that an L2 cache does not hold; calls, of which the median counts.
+TOUCHED, CALLS = 256 << 20, 7
 RNG = np.random.default_rng(0)
-# (rows, sequences) of the delta rule.
-SIZES = [(1, 1), (1, 8), (1, 64), *((n, 1) for n in (16, 64, 128, 256, 512, 2048, 8192)), (128, 8)]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is timed: (rows, sequences) of the delta rule, its heads, (cached positions, rows,
+    sequences) of attention, and the most layers of one graph."""
+
+    delta: Sequence[tuple[int, int]]
+    heads: Sequence[int]
+    attention: Sequence[tuple[int, int, int]]
+    max_layers: int
+
+
+FULL = Sizes(
+    delta=(
+        (1, 1), (1, 8), (1, 64),
+        *((n, 1) for n in (16, 64, 128, 256, 512, 2048, 8192)), (128, 8),
+    ),
+    heads=(16, 32),
+    attention=(
+        *((n, 1, s) for n in (0, 511, 8191, 32767) for s in (1, 8)),
+        (511, 1, 64), (0, 2048, 1), (30720, 2048, 1), (0, 512, 4),
+    ),
+    max_layers=24,
+)  # fmt: skip
+QUICK = Sizes(delta=((1, 2), (9, 1)), heads=(1,), attention=((20, 1, 2), (0, 17, 1)), max_layers=1)
 
 
 def normal(*shape: int, dtype: Any = np.float32) -> Any:
@@ -66,13 +92,15 @@ class Timed:
     bytes: int
 
 
-def time_op(device: CupyDevice, op: Op, operands: Operands, attrs: dict[str, Any]) -> Timed:
+def time_op(
+    device: Device, op: Op, operands: Operands, attrs: dict[str, Any], max_layers: int
+) -> Timed:
     """Time an op on operands, with copies of its states for each layer."""
     graph, tensors = single_node_graph(op, Case("timed", lambda _: operands, attrs), operands, 0)
     (node,), live = graph.nodes, live_counts(operands)
     cost = op.cost(node, live)
     states = [name for name, t in tensors.items() if t.kind is Kind.STATE]
-    n_layers = max(1, min(MAX_LAYERS, TOUCHED // cost.bytes))
+    n_layers = max(1, min(max_layers, TOUCHED // cost.bytes))
     for i in range(1, n_layers):
         own = {n: graph.state(f"{n}.{i}", tensors[n].shape, tensors[n].dtype) for n in states}
         graph.outputs = {"out": graph.add(op, f"layer.{i}", tensors | own, **attrs)[0]}
@@ -90,7 +118,7 @@ def time_op(device: CupyDevice, op: Op, operands: Operands, attrs: dict[str, Any
     return Timed(_seconds(device, executable, live) / n_layers, out, cost.flops, cost.bytes)
 
 
-def _seconds(device: CupyDevice, executable: Executable, live: Live) -> float:
+def _seconds(device: Device, executable: Executable, live: Live) -> float:
     ((_, program),) = executable._programs
     assert isinstance(program, CudaProgram)
     steps = range(len(program.instructions))
@@ -126,16 +154,16 @@ def delta_operands(n_tokens: int, n_seqs: int, n_heads: int, kda: bool) -> Opera
     }
 
 
-def delta_rows(device: CupyDevice, heads: list[int]) -> Iterator[tuple[str, Timed, str]]:
+def delta_rows(device: Device, sizes: Sizes) -> Iterator[tuple[str, Timed, str]]:
     """(what, its times, a remark) of the delta rule."""
     op = OPS["GATED_DELTA_NET"]
     for kda in (False, True):
-        for n_heads in heads:
-            for n, n_seqs in SIZES:
+        for n_heads in sizes.heads:
+            for n, n_seqs in sizes.delta:
                 operands, outs = delta_operands(n, n_seqs, n_heads, kda), []
                 for algorithm in ("scan", "chunk") if n > 1 else ("scan",):
                     attrs = {"head_map": "tiled", "scale": 128**-0.5, "algorithm": algorithm}
-                    timed = time_op(device, op, operands, attrs)
+                    timed = time_op(device, op, operands, attrs, sizes.max_layers)
                     outs.append(timed.out.astype(np.float64))
                     remark = f"{timed.seconds / n * 1e9:.0f} ns a token"
                     if algorithm == "chunk":
@@ -145,11 +173,9 @@ def delta_rows(device: CupyDevice, heads: list[int]) -> Iterator[tuple[str, Time
                     yield name, timed, remark
 
 
-def attention_rows(device: CupyDevice) -> Iterator[tuple[str, Timed, str]]:
+def attention_rows(device: Device, sizes: Sizes) -> Iterator[tuple[str, Timed, str]]:
     """(what, its times, a remark) of attention: 8 query heads on 2 key heads of 256."""
-    cases = [(n, 1, s) for n in (0, 511, 8191, 32767) for s in (1, 8)] + [(511, 1, 64)]
-    cases += [(0, 2048, 1), (30720, 2048, 1), (0, 512, 4)]
-    for past, n, n_seqs in cases:
+    for past, n, n_seqs in sizes.attention:
         paged, n_blocks = paged_operands(RNG, [past] * n_seqs, [n] * n_seqs, 64)
         operands = {
             "q": activation(normal(n * n_seqs, 8, 256)),
@@ -157,12 +183,13 @@ def attention_rows(device: CupyDevice) -> Iterator[tuple[str, Timed, str]]:
             "v_cache": blocks(normal(n_blocks, 2, 64, 256, dtype=np.float16), F16),
             **paged,
         }
-        timed = time_op(device, OPS["ATTENTION"], operands, {"scale": 1 / 16})
+        op, attrs = OPS["ATTENTION"], {"scale": 1 / 16}
+        timed = time_op(device, op, operands, attrs, sizes.max_layers)
         yield f"attention, {n_seqs} × {n} rows after {past}", timed, ""
 
 
 def numbers(text: str) -> list[int]:
-    """What a list of numbers with commas says."""
+    """A list of numbers with commas."""
     return [int(part) for part in text.split(",")]
 
 
@@ -172,16 +199,17 @@ def main() -> None:
     p.add_argument("what", nargs="*", default=["delta", "attention"])
     p.add_argument("--bandwidth", type=float, default=3350, help="GB/s of the memory")
     p.add_argument("--flops", type=float, default=989, help="TFLOPS of float16 products")
-    p.add_argument("--heads", type=numbers, default=[16, 32])
+    p.add_argument("--heads", type=numbers, default=[])
+    add_device_options(p)
     options = p.parse_args()
-    device = CupyDevice()
+    device, sizes = device_of(options), QUICK if options.quick else FULL
+    sizes = replace(sizes, heads=options.heads or sizes.heads)
     device.prepare()
     print(device.detail)
     print("| | µs | GB/s | of peak | TFLOPS | of peak | |\n|---|---|---|---|---|---|---|")
-    rows = {"delta": lambda: delta_rows(device, options.heads)}
-    rows["attention"] = lambda: attention_rows(device)
+    rows = {"delta": delta_rows, "attention": attention_rows}
     for what in options.what:
-        for name, t, remark in rows[what]():
+        for name, t, remark in rows[what](device, sizes):
             gbs, tflops = t.bytes / t.seconds / 1e9, t.flops / t.seconds / 1e12
             shares = f"{gbs:.0f} | {gbs / options.bandwidth:.0%} | {tflops:.1f} | "
             shares += f"{tflops / options.flops:.1%} | {remark} |"

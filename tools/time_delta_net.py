@@ -23,7 +23,6 @@ from engine.backends.native import library as cpu_library
 from engine.graph import Kind, Live
 from engine.ops import OPS
 from engine.placement.place import place
-from engine.runtime.batch import row_blocks
 from engine.runtime.executor import Executable
 from tests.ops.cases.gated_delta_net import random_operands
 from tests.support.cases import Case, single_node_graph
@@ -49,7 +48,7 @@ class Call:
             if operand.kind is Kind.STATE:
                 self._backend.states.arrays[tensors[name]][:] = operand.values
         self._inputs = {m: o.values for m, o in operands.items() if o.kind is Kind.INPUT}
-        self._live = Live(n, 1, 0, blocks=row_blocks([0], [n]))
+        self._live = Live(n, 1, 0, chunks=((0, n),))
 
     def seconds(self) -> float:
         """How long the kernel takes."""

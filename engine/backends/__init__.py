@@ -15,11 +15,7 @@ from engine.errors import EngineError
 
 _log = logging.getLogger(__name__)
 # The best first. A backend takes what the ones before it refuse.
-REGISTRY: tuple[Registration, ...] = (
-    cuda.REGISTRATION,
-    cpu.REGISTRATION,
-    reference.REGISTRATION,
-)
+REGISTRY: tuple[Registration, ...] = (cuda.REGISTRATION, cpu.REGISTRATION, reference.REGISTRATION)
 _DEFAULTS = BackendOptions()
 
 

@@ -74,12 +74,6 @@ class StateStore(Protocol):
     def copy(self, dim: str, source: int, target: int) -> None:
         """Copy a slot or block of every layer."""
 
-    def save(self, dim: str, index: int) -> dict[str, Array]:
-        """A slot's or block's contents by state tensor name."""
-
-    def load(self, dim: str, index: int, contents: Mapping[str, Array]) -> None:
-        """The reverse of `save`."""
-
 
 class WeightSource(Protocol):
     """Where weights come from: a GGUFFile, or whatever a test makes up."""

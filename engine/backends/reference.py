@@ -1,8 +1,7 @@
 """The reference backend: every op by its numpy definition.
 
-It defines what the other backends must compute. Stored types are decoded to float32 (or float64,
-for tests) before an op sees them, with decoded weights cached up to a byte limit; states keep their
-stored type, so that writing to them rounds.
+It defines the results of the other backends. Weights are decoded to float32 (or float64, for tests)
+and cached up to a byte limit; states keep their stored type, so that writing to them rounds.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from engine.backends.native.states import ArrayStates
 from engine.formats.quants import I32, dequantize, numpy_dtype
 from engine.graph import Kind, Live, Node, Tensor
 
-# Decoded weights kept between steps; above it they are decoded again at each use.
+# Of decoded weights that are kept between steps; others are decoded again at each use.
 DEFAULT_CACHE_BYTES = 16 << 30
 
 
@@ -53,7 +52,7 @@ class ReferenceBackend(Backend):
         self._values: dict[Tensor, Array] = {}
 
     def supports(self, node: Node) -> Support:
-        """Always yes."""
+        """It runs every node."""
         return Support(True)
 
     def weight_bytes(self, nodes: Sequence[Node]) -> int:
@@ -62,24 +61,20 @@ class ReferenceBackend(Backend):
         return min(decoded, self._weights.limit)
 
     def load_weights(self, nodes: Sequence[Node], source: WeightSource) -> None:
-        """Nothing is read before a node needs it."""
+        """Remember the bytes: a weight is decoded when a node first needs it."""
         for tensor in _weights_of(nodes):
             self._weights.add(tensor, source.raw(tensor.name))
 
     def allocate_states(self, states: Sequence[Tensor]) -> None:
-        """States as numpy arrays of their stored type."""
         self.states.allocate(states)
 
     def compile(self, split: Split) -> ReferenceProgram:
-        """A list of nodes, and after each the tensors that nobody needs any more."""
         return ReferenceProgram(self, split)
 
     def write(self, tensor: Tensor, values: Array) -> None:
-        """Set a tensor's live rows."""
         self._values[tensor] = np.ascontiguousarray(values, self._computed(tensor))
 
     def read(self, tensor: Tensor) -> Array:
-        """A tensor's live rows."""
         return self._values[tensor]
 
     def measure_limits(self) -> Limits:
@@ -88,7 +83,6 @@ class ReferenceBackend(Backend):
         return CpuBackend().measure_limits()
 
     def release(self) -> None:
-        """Forget weights, states and activations."""
         self._weights, self.states = _WeightCache(self.dtype, self._weights.limit), ArrayStates()
         self._values.clear()
 
@@ -106,23 +100,22 @@ class ReferenceBackend(Backend):
         strides = tuple(s * base.itemsize for s in tensor.strides)
         return as_strided(base.reshape(-1)[tensor.offset :], live.shape(tensor.shape), strides)
 
-    def keep(self, tensor: Tensor, values: Array, live: Live) -> None:
-        """Store an output of a node."""
+    def store(self, tensor: Tensor, values: Array, live: Live) -> None:
+        """Set an output of a node."""
         assert values.shape == live.shape(tensor.shape), (tensor, values.shape)
         self._values[tensor] = np.ascontiguousarray(values, self._computed(tensor))
 
     def _computed(self, tensor: Tensor) -> np.dtype[Any]:
-        """The type that a tensor's values have here: integers, or the type computed in."""
+        """The type of a tensor's values here: int32, or the backend's floats."""
         return numpy_dtype(I32) if tensor.dtype is I32 else self.dtype
 
-    def forget(self, tensors: Sequence[Tensor]) -> None:
-        """Release activations."""
-        for tensor in tensors:
-            self._values.pop(tensor, None)
+    def forget(self, tensor: Tensor) -> None:
+        """Drop an activation, if there is one."""
+        self._values.pop(tensor, None)
 
 
 class ReferenceProgram:
-    """Runs a split node by node."""
+    """Runs a split node by node, and drops activations after their last use."""
 
     def __init__(self, backend: ReferenceBackend, split: Split) -> None:
         self._backend, self._nodes = backend, split.nodes
@@ -138,28 +131,27 @@ class ReferenceProgram:
         self.instructions = [Instruction(node.op.name, (node,)) for node in split.nodes]
 
     def run_timed(self, live: Live) -> list[float]:
-        """As `run`; the seconds of each node."""
         ends = [time.perf_counter()]
         self.run(live, lambda *_: ends.append(time.perf_counter()))
         return [end - start for start, end in pairwise(ends)]
 
     def run(self, live: Live, watch: Watch | None = None) -> None:
-        """Run the nodes on the live rows of their operands."""
         backend = self._backend
         for node in self._nodes:
             operands = {name: backend.array(t, live) for name, t in node.inputs.items()}
-            # What is not finite is the engine's guard's to find and name.
+            # The engine's finite check reports values that are not finite.
             with np.errstate(all="ignore"):
                 outputs = node.op.reference(**operands, **node.attrs)
             for tensor, values in zip(node.outputs, outputs, strict=True):
-                backend.keep(tensor, values, live)
+                backend.store(tensor, values, live)
             if watch is not None:
                 watch(node, [backend.read(t) for t in node.outputs])
-            backend.forget(self._release.get(node, ()))
+            for tensor in self._release.get(node, ()):
+                backend.forget(tensor)
 
 
 class _WeightCache:
-    """Stored weights by tensor, decoded on demand; the least recently used go first."""
+    """Stored weights by tensor, decoded on demand; least recently used ones are dropped first."""
 
     def __init__(self, dtype: np.dtype[Any], limit: int) -> None:
         self._dtype, self.limit, self._size = dtype, limit, 0

@@ -284,6 +284,15 @@ def n_threads(engine: Engine) -> int:
     return engine.config.n_threads or cpu_library.n_cores()
 
 
+def settings(engine: Engine, n_kv_max: int, **own: int) -> dict[str, int]:
+    """An engine's settings under the keys of llama.cpp's benchmarks; `own`: keys of one command."""
+    config, threads = engine.config, n_threads(engine)
+    return {
+        "n_kv_max": n_kv_max, "n_batch": config.n_batch, "n_ubatch": config.n_ubatch, **own,
+        "n_gpu_layers": n_gpu_layers(engine), "n_threads": threads, "n_threads_batch": threads,
+    }  # fmt: skip
+
+
 def rss_hwm_mib() -> float:
     """The most memory that this process has had, MiB."""
     unit = 1 if sys.platform == "darwin" else 1024

@@ -65,10 +65,7 @@ def profile_step(engine: Engine, n_tokens: int, n_past: int, repeats: int, rng: 
     timed: list[tuple[float, list[Timing], Live]] = []
     plain: list[float] = []
     past = [random_tokens(engine, n_past, rng)]
-    with (
-        processed(engine, past) as (_, (start,)),
-        sequences(engine, 1) as (seq,),
-    ):
+    with processed(engine, past) as (_, (start,)), sequences(engine, 1) as (seq,):
         for _ in range(repeats + 1):
             chunks = [Chunk(seq, random_tokens(engine, n_tokens, rng))]
             engine.memory.restore(seq, start)

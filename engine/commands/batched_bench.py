@@ -11,11 +11,11 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.bench.facts import ModelFacts
-from engine.bench.measure import BenchError, Case, Measurement, measure, n_gpu_layers, n_threads
+from engine.bench.measure import BenchError, Case, Measurement, measure, settings
 from engine.commands.options import Parser, given_fields, load_engine
 from engine.commands.output import Rows, Table
 from engine.config import EngineConfig
-from engine.engine import Engine, resolved_config
+from engine.engine import resolved_config
 
 ABOUT = "Measure prompts and generation of several sequences at once, as llama-batched-bench does."
 _TABLE = Table({
@@ -49,7 +49,8 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
         measured = measure(engine, cases, rng, warm_up=warm_up)
         for m in tqdm(measured, total=len(cases), unit="row", disable=None):
             values = _values(m)
-            rows.add(_settings(engine, args.pps) | values, list(values.values()))
+            shown = settings(engine, engine.n_ctx, is_pp_shared=int(args.pps))
+            rows.add(shown | values, list(values.values()))
     return 0
 
 
@@ -59,16 +60,6 @@ def _values(m: Measurement) -> dict[str, Any]:
     sizes = {"pp": case.n_prompt, "tg": case.n_gen, "pl": case.n_seqs, "n_kv": case.n_kv}
     seconds = medians["t_pp"] + medians["t_tg"]
     return {**sizes, **medians, "t": seconds, "speed": case.n_kv / seconds}
-
-
-def _settings(engine: Engine, is_shared: bool) -> dict[str, Any]:
-    """The keys of a JSON line before those."""
-    threads = n_threads(engine)
-    return {
-        "n_kv_max": engine.n_ctx, "n_batch": engine.config.n_batch,
-        "n_ubatch": engine.config.n_ubatch, "is_pp_shared": int(is_shared),
-        "n_gpu_layers": n_gpu_layers(engine), "n_threads": threads, "n_threads_batch": threads,
-    }  # fmt: skip
 
 
 def warm_up_case(case: Case) -> Case:

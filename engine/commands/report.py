@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -40,10 +41,8 @@ def placements(plan: Plan) -> list[tuple[str, str, int]]:
     """(backend, reason, number of nodes); reasons that differ only in a node or tensor are one."""
     counts: Counter[tuple[str, str]] = Counter()
     for placement in plan.placements.values():
-        reason = placement.reason
-        for word in ("follows", "holds"):
-            if reason.startswith(f"{word} ") and not reason.startswith("holds its"):
-                reason = f"{word} its {'producer' if word == 'follows' else 'weight'}"
+        reason = re.sub(r"^follows .*", "follows its producer", placement.reason)
+        reason = re.sub(r"^holds (?!its).*", "holds its weight", reason)
         counts[placement.backend.name, reason] += 1
     return [(backend, reason, n) for (backend, reason), n in counts.most_common()]
 

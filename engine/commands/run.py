@@ -44,12 +44,7 @@ _SAMPLING_OPTIONS: list[OptionRow] = [
     ("--xtc-probability", "xtc_probability", float, "chance to drop the likeliest (0)"),
     ("--xtc-threshold", "xtc_threshold", float, "probability from which that applies (0.1)"),
     ("--repeat-penalty", "repeat_penalty", float, "divides logits of recent tokens (1: off)"),
-    (
-        "--repeat-last-n",
-        "repeat_last_n",
-        at_least(-1),
-        "how many (64; 0: none, -1: all)",
-    ),
+    ("--repeat-last-n", "repeat_last_n", at_least(-1), "how many (64; 0: none, -1: all)"),
     ("--presence-penalty", "presence_penalty", float, "lowers logits of recent tokens (0)"),
     ("--frequency-penalty", "frequency_penalty", float, "the same, for each occurrence (0)"),
     ("--dry-multiplier", "dry_multiplier", float, "strength of the repetition penalty DRY (0)"),

@@ -18,9 +18,9 @@ from engine.bench.measure import (
     backend_names,
     measure_and_extend,
     n_gpu_layers,
-    n_threads,
     rss_hwm_mib,
     sequences,
+    settings,
 )
 from engine.bench.plots import COLUMNS, Curve, Point, check_output, draw
 from engine.commands.options import Parser, given_fields, load_engine, step_size
@@ -86,9 +86,11 @@ def _measure(
     engine: Engine, args: argparse.Namespace, n_prompt: int, n_gen: int
 ) -> list[dict[str, float]]:
     """Print the rows; returns their values."""
-    settings = _settings(engine, args.n_kv_max)
+    shown = settings(engine, args.n_kv_max, flash_attn=1)
+    # ik_llama.cpp counts the layers; llama.cpp has -1 for all.
+    shown["n_gpu_layers"] = len(engine.plan.graph.layer_kinds) if n_gpu_layers(engine) else 0
     if args.output_format != "jsonl":
-        facts = ", ".join(f"{name} = {value}" for name, value in settings.items())
+        facts = ", ".join(f"{name} = {value}" for name, value in shown.items())
         say(f"\nmain: {facts}\n")
     rng = np.random.default_rng(args.seed)
     if not args.no_warmup:
@@ -100,24 +102,9 @@ def _measure(
         for _ in tqdm(kv, unit="row", leave=False, disable=None):
             m = measure_and_extend(engine, seq, n_prompt, n_gen, rng, args.repeats)
             measured.append(values := _values(m))
-            document = settings | values | _extra(engine, m.case.n_depth)
+            document = shown | values | _extra(engine, m.case.n_depth)
             rows.add(document, list(values.values()))
     return measured
-
-
-def _settings(engine: Engine, n_kv_max: int) -> dict[str, int]:
-    """The settings that ik_llama.cpp prints before the rows, in its order."""
-    threads = n_threads(engine)
-    layers = len(engine.plan.graph.layer_kinds)
-    return {
-        "n_kv_max": n_kv_max,
-        "n_batch": engine.config.n_batch,
-        "n_ubatch": engine.config.n_ubatch,
-        "flash_attn": 1,
-        "n_gpu_layers": layers if n_gpu_layers(engine) else 0,
-        "n_threads": threads,
-        "n_threads_batch": threads,
-    }
 
 
 def _values(m: Measurement) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Reader of GGUF files: metadata and tensor table, with the tensor data left on disk.
 
-The file is mapped, never read as a whole: opening one costs its metadata only, and tensor bytes
-are touched when a backend asks for them. Files are untrusted: every count, length and offset is
-checked against the file's size before it is used. Versions 2 and 3, little-endian; split files
+The file is mapped, never read as a whole: opening it reads the metadata, and a tensor's bytes are
+read when a backend uses them. Files are untrusted: every count, length and offset is checked
+against the file's size before it is used. Versions 2 and 3, little-endian; split files
 (`-00001-of-0000N.gguf`) are joined. Format: docs/gguf.md of the ggml project.
 """
 
@@ -52,7 +52,7 @@ class GGUFError(EngineError):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: row-major `shape`, type, and its bytes in mapped file `file_index`."""
+    """A tensor's row-major `shape`, its type, and where its bytes are in file `file_index`."""
 
     name: str
     shape: tuple[int, ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 from engine.formats.gguf import GGUFFile
 from engine.graph import Graph, Shape
@@ -58,6 +59,18 @@ class Model(ABC):
     def _has(self, i: int, name: str) -> bool:
         """Whether the file has a tensor of layer i."""
         return f"blk.{i}.{name}" in self._in_file
+
+    def _qkv_weights(self, i: int, widths: Mapping[str, int]) -> dict[str, Shape]:
+        """The file's projections to q, k and v, which have `widths` rows: apart, or fused."""
+        if self._has(i, "attn_qkv.weight"):
+            return {"attn_qkv.weight": (sum(widths.values()), self.n_embd)}
+        return {f"attn_{part}.weight": (n, self.n_embd) for part, n in widths.items()}
+
+    def _split_qkv(self, i: int, widths: Mapping[str, int]) -> None:
+        """Make attn_q, attn_k and attn_v of layer i, if the file has them fused."""
+        if self._has(i, "attn_qkv.weight"):
+            parts = {f"blk.{i}.attn_{part}.weight": n for part, n in widths.items()}
+            self.weights.split(f"blk.{i}.attn_qkv.weight", parts)
 
     def _expected(self) -> dict[str, Shape]:
         embedding = (self.n_vocab, self.n_embd)

@@ -67,11 +67,7 @@ class Hybrid(Model):
 
     def _attention_weights(self, i: int) -> dict[str, Shape]:
         s, n_embd = self.attention[i], self.n_embd
-        if self._has(i, "attn_qkv.weight"):
-            products: dict[str, Shape] = {"attn_qkv.weight": (sum(s.widths.values()), n_embd)}
-        else:
-            products = {f"attn_{part}.weight": (n, n_embd) for part, n in s.widths.items()}
-        return products | {
+        return self._qkv_weights(i, s.widths) | {
             "attn_q_norm.weight": (s.d_head,),
             "attn_k_norm.weight": (s.d_head,),
             "attn_output.weight": (n_embd, s.n_heads * s.d_head),
@@ -80,9 +76,8 @@ class Hybrid(Model):
     def _unpack(self, i: int) -> None:
         if self.linear[i]:
             self._unpack_linear(i)
-        elif self._has(i, "attn_qkv.weight"):
-            names = {f"blk.{i}.attn_{p}.weight": n for p, n in self.attention[i].widths.items()}
-            self.weights.split(f"blk.{i}.attn_qkv.weight", names)
+        else:
+            self._split_qkv(i, self.attention[i].widths)
 
     def _unpack_linear(self, i: int) -> None:
         """Make the tensors of `Hybrid._projections`; most files have them."""

@@ -65,10 +65,7 @@ class KimiLinear(Model):
 
     def _linear_weights(self, i: int) -> dict[str, Shape]:
         n, d, n_embd = self._n_heads[i], self._d_head, self.n_embd
-        if self._has(i, "attn_qkv.weight"):
-            shapes: dict[str, Shape] = {"attn_qkv.weight": (3 * n * d, n_embd)}
-        else:
-            shapes = {f"attn_{part}.weight": (n * d, n_embd) for part in "qkv"}
+        shapes = self._qkv_weights(i, dict.fromkeys("qkv", n * d))
         shapes |= {f"ssm_conv1d_{part}.weight": (n * d, self._n_taps) for part in "qkv"}
         for part in "fg":
             shapes |= {f"ssm_{part}_a.weight": (d, n_embd), f"ssm_{part}_b.weight": (n * d, d)}
@@ -104,9 +101,7 @@ class KimiLinear(Model):
     def _unpack(self, i: int) -> None:
         w, prefix, n, d = self.weights, f"blk.{i}", self._n_heads[i], self._d_head
         if self._linear[i]:
-            if self._has(i, "attn_qkv.weight"):
-                parts = {f"{prefix}.attn_{part}.weight": n * d for part in "qkv"}
-                w.split(f"{prefix}.attn_qkv.weight", parts)
+            self._split_qkv(i, dict.fromkeys("qkv", n * d))
             w.reshape(f"{prefix}.ssm_dt.bias", (n, d))
         elif self._has(i, "attn_kv_b.weight"):
             s, packed = self._latent(i), f"{prefix}.attn_kv_b.weight"

@@ -57,7 +57,11 @@ class MoEShape:
 
 
 def moe_shapes(hp: HParams, n_entries: int) -> list[MoEShape]:
-    """The experts of every layer of a Qwen hybrid; sizes that are missing follow from F."""
+    """The experts of every layer of a Qwen hybrid.
+
+    Sizes that are missing follow from `feed_forward_length`: all of it for the shared expert, and
+    its part by `expert_used_count` for a routed one.
+    """
     n_experts = hp.integer("expert_count")
     n_used = hp.per_layer("expert_used_count", n_entries)
     n_ff = hp.per_layer("feed_forward_length", n_entries, 0, minimum=0)

@@ -1,15 +1,15 @@
-"""A model's weights: what its file must have, and what is made of it without changing a value.
+"""A model's weights: the tensors that its file must have, and others made of their rows.
 
-Shapes are compared without their ones: files differ in where they put them. Rows of a tensor can
-be given another order or another name, which is exact for every stored type, since blocks never
-cross rows; so a model has one set of names, whatever packing its file has.
+Shapes are compared without their ones, since files differ in where they put them. Taking rows of a
+tensor, in any order and under another name, is exact for every stored type: blocks never cross
+rows. So a model has one set of names for every packing of a file.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,7 +74,7 @@ class Weights:
         return table[rows.index].reshape(-1)
 
     def release(self, name: str, begin: int = 0, end: int | None = None) -> None:
-        """Give back the memory that a tensor's bytes had from the file; they can be read again."""
+        """Release the memory pages of a tensor's bytes begin … end - 1; they can be read again."""
         if name not in self._rows:
             return self._file.release(name, begin, end)
         rows, info = self._rows[name], self.tensors[name]
@@ -86,26 +86,25 @@ class Weights:
 
 
 def _check(file: GGUFFile, expected: Mapping[str, Shape], skipped: range) -> None:
-    missing = [name for name in expected if name not in file.tensors]
-    misshapen = [
-        f"{name} (expected {list(map(int, shape))}, got {list(file.tensors[name].shape)})"
-        for name, shape in expected.items()
-        if name in file.tensors and _squeezed(file.tensors[name].shape) != _squeezed(shape)
+    found = file.tensors
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "misshapen": [
+            f"{name} (expected {list(map(int, shape))}, got {list(found[name].shape)})"
+            for name, shape in expected.items()
+            if name in found and _squeezed(found[name].shape) != _squeezed(shape)
+        ],
+        "unexpected": [
+            name for name in found if name not in expected and _layer_number(name) not in skipped
+        ],
+    }
+    messages = [
+        f"{len(names)} {kind} tensor{'s' * (len(names) > 1)}: {_list(names)}"
+        for kind, names in problems.items()
+        if names
     ]
-    unexpected = [
-        name for name in file.tensors if name not in expected and _layer_number(name) not in skipped
-    ]
-    problems = [
-        f"{len(found)} {kind} tensor{'s' * (len(found) > 1)}: {_list(found)}"
-        for kind, found in (
-            ("missing", missing),
-            ("misshapen", misshapen),
-            ("unexpected", unexpected),
-        )
-        if found
-    ]
-    if problems:
-        raise ModelError(f"{file.path}: {'; '.join(problems)}")
+    if messages:
+        raise ModelError(f"{file.path}: {'; '.join(messages)}")
 
 
 def _squeezed(shape: Shape) -> Shape:
@@ -117,7 +116,6 @@ def _layer_number(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def _list(names: Iterable[str]) -> str:
-    names = list(names)
+def _list(names: list[str]) -> str:
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more

@@ -1,4 +1,4 @@
-"""Ops: one module each, with contract, shape inference, numpy reference, cost and test cases."""
+"""Ops: one module each, with its contract, shape inference, numpy reference and cost."""
 
 from engine.graph import Op
 from engine.ops.add_rms_norm import ADD_RMS_NORM

@@ -2,8 +2,8 @@
 
     out = softmax(q · Kᵀ · scale) V, times sigmoid(gate) where there is a gate
 
-Row t attends to positions 0 … positions[t] of its sequence, which are in the cache by now. Query
-head h reads key head h div (H / Hkv).
+Row t attends to positions 0 … positions[t] of its sequence. Earlier nodes of the step have written
+them to the cache. Query head h reads key head h div (H / Hkv).
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
-"""What several ops share: activation functions, ragged sequences, paged rows, costs.
+"""Shared by the ops: activation functions, ragged sequences, paged rows, shape checks, costs.
 
-Sequences of a batch are the spans between neighbours in `seq_starts`; an empty one is skipped. A
-recurrent state starts from slot `state_src` (-1: zeros) and ends in slot `state_dst` (-1: nowhere).
-Of n tokens, `snapshot_dst[s, j]` (j < K) gets the state after token n - K + j; -1, or a token from
-before the batch: nowhere. No slot that one sequence writes is read or written by another.
+Sequence s of a batch has the rows seq_starts[s] … seq_starts[s + 1] - 1; it may have none.
+
+- Its recurrent state starts as slot `state_src[s]` (-1: zeros) and is written to slot
+  `state_dst[s]` (-1: not written).
+- Per-token states: of its n tokens, slot `snapshot_dst[s, j]` (j < K) gets the state after token
+  n - K + j. It gets nothing if it is -1, or if that token is before the batch.
+- No sequence reads or writes a slot that another one writes.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ Per sequence and value head, for each token, with a state S [Dk, Dv]:
     S <- diag(exp(g)) S;  d <- beta (v - Sᵀk);  S <- S + k dᵀ;  o <- Sᵀq · scale
 
 Two algorithms give the same result: `scan` goes token by token and is the definition; `chunk` turns
-blocks of tokens into matrix products (Yang et al., "Gated Delta Networks", arXiv:2412.06464; its
-per-row form is Kimi Delta Attention, arXiv:2510.26692). Exponents are differences of cumulated
-decays and never positive, so strong gates underflow to exact zeros.
+delta-rule chunks of 64 tokens (KDA: 16) into matrix products (Yang et al., "Gated Delta Networks",
+arXiv:2412.06464; its per-row form is Kimi Delta Attention, arXiv:2510.26692). Exponents are
+differences of cumulated decays and never positive, so strong gates underflow to exact zeros.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from engine.ops.base import (
 
 ALGORITHMS = ("auto", "scan", "chunk")
 HEAD_MAPS = ("tiled", "grouped")
-# KDA's decays differ by key row, which makes a block's pairwise terms Dk times as many.
+# Tokens of a delta-rule chunk. KDA has a decay per key row, so Dk times as many pairwise terms.
 CHUNK_GDA, CHUNK_KDA = 64, 16
-# Where the reference's chunks of numpy products overtake its loop over tokens.
+# Rows of a sequence from which chunks are faster than the scan in numpy.
 _AUTO_CHUNK_FROM = 16
 
 
@@ -81,7 +81,7 @@ def _reference(  # noqa: PLR0913
         run = _scan if algorithm == "scan" else _chunk
         if algorithm == "auto" and n < _AUTO_CHUNK_FROM:
             run = _scan
-        # States inside a chunk don't exist: the tokens that need snapshots are scanned.
+        # A chunk has no per-token states, so the tokens whose states are kept are scanned.
         first = max(0, n - n_snapshots)
         result = np.empty((v.shape[1], n, v.shape[2]), v.dtype)
         carried = run(carried, [x[:, :first] for x in operands], result[:, :first])
@@ -110,7 +110,7 @@ def _scan(state: Array, operands: list[Array], out: Array) -> Array:
 
 
 def _chunk(state: Array, operands: list[Array], out: Array) -> Array:
-    """Block by block; a block's updates are the solution D of a unit lower triangular system.
+    """Chunk by chunk; a chunk's updates are the solution D of a unit lower triangular system.
 
     (I + tril(beta k kᵀ ⊙ decay, -1)) D = beta (v - (k ⊙ exp G) S)
     """
@@ -137,7 +137,7 @@ def _chunk(state: Array, operands: list[Array], out: Array) -> Array:
 
 
 def _decayed_products(q: Array, k: Array, cumulated: Array) -> tuple[Array, Array]:
-    """k kᵀ and q kᵀ of a block, [H, C, C], pair (i, j) decayed from j to i; zero above."""
+    """k kᵀ and q kᵀ of a chunk, [H, C, C]: pair (i, j) decayed from j to i, zeros for j > i."""
     lower = np.tri(k.shape[1], dtype=bool)
     if cumulated.ndim == 2:
         exponent = cumulated[:, :, np.newaxis] - cumulated[:, np.newaxis]

@@ -11,13 +11,7 @@ import numpy as np
 
 from engine.formats.quants import F32
 from engine.graph import Attrs, Graph, Inputs, Op, Out, Tensor, match_shapes
-from engine.ops.base import (
-    Array,
-    elementwise_cost,
-    require_contiguous_rows,
-    sigmoid,
-    softplus,
-)
+from engine.ops.base import Array, elementwise_cost, require_contiguous_rows, sigmoid, softplus
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
@@ -33,12 +27,7 @@ def _reference(alpha: Array, beta: Array, a: Array, dt: Array) -> tuple[Array, A
 
 
 GDN_GATE = Op(
-    "GDN_GATE",
-    ("alpha", "beta", "a", "dt"),
-    _infer,
-    _reference,
-    elementwise_cost(8),
-    n_outputs=2,
+    "GDN_GATE", ("alpha", "beta", "a", "dt"), _infer, _reference, elementwise_cost(8), n_outputs=2
 )
 
 

@@ -1,7 +1,7 @@
 """MUL_MAT: one activation times several weights, y_i = x · w_iᵀ.
 
-Weights may differ in type; the activation is the same for all, so a backend prepares it once. With
-one weight, the product may be gated per token and added to something:
+Weights may differ in type. A backend converts the activation once for all of them. A node of one
+weight may gate its product per token and add something to it:
 
     y = add + sigmoid(gate) · (x · wᵀ)
 """

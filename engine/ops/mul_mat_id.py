@@ -4,8 +4,8 @@
     y_i[t, u] = w_i[ids[t, u]] · x[t, u]         x [T, U, in]: a row for each
     y[t] = Σ_u weights[t, u] · (…)               with `weights`: summed in the router's order
 
-The routing is known when the node runs, not before: shapes don't depend on it, and every expert may
-get every row.
+The routing is known only when the node runs, so shapes don't depend on it: every expert may get
+every row.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _reference(
 
 
 def _cost(node: Node, live: Live) -> Cost:
-    """Bytes of the experts that the rows need at least if they all choose differently."""
+    """Reads as many experts as the rows can choose, and at most all."""
     n_rows = live.n_tokens * node.inputs["ids"].shape[1]
     matrices = _matrices(node.inputs).values()
     flops = sum(2 * n_rows * math.prod(m.shape[1:]) for m in matrices)

@@ -18,8 +18,9 @@ from engine.errors import EngineError
 from engine.graph import Capacity, Live
 from engine.kvcache.sequences import SequenceMemory, Step
 
-# Positions of a block of rows, and the fewest rows that make one.
-BLOCK_POSITIONS, MIN_BLOCK_ROWS = 64, 16
+# Chunks of prompts end at multiples of so many positions, so that backends which compute aligned
+# runs of rows together always group them alike.
+BLOCK_POSITIONS = 64
 
 
 class BatchError(EngineError):
@@ -96,25 +97,6 @@ def begin(
     return steps
 
 
-def row_blocks(pasts: Sequence[int], lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Runs of at least 16 rows of a sequence whose positions lie between two multiples of 64.
-
-    Kernels of blocks may sum in another order than those of single rows. As chunks of prompts end
-    at multiples of 64, which rows form a block depends on their sequence alone, not on how it is
-    cut into steps nor on what else is in the batch.
-    """
-    blocks, first = [], 0
-    for n_past, length in zip(pasts, lengths, strict=True):
-        begin, stop = n_past, n_past + length
-        while begin < stop:
-            end = min(begin - begin % BLOCK_POSITIONS + BLOCK_POSITIONS, stop)
-            if end - begin >= MIN_BLOCK_ROWS:
-                blocks.append((first + begin - n_past, end - begin))
-            begin = end
-        first += length
-    return tuple(blocks)
-
-
 def pack(chunks: Sequence[Chunk], steps: Sequence[Step], capacity: Capacity) -> Batch:
     """The inputs of a step over `chunks`; `steps` say where each reads and writes memory."""
     lengths, outputs = [len(p.tokens) for p in chunks], [p.n_outputs for p in chunks]
@@ -141,7 +123,7 @@ def pack(chunks: Sequence[Chunk], steps: Sequence[Step], capacity: Capacity) -> 
         n_outputs=len(inputs["output_rows"]),
         kv_rows=sum(pasts) + sum(lengths),
         kv_pairs=int(positions.sum()) + len(positions),
-        blocks=row_blocks(pasts, lengths),
+        chunks=tuple(zip(pasts, lengths, strict=True)),
     )
     return Batch({name: np.asarray(v, np.int32) for name, v in inputs.items()}, live)
 

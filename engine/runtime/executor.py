@@ -26,9 +26,10 @@ class Executable:
     def __init__(self, plan: Plan, source: WeightSource) -> None:
         self.plan = plan
         for backend in plan.backends:
-            backend.load_weights(plan.nodes_of(backend), source)
             backend.allocate_states(plan.tensors_of(backend, Kind.STATE))
             backend.declare_inputs(plan.tensors_of(backend, Kind.INPUT))
+            # Last: a backend may keep copies of weights in part of the memory that is left.
+            backend.load_weights(plan.nodes_of(backend), source)
         self._programs = [(split, split.backend.compile(split)) for split in plan.splits]
         self._inputs = [(b, plan.tensors_of(b, Kind.INPUT)) for b in plan.backends]
         made = {t: s for s in plan.splits for node in s.nodes for t in node.outputs}

@@ -99,10 +99,7 @@ def test_nodes_are_placed_with_reasons(path: Path) -> None:
 
 def test_strict_placement_names_its_refusal(path: Path) -> None:
     refusal = "expected backend toy .strict., got cpu: toy: no kernel for GET_ROWS"
-    with (
-        pytest.raises(PlacementError, match=refusal),
-        engine_on(path, "toy", strict_backend=True),
-    ):
+    with pytest.raises(PlacementError, match=refusal), engine_on(path, "toy", strict_backend=True):
         pass
 
 

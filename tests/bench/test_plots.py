@@ -194,8 +194,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "expected"),
-    [(("a.md",), "required: -o"), (("-o", "a.png"), "required: FILE")],
+    ("argv", "expected"), [(("a.md",), "required: -o"), (("-o", "a.png"), "required: FILE")]
 )
 def test_usage_errors(cli: Cli, argv: tuple[str, ...], expected: str) -> None:
     result = cli("plot-bench", *argv)

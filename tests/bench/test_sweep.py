@@ -19,6 +19,7 @@ from engine.bench.measure import BenchError, Case, Measurement, measure_and_exte
 from engine.commands.sweep_bench import _TABLE, _values, context_needed, depths
 from engine.runtime.batch import Chunk
 from tests.support.helpers import Cli, assert_all_free
+from tests.support.states import save
 
 Rng = np.random.Generator
 PREFIX = "main: n_kv_max = {}, n_batch = {}, n_ubatch = {}, flash_attn = 1, n_gpu_layers = 0, "
@@ -42,9 +43,9 @@ def contents(engine: Engine, seq: int) -> list[dict[str, Any]]:
     span, size = engine.memory._sequences[seq], engine.capacity.block_size
     saved: list[dict[str, Any]] = []
     for store in engine.loop.executable.stores:
-        saved.append({} if span.state.slot < 0 else store.save("n_slots", span.state.slot))
+        saved.append({} if span.state.slot < 0 else save(store, "n_slots", span.state.slot))
         for i, block in enumerate(span.table.blocks):
-            kv = store.save("n_blocks", block)  # [..., block_size, head_dim] each
+            kv = save(store, "n_blocks", block)  # [..., block_size, head_dim] each
             assert all(array.shape[-2] == size for array in kv.values())
             filled = min(size, span.n_tokens - i * size)
             saved.append({name: array[..., :filled, :] for name, array in kv.items()})
@@ -219,8 +220,8 @@ def test_bytes_are_those_a_sequence_fills(path: Path, rng: Rng) -> None:
         engine.prefill(seq, [1] * 100)
         span = engine.memory._sequences[seq]
         (store,) = engine.loop.executable.stores
-        state = sum(a.nbytes for a in store.save("n_slots", span.state.slot).values())
-        block = sum(a.nbytes for a in store.save("n_blocks", span.table.blocks[0]).values())
+        state = sum(a.nbytes for a in save(store, "n_slots", span.state.slot).values())
+        block = sum(a.nbytes for a in save(store, "n_blocks", span.table.blocks[0]).values())
         assert sequence_bytes(engine, 100) == (state, block * 100 // 64)
 
 

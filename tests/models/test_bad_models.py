@@ -177,10 +177,7 @@ def test_an_architecture_that_is_no_text(refused: Refused, arch: Any) -> None:
 FOUR = np.ones(4)
 WRONG_TENSORS: dict[str, tuple[dict[str, Any], str]] = {
     "missing": ({"blk.2.ssm_a": None}, "1 missing tensor: blk.2.ssm_a"),
-    "missing embedding": (
-        {"token_embd.weight": None},
-        "1 missing tensor: token_embd.weight",
-    ),
+    "missing embedding": ({"token_embd.weight": None}, "1 missing tensor: token_embd.weight"),
     "misshapen": (
         {"blk.1.attn_norm.weight": FOUR},
         "1 misshapen tensor: blk.1.attn_norm.weight (expected [64], got [4])",

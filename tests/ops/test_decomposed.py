@@ -24,6 +24,7 @@ from engine.runtime.batch import Chunk, Logits
 from engine.runtime.executor import Executable
 from tests.support.naive import gated_delta_net as naive
 from tests.support.opcase import RawWeights, assert_close, fresh_seed
+from tests.support.states import load, save
 from tools.synth import write_model
 
 Array = np.ndarray[Any, Any]
@@ -85,10 +86,10 @@ def run_decomposed(
     for name, tensor in operands.items():
         backend.write(tensor, arrays[name])
     for slot, contents in enumerate(arrays["state"]):
-        backend.states.load("n_slots", slot, {"state": contents})
+        load(backend.states, "n_slots", slot, {"state": contents})
     live = Live(len(arrays["q"]), len(arrays["state_src"]), 0)
     result = executable.run({name: arrays[name] for name in graph.inputs}, live)["out"]
-    saved = [backend.states.save("n_slots", i)["state"] for i in range(int(n_slots))]
+    saved = [save(backend.states, "n_slots", i)["state"] for i in range(int(n_slots))]
     return graph, result, np.stack(saved)
 
 

@@ -17,11 +17,11 @@ from engine.graph import Capacity, Dim, Graph, Kind, Tensor
 from engine.ops.attention import attention
 from engine.ops.mla_cache import mla_cache
 from engine.placement.place import place
-from engine.runtime.batch import row_blocks
 from engine.runtime.executor import Executable
 from tests.support import naive
 from tests.support.cases import live_counts, paged_operands
 from tests.support.opcase import F16_LIMIT, OpCase, RawWeights, assert_close, fresh_seed
+from tests.support.states import load, save
 
 Array = np.ndarray[Any, Any]
 N_HEADS, RANK, N_PE, BLOCK_SIZE, EPS, SCALE = 4, 48, 16, 16, 1e-6, 0.2
@@ -73,12 +73,12 @@ def check(backend: Any, cache_type: DType, seed: int, limit: float) -> None:
 
     executable = Executable(place(graph, [backend]), RawWeights({"norm": norm.view(np.uint8)}))
     for i, contents in enumerate(cached):
-        backend.states.load("n_blocks", i, {cache.name: contents})
+        load(backend.states, "n_blocks", i, {cache.name: contents})
     backend.write(rows, kv)
     backend.write(queries, q)
-    live = replace(live_counts(operands), blocks=row_blocks(PASTS, LENGTHS))
+    live = replace(live_counts(operands), chunks=tuple(zip(PASTS, LENGTHS, strict=True)))
     out = executable.run(batch, live)["out"]
-    after = np.stack([backend.states.save("n_blocks", i)[cache.name] for i in range(n_blocks)])
+    after = np.stack([save(backend.states, "n_blocks", i)[cache.name] for i in range(n_blocks)])
 
     exact = (x.astype(np.float64) for x in (kv, norm, cached))
     _, states = naive.mla_cache(*exact, **batch, eps=EPS)

@@ -10,9 +10,4 @@ import torch.
 from tests.parity import kimi_linear, qwen3next, qwen35, qwen35moe
 from tests.parity.common import Case
 
-CASES: tuple[Case, ...] = (
-    *qwen35.CASES,
-    *qwen35moe.CASES,
-    *qwen3next.CASES,
-    *kimi_linear.CASES,
-)
+CASES: tuple[Case, ...] = (*qwen35.CASES, *qwen35moe.CASES, *qwen3next.CASES, *kimi_linear.CASES)

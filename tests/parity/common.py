@@ -132,10 +132,7 @@ def random_ids(case: Case, seed: int) -> tuple[list[int], list[int]]:
 
 # The GGUF file.
 
-GLOBAL_NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "lm_head.weight": "output.weight",
-}
+GLOBAL_NAMES = {"model.embed_tokens.weight": "token_embd.weight", "lm_head.weight": "output.weight"}
 
 
 def layer_weights(weights: Weights, i: int) -> Weights:

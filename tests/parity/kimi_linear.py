@@ -26,12 +26,7 @@ from tests.parity.common import (
     norm_around_1,
     strong,
 )
-from tests.parity.ffn import (
-    expert_parameters,
-    expert_tensors,
-    swiglu_parameters,
-    swiglu_tensors,
-)
+from tests.parity.ffn import expert_parameters, expert_tensors, swiglu_parameters, swiglu_tensors
 from tests.parity.routing import Routing
 
 KDA, MLA = "linear_attention", "full_attention"

@@ -29,12 +29,7 @@ from tests.parity.common import (
     norm_of_both_signs,
     strong,
 )
-from tests.parity.ffn import (
-    expert_parameters,
-    expert_tensors,
-    swiglu_parameters,
-    swiglu_tensors,
-)
+from tests.parity.ffn import expert_parameters, expert_tensors, swiglu_parameters, swiglu_tensors
 from tests.parity.routing import Routing
 
 LINEAR, FULL = "linear_attention", "full_attention"

@@ -13,14 +13,7 @@ import numpy as np
 import pytest
 
 from tests.parity import CASES
-from tests.parity.common import (
-    MAX_ERROR,
-    Case,
-    Golden,
-    case_id,
-    random_weights,
-    relative_error,
-)
+from tests.parity.common import MAX_ERROR, Case, Golden, case_id, random_weights, relative_error
 from tests.parity.compare import load_engine, logits_problem, tokens_problem
 
 for package in ("torch", "transformers"):

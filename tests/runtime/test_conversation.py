@@ -22,6 +22,7 @@ from engine.text.tokenizer import ESCAPE, TokenizerError
 from tests.support.chats import CHATML, QWEN35_STYLE, Messages
 from tests.support.helpers import N_VOCAB, STD, assert_all_free, failing_at, float64_engine, nmse
 from tests.support.lazy_backend import lazy_engine
+from tests.support.states import save
 from tests.text.test_tokenizer import spm_metadata
 from tools.makevocab import made_vocabulary, padded_vocabulary
 from tools.synth import write_model
@@ -399,7 +400,7 @@ def states(engine: Engine, checkpoint: Checkpoint) -> dict[int, dict[str, Any]]:
     slots = {n: state.slot for n, state in checkpoint.allocation.rollback_points.items()}
     slots[checkpoint.n_tokens] = checkpoint.allocation.state.slot
     store = engine.plan.backends[0].states
-    return {n: store.save("n_slots", slot) for n, slot in slots.items()}
+    return {n: save(store, "n_slots", slot) for n, slot in slots.items()}
 
 
 def assert_holds(engine: Engine, fresh: Engine, answer: ChatCompletion, n_tokens: int) -> None:

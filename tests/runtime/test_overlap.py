@@ -30,6 +30,7 @@ from tests.support.helpers import (
     replaced_op,
 )
 from tests.support.lazy_backend import LazyHandle, decoder_of, lazy_engine
+from tests.support.states import save
 from tests.support.timing import judge
 
 Rng = np.random.Generator
@@ -183,7 +184,7 @@ def test_whoever_joins_or_leaves_the_others_go_on(
 def state_of(engine: Engine, seq: int) -> dict[str, Any]:
     """Contents of a sequence's slot, through a checkpoint."""
     checkpoint = engine.memory.checkpoint(seq)
-    saved = engine.plan.backends[0].states.save("n_slots", checkpoint.allocation.state.slot)
+    saved = save(engine.plan.backends[0].states, "n_slots", checkpoint.allocation.state.slot)
     checkpoint.release()
     return saved
 

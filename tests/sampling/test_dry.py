@@ -72,9 +72,7 @@ def applied(
 
 tokens = st.integers(0, N - 1)
 breaker_maps = st.dictionaries(
-    tokens,
-    st.lists(st.lists(tokens, max_size=3).map(tuple), min_size=1, max_size=3),
-    max_size=2,
+    tokens, st.lists(st.lists(tokens, max_size=3).map(tuple), min_size=1, max_size=3), max_size=2
 )
 
 

@@ -11,7 +11,7 @@
 
 #include "../../engine/ops/cpu/kernel.h"
 
-using gdn::Args, gdn::Kernel, gdn::N_DIMS, gdn::SCRATCH_BYTES, gdn::View;
+using gdn::Args, gdn::Instruction, gdn::Kernel, gdn::N_DIMS, gdn::SCRATCH_BYTES, gdn::View;
 
 extern "C" {
 void* gdn_team_create(int n_threads);
@@ -20,14 +20,6 @@ void gdn_run(void* team, const void* program, int64_t n, const int64_t* live, do
 }
 
 namespace {
-
-// As in cpu_executor.cpp.
-struct Instruction {
-    const Kernel* kernel;
-    const View* views;
-    const double* attrs;
-    int64_t barrier;
-};
 
 constexpr int N_BUFFERS = 6, N_INSTRUCTIONS = 400, N_RUNS = 20;
 

@@ -15,10 +15,10 @@ from unittest.mock import patch
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.cpu import backend as cpu
 from engine.backends.cpu import weights as cpu_weights
 from engine.backends.cpu.program import CpuProgram
 from engine.backends.native import library as cpu_library
+from engine.backends.native import program as native_program
 from engine.backends.native.buffers import ALIGNMENT, Arena
 
 Array = NDArray[Any]
@@ -39,7 +39,7 @@ def use(directory: Path) -> None:
         _give_bounds()
 
 
-class GuardedArena(Arena[Any]):
+class GuardedArena(Arena):
     """Buffers that share nothing, each with a gap behind it."""
 
     def __init__(self) -> None:
@@ -62,16 +62,17 @@ def _give_bounds() -> None:
     poison.argtypes = allocate.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
     allocate.restype, free.argtypes = ctypes.c_size_t, [ctypes.c_size_t]
     arenas: list[GuardedArena] = []
-    lay_out = CpuProgram._lay_out
+    allocate_arena = CpuProgram._allocate
 
     def make_arena() -> GuardedArena:
         arenas.append(GuardedArena())
         return arenas[-1]
 
-    def lay_out_guarded(program: CpuProgram, steps: Any) -> None:
+    def allocate_guarded(program: CpuProgram, n_bytes: int) -> int:
+        base = allocate_arena(program, n_bytes)
         for begin, end in arenas.pop().gaps:
-            poison(program._base + begin, end - begin)
-        lay_out(program, steps)
+            poison(base + begin, end - begin)
+        return base
 
     def take(memory: object, n_bytes: int) -> Array:
         address = allocate(ALIGNMENT, n_bytes)
@@ -80,6 +81,6 @@ def _give_bounds() -> None:
         return np.ctypeslib.as_array(buffer)
 
     # They stay as long as the process.
-    patch.object(cpu, "Arena", make_arena).start()
-    patch.object(CpuProgram, "_lay_out", lay_out_guarded).start()
+    patch.object(native_program, "Arena", make_arena).start()
+    patch.object(CpuProgram, "_allocate", allocate_guarded).start()
     patch.object(cpu_weights._Memory, "take", take).start()

@@ -1,7 +1,7 @@
-"""Test cases of ops: operands with random values, from which any backend can be tested.
+"""Test cases of ops: operands with random values, for any backend.
 
-Each op lists its `Case`s; `single_node_graph` turns one into a graph of one node at a capacity
-larger than its live counts, so that a backend that touches padding is found out.
+tests/ops/cases lists each op's `Case`s. `single_node_graph` makes a graph of one node of a case, at
+a capacity above its live counts, so that tests see a backend that reads or writes padding.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Operand:
 
 @dataclass(frozen=True)
 class Case:
-    """`make(rng)` gives the operands; activations in float64, to be rounded by the backend."""
+    """`make(rng)` gives the operands; activations in float64, which the test rounds."""
 
     name: str
     make: Callable[[Rng], dict[str, Operand]]
@@ -52,7 +52,7 @@ def activation(values: NDArray[Any], dim: str = "n_tokens") -> Operand:
 
 
 def weight(values: NDArray[Any], dtype: DType = F32) -> Operand:
-    """A constant, stored in `dtype` (whoever runs the case encodes it)."""
+    """A constant, stored in `dtype` (the test encodes it)."""
     return Operand(Kind.WEIGHT, values, dtype)
 
 
@@ -76,7 +76,7 @@ def recurrent_operands(
 ) -> dict[str, Operand]:
     """Sequences of these lengths: s starts from slot 2s (zeros if in `fresh`), ends in 2s + 1.
 
-    Snapshots go to the slots after those; a snapshot of a token before the batch goes nowhere.
+    Per-token states go to the slots after those; those of tokens before the batch go nowhere.
     """
     n = len(lengths)
     src = [-1 if s in fresh else 2 * s for s in range(n)]

@@ -49,9 +49,7 @@ GPU = pytest.param(
 )
 DEVICES = [
     pytest.param(
-        emulated,
-        id="emulated",
-        marks=pytest.mark.skipif(bool(_NO_EMULATOR), reason=_NO_EMULATOR),
+        emulated, id="emulated", marks=pytest.mark.skipif(bool(_NO_EMULATOR), reason=_NO_EMULATOR)
     ),
     GPU,
 ]

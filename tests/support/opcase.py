@@ -1,9 +1,9 @@
 """Runs the cases of ops on any backend and says what must come out.
 
-A case becomes a graph of one node at a capacity above its live counts and goes through the planner,
-as an engine's graph would. Whatever a kernel must not look at is NaN: padding around rows, rows
-above the live counts, slots and cache rows that nothing reads. What must come out is the naive
-definition in float64 of what is stored, that is of decoded weights and rounded states.
+A case becomes a graph of one node at a capacity above its live counts, and is placed and run as an
+engine's graph is. Memory that a kernel must not read is NaN: padding around rows, rows above the
+live counts, slots and cache rows that nothing reads. The expected result is the naive definition in
+float64, on what is stored: decoded weights and rounded states.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from tests.ops.cases import CASES
 from tests.ops.cases.gated_delta_net import random_operands
 from tests.support.cases import Case, Operand, integers, live_counts, single_node_graph
 from tests.support.naive import NAIVE, routing_scores
+from tests.support.states import load, save
 from tools.randblocks import TYPES, generator, random_blocks
 
 
@@ -48,7 +49,7 @@ class OpCase:
 Array = np.ndarray[Any, Any]
 Outputs = list[Array]
 States = dict[str, Array]
-Blocks = tuple[tuple[int, int], ...]
+Chunks = tuple[tuple[int, int], ...]
 Made = TypeVar("Made")
 # More than the runs that int8.py takes together.
 _N_REMEMBERED = 32
@@ -217,11 +218,11 @@ class RawWeights:
 
 
 def run_case(
-    backend: Any, op: Op, case: Case, seed: int, strided: bool = False, blocks: Blocks = ()
+    backend: Any, op: Op, case: Case, seed: int, strided: bool = False, chunks: Chunks = ()
 ) -> tuple[Outputs, States, States]:
     """(outputs, states before, states after), states by operand name as they are stored.
 
-    With `strided`, activations are as strided as the op allows. `blocks`: see batch.row_blocks.
+    With `strided`, activations are as strided as the op allows. `chunks`: see Live.
     """
     operands = make_operands(op, case, seed)
     graph, tensors = single_node_graph(op, case, operands, strided=strided)
@@ -237,7 +238,7 @@ def run_case(
     before = _saved_states(backend, states)
     inputs = {n: o.values for n, o in operands.items() if o.kind is Kind.INPUT}
     live = live_counts(operands)
-    outputs = executable.run(inputs, replace(live, blocks=blocks) if blocks else live)
+    outputs = executable.run(inputs, replace(live, chunks=chunks) if chunks else live)
     return list(outputs.values()), before, _saved_states(backend, states)
 
 
@@ -274,14 +275,14 @@ def _load_states(backend: Any, states: dict[str, Tensor], operands: dict[str, Op
     dim = operands[next(iter(states))].dim
     for i in range(len(operands[next(iter(states))].values)):
         contents = {t.name: operands[name].values[i] for name, t in states.items()}
-        backend.states.load(dim, i, contents)
+        load(backend.states, dim, i, contents)
 
 
 def _saved_states(backend: Any, states: dict[str, Tensor]) -> States:
     saved = {}
     for name, t in states.items():
         dim = t.shape[0].name  # type: ignore[attr-defined]
-        rows = [backend.states.save(dim, i)[t.name] for i in range(t.shape[0])]
+        rows = [save(backend.states, dim, i)[t.name] for i in range(t.shape[0])]
         saved[name] = np.stack(rows)
     return saved
 
@@ -312,14 +313,14 @@ def check_case(
     seed: int,
     strided: bool = False,
     limit: float = OpCase.limit,
-    blocks: Blocks = (),
+    chunks: Chunks = (),
 ) -> None:
     """Fail unless a backend agrees with the naive definition, and leaves alone what it must.
 
     What the naive definition doesn't write must keep its bits.
     """
     where = f"{op.name} [{case.name}] on {backend.name}, strided={strided}, seed {seed}"
-    outputs, before, after = run_case(backend, op, case, seed, strided, blocks)
+    outputs, before, after = run_case(backend, op, case, seed, strided, chunks)
     want_outputs, want_after = expected(op, case, seed)
     assert len(outputs) == len(want_outputs), where
     for i, (got, want) in enumerate(zip(outputs, want_outputs, strict=True)):

@@ -43,8 +43,8 @@ class Picky(ReferenceBackend):
         for array in self.states.arrays.values():
             array.fill(np.nan)
 
-    def keep(self, tensor: Tensor, values: np.ndarray, live: Live) -> None:
-        super().keep(tensor, values, live)
+    def store(self, tensor: Tensor, values: np.ndarray, live: Live) -> None:
+        super().store(tensor, values, live)
         self.most_held = max(self.most_held, len(self.held()))
 
     def held(self) -> list[Tensor]:

@@ -29,10 +29,7 @@ def test_the_cpu_kernel_is_reached() -> None:
     assert files[0] == "cli.py"
     assert "engine/backends/cpu/program.py" in files
     assert "engine/backends/native/program.py" in files
-    assert files[-2:] == [
-        "engine/backends/cpu/executor.cpp",
-        "engine/ops/cpu/gated_delta_net.cpp",
-    ]
+    assert files[-2:] == ["engine/backends/cpu/executor.cpp", "engine/ops/cpu/gated_delta_net.cpp"]
 
 
 @pytest.mark.parametrize("make_device", DEVICES[:1])

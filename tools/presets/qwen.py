@@ -133,12 +133,7 @@ class Qwen3NextPreset(QwenPreset):
 
 
 def _experts(n: int, n_used: int, n_ff: int, n_ff_shared: int) -> dict[str, Any]:
-    return {
-        "n_experts": n,
-        "n_experts_used": n_used,
-        "n_ff_exp": n_ff,
-        "n_ff_shared": n_ff_shared,
-    }
+    return {"n_experts": n, "n_experts_used": n_used, "n_ff_exp": n_ff, "n_ff_shared": n_ff_shared}
 
 
 _TINY: dict[str, Any] = {"head_dim": 32, "n_rot": 16, "context_length": 4096, "n_vocab": 0}

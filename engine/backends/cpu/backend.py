@@ -15,6 +15,7 @@ import numpy as np
 from engine.backends.base import Array, Backend, Limits, Split, Support, Traits, WeightSource
 from engine.backends.cpu import limits
 from engine.backends.cpu.program import CpuProgram
+from engine.backends.cpu.row_tiles import row_tiles
 from engine.backends.cpu.weights import CpuWeights
 from engine.backends.native import library as cpu_library
 from engine.backends.native.signatures import SIGNATURES, used_packed
@@ -26,21 +27,20 @@ from engine.backends.native.views import (
     INSTRUCTION,
     MAX_RANK,
     VIEW,
-    view,
+    write_view,
 )
 from engine.formats.quants import numpy_dtype
 from engine.graph import Live, Node, Tensor
 
-_MAX_HEAD, _MAX_LATENT = 256, 1024
-# Head sizes of the delta rule's chunks are multiples of this (has_chunk_form in the kernels).
-_CHUNK_SIZES = 32
+# Head size of ATTENTION, at most.
+_MAX_LATENT = 1024
 _KERNELS = {*SIGNATURES, "MUL_MAT", "MUL_MAT_ID"}
 
 
 class CpuBackend(Backend):
     """Runs on `n_threads` threads (None: all cores) with the kernels of `isa` (None: the best).
 
-    `matrix`: whether blocks of rows are multiplied as bfloat16 tiles (None: where there are matrix
+    `matrix`: whether row tiles are multiplied as bfloat16 tiles (None: where there are matrix
     units; elsewhere it is slow, and for tests).
     """
 
@@ -59,7 +59,6 @@ class CpuBackend(Backend):
         self.team = self.library.team_create(self.n_threads)
         self.states = ArrayStates()
         self.weights = CpuWeights(self.library, self.n_threads)
-        self._source: WeightSource | None = None
         self._fixed: dict[Tensor, Array] = {}
         self._live: Live | None = None
 
@@ -69,100 +68,96 @@ class CpuBackend(Backend):
 
     def supports(self, node: Node) -> Support:
         """All ops of the models, head sizes up to 256; chunks of the delta rule by matrix units."""
-        if node.op.name not in _KERNELS:
-            return Support(False, f"no kernel for {node.op.name}")
-        if any(len(t.shape) > MAX_RANK for t in (*node.inputs.values(), *node.outputs)):
-            return Support(False, f"more than {MAX_RANK} dimensions")
-        if node.op.name == "GATED_DELTA_NET":
-            d_v, d_k = node.inputs["state"].shape[2:]
-            if max(d_k, d_v) > _MAX_HEAD:
-                return Support(False, f"head size {max(d_k, d_v)} above {_MAX_HEAD}")
-            if node.attrs["algorithm"] == "chunk" and (reason := self._no_chunks(node)):
-                return Support(False, reason)
-        if node.op.name == "ATTENTION" and node.inputs["q"].shape[2] > _MAX_LATENT:
-            return Support(False, f"head size {node.inputs['q'].shape[2]} above {_MAX_LATENT}")
-        return Support(True)
+        reason = self._refusal(node)
+        return Support(not reason, reason)
 
-    def _no_chunks(self, node: Node) -> str:
-        """Why the delta rule's node can't be computed in chunk form, if so."""
-        d_v, d_k = node.inputs["state"].shape[2:]
+    def _refusal(self, node: Node) -> str:
+        """Why it can't run a node; an empty string if it can."""
+        if node.op.name not in _KERNELS:
+            return f"no kernel for {node.op.name}"
+        if any(len(t.shape) > MAX_RANK for t in (*node.inputs.values(), *node.outputs)):
+            return f"more than {MAX_RANK} dimensions"
+        if node.op.name == "GATED_DELTA_NET":
+            size, largest = max(node.inputs["state"].shape[2:]), self.library.constant("max_head")
+            if size > largest:
+                return f"head size {size} above {largest}"
+            if node.attrs["algorithm"] == "chunk":
+                return self._no_chunks(*node.inputs["state"].shape[2:])
+        if node.op.name == "ATTENTION" and node.inputs["q"].shape[2] > _MAX_LATENT:
+            return f"head size {node.inputs['q'].shape[2]} above {_MAX_LATENT}"
+        return ""
+
+    def _no_chunks(self, d_v: int, d_k: int) -> str:
+        multiple = self.library.constant("tile_depth")
         if not self.matrix:
             return "no matrix units"
-        if d_k % _CHUNK_SIZES or d_v % _CHUNK_SIZES:
-            return f"no chunked kernel for heads of {d_k} and {d_v}, no multiples of {_CHUNK_SIZES}"
+        if d_k % multiple or d_v % multiple:
+            return f"no chunked kernel for heads of {d_k} and {d_v}, no multiples of {multiple}"
         return ""
 
     def weight_bytes(self, nodes: Sequence[Node]) -> int:
         """Packed weights, and those decoded to float32."""
         packed, plain = used_packed(nodes)
         decoded = sum(math.prod(t.shape) for t in plain) * 4
-        return sum(self.weights.packed_bytes(t) for t in packed) + decoded
+        return sum(map(self.weights.packed_bytes, packed)) + decoded
 
     def load_weights(self, nodes: Sequence[Node], source: WeightSource) -> None:
-        """Weights are packed when it is known what reads them: by `compile`."""
-        self._source = source
+        self.weights.load(*used_packed(nodes), source)
 
     def allocate_states(self, states: Sequence[Tensor]) -> None:
-        """States as arrays of their stored type."""
         self.states.allocate(states)
 
     def compile(self, split: Split) -> CpuProgram:
-        """Load the split's weights and lay out its program."""
-        packed, plain = used_packed(split.nodes)
-        assert self._source is not None or not (packed or plain)
-        if self._source is not None:
-            self.weights.load(packed, plain, self._source)
         return CpuProgram(self, split)
 
     def write(self, tensor: Tensor, values: Array) -> None:
-        """Set the live rows of a tensor."""
-        target = self.fixed(tensor)
+        target = self._array(tensor)
         target.reshape(-1)[: values.size] = np.ravel(values)
 
     def read(self, tensor: Tensor) -> Array:
-        """The live rows of a tensor that is kept."""
         assert self._live is not None
         shape = self._live.shape(tensor.shape)
-        values = self._fixed[tensor].reshape(-1)[: int(np.prod(shape))]
-        return values.reshape(shape).copy()
+        return self._fixed[tensor].reshape(-1)[: math.prod(shape)].reshape(shape).copy()
 
     def release(self) -> None:
-        """Forget weights, states and activations."""
         self.weights, self.states = CpuWeights(self.library, self.n_threads), ArrayStates()
         self._fixed.clear()
 
-    def fixed(self, tensor: Tensor) -> Array:
-        """The memory of a tensor that outlives programs; made at its first use."""
+    def _array(self, tensor: Tensor) -> Array:
         if tensor not in self._fixed:
             self._fixed[tensor] = np.empty(tensor.shape, numpy_dtype(tensor.dtype))
         return self._fixed[tensor]
 
+    def fixed(self, tensor: Tensor) -> int:
+        """The address of a tensor that outlives programs; allocated at its first use."""
+        return self._array(tensor).ctypes.data
+
+    def row_tiles(self, live: Live) -> list[tuple[int, int]]:
+        """(first row, rows) of a step's row tiles; none without matrix units."""
+        n_positions = self.library.constant("max_tile_rows")
+        return row_tiles(live.chunks, n_positions) if self.matrix else []
+
     def run(self, instructions: Array, live: Live, seconds: Array | None = None) -> None:
         """Run some instructions of a program."""
         self._live = live
-        blocks = live.blocks if self.matrix else ()
+        tiles = self.row_tiles(live)
         dims = [live.dim(name) or 0 for name in DIMS]
-        counts = np.array([*dims, len(blocks), *itertools.chain(*blocks)], np.int64)
+        counts = np.array([*dims, len(tiles), *itertools.chain(*tiles)], np.int64)
+        self._run(instructions, counts, seconds)
+
+    def _run(self, instructions: Array, counts: Array, seconds: Array | None = None) -> None:
         times = None if seconds is None else seconds.ctypes.data
-        self.library.run(
-            self.team, instructions.ctypes.data, len(instructions), counts.ctypes.data, times
-        )
+        program, n = instructions.ctypes.data, len(instructions)
+        self.library.run(self.team, program, n, counts.ctypes.data, times)
 
     def measure_limits(self) -> Limits:
         return limits.measure(self.read_probe)
 
     def read_probe(self, rows: Array) -> None:
         """Read float32 rows [n, a multiple of 64] once, with all threads; for timing."""
-        words = np.empty(len(rows), np.int32)
-        views = np.array(
-            [
-                view(words.ctypes.data, words.shape, (1,), I32_CODE),
-                view(rows.ctypes.data, rows.shape, (rows.shape[1], 1), F32_CODE),
-            ],
-            VIEW,
-        )
+        words, views = np.empty(len(rows), np.int32), np.zeros(2, VIEW)
+        write_view(views[0], words.ctypes.data, words.shape, (1,), I32_CODE)
+        write_view(views[1], rows.ctypes.data, rows.shape, (rows.shape[1], 1), F32_CODE)
         program = np.zeros(1, INSTRUCTION)
         program[0] = (self.library.kernel_address("READ_PROBE"), views.ctypes.data, 0, 0)
-        self.library.run(
-            self.team, program.ctypes.data, 1, np.zeros(len(DIMS) + 1, np.int64).ctypes.data, None
-        )
+        self._run(program, np.zeros(len(DIMS) + 1, np.int64))

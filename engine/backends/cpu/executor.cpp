@@ -1,7 +1,8 @@
 // Runs a program: a flat array of instructions, on a team of threads, in one call per step.
 //
-// Threads take tasks of an instruction from a counter; those of the next one wait at a barrier if it
-// asks for that. A thread that waits spins a little, then yields; between steps the team parks.
+// Threads take tasks of an instruction from a counter. Where the next instruction asks for a
+// barrier, they wait for each other: a waiting thread spins a little, then yields. Between steps
+// they park.
 
 #include <sched.h>
 
@@ -15,20 +16,15 @@
 #include <thread>
 #include <vector>
 
+#include "../../ops/cpu/attention.h"
+#include "../../ops/cpu/gated_delta_net.h"
 #include "../../ops/cpu/kernels.h"
-#include "../../ops/cpu/matrix.h"
+#include "../../ops/cpu/mul_mat.h"
 #include "../../ops/cpu/pack.h"
 
 using namespace gdn;
 
 namespace {
-
-struct Instruction {
-    const Kernel* kernel;
-    const View* views;
-    const double* attrs;
-    int64_t barrier;  // Whether all earlier instructions must be finished first.
-};
 
 double now() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
@@ -43,8 +39,8 @@ void relax() {
 #endif
 }
 
-// Takes numbers that are too small to be normal for zero, as long as it lives: a processor computes
-// with them a hundred times slower.
+// While it lives, denormal numbers count as zero: processors compute with them a hundred times
+// slower.
 class FlushDenormals {
    public:
 #if defined(__x86_64__)
@@ -71,31 +67,28 @@ void wait_until(Done done) {
     }
 }
 
-// The rows of a step as kernels want them, from its live counts and the blocks that follow those.
+// The rows of a step as kernels read them.
 class StepRows {
    public:
+    // `live`: the live counts, then the number of row tiles and the tiles.
     void set(const int64_t* live) {
-        const int64_t n_blocks = live[N_DIMS], n_tokens = live[N_TOKENS];
-        const auto* blocks = reinterpret_cast<const Block*>(live + N_DIMS + 1);
-        blocked_.clear(), loose_.clear();
+        const int64_t n_tiles = live[N_DIMS], n_tokens = live[N_TOKENS];
+        const auto* tiles = reinterpret_cast<const RowTile*>(live + N_DIMS + 1);
+        tiled_.clear(), remainder_.clear();
         int32_t row = 0;
-        for (int64_t i = 0; i < n_blocks; i++) {
-            while (row < blocks[i].row) loose_.push_back(row++);
-            while (row < blocks[i].row + blocks[i].n) blocked_.push_back(row++);
+        for (const RowTile* tile = tiles; tile < tiles + n_tiles; tile++) {
+            while (row < tile->row) remainder_.push_back(row++);
+            while (row < tile->row + tile->n) tiled_.push_back(row++);
         }
-        while (row < n_tokens) loose_.push_back(row++);
-        rows = {blocks,
-                blocked_.data(),
-                loose_.data(),
-                n_blocks,
-                static_cast<int64_t>(blocked_.size()),
-                static_cast<int64_t>(loose_.size())};
+        while (row < n_tokens) remainder_.push_back(row++);
+        const auto n = static_cast<int64_t>(remainder_.size());
+        rows = {tiles, tiled_.data(), remainder_.data(), n_tiles, n_tokens - n, n};
     }
 
     Rows rows{};
 
    private:
-    std::vector<int32_t> blocked_, loose_;
+    std::vector<int32_t> tiled_, remainder_;
 };
 
 // One cache line for each counter.
@@ -121,7 +114,7 @@ class Team {
         for (char* s : scratch_) std::free(s);
     }
 
-    // `seconds`: nullptr, or room for each instruction's.
+    // `seconds`: nullptr, or [n]: gets each instruction's time.
     void run(const Instruction* program, int64_t n, const int64_t* live, double* seconds) {
         program_ = program, n_ = n, live_ = live, seconds_ = seconds;
         step_rows_.set(live);
@@ -186,7 +179,7 @@ class Team {
 
     void run_tasks(const Instruction& in, Counter& counter, const Args& args) {
         const int64_t n = in.kernel->n_tasks(args);
-        // A few turns each: a thread that is held up leaves its share to the others.
+        // Every thread takes several shares, so that the others do the work of one that is held up.
         const int64_t grab = n_threads_ == 1 ? n : std::max<int64_t>(1, n / (n_threads_ * 8));
         while (n > 0) {
             const int64_t begin = counter.next.fetch_add(grab, std::memory_order_relaxed);
@@ -239,6 +232,29 @@ GDN_EXPORT const void* gdn_kernel(const char* name) {
     for (const Kernel* k : KERNELS)
         if (std::strcmp(k->name, name) == 0) return k;
     return nullptr;
+}
+
+// The kernels' constants and sizes that Python needs; -1 for an unknown name.
+GDN_EXPORT int64_t gdn_constant(const char* name) {
+    constexpr struct {
+        const char* name;
+        int64_t value;
+    } CONSTANTS[] = {
+        {"sizeof_view", sizeof(View)},
+        {"sizeof_instruction", sizeof(Instruction)},
+        {"panel_rows", PANEL},
+        {"k_block", K_BLOCK},
+        {"sum_group", SUM_GROUP},
+        {"tile_side", SIDE},
+        {"tile_depth", DEPTH},
+        {"max_tile_rows", MAX_TILE_ROWS},
+        {"max_gathered_columns", MAX_GATHERED_COLUMNS},
+        {"partial_head", attention_op::PARTIAL_HEAD},
+        {"max_head", MAX_HEAD},
+    };
+    for (const auto& c : CONSTANTS)
+        if (std::strcmp(c.name, name) == 0) return c.value;
+    return -1;
 }
 
 GDN_EXPORT void gdn_run(void* team, const void* program, int64_t n, const int64_t* live,

@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from engine.backends.base import Array, WeightSource
 from engine.backends.native.library import Library
 from engine.backends.native.panels import Panels
-from engine.backends.native.views import PACKED, tensor_view, view
-from engine.formats.quants import F32, dequantize
+from engine.backends.native.views import PACKED
+from engine.formats.quants import dequantize
 from engine.graph import Tensor
 
-# Of packed weights that are begun before the oldest is finished: enough to keep every thread busy.
+# Bytes of weights that are packed ahead of the oldest unfinished one: they keep all threads busy.
 _AHEAD_BYTES = 64 << 20
 _MAP_BYTES = 256 << 20
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A matrix [out, in], or matrices [X, out, in], in panels of 16 rows."""
-
-    data: Array
-    layout: int
-    matrix_bytes: int
-    panel_bytes: int
 
 
 class CpuWeights:
@@ -36,51 +25,39 @@ class CpuWeights:
     def __init__(self, library: Library, n_threads: int) -> None:
         self._panels, self._n_threads = Panels(library), n_threads
         self._memory = _Memory()
-        self._packed: dict[Tensor, Packed] = {}
+        # The panels of matrices [out, in] or [X, out, in].
+        self._packed: dict[Tensor, Array] = {}
         self._plain: dict[Tensor, Array] = {}
 
     def load(self, packed: Sequence[Tensor], plain: Sequence[Tensor], source: WeightSource) -> None:
         """Read and convert weights; shows progress when it takes long."""
-        for tensor in plain:
-            if tensor not in self._plain:
-                values = dequantize(tensor.dtype, source.raw(tensor.name), tensor.shape)
-                self._plain[tensor] = np.ascontiguousarray(values)
+        for tensor in (t for t in plain if t not in self._plain):
+            values = dequantize(tensor.dtype, source.raw(tensor.name), tensor.shape)
+            self._plain[tensor] = np.ascontiguousarray(values)
         todo = [t for t in packed if t not in self._packed]
-        ready = self._panels.pack_all(todo, source, self._n_threads, _AHEAD_BYTES, self._room)
+        ready = self._panels.pack_all(todo, source, self._n_threads, _AHEAD_BYTES, self._allocate)
         for _ in ready:
             pass
 
-    def _room(self, tensor: Tensor, n_bytes: int) -> Array:
-        """Where a weight is packed to, and stays."""
-        panel, matrix_bytes = self._panels.matrix_bytes(tensor)
-        data, layout = self._memory.take(n_bytes), self._panels.layout(tensor.dtype)
-        self._packed[tensor] = Packed(data, layout, matrix_bytes, panel)
-        return data
+    def _allocate(self, tensor: Tensor, n_bytes: int) -> Array:
+        self._packed[tensor] = self._memory.take(n_bytes)
+        return self._packed[tensor]
 
     def packed_bytes(self, tensor: Tensor) -> int:
         """Bytes of a weight when it is packed."""
         return self._panels.packed_bytes(tensor)
 
-    def packed_view(self, tensor: Tensor) -> Array:
-        """The view of a packed weight: strides in bytes, of matrices and panels."""
-        p = self._packed[tensor]
-        strides = [p.panel_bytes] if len(tensor.shape) == 2 else [p.matrix_bytes, p.panel_bytes]
-        return view(p.data.ctypes.data, tensor.shape, strides, PACKED, p.layout)
+    def packed_strides(self, tensor: Tensor) -> tuple[int, list[int], int, int]:
+        address, layout = self._packed[tensor].ctypes.data, self._panels.layout(tensor.dtype)
+        return address, self._panels.strides(tensor), PACKED, layout
 
-    def plain_view(self, tensor: Tensor) -> Array:
-        """The view of a weight decoded to float32, or of a part of one."""
-        return tensor_view(tensor, self._plain[tensor.base].ctypes.data, F32)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all weights as they are kept."""
-        packed = sum(p.data.nbytes for p in self._packed.values())
-        return packed + sum(a.nbytes for a in self._plain.values())
+    def plain_or_zero(self, tensor: Tensor) -> int:
+        return self._plain[tensor].ctypes.data if tensor in self._plain else 0
 
 
 class _Memory:
-    """Hands out memory of large anonymous maps in huge pages, which the system provides when they
-    are first written: with small ones, weights stream through more page tables than a TLB holds."""
+    """Cuts arrays out of large anonymous maps in huge pages, which the system provides when
+    they are first written: with small pages, weights need more page tables than a TLB holds."""
 
     def __init__(self) -> None:
         self._left = np.empty(0, np.uint8)

@@ -1,4 +1,4 @@
-"""The parameter of every CUDA kernel, laid out as the structs of engine/ops/cuda/kernel.cuh."""
+"""The argument of every CUDA kernel, laid out as the structs of engine/ops/cuda/kernel.cuh."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import numpy as np
 
 from engine.backends.native.views import MAX_RANK
 
-# As in kernel.cuh.
+# Operands and attributes of a kernel, at most.
 MAX_VIEWS, MAX_ATTRS = 22, 8
-# View and Args.
 VIEW = np.dtype(
     [
         ("data", "u8"),

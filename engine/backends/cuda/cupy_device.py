@@ -17,17 +17,9 @@ from tqdm import tqdm
 from engine.backends.base import Array
 from engine.backends.cuda import nvrtc
 from engine.backends.cuda.args import ARGS
-from engine.backends.cuda.device import (
-    Captured,
-    CudaError,
-    Fetched,
-    Gemm,
-    Grid,
-    Memory,
-    Timer,
-)
+from engine.backends.cuda.device import Captured, CudaError, Fetched, Gemm, Grid, Memory, Timer
 from engine.backends.cuda.driver import Launcher
-from engine.backends.cuda.staging import PinnedBytes, PinnedTurns
+from engine.backends.cuda.staging import PinnedBytes, StagingRing
 
 MIN_CAPABILITY = (8, 0)
 
@@ -53,22 +45,21 @@ class CupyDevice:
         self._blas: _Blas | None = None
         small, large, back = (8, 256 << 10), (2, 32 << 20), (4, 4 << 10)
         self._small, self._large, self._back = (
-            PinnedTurns(cupy.cuda, self.wait, *sizes) for sizes in (small, large, back)
+            StagingRing(cupy.cuda, self.wait, *sizes) for sizes in (small, large, back)
         )
 
     @property
     def target(self) -> str:
-        """What kernels are compiled for."""
+        """The architecture that kernels are compiled for."""
         major, minor = self.capability
         return f"sm_{major}{minor}{'a' if self.capability == (9, 0) else ''}"
 
     def free_bytes(self) -> int:
-        """What the driver has left, and what CuPy's pool holds unused."""
+        """The driver's free memory, and what CuPy's pool holds unused."""
         free, _ = self._cupy.cuda.runtime.memGetInfo()
         return int(free) + int(self._cupy.get_default_memory_pool().free_bytes())
 
     def allocate(self, n_bytes: int) -> Memory:
-        """From CuPy's pool."""
         try:
             memory = self._cupy.cuda.alloc(max(n_bytes, 1))
         except self._cupy.cuda.memory.OutOfMemoryError:
@@ -79,15 +70,15 @@ class CupyDevice:
         return _CupyMemory(memory, int(memory.ptr), n_bytes)
 
     def upload(self, address: int, values: Array) -> None:
-        """Through pinned memory in turns, so that only the copy to that is waited for."""
+        """Through pinned memory: waits only until `values` are copied there."""
         data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
         pinned = self._small if len(data) <= self._small.size else self._large
         for begin in range(0, len(data), pinned.size):
             part = data[begin : begin + pinned.size]
-            turn = pinned.next()
-            turn.data[: len(part)] = part
-            self._copy_async(address + begin, turn.address, len(part), to_device=True)
-            turn.event.record(self.stream)
+            buffer = pinned.next()
+            buffer.data[: len(part)] = part
+            self._copy_async(address + begin, buffer.address, len(part), to_device=True)
+            buffer.event.record(self.stream)
 
     def _copy_async(self, target: int, source: int, n_bytes: int, to_device: bool) -> None:
         runtime = self._cupy.cuda.runtime
@@ -98,36 +89,31 @@ class CupyDevice:
             raise CudaError(f"CUDA: {error}") from None
 
     def download(self, address: int, values: Array) -> None:
-        """Waits for the stream."""
         self._copy_async(values.ctypes.data, address, values.nbytes, to_device=False)
         self.synchronize()
 
     def fetch(self, address: int, n_bytes: int) -> Fetched:
-        """To pinned memory, with an event after it."""
-        turn = self._back.next()
-        self._copy_async(turn.address, address, n_bytes, to_device=False)
-        turn.event.record(self.stream)
-        return PinnedBytes(turn, n_bytes, self.wait)
+        buffer = self._back.next()
+        self._copy_async(buffer.address, address, n_bytes, to_device=False)
+        buffer.event.record(self.stream)
+        return PinnedBytes(buffer, n_bytes, self.wait)
 
     def fill(self, address: int, n_bytes: int, byte: int) -> None:
-        """A memset on the stream."""
         self._cupy.cuda.runtime.memsetAsync(address, byte, n_bytes, self.stream.ptr)
 
     def copy(self, target: int, source: int, n_bytes: int) -> None:
-        """A copy on the stream."""
         runtime = self._cupy.cuda.runtime
         kind = runtime.memcpyDeviceToDevice
         runtime.memcpyAsync(target, source, n_bytes, kind, self.stream.ptr)
 
     def function(self, source: str, name: str, shared_bytes: int = 0) -> int:
-        """Compiles the source at its first use, unless `prepare` did."""
         if source not in self._modules:
             code = nvrtc.cached(source, self.target) or nvrtc.compile_and_keep(source, self.target)
             self._modules[source] = self._cupy.cuda.function.Module()
             self._modules[source].load(code)
         function = self._modules[source].get_function(name)
         driver = self._cupy.cuda.driver
-        # What it is allowed must not shrink again.
+        # A later launch must not lower the limit.
         if shared_bytes > self._allowed.get(name, 48 << 10):
             limit = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             driver.funcSetAttribute(function.ptr, limit, shared_bytes)
@@ -135,7 +121,7 @@ class CupyDevice:
         return int(function.ptr)
 
     def prepare(self) -> None:
-        """Compile what is not yet kept on disk, with a progress bar."""
+        """Compile sources that the disk cache lacks, with a progress bar."""
         missing = [n for n in nvrtc.sources() if nvrtc.cached(n, self.target) is None]
         if not missing:
             return
@@ -145,7 +131,6 @@ class CupyDevice:
             list(tqdm(done, total=len(missing), desc=title, leave=False, disable=None))
 
     def launch(self, function: int, grid: Grid, threads: int, shared: int, params: int) -> None:
-        """Through the driver's launch call: no more Python than this."""
         if reason := self._launcher.launch(function, grid, threads, shared, params):
             raise CudaError(f"CUDA: {reason}")
 
@@ -155,7 +140,6 @@ class CupyDevice:
         self._blas.gemm(product)
 
     def capture(self, launches: Callable[[], None]) -> Captured:
-        """A CUDA graph of the stream's work."""
         self._blas = self._blas or _Blas(self)
         self.stream.begin_capture()
         try:
@@ -166,7 +150,6 @@ class CupyDevice:
         return _CupyGraph(graph, self.stream)
 
     def timer(self, delay_s: float = 0.0) -> Timer:
-        """Events on the stream, behind a kernel that waits."""
         if delay_s:
             args = np.zeros(1, ARGS)
             args["attr"][0, 0] = delay_s * 1e9
@@ -174,11 +157,11 @@ class CupyDevice:
         return _EventTimer(self)
 
     def synchronize(self) -> None:
-        """Waits for the stream; raises CudaError for what failed on it."""
+        """Wait for the stream; raises CudaError for work that failed on it."""
         self.wait(self.stream)
 
     def wait(self, what: Any) -> None:
-        """Waits for the stream, or an event on it."""
+        """Wait for the stream or an event; raises CudaError for work that failed."""
         try:
             what.synchronize()
         except self._errors as error:
@@ -221,8 +204,10 @@ class _EventTimer:
 
 
 class _Blas:
-    """A handle of cuBLAS with a workspace, as captured products need one. CuPy's own handle would
-    follow the device that was made last, and so that one's stream."""
+    """A cuBLAS handle with a workspace, which captured products need.
+
+    CuPy's own handle would belong to the device, and the stream, that were created last.
+    """
 
     # What cuBLAS documents for Hopper.
     _WORKSPACE = 32 << 20
@@ -242,10 +227,9 @@ class _Blas:
     def gemm(self, p: Gemm) -> None:
         # By columns, as cuBLAS counts: outᵀ [n, m] = b [n, k] · aᵀ [k, m].
         pointer, one = ctypes.c_void_p, ctypes.byref(self._one)
-        beta = one if p.accumulate else ctypes.byref(self._zero)
         _check(self._lib.cublasGemmEx(
             self._handle, self._TRANSPOSE, self._PLAIN, p.n, p.m, p.k, one,
-            pointer(p.b), self._BF16, p.k, pointer(p.a), self._BF16, p.k, beta,
+            pointer(p.b), self._BF16, p.k, pointer(p.a), self._BF16, p.k, ctypes.byref(self._zero),
             pointer(p.out), self._F32, p.n, self._COMPUTE_F32, self._DEFAULT,
         ))  # fmt: skip
 
@@ -268,7 +252,7 @@ def _cublas() -> ctypes.CDLL:
 
 
 def _cupy(index: int) -> Any:
-    """CuPy, once it is known that it works with this machine's driver."""
+    """CuPy; raises CudaError where it is missing, or does not work with the driver."""
     try:
         import cupy
     except ImportError as error:
@@ -286,7 +270,7 @@ def _cupy(index: int) -> Any:
 
 
 def _reason(error: Exception, runtime: Any) -> str:
-    """What CUDA says, and for a driver that is too old both versions."""
+    """CUDA's message; for a driver that is too old, with both versions."""
     text = str(error).split(": ", 1)[-1]
     if "insufficient" not in text:
         return text

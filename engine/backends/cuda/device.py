@@ -1,7 +1,7 @@
-"""What the CUDA backend needs of a device.
+"""The device that the CUDA backend runs on: memory, launches, captured graphs.
 
-Everything above this file deals in addresses, launches and captured graphs, so that tests can put a
-device of their own, without a GPU, in place of `CupyDevice`.
+Other files use a GPU through this protocol alone, so tests can replace `CupyDevice` by a device
+that needs no GPU.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ class CudaError(EngineError):
 
 
 class Memory(Protocol):
-    """Bytes of device memory; given back when nothing refers to it any more."""
+    """Bytes of device memory, freed when nothing refers to it any more."""
 
     @property
     def address(self) -> int:
-        """Where it begins."""
+        """The address of the first byte."""
 
     @property
     def nbytes(self) -> int:
-        """Its size."""
+        """The size."""
 
 
 @dataclass(frozen=True)
@@ -42,35 +42,34 @@ class Gemm:
     m: int
     n: int
     k: int
-    accumulate: bool = False
 
 
 class Captured(Protocol):
-    """Launches that were recorded; the device keeps what they need."""
+    """Recorded launches; the device keeps what they need."""
 
     def replay(self) -> None:
-        """Run them again, in the device's order of work."""
+        """Run them again, behind the work so far."""
 
 
 class Fetched(Protocol):
     """Bytes on their way to the host."""
 
     def values(self) -> Array:
-        """Waits for them, but not for later work; uint8."""
+        """Wait for them, but not for later work; uint8."""
 
 
 class Timer(Protocol):
-    """Marks in the device's order of work."""
+    """Times parts of the device's work."""
 
     def mark(self) -> None:
-        """The end of what was launched since the mark before."""
+        """End the part that began at the mark before."""
 
     def seconds(self) -> list[float]:
-        """Waits; the seconds between neighbouring marks."""
+        """Wait; the seconds between neighbouring marks."""
 
 
 class Device(Protocol):
-    """One device, whose work is done in the order in which it is asked for."""
+    """One device, which works in the order of the calls."""
 
     name: str
     detail: str
@@ -91,9 +90,9 @@ class Device(Protocol):
         """Wait for all work and copy to `values`, which lies without gaps."""
 
     def fetch(self, address: int, n_bytes: int) -> Fetched:
-        """Copy to the host what lies there when the work so far is done, without waiting for it.
+        """Copy bytes to the host behind the work so far, without waiting.
 
-        For few bytes; they may be asked for until three more were fetched.
+        For few bytes; their values may be read until three more fetches were made.
         """
 
     def fill(self, address: int, n_bytes: int, byte: int) -> None:
@@ -112,13 +111,13 @@ class Device(Protocol):
         """A matrix product on tensor cores, accumulated in float32."""
 
     def capture(self, launches: Callable[[], None]) -> Captured:
-        """Record what `launches` launches, without running it."""
+        """Record the launches of a function, without running them."""
 
     def prepare(self) -> None:
-        """Compile what isn't compiled yet."""
+        """Compile every source that is not yet compiled."""
 
     def timer(self, delay_s: float = 0.0) -> Timer:
-        """A timer whose first mark is now, or comes after a delay in which launches queue up."""
+        """A timer whose first mark is now, or behind a delay in which launches can queue up."""
 
     def synchronize(self) -> None:
         """Wait for all work."""

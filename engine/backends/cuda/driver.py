@@ -1,7 +1,7 @@
-"""The driver's launch call with attributes, which CuPy does not have.
+"""The driver's launch call with attributes, which CuPy lacks.
 
-From compute capability 9.0 on, a kernel may start while the one before it is still at work
-(programmatic dependent launch); kernels wait themselves for what they read (primitives.cuh).
+From compute capability 9.0 on, a kernel may start while the kernel before it still runs
+(programmatic dependent launch); kernels themselves wait for their inputs (primitives.cuh).
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_int, c_uint, c_void_p
 
-# CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION of cuda.h, and the driver's version from
-# which on a captured graph keeps it.
+# CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION of cuda.h, and the first version of the
+# driver whose captured graphs keep it.
 _PROGRAMMATIC, _LEAST_DRIVER = 6, 12030
 
 
@@ -55,7 +55,7 @@ class Launcher:
     def launch(
         self, function: int, grid: tuple[int, int, int], threads: int, shared: int, params: int
     ) -> str:
-        """What went wrong, in the driver's words; an empty string if nothing did."""
+        """Launch a kernel; returns the driver's error, or an empty string."""
         config = self._config
         config.grid[:] = grid
         config.block[0], config.shared = threads, shared

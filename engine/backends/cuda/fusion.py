@@ -1,41 +1,32 @@
-"""Which consecutive nodes one launch computes together in decode steps: the rows of FUSIONS.
+"""Consecutive nodes that one launch computes together in decode steps: the rows of FUSIONS.
 
-Steps of other kinds launch each node's own kernels. The graph stays as it is: programs that are
-watched node by node, and those whose bits must not depend on the batch, do without fusions.
+Other steps launch each node's own kernels. The graph stays as it is: programs that are watched node
+by node, and batch-invariant ones, have no fusions.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
-from engine.backends.cuda.launches import Lowering
-from engine.backends.cuda.lower import gemv as cuda_row
-from engine.backends.cuda.lower.common import Between
+from engine.backends.cuda.kernels import threads
+from engine.backends.cuda.launches import Launch, Lowering
+from engine.backends.cuda.lower import gemv, lower_node
+from engine.backends.cuda.lower.common import RowRange, cut
 from engine.backends.cuda.lower.mul_mat import lower_mul_mat
-from engine.backends.cuda.lower.simple import add_small
 from engine.backends.native.buffers import Ref
-from engine.backends.native.fusion import Uses
+from engine.backends.native.fusion import Fusion, Readers
 from engine.backends.native.signatures import SIGNATURES, is_quantized, matrices_of
 from engine.graph import Live, Node
 
-# As in fused/delta_net_inputs.cu.
-_CHANNELS = 128
+# Channels of a thread block.
+_CHANNELS = threads("delta_net_inputs")
 
 
-@dataclass(frozen=True)
-class Fusion:
-    """Consecutive nodes of ops `pattern`, where `supports(nodes, uses)` says yes."""
-
-    pattern: tuple[str, ...]
-    supports: Callable[[Sequence[Node], Uses], bool]
-    lower: Callable[[Lowering, Sequence[Node]], None]
-
-
-def _are_delta_net_inputs(nodes: Sequence[Node], uses: Uses) -> bool:
-    """A convolution whose first channels are heads, each within 128 of them, that are scaled."""
+def _are_delta_net_inputs(nodes: Sequence[Node], readers: Readers) -> bool:
+    """Whether the convolution's first channels are the heads that are scaled, each within the
+    channels of one thread block."""
     conv, norm = nodes[:2]
     x, (out,) = norm.inputs["x"], conv.outputs
     return x.base is out and x.offset == 0 and _CHANNELS % x.shape[2] == 0
@@ -49,65 +40,59 @@ def _lower_delta_net_inputs(lowering: Lowering, nodes: Sequence[Node]) -> None:
     n_gates = 0
     for gate in gates:
         views += [*gate.outputs, *(gate.inputs[n] for n in SIGNATURES["GDN_GATE"].operands)]
-        n_gates = -(-gate.outputs[0].nbytes // int(out.shape[0]) // 4 // _CHANNELS)
-    n_blocks = -(-out.shape[1] // _CHANNELS) + n_gates
+        n_gates = cut(math.prod(gate.outputs[0].shape[1:]), _CHANNELS)
+    n_blocks = cut(out.shape[1], _CHANNELS) + n_gates
 
     def decodes(live: Live) -> bool:
         return live.n_tokens == live.n_seqs
 
     with lowering.only(lambda live: not decodes(live)):
         for node in nodes:
-            add_small(lowering, node)
-    lowering.launch(
-        "fused/delta_net_inputs",
-        "delta_net_inputs",
-        nodes,
-        views,
-        [norm.attrs["eps"]],
-        threads=_CHANNELS,
-        grid=lambda live: (n_blocks, live.n_tokens, 1),
-        when=decodes,
-    )
+            lower_node(lowering, node)
+    lowering.add(Launch(
+        kernel="delta_net_inputs", nodes=nodes, operands=views, attrs=[norm.attrs["eps"]],
+        grid=lambda live: (n_blocks, live.n_tokens, 1), when=decodes,
+    ))  # fmt: skip
 
 
-def _lower_row_of(
-    make: Callable[[Sequence[Node]], cuda_row.Row], lowering: Lowering, nodes: Sequence[Node]
+def _lower_gemv_of(
+    make: Callable[[Node], gemv.GemvRow], lowering: Lowering, nodes: Sequence[Node]
 ) -> None:
-    """An op and the product that alone reads it: of one row in one launch."""
+    """An op and the only product that reads it: one launch for one row, else launches of both."""
     before, product = nodes
-    is_row = Between(product.inputs["x"], 0, 1)
+    is_row = RowRange(product.inputs["x"], 0, 1)
     with lowering.only(lambda live: not is_row(live)):
-        add_small(lowering, before)
+        lower_node(lowering, before)
     lower_mul_mat(lowering, product, more_than=1)
     outs = dict(zip(matrices_of(product), product.outputs, strict=True))
-    cuda_row.lower_row(lowering, product, outs, make(nodes))
+    gemv.lower_gemv(lowering, product, outs, make(before))
 
 
-def _is_read_alone(nodes: Sequence[Node], uses: Uses) -> bool:
-    """Whether nothing but a product reads what comes before it, and all of that."""
+def _is_read_alone(nodes: Sequence[Node], readers: Readers) -> bool:
+    """Whether only the product reads the output of the node before it, and the whole of it."""
     before, product = nodes
     out, x = before.outputs[0], product.inputs["x"]
     is_whole = x.base is out and math.prod(x.shape) == math.prod(out.shape)
-    return is_whole and uses.only_by(out, product)
+    return is_whole and readers.only_by(out, product)
 
 
-def _reads_swiglu(nodes: Sequence[Node], uses: Uses) -> bool:
+def _reads_swiglu(nodes: Sequence[Node], readers: Readers) -> bool:
     act, product = nodes
     is_row = len(act.outputs) == 1 and len(act.outputs[0].shape) == 2
-    return is_row and _is_quantized(product) and _is_read_alone(nodes, uses)
+    return is_row and _is_quantized(product) and _is_read_alone(nodes, readers)
 
 
-def _reads_gated(nodes: Sequence[Node], uses: Uses) -> bool:
-    """Heads without gaps, of which a warp's columns have whole ones."""
+def _reads_gated(nodes: Sequence[Node], readers: Readers) -> bool:
+    """Whether heads lie without gaps, and a warp's columns are whole heads."""
     norm, product = nodes
     head = norm.inputs["x"].shape[2]
     dense = all(norm.inputs[name].strides[1] == head for name in ("x", "gate"))
     whole = head in (8, 16, 32, 64, 128, 256)
-    return dense and whole and _is_quantized(product) and _is_read_alone(nodes, uses)
+    return dense and whole and _is_quantized(product) and _is_read_alone(nodes, readers)
 
 
-def _reads_norm(nodes: Sequence[Node], uses: Uses) -> bool:
-    return cuda_row.is_worth_a_norm(matrices_of(nodes[1])) and _is_read_alone(nodes, uses)
+def _reads_norm(nodes: Sequence[Node], readers: Readers) -> bool:
+    return gemv.is_worth_a_norm(matrices_of(nodes[1])) and _is_read_alone(nodes, readers)
 
 
 def _is_quantized(product: Node) -> bool:
@@ -118,7 +103,7 @@ _INPUTS = ("SSM_CONV", "L2_NORM", "GDN_GATE")
 FUSIONS = (
     Fusion(_INPUTS, _are_delta_net_inputs, _lower_delta_net_inputs),
     Fusion(_INPUTS[:2], _are_delta_net_inputs, _lower_delta_net_inputs),
-    Fusion(("SWIGLU", "MUL_MAT"), _reads_swiglu, partial(_lower_row_of, cuda_row.swiglu_row)),
-    Fusion(("ADD_RMS_NORM", "MUL_MAT"), _reads_norm, partial(_lower_row_of, cuda_row.norm_row)),
-    Fusion(("RMS_NORM_GATED", "MUL_MAT"), _reads_gated, partial(_lower_row_of, cuda_row.gated_row)),
+    Fusion(("SWIGLU", "MUL_MAT"), _reads_swiglu, partial(_lower_gemv_of, gemv.swiglu_row)),
+    Fusion(("ADD_RMS_NORM", "MUL_MAT"), _reads_norm, partial(_lower_gemv_of, gemv.norm_row)),
+    Fusion(("RMS_NORM_GATED", "MUL_MAT"), _reads_gated, partial(_lower_gemv_of, gemv.gated_row)),
 )

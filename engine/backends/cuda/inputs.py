@@ -20,7 +20,7 @@ class InputRegion:
     def __init__(self, device: Device, inputs: Sequence[Tensor] = ()) -> None:
         self._device, offset = device, _LIVE_BYTES
         self._offsets: dict[Tensor, int] = {}
-        # The largest last: fewer bytes travel.
+        # The largest last: the copy ends at the last byte that was written.
         for t in sorted(inputs, key=lambda t: t.nbytes):
             self._offsets[t] = offset
             offset += -(-t.nbytes // 64) * 64
@@ -30,22 +30,22 @@ class InputRegion:
 
     @property
     def live_address(self) -> int:
-        """Where the live counts lie."""
+        """The address of the live counts."""
         return self._memory.address
 
     def address(self, tensor: Tensor) -> int:
-        """Where an input lies."""
+        """The address of an input."""
         return self._memory.address + self._offsets[tensor]
 
     def write(self, tensor: Tensor, values: Array) -> None:
-        """Set an input's live part."""
+        """Set the live rows of an input."""
         begin = self._offsets[tensor]
         end = begin + values.nbytes
         self._image[begin:end] = np.ravel(values).view(np.uint8)
         self._end = max(self._end, end)
 
     def flush(self, live: Live) -> None:
-        """Bring what was written, and the live counts, to the device."""
+        """Upload the inputs that were written, and the live counts."""
         counts = np.array([live.dim(name) or 0 for name in DIMS], np.int32)
         self._image[: counts.nbytes] = counts.view(np.uint8)
         end = max(self._end, counts.nbytes)

@@ -1,32 +1,28 @@
-"""A split as launches of the GPU, in order on one stream, and where activations lie.
+"""A split as launches on one stream, in order.
 
-Launches are chosen by what the host knows of a batch: its counts of rows and sequences. Decode
-steps (a row for each sequence) are captured once for each bucket of counts and replayed; what they
-work on, live counts included, is the contents of device memory.
+The host chooses the launches of a step by its counts of rows and sequences. Decode steps (one row
+for each sequence) are captured once for each bucket of counts and replayed: everything they read,
+live counts included, lies in device memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
-from engine.backends.base import Array
 from engine.backends.cuda.args import MAX_ATTRS, MAX_VIEWS
 from engine.backends.cuda.device import Captured, Device, Grid
+from engine.backends.cuda.kernels import KERNELS
 from engine.backends.cuda.weights import CudaWeights
-from engine.backends.native.buffers import Arena, Ref, Scratch, Zeros, place_buffers
-from engine.backends.native.signatures import is_packed
-from engine.backends.native.views import DIMS, DTYPES
-from engine.formats.quants import F32, I32
-from engine.graph import Dim, Kind, Live, Node, Tensor
+from engine.backends.native.buffers import Ref, Scratch, Zeros
+from engine.formats.quants import I32
+from engine.graph import Live, Node, Tensor
 
 # Sequences of a decode step that is captured: up to each of these numbers.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
-# Counters that blocks of a launch may meet at.
+# Counters at which the thread blocks of a launch can meet.
 MAX_COUNTERS = 4096
 
 Sizes = Callable[[Live], Grid]
@@ -34,39 +30,52 @@ Condition = Callable[[Live], bool]
 
 
 def always(live: Live) -> bool:
-    """The condition of what every step launches."""
+    """The condition that every step fulfils."""
     return True
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """One launch before addresses are known."""
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One launch of a kernel before addresses are known.
 
-    source: str
-    name: str
+    operands: outputs, then inputs; None where one is absent. grid, when: functions of a step's
+    live counts; the launch is left out where `when` is false. threads, shared: of a thread block,
+    where KERNELS leaves the choice to the launch.
+    """
+
+    kernel: str
     nodes: Sequence[Node]
     operands: Sequence[Ref]
-    attrs: Sequence[float]
-    threads: int
+    attrs: Sequence[float] = ()
     grid: Sizes
-    shared: int = 0
     when: Condition = always
+    threads: int = 0
+    shared: int = 0
+
+    def __post_init__(self) -> None:
+        assert len(self.operands) <= MAX_VIEWS, (self.kernel, len(self.operands))
+        assert len(self.attrs) <= MAX_ATTRS, (self.kernel, len(self.attrs))
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Threads of a thread block, and its bytes of dynamic shared memory."""
+        known = KERNELS[self.kernel]
+        return self.threads or known.threads, self.shared or known.shared
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Product:
-    """out = a · bᵀ by cuBLAS: a [T, k] and b [n, k] bfloat16; b is a weight's copy or a buffer."""
+    """out [T, n] f32 = a [T, k] · b [n, k]ᵀ by cuBLAS, a and b bfloat16.
+
+    b: a weight that has a copy in bfloat16, or a buffer.
+    """
 
     nodes: Sequence[Node]
     out: Ref
     a: Ref
     b: Tensor | Scratch
     when: Condition = always
-
-    @property
-    def name(self) -> str:
-        """As kernels are called."""
-        return "gemm_bf16"
+    kernel: str = "gemm_bf16"
 
     @property
     def operands(self) -> Sequence[Ref]:
@@ -74,11 +83,11 @@ class Product:
         return [self.out, self.a, self.b if isinstance(self.b, Scratch) else None]
 
 
-Step = Kernel | Product
+Step = Launch | Product
 
 
 class Lowering:
-    """The steps of a split, in order. `device` and `weights` are there for choices."""
+    """Collects the steps of a split, in order; kernels are chosen by `device` and `weights`."""
 
     def __init__(self, device: Device, weights: CudaWeights, batch_invariant: bool = False) -> None:
         self.device, self.weights, self.batch_invariant = device, weights, batch_invariant
@@ -89,70 +98,27 @@ class Lowering:
 
     @contextmanager
     def only(self, when: Condition) -> Iterator[None]:
-        """What is appended within it is launched only when this holds, too."""
+        """Steps that are added within it run only when this holds, too."""
         self._conditions.append(when)
         yield
         self._conditions.pop()
 
-    def _when(self, when: Condition) -> Condition:
-        if not self._conditions:
-            return when
-        every = (*self._conditions, when)
-        return lambda live: all(condition(live) for condition in every)
-
-    def launch(
-        self,
-        source: str,
-        name: str,
-        nodes: Sequence[Node],
-        operands: Sequence[Ref],
-        attrs: Sequence[float] = (),
-        *,
-        threads: int,
-        grid: Sizes,
-        shared: int = 0,
-        when: Condition = always,
-    ) -> None:
-        """Append a launch of a kernel of `source`.
-
-        operands: outputs, then what is read; None where one is absent. shared: bytes of dynamic
-        shared memory. `grid` is a function of a batch's counts, and so is `when`: whether it is
-        launched at all.
-        """
-        assert len(operands) <= MAX_VIEWS, (name, len(operands))
-        assert len(attrs) <= MAX_ATTRS, (name, len(attrs))
-        self.steps.append(
-            Kernel(
-                source, name, nodes, operands, attrs, threads, grid, shared, self._when(when)
-            )
-        )  # fmt: skip
-
-    def gemm(
-        self,
-        nodes: Sequence[Node],
-        out: Ref,
-        a: Ref,
-        b: Tensor | Scratch,
-        *,
-        when: Condition = always,
-    ) -> None:
-        """Append a matrix product by cuBLAS: out [T, n] f32 = a [T, k] · b [n, k]ᵀ."""
-        self.steps.append(Product(nodes, out, a, b, self._when(when)))
+    def add(self, step: Step) -> None:
+        """Append a step."""
+        if self._conditions:
+            every = (*self._conditions, step.when)
+            step = replace(step, when=lambda live: all(condition(live) for condition in every))
+        self.steps.append(step)
 
     def buffers(
         self, key: Any, shapes: Sequence[tuple[Sequence[int], Any]]
     ) -> tuple[list[Scratch], bool]:
-        """Buffers (shape, dtype) that are made once for each key, such as a conversion that several
-        steps read; and whether they are new."""
+        """The buffers (shape, dtype) of a key, for example a conversion that several steps read;
+        and whether they are new."""
         is_new = key not in self._shared
         if is_new:
             self._shared[key] = [Scratch(tuple(shape), dtype) for shape, dtype in shapes]
         return self._shared[key], is_new
-
-    def place(self, arena: Arena[Any], outside: Iterable[Any]) -> None:
-        """Find room for all activations and buffers that are not `outside`, with fixed places."""
-        steps = ((i, step.nodes, step.operands) for i, step in enumerate(self.steps))
-        place_buffers(steps, arena, outside)
 
 
 def bucket_of(live: Live) -> int | None:
@@ -163,14 +129,14 @@ def bucket_of(live: Live) -> int | None:
 
 
 class Replays:
-    """Steps that `launch` makes: those of a bucket are captured once, then replayed."""
+    """Runs steps by `launch`; those of a bucket are captured once, then replayed."""
 
     def __init__(self, device: Device, launch: Callable[[Live], None]) -> None:
         self._device, self._launch = device, launch
         self.captured: dict[int, Captured] = {}
 
     def run(self, live: Live) -> None:
-        """Make one step."""
+        """Run one step."""
         if (bucket := bucket_of(live)) is None:
             self._launch(live)
             return
@@ -178,34 +144,3 @@ class Replays:
             most = Live(bucket, bucket, bucket)
             self.captured[bucket] = self._device.capture(lambda: self._launch(most))
         self.captured[bucket].replay()
-
-
-def fill_view(record: Array, ref: Ref, step: Step, address: int, weights: CudaWeights) -> None:
-    """Write an operand's record of VIEW; `address` is that of its base, but of weights."""
-    if ref is None:
-        return
-    shape: Sequence[int] = ref.shape
-    if isinstance(ref, Scratch):
-        strides = [int(np.prod(shape[i + 1 :])) for i in range(len(shape))]
-        dtype, layout = ref.dtype if isinstance(ref.dtype, int) else DTYPES[ref.dtype], 0
-    elif ref.kind is Kind.WEIGHT and _is_packed(ref, step):
-        address, strides, dtype, layout = weights.packed_strides(ref)
-    else:
-        dtype = DTYPES[F32 if ref.kind is Kind.WEIGHT else ref.dtype]
-        strides, layout = list(ref.strides), 0
-        address += ref.offset * (2 if ref.dtype.name == "F16" and dtype != DTYPES[F32] else 4)
-    record["data"], record["rank"] = address, len(shape)
-    record["shape"][: len(shape)] = shape
-    record["stride"][: len(strides)] = strides
-    record["dtype"], record["layout"] = dtype, layout
-    first = shape[0] if shape else 0
-    if isinstance(first, Dim) and first.name in DIMS:
-        record["dim"] = DIMS.index(first.name)
-
-
-def _is_packed(weight: Tensor, step: Step) -> bool:
-    return any(
-        t is weight and is_packed(node, name)
-        for node in step.nodes
-        for name, t in node.inputs.items()
-    )

@@ -1,7 +1,7 @@
-"""CUDA sources to machine code, with NVIDIA's run-time compiler.
+"""Compiles CUDA sources with NVIDIA's run-time compiler.
 
-The compiler comes with CuPy's wheels or a CUDA toolkit and needs no GPU. What it made is kept on
-disk, by what it depends on: sources, target and the compiler's version.
+The compiler comes with CuPy's wheels or a CUDA toolkit and needs no GPU. Machine code is cached on
+disk, by the digest of sources and headers, target and compiler version.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from engine.backends.cuda import kernels
 from engine.errors import EngineError
 
-SOURCES = Path(__file__).resolve().parents[2] / "ops" / "cuda"
+SHARED = Path(__file__).resolve().parents[2] / "ops"
+SOURCES = SHARED / "cuda"
 _OPTIONS = ("--std=c++17", "--fmad=true", "-default-device")
 
 
@@ -25,14 +27,19 @@ class CompileError(EngineError):
 
 
 def sources() -> list[str]:
-    """Names of all sources that make a module, without `.cu`; fusions are `fused/<name>`."""
+    """Names of all sources, without `.cu`; those of fusions are `fused/<name>`."""
     return sorted(str(p.relative_to(SOURCES))[:-3] for p in SOURCES.rglob("*.cu"))
 
 
 @cache
 def _headers() -> dict[str, str]:
-    paths = [*SOURCES.glob("*.cuh"), *SOURCES.glob("fused/*.cuh")]
-    return {str(p.relative_to(SOURCES)): p.read_text() for p in sorted(paths)}
+    """Headers by the names that sources include; some are shared with the CPU's kernels."""
+    found = {
+        str(p.relative_to(root)): p.read_text()
+        for root, pattern in ((SHARED, "*.h"), (SOURCES, "**/*.cuh"))
+        for p in sorted(root.glob(pattern))
+    }
+    return found | {kernels.HEADER: kernels.header()}
 
 
 def compile_source(name: str, target: str, more_options: tuple[str, ...] = ()) -> bytes:
@@ -60,7 +67,7 @@ def compile_source(name: str, target: str, more_options: tuple[str, ...] = ()) -
 
 
 def cached(name: str, target: str) -> bytes | None:
-    """What an earlier `compile_and_keep` kept, if it is still what would be made."""
+    """The machine code that the disk cache has of a source in its present state."""
     try:
         return _cache_path(name, target).read_bytes()
     except OSError:
@@ -68,7 +75,7 @@ def cached(name: str, target: str) -> bytes | None:
 
 
 def compile_and_keep(name: str, target: str) -> bytes:
-    """As `compile_source`; keeps the result on disk where that can be written."""
+    """As `compile_source`; writes the result to the disk cache where that can be written."""
     code, path = compile_source(name, target), _cache_path(name, target)
     temporary = path.with_suffix(f".{os.getpid()}")
     try:
@@ -128,7 +135,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _candidates() -> Iterator[str]:
-    """Where wheels put it, then where the system's loader looks."""
+    """Paths of wheels, then of the system."""
     spec = importlib.util.find_spec("nvidia")
     for root in spec.submodule_search_locations or () if spec else ():
         found = Path(root).glob("*/lib/libnvrtc.so.1[23]*")

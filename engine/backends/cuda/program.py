@@ -1,26 +1,23 @@
-"""A split on the GPU: launches with their parameters, run one by one or as a captured graph."""
+"""A split on the GPU: launches with their arguments, run one by one or as a captured graph."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from engine.backends.base import Array, Instruction, Split
+from engine.backends.base import Array, Split
 from engine.backends.cuda.args import ARGS
-from engine.backends.cuda.device import CudaError, Device, Gemm, Grid, Memory
+from engine.backends.cuda.device import CudaError, Gemm, Grid, Memory
 from engine.backends.cuda.fusion import FUSIONS
-from engine.backends.cuda.inputs import InputRegion
-from engine.backends.cuda.launches import Kernel, Lowering, Product, Replays, Step, fill_view
-from engine.backends.cuda.lower.ops import add_node
-from engine.backends.cuda.states import DeviceStates
-from engine.backends.cuda.weights import CudaWeights
-from engine.backends.native.buffers import Arena, Ref, Zeros, owner_of
-from engine.backends.native.fusion import Uses, grouped
+from engine.backends.cuda.host import Host, prepare
+from engine.backends.cuda.launches import Launch, Lowering, Product, Replays, Step
+from engine.backends.cuda.lower import lower_node
+from engine.backends.native.buffers import Zeros
 from engine.backends.native.program import NativeProgram
 from engine.formats.quants import numpy_dtype
-from engine.graph import Kind, Live, Node, Tensor
+from engine.graph import Live, Node, Tensor
 
 # What the host takes at most to launch a kernel and record an event.
 _LAUNCH_SECONDS = 50e-6
@@ -28,51 +25,26 @@ _LAUNCH_SECONDS = 50e-6
 _MAX_KEPT = 64
 
 
-class Host(Protocol):
-    """What a program needs of its backend."""
-
-    device: Device
-    weights: CudaWeights
-    states: DeviceStates
-    inputs: InputRegion
-    batch_invariant: bool
-
-    def fixed(self, tensor: Tensor) -> int:
-        """The address of a tensor that outlives programs."""
-
-    def begin(self, live: Live) -> None:
-        """Bring inputs and live counts to the device."""
-
-
-class CudaProgram(NativeProgram):
+class CudaProgram(NativeProgram[Host]):
     """A compiled split."""
 
-    def __init__(self, backend: Host, split: Split, fused: bool = True) -> None:
-        super().__init__(split, fused)
-        self._backend, self._device = backend, backend.device
+    def __init__(self, host: Host, split: Split, fused: bool = True) -> None:
+        super().__init__(host, split, fused)
+        self._device = host.device
         self._kept: dict[tuple[int, int, int], Mapping[int, Grid | Gemm]] = {}
-        lowering = Lowering(backend.device, backend.weights, backend.batch_invariant)
-        uses = Uses.of(split.nodes, split.keeps)
-        fusions = FUSIONS if fused and not backend.batch_invariant else ()
-        for fusion, group in grouped(split.nodes, uses, fusions):
-            first = len(lowering.steps)
-            if fusion is None:
-                add_node(lowering, group[0])
-            else:
-                fusion.lower(lowering, group)
-            self._spans[group[0]] = range(first, len(lowering.steps))
+        lowering = Lowering(host.device, host.weights, host.batch_invariant)
+        self._lower(lowering, () if host.batch_invariant else FUSIONS, lower_node)
         self._steps = lowering.steps
         self._zeros = self._allocate_zeros()
-        arena: Arena[Any] = Arena()
-        lowering.place(arena, self.outside | self._zeros.keys())
-        self._offsets = arena.offsets
-        self._arena = self._device.allocate(arena.size)
-        self._functions: list[int] = []
+        self._addresses |= {ref: memory.address for ref, memory in self._zeros.items()}
+        self._place(self._steps, range(len(self._steps)))
         self._args = np.zeros(len(self._steps), ARGS)
-        for args, step in zip(self._args, self._steps, strict=True):
-            self._prepare(args, step)
+        self._functions = list(map(self._prepare, self._args, self._steps))
         self.replays = Replays(self._device, self.launch)
-        self.instructions = [Instruction(step.name, tuple(step.nodes)) for step in self._steps]
+
+    def _allocate(self, n_bytes: int) -> int:
+        self._arena = self._device.allocate(n_bytes)
+        return self._arena.address
 
     def _allocate_zeros(self) -> dict[Any, Memory]:
         zeros: dict[Any, Memory] = {}
@@ -81,41 +53,17 @@ class CudaProgram(NativeProgram):
             self._device.fill(zeros[ref].address, ref.nbytes, 0)
         return zeros
 
-    def _prepare(self, args: Any, step: Step) -> None:
-        """The function and the parameter of a launch."""
+    def _prepare(self, args: Any, step: Step) -> int:
         if isinstance(step, Product):
-            self._functions.append(0)
-            return
-        self._functions.append(self._device.function(step.source, step.name, step.shared))
-        for i, ref in enumerate(step.operands):
-            fill_view(args["v"][i], ref, step, self._address(ref), self._backend.weights)
-        args["attr"][: len(step.attrs)] = step.attrs
-        args["live"] = self._backend.inputs.live_address
-
-    def _address(self, ref: Ref) -> int:
-        """Where an operand's base lies; 0 for packed weights, whose view knows better."""
-        owner = owner_of(ref)
-        if owner is None:
             return 0
-        if owner in self._offsets:
-            return self._arena.address + int(self._offsets[owner])
-        if owner in self._zeros:
-            return self._zeros[owner].address
-        if owner.kind is Kind.WEIGHT:
-            return self._backend.weights.plain_or_zero(owner)
-        if owner.kind is Kind.STATE:
-            return self._backend.states.address(owner)
-        return self._backend.fixed(owner)
-
-    def _compile_unfused(self) -> CudaProgram:
-        return CudaProgram(self._backend, self._split, fused=False)
+        return prepare(self._host, step, args, map(self._address, step.operands))
 
     def _run_all(self, live: Live) -> None:
-        self._backend.begin(live)
+        self._host.begin(live)
         self.replays.run(live)
 
     def _begin(self, live: Live) -> None:
-        self._backend.begin(live)
+        self._host.begin(live)
 
     def _run_node(self, node: Node, steps: range, live: Live) -> None:
         self._launch(steps, live)
@@ -125,7 +73,7 @@ class CudaProgram(NativeProgram):
             raise CudaError(f"{node}: {error}") from None
 
     def launch(self, live: Live) -> None:
-        """Launch all of it."""
+        """Launch every step that a batch of such counts needs."""
         self._launch(self._chosen(live), live)
 
     def _launch(self, steps: Iterable[int], live: Live) -> None:
@@ -138,14 +86,14 @@ class CudaProgram(NativeProgram):
                 device.gemm(what)
                 continue
             step, address = self._steps[i], base + i * ARGS.itemsize
-            assert isinstance(step, Kernel)
+            assert isinstance(step, Launch)
             try:
-                device.launch(self._functions[i], what, step.threads, step.shared, address)
+                device.launch(self._functions[i], what, *step.block, address)
             except CudaError as error:
-                raise CudaError(f"{_who(step)}: {error}") from None
+                raise CudaError(f"{step.nodes[0]} (kernel {step.kernel}): {error}") from None
 
     def _chosen(self, live: Live) -> Mapping[int, Grid | Gemm]:
-        """The steps that are launched for such counts, and how; kept, as many batches are alike."""
+        """The steps that such counts launch, with their grids; kept, as batches are alike."""
         counts = live.n_tokens, live.n_seqs, live.n_outputs
         if counts not in self._kept:
             if len(self._kept) == _MAX_KEPT:
@@ -156,23 +104,21 @@ class CudaProgram(NativeProgram):
         return self._kept[counts]
 
     def _sized(self, step: Step, live: Live) -> Grid | Gemm | None:
-        """A step for such counts; None if there is nothing to do."""
-        if isinstance(step, Kernel):
+        """The grid or sizes of a step for such counts; None if there is nothing to do."""
+        if isinstance(step, Launch):
             grid = step.grid(live)
             return None if 0 in grid else grid
         assert step.out is not None
         assert step.a is not None
         m = live.shape(step.out.shape)[0]
         n, k = step.b.shape[-2:]
-        if isinstance(step.b, Tensor):
-            b = self._backend.weights.bf16(step.b)
-        else:
-            b = self._address(step.b)
-        return Gemm(self._address(step.out), self._address(step.a), b, m, n, k) if m else None
+        weights, b = self._host.weights, step.b
+        b_at = weights.bf16(b) if isinstance(b, Tensor) else self._address(b)
+        return Gemm(self._address(step.out), self._address(step.a), b_at, m, n, k) if m else None
 
     def run_timed(self, live: Live) -> Sequence[float]:
         """As `run`, without a captured graph; the seconds of each instruction."""
-        self._backend.begin(live)
+        self._host.begin(live)
         chosen = list(self._chosen(live))
         timer = self._device.timer(len(chosen) * _LAUNCH_SECONDS)
         for i in chosen:
@@ -187,7 +133,3 @@ class CudaProgram(NativeProgram):
         values = np.empty(live.shape(tensor.shape), numpy_dtype(tensor.dtype))
         self._device.download(self._address(tensor), values)
         return values
-
-
-def _who(step: Step) -> str:
-    return f"{step.nodes[0]} (kernel {step.name})"

@@ -1,4 +1,4 @@
-"""Pinned memory of the host: what lies there is copied while the host goes on."""
+"""Pinned memory of the host, which is copied from and to while the host goes on."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Wait = Callable[[Any], None]
 
 
 @dataclass(frozen=True)
-class Turn:
-    """A piece of it, and the event to record after its copy."""
+class StagingBuffer:
+    """A buffer of a ring; `event` is recorded after its copy."""
 
     data: NDArray[np.uint8]
     address: int
@@ -23,39 +23,38 @@ class Turn:
     held: Any
 
 
-class PinnedTurns:
-    """`n` pieces of `size` bytes, used in turns; made when they are needed.
+class StagingRing:
+    """`n` buffers of `size` bytes, allocated at their first use and reused in order.
 
     cuda: CuPy's module; wait(event): waits for one.
     """
 
     def __init__(self, cuda: Any, wait: Wait, n: int, size: int) -> None:
         self._cuda, self._wait, self._n, self.size = cuda, wait, n, size
-        self._turns: deque[Turn] = deque()
+        self._buffers: deque[StagingBuffer] = deque()
 
-    def next(self) -> Turn:
-        """The one that was used longest ago, once its copy is done."""
-        if len(self._turns) < self._n:
+    def next(self) -> StagingBuffer:
+        """The least recently used buffer; waits for its copy."""
+        if len(self._buffers) < self._n:
             held = self._cuda.alloc_pinned_memory(self.size)
             data = np.frombuffer(held, np.uint8, self.size)
             event = self._cuda.Event(disable_timing=True)
-            turn = Turn(data, int(held.ptr), event, held)
+            buffer = StagingBuffer(data, int(held.ptr), event, held)
         else:
-            turn = self._turns.popleft()
-            self._wait(turn.event)
-        self._turns.append(turn)
-        return turn
+            buffer = self._buffers.popleft()
+            self._wait(buffer.event)
+        self._buffers.append(buffer)
+        return buffer
 
 
 @dataclass(frozen=True)
 class PinnedBytes:
     """See Fetched."""
 
-    _turn: Turn
+    _buffer: StagingBuffer
     _n_bytes: int
     _wait: Wait
 
     def values(self) -> NDArray[np.uint8]:
-        """Waits for the copy."""
-        self._wait(self._turn.event)
-        return self._turn.data[: self._n_bytes].copy()
+        self._wait(self._buffer.event)
+        return self._buffer.data[: self._n_bytes].copy()

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import numpy as np
-
-from engine.backends.base import Array
 from engine.backends.cuda.device import Device, Memory
-from engine.formats.quants import numpy_dtype
 from engine.graph import Tensor, dim_name
 
 
@@ -21,43 +16,24 @@ class DeviceStates:
         self._memory: dict[Tensor, Memory] = {}
 
     def allocate(self, states: Sequence[Tensor]) -> None:
-        """Zeros."""
+        """Allocate states, as zeros."""
         for t in states:
             self._memory[t] = self._device.allocate(t.nbytes)
             self._device.fill(self._memory[t].address, t.nbytes, 0)
 
     def address(self, tensor: Tensor) -> int:
-        """Where a state lies."""
+        """The address of a state."""
         return self._memory[tensor].address
 
-    def _of(self, dim: str) -> list[tuple[Tensor, int, int]]:
-        """(state, its address, bytes of one slot or block)."""
-        states = self._memory.items()
-        return [
-            (t, m.address, t.nbytes // int(t.shape[0])) for t, m in states if dim_name(t) == dim
-        ]
+    def _of(self, dim: str) -> list[tuple[int, int]]:
+        """(a state's address, bytes of one slot or block)."""
+        states = ((t, m) for t, m in self._memory.items() if dim_name(t) == dim)
+        return [(m.address, t.nbytes // int(t.shape[0])) for t, m in states]
 
     def zero(self, dim: str, index: int) -> None:
-        """Assign zeros to a slot or block of every layer."""
-        for _, address, n in self._of(dim):
+        for address, n in self._of(dim):
             self._device.fill(address + index * n, n, 0)
 
     def copy(self, dim: str, source: int, target: int) -> None:
-        """Copy a slot or block of every layer."""
-        for _, address, n in self._of(dim):
+        for address, n in self._of(dim):
             self._device.copy(address + target * n, address + source * n, n)
-
-    def save(self, dim: str, index: int) -> dict[str, Array]:
-        """Copies of a slot's or block's contents on the host, by state tensor name."""
-        saved = {}
-        for t, address, n in self._of(dim):
-            saved[t.name] = np.empty(t.shape[1:], numpy_dtype(t.dtype))
-            self._device.download(address + index * n, saved[t.name])
-        return saved
-
-    def load(self, dim: str, index: int, contents: Mapping[str, Array]) -> None:
-        """The reverse of `save`."""
-        for t, address, n in self._of(dim):
-            values = np.ascontiguousarray(contents[t.name], numpy_dtype(t.dtype))
-            assert values.nbytes == n == math.prod(t.shape[1:]) * values.itemsize, t
-            self._device.upload(address + index * n, values)

@@ -1,30 +1,28 @@
-"""Where activations lie: tensors that are not alive at the same time share memory."""
+"""Memory of activations: tensors that are not alive at the same time share it."""
 
 from __future__ import annotations
 
+import math
 from bisect import insort
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-import numpy as np
-
-from engine.backends.native.views import BF16, I8
-from engine.formats.quants import F32, I32, DType
+from engine.backends.native.views import DTYPES, ITEM_BYTES
+from engine.formats.quants import DType
 from engine.graph import Kind, Node, Tensor
 
 ALIGNMENT = 64
-Key = TypeVar("Key", bound=Hashable)
 
 
-class Arena(Generic[Key]):
-    """Gives offsets to buffers in the order of their first use; `size` is the bytes needed."""
+class Arena:
+    """One block of memory for many buffers: `size` bytes, with each buffer's offset."""
 
     def __init__(self) -> None:
         self.size = 0
-        self.offsets: dict[Key, int] = {}
+        self.offsets: dict[Any, int] = {}
 
-    def plan(self, buffers: Sequence[tuple[Key, int, int, int]]) -> None:
+    def plan(self, buffers: Sequence[tuple[Any, int, int, int]]) -> None:
         """Place buffers (key, bytes, first and last instruction), each where no other is alive.
 
         The largest are placed first, each at the lowest offset that is free for its whole life.
@@ -40,51 +38,53 @@ class Arena(Generic[Key]):
             self.size = max(self.size, offset + size)
 
 
-_ITEM = {F32: 4, I32: 4, I8: 1, BF16: 2}
-
-
 @dataclass(frozen=True, eq=False)
 class Scratch:
-    """A buffer of a program's own; `dtype`: F32, I32 or the codes I8 and BF16."""
+    """A dense buffer of a program's own; `dtype`: F32, I32 or the codes I8 and BF16."""
 
     shape: tuple[int, ...]
     dtype: DType | int
 
     @property
+    def code(self) -> int:
+        """The code of its elements' type in views."""
+        return self.dtype if isinstance(self.dtype, int) else DTYPES[self.dtype]
+
+    @property
     def nbytes(self) -> int:
         """Bytes at full capacity."""
-        return int(np.prod(self.shape)) * _ITEM[self.dtype]
+        return math.prod(self.shape) * ITEM_BYTES[self.code]
 
 
 class Zeros(Scratch):
-    """One with a place of its own: zeros at first, and again whenever a step is done."""
+    """A buffer that shares no memory: zeros at first, and zeroed again by every step."""
 
 
 Ref = Tensor | Scratch | None
 
 
 def owner_of(ref: Ref) -> Any:
-    """What owns an operand's memory: a base tensor, or a buffer."""
+    """The owner of an operand's memory: a base tensor, or a buffer."""
     return ref.base if isinstance(ref, Tensor) else ref
 
 
 def place_buffers(
     steps: Iterable[tuple[int, Sequence[Node], Sequence[Ref]]],
-    arena: Arena[Any],
-    outside: Iterable[Any],
+    arena: Arena,
+    elsewhere: Iterable[Any] = (),
 ) -> None:
-    """Find room for all activations and buffers that are not `outside`, with fixed places.
+    """Place all activations and buffers in an arena, but those that lie `elsewhere`.
 
-    steps: when each runs, never falling, its nodes, and its operands.
+    steps: when each runs (never falling), its nodes, and its operands.
     """
-    elsewhere = set(outside)
+    others = set(elsewhere)
     lives: dict[Any, tuple[int, int]] = {}
     for time, nodes, operands in steps:
-        # A node's outputs are looked at when its last step has run, also those nobody reads.
+        # A watch reads a node's outputs after the node's last step, even those that no node reads.
         made = (t for node in nodes for t in node.outputs if t in lives)
         for ref in (*operands, *made):
             owner = owner_of(ref)
-            if owner is None or owner in elsewhere:
+            if owner is None or owner in others:
                 continue
             if isinstance(owner, Scratch) or owner.kind is Kind.ACTIVATION:
                 first, _ = lives.get(owner, (time, 0))

@@ -1,63 +1,58 @@
-"""What reads the tensors of a split, and which consecutive nodes are computed together."""
+"""Fusion matching: which consecutive nodes of a split one kernel computes together."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from engine.graph import Node, Tensor
 
+L = TypeVar("L")
 
-@dataclass
-class Uses:
-    """What reads each tensor of a split (by its base), and what is needed outside."""
 
-    readers: dict[Tensor, list[tuple[Node, str]]] = field(default_factory=lambda: defaultdict(list))
-    kept: frozenset[Tensor] = frozenset()
+class Readers:
+    """The nodes that read each tensor of a split; `kept` tensors are also read after it."""
 
-    @classmethod
-    def of(cls, nodes: Iterable[Node], kept: Iterable[Tensor]) -> Uses:
-        """Those of some nodes, whose outputs `kept` are read later."""
-        uses = cls(kept=frozenset(kept))
+    def __init__(self, nodes: Iterable[Node], kept: Iterable[Tensor]) -> None:
+        self.kept = frozenset(kept)
+        self._readers: dict[Tensor, list[tuple[Node, str]]] = defaultdict(list)
         for node in nodes:
             for name, tensor in node.inputs.items():
-                uses.readers[tensor.base].append((node, name))
-        return uses
+                self._readers[tensor.base].append((node, name))
+
+    def of(self, tensor: Tensor) -> Sequence[tuple[Node, str]]:
+        """(node, operand name) of every reader of a base tensor."""
+        return self._readers[tensor]
 
     def only_by(self, tensor: Tensor, node: Node) -> bool:
         """Whether nothing but a node reads a tensor."""
-        return tensor not in self.kept and all(n is node for n, _ in self.readers[tensor])
+        return tensor not in self.kept and all(n is node for n, _ in self._readers[tensor])
 
 
-class Pattern(Protocol):
-    """A fusion: consecutive nodes of ops `pattern`, where `supports(nodes, uses)` says yes."""
+@dataclass(frozen=True)
+class Fusion(Generic[L]):
+    """Consecutive nodes of ops `pattern` that `lower(lowering, nodes)` computes together, where
+    `supports(nodes, readers)` says yes."""
 
-    @property
-    def pattern(self) -> tuple[str, ...]:
-        """Their ops."""
-
-    @property
-    def supports(self) -> Callable[[Sequence[Node], Uses], bool]:
-        """Whether they can be computed together."""
+    pattern: tuple[str, ...]
+    supports: Callable[[Sequence[Node], Readers], bool]
+    lower: Callable[[L, Sequence[Node]], None]
 
 
-P = TypeVar("P", bound=Pattern)
-
-
-def grouped(
-    nodes: Sequence[Node], uses: Uses, fusions: Sequence[P]
-) -> Iterator[tuple[P | None, Sequence[Node]]]:
-    """The nodes in order, with the first fusion of those that are computed together."""
+def match_fusions(
+    nodes: Sequence[Node], readers: Readers, fusions: Sequence[Fusion[L]]
+) -> Iterator[tuple[Fusion[L] | None, Sequence[Node]]]:
+    """The nodes in order: groups that the first matching fusion takes, and single nodes (None)."""
     i = 0
     while i < len(nodes):
-        fusion, group = None, nodes[i : i + 1]
-        for candidate in fusions:
-            some = nodes[i : i + len(candidate.pattern)]
-            ops = tuple(node.op.name for node in some)
-            if ops == candidate.pattern and candidate.supports(some, uses):
-                fusion, group = candidate, some
+        match: tuple[Fusion[L] | None, Sequence[Node]] = None, nodes[i : i + 1]
+        for fusion in fusions:
+            group = nodes[i : i + len(fusion.pattern)]
+            ops = tuple(node.op.name for node in group)
+            if ops == fusion.pattern and fusion.supports(group, readers):
+                match = fusion, group
                 break
-        yield fusion, group
-        i += len(group)
+        yield match
+        i += len(match[1])

@@ -1,6 +1,6 @@
-"""The native library: one for each instruction set, built from the same sources.
+"""The native libraries: one for each instruction set, all built from the same sources.
 
-The best one that the machine can run is taken. Calls release the GIL.
+The best one that the machine can run is loaded. Calls release the GIL.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from ctypes import c_char_p, c_int, c_int32, c_int64, c_void_p
 from importlib.util import find_spec
 from pathlib import Path
 
+from engine.backends.native.views import INSTRUCTION, VIEW
 from engine.errors import EngineError
 
 # Best first, with the processor's features (as Linux names them) that each needs.
@@ -32,7 +33,7 @@ class LibraryError(EngineError):
 
 @functools.cache
 def processor_features() -> frozenset[str]:
-    """Flags of the first processor, as Linux lists them; none where it lists none."""
+    """Flags of the first processor, as Linux names them; empty where it lists none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -42,14 +43,14 @@ def processor_features() -> frozenset[str]:
 
 
 def n_cores() -> int:
-    """How many cores this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 @functools.cache
 def built() -> dict[str, Path]:
     """Libraries of this installation by instruction set, best first."""
-    # Of an editable installation, sources and libraries lie in different places.
+    # In an editable installation, sources and libraries lie in different folders.
     package = find_spec("engine")
     assert package is not None
     directories = [Path(p) / "native" for p in package.submodule_search_locations or ()]
@@ -79,7 +80,7 @@ def load(isa: str | None = None) -> Library:
         raise LibraryError(f"cpu_isa: expected one of {', '.join(ISAS)}, got {isa}")
     if not built():
         raise LibraryError("the CPU kernels are not built: expected `pip install .` to build them")
-    # Where none can be run, the last one that is built says what is missing.
+    # Where the machine can run none, the error names what the last one that is built lacks.
     isa = isa or [*built(), *usable()[:1]][-1]
     if isa not in built():
         raise LibraryError(f"cpu_isa: expected one of {', '.join(built())} (built), got {isa}")
@@ -101,6 +102,7 @@ class Library:
     panel_bytes: Callable[[int, int], int]
     pack: Callable[[int, int, int, int, int, int, int], None]
     _kernel: Callable[[bytes], int | None]
+    _constant: Callable[[bytes], int]
 
     def __init__(self, isa: str, path: Path) -> None:
         self.isa, lib = isa, ctypes.CDLL(str(path))
@@ -109,6 +111,7 @@ class Library:
             ("team_create", c_void_p, [c_int]),
             ("team_free", None, [c_void_p]),
             ("_kernel", c_void_p, [c_char_p]),
+            ("_constant", c_int64, [c_char_p]),
             ("run", None, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p]),
             ("layout_of", c_int32, [c_int]),
             ("panel_bytes", c_int64, [c_int32, c_int64]),
@@ -117,9 +120,17 @@ class Library:
             function = getattr(lib, f"gdn_{name.lstrip('_')}")
             function.restype, function.argtypes = result, arguments
             setattr(self, name, function)
+        sizes = self.constant("sizeof_view"), self.constant("sizeof_instruction")
+        assert sizes == (VIEW.itemsize, INSTRUCTION.itemsize), sizes
+
+    def constant(self, name: str) -> int:
+        """A constant of the kernels; `gdn_constant` lists their names."""
+        value = self._constant(name.encode())
+        assert value > 0, name
+        return value
 
     def kernel_address(self, name: str) -> int:
-        """Where a kernel lies."""
+        """The address of a kernel's record."""
         address = self._kernel(name.encode())
         assert address, name
         return address

@@ -1,43 +1,156 @@
-"""What the programs of native backends share: running whole or node by node, and what stays put."""
+"""What the programs of native backends share: lowering, buffers, and watched runs."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 from engine.backends.base import Array, Instruction, Split, Watch
+from engine.backends.native.buffers import Arena, Ref, Scratch, owner_of, place_buffers
+from engine.backends.native.fusion import Fusion, Readers, match_fusions
+from engine.backends.native.signatures import is_packed
+from engine.backends.native.views import DTYPES, ITEM_BYTES, write_view
+from engine.formats.quants import F32
 from engine.graph import Kind, Live, Node, Tensor
 
 
-class NativeProgram(ABC):
+class Step(Protocol):
+    """One kernel call before addresses are known; operands are outputs, then inputs."""
+
+    @property
+    def kernel(self) -> str:
+        """Its name."""
+
+    @property
+    def nodes(self) -> Sequence[Node]:
+        """The nodes that it computes, or has a part in."""
+
+    @property
+    def operands(self) -> Sequence[Ref]:
+        """None where an operand is absent."""
+
+
+class Steps(Protocol):
+    """A backend's lowering: nodes become steps, in order."""
+
+    @property
+    def steps(self) -> Sequence[Step]:
+        """The steps so far."""
+
+
+class Weights(Protocol):
+    """The weights of a native backend."""
+
+    def packed_strides(self, tensor: Tensor) -> tuple[int, list[int], int, int]:
+        """A packed weight's address, strides in bytes (of matrices and panels), dtype, layout."""
+
+    def plain_or_zero(self, tensor: Tensor) -> int:
+        """The address of a weight decoded to float32; 0 if it is only packed."""
+
+
+class States(Protocol):
+    """The states of a native backend."""
+
+    def address(self, tensor: Tensor) -> int:
+        """The address of a state."""
+
+
+class Host(Protocol):
+    """What every program needs of its backend."""
+
+    @property
+    def weights(self) -> Weights:
+        """Its loaded weights."""
+
+    @property
+    def states(self) -> States:
+        """Its allocated states."""
+
+    def fixed(self, tensor: Tensor) -> int:
+        """The address of a tensor that outlives programs; allocated at its first use."""
+
+
+H = TypeVar("H", bound=Host)
+L = TypeVar("L", bound=Steps)
+
+
+class NativeProgram(ABC, Generic[H]):
     """A compiled split.
 
     A watched program runs node by node, without fusions: the first watched run compiles a second
     program for that. `outside`: tensors that outlive a run and have memory of their own.
     """
 
-    instructions: Sequence[Instruction]
-
-    def __init__(self, split: Split, is_fused: bool) -> None:
-        self._split, self._is_fused = split, is_fused
-        self._unfused: NativeProgram | None = None
+    def __init__(self, host: H, split: Split, fused: bool = True) -> None:
+        self._host, self._split, self._is_fused = host, split, fused
+        self._unfused: NativeProgram[H] | None = None
         # The steps of each node, or of the first node of a fusion.
         self._spans: dict[Node, range] = {}
+        # Of the buffers and activations that are not outside.
+        self._addresses: dict[Any, int] = {}
+        self.instructions: Sequence[Instruction] = ()
+        self._readers = Readers(split.nodes, split.keeps)
         made = {t for node in split.nodes for t in node.outputs}
         used = {t.base for node in split.nodes for t in node.inputs.values()}
-        copied = {t for t in used if t.kind is Kind.ACTIVATION and t not in made}
-        self.outside: set[Tensor] = copied | set(split.keeps)
-        self.outside |= {t for t in used if t.kind is Kind.INPUT}
+        self.outside = {t for t in used if t.kind is Kind.ACTIVATION and t not in made}
+        self.outside |= {t for t in used if t.kind is Kind.INPUT} | set(split.keeps)
+
+    def _lower(
+        self, lowering: L, fusions: Sequence[Fusion[L]], add: Callable[[L, Node], None]
+    ) -> None:
+        """Append all nodes' steps to a lowering: a fusion's, or what `add` does for one node."""
+        fusions = fusions if self._is_fused else ()
+        for fusion, group in match_fusions(self._split.nodes, self._readers, fusions):
+            first = len(lowering.steps)
+            if fusion is None:
+                add(lowering, group[0])
+            else:
+                fusion.lower(lowering, group)
+            self._spans[group[0]] = range(first, len(lowering.steps))
+        self.instructions = [Instruction(s.kernel, tuple(s.nodes)) for s in lowering.steps]
+
+    def _place(self, steps: Sequence[Step], times: Iterable[int]) -> None:
+        """Allocate one arena for buffers and activations; `times`: when each step runs."""
+        arena = Arena()
+        timed = ((t, s.nodes, s.operands) for t, s in zip(times, steps, strict=True))
+        place_buffers(timed, arena, self.outside | self._addresses.keys())
+        base = self._allocate(arena.size)
+        self._addresses |= {owner: base + offset for owner, offset in arena.offsets.items()}
+
+    def _address(self, ref: Ref) -> int:
+        """The address of an operand's owner; 0 for packed weights."""
+        owner = owner_of(ref)
+        if owner is None or owner in self._addresses:
+            return self._addresses.get(owner, 0)
+        if owner.kind is Kind.WEIGHT:
+            return self._host.weights.plain_or_zero(owner)
+        if owner.kind is Kind.STATE:
+            return self._host.states.address(owner)
+        return self._host.fixed(owner)
+
+    def run(self, live: Live, watch: Watch | None = None) -> None:
+        if watch is None:
+            self._run_all(live)
+        elif self._is_fused:
+            self._unfused = self._unfused or type(self)(self._host, self._split, fused=False)
+            self._unfused.run(live, watch)
+        else:
+            self._begin(live)
+            for node, steps in self._spans.items():
+                self._run_node(node, steps, live)
+                watch(node, [self._output(t, live) for t in node.outputs])
 
     @abstractmethod
-    def _compile_unfused(self) -> NativeProgram:
-        """The same split without fusions."""
+    def _allocate(self, n_bytes: int) -> int:
+        """Allocate the arena; its address."""
 
     @abstractmethod
     def _run_all(self, live: Live) -> None:
         """Run every step."""
 
-    def _begin(self, live: Live) -> None:  # noqa: B027
+    def _begin(self, live: Live) -> None:
         """Bring inputs to where kernels read them, before nodes run one by one."""
 
     @abstractmethod
@@ -48,15 +161,28 @@ class NativeProgram(ABC):
     def _output(self, tensor: Tensor, live: Live) -> Array:
         """The live rows of a node's output right after the node ran."""
 
-    def run(self, live: Live, watch: Watch | None = None) -> None:
-        """Run the nodes on the live rows of their operands."""
-        if watch is None:
-            self._run_all(live)
-        elif self._is_fused:
-            self._unfused = self._unfused or self._compile_unfused()
-            self._unfused.run(live, watch)
-        else:
-            self._begin(live)
-            for node, steps in self._spans.items():
-                self._run_node(node, steps, live)
-                watch(node, [self._output(t, live) for t in node.outputs])
+
+def write_operand(
+    record: Any, ref: Ref, nodes: Sequence[Node], address: int, weights: Weights
+) -> None:
+    """Fill a zeroed record of VIEW with a step's operand.
+
+    nodes: the step's. address: of the operand's owner; packed weights know their own.
+    """
+    if ref is None:
+        return
+    if isinstance(ref, Scratch):
+        strides = [math.prod(ref.shape[i + 1 :]) for i in range(len(ref.shape))]
+        write_view(record, address, ref.shape, strides, ref.code)
+    elif ref.kind is Kind.WEIGHT and _is_packed(ref, nodes):
+        address, strides, dtype, layout = weights.packed_strides(ref)
+        write_view(record, address, ref.shape, strides, dtype, layout)
+    else:
+        dtype = DTYPES[F32 if ref.kind is Kind.WEIGHT else ref.dtype]
+        address += ref.offset * ITEM_BYTES[dtype]
+        write_view(record, address, ref.shape, ref.strides, dtype)
+
+
+def _is_packed(weight: Tensor, nodes: Iterable[Node]) -> bool:
+    inputs = ((node, name, t) for node in nodes for name, t in node.inputs.items())
+    return any(t is weight and is_packed(node, name) for node, name, t in inputs)

@@ -1,14 +1,13 @@
-"""Operands as kernels see them: records laid out as the structs of engine/ops/cpu/kernel.h."""
+"""Operands as kernels read them: records laid out as the structs of engine/ops/cpu/kernel.h."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from engine.formats.quants import F16, F32, I32, DType
+from engine.formats.quants import F16, F32, I32
 from engine.graph import Dim, Tensor
 
 MAX_RANK = 4
@@ -16,44 +15,34 @@ MAX_RANK = 4
 DIMS = ("", "n_tokens", "n_seqs", "n_seqs + 1", "n_outputs")
 F32_CODE, F16_CODE, I32_CODE, I8, PACKED, BF16 = range(6)
 DTYPES = {F32: F32_CODE, F16: F16_CODE, I32: I32_CODE}
+# Bytes of an element, by code.
+ITEM_BYTES = {F32_CODE: 4, F16_CODE: 2, I32_CODE: 4, I8: 1, BF16: 2}
 VIEW = np.dtype(
-    [
-        ("data", "u8"),
-        ("shape", "i8", MAX_RANK),
-        ("stride", "i8", MAX_RANK),
-        ("rank", "i4"),
-        ("dtype", "i4"),
-        ("dim", "i4"),
-        ("layout", "i4"),
-    ]
+    [("data", "u8"), ("shape", "i8", MAX_RANK), ("stride", "i8", MAX_RANK)]
+    + [(name, "i4") for name in ("rank", "dtype", "dim", "layout")]
 )
 INSTRUCTION = np.dtype([("kernel", "u8"), ("views", "u8"), ("attrs", "u8"), ("barrier", "i8")])
 
 
-def view(
+def write_view(
+    record: Any,
     address: int,
-    shape: Iterable[int],
-    strides: Iterable[int],
+    shape: Sequence[int],
+    strides: Sequence[int],
     dtype: int,
     layout: int = 0,
-) -> NDArray[Any]:
-    """A record of VIEW; strides count elements, or bytes where the dtype is PACKED."""
-    record = np.zeros((), VIEW)
-    shape, strides = tuple(shape), tuple(strides)
+) -> None:
+    """Fill a zeroed record of VIEW, the CPU's or CUDA's.
+
+    dtype: a code. Strides count elements, or bytes where the dtype is PACKED.
+    """
     record["data"], record["rank"] = address, len(shape)
     record["shape"][: len(shape)] = shape
     record["stride"][: len(strides)] = strides
     record["dtype"], record["layout"] = dtype, layout
     first = shape[0] if shape else 0
-    record["dim"] = DIMS.index(first.name) if isinstance(first, Dim) and first.name in DIMS else 0
-    return record
-
-
-def tensor_view(tensor: Tensor, base_address: int, dtype: DType | None = None) -> NDArray[Any]:
-    """The view of a plain tensor whose base lies at an address."""
-    code = DTYPES[dtype or tensor.dtype]
-    item = 2 if code == F16_CODE else 4
-    return view(base_address + tensor.offset * item, tensor.shape, tensor.strides, code)
+    if isinstance(first, Dim) and first.name in DIMS:
+        record["dim"] = DIMS.index(first.name)
 
 
 def view_key(x: Tensor) -> tuple[Any, ...]:

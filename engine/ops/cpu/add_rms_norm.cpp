@@ -3,7 +3,6 @@
 #include "kernels.h"
 
 namespace gdn {
-
 namespace {
 
 // Attribute: eps. TOTAL and DELTA come together or not at all.
@@ -14,7 +13,6 @@ void run(const Args& a, int64_t begin, int64_t end) {
     const float* weight = a.v[WEIGHT].as<float>();
     for (int64_t t = begin; t < end; t++) {
         const float* x = a.v[X].row(t);
-        float* norm = a.v[NORM].row(t);
         if (a.v[DELTA]) {
             const float* delta = a.v[DELTA].row(t);
             float* total = a.v[TOTAL].row(t);
@@ -23,10 +21,7 @@ void run(const Args& a, int64_t begin, int64_t end) {
             });
             x = total;
         }
-        const vf scale = inverse_rms(x, n, a.attr[0]);
-        for_lanes(n, [&](int64_t i, int w) {
-            store_part(norm + i, load_part(x + i, w) * scale * load_part(weight + i, w), w);
-        });
+        rms_norm(x, weight, n, a.attr[0], a.v[NORM].row(t));
     }
 }
 

@@ -5,9 +5,7 @@
 
 #include "kernels.h"
 
-namespace gdn {
-
-namespace attention_op {
+namespace gdn::attention_op {
 
 void store_result(const Args& a, int64_t t, int64_t h, const float* acc, float total) {
     const View &out = a.v[OUT], &gate = a.v[GATE];
@@ -23,19 +21,17 @@ void store_result(const Args& a, int64_t t, int64_t h, const float* acc, float t
 namespace {
 
 void run(const Args& a, int64_t begin, int64_t end) {
-    const int64_t n_blocked = n_block_tasks(a);
-    const int64_t middle = end < n_blocked ? end : begin > n_blocked ? begin : n_blocked;
-    if (begin < middle) run_block_tasks(a, begin, middle);
-    if (middle < end) run_row_tasks(a, middle - n_blocked, end - n_blocked);
+    const int64_t n_tiles = n_tile_tasks(a);
+    const int64_t middle = end < n_tiles ? end : begin > n_tiles ? begin : n_tiles;
+    if (begin < middle) run_tile_tasks(a, begin, middle);
+    if (middle < end) run_row_tasks(a, middle - n_tiles, end - n_tiles);
 }
 
 }  // namespace
 
-}  // namespace attention_op
+}  // namespace gdn::attention_op
 
-const Kernel attention = {
+const gdn::Kernel gdn::attention = {
     "ATTENTION",
-    [](const Args& a) { return attention_op::n_block_tasks(a) + attention_op::n_row_tasks(a); },
+    [](const Args& a) { return attention_op::n_tile_tasks(a) + attention_op::n_row_tasks(a); },
     attention_op::run};
-
-}  // namespace gdn

@@ -1,19 +1,21 @@
-// What the ways to compute ATTENTION share: loose rows one by one (attention_rows.cpp), and blocks
-// of rows as matrix products (attention_blocks.cpp).
+// What the ways to compute ATTENTION share: remainder rows one by one (attention_rows.cpp), and row
+// tiles as matrix products (attention_tiles.cpp).
 #pragma once
 
 #include "paged.h"
 
-namespace gdn {
-namespace attention_op {
+namespace gdn::attention_op {
+
+// Elements before the sums of a position chunk in PARTIALS.
+constexpr int64_t PARTIAL_HEAD = 16;
 
 // Attribute: scale.
 enum { OUT, PARTIALS, Q, K_CACHE, V_CACHE, GATE, POSITIONS, SEQ_STARTS, BLOCK_TABLES };
 
-// Tasks of an instruction: first those of blocks, which take longest, then those of loose rows.
-int64_t n_block_tasks(const Args& a);
+// Tasks of an instruction: first the row tiles', which take longest, then the remainder rows'.
+int64_t n_tile_tasks(const Args& a);
 int64_t n_row_tasks(const Args& a);
-void run_block_tasks(const Args& a, int64_t begin, int64_t end);
+void run_tile_tasks(const Args& a, int64_t begin, int64_t end);
 void run_row_tasks(const Args& a, int64_t begin, int64_t end);
 
 // The query heads of each key head, cut into parts of one size but for the last.
@@ -69,5 +71,4 @@ void for_types(const Args& a, F f) {
 // The result of head h of row t: the weighted sum of values, by the sum of weights, and gated.
 void store_result(const Args& a, int64_t t, int64_t h, const float* acc, float total);
 
-}  // namespace attention_op
-}  // namespace gdn
+}  // namespace gdn::attention_op

@@ -1,34 +1,29 @@
-// Loose rows of ATTENTION.
+// Remainder rows of ATTENTION.
 //
-// A row's positions are cut into chunks, as its own position says; what comes of a chunk is joined
-// to what came of those before. Of a few rows each chunk is a task of its own, and ATTENTION_JOIN
-// joins their results, so that all threads read a long context; of many rows a task takes all
-// chunks of a row, or of a few rows, which then share loads of keys and values. It is the same
-// arithmetic both ways, and a row's result has the same bits whatever rows and heads it shares a
-// task with: tiles of positions begin at multiples of TILE, and a row sees in one only what is
-// visible to it.
+// A row's own position decides how its positions are cut into chunks; a chunk's result is joined to
+// that of the chunks before. With few rows each chunk is a task, and ATTENTION_JOIN joins their
+// results, so that all threads read a long context. With many rows a task takes all chunks of one
+// or a few rows, which then share loads of keys and values. The arithmetic is the same both ways,
+// and a row's result has the same bits whatever rows and heads share its task: tiles of positions
+// begin at multiples of TILE, and a row reads only the positions that it may see.
 
 #include "attention.h"
 #include "kernels.h"
 #include "row_products.h"
 
-namespace gdn {
-
-namespace attention_op {
-
+namespace gdn::attention_op {
 namespace {
 
-constexpr int64_t TILE = 64;          // Positions.
-constexpr int64_t MIN_CHUNK = 256;    // Positions.
-constexpr int64_t MAX_HEADS = 8;      // Query heads of a task: MLA has many for its one key head.
-constexpr int64_t MAX_QUERIES = 16;   // Rows times heads of a task: they fit the nearest cache.
-constexpr int64_t MANY_ROWS = 32;     // From here on there are tasks enough for every thread.
-constexpr int64_t STRIP = 4;          // Keys that are converted at once.
-constexpr int64_t CACHE_LINE = 64;    // Bytes.
-constexpr int64_t PARTIAL_HEAD = 16;  // Elements before a partial result's sums.
+constexpr int64_t TILE = 64;         // Positions.
+constexpr int64_t MIN_CHUNK = 256;   // Positions.
+constexpr int64_t MAX_HEADS = 8;     // Query heads of a task: MLA has many for its one key head.
+constexpr int64_t MAX_QUERIES = 16;  // Rows times heads of a task: they fit the nearest cache.
+constexpr int64_t MANY_ROWS = 32;    // From here on there are tasks enough for every thread.
+constexpr int64_t STRIP = 4;         // Keys that are converted at once.
+constexpr int64_t CACHE_LINE = 64;   // Bytes.
 
-// Into how many chunks a row's positions may be cut, and how long they then are: always longer by
-// powers of two, so that nearly all rows of a sequence are cut alike.
+// The most chunks of a row's positions, and the length of a chunk: MIN_CHUNK times a power of two,
+// so that nearly all rows of a sequence are cut alike.
 int64_t max_chunks(const Args& a) { return a.v[PARTIALS].shape[2]; }
 
 int64_t chunk_length(int64_t position, int64_t max_chunks) {
@@ -42,22 +37,22 @@ int64_t n_chunks(const Args& a, int64_t row) {
     return position / chunk_length(position, max_chunks(a)) + 1;
 }
 
-// Whether chunks are tasks of their own: if there is room for what comes of all of them.
-bool has_partials(const Args& a) { return a.step->n_loose <= a.v[PARTIALS].shape[0]; }
+// Whether each chunk is a task: if PARTIALS holds the results of all rows.
+bool has_partials(const Args& a) { return a.step->n_remainder <= a.v[PARTIALS].shape[0]; }
 
-// How the loose rows of an instruction are cut into tasks.
+// How the remainder rows of an instruction are cut into tasks.
 struct Split {
     HeadParts parts;
     int64_t n_rows, rows, chunks;
 
     explicit Split(const Args& a)
         : parts(a, MAX_HEADS),
-          n_rows(a.step->n_loose),
+          n_rows(a.step->n_remainder),
           rows(has_partials(a) || n_rows < MANY_ROWS ? 1 : MAX_QUERIES / parts.n_heads),
           chunks(1) {
         if (!has_partials(a)) return;
         for (int64_t i = 0; i < n_rows; i++) {
-            const int64_t n = n_chunks(a, a.step->loose[i]);
+            const int64_t n = n_chunks(a, a.step->remainder[i]);
             if (chunks < n) chunks = n;
         }
     }
@@ -66,8 +61,8 @@ struct Split {
     int64_t n_tasks() const { return chunks * n_groups() * parts.n_kv * parts.n_parts; }
 };
 
-// Of some queries and positions, each query's maximum of scores, the sum of the exponentials of
-// scores less the maximum, and that of the values weighted so.
+// Each query's maximum of scores over some positions, its sum of exponentials of scores less the
+// maximum, and its sum of values with those weights.
 struct Sums {
     float *top, *total, *acc;
     int64_t width;
@@ -79,8 +74,8 @@ struct Sums {
     }
 };
 
-// Adds sums over some positions to those over earlier ones, of one query. Not inlined, so that it
-// is the same arithmetic everywhere.
+// Adds a query's sums over some positions to those over earlier ones. Not inlined, so that the
+// arithmetic is the same everywhere.
 __attribute__((noinline)) void join(const Sums& sums, const Sums& more) {
     const float top = *sums.top > *more.top ? *sums.top : *more.top;
     const float keep = exp(splat(*sums.top - top))[0], take = exp(splat(*more.top - top))[0];
@@ -90,7 +85,7 @@ __attribute__((noinline)) void join(const Sums& sums, const Sums& more) {
         store(sums.acc + d, load(sums.acc + d) * keep + load(more.acc + d) * take);
 }
 
-// Where a chunk's sums are kept, of head h of the i-th loose row.
+// Where the sums of a chunk are kept, for head h of the i-th remainder row.
 Sums partial(const Args& a, int64_t i, int64_t h, int64_t chunk, int64_t width) {
     const View& v = a.v[PARTIALS];
     float* p = v.row(i, h) + chunk * v.stride[2];
@@ -144,8 +139,8 @@ void load_queries(const Args& a, const Work& w) {
     }
 }
 
-// Turns n scores into exponentials, and scales what was summed up to now to the new maximum. Not
-// inlined, so that no multiplication here is fused with the additions that follow.
+// Turns n scores into exponentials, and scales the sums so far to the new maximum. Not inlined, so
+// that no multiplication here is fused with the additions that follow.
 __attribute__((noinline)) void soften(const Work& w, int64_t query, int64_t n) {
     const Sums sums = w.chunk.of(query);
     float* scores = w.scores + query * TILE;
@@ -207,7 +202,7 @@ void score(const Work& w, int64_t query, int64_t n_x, int64_t n) {
 }
 
 // Adds a tile's first n values, weighted, to the results of n_x queries. The next tile's keys are
-// prefetched meanwhile, as many with each strip of columns that memory never waits for arithmetic.
+// prefetched meanwhile, evenly with each strip of columns.
 template <typename K, typename V>
 void add_values(const Work& w, int64_t query, int64_t n_x, int64_t n) {
     const V* const* values = static_cast<const V**>(w.v);
@@ -274,19 +269,19 @@ void attend(const Args& a, Work& w, int64_t begin, int64_t end) {
     for_types(a, [&](auto k, auto v) { attend<decltype(k), decltype(v)>(a, w, begin, end); });
 }
 
-// The rows from the i-th loose one on, all before `end`, that are consecutive ones of a sequence
+// The remainder rows from the i-th on, all before `end`, that are consecutive ones of a sequence
 // and whose positions are cut into chunks of the same length.
 Work work_of(const Args& a, const Split& s, int64_t i, int64_t end, int64_t head_part) {
-    const int32_t *loose = a.step->loose, *seq_starts = a.v[SEQ_STARTS].as<int32_t>();
+    const int32_t *rows = a.step->remainder, *seq_starts = a.v[SEQ_STARTS].as<int32_t>();
     const int64_t part = head_part % s.parts.n_parts, chunks = max_chunks(a);
-    const int64_t seq = sequence_of(seq_starts, a.rows(a.v[BLOCK_TABLES]), loose[i]);
+    const int64_t seq = sequence_of(seq_starts, a.rows(a.v[BLOCK_TABLES]), rows[i]);
     Work w{};
     w.table = block_table(a, seq);
-    w.first_row = loose[i];
+    w.first_row = rows[i];
     w.positions = a.v[POSITIONS].as<int32_t>() + w.first_row;
     const int64_t length = chunk_length(w.positions[0], chunks);
     for (w.n_rows = 1; i + w.n_rows < end; w.n_rows++) {
-        const int64_t row = loose[i + w.n_rows];
+        const int64_t row = rows[i + w.n_rows];
         if (row != w.first_row + w.n_rows || row >= seq_starts[seq + 1]) break;
         if (chunk_length(w.positions[w.n_rows], chunks) != length) break;
     }
@@ -299,7 +294,7 @@ Work work_of(const Args& a, const Split& s, int64_t i, int64_t end, int64_t head
 
 // One chunk of a row, if it has so many.
 void run_chunk(const Args& a, const Split& s, int64_t i, int64_t chunk, int64_t head_part) {
-    if (chunk >= n_chunks(a, a.step->loose[i])) return;
+    if (chunk >= n_chunks(a, a.step->remainder[i])) return;
     Work w = work_of(a, s, i, i + 1, head_part);
     const int64_t length = chunk_length(w.last_position(), max_chunks(a));
     const int64_t begin = chunk * length, stop = w.last_position() + 1;
@@ -338,14 +333,15 @@ void run_rows(const Args& a, const Split& s, int64_t group, int64_t head_part) {
 
 // ATTENTION_JOIN: a task is a head of a row whose chunks were tasks of their own.
 namespace joining {
-
-int64_t n_tasks(const Args& a) { return has_partials(a) ? a.step->n_loose * a.v[OUT].shape[1] : 0; }
+int64_t n_tasks(const Args& a) {
+    return has_partials(a) ? a.step->n_remainder * a.v[OUT].shape[1] : 0;
+}
 
 void run(const Args& a, int64_t begin, int64_t end) {
     const int64_t n_heads = a.v[OUT].shape[1], width = padded(a.v[OUT].shape[2]);
     float* acc = reinterpret_cast<float*>(a.scratch);
     for (int64_t task = begin; task < end; task++) {
-        const int64_t i = task / n_heads, h = task % n_heads, row = a.step->loose[i];
+        const int64_t i = task / n_heads, h = task % n_heads, row = a.step->remainder[i];
         float top, total;
         const Sums sums{&top, &total, acc, width};
         sums.clear();
@@ -372,9 +368,7 @@ void run_row_tasks(const Args& a, int64_t begin, int64_t end) {
     }
 }
 
-}  // namespace attention_op
+}  // namespace gdn::attention_op
 
-const Kernel attention_join = {"ATTENTION_JOIN", attention_op::joining::n_tasks,
-                               attention_op::joining::run};
-
-}  // namespace gdn
+const gdn::Kernel gdn::attention_join = {"ATTENTION_JOIN", attention_op::joining::n_tasks,
+                                         attention_op::joining::run};

@@ -2,9 +2,9 @@
 
 #include <algorithm>
 
-#include "record.h"
+#include "k_block.h"
 
-// Where there are no such tiles, this is for tests alone: not inlined, it compiles in seconds.
+// Without int8 tiles this serves tests only: not inlined, it compiles in seconds.
 #if defined(__AMX_INT8__)
 #define TILE_INLINE GDN_INLINE
 #else
@@ -12,13 +12,12 @@
 #endif
 
 namespace gdn {
-
 namespace {
 
-// Records that are summed up at once: those of a super-block. Tiles of dot products of a batch.
-constexpr int BLOCK_RECORDS = SUPER / RECORD, BATCH = 4;
+// K-blocks of a super-block, which are summed together; tiles of dot products of a batch.
+constexpr int SUPER_K_BLOCKS = SUPER / K_BLOCK, BATCH = 4;
 
-// Gathered rows: q [records, 16, 32], scale [records, 16], sum [records · groups, 16].
+// Gathered rows: q [k-blocks, 16, 32], scale [k-blocks, 16], sum [k-blocks · groups, 16].
 struct Gathered {
     int8_t* q;
     float *scale, *sum;
@@ -26,7 +25,7 @@ struct Gathered {
     Gathered(char* room, int64_t n_in)
         : q(reinterpret_cast<int8_t*>(room)),
           scale(reinterpret_cast<float*>(room + n_in * SIDE)),
-          sum(scale + n_in / RECORD * SIDE) {}
+          sum(scale + n_in / K_BLOCK * SIDE) {}
 };
 
 template <typename F>
@@ -41,11 +40,11 @@ int64_t few_rows(Plain<L>) {
 template <typename F>
 void gather_rows(F, const Row* rows, int64_t n, int64_t n_in, char* room) {
     const Gathered to(room, n_in);
-    for (int64_t i = 0; i < n_in / RECORD; i++)
+    for (int64_t i = 0; i < n_in / K_BLOCK; i++)
         for (int64_t t = 0; t < SIDE; t++) {
             const Row& row = rows[std::min(t, n - 1)];
             const int64_t at = i * SIDE + t;
-            std::memcpy(to.q + at * RECORD, row.q + i * RECORD, RECORD);
+            std::memcpy(to.q + at * K_BLOCK, row.q + i * K_BLOCK, K_BLOCK);
             to.scale[at] = row.scale[i];
             if constexpr (F::HAS_MIN)
                 for_constants<0, F::GROUPS>([&](auto g) {
@@ -56,14 +55,14 @@ void gather_rows(F, const Row* rows, int64_t n, int64_t n_in, char* room) {
 template <Layout L>
 void gather_rows(Plain<L>, const Row*, int64_t, int64_t, char*) {}
 
-// Values of a record as int8, words one after another, which are the rows of B tiles.
+// Values of a k-block as int8, words one after another, which are the rows of B tiles.
 template <typename F>
-TILE_INLINE void expand_bytes(const uint8_t* record, int8_t* to) {
+TILE_INLINE void expand_bytes(const uint8_t* k_block, int8_t* to) {
     typedef int8_t bytes __attribute__((vector_size(4 * W)));
-    for (int b = 0; b < F::RECORD_BYTES; b += 64) __builtin_prefetch(record + b + AHEAD);
+    for (int b = 0; b < F::K_BLOCK_BYTES; b += 64) __builtin_prefetch(k_block + b + AHEAD);
     for_constants<0, WORDS>([&](auto i) __attribute__((always_inline)) {
         for (int p = 0; p < PARTS; p++) {
-            const auto v = reinterpret_cast<bytes>(word<F, i>(record + F::HEAD_BYTES, p));
+            const auto v = reinterpret_cast<bytes>(word<F, i>(k_block + F::HEAD_BYTES, p));
             const bytes signed_v = v - static_cast<int8_t>(F::ZERO);
             std::memcpy(to + i * WORD_BYTES + p * 4 * W, &signed_v, sizeof(bytes));
         }
@@ -83,7 +82,7 @@ template <int GROUP, int T>
 TILE_INLINE void dot_tile(const int8_t* x, const int8_t* w, DotTiles&) {
     constexpr int A = BATCH + T % 2, B = BATCH + 2 + T % 2;
     clear_tile<T>();
-    load_tile<A>(x, RECORD);
+    load_tile<A>(x, K_BLOCK);
     load_tile<B>(w, WORD_BYTES);
     asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(T), "i"(A), "i"(B));
 }
@@ -109,17 +108,17 @@ void begin_tiles(Plain<L>) {}
 constexpr int UNROLL = 1;
 
 struct DotTiles {
-    int32_t sums[BATCH][SIDE * ROWS] = {};
+    int32_t sums[BATCH][SIDE * PANEL] = {};
 };
 
 template <int GROUP, int T>
 TILE_INLINE void dot_tile(const int8_t* x, const int8_t* w, DotTiles& tiles) {
     for (int t = 0; t < SIDE; t++)
-        for (int r = 0; r < ROWS; r++) {
+        for (int r = 0; r < PANEL; r++) {
             int32_t sum = 0;
             for (int c = 0; c < GROUP; c++)
-                sum += x[t * RECORD + c] * w[c / 4 * WORD_BYTES + 4 * r + c % 4];
-            tiles.sums[T][t * ROWS + r] = sum;
+                sum += x[t * K_BLOCK + c] * w[c / 4 * WORD_BYTES + 4 * r + c % 4];
+            tiles.sums[T][t * PANEL + r] = sum;
         }
 }
 template <int T>
@@ -132,14 +131,14 @@ void begin_tiles(F) {}
 
 #endif
 
-// A panel's products with 16 gathered rows. A tile can't be loaded before what was stored before
-// that is in the cache, so tiles go in batches: all are multiplied, then, while that takes its time,
-// the next one's values are made and the sums of the one before are scaled, then all are stored.
+// A panel's products with 16 gathered rows. A tile's load waits until earlier stores are in the
+// cache, so tiles go in batches: all are multiplied; meanwhile the next batch's values are made and
+// the last one's sums scaled; then all are stored.
 template <typename F>
 class PanelProduct {
    public:
     PanelProduct(const uint8_t* panel, int64_t n_in, const Gathered& x)
-        : panel_(panel), x_(x), n_records_(n_in / RECORD) {}
+        : panel_(panel), x_(x), n_k_blocks_(n_in / K_BLOCK) {}
 
     void run() {
         std::memset(total_, 0, sizeof(total_));
@@ -147,7 +146,7 @@ class PanelProduct {
         dot_batch(0);
         expand_batch(PER_BATCH);
         store_batch();
-        for (int64_t i = 0; i < n_records_; i += BLOCK_RECORDS) add_block(i);
+        for (int64_t i = 0; i < n_k_blocks_; i += SUPER_K_BLOCKS) add_block(i);
     }
 
     const float* total(int64_t t) const { return total_[t]; }
@@ -158,18 +157,18 @@ class PanelProduct {
     int8_t* words_of(int64_t i) { return words_[i % (2 * PER_BATCH)]; }
 
     TILE_INLINE void expand_batch(int64_t first) {
-        const int64_t end = std::min(n_records_, first + PER_BATCH);
-        for (int64_t i = first; i < end; i++) expand_bytes<F>(F::record(panel_, i), words_of(i));
+        const int64_t end = std::min(n_k_blocks_, first + PER_BATCH);
+        for (int64_t i = first; i < end; i++) expand_bytes<F>(F::k_block(panel_, i), words_of(i));
     }
 
-    // Past the last record, tiles have what was in the memory: nobody asks for their sums.
+    // Past the last k-block, tiles hold arbitrary values, and their sums are not read.
     TILE_INLINE void dot_batch(int64_t first) {
-        if (first >= n_records_) return;
+        if (first >= n_k_blocks_) return;
         for_constants<0, BATCH>([&](auto t) __attribute__((always_inline)) {
             constexpr int R = t / F::GROUPS, G = t % F::GROUPS;
-            if (first + R >= n_records_) return;
-            dot_tile<F::GROUP, t>(x_.q + (first + R) * SIDE * RECORD + G * F::GROUP,
-                                  words_of(first + R) + G * F::GROUP * ROWS, tiles_);
+            if (first + R >= n_k_blocks_) return;
+            dot_tile<F::GROUP, t>(x_.q + (first + R) * SIDE * K_BLOCK + G * F::GROUP,
+                                  words_of(first + R) + G * F::GROUP * PANEL, tiles_);
         });
     }
 
@@ -178,20 +177,20 @@ class PanelProduct {
             [&](auto t) __attribute__((always_inline)) { store_dots<t>(dots_[t], tiles_); });
     }
 
-    // The sums of 8 records; their first batch's dot products are there.
+    // Adds the sums of 8 k-blocks, whose first batch's dot products are done.
     TILE_INLINE void add_block(int64_t first) {
         vf acc[SIDE][PARTS];
 #pragma GCC unroll UNROLL
         for (int t = 0; t < SIDE; t++)
             for (int p = 0; p < PARTS; p++)
                 acc[t][p] = F::IS_SUPER ? vf{} : load(total_[t] + p * W);
-        for_constants<0, BLOCK_RECORDS / PER_BATCH>([&](auto b) __attribute__((always_inline)) {
+        for_constants<0, SUPER_K_BLOCKS / PER_BATCH>([&](auto b) __attribute__((always_inline)) {
             const int64_t i = first + b * PER_BATCH;
-            if (i >= n_records_) return;
+            if (i >= n_k_blocks_) return;
             dot_batch(i + PER_BATCH);
             expand_batch(i + 2 * PER_BATCH);
             for_constants<0, PER_BATCH>([&](auto r) __attribute__((always_inline)) {
-                if (i + r >= n_records_) return;
+                if (i + r >= n_k_blocks_) return;
                 for_constants<0, F::GROUPS>([&](auto g) __attribute__((always_inline)) {
                     add_dots<r * F::GROUPS + g, g>(i + r, acc);
                 });
@@ -214,25 +213,25 @@ class PanelProduct {
         if constexpr (F::IS_SUPER && F::HAS_MIN) add_mins(first, p, super_of<F>(block, PARTS + p));
     }
 
-    // acc [16] += what a tile of dot products gives.
+    // acc [16] += a tile of dot products, scaled.
     template <int T, int G>
     TILE_INLINE void add_dots(int64_t i, vf (*acc)[PARTS]) {
 #pragma GCC unroll UNROLL
         for (int p = 0; p < PARTS; p++) {
-            const vf scale = scale_of<F, G>(F::record(panel_, i), p);
+            const vf scale = scale_of<F, G>(F::k_block(panel_, i), p);
 #pragma GCC unroll UNROLL
             for (int t = 0; t < SIDE; t++)
-                add_scaled(acc[t][p], load_as<vi>(dots_[T] + t * ROWS + p * W), scale,
+                add_scaled(acc[t][p], load_as<vi>(dots_[T] + t * PANEL + p * W), scale,
                            x_.scale[i * SIDE + t]);
         }
     }
 
-    // acc [16] -= a record's mins.
+    // acc [16] -= a k-block's mins.
     TILE_INLINE void subtract_mins(int64_t i, vf (*acc)[PARTS]) {
         for_constants<0, F::GROUPS>([&](auto g) __attribute__((always_inline)) {
 #pragma GCC unroll UNROLL
             for (int p = 0; p < PARTS; p++) {
-                const vf min = min_of<F, g>(F::record(panel_, i), p);
+                const vf min = min_of<F, g>(F::k_block(panel_, i), p);
 #pragma GCC unroll UNROLL
                 for (int t = 0; t < SIDE; t++)
                     subtract_min(acc[t][p], min, x_.sum[(i * F::GROUPS + g) * SIDE + t]);
@@ -242,17 +241,17 @@ class PanelProduct {
 
     // The mins of a super-block.
     TILE_INLINE void add_mins(int64_t first, int p, vf scale) {
-        vf mins[BLOCK_RECORDS * F::GROUPS];
+        vf mins[SUPER_K_BLOCKS * F::GROUPS];
 #pragma GCC unroll UNROLL
-        for (int r = 0; r < BLOCK_RECORDS; r++)
+        for (int r = 0; r < SUPER_K_BLOCKS; r++)
             for_constants<0, F::GROUPS>([&](auto g) __attribute__((always_inline)) {
-                mins[r * F::GROUPS + g] = min_of<F, g>(F::record(panel_, first + r), p);
+                mins[r * F::GROUPS + g] = min_of<F, g>(F::k_block(panel_, first + r), p);
             });
         const float* sums = x_.sum + first * F::GROUPS * SIDE;
         for (int t = 0; t < SIDE; t++) {
             vf acc{};
 #pragma GCC unroll UNROLL
-            for (int i = 0; i < BLOCK_RECORDS * F::GROUPS; i++)
+            for (int i = 0; i < SUPER_K_BLOCKS * F::GROUPS; i++)
                 subtract_min(acc, mins[i], sums[i * SIDE + t]);
             store(total_[t] + p * W, load(total_[t] + p * W) + acc * scale);
         }
@@ -260,22 +259,22 @@ class PanelProduct {
 
     const uint8_t* panel_;
     const Gathered x_;
-    const int64_t n_records_;
+    const int64_t n_k_blocks_;
     DotTiles tiles_{};
-    alignas(64) int32_t dots_[BATCH][SIDE * ROWS];
+    alignas(64) int32_t dots_[BATCH][SIDE * PANEL];
     alignas(64) int8_t words_[2 * PER_BATCH][WORDS * WORD_BYTES];
-    alignas(64) float total_[SIDE][ROWS];
+    alignas(64) float total_[SIDE][PANEL];
 };
 
 template <typename F>
 void panel_product(F, const uint8_t* panel, int64_t n_in, const Gathered& x, int64_t n,
-                   float (*out)[ROWS]) {
+                   float (*out)[PANEL]) {
     PanelProduct<F> product(panel, n_in, x);
     product.run();
     for (int64_t t = 0; t < n; t++) std::memcpy(out[t], product.total(t), sizeof(*out));
 }
 template <Layout L>
-void panel_product(Plain<L>, const uint8_t*, int64_t, const Gathered&, int64_t, float (*)[ROWS]) {}
+void panel_product(Plain<L>, const uint8_t*, int64_t, const Gathered&, int64_t, float (*)[PANEL]) {}
 
 }  // namespace
 
@@ -292,7 +291,7 @@ void begin_byte_products(int32_t layout) {
 }
 
 void multiply_bytes(int32_t layout, const uint8_t* panel, int64_t n_in, const char* gathered,
-                    int64_t n, float (*out)[ROWS]) {
+                    int64_t n, float (*out)[PANEL]) {
     const Gathered x(const_cast<char*>(gathered), n_in);
     with_format(layout, [&](auto f) { panel_product(f, panel, n_in, x, n, out); });
 }

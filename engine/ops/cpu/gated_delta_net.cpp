@@ -1,20 +1,19 @@
-// GATED_DELTA_NET: a task is a block of value columns of one head of one sequence, or a whole head
-// of a sequence that has blocks of rows and is computed in chunk form where it has them.
+// GATED_DELTA_NET: a task is some value columns of one head of one sequence, or a whole head of a
+// sequence that has row tiles, which are computed in chunk form.
 //
 // The scan of columns, row by row:
 //
 // Per token: S *= e^g; d = beta (v - Sᵀk); S += k dᵀ; o = Sᵀq · scale. Columns of S are independent
-// and a block of them stays in the cache over all tokens. One pass over the block a token does
-// it all: it updates S with d, and takes from the new S the output and the next token's prediction
-// Sᵀ(e^g' k'). Only a sequence's first token needs a pass of its own for that. A column's sums run
-// in the same order wherever they are made, so that cutting a sequence elsewhere changes no bit.
+// and a task's columns stay in the cache over all tokens. Each token takes one pass over them: it
+// updates S with d, and computes from the new S the output and the next token's prediction
+// Sᵀ(e^g' k'). Only a sequence's first token needs another pass for its prediction. A column's sums
+// always run in the same order, so that cutting a sequence elsewhere changes no bit.
 
 #include "gated_delta_net.h"
 
 #include "kernels.h"
 
 namespace gdn {
-
 namespace {
 
 // Attributes: head_map (0: tiled, 1: grouped), scale, algorithm (1: scan, else by the rows).
@@ -23,25 +22,13 @@ enum { OUT, Q, K, V, G, BETA, STATE, SEQ_STARTS, STATE_SRC, STATE_DST, SNAPSHOT_
 // Columns that share the loads of k, q and the decay. Their scalars are the lanes of a `v4`.
 constexpr int GROUP = 4;
 
-// Floats of state in a block. Larger ones read the tokens' rows less often, which measures better
-// than a state that leaves half of a 32 KiB L1 cache free. With a decay for each key row (KDA) each
-// block also computes all exponentials anew.
-constexpr int64_t BLOCK = 8192, BLOCK_KDA = 16384;
+// Floats of state in a task's columns. Larger ones read the tokens' rows less often, which measures
+// better than a state that leaves half of a 32 KiB L1 cache free. With a decay for each key row
+// (KDA) each task also computes all exponentials anew.
+constexpr int64_t STATE_FLOATS = 8192, STATE_FLOATS_KDA = 16384;
 // Tokens between the request for a token's rows and their use: long prompts' rows lie in the L3
 // cache or beyond, each on a page of its own.
 constexpr int64_t AHEAD = 4;
-
-// a * b + c in one rounding wherever there is such an instruction. Left to the compiler, a sum of
-// two products could be fused either way, and differently in each copy of a loop.
-GDN_INLINE vf mul_add(vf a, vf b, vf c) {
-#if defined(__AVX512F__)
-    return reinterpret_cast<vf>(_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c));
-#elif defined(__FMA__)
-    return reinterpret_cast<vf>(_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c));
-#else
-    return a * b + c;
-#endif
-}
 
 template <int C>
 GDN_INLINE v4 load_columns(const float* p) {
@@ -50,8 +37,8 @@ GDN_INLINE v4 load_columns(const float* p) {
     return v;
 }
 
-// What a head's columns need of a token. With one decay a head, `key` is k itself and a prediction
-// is multiplied by the decay afterwards; with KDA `key` is e^g k.
+// A token's operands for a head's columns. With one decay per head, `key` is k and predictions are
+// multiplied by the decay afterwards; with KDA `key` is e^g k.
 struct Token {
     const float *q, *k, *key, *decays;
     float decay;
@@ -89,14 +76,14 @@ GDN_INLINE v4 predict(const float* state, const float* key, int64_t dk) {
     vf p[GROUP]{};
     for_lanes(dk, [&](int64_t i, int w) __attribute__((always_inline)) {
         const vf x = load_part(key + i, w);
-        for (int c = 0; c < C; c++) p[c] = mul_add(load_part(state + c * dk + i, w), x, p[c]);
+        for (int c = 0; c < C; c++) p[c] = fma(load_part(state + c * dk + i, w), x, p[c]);
     });
     return sums(p[0], p[1], p[2], p[3]);
 }
 
-// Updates C columns by a token's d, and makes their outputs and the next token's predictions. The
-// LAST token has no next one; it is most often a decode's only token, which waits for memory: it
-// fetches the next columns while it computes these.
+// Updates C columns by a token's d, and computes their outputs and the next token's predictions.
+// The LAST token has no next one. Most often it is the only token of a decode step, which waits for
+// memory: it prefetches the next columns while it computes these.
 template <int C, bool KDA, bool LAST>
 GDN_INLINE void update(const float* from, float* to, const Token& now, const float* next_key, v4 d,
                        int64_t dk, v4* output, v4* prediction) {
@@ -108,18 +95,18 @@ GDN_INLINE void update(const float* from, float* to, const Token& now, const flo
         const vf key = LAST ? vf{} : load_part(next_key + i, w);
         const vf e = KDA ? load_part(now.decays + i, w) : decay;
         for (int c = 0; c < C; c++) {
-            const vf s = mul_add(k, delta[c], e * load_part(from + c * dk + i, w));
+            const vf s = fma(k, delta[c], e * load_part(from + c * dk + i, w));
             if constexpr (LAST) __builtin_prefetch(from + (c + GROUP) * dk + i);
             store_part(to + c * dk + i, s, w);
-            o[c] = mul_add(s, q, o[c]);
-            if constexpr (!LAST) p[c] = mul_add(s, key, p[c]);
+            o[c] = fma(s, q, o[c]);
+            if constexpr (!LAST) p[c] = fma(s, key, p[c]);
         }
     });
     *output = sums(o[0], o[1], o[2], o[3]);
     if constexpr (!LAST) *prediction = sums(p[0], p[1], p[2], p[3]);
 }
 
-// One token of C columns; `p` are their predictions, which the first token has yet to make.
+// One token of C columns; `p` are their predictions, which the first token computes itself.
 template <int C, bool KDA>
 GDN_INLINE void step(const Head& h, int64_t t, int64_t column, const Token& now,
                      const float* next_key, const float* from, float* to, float* p) {
@@ -136,7 +123,7 @@ GDN_INLINE void step(const Head& h, int64_t t, int64_t column, const Token& now,
     std::memcpy(h.out + t * h.out_step + column, &output, 4 * C);
 }
 
-// Where a block's state comes from (null: zeros) and where it stays; `offset`: its place in a slot.
+// Where a task's state comes from (null: zeros) and where it stays; `offset`: its place in a slot.
 struct Slots {
     const float* src;
     float* dst;
@@ -145,7 +132,7 @@ struct Slots {
     int64_t n_snapshots, offset;
 };
 
-// Copies the state if a snapshot is wanted with `left` tokens, this one included, still to go.
+// Copies the state if a per-token state is wanted where `left` tokens, with this one, remain.
 void snapshot(const Slots& slots, int64_t left, int64_t size) {
     if (left > slots.n_snapshots) return;
     const int32_t slot = slots.snapshots[slots.n_snapshots - left];
@@ -177,14 +164,15 @@ void scan(const Head& h, const Slots& slots, int64_t first, int64_t last, float*
     }
 }
 
-int64_t block_columns(const Args& a) {
-    return (a.v[G].rank == 3 ? BLOCK_KDA : BLOCK) / a.v[STATE].shape[3] / GROUP * GROUP;
+int64_t task_columns(const Args& a) {
+    return (a.v[G].rank == 3 ? STATE_FLOATS_KDA : STATE_FLOATS) / a.v[STATE].shape[3] / GROUP *
+           GROUP;
 }
 
-int64_t column_blocks(const Args& a) { return (a.v[STATE].shape[2] - 1) / block_columns(a) + 1; }
+int64_t column_tasks(const Args& a) { return (a.v[STATE].shape[2] - 1) / task_columns(a) + 1; }
 
 int64_t n_tasks(const Args& a) {
-    return a.rows(a.v[STATE_SRC]) * a.v[STATE].shape[1] * column_blocks(a);
+    return a.rows(a.v[STATE_SRC]) * a.v[STATE].shape[1] * column_tasks(a);
 }
 
 Head head_of(const Args& a, int64_t s, int64_t head) {
@@ -211,7 +199,7 @@ Head head_of(const Args& a, int64_t s, int64_t head) {
             static_cast<float>(a.attr[1])};
 }
 
-// Scratch: two tokens' rows, a state that is not kept, and what chunk needs.
+// Scratch: two tokens' rows, a state that is not kept, and the scratch of `chunk`.
 constexpr int64_t ROW_BYTES = 4 * MAX_HEAD * 4, STATE_BYTES = MAX_HEAD * MAX_HEAD * 4;
 static_assert(ROW_BYTES + STATE_BYTES + CHUNK_BYTES <= SCRATCH_BYTES);
 
@@ -231,42 +219,42 @@ Slots slots_of(const Args& a, int64_t s, int64_t head, int64_t first) {
 
 void scan_columns(const Args& a, const Head& h, const Slots& slots, int64_t first) {
     if (h.n <= 0) return;
-    const int64_t end = first + block_columns(a), last = end < h.dv ? end : h.dv;
+    const int64_t end = first + task_columns(a), last = end < h.dv ? end : h.dv;
     float* scratch = reinterpret_cast<float*>(a.scratch);
     (a.v[G].rank == 3 ? scan<true> : scan<false>)(h, slots, first, last, scratch);
 }
 
-// A sequence's blocks: those from `begin` to `end` - 1.
-struct BlockRange {
-    const Block *begin, *end;
+// The row tiles of a sequence: from `begin` to `end` - 1.
+struct RowTiles {
+    const RowTile *begin, *end;
 };
 
-BlockRange blocks_of(const Args& a, int64_t s) {
+RowTiles tiles_of(const Args& a, int64_t s) {
     const View& state = a.v[STATE];
     if (a.attr[2] == 1 || !has_chunk_form(state.shape[3], state.shape[2]))
         return {nullptr, nullptr};
     const int32_t* starts = a.v[SEQ_STARTS].as<int32_t>();
-    const Block *begin = a.step->blocks, *last = begin + a.step->n_blocks;
+    const RowTile *begin = a.step->tiles, *last = begin + a.step->n_tiles;
     while (begin < last && begin->row < starts[s]) begin++;
-    const Block* end = begin;
+    const RowTile* end = begin;
     while (end < last && end->row < starts[s + 1]) end++;
     return {begin, end};
 }
 
-// A head of a sequence with blocks, piece after piece.
-class Pieces {
+// A head of a sequence with row tiles, run after run of rows.
+class HeadRuns {
    public:
-    Pieces(const Args& a, int64_t s, int64_t head)
+    HeadRuns(const Args& a, int64_t s, int64_t head)
         : a_(a), s_(s), head_(head), h_(head_of(a, s, head)) {}
 
-    void run(BlockRange blocks) {
+    void run(RowTiles tiles) {
         const int32_t start = a_.v[SEQ_STARTS].as<int32_t>()[s_];
-        for (const Block* b = blocks.begin; b < blocks.end; b++) {
-            if (h_.dg > 1 && b->n < LEAST_ROWS_KDA) continue;
-            // There is no state between two rows of a block, unless the block is scanned.
-            if (wants_snapshot_within(b->row - start, b->n)) continue;
-            scan_rows(b->row - start);
-            chunk_rows(b->n);
+        for (const RowTile* tile = tiles.begin; tile < tiles.end; tile++) {
+            if (h_.dg > 1 && tile->n < LEAST_ROWS_KDA) continue;
+            // Chunk form makes no state between two rows of a row tile: a scan does.
+            if (wants_snapshot_within(tile->row - start, tile->n)) continue;
+            scan_rows(tile->row - start);
+            chunk_rows(tile->n);
         }
         scan_rows(h_.n);
     }
@@ -292,7 +280,7 @@ class Pieces {
     void scan_rows(int64_t end) {
         if (end == row_) return;
         const Head part = h_.part(row_, end - row_);
-        for (int64_t first = 0; first < h_.dv; first += block_columns(a_))
+        for (int64_t first = 0; first < h_.dv; first += task_columns(a_))
             scan_columns(a_, part, slots(end, first), first);
         row_ = end;
     }
@@ -302,7 +290,7 @@ class Pieces {
         const int64_t size = h_.dv * h_.dk, after = h_.n - row_ - n;
         if (!slots.src) std::memset(slots.dst, 0, 4 * static_cast<size_t>(size));
         chunk(h_.part(row_, n), slots.src ? slots.src : slots.dst, slots.dst,
-              after < MAX_BLOCK ? after : MAX_BLOCK, a_.scratch + ROW_BYTES + STATE_BYTES);
+              after < MAX_TILE_ROWS ? after : MAX_TILE_ROWS, a_.scratch + ROW_BYTES + STATE_BYTES);
         snapshot(slots, 1, size);
         row_ += n;
     }
@@ -314,18 +302,18 @@ class Pieces {
 };
 
 void run_task(const Args& a, int64_t s, int64_t head, int64_t first) {
-    const BlockRange blocks = blocks_of(a, s);
-    if (blocks.begin == blocks.end)
+    const RowTiles tiles = tiles_of(a, s);
+    if (tiles.begin == tiles.end)
         scan_columns(a, head_of(a, s, head), slots_of(a, s, head, first), first);
     else if (first == 0)  // The task of a head's first columns is the whole head's.
-        Pieces(a, s, head).run(blocks);
+        HeadRuns(a, s, head).run(tiles);
 }
 
 void run(const Args& a, int64_t begin, int64_t end) {
     const int64_t heads = a.v[STATE].shape[1];
-    const int64_t blocks = column_blocks(a), columns = block_columns(a);
+    const int64_t n_parts = column_tasks(a), columns = task_columns(a);
     for (int64_t task = begin; task < end; task++)
-        run_task(a, task / (heads * blocks), task / blocks % heads, task % blocks * columns);
+        run_task(a, task / (heads * n_parts), task / n_parts % heads, task % n_parts * columns);
 }
 
 }  // namespace

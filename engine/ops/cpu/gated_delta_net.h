@@ -1,13 +1,13 @@
-// What the two algorithms of GATED_DELTA_NET share: scan, row by row, and chunk, block by block.
+// What the two algorithms of GATED_DELTA_NET share: scan (row by row) and chunk (by row tiles).
 #pragma once
 
 #include "kernel.h"
-#include "simd.h"
+#include "matrix.h"
 
 namespace gdn {
 
-// One head of one sequence, from some row on: n rows, each so many floats after the last one. A row
-// has dg decays: one, or with KDA dk, one for each key row.
+// n rows of one head of one sequence; steps are the floats from one row to the next. A row has dg
+// decays: one, or with KDA dk, one for each key row.
 struct Head {
     const float *q, *k, *v, *g, *beta;
     float* out;
@@ -23,21 +23,21 @@ struct Head {
     }
 };
 
-// Head sizes up to this have kernels.
+// The largest head size.
 constexpr int64_t MAX_HEAD = 256;
 
-// Whether heads of these sizes can be computed in chunk form: whole tiles.
-inline bool has_chunk_form(int64_t dk, int64_t dv) { return dk % 32 == 0 && dv % 32 == 0; }
+// Whether heads of these sizes have a chunk form: whole tiles.
+inline bool has_chunk_form(int64_t dk, int64_t dv) { return dk % DEPTH == 0 && dv % DEPTH == 0; }
 
-// One block of at most MAX_BLOCK rows, from the state at `from` to that at `to` (they may be the
-// same). The `n_ahead` rows after it are fetched into the cache meanwhile.
+// One row tile of at most MAX_TILE_ROWS rows, from the state at `from` to that at `to` (they may be
+// the same). The `n_ahead` rows after it are fetched into the cache meanwhile.
 void chunk(const Head& h, const float* from, float* to, int64_t n_ahead, char* scratch);
 
-// Fewest rows of a block with one decay per key row for which chunk form is faster than a scan.
-// With one per head those are any block's (MIN_BLOCK_ROWS in engine/runtime/batch.py).
+// Fewest rows of a row tile for which chunk form is faster than a scan, with one decay per key row.
+// With one per head it is faster for every row tile.
 constexpr int64_t LEAST_ROWS_KDA = 16;
 
-// Bytes of its scratch, at the most.
+// Bytes of scratch that `chunk` uses at most.
 constexpr int64_t CHUNK_BYTES = 640 << 10;
 
 }  // namespace gdn

@@ -1,7 +1,8 @@
-// A block of GATED_DELTA_NET in chunk form (Yang et al., "Gated Delta Networks", arXiv:2412.06464;
-// with one decay per key row: Kimi Delta Attention, arXiv:2510.26692). S [Dk, Dv] is the state
-// before the block, G its cumulated decays, D_ij = e^(G_i - G_j) for i ≥ j. With one per key row
-// each weighs its own part of a product. What the rows add to the state, U [n, Dv], solves
+// A row tile of GATED_DELTA_NET in chunk form (Yang et al., "Gated Delta Networks",
+// arXiv:2412.06464; with one decay per key row: Kimi Delta Attention, arXiv:2510.26692). S [Dk, Dv]
+// is the state before the row tile, G its cumulated decays, D_ij = e^(G_i - G_j) for i ≥ j. With
+// one per key row each weighs its own part of a product. What the rows add to the state, U [n, Dv],
+// solves
 //
 //     (I + A) U = beta (V - e^G K S),  A_ij = beta_i k_i·k_j D_ij for i > j,
 //
@@ -22,7 +23,6 @@
 #include "kernels.h"
 
 namespace gdn {
-
 namespace {
 
 Work make_work(const Head& h, int64_t n_ahead, char*& room) {
@@ -35,9 +35,9 @@ Work make_work(const Head& h, int64_t n_ahead, char*& room) {
     w.links = take<bf16>(room, SPLIT * SUB * SUB);
     w.state = take<bf16>(room, h.dk * STRIP);
     for (bf16** p : {&w.u, &w.u_columns}) *p = take<bf16>(room, SPLIT * w.n * STRIP);
-    for (float** p : {&w.kk, &w.qk}) *p = take<float>(room, w.n * MAX_BLOCK);
+    for (float** p : {&w.kk, &w.qk}) *p = take<float>(room, w.n * MAX_TILE_ROWS);
     for (float** p : {&w.residual, &w.read}) *p = take<float>(room, w.n * STRIP);
-    for (float** p : {&w.grown, &w.beta}) *p = take<float>(room, MAX_BLOCK);
+    for (float** p : {&w.grown, &w.beta}) *p = take<float>(room, MAX_TILE_ROWS);
     w.decay = take<float>(room, MAX_HEAD);
     float* zeros = take<float>(room, MAX_HEAD);
     std::memset(zeros, 0, MAX_HEAD * sizeof(float));
@@ -46,12 +46,12 @@ Work make_work(const Head& h, int64_t n_ahead, char*& room) {
     return w;
 }
 
-// Of the largest block.
-constexpr int64_t ELEMENTS = (2 + SPLIT) * MAX_BLOCK * MAX_HEAD +
-                             SPLIT * (MAX_BLOCK * MAX_BLOCK + SUB * SUB) + MAX_HEAD * STRIP +
-                             2 * SPLIT * MAX_BLOCK * STRIP;
-constexpr int64_t FLOATS =
-    2 * MAX_BLOCK * MAX_BLOCK + 2 * MAX_BLOCK * STRIP + 2 * MAX_BLOCK + 2 * MAX_HEAD;
+// For the largest row tile.
+constexpr int64_t ELEMENTS = (2 + SPLIT) * MAX_TILE_ROWS * MAX_HEAD +
+                             SPLIT * (MAX_TILE_ROWS * MAX_TILE_ROWS + SUB * SUB) +
+                             MAX_HEAD * STRIP + 2 * SPLIT * MAX_TILE_ROWS * STRIP;
+constexpr int64_t FLOATS = 2 * MAX_TILE_ROWS * MAX_TILE_ROWS + 2 * MAX_TILE_ROWS * STRIP +
+                           2 * MAX_TILE_ROWS + 2 * MAX_HEAD;
 constexpr int64_t ROOM = ROOM_GDA > ROOM_KDA ? ROOM_GDA : ROOM_KDA;
 static_assert(2 * ELEMENTS + 4 * FLOATS + ROOM <= CHUNK_BYTES);
 
@@ -67,13 +67,13 @@ void multiply_own_keys(const Work& w) {
             for (int64_t d = 0; d < w.h.dk; d += W) products[r] += load(q + d) * load(k + d);
         }
         const v4 qk = sums(products[0], products[1], products[2], products[3]) * w.h.scale;
-        for (int64_t r = i; r < i + 4; r++) w.qk[r * MAX_BLOCK + r] = qk[r - i];
+        for (int64_t r = i; r < i + 4; r++) w.qk[r * MAX_TILE_ROWS + r] = qk[r - i];
     }
 }
 
 // Columns `sub` · SUB … of row i, as an A tile's row.
 GDN_INLINE void pack_columns(const float* x, int64_t i, int64_t sub, bf16* to) {
-    x += i * MAX_BLOCK + sub * SUB;
+    x += i * MAX_TILE_ROWS + sub * SUB;
     for (int c = 0; c < SIDE; c += W) put_a(to + 2 * c, split(load(x + c), load(x + SIDE + c)));
 }
 
@@ -91,7 +91,7 @@ void pack_scores(const Work& w) {
 
 // --- A strip: value columns c … c + STRIP - 1
 
-// Makes tiles of a strip of the state, and lets it decay over the block.
+// Makes tiles of a strip of the state, and lets it decay over the row tile.
 void pack_state(const Work& w, const float* from, float* to) {
     constexpr int PARTS = SIDE / W;
     const int64_t dk = w.h.dk;
@@ -125,7 +125,7 @@ void make_residuals(const Work& w, int64_t c) {
 // x[r] += a[r][0] u for rows `begin` … 15.
 GDN_INLINE void add_column(const float* a, vf u, vf* x, int begin) {
 #pragma GCC unroll 16
-    for (int r = begin; r < SIDE; r++) x[r] += u * a[r * MAX_BLOCK];
+    for (int r = begin; r < SIDE; r++) x[r] += u * a[r * MAX_TILE_ROWS];
 }
 
 // Solves 16 rows; a is where -A's diagonal begins.
@@ -142,8 +142,8 @@ GDN_INLINE void solve_columns(const float* a, const float* residual, Pairs* u) {
     substitute(a, x);
 #pragma GCC unroll 16
     for (int r = 0; r < SIDE; r++) upper[r] = x[r], x[r] = load(residual + (SIDE + r) * STRIP);
-    for (int j = 0; j < SIDE; j++) add_column(a + SIDE * MAX_BLOCK + j, upper[j], x, 0);
-    substitute(a + SIDE * MAX_BLOCK + SIDE, x);
+    for (int j = 0; j < SIDE; j++) add_column(a + SIDE * MAX_TILE_ROWS + j, upper[j], x, 0);
+    substitute(a + SIDE * MAX_TILE_ROWS + SIDE, x);
 #pragma GCC unroll 16
     for (int r = 0; r < SIDE; r++) u[r] = split(upper[r], x[r]);
 }
@@ -155,7 +155,7 @@ void solve(Work& w, int64_t sub) {
         Pairs u[SIDE / W][SIDE];
         const int64_t tile = (j * w.split_depth() + SPLIT * sub) * TILE_SIZE;
         for (int p = 0; p < SIDE / W; p++) {
-            solve_columns(w.kk + first * MAX_BLOCK + first,
+            solve_columns(w.kk + first * MAX_TILE_ROWS + first,
                           w.residual + first * STRIP + j * SIDE + p * W, u[p]);
             for (int r = 0; r < SIDE; r++) put_b(w.u + tile + r * DEPTH + 2 * p * W, u[p][r]);
         }

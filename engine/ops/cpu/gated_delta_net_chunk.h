@@ -1,6 +1,6 @@
-// What the files of GATED_DELTA_NET's chunk form share: a block's operands as tiles, and what makes
-// them. gated_delta_net_chunk.cpp says what they are for; with one decay per head they come from
-// gated_delta_net_gda.cpp, with one per key row (KDA) from gated_delta_net_kda.cpp.
+// What the files of GATED_DELTA_NET's chunk form share: a row tile's operands as bfloat16 tiles,
+// which gated_delta_net_chunk.cpp uses. With one decay per head gated_delta_net_gda.cpp makes them,
+// with one per key row (KDA) gated_delta_net_kda.cpp.
 #pragma once
 
 #include "gated_delta_net.h"
@@ -8,27 +8,27 @@
 
 namespace gdn {
 
-// Rows that are solved at once. A block is padded to one or two times as many by rows of zeros.
+// Rows that are solved at once. A row tile is padded to one or two times as many by rows of zeros.
 constexpr int64_t SUB = DEPTH;
 // Value columns that are computed together: two tiles, whose U and products stay in the L1 cache.
 constexpr int64_t STRIP = 2 * SIDE;
 
-// A block, its operands as A or B tiles, and what comes of them.
+// A row tile, its operands as A or B tiles, and their products.
 struct Work {
     Head h;
     int64_t n, subs;           // Rows with padding, n = SUB · subs.
     const float* zeros;        // A row of q, k, v or g.
-    float* beta;               // [MAX_BLOCK].
+    float* beta;               // [MAX_TILE_ROWS].
     int64_t n_ahead, fetched;  // Rows that follow, and how many of them are on their way.
-    // Made by the files of the two kinds of decays:
+    // Made by the file of each kind of decays:
     bf16 *k, *q;            // A [n, Dk]: K and Q; with KDA e^G K and e^G Q,
-    bf16 *k_rest, *q_rest;  // and what rounding takes of them (else null).
+    bf16 *k_rest, *q_rest;  // and their rounding errors (else null).
     bf16* k_rows;           // B [n, Dk], split: e^(G_last - G) K.
-    float* kk;              // [n, MAX_BLOCK]: -A. What is not below its diagonal is never read.
-    float* qk;              // [n, MAX_BLOCK]: (Q Kᵀ ⊙ D) · scale below the diagonal, zeros above it
-                            // up to the end of SUB columns.
-    float* grown;           // [MAX_BLOCK]: e^G, still to weigh K S and Q S; with KDA ones.
-    float* decay;           // [Dk]: e^G_last.
+    float* kk;              // [n, MAX_TILE_ROWS]: -A. What is not below its diagonal is never read.
+    float* qk;     // [n, MAX_TILE_ROWS]: (Q Kᵀ ⊙ D) · scale below the diagonal, zeros above it
+                   // up to the end of SUB columns.
+    float* grown;  // [MAX_TILE_ROWS]: e^G, still to weigh K S and Q S; with KDA ones.
+    float* decay;  // [Dk]: e^G_last.
     // Of both:
     bf16* scores;  // A [n, n], split: qk.
     bf16* links;   // A [SUB, SUB], split: -A from the first half to the second.
@@ -46,13 +46,13 @@ struct Work {
     }
 };
 
-// Makes what is theirs of a block's work; `room` is scratch of so many bytes.
+// Prepares a row tile's work for GDA and for KDA; `room` is scratch of so many bytes.
 void make_operands_gda(Work& w, char* room);
 void make_operands_kda(Work& w, char* room);
 
-constexpr int64_t ROOM_GDA = 2 * MAX_BLOCK * MAX_HEAD + 3 * 4 * MAX_BLOCK;
+constexpr int64_t ROOM_GDA = 2 * MAX_TILE_ROWS * MAX_HEAD + 3 * 4 * MAX_TILE_ROWS;
 constexpr int64_t ROOM_KDA =
-    4 * (3 * MAX_BLOCK + SIDE + 1) * MAX_HEAD + 2 * (2 * MAX_BLOCK + 4 * SUB) * MAX_HEAD;
+    4 * (3 * MAX_TILE_ROWS + SIDE + 1) * MAX_HEAD + 2 * (2 * MAX_TILE_ROWS + 4 * SUB) * MAX_HEAD;
 
 template <typename T>
 T* take(char*& room, int64_t n) {
@@ -61,8 +61,8 @@ T* take(char*& room, int64_t n) {
     return p;
 }
 
-// Fetches a row of the block to come: its loads would all have to wait for the L3 cache or memory.
-// It is called between pieces of work that keep the processor busy for some hundred cycles.
+// Fetches a row of the next row tile, whose loads would all wait for the L3 cache or memory.
+// Called between computations of some hundred cycles.
 GDN_INLINE void fetch_ahead(Work& w) {
     if (w.fetched >= w.n_ahead) return;
     const Head next = w.h.part(w.h.n + w.fetched++, 1);

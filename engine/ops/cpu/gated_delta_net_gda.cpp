@@ -1,5 +1,5 @@
-// Operands of a block with one decay per head. e^(G_i - G_j) is the same for all key rows: products
-// of queries and keys are made without it, and weighed by it afterwards.
+// Operands of a row tile with one decay per head. e^(G_i - G_j) is the same for all key rows:
+// products of queries and keys are made without it, and weighed by it afterwards.
 
 #include <initializer_list>
 
@@ -7,11 +7,10 @@
 #include "kernels.h"
 
 namespace gdn {
-
 namespace {
 
 // Cumulated decays: G = high + low, as differences of one float32 lose the weak decays behind
-// strong ones; left: e^(G_last - G). Each [MAX_BLOCK].
+// strong ones; left: e^(G_last - G). Each [MAX_TILE_ROWS].
 struct Sums {
     float *high, *low, *left;
 };
@@ -66,17 +65,17 @@ void pack_keys_and_queries(const Work& w, const float* left) {
 void multiply_by_keys(Work& w, const bf16* k_columns) {
     const Tiles columns = tiles(k_columns, w.k_depth());
     for (int64_t sub = 0; sub < w.subs; sub++) {
-        const int64_t at = sub * SUB * w.h.dk, row = sub * SUB * MAX_BLOCK;
+        const int64_t at = sub * SUB * w.h.dk, row = sub * SUB * MAX_TILE_ROWS;
         product(w, tiles(w.k + at, w.k_depth()), 2, columns, 2 * sub + 2, w.k_depth(), w.kk + row,
-                MAX_BLOCK);
+                MAX_TILE_ROWS);
         product(w, tiles(w.q + at, w.k_depth()), 2, columns, 2 * sub + 2, w.k_depth(), w.qk + row,
-                MAX_BLOCK);
+                MAX_TILE_ROWS);
     }
 }
 
 // W entries of row i from column j on, for which d decays: of -A, and of the scores.
 GDN_INLINE void weigh(const Work& w, int64_t i, int64_t j, vf d) {
-    float *kk = w.kk + i * MAX_BLOCK + j, *qk = w.qk + i * MAX_BLOCK + j;
+    float *kk = w.kk + i * MAX_TILE_ROWS + j, *qk = w.qk + i * MAX_TILE_ROWS + j;
     store(kk, load(kk) * (d * -w.beta[i]));
     store(qk, load(qk) * (d * w.h.scale));
 }
@@ -84,7 +83,7 @@ GDN_INLINE void weigh(const Work& w, int64_t i, int64_t j, vf d) {
 // Turns the products of 16 rows from `first` on into -A and scores.
 void weigh_rows(const Work& w, const Sums& s, int64_t first) {
     // Decays over rows before these, as products: from row j to the last of those, and from there.
-    alignas(64) float until[MAX_BLOCK], from[SIDE];
+    alignas(64) float until[MAX_TILE_ROWS], from[SIDE];
     for (int64_t j = 0; j < first; j += W) store(until + j, exp(-since(s, j, first - 1)));
     for (int64_t i = 0; first > 0 && i < SIDE; i += W)
         store(from + i, exp(since(s, first + i, first - 1)));
@@ -98,7 +97,7 @@ void weigh_rows(const Work& w, const Sums& s, int64_t first) {
             const vf x = select(seen, -since(s, j, i), splat(-__builtin_inff()));
             weigh(w, i, j, exp(x));
         }
-        for (int64_t j = first + SIDE; j < end; j += W) store(w.qk + i * MAX_BLOCK + j, vf{});
+        for (int64_t j = first + SIDE; j < end; j += W) store(w.qk + i * MAX_TILE_ROWS + j, vf{});
     }
 }
 
@@ -107,7 +106,7 @@ void weigh_rows(const Work& w, const Sums& s, int64_t first) {
 void make_operands_gda(Work& w, char* room) {
     bf16* k_columns = take<bf16>(room, w.n * w.h.dk);  // B [Dk, n].
     Sums s;
-    for (float** p : {&s.high, &s.low, &s.left}) *p = take<float>(room, MAX_BLOCK);
+    for (float** p : {&s.high, &s.low, &s.left}) *p = take<float>(room, MAX_TILE_ROWS);
     cumulate_decays(w, s);
     pack_keys_and_queries(w, s.left);
     transpose_tiles(w.k, w.n * w.h.dk, k_columns);

@@ -1,9 +1,9 @@
-// Operands of a block with one decay per key row. They can't be taken out of sums over key rows:
+// Operands of a row tile with one decay per key row. They can't be taken out of sums over key rows:
 //
 //     A_ij = beta_i Σ_d k_i[d] k_j[d] e^(G_i[d] - G_j[d]).
 //
 // For rows i behind a boundary m and j before it, e^(G_i - G_m) and e^(G_m - G_j) are at most 1 and
-// go into the operands of a product of tiles. So a block is halved, and halves into bands of
+// go into the operands of a product of tiles. So a row tile is halved, and halves into bands of
 // 16 rows. Within a band keys are let decay from row to row, in float32.
 //
 // All decays are products of the rows' own e^g, not differences of sums: no strength of decay
@@ -15,7 +15,6 @@
 #include "kernels.h"
 
 namespace gdn {
-
 namespace {
 
 constexpr int64_t BANDS = SUB / SIDE;  // Of a half.
@@ -89,7 +88,7 @@ void pack_band(const Work& w, const Decays& z, const float* x, int64_t step, int
     }
 }
 
-// What K and Q of a band read from the state before the block.
+// What K and Q of a band read from the state before the row tile.
 void pack_reads(const Work& w, const Decays& z, int64_t band) {
     const int64_t at = band * SIDE * w.h.dk;
     multiply_bands(w, z, 0, band, z.across);
@@ -97,7 +96,7 @@ void pack_reads(const Work& w, const Decays& z, int64_t band) {
     pack_band<true>(w, z, w.h.q, w.h.q_step, band, z.since, w.q + at, w.q_rest + at);
 }
 
-// What the keys of half `sub` bring to the state after the block.
+// What the keys of half `sub` bring to the state after the row tile.
 void pack_key_rows(const Work& w, const Decays& z, int64_t sub) {
     const int64_t dk = w.h.dk;
     const float *upper = z.until + sub * SUB * dk, *lower = upper + SIDE * dk;
@@ -128,13 +127,13 @@ void multiply_across(Work& w, const Decays& z, int64_t m, int64_t bands) {
         pack_band(w, z, w.h.k, w.h.k_step, earlier, z.until, z.before + at);
     }
     transpose_tiles(z.before, bands * SIDE * dk, z.columns);
-    const int64_t depth = w.k_depth(), to = m * SIDE * MAX_BLOCK + (m - bands) * SIDE;
+    const int64_t depth = w.k_depth(), to = m * SIDE * MAX_TILE_ROWS + (m - bands) * SIDE;
     const Tiles columns = tiles(z.columns, depth);
-    product(w, tiles(z.k, depth), bands, columns, bands, depth, w.kk + to, MAX_BLOCK);
-    product(w, tiles(z.q, depth), bands, columns, bands, depth, w.qk + to, MAX_BLOCK);
+    product(w, tiles(z.k, depth), bands, columns, bands, depth, w.kk + to, MAX_TILE_ROWS);
+    product(w, tiles(z.q, depth), bands, columns, bands, depth, w.qk + to, MAX_TILE_ROWS);
     for (int64_t r = 0; r < bands * SIDE; r++)
         for (int64_t j = 0; j < bands * SIDE; j += W) {
-            float *kk = w.kk + to + r * MAX_BLOCK + j, *qk = w.qk + to + r * MAX_BLOCK + j;
+            float *kk = w.kk + to + r * MAX_TILE_ROWS + j, *qk = w.qk + to + r * MAX_TILE_ROWS + j;
             store(kk, load(kk) * -w.beta[m * SIDE + r]), store(qk, load(qk) * w.h.scale);
         }
 }
@@ -146,7 +145,7 @@ void multiply_within(Work& w, const Decays& z, int64_t band) {
     std::memset(z.keys, 0, static_cast<size_t>(SIDE * dk) * sizeof(float));
     for (int64_t r = 0; r < SIDE; r++) {
         fetch_ahead(w);
-        const int64_t i = band * SIDE + r, at = i * MAX_BLOCK + band * SIDE;
+        const int64_t i = band * SIDE + r, at = i * MAX_TILE_ROWS + band * SIDE;
         const float *k = w.row(w.h.k, w.h.k_step, i), *q = w.row(w.h.q, w.h.q_step, i);
         const float* step = z.step + i * dk;
         for (int64_t j = 0; j < r; j += GROUP) {
@@ -177,7 +176,7 @@ void make_operands_kda(Work& w, char* room) {
     const int64_t bands = w.subs * BANDS, live = (w.h.n + SIDE - 1) / SIDE;
     for (int64_t i = 0; i < w.n; i++) w.grown[i] = 1.0f;
     for (float* p : {w.kk, w.qk})
-        std::memset(p, 0, static_cast<size_t>(w.n * MAX_BLOCK) * sizeof(float));
+        std::memset(p, 0, static_cast<size_t>(w.n * MAX_TILE_ROWS) * sizeof(float));
     for (int64_t b = 0; b < bands; b++) multiply_decays(w, z, b);
     for (int64_t b = 0; b < bands; b++) pack_reads(w, z, b);
     for (int64_t sub = 0; sub < w.subs; sub++) pack_key_rows(w, z, sub);

@@ -4,7 +4,6 @@
 #include "kernels.h"
 
 namespace gdn {
-
 namespace {
 
 enum { G, STEP, ALPHA, BETA, A, DT };

@@ -6,7 +6,6 @@
 #include "pack.h"
 
 namespace gdn {
-
 namespace {
 
 enum { OUT, TABLE, IDS };
@@ -18,8 +17,8 @@ void run(const Args& a, int64_t begin, int64_t end) {
         const int64_t id = a.v[IDS].as<int32_t>()[i];
         float* out = a.v[OUT].row(i);
         if (table.dtype == PACKED) {
-            const auto* panel = table.as<uint8_t>() + id / ROWS * table.stride[0];
-            decode_row(table.layout, panel, static_cast<int>(id % ROWS), n, out);
+            const auto* panel = table.as<uint8_t>() + id / PANEL * table.stride[0];
+            decode_row(table.layout, panel, static_cast<int>(id % PANEL), n, out);
         } else {
             std::memcpy(out, table.row(id), 4 * static_cast<size_t>(n));
         }

@@ -1,15 +1,15 @@
-// What every CPU kernel is: a count of independent tasks, and a function that runs some of them.
+// A CPU kernel is a count of independent tasks and a function that runs some of them.
 //
-// An instruction has operands (`View`s, in the order of its op's table in engine/backends/cpu/backend.py;
-// one that is absent has data == nullptr) and attributes as doubles. Tasks of one instruction may
-// run in any order and on any thread; a task's result must not depend on which.
+// An instruction has operands (`View`s, in the order of the kernel's enum; an absent one has
+// data == nullptr) and attributes as doubles. Tasks of one instruction run in any order and on any
+// thread, and their results do not depend on either.
 #pragma once
 
 #include <cstdint>
 
 namespace gdn {
 
-// Live counts of a batch by the number that View::dim has: 0 stands for "always the capacity".
+// The live count that View::dim names; 0: the first axis always has its capacity.
 enum Dim : int32_t { FIXED, N_TOKENS, N_SEQS, N_SEQS_1, N_OUTPUTS, N_DIMS };
 
 enum DType : int32_t { F32, F16, I32, I8, PACKED, BF16 };
@@ -17,7 +17,7 @@ enum DType : int32_t { F32, F16, I32, I8, PACKED, BF16 };
 constexpr int MAX_RANK = 4;
 
 // A row-major array or a strided part of one; strides count elements. A weight in a packed layout
-// has dtype PACKED, its layout's number, and the layout's strides in bytes (see layout.h).
+// has dtype PACKED, its layout's number, and the layout's strides in bytes (see ../layout.h).
 struct View {
     char* data;
     int64_t shape[MAX_RANK];
@@ -34,19 +34,19 @@ struct View {
     explicit operator bool() const { return data != nullptr; }
 };
 
-// Consecutive rows of one sequence within 64 aligned positions: kernels may compute them together,
-// and in another order than single rows.
-struct Block {
+// A row tile: consecutive rows of one sequence within 64 aligned positions. Kernels may compute
+// them together, and sum in another order than for single rows.
+struct RowTile {
     int64_t row, n;
 };
 
-constexpr int64_t MAX_BLOCK = 64;
+constexpr int64_t MAX_TILE_ROWS = 64;
 
-// A step's rows, apart: those in blocks, in their order, and loose ones.
+// A step's row tiles, its rows in tiles and its remainder rows, each in order.
 struct Rows {
-    const Block* blocks;
-    const int32_t *blocked, *loose;
-    int64_t n_blocks, n_blocked, n_loose;
+    const RowTile* tiles;
+    const int32_t *tiled, *remainder;
+    int64_t n_tiles, n_tiled, n_remainder;
 };
 
 struct Args {
@@ -66,6 +66,13 @@ struct Kernel {
     const char* name;
     int64_t (*n_tasks)(const Args&);
     void (*run)(const Args&, int64_t begin, int64_t end);
+};
+
+struct Instruction {
+    const Kernel* kernel;
+    const View* views;
+    const double* attrs;
+    int64_t barrier;  // Whether all earlier instructions must be finished first.
 };
 
 // The sequence that row t belongs to.

@@ -1,5 +1,5 @@
-// Products of bfloat16 tiles with float32 sums: on AMX if the library is built for it, else in
-// vectors, so that whatever is built on tiles can be tested on any machine.
+// Products of bfloat16 tiles with float32 sums: on AMX if the library is built for it, else
+// emulated in vectors, so that kernels of tiles can be tested on any machine.
 //
 // An A tile is 16 rows × 32 columns, row after row. A B tile is 32 rows × 16 columns, where two
 // rows' elements lie side by side, as a packed BF16 weight has them. Both have 1 KiB. A row of a
@@ -56,15 +56,14 @@ GDN_INLINE void store_bf16(bf16* p, vf v, int n) {
 #endif
 }
 
-// What a product fetches into the L2 cache while it multiplies: so many bytes with each tile that
-// is summed over, one after another.
+// Bytes that a product prefetches into the L2 cache with each tile that it sums over.
 struct Soon {
     const char* at = nullptr;
     int64_t bytes = 0;
 };
 
-// Where the tiles of an operand lie: `side` elements between tiles side by side along the result's
-// rows (A) or columns (B), `depth` between those that are summed over.
+// The tiles of an operand: `side` elements from one to the next along the result's rows (A) or
+// columns (B), `depth` along the sum.
 struct Tiles {
     const bf16* at;
     int64_t side, depth;
@@ -80,14 +79,14 @@ struct TileSums {
 
 #if defined(__AMX_BF16__)
 
-// What AMX must be told before its use, on every thread: all eight tiles are 16 rows of 64 bytes.
+// AMX's configuration, which every thread loads: all eight tiles are 16 rows of 64 bytes.
 struct alignas(64) TileConfig {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Asks Linux for the tiles' room in a thread's state: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
+// Asks Linux to save the tiles with a thread's state: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
 inline bool allow_matrix_products() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
 inline void begin_matrix_products() {
@@ -196,8 +195,8 @@ struct Nothing {
     void operator()() const {}
 };
 
-// The same for any number of tiles: c [16 · m, 16 · n_columns] (+)= a · b. `between` is called once
-// for up to two by two of them.
+// The same for any number of tiles: c [16 · m, 16 · n_columns] (+)= a · b. `between` is called
+// before every two by two of them.
 template <typename F = Nothing>
 void multiply_matrices(Tiles a, int64_t m, Tiles b, int64_t n_columns, int64_t n, float* c,
                        int64_t c_stride, bool add, F between = {}) {

@@ -4,7 +4,6 @@
 #include "paged.h"
 
 namespace gdn {
-
 namespace {
 
 // Attribute: eps.
@@ -16,10 +15,7 @@ void run(const Args& a, int64_t begin, int64_t end) {
     float* row = reinterpret_cast<float*>(a.scratch);
     for (int64_t t = begin; t < end; t++) {
         const float* kv = a.v[KV].row(t);
-        const vf scale = inverse_rms(kv, rank, a.attr[0]);
-        for_lanes(rank, [&](int64_t i, int n) {
-            store_part(row + i, load_part(kv + i, n) * scale * load_part(norm + i, n), n);
-        });
+        rms_norm(kv, norm, rank, a.attr[0], row);
         std::memcpy(row + rank, kv + rank, 4 * static_cast<size_t>(size - rank));
         const int32_t* table = block_table_of(a, a.v[SEQ_STARTS], a.v[BLOCK_TABLES], t);
         write_cache(a.v[K_CACHE], table, a.v[POSITIONS].as<int32_t>()[t], 0, row);

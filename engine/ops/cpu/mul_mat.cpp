@@ -1,23 +1,22 @@
 // MUL_MAT: an activation times one weight.
 //
-// Rows of blocks are multiplied as tiles with pairs of panels (32 weight rows), which are expanded
-// to bfloat16 for many rows at once. Of other rows, and where x was not rounded, a task is one panel
-// as it is stored.
+// Row tiles are multiplied as bfloat16 tiles with pairs of panels (32 weight rows), which are
+// expanded to bfloat16 for many rows at once. For remainder rows, and where x was not rounded, a
+// task is one panel as it is stored.
 
 #include "mul_mat.h"
 
 #include "kernels.h"
 
 namespace gdn {
-
 namespace {
 
 enum { OUT, X, WEIGHT = X + 5, GATE, ADD };
 
 // Stores a panel's products with row t.
 void put(const Args& a, int64_t t, int64_t panel, const float* values) {
-    const int64_t first = panel * ROWS;
-    const int n = static_cast<int>(std::min<int64_t>(ROWS, a.v[WEIGHT].shape[0] - first));
+    const int64_t first = panel * PANEL;
+    const int n = static_cast<int>(std::min<int64_t>(PANEL, a.v[WEIGHT].shape[0] - first));
     float* out = a.v[OUT].row(t) + first;
     if (!a.v[GATE] && !a.v[ADD]) {
         std::memcpy(out, values, 4 * static_cast<size_t>(n));
@@ -37,18 +36,18 @@ void multiply_tiles(const Args& a, const Activation& x, const TileTasks& tasks, 
     for (int64_t pair = begin; pair < end; pair++)
         pairs[pair - begin] = {&w, pair, (pair - begin) * PAIR};
     // Whole tiles of neighbouring rows need nothing between.
-    const bool is_whole = !a.v[GATE] && !a.v[ADD] && w.shape[0] % ROWS == 0;
+    const bool is_whole = !a.v[GATE] && !a.v[ADD] && w.shape[0] % PANEL == 0;
     const auto direct = [&](int64_t row, int64_t n_rows) -> TileSums {
-        const int32_t* rows = x.step.blocked + first + row;
+        const int32_t* rows = x.step.tiled + first + row;
         if (!is_whole || n_rows % SIDE != 0 || rows[n_rows - 1] - rows[0] != n_rows - 1) return {};
         return {a.v[OUT].row(rows[0]) + begin * PAIR, a.v[OUT].stride[0]};
     };
     const auto done = [&](int64_t row, int64_t n_rows, float* sums) {
         for (int64_t i = 0; i < n_rows; i++, sums += SUMS)
             for (int64_t p = 2 * begin; p < std::min(n_panels(w), 2 * end); p++)
-                put(a, x.step.blocked[first + row + i], p, sums + (p - 2 * begin) * ROWS);
+                put(a, x.step.tiled[first + row + i], p, sums + (p - 2 * begin) * PANEL);
     };
-    multiply_pairs(x.blocked(first), tasks.n_rows(task), pairs, end - begin, s, direct, done);
+    multiply_pairs(x.tiled(first), tasks.n_rows(task), pairs, end - begin, s, direct, done);
 }
 
 int64_t n_tasks(const Args& a) {
@@ -62,7 +61,7 @@ void run(const Args& a, int64_t begin, int64_t end) {
     const View& w = a.v[WEIGHT];
     const TileTasks tasks(x, w, MAX_PAIRS);
     for (; begin < std::min(tasks.count(), end); begin++) multiply_tiles(a, x, tasks, begin);
-    float out[TILE][ROWS];
+    float out[TILE][PANEL];
     for_single_rows(x, x.n_single(a.rows(x.x)), n_panels(w), begin - tasks.count(),
                     end - tasks.count(), [&](int64_t p, auto rows, auto numbers, int64_t n) {
                         multiply(w.layout, panel_at(w, p), w.shape[1], rows, n, out);

@@ -1,4 +1,4 @@
-// What MUL_MAT is made of: one activation, as rows and as tiles, times panels of a weight.
+// The parts of MUL_MAT: one activation, as rows and as tiles, times panels of a weight.
 #pragma once
 
 #include <algorithm>
@@ -10,8 +10,8 @@
 namespace gdn {
 
 // An activation's views, one after another among a kernel's operands: float32 rows; int8 rows with
-// scales and sums (absent where the weights are plain); and the rows of blocks as bfloat16 tiles
-// (absent where there are none: then blocks' rows are multiplied like all others).
+// scales and sums (absent where the weights are plain); and the rows of row tiles as bfloat16 tiles
+// (absent where there are none: then those rows are multiplied one by one like all others).
 struct Activation {
     const View &x, &q, &scale, &sum, &tiles;
     const Rows& step;
@@ -24,12 +24,12 @@ struct Activation {
           tiles(a.v[first + 4]),
           step(*a.step) {}
 
-    int64_t n_blocked() const { return tiles ? step.n_blocked : 0; }
-    // Blocked rows, from the first on, as tiles.
-    const bf16* blocked(int64_t first) const { return tiles.as<bf16>() + first * x.shape[1]; }
+    int64_t n_tiled() const { return tiles ? step.n_tiled : 0; }
+    // Rows of row tiles, from the first on, as bfloat16 tiles.
+    const bf16* tiled(int64_t first) const { return tiles.as<bf16>() + first * x.shape[1]; }
     // Rows that are multiplied one by one: how many of n, and which.
-    int64_t n_single(int64_t n) const { return tiles ? step.n_loose : n; }
-    int64_t single(int64_t i) const { return tiles ? step.loose[i] : i; }
+    int64_t n_single(int64_t n) const { return tiles ? step.n_remainder : n; }
+    int64_t single(int64_t i) const { return tiles ? step.remainder[i] : i; }
 
     Row row(int64_t t) const {
         if (!q) return {x.row(t), nullptr, nullptr, nullptr};
@@ -38,22 +38,25 @@ struct Activation {
     }
 };
 
-inline int64_t n_panels(const View& weight) { return (weight.shape[0] + ROWS - 1) / ROWS; }
+inline int64_t n_panels(const View& weight) { return (weight.shape[0] + PANEL - 1) / PANEL; }
 inline int64_t n_pairs(const View& weight) { return (n_panels(weight) + 1) / 2; }
 
 inline const uint8_t* panel_at(const View& weight, int64_t p) {
     return weight.as<uint8_t>() + p * weight.stride[0];
 }
 
-// Rows of blocks for which a panel is expanded once, columns expanded at a time, and the most pairs
-// of panels of a task. The expanded panels stay in the L2 cache and meet 32 rows after 32, which are
+// Tiled rows for which a panel is expanded once, columns expanded at a time, and the most pairs of
+// panels of a task. The expanded panels stay in the L2 cache and meet 32 rows after 32, which are
 // fetched ahead: from L3, tiles come at a fifth of the speed (Xeon, measured).
 constexpr int64_t MAX_ROWS = 512, MAX_COLUMNS = 1024, MAX_PAIRS = 8, MIN_TASKS = 8;
-constexpr int64_t PAIR = 2 * ROWS, SUMS = MAX_PAIRS * PAIR;
+constexpr int64_t PAIR = 2 * PANEL, SUMS = MAX_PAIRS * PAIR;
+
+// The most columns of rows that MUL_MAT_ID gathers for products of tiles.
+constexpr int64_t MAX_GATHERED_COLUMNS = 1 << 14;
 
 struct TileScratch {
     float sums[MAX_ROWS][SUMS];
-    bf16 panels[MAX_PAIRS][2][MAX_COLUMNS * ROWS];
+    bf16 panels[MAX_PAIRS][2][MAX_COLUMNS * PANEL];
 };
 static_assert(sizeof(TileScratch) <= SCRATCH_BYTES);
 
@@ -64,8 +67,8 @@ struct Pair {
 
     int64_t n_wide() const { return std::min<int64_t>(2, n_panels(*weight) - 2 * number); }
 
-    // As tiles, over records begin … end - 1.
-    Tiles expand_into(bf16 (*room)[MAX_COLUMNS * ROWS], int64_t begin, int64_t end) const {
+    // As tiles, over k-blocks begin … end - 1.
+    Tiles expand_into(bf16 (*room)[MAX_COLUMNS * PANEL], int64_t begin, int64_t end) const {
         const bf16* at[2] = {};
         for (int64_t i = 0; i < n_wide(); i++)
             at[i] = expand(weight->layout, panel_at(*weight, 2 * number + i), begin, end, room[i]);
@@ -73,8 +76,8 @@ struct Pair {
     }
 };
 
-// The part of 32 rows' tiles, from tile i on and `depth` deep, that is fetched with pair p: each
-// pair fetches as much, half of them of the first 16 rows.
+// The part of the next 32 rows' tiles (from tile i on, `depth` deep) that pair p prefetches: all
+// pairs fetch as much, the first half of them of the first 16 rows.
 inline Soon next_strip(Tiles rows, int64_t i, int64_t depth, int64_t p, int64_t n_pairs) {
     constexpr int64_t TILE_BYTES = 2 * TILE_SIZE;
     if (n_pairs == 1) return {reinterpret_cast<const char*>(rows.tile(i, 0)), TILE_BYTES};
@@ -83,8 +86,8 @@ inline Soon next_strip(Tiles rows, int64_t i, int64_t depth, int64_t p, int64_t 
     return {at + p % half * depth * bytes, bytes};
 }
 
-// n rows as tiles times pairs of weights of the same width, 32 rows after 32. Complete sums of them go
-// where direct(row, n of them) says; if nowhere, done(row, n, sums [n, SUMS]) is called.
+// n rows as tiles times pairs of weights of the same width, 32 rows at a time. Complete sums go
+// where direct(row, n rows) says; where that is nowhere, done(row, n, sums [n, SUMS]) gets them.
 template <typename Direct, typename Done>
 void multiply_pairs(const bf16* x, int64_t n, const Pair* pairs, int64_t n_pairs, TileScratch& s,
                     Direct direct, Done done) {
@@ -97,7 +100,7 @@ void multiply_pairs(const bf16* x, int64_t n, const Pair* pairs, int64_t n_pairs
         const Tiles rows{x + begin * TILE_SIZE, SIDE * n_in, TILE_SIZE};
         for (int64_t i = 0; i < n_tiles; i += 2) {
             const int64_t row = i * SIDE, n_rows = std::min<int64_t>(2 * SIDE, n - row);
-            // TileSums that are complete at once need no room for all rows.
+            // Sums that are complete after one pass need no memory for all rows.
             const TileSums sums{s.sums[n_in <= MAX_COLUMNS ? 0 : row], SUMS};
             const TileSums out = is_last ? direct(row, n_rows) : TileSums{};
             for (int64_t p = 0; p < n_pairs; p++) {
@@ -113,24 +116,24 @@ void multiply_pairs(const bf16* x, int64_t n, const Pair* pairs, int64_t n_pairs
     }
 }
 
-// For sums that need more done.
+// For sums that `done` processes.
 inline TileSums nowhere(int64_t, int64_t) { return {}; }
 
-// How the products of blocks with pairs of panels are cut into tasks.
+// How the products of row tiles with pairs of panels are cut into tasks.
 struct TileTasks {
-    int64_t n_blocked, n_pairs, pairs;
+    int64_t n_tiled, n_pairs, pairs;
 
     // `most`: pairs of a task at most.
     TileTasks(const Activation& x, const View& weight, int64_t most)
-        : n_blocked(x.n_blocked()),
+        : n_tiled(x.n_tiled()),
           n_pairs(gdn::n_pairs(weight)),
           pairs(std::clamp<int64_t>(n_pairs / MIN_TASKS, 1, most)) {}
 
     int64_t per_rows() const { return (n_pairs + pairs - 1) / pairs; }
-    int64_t count() const { return (n_blocked + MAX_ROWS - 1) / MAX_ROWS * per_rows(); }
+    int64_t count() const { return (n_tiled + MAX_ROWS - 1) / MAX_ROWS * per_rows(); }
     // A task's rows, and its pairs.
     int64_t first_row(int64_t task) const { return task / per_rows() * MAX_ROWS; }
-    int64_t n_rows(int64_t task) const { return std::min(MAX_ROWS, n_blocked - first_row(task)); }
+    int64_t n_rows(int64_t task) const { return std::min(MAX_ROWS, n_tiled - first_row(task)); }
     int64_t begin(int64_t task) const { return task % per_rows() * pairs; }
     int64_t end(int64_t task) const { return std::min(n_pairs, begin(task) + pairs); }
 };

@@ -1,13 +1,12 @@
 // MUL_MAT_HEADS: each head's rows times a float32 matrix of its own.
 //
-// A task is a head's product with a few rows, for which the matrix is read once; tasks of one head
-// follow each other, while its matrix is in the cache.
+// A task is a head's product with a few rows, which share one pass over the matrix. Tasks of one
+// head follow each other while its matrix is in the cache.
 
 #include "kernels.h"
 #include "row_products.h"
 
 namespace gdn {
-
 namespace {
 
 // Attribute: whether the matrix is [in, out] instead of [out, in].

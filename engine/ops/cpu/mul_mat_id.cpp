@@ -1,10 +1,11 @@
 // MUL_MAT_ID: rows times the matrices of the experts that they chose.
 //
-// SORT_BY_EXPERT lists the pairs (token, choice) by expert, those of blocks first. Of a BF16 matrix,
-// pairs of blocks are gathered and multiplied as tiles with a few panels, a task. Other pairs are
-// multiplied with panels as they are stored, on matrix units 16 of an expert's at once by tiles of
-// int8: experts have too few of them for what expanding panels to bfloat16 takes. SUM_EXPERTS adds
-// a token's results in the router's order, so that they do not depend on the rest of the batch.
+// SORT_BY_EXPERT lists the pairs (token, choice) by expert, those of tiled rows first. With a BF16
+// matrix, a task gathers pairs of tiled rows and multiplies them as tiles with a few panels. Other
+// pairs are multiplied with panels as they are stored, on matrix units 16 of an expert's at once by
+// tiles of int8: experts have too few rows to pay for expanding panels to bfloat16. SUM_EXPERTS
+// adds a token's results in the router's order, so that they do not depend on the rest of the
+// batch.
 
 #include <algorithm>
 
@@ -13,12 +14,11 @@
 #include "mul_mat.h"
 
 namespace gdn {
-
 namespace {
 
 namespace sorting {
 
-// STARTS [2 · experts + 1]: where an expert's pairs of blocks begin, and then its loose ones.
+// STARTS [2 · experts + 1]: where an expert's pairs of tiled rows begin, then of remainder rows.
 enum { ORDER, STARTS, IDS };
 
 // A counting sort; pairs of one kind stay in their order.
@@ -27,13 +27,13 @@ void run(const Args& a, int64_t, int64_t) {
     const int64_t n_tokens = a.rows(ids), n_used = ids.shape[1], n_starts = a.v[STARTS].shape[0];
     auto *order = a.v[ORDER].as<int32_t>(), *starts = a.v[STARTS].as<int32_t>();
     const auto for_pairs = [&](auto f) {
-        const int32_t *next = a.step->blocked, *stop = next + a.step->n_blocked;
+        const int32_t *next = a.step->tiled, *stop = next + a.step->n_tiled;
         for (int64_t t = 0; t < n_tokens; t++) {
-            const bool is_loose = next == stop || *next != t;
-            next += !is_loose;
+            const bool is_remainder = next == stop || *next != t;
+            next += !is_remainder;
             for (int64_t u = 0; u < n_used; u++) {
                 const int32_t id = ids.as<int32_t>()[t * ids.stride[0] + u * ids.stride[1]];
-                f(2 * id + is_loose, static_cast<int32_t>(t * n_used + u));
+                f(2 * id + is_remainder, static_cast<int32_t>(t * n_used + u));
             }
         }
     };
@@ -53,7 +53,7 @@ enum { OUT, X, Q, SCALE, SUM, PACKED_X, MATRIX, ORDER, STARTS, IDS };
 
 int64_t n_experts(const Args& a) { return a.v[MATRIX].shape[0]; }
 
-int64_t n_panels(const Args& a) { return (a.v[MATRIX].shape[1] + ROWS - 1) / ROWS; }
+int64_t n_panels(const Args& a) { return (a.v[MATRIX].shape[1] + PANEL - 1) / PANEL; }
 
 const uint8_t* panel_at(const Args& a, int64_t expert, int64_t p) {
     const View& m = a.v[MATRIX];
@@ -66,20 +66,21 @@ int64_t row_index(const Args& a, int64_t pair) {
 }
 
 void put(const Args& a, int64_t pair, int64_t p, const float* values) {
-    const int64_t n_out = a.v[MATRIX].shape[1], n = std::min<int64_t>(ROWS, n_out - p * ROWS);
-    std::memcpy(a.v[OUT].as<float>() + pair * n_out + p * ROWS, values, 4 * static_cast<size_t>(n));
+    const int64_t n_out = a.v[MATRIX].shape[1], n = std::min<int64_t>(PANEL, n_out - p * PANEL);
+    std::memcpy(a.v[OUT].as<float>() + pair * n_out + p * PANEL, values,
+                4 * static_cast<size_t>(n));
 }
 
 namespace tiles {
 
 // Panels of a task, and pairs whose rows are gathered at a time at most.
 constexpr int64_t TASK_PANELS = 2 * MAX_PAIRS, MAX_GATHERED = 128;
-constexpr int64_t GATHERED = 1 << 18;  // Elements.
+constexpr int64_t GATHERED = SIDE * MAX_GATHERED_COLUMNS;  // Elements.
 
 int64_t n_groups(const Args& a) { return (n_panels(a) + TASK_PANELS - 1) / TASK_PANELS; }
 
 int64_t n_tasks(const Args& a) {
-    return a.v[PACKED_X] && a.step->n_blocked ? n_experts(a) * n_groups(a) : 0;
+    return a.v[PACKED_X] && a.step->n_tiled ? n_experts(a) * n_groups(a) : 0;
 }
 
 void gather(const Args& a, const int32_t* pairs, int64_t n, bf16* to) {
@@ -114,14 +115,14 @@ void run_task(const Args& a, int64_t task) {
     const View m = matrix_of(a, expert);
     Pair panels[MAX_PAIRS] = {};
     int64_t n_pairs = 0;
-    for (int64_t p = first; p < last; p += 2) panels[n_pairs++] = {&m, p / 2, (p - first) * ROWS};
+    for (int64_t p = first; p < last; p += 2) panels[n_pairs++] = {&m, p / 2, (p - first) * PANEL};
     auto& s = *reinterpret_cast<Scratch*>(a.scratch);
     for (int64_t i = starts[2 * expert]; i < starts[2 * expert + 1]; i += most) {
         const int64_t n = std::min(most, starts[2 * expert + 1] - i);
         gather(a, order + i, n, s.gathered);
         const auto done = [&](int64_t row, int64_t n_rows, const float* sums) {
             for (const int32_t* pair = order + i + row; n_rows-- > 0; pair++, sums += SUMS)
-                for (int64_t p = first; p < last; p++) put(a, *pair, p, sums + (p - first) * ROWS);
+                for (int64_t p = first; p < last; p++) put(a, *pair, p, sums + (p - first) * PANEL);
         };
         multiply_pairs(s.gathered, n, panels, n_pairs, s.tiles, nowhere, done);
     }
@@ -131,9 +132,9 @@ void run_task(const Args& a, int64_t task) {
 
 namespace rows {
 
-// Panels of a task where rows are gathered for int8 tiles, and the most columns that have room.
-constexpr int64_t GATHERED_PANELS = 32, MOST_COLUMNS = 1 << 14;
-static_assert(TILE / SIDE * gathered_bytes(MOST_COLUMNS) <= SCRATCH_BYTES);
+// Panels of a task where rows are gathered for int8 tiles.
+constexpr int64_t GATHERED_PANELS = 32;
+static_assert(TILE / SIDE * gathered_bytes(MAX_GATHERED_COLUMNS) <= SCRATCH_BYTES);
 
 // Attribute: whether there are such tiles. An expert has at most a pair of each token.
 bool by_tiles(const Args& a) {
@@ -166,9 +167,10 @@ void multiply_panels(const Args& a, int64_t expert, int64_t begin, int64_t end,
     const int64_t n_in = a.v[MATRIX].shape[2], room = gathered_bytes(n_in);
     const int32_t layout = a.v[MATRIX].layout;
     Row rows[TILE];
-    float out[TILE][ROWS];
+    float out[TILE][PANEL];
     for (int64_t i = 0; i < n; i++) rows[i] = row_of(a, pairs[i]);
-    // How many rows go through tiles, 16 by 16. Of too few left, one by one has the same bits.
+    // Rows that go through tiles, 16 by 16. Too few left are multiplied one by one, with the same
+    // bits.
     const int64_t rest = n % SIDE, n_tiled = rest < min_gathered(layout) ? n - rest : n;
     const int64_t n_gathered = by_tiles(a) ? n_tiled : 0;
     for (int64_t i = 0; i < n_gathered; i += SIDE)

@@ -1,36 +1,34 @@
-// GGUF blocks into packed panels (see layout.h), and rows of panels back into float32.
+// GGUF blocks into packed panels (see ../layout.h), and rows of panels back into float32.
 //
-// Block formats are those of the GGUF files: bytes in the order in which ggml defines them.
+// Blocks have the bytes of GGUF files, as ggml defines them.
 
 #include "pack.h"
 
 #include <algorithm>
 
-namespace gdn {
+#include "k_block.h"
 
+namespace gdn {
 namespace {
 
 uint16_t u16(const uint8_t* p) { return load_as<uint16_t>(p); }
 
-// One record's columns of one row: values as they are stored, scales (of each group), and what
-// multiplies those of a super-block.
+// One k-block's columns of one row: stored values, scales and mins of each group, and the
+// super-block's scales of those.
 struct Columns {
-    uint8_t q[RECORD];
+    uint8_t q[K_BLOCK];
     uint16_t flat[2], flat_min[2];
     uint8_t scale[2], min[2];
     uint16_t d, d_min;
 };
 
-// Joined in a register: a load of 32 bytes would wait for two stores of 16.
+// 16 bytes as 32 nibbles. They are joined in a register: a load of 32 bytes would wait for two
+// stores.
 void nibbles(const uint8_t* qs, uint8_t* q) {
     typedef uint64_t Half __attribute__((vector_size(16)));
     const auto bytes = load_as<Half>(qs);
     const auto both = __builtin_shufflevector(bytes, bytes >> 4, 0, 1, 2, 3) & 0x0f0f0f0f0f0f0f0f;
-    std::memcpy(q, &both, RECORD);
-}
-
-void fifth_bits(uint32_t high, uint8_t* q) {
-    for (int j = 0; j < RECORD; j++) q[j] |= (high >> j & 1) << 4;
+    std::memcpy(q, &both, K_BLOCK);
 }
 
 // 6-bit scale and min i of Q4_K and Q5_K, of which 8 each lie in 12 bytes.
@@ -49,63 +47,47 @@ int q3_scale(const uint8_t* s, int i) {
     return (low | (s[8 + i % 4] >> 2 * (i / 4) & 3) << 4) - 32;
 }
 
-using Decode = void (*)(const uint8_t* block, int record, Columns& c);
+using Decode = void (*)(const uint8_t* block, int k_block, Columns& c);
 
-void q4_0(const uint8_t* b, int, Columns& c) {
-    c.flat[0] = u16(b);
-    nibbles(b + 2, c.q);
-}
-
-void q4_1(const uint8_t* b, int, Columns& c) {
-    // A min is subtracted here and added there.
-    c.flat[0] = u16(b), c.flat_min[0] = u16(b + 2) ^ 0x8000;
-    nibbles(b + 4, c.q);
-}
-
-void q5_0(const uint8_t* b, int, Columns& c) {
-    c.flat[0] = u16(b);
-    nibbles(b + 6, c.q);
-    fifth_bits(load_as<uint32_t>(b + 2), c.q);
-}
-
-void q5_1(const uint8_t* b, int, Columns& c) {
-    c.flat[0] = u16(b), c.flat_min[0] = u16(b + 2) ^ 0x8000;
-    nibbles(b + 8, c.q);
-    fifth_bits(load_as<uint32_t>(b + 4), c.q);
+// Q4_0 and Q5_0 have a scale, Q4_1 and Q5_1 also a min, which GGUF adds and panels subtract.
+template <int BITS, bool MIN>
+void q45(const uint8_t* b, int, Columns& c) {
+    c.flat[0] = u16(b), b += 2;
+    if (MIN) c.flat_min[0] = u16(b) ^ 0x8000, b += 2;
+    nibbles(b + (BITS == 5 ? 4 : 0), c.q);
+    if (BITS == 4) return;
+    const auto high = load_as<uint32_t>(b);
+    for (int j = 0; j < K_BLOCK; j++) c.q[j] |= (high >> j & 1) << 4;
 }
 
 void q8_0(const uint8_t* b, int, Columns& c) {
     c.flat[0] = u16(b);
-    std::memcpy(c.q, b + 2, RECORD);
+    std::memcpy(c.q, b + 2, K_BLOCK);
 }
 
 void q2_k(const uint8_t* b, int i, Columns& c) {
     c.d = u16(b + 80), c.d_min = u16(b + 82);
     const uint8_t* qs = b + 16 + i / 4 * 32;
-    for (int j = 0; j < RECORD; j++) c.q[j] = qs[j] >> 2 * (i % 4) & 3;
+    for (int j = 0; j < K_BLOCK; j++) c.q[j] = qs[j] >> 2 * (i % 4) & 3;
     for (int g = 0; g < 2; g++) c.scale[g] = b[2 * i + g] & 15, c.min[g] = b[2 * i + g] >> 4;
 }
 
 void q3_k(const uint8_t* b, int i, Columns& c) {
     c.d = u16(b + 108);
     const uint8_t* qs = b + 32 + i / 4 * 32;
-    for (int j = 0; j < RECORD; j++) c.q[j] = (qs[j] >> 2 * (i % 4) & 3) | (b[j] >> i & 1) << 2;
+    for (int j = 0; j < K_BLOCK; j++) c.q[j] = (qs[j] >> 2 * (i % 4) & 3) | (b[j] >> i & 1) << 2;
     for (int g = 0; g < 2; g++) c.scale[g] = static_cast<uint8_t>(q3_scale(b + 96, 2 * i + g));
 }
 
-void q4_k(const uint8_t* b, int i, Columns& c) {
+template <int BITS>
+void q45_k(const uint8_t* b, int i, Columns& c) {
     c.d = u16(b), c.d_min = u16(b + 2);
     k_scale(b + 4, i, c.scale[0], c.min[0]);
-    const uint8_t* qs = b + 16 + i / 2 * 32;
-    for (int j = 0; j < RECORD; j++) c.q[j] = i % 2 ? qs[j] >> 4 : qs[j] & 15;
-}
-
-void q5_k(const uint8_t* b, int i, Columns& c) {
-    c.d = u16(b), c.d_min = u16(b + 2);
-    k_scale(b + 4, i, c.scale[0], c.min[0]);
-    const uint8_t* qs = b + 48 + i / 2 * 32;
-    for (int j = 0; j < RECORD; j++)
-        c.q[j] = (i % 2 ? qs[j] >> 4 : qs[j] & 15) | (b[16 + j] >> i & 1) << 4;
+    const uint8_t* qs = b + (BITS == 5 ? 48 : 16) + i / 2 * 32;
+    for (int j = 0; j < K_BLOCK; j++) {
+        c.q[j] = i % 2 ? qs[j] >> 4 : qs[j] & 15;
+        if (BITS == 5) c.q[j] |= (b[16 + j] >> i & 1) << 4;
+    }
 }
 
 void q6_k(const uint8_t* b, int i, Columns& c) {
@@ -113,7 +95,7 @@ void q6_k(const uint8_t* b, int i, Columns& c) {
     const int half = i / 4, quarter = i % 4;
     const uint8_t* low = b + half * 64 + quarter % 2 * 32;
     const uint8_t* high = b + 128 + half * 32;
-    for (int j = 0; j < RECORD; j++)
+    for (int j = 0; j < K_BLOCK; j++)
         c.q[j] = (quarter < 2 ? low[j] & 15 : low[j] >> 4) | (high[j] >> 2 * quarter & 3) << 4;
     c.scale[0] = b[192 + 2 * i], c.scale[1] = b[193 + 2 * i];
 }
@@ -125,13 +107,13 @@ void iq4_xs(const uint8_t* b, int i, Columns& c) {
     nibbles(b + 8 + 16 * i, c.q);
 }
 
-// The columns of one record of some rows, from the block at an offset in each of them.
-using DecodeRows = void (*)(const uint8_t* const* rows, int n_rows, int64_t offset, int record,
+// The columns of one k-block of some rows, from the block at an offset in each of them.
+using DecodeRows = void (*)(const uint8_t* const* rows, int n_rows, int64_t offset, int k_block,
                             Columns* c);
 
 template <Decode DECODE>
-void each_row(const uint8_t* const* rows, int n_rows, int64_t offset, int record, Columns* c) {
-    for (int r = 0; r < n_rows; r++) DECODE(rows[r] + offset, record, c[r]);
+void each_row(const uint8_t* const* rows, int n_rows, int64_t offset, int k_block, Columns* c) {
+    for (int r = 0; r < n_rows; r++) DECODE(rows[r] + offset, k_block, c[r]);
 }
 
 struct Source {
@@ -145,16 +127,16 @@ constexpr Source SOURCES[] = {
     {0, L_F32, nullptr, 1, 4},
     {1, L_F16, nullptr, 1, 2},
     {30, L_BF16, nullptr, 1, 2},
-    {2, L_Q4_0, each_row<q4_0>, 32, 18},
-    {3, L_Q4_1, each_row<q4_1>, 32, 20},
-    {6, L_Q5_0, each_row<q5_0>, 32, 22},
-    {7, L_Q5_1, each_row<q5_1>, 32, 24},
+    {2, L_Q4_0, each_row<q45<4, false>>, 32, 18},
+    {3, L_Q4_1, each_row<q45<4, true>>, 32, 20},
+    {6, L_Q5_0, each_row<q45<5, false>>, 32, 22},
+    {7, L_Q5_1, each_row<q45<5, true>>, 32, 24},
     {8, L_Q8_0, each_row<q8_0>, 32, 34},
-    {20, L_IQ4_NL, each_row<q4_0>, 32, 18},
+    {20, L_IQ4_NL, each_row<q45<4, false>>, 32, 18},
     {10, L_Q2_K, each_row<q2_k>, 256, 84},
     {11, L_Q3_K, each_row<q3_k>, 256, 110},
-    {12, L_Q4_K, each_row<q4_k>, 256, 144},
-    {13, L_Q5_K, each_row<q5_k>, 256, 176},
+    {12, L_Q4_K, each_row<q45_k<4>>, 256, 144},
+    {13, L_Q5_K, each_row<q45_k<5>>, 256, 176},
     {14, L_Q6_K, each_row<q6_k>, 256, 210},
     {23, L_IQ4_XS, each_row<iq4_xs>, 256, 136},
 };
@@ -171,7 +153,7 @@ void put(uint8_t* dst, uint32_t word) { std::memcpy(dst, &word, 4); }
 template <typename F>
 void put_planes(const uint8_t* q, int row, uint8_t* planes) {
     uint32_t w[WORDS];
-    std::memcpy(w, q, RECORD);
+    std::memcpy(w, q, K_BLOCK);
     uint8_t* dst = planes + row * 4;
     if (F::BITS == 8) {
         for (int i = 0; i < WORDS; i++) put(dst + i * WORD_BYTES, w[i]);
@@ -198,11 +180,11 @@ void put_planes(const uint8_t* q, int row, uint8_t* planes) {
     }
 }
 
-// The scales of one row, in front of a record's planes.
+// The scales of one row, in front of a k-block's planes.
 template <typename F>
-void put_scales(const Columns& c, int row, uint8_t* record) {
+void put_scales(const Columns& c, int row, uint8_t* k_block) {
     for (int g = 0; g < F::GROUPS; g++) {
-        uint8_t* scale = record + (g * ROWS + row) * (F::IS_SUPER ? 1 : 2);
+        uint8_t* scale = k_block + (g * PANEL + row) * (F::IS_SUPER ? 1 : 2);
         if (F::IS_SUPER) {
             scale[0] = c.scale[g];
             if (F::HAS_MIN) scale[F::SCALE_BYTES] = c.min[g];
@@ -213,24 +195,24 @@ void put_scales(const Columns& c, int row, uint8_t* record) {
     }
 }
 
-// Record by record, so that a panel is written once and in order.
+// K-block by k-block, so that a panel is written once and in order.
 template <typename F>
 void pack_panel(F, const Source& s, const uint8_t* const* rows, int n_rows, int64_t n_in,
                 uint8_t* panel) {
-    if (n_rows < ROWS) std::memset(panel, 0, F::panel_bytes(n_in));
-    const int per_block = s.block_elems / RECORD;
-    Columns c[ROWS];
-    for (int64_t i = 0; i < n_in / RECORD; i++) {
+    if (n_rows < PANEL) std::memset(panel, 0, F::panel_bytes(n_in));
+    const int per_block = s.block_elems / K_BLOCK;
+    Columns c[PANEL];
+    for (int64_t i = 0; i < n_in / K_BLOCK; i++) {
         const int64_t block = i / per_block;
-        uint8_t* record = const_cast<uint8_t*>(F::record(panel, i));
+        uint8_t* k_block = const_cast<uint8_t*>(F::k_block(panel, i));
         uint8_t* head = const_cast<uint8_t*>(F::super_block(panel, i));
         s.decode(rows, n_rows, block * s.block_bytes, static_cast<int>(i - block * per_block), c);
         for (int r = 0; r < n_rows; r++) {
-            put_scales<F>(c[r], r, record);
-            put_planes<F>(c[r].q, r, record + F::HEAD_BYTES);
-            if (F::IS_SUPER && i % (SUPER / RECORD) == 0) {
+            put_scales<F>(c[r], r, k_block);
+            put_planes<F>(c[r].q, r, k_block + F::HEAD_BYTES);
+            if (F::IS_SUPER && i % (SUPER / K_BLOCK) == 0) {
                 std::memcpy(head + 2 * r, &c[r].d, 2);
-                if (F::HAS_MIN) std::memcpy(head + 2 * (ROWS + r), &c[r].d_min, 2);
+                if (F::HAS_MIN) std::memcpy(head + 2 * (PANEL + r), &c[r].d_min, 2);
             }
         }
     }
@@ -239,7 +221,7 @@ void pack_panel(F, const Source& s, const uint8_t* const* rows, int n_rows, int6
 // Columns of T of 16 rows side by side; rows that are not there are zeros.
 template <typename T>
 void interleave(const uint8_t* const* rows, int n_rows, int64_t n, uint8_t* panel) {
-    T column[ROWS]{};
+    T column[PANEL]{};
     for (int64_t k = 0; k < n; k++, panel += sizeof(column)) {
         for (int r = 0; r < n_rows; r++) column[r] = load_as<T>(rows[r] + k * sizeof(T));
         std::memcpy(panel, column, sizeof(column));
@@ -254,8 +236,8 @@ void pack_panel(Plain<L>, const Source&, const uint8_t* const* rows, int n_rows,
     interleave<uint32_t>(rows, n_rows, n_in / 2, panel);
     if (n_in % 2 == 0) return;
     // The last column has no second one.
-    for (int r = 0; r < ROWS; r++)
-        put(panel + (n_in / 2 * ROWS + r) * 4, r < n_rows ? u16(rows[r] + (n_in - 1) * 2) : 0);
+    for (int r = 0; r < PANEL; r++)
+        put(panel + (n_in / 2 * PANEL + r) * 4, r < n_rows ? u16(rows[r] + (n_in - 1) * 2) : 0);
 }
 
 int stored_value(const uint8_t* planes, int bits, int row, int k) {
@@ -278,26 +260,26 @@ float half_at(const uint8_t* p) { return half_to_float(u16(p)); }
 
 template <typename F>
 void decode(F, const uint8_t* panel, int row, int64_t n_in, float* out) {
-    for (int64_t i = 0; i < n_in / RECORD; i++) {
-        const uint8_t *record = F::record(panel, i), *head = F::super_block(panel, i);
-        for (int k = 0; k < RECORD; k++) {
-            const int at = k / F::GROUP * ROWS + row;
+    for (int64_t i = 0; i < n_in / K_BLOCK; i++) {
+        const uint8_t *k_block = F::k_block(panel, i), *head = F::super_block(panel, i);
+        for (int k = 0; k < K_BLOCK; k++) {
+            const int at = k / F::GROUP * PANEL + row;
             float scale, min = 0;
             if (F::IS_SUPER) {
-                const float s = F::HAS_MIN ? record[at] : static_cast<int8_t>(record[at]);
+                const float s = F::HAS_MIN ? k_block[at] : static_cast<int8_t>(k_block[at]);
                 scale = half_at(head + 2 * row) * s;
                 if (F::HAS_MIN)
-                    min = half_at(head + 2 * (ROWS + row)) * record[F::SCALE_BYTES + at];
+                    min = half_at(head + 2 * (PANEL + row)) * k_block[F::SCALE_BYTES + at];
             } else {
-                scale = half_at(record + 2 * at);
-                if (F::HAS_MIN) min = half_at(record + F::SCALE_BYTES + 2 * at);
+                scale = half_at(k_block + 2 * at);
+                if (F::HAS_MIN) min = half_at(k_block + F::SCALE_BYTES + 2 * at);
             }
-            int q = stored_value(record + F::HEAD_BYTES, F::BITS, row, k);
+            int q = stored_value(k_block + F::HEAD_BYTES, F::BITS, row, k);
             if (F::CODEBOOK)
                 q = IQ4_VALUES[q];
             else if (F::SIGNED)
                 q = static_cast<int8_t>(q);
-            out[i * RECORD + k] = scale * static_cast<float>(q - F::ZERO) - min;
+            out[i * K_BLOCK + k] = scale * static_cast<float>(q - F::ZERO) - min;
         }
     }
 }
@@ -306,11 +288,11 @@ template <Layout L>
 void decode(Plain<L>, const uint8_t* panel, int row, int64_t n_in, float* out) {
     for (int64_t k = 0; k < n_in; k++) {
         if (L == L_F32) {
-            out[k] = load_as<float>(panel + (k * ROWS + row) * 4);
+            out[k] = load_as<float>(panel + (k * PANEL + row) * 4);
         } else if (L == L_F16) {
-            out[k] = half_at(panel + (k * ROWS + row) * 2);
+            out[k] = half_at(panel + (k * PANEL + row) * 2);
         } else {
-            const uint32_t high = u16(panel + (k / 2 * ROWS * 2 + row * 2 + k % 2) * 2);
+            const uint32_t high = u16(panel + (k / 2 * PANEL * 2 + row * 2 + k % 2) * 2);
             const uint32_t word = high << 16;
             std::memcpy(out + k, &word, 4);
         }
@@ -338,9 +320,9 @@ void pack_rows(int ggml_id, const uint8_t* src, int64_t n_rows, int64_t n_in, ui
     const int64_t row_bytes = n_in / s.block_elems * s.block_bytes;
     with_format(s.layout, [&](auto f) {
         for (int64_t p = begin; p < end; p++) {
-            const uint8_t* rows[ROWS];
-            const int n = static_cast<int>(std::min<int64_t>(ROWS, n_rows - p * ROWS));
-            for (int r = 0; r < n; r++) rows[r] = src + (p * ROWS + r) * row_bytes;
+            const uint8_t* rows[PANEL];
+            const int n = static_cast<int>(std::min<int64_t>(PANEL, n_rows - p * PANEL));
+            for (int r = 0; r < n; r++) rows[r] = src + (p * PANEL + r) * row_bytes;
             pack_panel(f, s, rows, n, n_in, dst + p * f.panel_bytes(n_in));
         }
     });

@@ -1,7 +1,7 @@
-// Packing of weights; see layout.h.
+// Packing of weights; see ../layout.h.
 #pragma once
 
-#include "layout.h"
+#include "../layout.h"
 
 namespace gdn {
 

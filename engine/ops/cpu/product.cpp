@@ -3,13 +3,12 @@
 
 #include "product.h"
 
-#include "record.h"
+#include "k_block.h"
 
 namespace gdn {
-
 namespace {
 
-// What `dot_words` gives beside the products' sum, as a multiple of the activation's sum.
+// `dot_words` adds this multiple of the activation's sum to the sum of products.
 template <typename F>
 constexpr int offset_of() {
 #if defined(__AVX512VNNI__)
@@ -19,7 +18,8 @@ constexpr int offset_of() {
 #endif
 }
 
-// dot[t][p] = Σ word · x[t] over words FIRST … LAST - 1 of a record, for the W rows of each part p.
+// dot[t][p] = Σ word · x[t] over words FIRST … LAST - 1 of a k-block, for the W rows of each part
+// p.
 template <typename F, int FIRST, int LAST, int NT>
 GDN_INLINE void dot_words(const uint8_t* planes, const int8_t* const* x, vi (*dot)[PARTS]) {
 #if defined(__AVX512VNNI__)
@@ -27,7 +27,7 @@ GDN_INLINE void dot_words(const uint8_t* planes, const int8_t* const* x, vi (*do
     for (int t = 0; t < NT; t++) sums[t] = _mm512_setzero_si512();
     for_constants<FIRST, LAST>([&](auto i) __attribute__((always_inline)) {
         __m512i w = reinterpret_cast<__m512i>(word<F, i>(planes, 0));
-        // The instruction wants unsigned weights: 128 more, which `offset_of` takes off again.
+        // The instruction takes unsigned weights: 128 is added, which `offset_of` subtracts.
         if (F::SIGNED) w = _mm512_xor_si512(w, _mm512_set1_epi8(-128));
 #pragma GCC unroll 8
         for (int t = 0; t < NT; t++)
@@ -36,7 +36,7 @@ GDN_INLINE void dot_words(const uint8_t* planes, const int8_t* const* x, vi (*do
     });
     for (int t = 0; t < NT; t++) dot[t][0] = reinterpret_cast<vi>(sums[t]);
 #elif defined(__AVX2__)
-    // Products of this many words fit into 16 bits together.
+    // The sum of so many words' products fits into 16 bits.
     constexpr int CHAIN = F::SIGNED ? 1 : F::BITS <= 4 ? 8 : F::BITS == 5 ? 4 : 2;
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i pairs[NT][PARTS], sums[NT][PARTS] = {};
@@ -81,17 +81,17 @@ GDN_INLINE void dot_words(const uint8_t* planes, const int8_t* const* x, vi (*do
 #endif
 }
 
-// acc[t] += scale · (dot - ZERO · sum) for one group of columns of record i.
+// acc[t] += scale · (dot - ZERO · sum) for one group of columns of k-block i.
 template <typename F, int G, int NT>
-GDN_INLINE void add_group(const uint8_t* record, const Row* rows, int64_t i, vf (*acc)[PARTS]) {
+GDN_INLINE void add_group(const uint8_t* k_block, const Row* rows, int64_t i, vf (*acc)[PARTS]) {
     constexpr int N = WORDS / F::GROUPS;
     const int8_t* x[NT];
-    for (int t = 0; t < NT; t++) x[t] = rows[t].q + i * RECORD;
+    for (int t = 0; t < NT; t++) x[t] = rows[t].q + i * K_BLOCK;
     vi dot[NT][PARTS];
-    dot_words<F, G * N, (G + 1) * N, NT>(record + F::HEAD_BYTES, x, dot);
+    dot_words<F, G * N, (G + 1) * N, NT>(k_block + F::HEAD_BYTES, x, dot);
 #pragma GCC unroll 4
     for (int p = 0; p < PARTS; p++) {
-        const vf scale = scale_of<F, G>(record, p);
+        const vf scale = scale_of<F, G>(k_block, p);
 #pragma GCC unroll 8
         for (int t = 0; t < NT; t++) {
             if (offset_of<F>()) dot[t][p] -= splat(offset_of<F>() * sum_of<F, G>(rows[t], i));
@@ -102,48 +102,49 @@ GDN_INLINE void add_group(const uint8_t* record, const Row* rows, int64_t i, vf 
 
 // acc[t] -= min · sum for one group of columns.
 template <typename F, int G, int NT>
-GDN_INLINE void subtract_mins(const uint8_t* record, const Row* rows, int64_t i, vf (*acc)[PARTS]) {
+GDN_INLINE void subtract_mins(const uint8_t* k_block, const Row* rows, int64_t i,
+                              vf (*acc)[PARTS]) {
 #pragma GCC unroll 4
     for (int p = 0; p < PARTS; p++) {
-        const vf min = min_of<F, G>(record, p);
+        const vf min = min_of<F, G>(k_block, p);
 #pragma GCC unroll 8
         for (int t = 0; t < NT; t++) subtract_min(acc[t][p], min, scaled_sum<F, G>(rows[t], i));
     }
 }
 
-// Calls f with (record, its number, group) for all groups of a super-block, or of a record.
+// Calls f with (k-block, its number, group) for all groups of a super-block, or of a k-block.
 template <typename F, typename Body>
 GDN_INLINE void for_groups(const uint8_t* block, int64_t first, Body f) {
-    constexpr int N = F::IS_SUPER ? SUPER / RECORD : 1;
+    constexpr int N = F::IS_SUPER ? SUPER / K_BLOCK : 1;
     block += F::SUPER_HEAD;
-    for (int r = 0; r < N; r++, block += F::RECORD_BYTES)
+    for (int r = 0; r < N; r++, block += F::K_BLOCK_BYTES)
         for_constants<0, F::GROUPS>(
             [&](auto group) __attribute__((always_inline)) { f(block, first + r, group); });
 }
 
-// out[t] [16] = the panel's rows times row t. What records have in units of a super-block's scales
-// is summed up before it is multiplied by them.
+// out[t] [16] = the panel's rows times row t. Sums in units of a super-block's scales are
+// multiplied by those once per super-block.
 template <int NT, typename F>
 inline void panel_product(F, const uint8_t* panel, int64_t n_in, const Row* rows,
-                          float (*out)[ROWS]) {
-    constexpr int64_t N = F::IS_SUPER ? SUPER / RECORD : 1;
-    constexpr int64_t BYTES = F::IS_SUPER ? F::SUPER_BYTES : F::RECORD_BYTES;
+                          float (*out)[PANEL]) {
+    constexpr int64_t N = F::IS_SUPER ? SUPER / K_BLOCK : 1;
+    constexpr int64_t BYTES = F::IS_SUPER ? F::SUPER_BYTES : F::K_BLOCK_BYTES;
     vf acc[NT][PARTS] = {};
-    for (int64_t i = 0; i < n_in / RECORD; i += N, panel += BYTES) {
+    for (int64_t i = 0; i < n_in / K_BLOCK; i += N, panel += BYTES) {
         vf scaled[NT][PARTS] = {}, mins[NT][PARTS] = {};
         for_groups<F>(panel, i,
-                      [&](const uint8_t* record, int64_t r, auto group)
+                      [&](const uint8_t* k_block, int64_t r, auto group)
                           __attribute__((always_inline)) {
                               if (group == 0)
-                                  for (int b = 0; b < F::RECORD_BYTES; b += 64)
-                                      __builtin_prefetch(record + b + AHEAD);
-                              add_group<F, group, NT>(record, rows, r, F::IS_SUPER ? scaled : acc);
+                                  for (int b = 0; b < F::K_BLOCK_BYTES; b += 64)
+                                      __builtin_prefetch(k_block + b + AHEAD);
+                              add_group<F, group, NT>(k_block, rows, r, F::IS_SUPER ? scaled : acc);
                           });
         if constexpr (F::HAS_MIN)
             for_groups<F>(
                 panel, i,
-                [&](const uint8_t* record, int64_t r, auto group) __attribute__((always_inline)) {
-                    subtract_mins<F, group, NT>(record, rows, r, F::IS_SUPER ? mins : acc);
+                [&](const uint8_t* k_block, int64_t r, auto group) __attribute__((always_inline)) {
+                    subtract_mins<F, group, NT>(k_block, rows, r, F::IS_SUPER ? mins : acc);
                 });
         if constexpr (F::IS_SUPER)
             for (int p = 0; p < PARTS; p++)
@@ -159,18 +160,18 @@ inline void panel_product(F, const uint8_t* panel, int64_t n_in, const Row* rows
 // Column k (and of BF16 k + 1) of the W rows of part p.
 template <Layout L>
 GDN_INLINE vf column(const uint8_t* panel, int64_t k, int p) {
-    if (L == L_F32) return load(reinterpret_cast<const float*>(panel) + k * ROWS + p * W);
+    if (L == L_F32) return load(reinterpret_cast<const float*>(panel) + k * PANEL + p * W);
     if (L == L_F16)
-        return half_to_float(reinterpret_cast<const uint16_t*>(panel) + k * ROWS + p * W);
+        return half_to_float(reinterpret_cast<const uint16_t*>(panel) + k * PANEL + p * W);
     const vi pair = load_as<vi>(panel + k / 2 * WORD_BYTES + p * 4 * W);
     return from_bits(k % 2 ? pair & static_cast<int32_t>(0xffff0000) : pair << 16);
 }
 
 template <int NT, Layout L>
 inline void panel_product(Plain<L>, const uint8_t* panel, int64_t n_in, const Row* rows,
-                          float (*out)[ROWS]) {
-    // Sums of every CHAINS-th column: additions that need not wait for each other.
-    constexpr int CHAINS = 4, COLUMN_BYTES = ROWS * (L == L_F32 ? 4 : 2);
+                          float (*out)[PANEL]) {
+    // Separate sums of every CHAINS-th column: their additions don't wait for each other.
+    constexpr int CHAINS = 4, COLUMN_BYTES = PANEL * (L == L_F32 ? 4 : 2);
     constexpr int STEP_BYTES = CHAINS * COLUMN_BYTES;
     vf acc[NT][CHAINS][PARTS] = {};
     int64_t k = 0;
@@ -197,7 +198,7 @@ inline void panel_product(Plain<L>, const uint8_t* panel, int64_t n_in, const Ro
 
 template <typename F>
 void multiply_rows(F f, const uint8_t* panel, int64_t n_in, const Row* rows, int64_t n,
-                   float (*out)[ROWS]) {
+                   float (*out)[PANEL]) {
     constexpr int NT = is_plain(F{}) && PARTS > 1 ? 2 : 4;
     int64_t i = 0;
     for (; i + NT <= n; i += NT) panel_product<NT>(f, panel, n_in, rows + i, out + i);
@@ -207,7 +208,7 @@ void multiply_rows(F f, const uint8_t* panel, int64_t n_in, const Row* rows, int
 }  // namespace
 
 void multiply(int32_t layout, const uint8_t* panel, int64_t n_in, const Row* rows, int64_t n,
-              float (*out)[ROWS]) {
+              float (*out)[PANEL]) {
     with_format(layout, [&](auto f) { multiply_rows(f, panel, n_in, rows, n, out); });
 }
 

@@ -1,14 +1,16 @@
 // Products of one panel (16 rows of a weight) with rows of an activation.
 //
-// A row's sum has the same order of operations however many rows there are, so results do not depend
-// on how they are grouped.
+// A row's sum has the same order of operations however many rows there are, so that results do not
+// depend on how rows are grouped.
 #pragma once
 
-#include "layout.h"
+#include "../layout.h"
+#include "simd.h"
 
 namespace gdn {
 
-// One row of an activation: float32, and int8 with its scales (per 32) and sums (per 16).
+// One row of an activation: float32, and int8 with its scales (per k-block) and sums (per
+// SUM_GROUP).
 struct Row {
     const float* x;
     const int8_t* q;
@@ -17,10 +19,10 @@ struct Row {
 };
 
 constexpr int SUM_GROUP = 16;
-// The most rows of one call: what meets a panel while it is in the cache.
+// The most rows of one call, which share a panel while it is in the cache.
 constexpr int64_t TILE = 64;
 
-// The sum of an activation's group G of record i.
+// The sum of an activation's group G of k-block i.
 template <typename F, int G>
 GDN_INLINE int32_t sum_of(const Row& row, int64_t i) {
     return F::GROUPS == 2 ? row.sum[2 * i + G] : row.sum[2 * i] + row.sum[2 * i + 1];
@@ -42,6 +44,6 @@ GDN_INLINE void subtract_min(vf& acc, vf min, float scaled_sum) { acc -= min * s
 
 // out[i] = the 16 rows of a panel times rows[i], for n ≤ TILE rows.
 void multiply(int32_t layout, const uint8_t* panel, int64_t n_in, const Row* rows, int64_t n,
-              float (*out)[ROWS]);
+              float (*out)[PANEL]);
 
 }  // namespace gdn

@@ -9,7 +9,6 @@
 #include "paged.h"
 
 namespace gdn {
-
 namespace {
 
 // Attributes: eps, n_rot, rope_base.

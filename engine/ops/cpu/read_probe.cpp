@@ -1,9 +1,8 @@
-// READ_PROBE: reads memory as fast as a thread can; what the bandwidth of a machine is measured with.
+// READ_PROBE: reads memory as fast as a thread can, to measure a machine's bandwidth.
 
 #include "kernels.h"
 
 namespace gdn {
-
 namespace {
 
 // A word for each row that depends on all of its bytes, and the rows, a multiple of 256 bytes long.

@@ -3,7 +3,6 @@
 #include "kernels.h"
 
 namespace gdn {
-
 namespace {
 
 // Attributes: eps, act.

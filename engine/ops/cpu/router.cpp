@@ -1,13 +1,12 @@
 // ROUTER: the experts of a token and their weights, a task for each row.
 //
-// Rows are worked on in scratch, filled up to whole vectors, so that equal logits come out equal
-// wherever they lie. Scores are finite, -inf marks what can't be chosen (any more): so a choice is
-// always an expert that there is, even if logits are NaN.
+// Rows are copied to scratch and filled up to whole vectors, so that equal logits get equal scores
+// wherever they lie. Scores are finite, and -inf marks experts that can't be chosen (any more): a
+// choice is always an existing expert, even if logits are NaN.
 
 #include "kernels.h"
 
 namespace gdn {
-
 namespace {
 
 // Attributes: n_used, gating, scale, eps, n_groups, n_groups_used.

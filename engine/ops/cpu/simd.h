@@ -1,4 +1,4 @@
-// Vectors of the width that the instruction set has, and the functions that kernels need of them.
+// Vectors as wide as the instruction set's, and the functions that kernels call on them.
 //
 // `vf` and `vi` are GCC vectors of W float32 or int32: operators work lane by lane, and the same
 // source serves every instruction set. Sums over lanes have a fixed order, so that results do not
@@ -16,7 +16,7 @@ namespace gdn {
 
 #if defined(__AVX512F__)
 constexpr int W = 16;
-// For intrinsics without a mask GCC 12 warns of values that are never used.
+// Intrinsics without a mask make GCC 12 warn of uninitialized values.
 constexpr __mmask16 ALL = 0xffff;
 #elif defined(__AVX2__)
 constexpr int W = 8;
@@ -56,7 +56,8 @@ GDN_INLINE vi select_bits(vi mask, vi a, vi b) { return (a & mask) | (b & ~mask)
 GDN_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 GDN_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 
-// a · b + c, rounded once where the instruction set can: compilers may join other operations.
+// a · b + c, rounded once where the instruction set can. Left to the compiler, a sum of two
+// products could be fused either way, and differently in each copy of a loop.
 GDN_INLINE vf fma(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
     return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -69,7 +70,7 @@ GDN_INLINE vf fma(vf a, vf b, vf c) {
 
 typedef float v4 __attribute__((vector_size(16)));
 
-// Four lanes that f makes of all, halves by halves.
+// Reduces all lanes to four by f, half by half.
 template <typename F>
 GDN_INLINE v4 fold(vf v, F f) {
 #if defined(__AVX512F__)
@@ -85,7 +86,7 @@ GDN_INLINE v4 fold(vf v, F f) {
 #endif
 }
 
-// One that f makes of all.
+// Reduces all lanes to one by f.
 template <typename F>
 GDN_INLINE float reduce(vf v, F f) {
     const v4 four = fold(v, f), two = f(four, __builtin_shufflevector(four, four, 2, 3, 2, 3));
@@ -136,7 +137,7 @@ GDN_INLINE vf exp(vf x) {
 // 1 / x of positive numbers to about one unit in the last place; 1e-37 above 1e37.
 GDN_INLINE vf reciprocal(vf x) {
 #if defined(__AVX512F__)
-    // A division of 16 takes as long as all of exp: an estimate and one step of Newton's instead.
+    // An estimate and one Newton step: a division of 16 lanes takes as long as all of exp.
     x = select(x > splat(1e37f), splat(1e37f), x);
     const vf r = reinterpret_cast<vf>(_mm512_maskz_rcp14_ps(ALL, reinterpret_cast<__m512>(x)));
     return r + r * (1.0f - x * r);
@@ -179,8 +180,8 @@ GDN_INLINE uint16_t float_to_half(float x) {
     return load_as<uint16_t>(&h);
 }
 
-// Runs f(i, n) for every piece of n ≤ W lanes of a row: n == W but for the last. A tail is worked
-// on through `load_part` and `store_part`.
+// Runs f(i, n) for every n ≤ W elements of a row: n == W but for the last ones, which f reads and
+// writes through `load_part` and `store_part`.
 template <typename F>
 GDN_INLINE void for_lanes(int64_t size, F f) {
     int64_t i = 0;
@@ -235,6 +236,14 @@ GDN_INLINE float sum_of_squares(const float* x, int64_t n) {
 GDN_INLINE vf inverse_rms(const float* x, int64_t n, double eps) {
     const float mean = sum_of_squares(x, n) / static_cast<float>(n);
     return splat(1.0f / __builtin_sqrtf(mean + static_cast<float>(eps)));
+}
+
+// out = x · weight / sqrt(mean(x²) + eps) for a row of n.
+GDN_INLINE void rms_norm(const float* x, const float* weight, int64_t n, double eps, float* out) {
+    const vf scale = inverse_rms(x, n, eps);
+    for_lanes(n, [&](int64_t i, int w) {
+        store_part(out + i, load_part(x + i, w) * scale * load_part(weight + i, w), w);
+    });
 }
 
 }  // namespace gdn

@@ -1,13 +1,12 @@
 // SSM_CONV: causal depthwise convolution and SiLU, a task for each sequence and block of channels.
 //
-// A task copies its channels of the history before it writes anything, as a sequence may end in the
-// slot that it starts from. Blocks come before sequences in the order of tasks, so that a block's
-// taps are turned once for many sequences.
+// A task copies its channels of the history before it writes, as a sequence may end in the slot
+// that it starts from. Consecutive tasks are sequences of one block of channels, whose taps are
+// transposed once for all of them.
 
 #include "kernels.h"
 
 namespace gdn {
-
 namespace {
 
 enum { OUT, STATE, SEQ_STARTS, STATE_SRC, STATE_DST, SNAPSHOT_DST, X, WEIGHT };

@@ -3,7 +3,6 @@
 #include "kernels.h"
 
 namespace gdn {
-
 namespace {
 
 enum { OUT, GATE, UP };

@@ -1,19 +1,19 @@
 // Making tiles of vectors: a row of an A tile, pairs of rows of a B tile, transposes, and operands
-// split into two bfloat16 parts, what rounding leaves of a number and what it takes.
+// split into two bfloat16 parts: the rounded number and the rounding error.
 #pragma once
 
 #include "matrix.h"
 
 namespace gdn {
 
-// Tiles that a split tile becomes, side by side in a product's depth: high, low, high of an A
+// A split tile becomes three, side by side in a product's depth: high, low, high of an A
 // operand, and high, high, low of a B operand, so that one product has the three sums that count.
 constexpr int64_t SPLIT = 3;
 
 GDN_INLINE void put(bf16* p, vi pairs) { std::memcpy(p, &pairs, sizeof(pairs)); }
 
-// 2 W columns of an A tile's row. Which of them become pairs is the processor's choice: their order
-// in the depth of a product does not matter where B is the transposed tile.
+// 2 W columns of an A tile's row. The instruction set decides which of them are paired: their order
+// in a product's depth does not matter where B is the transposed tile.
 GDN_INLINE vi bf16_row(vf a, vf b) {
 #if defined(__AVX512BF16__)
     return (vi)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
@@ -22,7 +22,7 @@ GDN_INLINE vi bf16_row(vf a, vf b) {
 #endif
 }
 
-// What rounding to bfloat16 takes.
+// The error of rounding to bfloat16.
 GDN_INLINE vf bf16_rest(vf v) { return v - from_bits(round_to_bf16(v) & ~0xffff); }
 
 struct Pairs {

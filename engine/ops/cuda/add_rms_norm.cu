@@ -7,8 +7,8 @@ namespace gdn {
 // Attribute: eps. TOTAL and DELTA come together or not at all.
 enum { NORM, TOTAL, X, WEIGHT, DELTA };
 
-// What a thread keeps in registers, with the weights that it will need; the rest it reads twice.
-constexpr int THREADS = 256, KEPT = 8;
+// Vectors that a thread keeps in registers, with their weights; it reads the rest twice.
+constexpr int THREADS = THREADS_add_rms_norm, KEPT = 8;
 
 template <int V>
 DEVICE Floats<V> sum_at(const float* x, const float* delta, float* total, int c) {
@@ -60,7 +60,7 @@ DEVICE void norm_row(const Args& a, int64_t t, float* shared) {
 }  // namespace gdn
 
 // Grid: rows.
-KERNEL(add_rms_norm, 256) {
+KERNEL(add_rms_norm) {
     using namespace gdn;
     __shared__ float shared[32];
     const int t = blockIdx.x;

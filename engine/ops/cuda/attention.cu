@@ -1,23 +1,22 @@
 // ATTENTION with float16 caches on tensor cores (see attention_tiles.cuh): tiles of a sequence's
-// rows, loose rows by chunks of their positions, and the join of chunks.
+// rows, loose (remainder) rows by chunks of their positions, and the join of chunks.
 
 #include "attention_tiles.cuh"
 
-namespace gdn {
-namespace attention_op {
+namespace gdn::attention_op {
 
 DEVICE bool queries_aligned(const View& q) {
     return reinterpret_cast<uint64_t>(q.data) % 16 == 0 && q.stride[0] % 4 == 0 &&
            q.stride[1] % 4 == 0;
 }
 
-// A tile: rows ROWS · i … of a sequence's (token, head of a key head's group), heads side by side.
+// A tile has ROWS of a sequence's pairs (token, head of a key head's group), heads varying fastest.
 template <typename S>
 DEVICE void run_tile(const Args& a, char* memory) {
     __shared__ float largest[S::ROWS * S::N_WARPS], sums[S::ROWS * S::N_WARPS];
     const int group = a.v[Q].shape[1] / a.v[K_CACHE].shape[1], kv_head = blockIdx.y;
     const int min_rows = static_cast<int>(a.attr[1]);
-    // The last tiles of a sequence see most positions: they come first.
+    // The last tiles of a sequence attend to the most positions, so they start first.
     const Found f =
         find(a.v[SEQ_STARTS], a.live + N_SEQS, gridDim.x - 1 - blockIdx.x,
              [&](int32_t n) { return n < min_rows ? 0 : (n * group + S::ROWS - 1) / S::ROWS; });
@@ -48,8 +47,9 @@ DEVICE void run_tile(const Args& a, char* memory) {
     });
 }
 
-// Chunks x, x + gridDim.x, … of a loose row, for up to 16 heads of a key head's group. With
-// PARTIALS their results go there; else one block takes all chunks, joined in their order.
+// Chunks x, x + gridDim.x, … of a loose row, for up to 16 heads of a key head's group. Their
+// results go to PARTIALS; without PARTIALS one thread block takes all chunks and joins them in
+// their order.
 template <typename S>
 DEVICE void run_loose(const Args& a, char* memory) {
     __shared__ float largest[S::ROWS * S::N_WARPS], sums[S::ROWS * S::N_WARPS];
@@ -89,41 +89,44 @@ DEVICE void run_loose(const Args& a, char* memory) {
     });
 }
 
-using Latent = Shape<576, 512, 1, 4, 32, true>;
-using LatentTiles = Shape<576, 512, 2, 4, 32, true>;
-
-}  // namespace attention_op
-}  // namespace gdn
+}  // namespace gdn::attention_op
 
 // Grid: (blocks for a row's chunks, key heads · parts of 16 heads of their groups, loose rows).
-#define LOOSE(NAME, ...)                                     \
-    KERNEL(attention_loose_##NAME, (__VA_ARGS__::THREADS)) { \
-        using namespace gdn::attention_op;                   \
-        DYNAMIC_SHARED(memory);                              \
-        run_loose<__VA_ARGS__>(a, memory);                   \
+#define LOOSE(NAME, ...)                                                      \
+    KERNEL(attention_loose_##NAME) {                                          \
+        using namespace gdn::attention_op;                                    \
+        using S = Shape<__VA_ARGS__>;                                         \
+        static_assert(S::THREADS == gdn::THREADS_attention_loose_##NAME, ""); \
+        static_assert(S::ROWS == gdn::ATTENTION_LOOSE_ROWS, "");              \
+        KERNEL_SHARED(attention_loose_##NAME, memory, S::SHARED);             \
+        run_loose<S>(a, memory);                                              \
     }
 // Grid: (tiles, key heads).
-#define TILES(NAME, ...)                                     \
-    KERNEL(attention_tiles_##NAME, (__VA_ARGS__::THREADS)) { \
-        using namespace gdn::attention_op;                   \
-        DYNAMIC_SHARED(memory);                              \
-        run_tile<__VA_ARGS__>(a, memory);                    \
+#define TILES(NAME, ...)                                                      \
+    KERNEL(attention_tiles_##NAME) {                                          \
+        using namespace gdn::attention_op;                                    \
+        using S = Shape<__VA_ARGS__>;                                         \
+        static_assert(S::THREADS == gdn::THREADS_attention_tiles_##NAME, ""); \
+        static_assert(S::ROWS == gdn::ATTENTION_TILE_ROWS_##NAME, "");        \
+        KERNEL_SHARED(attention_tiles_##NAME, memory, S::SHARED);             \
+        run_tile<S>(a, memory);                                               \
     }
 
-LOOSE(64, gdn::attention_op::Shape<64, 64, 1, 4, 32>)
-LOOSE(128, gdn::attention_op::Shape<128, 128, 1, 4, 32>)
-LOOSE(256, gdn::attention_op::Shape<256, 256, 1, 4, 32>)
-LOOSE(latent, gdn::attention_op::Latent)
-TILES(64, gdn::attention_op::Shape<64, 64, 4, 1, 64>)
-TILES(128, gdn::attention_op::Shape<128, 128, 4, 1, 64>)
-TILES(256, gdn::attention_op::Shape<256, 256, 4, 2, 32>)
-TILES(latent, gdn::attention_op::LatentTiles)
+LOOSE(64, 64, 64, 1, 4, 32)
+LOOSE(128, 128, 128, 1, 4, 32)
+LOOSE(256, 256, 256, 1, 4, 32)
+LOOSE(latent, 576, 512, 1, 4, 32, true)
+TILES(64, 64, 64, 4, 1, 64)
+TILES(128, 128, 128, 4, 1, 64)
+TILES(256, 256, 256, 4, 2, 32)
+TILES(latent, 576, 512, 2, 4, 32, true)
 
 // Joins the chunks of a loose row's head. Grid: (heads, loose rows).
-KERNEL(attention_join, 256) {
+KERNEL(attention_join) {
     using namespace gdn;
     using namespace gdn::attention_op;
-    __shared__ float sum_factors[MAX_CHUNKS], chunk_factors[MAX_CHUNKS], chunk_l[MAX_CHUNKS];
+    __shared__ float sum_factors[MAX_POSITION_CHUNKS], chunk_factors[MAX_POSITION_CHUNKS],
+        chunk_l[MAX_POSITION_CHUNKS];
     const int h = blockIdx.x, lane = threadIdx.x % 32, size = a.v[OUT].shape[2];
     const Loose loose(a, blockIdx.y);
     if (loose.row < 0) return;

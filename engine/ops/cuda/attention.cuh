@@ -1,31 +1,33 @@
-// What the kernels of ATTENTION share: operands, which rows a block works on, sums of chunks.
+// The kernels of ATTENTION share operands, the search for a thread block's rows, and sums of
+// chunks.
 //
-// Sequences with at least `min_rows` rows in the batch are taken in tiles of rows; the rows of
-// others are loose, and each row's positions are cut into at most MAX_CHUNKS chunks, as its own
-// position says. A chunk's result is (m, l, acc): largest score, sum of weights exp(score - m), and
-// the sum of values so weighted.
+// Sequences with at least `min_rows` rows in the batch are computed in tiles of rows. The rows of
+// the others are loose: the positions that such a row attends to are cut into at most
+// MAX_POSITION_CHUNKS chunks, by its own position alone. A chunk's result is (m, l, acc): the
+// largest score, the sum of weights exp(score - m), and the weighted sum of values.
 #pragma once
 
 #include "sequences.cuh"
 
-namespace gdn {
-namespace attention_op {
+namespace gdn::attention_op {
 
 // Attributes: scale, min_rows.
 enum { OUT, PARTIALS, Q, K_CACHE, V_CACHE, GATE, POSITIONS, SEQ_STARTS, BLOCK_TABLES };
 
-// A chunk's result in memory is acc, m, l: rows of PARTIALS [rows, heads, MAX_CHUNKS, Dv + 4].
-constexpr int MAX_CHUNKS = 64, CHUNK_UNIT = 64;
+// A chunk's result in memory is acc, m, l: a row of PARTIALS [rows, heads, MAX_POSITION_CHUNKS, Dv
+// + PARTIAL_EXTRA].
+constexpr int CHUNK_UNIT = 64;
 DEVICE float infinity() { return bf16_to_float(0x7f80); }
 
 // Positions of a chunk of a row that sees n; a multiple of CHUNK_UNIT.
 DEVICE int chunk_size(int n) {
     const int least = n <= 1024 ? CHUNK_UNIT : n <= 4096 ? 2 * CHUNK_UNIT : 4 * CHUNK_UNIT;
-    const int even = (n + MAX_CHUNKS * CHUNK_UNIT - 1) / (MAX_CHUNKS * CHUNK_UNIT) * CHUNK_UNIT;
+    const int even = (n + MAX_POSITION_CHUNKS * CHUNK_UNIT - 1) /
+                     (MAX_POSITION_CHUNKS * CHUNK_UNIT) * CHUNK_UNIT;
     return even > least ? even : least;
 }
 
-// The row of the batch that is a loose row's; -1 if there are fewer.
+// The batch's row of loose row number `index`; -1 if there are fewer.
 struct Loose {
     int32_t seq, row;
 
@@ -43,8 +45,8 @@ DEVICE const int32_t* block_table(const Args& a, int32_t seq) {
     return tables.as<int32_t>() + static_cast<int64_t>(seq) * tables.stride[0];
 }
 
-// How a running sum (m, l, acc) and a chunk's are joined: both are multiplied by a factor, the sum
-// first. Wherever chunks are joined it is done so, in their order.
+// Joins a running sum (m, l, acc) with a chunk's: each is multiplied by its factor. All kernels
+// join chunks in this way and in their order, so results are bitwise reproducible.
 struct Factors {
     float sum, chunk;
 
@@ -64,5 +66,4 @@ DEVICE void store_result(const Args& a, int64_t t, int h, int d, float acc, floa
     a.v[OUT].row(t, h)[d] = y;
 }
 
-}  // namespace attention_op
-}  // namespace gdn
+}  // namespace gdn::attention_op

@@ -1,12 +1,11 @@
-// ATTENTION of any head size and type of cache in float32, a block for each row and head. Its warps
-// take turns at the row's positions, and their sums are joined at the end.
+// ATTENTION of any head size and type of cache in float32, a thread block for each row and head.
+// Its warps take positions in turn, and their sums are joined at the end.
 
 #include "attention.cuh"
 
-namespace gdn {
-namespace attention_op {
+namespace gdn::attention_op {
 
-constexpr int WARPS = 8, AT_ONCE = 4;
+constexpr int WARPS = THREADS_attention_rows_64 / 32, AT_ONCE = 4;
 
 DEVICE float load(const View& cache, int64_t i) {
     return cache.dtype == F16 ? half_to_float(cache.as<uint16_t>()[i]) : cache.as<float>()[i];
@@ -86,11 +85,10 @@ DEVICE void run_row(const Args& a) {
     }
 }
 
-}  // namespace attention_op
-}  // namespace gdn
+}  // namespace gdn::attention_op
 
 // Grid: (heads, rows).
-KERNEL(attention_rows_64, 256) { gdn::attention_op::run_row<2>(a); }
-KERNEL(attention_rows_256, 256) { gdn::attention_op::run_row<8>(a); }
-KERNEL(attention_rows_576, 256) { gdn::attention_op::run_row<18>(a); }
-KERNEL(attention_rows_1024, 256) { gdn::attention_op::run_row<32>(a); }
+KERNEL(attention_rows_64) { gdn::attention_op::run_row<2>(a); }
+KERNEL(attention_rows_256) { gdn::attention_op::run_row<8>(a); }
+KERNEL(attention_rows_576) { gdn::attention_op::run_row<18>(a); }
+KERNEL(attention_rows_1024) { gdn::attention_op::run_row<32>(a); }

@@ -1,16 +1,14 @@
 // Attention of up to 16 · M_TILES rows (a token and a head of one key head's group each) over a
 // range of positions, on tensor cores, with float16 caches.
 //
-// Tiles of POSITIONS keys and values come to shared memory while the tile before is worked on. A
-// tile's scores are shared out among N_WARPS warps by positions, its products with values by
-// columns.
+// Tiles of POSITIONS keys and values are copied to shared memory while the tile before is computed.
+// N_WARPS warps share a tile's scores by positions, and its products with values by columns.
 // Queries and weights are rounded to float16; all sums are float32.
 #pragma once
 
 #include "attention.cuh"
 
-namespace gdn {
-namespace attention_op {
+namespace gdn::attention_op {
 
 using half = uint16_t;
 
@@ -25,12 +23,14 @@ struct Shape {
     static constexpr int K_STEP = DK + 8, V_STEP = LATENT ? K_STEP : DV + 8, P_STEP = POSITIONS + 8;
     static constexpr int KEYS = POSITIONS * K_STEP, VALUES = LATENT ? 0 : POSITIONS * V_STEP;
     static constexpr int STAGE = KEYS + VALUES, QUERIES = ROWS * K_STEP;
+    static constexpr int SHARED =
+        2 * (2 * STAGE + (Q_IN_REGISTERS ? 0 : QUERIES) + (N_WARPS > 1 ? ROWS * P_STEP : 0));
     static constexpr int N_TILES = POSITIONS / N_WARPS / 8;  // of a warp's scores
     static constexpr int COLUMNS = DV / N_WARPS;             // of a warp's result
     static_assert(DK % 32 == 0 && COLUMNS % 16 == 0 && POSITIONS % 16 == 0, "");
 };
 
-// What a warp has of a range's result: rows g and g + 8 of its 16, g = lane / 4.
+// A lane's part of a range's result: rows g and g + 8 of its warp's 16, g = lane / 4.
 template <typename S>
 struct Sums {
     float acc[S::COLUMNS / 8][4], m[2], l[2];
@@ -75,12 +75,12 @@ struct Tiles {
     const int32_t* table;
     int kv_head, shift;  // log2 of the block size
     half* memory;
-    // What warps tell each other: weights, and the largest scores and sums of rows.
+    // Exchanged between warps: weights, and the largest scores and sums of rows.
     half* weights;
     float *largest, *sums;
     uint32_t q[S::Q_IN_REGISTERS ? S::DK / 16 : 1][4];
 
-    // `memory`: two stages of keys and values, the queries too where they stay there, weights.
+    // `memory`: two stages of keys and values, queries unless they are in registers, weights.
     DEVICE Tiles(const Args& a, int32_t seq, int head, char* shared, float* largest_, float* sums_)
         : k(a.v[K_CACHE]),
           v(a.v[V_CACHE]),
@@ -210,7 +210,7 @@ struct Tiles {
         }
     }
 
-    // One value a row of each warp that shares it: `largest` or the sum of all.
+    // Combines a value of each row over the warps that share the row, by f.
     template <typename F>
     DEVICE void exchange(float (&x)[2], float* shared, F f) const {
         if constexpr (S::N_WARPS > 1) {
@@ -229,7 +229,7 @@ struct Tiles {
         }
     }
 
-    // Weights of a tile from its scores, which become them; rescales what `to` has.
+    // Turns a tile's scores into weights, in place; rescales `to`.
     DEVICE void weigh(float (&s)[S::N_TILES][4], Sums<S>& to, int first,
                       const int (&limits)[2]) const {
         const int lane = threadIdx.x % 32;
@@ -325,5 +325,4 @@ struct Tiles {
     }
 };
 
-}  // namespace attention_op
-}  // namespace gdn
+}  // namespace gdn::attention_op

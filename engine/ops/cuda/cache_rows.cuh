@@ -10,7 +10,7 @@ DEVICE const int32_t* blocks_of_row(const Args& a, const View& seq_starts, const
                                     int32_t t) {
     const int32_t* starts = seq_starts.as<int32_t>();
     const int32_t n_seqs = a.rows(tables);
-    // When tokens are generated one by one, row t is sequence t's: no search.
+    // In a decode step row t belongs to sequence t: no search.
     const bool alone = t < n_seqs && starts[t] <= t && t < starts[t + 1];
     const int32_t s = alone ? t : sequence_of(starts, n_seqs, t);
     return tables.as<int32_t>() + static_cast<int64_t>(s) * tables.stride[0];

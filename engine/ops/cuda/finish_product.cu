@@ -1,9 +1,9 @@
-// The end of a product with one weight, y = add + sigmoid(gate) · y, where another kernel made y.
+// Finishes a product y by cuBLAS: y = add + sigmoid(gate) · y.
 
 #include "kernel.cuh"
 
 // Grid: (columns / threads, rows).
-KERNEL(finish_product, 256) {
+KERNEL(finish_product) {
     using namespace gdn;
     enum { OUT, GATE, ADD };
     const int t = blockIdx.y, c = blockIdx.x * blockDim.x + threadIdx.x;

@@ -1,20 +1,19 @@
 // GATED_DELTA_NET: a scan with the state in registers; a thread block takes some value columns of
 // one head of one sequence, each column spread over LANES lanes (see gated_delta_net.cuh).
 //
-// Few rows are scanned token by token. Long pieces go by groups of 4 tokens, which shortens the
-// chain from state to state: all four predictions and outputs are read from the state before the
-// group, and small triangular matrices add what the group's own tokens d contribute,
+// Few rows are scanned token by token, more rows in groups of 4 tokens, which shortens the chain
+// from state to state: all four predictions and outputs are read from the state before the group,
+// and small triangular matrices add the contributions d of the group's own tokens,
 //
 //     d_t = beta_t (v_t - S'k_t) - sum_{j<t} A_tj d_j,   o_t = S'q_t + sum_{j<=t} B_tj d_j,
 //
 // where S' is S decayed to token t, A_tj = beta_t k_t·k_j and B_tj = q_t·k_j, decayed from j to t.
-// Decays are products of factors of at most 1: no difference of exponents is taken. Tokens past a
-// piece's end are zeros, which change nothing.
+// Decays are products of factors of at most 1: no difference of exponents is taken. Tokens past the
+// end are zeros, which change nothing.
 
 #include "gated_delta_net.cuh"
 
-namespace gdn {
-namespace delta {
+namespace gdn::delta {
 
 constexpr int GROUP = 4, TILE = WARPS * GROUP;
 
@@ -25,12 +24,13 @@ struct alignas(16) Scalars {
     float grown[GROUP], left[GROUP];       // left: decays of tokens after t
 };
 
-// What lies in dynamic shared memory, for two tiles: rows of k, q and with KDA g, then values.
+// Dynamic shared memory of two tiles: rows of k, q and with KDA g, then values.
 template <int LANES, bool KDA>
 struct Tiles {
     static constexpr int WIDTH = LANES * PER, COLUMNS = THREADS / LANES;
     static constexpr int ROWS_SIZE = TILE * WIDTH;
     static constexpr int STAGE = ROWS_SIZE * (KDA ? 3 : 2) + TILE * COLUMNS;
+    static constexpr int SHARED = 4 * (2 * STAGE + (KDA ? WARPS * WIDTH : 0));
 
     float* base;
     int stage;
@@ -65,7 +65,7 @@ DEVICE void load_rows(float* to, const View& x, int64_t row, int head, int size,
 }
 
 // The 16 products of a group: q_t·k_j at (t, j) where j <= t, k_j·k_t above the diagonal. With KDA,
-// makes of k and q what reads the state before the group, of g what updates it to the group's end.
+// k and q become the vectors that read the state before the group, and g the keys of the update.
 template <int LANES, bool KDA>
 DEVICE void multiply_group(float (&x)[16], const Tiles<LANES, KDA>& tiles, int group) {
     constexpr int WIDTH = Tiles<LANES, KDA>::WIDTH;
@@ -291,16 +291,16 @@ DEVICE void run_step(const Args& a) {
     scan<LANES, KDA>(s, a, place, 0, read, lane, live);
 }
 
-}  // namespace delta
-}  // namespace gdn
+}  // namespace gdn::delta
 
 // Grid: (columns / (128 / LANES), value heads, sequences). Names end in LANES: a head's keys fit
 // into 16 · LANES.
-#define GATED_DELTA_NET(NAME, LANES, KDA)                                     \
-    KERNEL(NAME##_step_##LANES, 128) { gdn::delta::run_step<LANES, KDA>(a); } \
-    KERNEL(NAME##_rows_##LANES, 128) {                                        \
-        DYNAMIC_SHARED(memory);                                               \
-        gdn::delta::run_rows<LANES, KDA>(a, memory);                          \
+#define GATED_DELTA_NET(NAME, LANES, KDA)                                \
+    KERNEL(NAME##_step_##LANES) { gdn::delta::run_step<LANES, KDA>(a); } \
+    KERNEL(NAME##_rows_##LANES) {                                        \
+        using Memory = gdn::delta::Tiles<LANES, KDA>;                    \
+        KERNEL_SHARED(NAME##_rows_##LANES, memory, Memory::SHARED);      \
+        gdn::delta::run_rows<LANES, KDA>(a, memory);                     \
     }
 
 GATED_DELTA_NET(delta_net, 4, false)

@@ -1,29 +1,29 @@
-// What the kernels of GATED_DELTA_NET share: operands, and a value column of the state in
+// The kernels of GATED_DELTA_NET share operands, and the layout of a value column of the state in
 // registers.
 //
-// A column is spread over LANES neighbouring lanes of a warp, PER floats each: float4 number
-// i · LANES + lane of it is the lane's i-th. What lies past the column's end is zero and stays so.
+// LANES neighbouring lanes of a warp hold a column, PER floats each: the lane's i-th float4 is
+// number i · LANES + lane of the column. Floats past the column's end are zero and stay zero.
 #pragma once
 
 #include "sequences.cuh"
 
-namespace gdn {
-namespace delta {
+namespace gdn::delta {
 
 // Attributes: head_map (0: tiled, 1: grouped), scale, algorithm, first, end: a launch takes the
 // sequences of first … end - 1 rows.
 enum { OUT, Q, K, V, G, BETA, STATE, SEQ_STARTS, STATE_SRC, STATE_DST, SNAPSHOT_DST, CHUNKS };
 
-constexpr int PER = 16, QUADS = PER / 4, THREADS = 128, WARPS = THREADS / 32;
+constexpr int PER = DELTA_LANE_FLOATS, QUADS = PER / 4;
+constexpr int THREADS = THREADS_delta_net_rows_4, WARPS = THREADS / 32;
 
 DEVICE bool takes(const Args& a, int32_t n) { return n > 0 && n >= a.attr[3] && n < a.attr[4]; }
 
-// A block's share of the work: some columns of one head of one sequence.
+// The work of a thread block: some columns of one head of one sequence.
 struct Place {
     int32_t begin, n, src, dst;  // rows of the sequence, slots
     int32_t head, key_head, seq;
 
-    // Reads all that leads to the state at once; `n` is 0 where there is nothing to do.
+    // Starts all loads that the address of the state needs at once; `n` is 0 without work.
     DEVICE Place(const Args& a, int32_t sequence, int32_t head_) : head(head_) {
         const int32_t* starts = a.v[SEQ_STARTS].as<int32_t>();
         const int32_t n_seqs = a.live[N_SEQS], last = a.v[STATE_SRC].shape[0] - 1;
@@ -40,8 +40,8 @@ struct Place {
         return s.as<float>() + static_cast<int64_t>(slot) * s.stride[0] +
                static_cast<int64_t>(head) * s.stride[1] + static_cast<int64_t>(c) * s.stride[2];
     }
-    // Tokens before those whose states are wanted. States inside a group or chunk don't exist: the
-    // others are scanned one by one.
+    // Tokens before the first whose state is kept. Groups and chunks have no states inside, so the
+    // tokens from there on are scanned one by one.
     DEVICE int32_t n_grouped(const Args& a) const {
         const int32_t rest = n - a.v[SNAPSHOT_DST].shape[1];
         return rest > 0 ? rest : 0;
@@ -54,8 +54,6 @@ struct Place {
         return snapshots.as<int32_t>()[static_cast<int64_t>(seq) * snapshots.stride[0] + j];
     }
 };
-
-DEVICE bool is_aligned(const void* p) { return reinterpret_cast<uint64_t>(p) % 16 == 0; }
 
 // `n` floats at p as a column's lane holds them; 16 bytes at a time where `whole`.
 template <int LANES>
@@ -105,7 +103,7 @@ DEVICE float column_sum(float x) {
     return x;
 }
 
-// x[i] of this lane and of the one HALF away, for the half of the values that the lane keeps.
+// Adds the values of the lane HALF away to this lane's, for the half of them that the lane keeps.
 template <int HALF>
 DEVICE void fold(float (&x)[16]) {
     const bool upper = threadIdx.x & HALF;
@@ -159,7 +157,7 @@ DEVICE float step(float (&s)[PER], const Token& x) {
 #pragma unroll
         for (int i = 0; i < PER; i++) s[i] *= exp_fast(x.decay[i]);
     }
-    // The output Sᵀq of the new S from the old one, so that no sum waits for another.
+    // The new state's output Sᵀq is computed from the old state, so that no sum waits for another.
     const float decay = KDA ? 1.0f : exp_fast(x.decay[0]);
     const float predicted = column_sum<LANES>(dot(s, x.k));
     const float read = column_sum<LANES>(dot(s, x.q)), kq = column_sum<LANES>(dot(x.k, x.q));
@@ -201,7 +199,7 @@ DEVICE void scan(float (&s)[PER], const Args& a, const Place& place, int32_t fir
         store_part<LANES>(s, place.column(a, place.dst, c), dk, lane, whole_state);
 }
 
-// Where a thread's column begins: its state from the slot, or zeros.
+// The state that a thread's column starts from: of the slot, or zeros.
 template <int LANES>
 DEVICE void load_state(float (&s)[PER], const Args& a, const Place& place, int c, int lane) {
     const int dk = a.v[Q].shape[2];
@@ -213,5 +211,4 @@ DEVICE void load_state(float (&s)[PER], const Args& a, const Place& place, int c
     }
 }
 
-}  // namespace delta
-}  // namespace gdn
+}  // namespace gdn::delta

@@ -1,11 +1,10 @@
 // The chunk form of GATED_DELTA_NET, second kernel: from chunk to chunk (see
-// gated_delta_net_chunk.cuh). A block has COLUMNS value columns of one head of one sequence; their
-// state is in registers, by rows of columns as it is stored, and for products in shared memory too.
+// gated_delta_net_chunk.cuh). A thread block has COLUMNS value columns of one head of one sequence.
+// Their state is in registers, transposed as it is stored, and as float16 in shared memory.
 
 #include "gated_delta_net_chunk.cuh"
 
-namespace gdn {
-namespace delta {
+namespace gdn::delta {
 
 // Shared memory: STAGES chunks' W, q, k and B, the state and D as float16.
 template <int WIDTH_, int COLUMNS_, int STAGES_>
@@ -16,6 +15,7 @@ struct Chunks {
     // 8 warps: 16 rows of tokens and half of the columns each; or 16 columns and some key rows.
     static constexpr int N_D = COLUMNS / 16, M_STATE = COLUMNS / 16;
     static constexpr int KEYS = WIDTH * M_STATE / 8, N_STATE = KEYS / 8;
+    static constexpr int SHARED = 2 * (STAGES * STAGE + COLUMNS * STEP + CHUNK * D_STEP);
     static_assert(STAGES * STAGE * 2 >= COLUMNS * WIDTH * 4, "the last state as float32 fits");
 
     half* memory;
@@ -28,7 +28,7 @@ struct Chunks {
     DEVICE half* state() const { return memory + STAGES * STAGE; }  // [COLUMNS, STEP]
     DEVICE half* d() const { return state() + COLUMNS * STEP; }     // [CHUNK, D_STEP]
 
-    DEVICE void load(const Record<WIDTH>& from) const {
+    DEVICE void load(const Prepared<WIDTH>& from) const {
         for (int i = threadIdx.x; i < 3 * MATRIX_PARTS; i += CHUNK_THREADS) {
             const int row = i / (WIDTH / 8), part = i % (WIDTH / 8) * 8;
             copy_async(w() + row * STEP + part, from.w() + i * 8);
@@ -106,7 +106,7 @@ DEVICE void run_chunks(const Args& a, char* memory) {
     C chunk{reinterpret_cast<half*>(memory), 0};
     const int slot = first_slot(place.begin, place.seq), n_chunks = (n + CHUNK - 1) / CHUNK;
 
-    if (n_chunks) chunk.load(Record<WIDTH>(a, slot, place.head));
+    if (n_chunks) chunk.load(Prepared<WIDTH>(a, slot, place.head));
     float s[C::N_STATE][4]{};
     if (place.src >= 0) {
 #pragma unroll
@@ -126,21 +126,21 @@ DEVICE void run_chunks(const Args& a, char* memory) {
     };
     keep_state();
     for (int i = 0; i < n_chunks; i++) {
-        const Record<WIDTH> record(a, slot + i, place.head), next(a, slot + i + 1, place.head);
-        // What is added later is asked for before the wait.
+        const Prepared<WIDTH> prepared(a, slot + i, place.head), next(a, slot + i + 1, place.head);
+        // Loads that are needed later start before the wait.
         float2 u[C::N_D][2], decay[C::N_STATE];
 #pragma unroll
         for (int j = 0; j < C::N_D; j++) {
 #pragma unroll
             for (int h = 0; h < 2; h++)
                 u[j][h] = *reinterpret_cast<const float2*>(
-                    record.u() + (row + lane / 4 + 8 * h) * record.n_columns + first + column +
+                    prepared.u() + (row + lane / 4 + 8 * h) * prepared.n_columns + first + column +
                     8 * j + lane % 4 * 2);
         }
 #pragma unroll
         for (int j = 0; j < C::N_STATE; j++)
             decay[j] =
-                *reinterpret_cast<const float2*>(record.decay() + key + 8 * j + lane % 4 * 2);
+                *reinterpret_cast<const float2*>(prepared.decay() + key + 8 * j + lane % 4 * 2);
         wait_copies<0>();
         __syncthreads();
         if (C::STAGES == 2 && i + 1 < n_chunks) C{chunk.memory, 1 - chunk.stage}.load(next);
@@ -182,7 +182,7 @@ DEVICE void run_chunks(const Args& a, char* memory) {
         }
     }
 
-    // The state as the scan of the remaining tokens wants it.
+    // The state goes to the layout of the scan, which computes the remaining tokens.
     __syncthreads();
     float* states = reinterpret_cast<float*>(memory);
     for_pairs(s, state_column, key, [&](int c, int at, float x, float y) {
@@ -197,14 +197,14 @@ DEVICE void run_chunks(const Args& a, char* memory) {
     }
 }
 
-}  // namespace delta
-}  // namespace gdn
+}  // namespace gdn::delta
 
 // Grid: (columns / COLUMNS, value heads, sequences).
-#define CHUNKS_OF(NAME, WIDTH, COLUMNS, STAGES, KDA)                                        \
-    KERNEL(NAME##_chunks_##WIDTH##_##COLUMNS, 256) {                                        \
-        DYNAMIC_SHARED(memory);                                                             \
-        gdn::delta::run_chunks<gdn::delta::Chunks<WIDTH, COLUMNS, STAGES>, KDA>(a, memory); \
+#define CHUNKS_OF(NAME, WIDTH, COLUMNS, STAGES, KDA)                              \
+    KERNEL(NAME##_chunks_##WIDTH##_##COLUMNS) {                                   \
+        using Memory = gdn::delta::Chunks<WIDTH, COLUMNS, STAGES>;                \
+        KERNEL_SHARED(NAME##_chunks_##WIDTH##_##COLUMNS, memory, Memory::SHARED); \
+        gdn::delta::run_chunks<Memory, KDA>(a, memory);                           \
     }
 
 CHUNKS_OF(delta_net, 64, 32, 2, false)

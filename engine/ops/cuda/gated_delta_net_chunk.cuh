@@ -1,32 +1,33 @@
-// The chunk form of GATED_DELTA_NET: what its two kernels share.
+// The chunk form of GATED_DELTA_NET: definitions of its two kernels.
 //
 // Of a chunk of 64 tokens with decays E_i (of tokens 0 … i), a state S [Dk, Dv] before it, and
 //
 //     A_ij = beta_i k_i·k_j (j < i), B_ij = q_i·k_j (j <= i), both decayed from j to i,
 //     T = (I + A)^-1,  W = T diag(beta) (E ⊙ K),  U = T diag(beta) V,
 //
-// the updates are D = U - W S, the outputs (E ⊙ Q) S + B D, and the next state is
-// E_last ⊙ S + (K decayed to the chunk's end)ᵀ D. All but S and D is made for all chunks at once by
-// the first kernel; the second goes from chunk to chunk. Products take float16 operands and are
-// summed in float32; T is solved in float32. No decay is above 1, so none overflows.
+// the updates are D = U - W S, the outputs (E ⊙ Q) S + B D, and the next state is E_last ⊙ S + (K
+// decayed to the chunk's end)ᵀ D. The first kernel computes all but S and D, for all chunks at
+// once; the second goes from chunk to chunk. Products have float16 operands and float32 sums; T is
+// solved in float32. No decay is above 1, so none overflows.
 #pragma once
 
 #include "gated_delta_net.cuh"
 
-namespace gdn {
-namespace delta {
+namespace gdn::delta {
 
 using half = uint16_t;
-constexpr int CHUNK = 64, CHUNK_THREADS = 256, VALUE_TILE = 64;
+constexpr int CHUNK = DELTA_CHUNK, VALUE_TILE = DELTA_VALUE_TILE;
+constexpr int CHUNK_THREADS = THREADS_delta_net_prepare_64;
 
 // A chunk's matrices for one value head, in a row of CHUNKS [slots, value heads, floats].
 template <int WIDTH_>
-struct Record {
+struct Prepared {
     static constexpr int WIDTH = WIDTH_, MATRIX = CHUNK * WIDTH;  // of W, q and k: elements
+    static constexpr int FLOATS = (3 * MATRIX + CHUNK * CHUNK) / 2 + WIDTH;  // all but U
     char* base;
     int n_columns;  // of U: Dv, rounded up
 
-    DEVICE Record(const Args& a, int slot, int head) {
+    DEVICE Prepared(const Args& a, int slot, int head) {
         base = reinterpret_cast<char*>(a.v[CHUNKS].row(slot, head));
         n_columns = (a.v[V].shape[2] + VALUE_TILE - 1) / VALUE_TILE * VALUE_TILE;
     }
@@ -35,10 +36,11 @@ struct Record {
     DEVICE half* k() const { return w() + 2 * MATRIX; }
     DEVICE half* b() const { return w() + 3 * MATRIX; }  // [CHUNK, CHUNK]
     DEVICE float* decay() const { return reinterpret_cast<float*>(b() + CHUNK * CHUNK); }
-    DEVICE float* u() const { return decay() + WIDTH; }  // [CHUNK, n_columns]
+    // [CHUNK, n_columns]
+    DEVICE float* u() const { return reinterpret_cast<float*>(base) + FLOATS; }
 };
 
-// The slot of a sequence's first chunk; the slots of two sequences never meet.
+// The slot of a sequence's first chunk; no two sequences share slots.
 DEVICE int first_slot(int begin, int seq) { return begin / CHUNK + seq; }
 
 // Fragments (see primitives.cuh) of float16 matrices in shared memory with rows of STEP elements.
@@ -75,5 +77,4 @@ DEVICE void for_pairs(const float (&x)[N][4], int m, int n, F f) {
     }
 }
 
-}  // namespace delta
-}  // namespace gdn
+}  // namespace gdn::delta

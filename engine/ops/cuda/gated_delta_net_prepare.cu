@@ -3,18 +3,18 @@
 
 #include "gated_delta_net_chunk.cuh"
 
-namespace gdn {
-namespace delta {
+namespace gdn::delta {
 
 constexpr int SUB = 16, A_STEP = CHUNK + 1, T_STEP = CHUNK + 8;
 
-// What lies in dynamic shared memory. Values take the place of queries when those have been used.
+// Dynamic shared memory. Values replace the queries once those have been used.
 template <int WIDTH, bool KDA>
 struct Memory {
     static constexpr int STEP = WIDTH + 8, V_STEP = VALUE_TILE + 8;
     half k[CHUNK * STEP], q[CHUNK * STEP], t[2][CHUNK * T_STEP];  // t: for values, for keys
     float a[CHUNK * A_STEP], inverse[CHUNK * A_STEP], part[3][SUB * (SUB + 1)];
-    // Cumulated decays as sums of two floats, whose differences keep what float32 would lose.
+    // Cumulated decays as sums of two floats: their differences keep digits that float32 would
+    // lose.
     float high[CHUNK], low[CHUNK], beta[CHUNK];
     float decay[KDA ? CHUNK * WIDTH : 1];
 };
@@ -66,7 +66,7 @@ DEVICE void make_products(Memory<WIDTH, KDA>& m, half* b, float scale) {
     constexpr int STEP = Memory<WIDTH, KDA>::STEP;
     const int warp = threadIdx.x / 32, row = warp % 4 * 16, column = warp / 4 * 32;
     float kk[4][4]{}, qk[4][4]{};
-    // Above the diagonal there is nothing.
+    // Blocks above the diagonal are zero.
     if (column <= row) {
         for (int i = 0; i < WIDTH; i += 16) {
             uint32_t k[4], q[4], right[4];
@@ -93,7 +93,7 @@ DEVICE void make_products(Memory<WIDTH, KDA>& m, half* b, float scale) {
     });
 }
 
-// A and B with a decay for each key row: each warp moves 8 tokens' keys on from token to token.
+// A and B with a decay for each key row: each warp decays 8 tokens' keys from token to token.
 template <int WIDTH>
 DEVICE void make_products_kda(Memory<WIDTH, true>& m, half* b, float scale) {
     constexpr int STEP = WIDTH + 8, PER_LANE = (WIDTH + 31) / 32;
@@ -126,7 +126,8 @@ DEVICE void make_products_kda(Memory<WIDTH, true>& m, half* b, float scale) {
     }
 }
 
-// (I + A)^-1: blocks of 16 on the diagonal by substitution, then those ever further below it.
+// (I + A)^-1: blocks of 16 on the diagonal by substitution, then one diagonal of blocks after
+// another.
 template <typename M>
 DEVICE void invert(M& m) {
     const int thread = threadIdx.x;
@@ -187,7 +188,7 @@ DEVICE void multiply_inverse(float (&y)[WIDTH / 16][4], const half* t, const hal
 // Queries decayed from the chunk's start, keys decayed to its end, all decays; with KDA the keys in
 // shared memory become those decayed from the start.
 template <int WIDTH>
-DEVICE void write_decayed_kda(Memory<WIDTH, true>& m, const Record<WIDTH>& to, float scale) {
+DEVICE void write_decayed_kda(Memory<WIDTH, true>& m, const Prepared<WIDTH>& to, float scale) {
     constexpr int STEP = WIDTH + 8;
     for (int d = threadIdx.x; d < WIDTH; d += CHUNK_THREADS) {
         float left = 1.0f, grown = 1.0f;
@@ -206,7 +207,7 @@ DEVICE void write_decayed_kda(Memory<WIDTH, true>& m, const Record<WIDTH>& to, f
 }
 
 template <int WIDTH>
-DEVICE void write_decayed(const Memory<WIDTH, false>& m, const Record<WIDTH>& to, float scale) {
+DEVICE void write_decayed(const Memory<WIDTH, false>& m, const Prepared<WIDTH>& to, float scale) {
     constexpr int STEP = WIDTH + 8, LAST = CHUNK - 1;
     for (int at = threadIdx.x; at < CHUNK * WIDTH / 2; at += CHUNK_THREADS) {
         const int i = at / (WIDTH / 2), d = at % (WIDTH / 2) * 2;
@@ -235,7 +236,7 @@ DEVICE void prepare_chunk(const Args& a, char* memory) {
     const int start = found.index * CHUNK, rest = place.n_grouped(a) - start;
     const int n = rest < CHUNK ? rest : CHUNK, dk = a.v[Q].shape[2], dv = a.v[V].shape[2];
     const int64_t row = place.begin + start;
-    const Record<WIDTH> to(a, first_slot(place.begin, place.seq) + found.index, place.head);
+    const Prepared<WIDTH> to(a, first_slot(place.begin, place.seq) + found.index, place.head);
     const float scale = a.attr[1];
     const View& g = a.v[G];
 
@@ -289,14 +290,15 @@ DEVICE void prepare_chunk(const Args& a, char* memory) {
     }
 }
 
-}  // namespace delta
-}  // namespace gdn
+}  // namespace gdn::delta
 
 // Grid: (chunks, value heads).
-#define PREPARE(NAME, WIDTH, KDA)                         \
-    KERNEL(NAME##_prepare_##WIDTH, 256) {                 \
-        DYNAMIC_SHARED(memory);                           \
-        gdn::delta::prepare_chunk<WIDTH, KDA>(a, memory); \
+#define PREPARE(NAME, WIDTH, KDA)                                                                \
+    KERNEL(NAME##_prepare_##WIDTH) {                                                             \
+        using namespace gdn::delta;                                                              \
+        static_assert(Prepared<WIDTH>::FLOATS == gdn::DELTA_CHUNK_FLOATS_##WIDTH, "kernels.py"); \
+        KERNEL_SHARED(NAME##_prepare_##WIDTH, memory, (sizeof(Memory<WIDTH, KDA>)));             \
+        prepare_chunk<WIDTH, KDA>(a, memory);                                                    \
     }
 
 PREPARE(delta_net, 64, false)

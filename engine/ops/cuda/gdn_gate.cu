@@ -9,7 +9,7 @@ enum { G, STEP, ALPHA, BETA, A, DT };
 }  // namespace gdn
 
 // Grid: (rows · entries of a row) / threads. An entry is a head, or a key row of a head (KDA).
-KERNEL(gdn_gate, 256) {
+KERNEL(gdn_gate) {
     using namespace gdn;
     const View& alpha = a.v[ALPHA];
     const int n = gate_entries(alpha), i = blockIdx.x * blockDim.x + threadIdx.x, t = i / n;

@@ -30,12 +30,12 @@ DEVICE void gemm(const Args& a, char* shared) {
 
 }  // namespace gdn
 
-KERNEL_FOR(gemm_64, 256, 2) {
-    DYNAMIC_SHARED(shared);
+KERNEL_FOR(gemm_64, 2) {
+    KERNEL_SHARED(gemm_64, shared, gdn::Gemm<64>::SHARED);
     gdn::gemm<64>(a, shared);
 }
 
-KERNEL_FOR(gemm_128, 256, 2) {
-    DYNAMIC_SHARED(shared);
+KERNEL_FOR(gemm_128, 2) {
+    KERNEL_SHARED(gemm_128, shared, gdn::Gemm<128>::SHARED);
     gdn::gemm<128>(a, shared);
 }

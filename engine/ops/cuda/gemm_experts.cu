@@ -32,12 +32,12 @@ DEVICE void gemm_experts(const Args& a, char* shared) {
 
 }  // namespace gdn
 
-KERNEL_FOR(gemm_experts_32, 256, 3) {
-    DYNAMIC_SHARED(shared);
+KERNEL_FOR(gemm_experts_32, 3) {
+    KERNEL_SHARED(gemm_experts_32, shared, gdn::Gemm<32>::SHARED);
     gdn::gemm_experts<32>(a, shared);
 }
 
-KERNEL_FOR(gemm_experts_64, 256, 2) {
-    DYNAMIC_SHARED(shared);
+KERNEL_FOR(gemm_experts_64, 2) {
+    KERNEL_SHARED(gemm_experts_64, shared, gdn::Gemm<64>::SHARED);
     gdn::gemm_experts<64>(a, shared);
 }

@@ -17,7 +17,7 @@ DEVICE void copy_columns(const float* from, float* to, int n) {
 }  // namespace gdn
 
 // Grid: (rows, columns / (4 · threads)).
-KERNEL(get_rows, 256) {
+KERNEL(get_rows) {
     using namespace gdn;
     const int t = blockIdx.x, n = a.v[OUT].shape[1];
     if (t >= a.rows(a.v[OUT])) return;

@@ -12,9 +12,7 @@ enum { OUT, X };
 
 template <int V>
 DEVICE void run(const Args& a, int t, int h) {
-    const auto scale = [&](float sum) { return l2_scale(sum, a.attr[0]); };
-    const auto more = [](int) { return ones<V>(); };
-    norm_head<V>(a.v[X].row(t, h), a.v[OUT].row(t, h), a.v[X].shape[2], scale, more);
+    l2_norm_head<V>(a.v[X].row(t, h), a.v[OUT].row(t, h), a.v[X].shape[2], a.attr[0]);
 }
 
 }  // namespace l2
@@ -48,7 +46,7 @@ DEVICE int warp_number() { return blockIdx.x * (blockDim.x / 32) + threadIdx.x /
 }  // namespace gdn
 
 // Grid: (rows · heads) / warps.
-KERNEL(l2_norm, 256) {
+KERNEL(l2_norm) {
     using namespace gdn;
     const View& x = a.v[l2::X];
     const int i = warp_number(), n_heads = x.shape[1], t = i / n_heads, h = i % n_heads;
@@ -57,7 +55,7 @@ KERNEL(l2_norm, 256) {
 }
 
 // Grid: (rows · heads) / warps.
-KERNEL(rms_norm_gated, 256) {
+KERNEL(rms_norm_gated) {
     using namespace gdn;
     const View& x = a.v[gated::X];
     const int i = warp_number(), n_heads = x.shape[1], t = i / n_heads, h = i % n_heads;

@@ -1,15 +1,15 @@
-// What the norms of heads share: a warp scales one row.
+// Norms of heads: a warp scales one row.
 #pragma once
 
 #include "vectors.cuh"
 
 namespace gdn {
 
-// What a lane keeps in registers; the rest it reads twice.
+// Vectors that a lane keeps in registers; it reads the rest twice.
 constexpr int KEPT = 2;
 
-// scale(Σx²) is what the row is multiplied by; more(c) gives what each column is besides, and is
-// asked for before the sum is known.
+// Multiplies a row by scale(Σx²) and each column c by more(c), which is called before the sum is
+// known.
 template <int V, typename Scale, typename More>
 DEVICE void norm_head(const float* x, float* out, int n, Scale scale, More more) {
     constexpr int STEP = 32 * V;
@@ -36,14 +36,16 @@ DEVICE void norm_head(const float* x, float* out, int n, Scale scale, More more)
     for (int c = first + KEPT * STEP; c < n; c += STEP) put(c, load<V>(x + c), more(c));
 }
 
-DEVICE float l2_scale(float squares, float eps) { return rsqrt_of(squares + eps); }
-
-// A factor of 1 for each column.
+// x / sqrt(Σx² + eps).
 template <int V>
-DEVICE Floats<V> ones() {
-    Floats<V> one;
-    for (int j = 0; j < V; j++) one.v[j] = 1.0f;
-    return one;
+DEVICE void l2_norm_head(const float* x, float* out, int n, float eps) {
+    const auto scale = [&](float sum) { return rsqrt_of(sum + eps); };
+    const auto ones = [](int) {
+        Floats<V> one;
+        for (int j = 0; j < V; j++) one.v[j] = 1.0f;
+        return one;
+    };
+    norm_head<V>(x, out, n, scale, ones);
 }
 
 }  // namespace gdn

@@ -1,27 +1,26 @@
-// What every CUDA kernel gets, and the few device primitives that kernels use.
+// The argument of every CUDA kernel, and device functions that many kernels use.
 //
-// A launch has operands (`View`s, in the order of its signature in engine/backends/native/signatures.py; one
-// that is absent has data == nullptr), attributes, and the live counts of the batch, which lie in
-// device memory: a captured launch serves every batch up to the sizes that it was captured for. So
-// grids are sized for the most rows, and what lies past the live ones returns at once.
+// A launch has operands (`View`s, in the order of its signature in
+// engine/backends/native/signatures.py; an absent one has data == nullptr), attributes, and the
+// live counts of the batch. These lie in device memory, so a captured launch serves every batch up
+// to the sizes of its capture: grids are sized for the most rows, and thread blocks past the live
+// rows return at once.
 //
-// Kernels are plain CUDA C++17 for NVRTC without any header. Whatever needs PTX is a function of
-// this file, so that tests can run kernels without a GPU (see primitives.cuh).
+// Kernels are plain CUDA C++17 for NVRTC without system headers. Code that needs PTX is a function
+// of primitives.cuh, so that tests can run kernels without a GPU.
 #pragma once
 
 #include "primitives.cuh"
 
 namespace gdn {
 
-// Live counts by the number that View::dim has: 0 stands for "always the capacity".
+// Indices of live counts, as in View::dim; FIXED: the first axis always has its capacity.
 enum Dim : int32_t { FIXED, N_TOKENS, N_SEQS, N_SEQS_1, N_OUTPUTS, N_DIMS };
 
 enum DType : int32_t { F32, F16, I32, I8, PACKED, BF16 };
 
-constexpr int MAX_RANK = 4, MAX_VIEWS = 22, MAX_ATTRS = 8;
-
 // A row-major array or a strided part of one; strides count elements. A weight in a packed layout
-// has dtype PACKED, its layout's number, and the layout's strides in bytes (see layout.cuh).
+// has dtype PACKED, its layout's number, and the layout's strides in bytes (see layout.h).
 struct View {
     char* data;
     int32_t shape[MAX_RANK];
@@ -33,7 +32,7 @@ struct View {
     DEVICE T* as() const {
         return reinterpret_cast<T*>(data);
     }
-    // Row i of the first axis, and with more indices entries of the following ones.
+    // The address of entry i of the first axis, or of entry j of its second axis.
     DEVICE float* row(int64_t i) const { return as<float>() + i * stride[0]; }
     DEVICE float* row(int64_t i, int64_t j) const { return row(i) + j * stride[1]; }
     DEVICE explicit operator bool() const { return data != nullptr; }
@@ -50,6 +49,12 @@ struct Args {
     }
 };
 
+static_assert(sizeof(View) == VIEW_BYTES && sizeof(Args) == ARGS_BYTES, "as in args.py");
+// Dynamic shared memory of kernel NAME, whose size is the same for every launch.
+#define KERNEL_SHARED(NAME, MEMORY, BYTES)                                              \
+    static_assert((BYTES) == gdn::SHARED_##NAME, "bytes of shared memory, kernels.py"); \
+    DYNAMIC_SHARED(MEMORY)
+
 // The sequence that row t belongs to.
 DEVICE int32_t sequence_of(const int32_t* seq_starts, int32_t n_seqs, int32_t t) {
     int32_t low = 0, high = n_seqs;
@@ -60,6 +65,7 @@ DEVICE int32_t sequence_of(const int32_t* seq_starts, int32_t n_seqs, int32_t t)
     return low;
 }
 
+DEVICE bool is_aligned(const void* p) { return reinterpret_cast<uint64_t>(p) % 16 == 0; }
 DEVICE float sigmoid(float x) { return 1.0f / (1.0f + exp_fast(-fmaxf(x, -80.0f))); }
 DEVICE float silu(float x) { return x * sigmoid(x); }
 
@@ -74,7 +80,8 @@ DEVICE float warp_max(float x) {
     return x;
 }
 
-// The sum over a block, in every thread; `shared` is of 32 floats. Ends and begins with a barrier.
+// The sum over a thread block, in every thread; `shared` has 32 floats. Begins and ends with a
+// barrier.
 DEVICE float block_sum(float x, float* shared) {
     x = warp_sum(x);
     __syncthreads();

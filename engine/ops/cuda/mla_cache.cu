@@ -10,7 +10,7 @@ enum { KV, NORM, K_CACHE, POSITIONS, SEQ_STARTS, BLOCK_TABLES };
 }  // namespace gdn
 
 // Grid: rows.
-KERNEL(mla_cache, 128) {
+KERNEL(mla_cache) {
     using namespace gdn;
     __shared__ float shared[32];
     const int t = blockIdx.x;

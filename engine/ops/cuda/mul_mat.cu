@@ -1,14 +1,14 @@
-// MUL_MAT of 1 row (row.cuh), with the op before it on the way, or of 2 (product.cuh).
+// MUL_MAT of 1 row (row.cuh), fused with the op that makes it, or of 2 rows (product.cuh).
 
 #include "product.cuh"
 #include "row.cuh"
 
 namespace gdn {
 
-// One row has no use for these views of more rows' integers.
+// In the place of the views of quantized rows, which a single row does not have.
 enum RowViews { MORE = Q, FACTOR = SCALE, TOTAL = SUM };
-// HEAD: the size of heads; PANELS: of a block; ROUNDS: batches of the row that a warp has at most;
-// SLOT_BYTES: of the largest batch of weights.
+// HEAD: the size of heads; PANELS: of a thread block; ROUNDS: the most batches of the row that a
+// warp has; SLOT_BYTES: of the largest batch of weights.
 enum RowAttribute { SOURCE, EPS, HEAD, PANELS, ROUNDS, SLOT_BYTES };
 
 DEVICE Row row_of(const Args& a) {
@@ -25,14 +25,13 @@ DEVICE Row row_of(const Args& a) {
 
 }  // namespace gdn
 
-// Grid: (groups of PANELS panels of all weights, 1, blocks that share a group's columns: one where
-// the row is a norm). Dynamic shared memory: for each warp ROUNDS batches, a slot, PANELS · 16 + 1
-// floats.
-EAGER_KERNEL_FOR(mul_mat_1, 512, 2) {
+// Grid: (groups of PANELS panels of all weights, 1, splits along K: one where the row is a norm).
+// Dynamic shared memory: for each warp ROUNDS batches, a slot, PANELS · 16 + 1 floats.
+EAGER_KERNEL_FOR(mul_mat_1, 2) {
     using namespace gdn;
     DYNAMIC_SHARED(shared);
     const auto attribute = [&](int i) { return static_cast<int>(a.attr[i]); };
-    const int panels = attribute(PANELS), width = panels * ROWS;
+    const int panels = attribute(PANELS), width = panels * PANEL;
     const int rounds = attribute(ROUNDS), slot_bytes = attribute(SLOT_BYTES);
     const Place at(a, panels);
     const View& w = a.v[WEIGHT + at.weight];
@@ -42,7 +41,7 @@ EAGER_KERNEL_FOR(mul_mat_1, 512, 2) {
     char* slots = shared + own_warps * rounds * sizeof(RowBatch);
     float* sums = reinterpret_cast<float*>(slots + own_warps * slot_bytes);
     float *squares = sums + own_warps * width, *own = sums + own_warp * width;
-    const int left = n_panels(w) - at.panel, n = n_in / RECORD;
+    const int left = n_panels(w) - at.panel, n = n_in / K_BLOCK;
     Stream stream(w, at.panel, left < panels ? left : panels, slots + own_warp * slot_bytes, warp,
                   n_warps);
     Row row = row_of(a);
@@ -60,12 +59,12 @@ EAGER_KERNEL_FOR(mul_mat_1, 512, 2) {
             multiply_row(f, stream, batches, n, warp, n_warps, own);
         }
     });
-    wait_for_inputs();  // Warps without columns, too.
+    wait_for_inputs();  // For warps without columns.
     const float own_squares = warp_sum(row.squares);
     if (threadIdx.x % 32 == 0) squares[own_warp] = own_squares;
     __syncthreads();
     float factor = 1.0f;
-    if (row.source == NORM_OF) {
+    if (row.source == ROW_NORM) {
         float total = 0.0f;
         for (int i = 0; i < own_warps; i++) total += squares[i];
         factor = rsqrt_of(total / static_cast<float>(n_in) + row.eps);
@@ -77,7 +76,7 @@ EAGER_KERNEL_FOR(mul_mat_1, 512, 2) {
     });
 }
 
-EAGER_KERNEL_FOR(mul_mat_2, 256, 2) {
+EAGER_KERNEL_FOR(mul_mat_2, 2) {
     DYNAMIC_SHARED(sums);
     gdn::mul_mat_floats<2>(a, reinterpret_cast<float*>(sums));
 }

@@ -1,58 +1,58 @@
-// Products of panels of a weight with 2 to 8, or N · 8, rows of an activation; of one: row.cuh.
+// Products of panels of a weight with 2 to 8, or N · 8, rows of an activation; one row: row.cuh.
 //
-// Quantized weights meet int8 activations on tensor cores: a panel's 16 rows and a record's 32
-// columns are one fragment, whose integer sums are exact; records are summed in float32. A block
-// has one panel, its warps share the columns: warp w takes records 8w … 8w+7, then those of W warps
-// further on. So a row's bits depend on neither the number of rows nor its place among them.
-// Plain weights meet float32 activations in float32.
+// Tensor cores multiply quantized weights by int8 activations: a k-block of a panel is one
+// fragment, whose integer sums are exact; the sums of k-blocks are added in float32. A thread block
+// has one panel. Its W warps share the columns: warp w takes k-blocks 8w … 8w+7, then skips those
+// of the other warps. So a row's results depend, bit for bit, on neither the number of rows nor its
+// index. Plain weights are multiplied by float32 activations in float32.
 #pragma once
 
+#include "k_block.cuh"
 #include "quantize.cuh"
-#include "record.cuh"
 
 namespace gdn {
 
-constexpr int BATCH = 8;
-// As a float, this many units above 2^23 + 2^22 are an integer's value.
+// The bits of MAGIC_VALUE = 2^23 + 2^22: MAGIC + n, as a float, is MAGIC_VALUE + n.
 constexpr int32_t MAGIC = 0x4B400000;
 constexpr float MAGIC_VALUE = 12582912.0f;
 
-// A lane's part of a record of 8 rows of x: its fragment; of columns 2c and 2c + 1 of a product the
-// scales and (of two groups) the sums.
+// A lane's part of a k-block of 8 rows of x: its fragment, and the scales and sums (of both groups)
+// of columns 2c and 2c + 1 of the product.
 struct Columns {
     uint32_t q[2];
     float scale[2];
     int32_t sum[2][2];
 };
 
-// R ≤ 8 rows of float32, quantized by each block for itself: in a round, a warp's lanes have 8 / R
-// records of them.
+// R ≤ 8 rows of float32, which each thread block quantizes itself. In a round the lanes of a warp
+// hold 8 / R k-blocks of all rows.
 template <int R>
 struct FloatRows {
     static constexpr int ROWS_OF_X = R, N = 1, PER_ROUND = 8 / R;
 
     const float* row;  // This lane's.
-    int n_records;
+    int n_k_blocks;
     bool aligned;
     Eight values[R];
     Quantized round;
 
-    // `row_at(i)`: where row i < R is; there may be fewer of them: then the last is given again.
+    // `row_at(i)`: the address of row i < R; where there are fewer rows, that of the last.
     template <typename RowAt>
-    DEVICE FloatRows(RowAt row_at, int n_records_, bool aligned_)
-        : row(row_at(threadIdx.x % 32 / 4 % R)), n_records(n_records_), aligned(aligned_) {}
+    DEVICE FloatRows(RowAt row_at, int n_k_blocks_, bool aligned_)
+        : row(row_at(threadIdx.x % 32 / 4 % R)), n_k_blocks(n_k_blocks_), aligned(aligned_) {}
 
     // Fetches a batch's columns.
     DEVICE void fetch(int first) {
         const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
         for (int i = 0; i < R; i++) {
-            const int record = first + i * PER_ROUND + g / R;
+            const int k_block = first + i * PER_ROUND + g / R;
             values[i] = Eight{};
-            if (record < n_records) values[i] = load_eight(row + record * RECORD + 8 * c, aligned);
+            if (k_block < n_k_blocks)
+                values[i] = load_eight(row + k_block * K_BLOCK + 8 * c, aligned);
         }
     }
 
-    // Record i of the batch; for i = 0, 1, … in this order.
+    // K-block i of the batch; called for i = 0, 1, … in this order.
     DEVICE void columns(int, int i, int, Columns& to) {
         const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
         if (i % PER_ROUND == 0) round = quantize(values[i / PER_ROUND]);
@@ -67,7 +67,7 @@ struct FloatRows {
     }
 };
 
-// 8 · N_ rows that QUANTIZE_ROWS has made.
+// 8 · N_ rows that QUANTIZE_ROWS has quantized.
 template <int N_>
 struct QuantizedRows {
     static constexpr int ROWS_OF_X = 8 * N_, N = N_;
@@ -75,12 +75,13 @@ struct QuantizedRows {
     const Words2* q;
     const float* scale;
     const int32_t* sum;
-    int n_records, n_blocks;
+    int n_k_blocks, n_blocks;
 
-    // `capacity`: of rows.
-    DEVICE QuantizedRows(const Args& a, int first_view, int first_row, int capacity, int n_records_)
-        : n_records(n_records_), n_blocks((capacity - first_row + 7) / 8) {
-        const int64_t at = static_cast<int64_t>(first_row / 8) * n_records;
+    // `capacity`: the most rows of the activation.
+    DEVICE QuantizedRows(const Args& a, int first_view, int first_row, int capacity,
+                         int n_k_blocks_)
+        : n_k_blocks(n_k_blocks_), n_blocks((capacity - first_row + 7) / 8) {
+        const int64_t at = static_cast<int64_t>(first_row / 8) * n_k_blocks;
         q = a.v[first_view].as<Words2>() + at * 32;
         scale = a.v[first_view + 1].as<float>() + at * 8;
         sum = a.v[first_view + 2].as<int32_t>() + at * 16;
@@ -88,11 +89,11 @@ struct QuantizedRows {
 
     DEVICE void fetch(int) {}
 
-    DEVICE void columns(int record, int, int n, Columns& to) {
+    DEVICE void columns(int k_block, int, int n, Columns& to) {
         to = Columns{};
-        if (record >= n_records || n >= n_blocks) return;
+        if (k_block >= n_k_blocks || n >= n_blocks) return;
         const int lane = threadIdx.x % 32, c = threadIdx.x % 4;
-        const int64_t at = static_cast<int64_t>(n) * n_records + record;
+        const int64_t at = static_cast<int64_t>(n) * n_k_blocks + k_block;
         const Words2 words = q[at * 32 + lane];
         for (int k = 0; k < 2; k++) {
             to.q[k] = words.w[k];
@@ -102,10 +103,10 @@ struct QuantizedRows {
     }
 };
 
-// acc += one record's products.
+// acc += one k-block's products.
 template <typename F>
-DEVICE void multiply_record(const Piece<F>& piece, const Super<F>& super,
-                            const uint32_t (&words)[4], const Columns& x, float (&acc)[4]) {
+DEVICE void multiply_k_block(const Piece<F>& piece, const Super<F>& super,
+                             const uint32_t (&words)[4], const Columns& x, float (&acc)[4]) {
     const int c = threadIdx.x % 4;
     for (int group = 0; group < F::GROUPS; group++) {
         int32_t sum[2], d[4];
@@ -128,29 +129,29 @@ DEVICE void multiply_record(const Piece<F>& piece, const Super<F>& super,
     }
 }
 
-// Records first … first + N - 1 of a panel, as lanes hold them.
+// K-blocks first … first + N - 1 of a panel, as lanes hold them.
 template <typename F, int N>
 struct Pieces {
     Piece<F> pieces[N];
     uint32_t super[2];
 
-    DEVICE void load(const uint8_t* panel, int first, int n_records, int lane) {
+    DEVICE void load(const uint8_t* panel, int first, int n_k_blocks, int lane) {
         super[0] = super[1] = 0;
-        if (first < n_records) Super<F>::fetch(F::super_block(panel, first), lane, super);
+        if (first < n_k_blocks) Super<F>::fetch(F::super_block(panel, first), lane, super);
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            if (first + i < n_records)
-                pieces[i].load(F::record(panel, first + i), lane);
+            if (first + i < n_k_blocks)
+                pieces[i].load(F::k_block(panel, first + i), lane);
             else
                 pieces[i].clear();
         }
     }
 };
 
-// acc += the products of N records, of which the first is number `at` of its batch.
+// acc += the products of N k-blocks, of which the first is number `at` of its batch.
 template <int N, typename F, typename X>
-DEVICE void multiply_records(const Pieces<F, N>& w, X& x, int first, int at,
-                             float (&acc)[X::N][4]) {
+DEVICE void multiply_k_blocks(const Pieces<F, N>& w, X& x, int first, int at,
+                              float (&acc)[X::N][4]) {
     const Super<F> super(w.super);
 #pragma unroll
     for (int i = 0; i < N; i++) {
@@ -160,7 +161,7 @@ DEVICE void multiply_records(const Pieces<F, N>& w, X& x, int first, int at,
         for (int n = 0; n < X::N; n++) {
             Columns columns;
             x.columns(first + i, at + i, n, columns);
-            multiply_record(w.pieces[i], super, words, columns, acc[n]);
+            multiply_k_block(w.pieces[i], super, words, columns, acc[n]);
         }
     }
 }
@@ -168,7 +169,7 @@ DEVICE void multiply_records(const Pieces<F, N>& w, X& x, int first, int at,
 // The part of a panel's products that warp `warp` of `n_warps` computes, to sums [rows, 16].
 template <typename F, typename X>
 DEVICE void multiply_panel(F, const uint8_t* panel, X& x, int warp, int n_warps, float* sums) {
-    const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4, n = x.n_records;
+    const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4, n = x.n_k_blocks;
     float acc[X::N][4] = {};
     for (int first = warp * BATCH; first < n; first += n_warps * BATCH) {
         if constexpr (X::N == 1) {
@@ -176,9 +177,9 @@ DEVICE void multiply_panel(F, const uint8_t* panel, X& x, int warp, int n_warps,
             w.load(panel, first, n, lane);
             wait_for_inputs();
             x.fetch(first);
-            multiply_records<BATCH>(w, x, first, 0, acc);
+            multiply_k_blocks<BATCH>(w, x, first, 0, acc);
         } else {
-            // Code for whole batches would be too long.
+            // Unrolled for whole batches, the code would be too long.
             constexpr int PART = 2;
             Pieces<F, PART> w, next;
             next.load(panel, first, n, lane);
@@ -187,7 +188,7 @@ DEVICE void multiply_panel(F, const uint8_t* panel, X& x, int warp, int n_warps,
             for (int at = 0; at < BATCH && first + at < n; at += PART) {
                 w = next;
                 if (at + PART < BATCH) next.load(panel, first + at + PART, n, lane);
-                multiply_records<PART>(w, x, first + at, at, acc);
+                multiply_k_blocks<PART>(w, x, first + at, at, acc);
             }
         }
     }
@@ -196,25 +197,25 @@ DEVICE void multiply_panel(F, const uint8_t* panel, X& x, int warp, int n_warps,
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             const int column = 8 * i + 2 * c + k % 2;
-            if (column < X::ROWS_OF_X) sums[column * ROWS + g + k / 2 * 8] = acc[i][k];
+            if (column < X::ROWS_OF_X) sums[column * PANEL + g + k / 2 * 8] = acc[i][k];
         }
 }
 
-// Plain panels are taken in halves, 8 rows each: they are few and wide (routers, gates), so that
-// whole ones would leave most of a GPU idle.
-constexpr int HALF = ROWS / 2;
+// A thread block has half of a plain panel, 8 rows: plain weights have few rows and many columns
+// (routers, gates), so whole panels would leave most of a GPU idle.
+constexpr int HALF = PANEL / 2;
 
 DEVICE bool is_plain_layout(int32_t layout) { return layout <= L_BF16; }
 
-// What a lane has of 16 · PER columns of half a plain panel: those of column (or pair of columns)
-// lane / 2 in rows 4q … 4q+3 of the half, for q = lane % 2.
+// A lane's part of 16 · PER columns of half a plain panel: column (or pair of columns) lane / 2 of
+// rows 4q … 4q+3 of the half, for q = lane % 2.
 template <Layout L>
 struct PlainColumns {
     static constexpr int PER = L == L_BF16 ? 2 : 1;
     uint32_t w[4];
 
     DEVICE void load(const uint8_t* panel, int half, int k, int lane) {
-        const int64_t at = static_cast<int64_t>(k) / PER * ROWS + half * HALF + 4 * (lane % 2);
+        const int64_t at = static_cast<int64_t>(k) / PER * PANEL + half * HALF + 4 * (lane % 2);
         if (L == L_F16) {
             const Words2 v = load_words<Words2>(panel + at * 2);
             for (int i = 0; i < 2; i++) w[i] = v.w[i];
@@ -232,8 +233,8 @@ struct PlainColumns {
     }
 };
 
-// R rows of x (`value(i, k)`) times half a plain panel: the part of warp `warp`, to sums [R, 16], of
-// which 8 are written.
+// R rows of x (`value(i, k)`) times half a plain panel: the part of warp `warp`, to sums [R, 16],
+// of which 8 are written.
 template <int R, Layout L, typename Value>
 DEVICE void multiply_plain(Plain<L>, const uint8_t* panel, int half, Value value, int n_in,
                            int warp, int n_warps, float* sums) {
@@ -266,7 +267,7 @@ DEVICE void multiply_plain(Plain<L>, const uint8_t* panel, int half, Value value
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             for (int mask = 2; mask < 32; mask *= 2) acc[t][i] += shuffle_xor(acc[t][i], mask);
-            if (lane < 2) sums[t * ROWS + 4 * lane + i] = acc[t][i];
+            if (lane < 2) sums[t * PANEL + 4 * lane + i] = acc[t][i];
         }
 }
 

@@ -1,16 +1,16 @@
-// MUL_MAT_ID of few tokens: a block for each panel and (token, choice), or token; see row.cuh.
+// MUL_MAT_ID of few tokens: a thread block for each panel and (token, choice), or for each panel
+// and token; see row.cuh.
 
 #include "row.cuh"
 
 namespace gdn {
 
-// There is a live token wherever a kernel is launched, so that the first one needs no check.
-constexpr int MAX_MATRICES = 4;
+// A launch has at least one live token, so token 0 needs no check.
 enum MulMatId { OUT, X = MAX_MATRICES, MATRIX, IDS = MATRIX + MAX_MATRICES, WEIGHTS };
-// Batches of a row that a warp has at most, bytes of one of weights, warps that share an expert.
+// The most batches of a row that a warp has, bytes of a batch of weights, warps of an expert.
 enum MulMatIdAttribute { ROUNDS, SLOT_BYTES, SHARE };
 
-// Which matrix and panel a block has.
+// The matrix and panel of a thread block.
 struct ExpertPlace {
     int matrix, panel;
 
@@ -18,7 +18,7 @@ struct ExpertPlace {
         bool found = false;
 #pragma unroll
         for (int i = 0; i + 1 < MAX_MATRICES; i++) {
-            const int n = (a.v[MATRIX + i].shape[1] + ROWS - 1) / ROWS;
+            const int n = (a.v[MATRIX + i].shape[1] + PANEL - 1) / PANEL;
             found = found || panel < n;
             if (!found) panel -= n, matrix = i + 1;
         }
@@ -47,7 +47,7 @@ DEVICE void multiply_pair(const Args& a, const ExpertPlace& at, int t, int u, in
     const View &x = a.v[X], &w = a.v[MATRIX + at.matrix], &ids = a.v[IDS];
     const int64_t expert = ids.as<int32_t>()[t * ids.stride[0] + u * ids.stride[1]];
     const float* row = x.rank == 3 ? x.row(t, u) : x.row(t);
-    const int n_in = w.shape[2], n = n_in / RECORD;
+    const int n_in = w.shape[2], n = n_in / K_BLOCK;
     Stream stream(w, at.panel, 1, memory.slot, warp, n_warps);
     stream.panel += expert * w.stride[0];
     if (!is_plain_layout(w.layout)) {
@@ -70,9 +70,9 @@ DEVICE void multiply_pair(const Args& a, const ExpertPlace& at, int t, int u, in
 
 }  // namespace gdn
 
-// Grid: (panels of all matrices, U, T). Dynamic shared memory: for each warp ROUNDS batches, a slot,
-// 16 floats.
-KERNEL_FOR(mul_mat_id, 512, 2) {
+// Grid: (panels of all matrices, U, T). Dynamic shared memory: for each warp ROUNDS batches, a
+// slot, 16 floats.
+KERNEL_FOR(mul_mat_id, 2) {
     using namespace gdn;
     DYNAMIC_SHARED(shared);
     const PairMemory memory(a, shared);
@@ -81,18 +81,18 @@ KERNEL_FOR(mul_mat_id, 512, 2) {
     if (t > 0 && t >= a.rows(a.v[IDS])) return;
     const ExpertPlace at(a);
     const View& w = a.v[MATRIX + at.matrix];
-    multiply_pair(a, at, t, u, warp, n_warps, memory, sums + warp * ROWS);
+    multiply_pair(a, at, t, u, warp, n_warps, memory, sums + warp * PANEL);
     __syncthreads();
-    const int r = threadIdx.x, column = at.panel * ROWS + r;
-    if (r >= ROWS || column >= w.shape[1]) return;
+    const int r = threadIdx.x, column = at.panel * PANEL + r;
+    if (r >= PANEL || column >= w.shape[1]) return;
     float value = 0.0f;
-    for (int i = 0; i < n_warps; i++) value += sums[i * ROWS + r];
+    for (int i = 0; i < n_warps; i++) value += sums[i * PANEL + r];
     a.v[OUT + at.matrix].row(t, u)[column] = value;
 }
 
 // With the weighted sum over a token's experts. Grid: (panels of all matrices, T). Dynamic shared
 // memory: for each warp ROUNDS batches, a slot; U · SHARE · 16 floats.
-KERNEL_FOR(mul_mat_id_sum, 512, 2) {
+KERNEL_FOR(mul_mat_id_sum, 2) {
     using namespace gdn;
     DYNAMIC_SHARED(shared);
     const PairMemory memory(a, shared);
@@ -103,17 +103,17 @@ KERNEL_FOR(mul_mat_id_sum, 512, 2) {
     const ExpertPlace at(a);
     const View &w = a.v[MATRIX + at.matrix], &weights = a.v[WEIGHTS];
     for (int u = warp / share; u < n_used; u += n_warps / share) {
-        sync_warp();  // The pair before is done with.
+        sync_warp();  // All lanes have read the batches of the pair before.
         multiply_pair(a, at, t, u, warp % share, share, memory,
-                      sums + (u * share + warp % share) * ROWS);
+                      sums + (u * share + warp % share) * PANEL);
     }
     __syncthreads();
-    const int r = threadIdx.x, column = at.panel * ROWS + r;
-    if (r >= ROWS || column >= w.shape[1]) return;
+    const int r = threadIdx.x, column = at.panel * PANEL + r;
+    if (r >= PANEL || column >= w.shape[1]) return;
     float total = 0.0f;
     for (int u = 0; u < n_used; u++) {
         float value = 0.0f;
-        for (int i = 0; i < share; i++) value += sums[(u * share + i) * ROWS + r];
+        for (int i = 0; i < share; i++) value += sums[(u * share + i) * PANEL + r];
         total += weights.row(t)[u * weights.stride[1]] * value;
     }
     a.v[OUT + at.matrix].row(t)[column] = total;

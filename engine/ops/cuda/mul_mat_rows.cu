@@ -2,12 +2,12 @@
 
 #include "product.cuh"
 
-EAGER_KERNEL_FOR(mul_mat_16, 256, 2) {
+EAGER_KERNEL_FOR(mul_mat_16, 2) {
     DYNAMIC_SHARED(sums);
     gdn::mul_mat_quantized<2>(a, reinterpret_cast<float*>(sums));
 }
 
-EAGER_KERNEL_FOR(mul_mat_32, 256, 2) {
+EAGER_KERNEL_FOR(mul_mat_32, 2) {
     DYNAMIC_SHARED(sums);
     gdn::mul_mat_quantized<4>(a, reinterpret_cast<float*>(sums));
 }

@@ -2,12 +2,12 @@
 
 #include "product.cuh"
 
-EAGER_KERNEL_FOR(mul_mat_4, 256, 2) {
+EAGER_KERNEL_FOR(mul_mat_4, 2) {
     DYNAMIC_SHARED(sums);
     gdn::mul_mat_floats<4>(a, reinterpret_cast<float*>(sums));
 }
 
-EAGER_KERNEL_FOR(mul_mat_8, 256, 2) {
+EAGER_KERNEL_FOR(mul_mat_8, 2) {
     DYNAMIC_SHARED(sums);
     gdn::mul_mat_quantized<1>(a, reinterpret_cast<float*>(sums));
 }

@@ -16,25 +16,27 @@ using uint64_t = unsigned long long;
 #include <cstdint>
 #endif
 
+// Written by engine/backends/cuda/kernels.py: what the host knows of kernels, THREADS_ of each.
+#include "constants.cuh"
+
 #define DEVICE __device__ __forceinline__
-// The head of a kernel named NAME; `a` lies in constant memory. Its blocks may start while the
-// kernel before is still at work, so every thread waits for that one first; see wait_for_inputs.
-#define KERNEL(NAME, THREADS) KERNEL_FOR(NAME, THREADS, 1)
-// With so few registers that BLOCKS blocks fit on a multiprocessor.
-#define KERNEL_FOR(NAME, THREADS, BLOCKS) \
-    KERNEL_THAT_FIRST(gdn::wait_for_inputs(), NAME, THREADS, BLOCKS)
-// Every thread of these waits by itself, after it has begun to fetch what is no kernel's output.
-#define EAGER_KERNEL_FOR(NAME, THREADS, BLOCKS) KERNEL_THAT_FIRST((void)0, NAME, THREADS, BLOCKS)
-#define KERNEL_THAT_FIRST(BEGIN, NAME, THREADS, BLOCKS)           \
-    namespace gdn {                                               \
-    DEVICE void NAME##_body(const Args& a);                       \
-    }                                                             \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) \
-        NAME(const __grid_constant__ gdn::Args a) {               \
-        gdn::let_next_start();                                    \
-        BEGIN;                                                    \
-        gdn::NAME##_body(a);                                      \
-    }                                                             \
+// The head of a kernel named NAME; `a` lies in constant memory. Its thread blocks may start while
+// the kernel before still runs, so every thread waits for that kernel first; see wait_for_inputs.
+#define KERNEL(NAME) KERNEL_FOR(NAME, 1)
+// The compiler uses so few registers that BLOCKS thread blocks fit on a multiprocessor.
+#define KERNEL_FOR(NAME, BLOCKS) KERNEL_THAT_FIRST(gdn::wait_for_inputs(), NAME, BLOCKS)
+// The body itself calls wait_for_inputs in every thread, after it has started to fetch weights.
+#define EAGER_KERNEL_FOR(NAME, BLOCKS) KERNEL_THAT_FIRST((void)0, NAME, BLOCKS)
+#define KERNEL_THAT_FIRST(BEGIN, NAME, BLOCKS)                                \
+    namespace gdn {                                                           \
+    DEVICE void NAME##_body(const Args& a);                                   \
+    }                                                                         \
+    extern "C" __global__ void __launch_bounds__(gdn::THREADS_##NAME, BLOCKS) \
+        NAME(const __grid_constant__ gdn::Args a) {                           \
+        gdn::let_next_start();                                                \
+        BEGIN;                                                                \
+        gdn::NAME##_body(a);                                                  \
+    }                                                                         \
     DEVICE void gdn::NAME##_body(const gdn::Args& a)
 // Shared memory whose size the launch gives, aligned to 128 bytes.
 #define DYNAMIC_SHARED(NAME) extern __shared__ __align__(128) char NAME[]
@@ -43,15 +45,16 @@ namespace gdn {
 
 constexpr uint32_t ALL_LANES = 0xffffffffu;
 
-// Programmatic dependent launch (from compute capability 9.0 on): the next kernel's blocks may take
-// their places as soon as all of this one's have started …
+// Programmatic dependent launch (from compute capability 9.0 on): the next kernel's thread blocks
+// may start as soon as all of this kernel's have started …
 DEVICE void let_next_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-// … and wait here until the kernel before is done and what it wrote can be seen. As that one has
-// waited too, so are all before it. Until then a kernel may read weights and live counts alone.
+// … and wait here until the kernel before is done and its writes are visible. That kernel has
+// waited too, so all earlier ones are done. Before it, a kernel may read only weights and live
+// counts.
 DEVICE void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -81,7 +84,8 @@ DEVICE void sync_warp() { __syncwarp(); }
 DEVICE uint32_t warp_highest(uint32_t x) { return __reduce_max_sync(ALL_LANES, x); }
 DEVICE uint32_t warp_lowest(uint32_t x) { return __reduce_min_sync(ALL_LANES, x); }
 
-// exp within 2 ulp; 0 for large negative x.
+// exp(x), as exp2 of a rounded product: the error grows with |x|, to some 25 ulp at x = -20. 0 for
+// large negative x.
 DEVICE float exp_fast(float x) { return __expf(x); }
 DEVICE float rsqrt_of(float x) { return rsqrtf(x); }
 // 1 / x within 1 ulp.
@@ -228,9 +232,9 @@ DEVICE uint64_t nanoseconds() {
 }
 
 DEVICE int32_t add_atomic(int32_t* p, int32_t x) { return atomicAdd(p, x); }
-// What this thread has written can be seen by other blocks before what it writes from now on …
+// Other thread blocks see this thread's earlier writes before its later ones …
 DEVICE void publish() { __threadfence(); }
-// … and is read by them past the L1 cache.
+// … and read them past the L1 cache.
 DEVICE float load_published(const float* p) { return __ldcg(p); }
 
 }  // namespace gdn

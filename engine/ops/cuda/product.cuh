@@ -5,10 +5,9 @@
 
 namespace gdn {
 
-// Outputs and weights are MAX_WEIGHTS each; Q, SCALE and SUM: see quantize.cuh, absent where rows
-// are quantized on the way. PARTIAL and COUNTERS are there where several blocks share a panel's
-// columns.
-constexpr int MAX_WEIGHTS = 6;
+// There are MAX_WEIGHTS outputs and as many weights. Q, SCALE and SUM (quantize.cuh) are absent
+// where thread blocks quantize rows themselves. PARTIAL and COUNTERS are present where a panel is
+// split along K among several thread blocks.
 enum MulMat {
     OUT,
     X = MAX_WEIGHTS,
@@ -22,7 +21,7 @@ enum MulMat {
     COUNTERS
 };
 
-// Which weight and panel a block has, the first of `panels`; of plain ones half a panel.
+// The weight and the first of `panels` panels of a thread block; of a plain weight, half a panel.
 struct Place {
     int weight, panel, half, n_rows;
 
@@ -37,12 +36,12 @@ struct Place {
         }
         const bool is_plain = is_plain_layout(a.v[WEIGHT + weight].layout);
         half = is_plain ? panel % 2 : 0;
-        n_rows = is_plain ? HALF : panels * ROWS;
+        n_rows = is_plain ? HALF : panels * PANEL;
         panel = is_plain ? panel / 2 : panel * panels;
     }
 
     DEVICE static int n_blocks(const View& w, int panels, float inverse) {
-        const int n = (w.shape[0] + ROWS - 1) / ROWS;
+        const int n = (w.shape[0] + PANEL - 1) / PANEL;
         if (is_plain_layout(w.layout)) return 2 * n;
         // (n + panels - 1) / panels without a slow division: no quotient is near an integer.
         return static_cast<int>((static_cast<float>(n + panels) - 0.5f) * inverse);
@@ -55,7 +54,7 @@ DEVICE void store_products(const Args& a, const Place& at, int first, int n, int
                            Value value) {
     const int n_out = a.v[WEIGHT + at.weight].shape[0];
     for (int i = threadIdx.x; i < n * width; i += blockDim.x) {
-        const int t = first + i / width, column = at.panel * ROWS + at.half * HALF + i % width;
+        const int t = first + i / width, column = at.panel * PANEL + at.half * HALF + i % width;
         if (column >= n_out || i % width >= at.n_rows) continue;
         float y = value(i);
         if (a.v[GATE]) y *= sigmoid(a.v[GATE].row(t)[0]);
@@ -64,8 +63,8 @@ DEVICE void store_products(const Args& a, const Place& at, int first, int n, int
     }
 }
 
-// Leaves a block's sums (`value(i)` for i < n) for the one of a panel's blocks that comes last:
-// whether it is this one. That one resets the counter. `room`: of all sums of a block.
+// Writes a thread block's sums, `value(i)` for i < n, to PARTIAL. Returns true in the last of the
+// panel's thread blocks to arrive, which also resets the counter. `room`: sums of a thread block.
 template <typename Value>
 DEVICE bool leave_sums(const Args& a, int room, int n, Value value) {
     float* own = a.v[PARTIAL].as<float>() + (blockIdx.x * gridDim.z + blockIdx.z) * room;
@@ -81,8 +80,8 @@ DEVICE bool leave_sums(const Args& a, int room, int n, Value value) {
     return is_last;
 }
 
-// The end of a block's work, whose sums `value(i)` are for i of [n, width]: with those of other
-// blocks, in order, they are stored. `room`: of all sums of a block.
+// Stores the products of a thread block, whose sums are `value(i)` for i of [n, width]. Where K is
+// split, the last thread block adds the sums of all in their order. `room`: sums of a thread block.
 template <typename Value>
 DEVICE void finish_products(const Args& a, const Place& at, int first, int n, int width, int room,
                             Value value) {
@@ -98,20 +97,20 @@ DEVICE void finish_products(const Args& a, const Place& at, int first, int n, in
     }
 }
 
-// Row t, or the last that there is room for.
+// Row t, or the last row of the capacity.
 DEVICE const float* row_of(const View& x, int t) {
     return x.row(t < x.shape[0] ? t : x.shape[0] - 1);
 }
 
-// Grid: (panels of all weights, rows / ROWS_OF_X, blocks that share a panel's columns: where there
-// are several, no more rows than ROWS_OF_X). Threads: 32 for each warp that shares a block's columns.
-// Dynamic shared memory: warps · ROWS_OF_X · 16 floats.
+// Grid: (panels of all weights, rows / ROWS_OF_X, splits along K; with several splits there are at
+// most ROWS_OF_X rows). The warps of a thread block share its columns. Dynamic shared memory: warps
+// · ROWS_OF_X · PANEL floats.
 template <typename Rows, typename MakeRows>
 DEVICE void mul_mat(const Args& a, float* sums, MakeRows make_rows) {
-    constexpr int N = Rows::ROWS_OF_X, PER_WARP = N * ROWS, AT_ONCE = N < 8 ? N : 8;
+    constexpr int N = Rows::ROWS_OF_X, PER_WARP = N * PANEL, AT_ONCE = N < 8 ? N : 8;
     const View& x = a.v[X];
-    // Weights are fetched before it is known how many rows are live: those past them are multiplied
-    // with whatever they have, and not stored.
+    // Weights are fetched before the number of live rows is known. Rows past the live ones are
+    // multiplied as they are, and not stored.
     const int n_rows = a.rows(x), first = blockIdx.y * N, n_in = x.shape[1];
     if (first > 0 && first >= n_rows) {
         wait_for_inputs();
@@ -131,17 +130,17 @@ DEVICE void mul_mat(const Args& a, float* sums, MakeRows make_rows) {
                 for (int i = 0; i < AT_ONCE; i++) rows[i] = row_of(x, first + t + i);
                 const auto value = [&](int i, int k) { return rows[i][k]; };
                 multiply_plain<AT_ONCE>(f, panel, at.half, value, n_in, warp, n_warps,
-                                        own + t * ROWS);
+                                        own + t * PANEL);
             }
         } else {
             auto rows = make_rows(first);
             multiply_panel(f, panel, rows, warp, n_warps, own);
         }
     });
-    wait_for_inputs();  // Warps without columns, too.
+    wait_for_inputs();  // For warps without columns.
     __syncthreads();
     const int n = n_rows - first < N ? n_rows - first : N;
-    finish_products(a, at, first, n, ROWS, PER_WARP, [&](int i) {
+    finish_products(a, at, first, n, PANEL, PER_WARP, [&](int i) {
         float value = 0.0f;
         for (int w = 0; w < own_warps; w++) value += sums[w * PER_WARP + i];
         return value;
@@ -153,14 +152,14 @@ DEVICE void mul_mat_floats(const Args& a, float* sums) {
     mul_mat<FloatRows<R>>(a, sums, [&](int first) {
         const View& x = a.v[X];
         const auto row_at = [&](int i) { return row_of(x, first + i); };
-        return FloatRows<R>(row_at, x.shape[1] / RECORD, is_aligned(x));
+        return FloatRows<R>(row_at, x.shape[1] / K_BLOCK, is_aligned(x));
     });
 }
 
 template <int N>
 DEVICE void mul_mat_quantized(const Args& a, float* sums) {
     mul_mat<QuantizedRows<N>>(a, sums, [&](int first) {
-        return QuantizedRows<N>(a, Q, first, a.v[X].shape[0], a.v[X].shape[1] / RECORD);
+        return QuantizedRows<N>(a, Q, first, a.v[X].shape[0], a.v[X].shape[1] / K_BLOCK);
     });
 }
 

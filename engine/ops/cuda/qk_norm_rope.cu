@@ -12,7 +12,7 @@ enum { OUT, Q, K, V, Q_NORM, K_NORM, K_CACHE, V_CACHE, POSITIONS, SEQ_STARTS, BL
 // base^(-2 / n_rot), a pair's speed over that of the one before, comes as a sum of two floats.
 enum { EPS, N_ROT, RATIO, RATIO_REST };
 
-constexpr int MAX_PAIRS = 256;
+constexpr int MAX_PAIRS = ROPE_MAX_ROT / 2;
 constexpr double QUARTER_TURNS = 0.63661977236758134308;  // In a radian.
 constexpr float HALF_PI = 1.57079632679489661923f;
 
@@ -74,7 +74,7 @@ DEVICE void norm_and_turn(const float* x, const float* norm, float scale, int si
 }  // namespace gdn
 
 // Grid: (rows, (query heads + key heads) / warps).
-KERNEL(qk_norm_rope, 256) {
+KERNEL(qk_norm_rope) {
     using namespace gdn;
     __shared__ Angles angles;
     const int t = blockIdx.x, lane = threadIdx.x % 32;
@@ -83,7 +83,7 @@ KERNEL(qk_norm_rope, 256) {
     const int half = static_cast<int>(a.attr[N_ROT]) / 2;
     const int i = blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32, h = i - n_heads;
     const int32_t position = a.v[POSITIONS].as<int32_t>()[t];
-    // Heads first: the angles are computed while they come.
+    // Loads of the head start first; the angles are computed meanwhile.
     const float* x = i < n_heads ? a.v[Q].row(t, i) : a.v[K].row(t, h < n_kv ? h : 0);
     const float* norm = a.v[i < n_heads ? Q_NORM : K_NORM].as<float>();
     float sum = 0.0f;

@@ -1,12 +1,13 @@
 // Activations as int8, as QUANTIZE_ROWS of the CPU rounds them: a float32 scale per 32 columns,
 // max |x| / 127. A single row has room for integers of 15 bits.
 //
-// Quantized rows lie as tensor cores take them. For 8 rows and a record: Q has 8 bytes per lane,
-// for lane 4g + c columns 8c … 8c+7 of row g; SCALE has the scales of the 8 rows; SUM the sums of the
-// integers of the first and the second 16 columns, 8 each.
+// Quantized rows are stored as fragments of tensor cores. For 8 rows (ROW_GROUP) and a k-block, Q
+// has 8 bytes per lane: lane 4g + c has columns 8c … 8c+7 of row g. SCALE has the scales of the 8
+// rows, SUM the sums of the integers of the first 16 columns, then of the second, 8 each.
 #pragma once
 
-#include "layout.cuh"
+#include "kernel.cuh"
+#include "layout.h"
 
 namespace gdn {
 
@@ -40,9 +41,7 @@ DEVICE void store_eight(float* p, const Eight& x, bool aligned) {
     }
 }
 
-DEVICE bool is_aligned(const float* p) { return reinterpret_cast<uint64_t>(p) % 16 == 0; }
-
-// Whether all rows of an activation [T, in] or [T, U, in] begin where 16 bytes can be loaded.
+// Whether all rows of an activation [T, in] or [T, U, in] are aligned to 16 bytes.
 DEVICE bool is_aligned(const View& x) {
     const int32_t strides = x.stride[0] | (x.rank == 3 ? x.stride[1] : 0);
     return reinterpret_cast<uint64_t>(x.data) % 16 == 0 && strides % 4 == 0;
@@ -54,9 +53,9 @@ struct Quantized {
     int32_t sum;  // Of the 16 columns that this lane has a part of.
 };
 
-// The largest size of a record, of which each of 4 neighbouring lanes has 8 columns.
-DEVICE float largest_of_record(const Eight& x) {
-    // As integers, sizes of floats are in order, and NaN is the largest.
+// The largest magnitude in a k-block, of which each of 4 neighbouring lanes has 8 columns.
+DEVICE float largest_of_k_block(const Eight& x) {
+    // As integers, magnitudes of floats are in order, and NaN is the largest.
     uint32_t largest = 0;
     for (int i = 0; i < 8; i++) {
         const uint32_t size = bits_of(x.v[i]) & 0x7fffffff;
@@ -79,11 +78,11 @@ constexpr int32_t ONES = 0x01010101;
 // Added to a small float, it leaves the nearest integer in the lowest bits.
 constexpr float ROUNDING = 12582912.0f;
 
-// Quantizes 8 columns of each lane; 4 neighbouring lanes have a record's. What is not finite makes
-// the scale not finite, so that it is not lost.
+// Quantizes 8 columns of each lane; 4 neighbouring lanes have a k-block. A value that is not finite
+// makes the scale not finite, so that it shows in the products.
 DEVICE Quantized quantize(const Eight& x) {
     Quantized out;
-    out.scale = largest_of_record(x) / 127.0f;
+    out.scale = largest_of_k_block(x) / 127.0f;
     const float inverse = out.scale > 0.0f ? 1.0f / out.scale : 0.0f;
     out.sum = 0;
     for (int i = 0; i < 2; i++) {
@@ -106,7 +105,7 @@ struct Integers {
 // As `quantize`, with a scale of max |x| / (127 · 128).
 DEVICE Integers to_integers(const Eight& x) {
     Integers out;
-    out.scale = largest_of_record(x) * (1.0f / 16256.0f);
+    out.scale = largest_of_k_block(x) * (1.0f / 16256.0f);
     const float inverse = out.scale > 0.0f ? reciprocal_of(out.scale) : 0.0f;
     int32_t high = 0, low = 0;
     for (int i = 0; i < 2; i++) {

@@ -1,6 +1,6 @@
-// REPACK: puts the records of an uploaded weight into the order that record.cuh reads, in place.
+// REPACK: puts the k-blocks of an uploaded weight into the order that k_block.cuh reads, in place.
 
-#include "record.cuh"
+#include "k_block.cuh"
 
 namespace gdn {
 
@@ -9,7 +9,7 @@ template <typename F>
 DEVICE int head_source(int at) {
     constexpr int PER_LANE = 2 * F::GROUPS * (F::HAS_MIN ? 2 : 1);
     const int g = at / PER_LANE, kind = at % PER_LANE / 2, high = at % 2;
-    return kind * ROWS + g + 8 * high;
+    return kind * PANEL + g + 8 * high;
 }
 
 // Where word `at` of the reordered planes comes from.
@@ -17,15 +17,15 @@ template <typename F>
 DEVICE int word_source(int at) {
     using P = Piece<F>;
     const int g = at / 4 % 8, c = at / 32;
-    if (P::IS_BYTES) return (2 * c + at % 4 / 2) * ROWS + g + 8 * (at % 2);
-    if (at < P::NIBBLE * ROWS) return (2 * c + at % 4 / 2) * ROWS + g + 8 * (at % 2);
-    int base = P::NIBBLE * ROWS, i = at - base;
-    if (i < P::PAIR * ROWS) return base + i / 2 % 2 * ROWS + i / 4 + 8 * (i % 2);
-    base += P::PAIR * ROWS, i = at - base;
+    if (P::IS_BYTES) return (2 * c + at % 4 / 2) * PANEL + g + 8 * (at % 2);
+    if (at < P::NIBBLE * PANEL) return (2 * c + at % 4 / 2) * PANEL + g + 8 * (at % 2);
+    int base = P::NIBBLE * PANEL, i = at - base;
+    if (i < P::PAIR * PANEL) return base + i / 2 % 2 * PANEL + i / 4 + 8 * (i % 2);
+    base += P::PAIR * PANEL, i = at - base;
     return base + i / 2 + 8 * (i % 2);
 }
 
-// Reorders the n_halves or bytes of a head. All threads of the block come here.
+// Reorders the n halves or bytes of a head; called by all threads of the block.
 template <typename F, typename T>
 DEVICE void reorder_head(T* head, int n) {
     const int i = threadIdx.x;
@@ -37,22 +37,22 @@ DEVICE void reorder_head(T* head, int n) {
 
 template <typename F>
 DEVICE void reorder(F, uint8_t* panel, int i) {
-    uint8_t* record = const_cast<uint8_t*>(F::record(panel, i));
-    constexpr int N_WORDS = (F::RECORD_BYTES - F::HEAD_BYTES) / 4;
-    auto* words = reinterpret_cast<uint32_t*>(record + F::HEAD_BYTES);
+    uint8_t* k_block = const_cast<uint8_t*>(F::k_block(panel, i));
+    constexpr int N_WORDS = (F::K_BLOCK_BYTES - F::HEAD_BYTES) / 4;
+    auto* words = reinterpret_cast<uint32_t*>(k_block + F::HEAD_BYTES);
     uint32_t word = 0;
     const int at = threadIdx.x;
     if (at < N_WORDS) word = words[word_source<F>(at)];
     __syncthreads();
     if (at < N_WORDS) words[at] = word;
     if (F::IS_SUPER) {
-        reorder_head<F>(record, F::HEAD_BYTES);
+        reorder_head<F>(k_block, F::HEAD_BYTES);
         auto* block = reinterpret_cast<uint16_t*>(const_cast<uint8_t*>(F::super_block(panel, i)));
-        // Its scale and min per row are as those of one group.
-        using One = Format<8, RECORD, true, F::HAS_MIN, 0>;
-        if (i % (SUPER / RECORD) == 0) reorder_head<One>(block, F::SUPER_HEAD / 2);
+        // A super-block's scale and min per row are ordered like those of one group.
+        using One = Format<8, K_BLOCK, true, F::HAS_MIN, 0>;
+        if (i % BATCH == 0) reorder_head<One>(block, F::SUPER_HEAD / 2);
     } else {
-        reorder_head<F>(reinterpret_cast<uint16_t*>(record), F::HEAD_BYTES / 2);
+        reorder_head<F>(reinterpret_cast<uint16_t*>(k_block), F::HEAD_BYTES / 2);
     }
 }
 
@@ -61,8 +61,8 @@ DEVICE void reorder(Plain<L>, uint8_t*, int) {}
 
 }  // namespace gdn
 
-// Grid: (records, panels, matrices).
-KERNEL(repack, 128) {
+// Grid: (k-blocks, panels, matrices).
+KERNEL(repack) {
     using namespace gdn;
     const View& w = a.v[0];
     uint8_t* matrix = w.as<uint8_t>();

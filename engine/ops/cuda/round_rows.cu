@@ -3,7 +3,7 @@
 #include "quantize.cuh"
 
 // Grid: (in / (8 · threads), U, T).
-KERNEL(round_rows, 128) {
+KERNEL(round_rows) {
     using namespace gdn;
     enum { OUT, X };
     const View& x = a.v[X];

@@ -1,8 +1,8 @@
 // ROUTER: the experts of a token and their weights, a warp for each row.
 //
-// Lane l has experts l, l + 32, ... Scores are compared as integers of the same order, of which 0
-// marks what can't be chosen (any more): so a choice is always an expert that there is, even if
-// logits are NaN.
+// Lane l has experts l, l + 32, ... Scores are compared as integers of the same order. 0 marks an
+// expert that is absent or already chosen, so every choice is a valid expert even if logits are
+// NaN.
 
 #include "kernel.cuh"
 
@@ -13,11 +13,12 @@ enum { IDS, WEIGHTS, LOGITS, BIAS };
 enum { SOFTMAX, SIGMOID };
 enum { N_USED, GATING, SCALE, EPS, N_GROUPS, N_GROUPS_USED };
 
-constexpr int MAX_EXPERTS = 512, PER_LANE = MAX_EXPERTS / 32;
+constexpr int PER_LANE = ROUTER_MAX_EXPERTS / 32;
+static_assert(ROUTER_MAX_USED <= 32, "a lane has one expert that is used");
 constexpr float LOWEST = -3.402823466e38f;
 constexpr uint32_t NEVER = 0;
 
-// Integers in the order of floats, above NEVER; NaN is as low as can be.
+// Integers in the order of floats, above NEVER; NaN is as low as the lowest float.
 DEVICE uint32_t ordered(float x) {
     const uint32_t bits = __float_as_uint(fmaxf(x, LOWEST) + 0.0f);
     return bits >> 31 ? ~bits : bits | 0x80000000u;
@@ -56,7 +57,7 @@ DEVICE void probabilities(float (&p)[PER_LANE], const float* logits, int n, bool
         if (softmax)
             p[i] = is_expert ? exp_fast(p[i] - highest) : 0.0f;
         else
-            // Not below -80, so that even the smallest ones have a sum to be divided by.
+            // Not below -80, so that the sum of the smallest ones is not zero.
             p[i] = 1.0f / (1.0f + exp_fast(-(p[i] < -80.0f ? -80.0f : p[i])));
         total += p[i];
     }
@@ -66,8 +67,8 @@ DEVICE void probabilities(float (&p)[PER_LANE], const float* logits, int n, bool
     for (int i = 0; i < PER_LANE; i++) p[i] *= scale;
 }
 
-// Marks the experts outside of the best groups. A group is as good as the sum of its two best.
-// `shared` is of MAX_EXPERTS floats.
+// Excludes experts outside of the best groups. A group's score is the sum of its two best.
+// `shared` is of ROUTER_MAX_EXPERTS floats.
 DEVICE void keep_best_groups(uint32_t (&scores)[PER_LANE], const float (&values)[PER_LANE], int n,
                              int n_groups, int n_kept, float* shared) {
     const int lane = threadIdx.x % 32, size = n / n_groups;
@@ -88,7 +89,7 @@ DEVICE void keep_best_groups(uint32_t (&scores)[PER_LANE], const float (&values)
     }
     for (int u = 0; u < n_kept; u++) take_best(goodness);
     sync_warp();
-    // What is left of goodness: the groups that were not taken.
+    // A group that was not taken still has its score.
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) shared[i * 32 + lane] = goodness[i] == NEVER ? 1.0f : 0.0f;
     sync_warp();
@@ -100,10 +101,10 @@ DEVICE void keep_best_groups(uint32_t (&scores)[PER_LANE], const float (&values)
 
 }  // namespace gdn
 
-// Grid: rows. At most 512 experts, of which 32 are used.
-KERNEL(router, 32) {
+// Grid: rows.
+KERNEL(router) {
     using namespace gdn;
-    __shared__ float shared[MAX_EXPERTS];
+    __shared__ float shared[ROUTER_MAX_EXPERTS];
     const int t = blockIdx.x, lane = threadIdx.x;
     if (t >= a.rows(a.v[LOGITS])) return;
     const int n = a.v[LOGITS].shape[1], n_used = a.v[IDS].shape[1];

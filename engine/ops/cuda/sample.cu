@@ -1,26 +1,28 @@
-// Draws a token from each row of logits: top-k, top-p, min-p, temperature, by probability.
+// Samples a token from each row of logits: top-k, top-p, min-p, temperature, by probability.
 //
-// A logit and its id make one key; keys are all different, and the highest is that of the highest
-// logit, of equal ones of the lowest id. Blocks take the best keys of a segment of the vocabulary,
-// then one block for each row takes the best of these.
+// A logit and its id make one key. No two keys are equal; the highest key is that of the highest
+// logit, of equal logits that of the lowest id. A thread block takes the best keys of a segment of
+// the vocabulary, then one thread block for each row takes the best of these.
 
 #include "kernel.cuh"
 
 namespace gdn {
 
-constexpr int THREADS = 256, MAX_K = 128, MAX_BANNED = 16;
-constexpr int PER_SEGMENT = 16, SEGMENT = THREADS * PER_SEGMENT, MAX_SEGMENTS = 64;
-constexpr int PER_JOIN = MAX_SEGMENTS * MAX_K / THREADS;
+constexpr int THREADS = THREADS_sample_segments, PER_SEGMENT = SEGMENT / THREADS;
+constexpr int PER_JOIN = MAX_SEGMENTS * MAX_TOP_K / THREADS;
+static_assert(THREADS == THREADS_sample_rows && SEGMENT % THREADS == 0, "take_best has both");
 
-// How a row is drawn, as in engine/backends/cuda/sampling.py; with `feed` >= 0 its token is what that
-// row got in the step before.
-struct Draw {
+// How a row is sampled, as in engine/backends/cuda/sampling.py. With `feed` >= 0 the row's input
+// token is the one that row `feed` got in the step before.
+struct SampleSpec {
     float temperature, top_p, log_min_p, uniform;
     int32_t top_k, feed, n_banned, unused;
     int32_t banned[MAX_BANNED];
 };
+static_assert(sizeof(SampleSpec) == SAMPLE_SPEC_BYTES, "as in sampling.py");
 
-// The upper half of a key grows with the logit; at its ends is what is not finite, and what is none.
+// The upper half of a key grows with the logit. Its highest value marks a logit that is not finite,
+// its lowest the absence of one.
 constexpr uint32_t NOT_FINITE = 0xffffffffu, NONE = 0;
 
 DEVICE uint64_t key_of(uint32_t order, int id) {
@@ -42,12 +44,12 @@ DEVICE float logit_of(uint64_t key) {
 
 DEVICE uint64_t highest(uint64_t a, uint64_t b) { return a > b ? a : b; }
 
-// The `k` highest of a block's keys, falling, in `best`; of N keys of each thread, all different.
+// The `k` highest of a thread block's keys, descending, in `best`. Each thread has N keys.
 template <int N>
 DEVICE void take_best(const uint64_t (&keys)[N], int k, uint64_t* best) {
     __shared__ uint64_t maxima[THREADS];
-    // Of what a thread has, all may be among the best, but no more than k threads have any.
-    __shared__ uint64_t kept[N * MAX_K];
+    // All keys of a thread may be among the best, but at most k threads have any of them.
+    __shared__ uint64_t kept[N * MAX_TOP_K];
     __shared__ uint64_t floor;
     __shared__ int32_t n_kept;
     const int t = threadIdx.x;
@@ -67,7 +69,7 @@ DEVICE void take_best(const uint64_t (&keys)[N], int k, uint64_t* best) {
     __syncthreads();
     int rank = 0;
     for (int i = 0; i < THREADS; i++) rank += maxima[i] > mine;
-    // The k-th highest maximum: k keys are at least that.
+    // The k-th highest maximum: at least k keys are not below it.
     if (rank == k - 1) floor = mine;
     __syncthreads();
     for (int i = 0; i < N; i++) {
@@ -83,9 +85,9 @@ DEVICE void take_best(const uint64_t (&keys)[N], int k, uint64_t* best) {
     __syncthreads();
 }
 
-// Of `n` falling keys the index of the one that is drawn; `weights` are their probabilities but for
-// a factor, `tempered` those at the temperature.
-DEVICE int drawn(const Draw& draw, const uint64_t* keys, int n, const float* weights,
+// The index of the sampled key among `n` descending keys; `weights` are proportional to their
+// probabilities, `tempered` to those at the temperature.
+DEVICE int drawn(const SampleSpec& draw, const uint64_t* keys, int n, const float* weights,
                  const float* tempered) {
     const float top_p = draw.top_p, least = logit_of(keys[0]) + draw.log_min_p;
     if (top_p < 1.0f) {
@@ -106,26 +108,26 @@ DEVICE int drawn(const Draw& draw, const uint64_t* keys, int n, const float* wei
 
 }  // namespace gdn
 
-// The tokens of rows that continue with what the step before drew. Grid: (rows / threads).
-KERNEL(feed_tokens, 64) {
+// Sets the input tokens of rows that continue a row of the step before. Grid: (rows / threads).
+KERNEL(feed_tokens) {
     using namespace gdn;
     enum { TOKENS, DRAWN, DRAWS };
     const int row = blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= a.live[N_OUTPUTS]) return;
-    const int from = a.v[DRAWS].as<Draw>()[row].feed;
+    const int from = a.v[DRAWS].as<SampleSpec>()[row].feed;
     if (from < 0) return;
     const int token = a.v[DRAWN].as<int32_t>()[from];
     a.v[TOKENS].as<int32_t>()[row] = token < 0 ? 0 : token;
 }
 
 // The best keys of each segment. Grid: (segments, rows).
-KERNEL(sample_segments, 256) {
+KERNEL(sample_segments) {
     using namespace gdn;
     enum { BEST, LOGITS, DRAWS };
-    __shared__ uint64_t best[MAX_K];
+    __shared__ uint64_t best[MAX_TOP_K];
     const int row = blockIdx.y, first = blockIdx.x * SEGMENT, n_vocab = a.v[LOGITS].shape[1];
     if (row >= a.live[N_OUTPUTS]) return;
-    const Draw& draw = a.v[DRAWS].as<Draw>()[row];
+    const SampleSpec& draw = a.v[DRAWS].as<SampleSpec>()[row];
     const float* logits = a.v[LOGITS].row(row);
     uint64_t keys[PER_SEGMENT];
     for (int i = 0; i < PER_SEGMENT; i++) {
@@ -140,26 +142,26 @@ KERNEL(sample_segments, 256) {
         }
     }
     take_best(keys, draw.top_k, best);
-    uint64_t* out = a.v[BEST].as<uint64_t>() + (row * MAX_SEGMENTS + blockIdx.x) * MAX_K;
+    uint64_t* out = a.v[BEST].as<uint64_t>() + (row * MAX_SEGMENTS + blockIdx.x) * MAX_TOP_K;
     if (threadIdx.x < draw.top_k) out[threadIdx.x] = best[threadIdx.x];
 }
 
 // A row's token; -1 if a logit is not finite, or all are banned. Grid: (rows).
-KERNEL(sample_rows, 256) {
+KERNEL(sample_rows) {
     using namespace gdn;
     enum { DRAWN, BEST, DRAWS };
-    __shared__ uint64_t best[MAX_K];
-    __shared__ float weights[MAX_K], tempered[MAX_K];
+    __shared__ uint64_t best[MAX_TOP_K];
+    __shared__ float weights[MAX_TOP_K], tempered[MAX_TOP_K];
     const int row = blockIdx.x, n_segments = static_cast<int>(a.attr[0]);
     if (row >= a.live[N_OUTPUTS]) return;
-    const Draw& draw = a.v[DRAWS].as<Draw>()[row];
-    const uint64_t* found = a.v[BEST].as<uint64_t>() + row * MAX_SEGMENTS * MAX_K;
+    const SampleSpec& draw = a.v[DRAWS].as<SampleSpec>()[row];
+    const uint64_t* found = a.v[BEST].as<uint64_t>() + row * MAX_SEGMENTS * MAX_TOP_K;
     const int k = draw.top_k, t = threadIdx.x;
     uint64_t keys[PER_JOIN];
     for (int i = 0; i < PER_JOIN; i++) {
         const int at = i * THREADS + t;
-        // Ids that no logit has.
-        keys[i] = at < n_segments * k ? found[at / k * MAX_K + at % k] : key_of(NONE, -2 - at);
+        // Absent keys get ids that no logit has.
+        keys[i] = at < n_segments * k ? found[at / k * MAX_TOP_K + at % k] : key_of(NONE, -2 - at);
     }
     take_best(keys, k, best);
     if (t < k && order_of(best[t]) != NONE) {

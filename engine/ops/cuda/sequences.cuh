@@ -1,16 +1,16 @@
-// Which part of a batch of ragged sequences a block works on.
+// Finds the part of a batch of ragged sequences that a thread block works on.
 #pragma once
 
 #include "kernel.cuh"
 
 namespace gdn {
 
-// An item of a sequence; the sequence's first row and number of rows. seq -1: there is none.
+// Item `index` of sequence `seq`, and the sequence's first row and number of rows; seq -1: none.
 struct Found {
     int32_t seq, index, begin, n_rows;
 };
 
-// Each sequence has count(its rows) items: finds the item of a number. By whole warps.
+// Finds item number `index` where each sequence has count(its rows) items. Called by whole warps.
 template <typename F>
 DEVICE Found find(const View& seq_starts, const int32_t* live_seqs, int32_t index, F count) {
     const int32_t* starts = seq_starts.as<int32_t>();
@@ -18,7 +18,7 @@ DEVICE Found find(const View& seq_starts, const int32_t* live_seqs, int32_t inde
     const int lane = threadIdx.x % 32;
     int32_t base = 0;
     do {
-        // Read wherever there is memory, so that this doesn't wait for the count.
+        // Read without waiting for the count of sequences: index `at` is always in bounds.
         const int32_t s = base + lane, at = s < last ? s : last;
         const int32_t begin = starts[at], n_rows = starts[at + 1] - begin;
         const int32_t n = s < n_seqs ? count(n_rows) : 0;

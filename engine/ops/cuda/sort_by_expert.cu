@@ -1,10 +1,10 @@
-// SORT_BY_EXPERT: the pairs (token, choice) by expert, and tiles of up to TILE_ROWS of them.
+// SORT_BY_EXPERT: the pairs (token, choice) by expert, and tiles of them.
 
 #include "kernel.cuh"
 
 namespace gdn {
 
-// The sum of x over the threads before this one; all threads of the block come here.
+// The sum of x over the threads before this one; called by all threads of the block.
 DEVICE int32_t sum_before(int32_t x, int32_t* shared) {
     const int lane = threadIdx.x % 32;
     int32_t sum = x;
@@ -23,7 +23,7 @@ DEVICE int32_t sum_before(int32_t x, int32_t* shared) {
 
 // One block. ORDER [T · U]; TILES [1 + n, 3]: first their number, then (expert, first place in
 // ORDER, rows). Attributes: experts (as many as threads at most), rows of a tile.
-KERNEL(sort_by_expert, 1024) {
+KERNEL(sort_by_expert) {
     using namespace gdn;
     enum { ORDER, TILES, IDS };
     __shared__ int32_t next[1024], scratch[32];
@@ -51,7 +51,7 @@ KERNEL(sort_by_expert, 1024) {
     if (threadIdx.x == blockDim.x - 1) tiles[0] = first + n_tiles;
     next[expert] = start;
     __syncthreads();
-    // The order of an expert's pairs is left to chance: it shows in no result.
+    // The order of an expert's pairs varies from run to run, but changes no result.
     for (int i = threadIdx.x; i < n_pairs; i += blockDim.x)
         a.v[ORDER].as<int32_t>()[add_atomic(&next[id_of(i)], 1)] = i;
 }

@@ -1,9 +1,9 @@
 // SSM_CONV: causal depthwise convolution and SiLU, a thread for each channel of a run of rows.
 //
-// Runs are equal parts of the batch's rows, whatever sequences they are of. A sequence may end in
-// the slot that it starts from, so all of its state is one thread's: whoever has the sequence's
-// first row computes all rows that look into the history, even past the end of its run, then
-// writes snapshots and the last state. Others leave those rows out.
+// Runs are equal parts of the batch's rows, regardless of sequences. A sequence may write the slot
+// that it reads, so one thread owns its state: the thread with the sequence's first row computes
+// all rows that read the history, even past the end of its run, then writes per-token states and
+// the last state. Other threads skip those rows.
 
 #include "ssm_conv.cuh"
 
@@ -15,23 +15,18 @@ DEVICE void run(const Args& a, const Channel& channel, int begin, int end) {
     const int32_t* starts = a.v[SEQ_STARTS].as<int32_t>();
     const int n_taps = N_TAPS ? N_TAPS : a.v[WEIGHT].shape[1];
     const int n_seqs = a.rows(a.v[STATE_SRC]);
-    float taps[N_TAPS ? N_TAPS : MAX_TAPS];
+    float taps[N_TAPS ? N_TAPS : CONV_MAX_TAPS];
     for (int j = 0; j < n_taps; j++) taps[j] = channel.weight[j];
-    // When tokens are generated one by one, row t is sequence t's: no search.
+    // In a decode step row t belongs to sequence t: no search.
     const bool alone = begin < n_seqs && starts[begin] == begin && starts[begin + 1] > begin;
     for (int s = alone ? begin : sequence_of(starts, n_seqs, begin); s < n_seqs; s++) {
         const int first = starts[s], n = starts[s + 1] - first;
         if (first >= end) break;
         if (n <= 0) continue;
-        const Window<N_TAPS> window{a,
-                                    channel,
-                                    taps,
-                                    n_taps,
-                                    first,
-                                    n,
-                                    a.v[STATE_SRC].as<int32_t>()[s],
-                                    a.v[STATE_DST].as<int32_t>()[s]};
-        const int history = n_taps - 1 < n ? n_taps - 1 : n;  // Rows that look into it.
+        const int32_t from_slot = a.v[STATE_SRC].as<int32_t>()[s];
+        const int32_t to_slot = a.v[STATE_DST].as<int32_t>()[s];
+        const Window<N_TAPS> window{a, channel, taps, n_taps, first, n, from_slot, to_slot};
+        const int history = n_taps - 1 < n ? n_taps - 1 : n;  // Rows that read it.
         const bool mine = first >= begin;
         int from = begin - first, to = end - first < n ? end - first : n;
         if (mine) {
@@ -48,7 +43,7 @@ DEVICE void run(const Args& a, const Channel& channel, int begin, int end) {
 }  // namespace gdn
 
 // Grid: (channels / threads, runs).
-KERNEL(ssm_conv, 128) {
+KERNEL(ssm_conv) {
     using namespace gdn;
     const int n_rows = a.live[N_TOKENS], n_runs = gridDim.y;
     const int per_run = (n_rows + n_runs - 1) / n_runs;

@@ -7,7 +7,7 @@ namespace gdn {
 
 enum { OUT, STATE, SEQ_STARTS, STATE_SRC, STATE_DST, SNAPSHOT_DST, X, WEIGHT };
 constexpr int N_PARTS = 3;  // X and WEIGHT are followed by those of the other parts.
-constexpr int MAX_TAPS = 16, AHEAD = 8;
+constexpr int AHEAD = 8;
 
 // One channel: `x` and `weight` are its column and row of a part, `c` its number in state and
 // output.
@@ -59,7 +59,7 @@ struct Window {
 
     // Rows from `t` up to `end`.
     DEVICE void convolve(int t, int end) const {
-        float window[N_TAPS ? N_TAPS : MAX_TAPS];
+        float window[N_TAPS ? N_TAPS : CONV_MAX_TAPS];
         for (int j = 0; j + 1 < n_taps(); j++) window[j] = at(t - n_taps() + 1 + j);
         const auto next = [&](float value) {
             window[n_taps() - 1] = value;
@@ -76,7 +76,7 @@ struct Window {
         while (t < end) next(x(t));
     }
 
-    // The state after `end` rows. Upwards: in place, what is read lies above what is written.
+    // Writes the state after `end` rows, in ascending order: in place, reads lie above writes.
     DEVICE void save(int slot, int end) const {
         for (int i = 0; i + 1 < n_taps(); i++) *state(slot, i) = at(end - n_taps() + 1 + i);
     }

@@ -3,7 +3,7 @@
 #include "kernel.cuh"
 
 // Grid: (columns / threads, tokens).
-KERNEL(sum_experts, 256) {
+KERNEL(sum_experts) {
     using namespace gdn;
     enum { OUT, PARTIAL, WEIGHTS };
     const View &out = a.v[OUT], &partial = a.v[PARTIAL], &weights = a.v[WEIGHTS];

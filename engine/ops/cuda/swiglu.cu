@@ -6,7 +6,7 @@ namespace gdn {
 
 enum { OUT, GATE, UP };
 
-// Row i of token t. Any of the axes may have gaps, so its index is taken apart.
+// Row i of token t. Each axis may have gaps, so the index is split into one per axis.
 DEVICE float* row_of(const View& v, int t, int i) {
     float* p = v.row(t);
     for (int axis = v.rank - 2; axis > 0; axis--) {
@@ -31,7 +31,7 @@ DEVICE void columns(const Args& a, int t, int i, int c, int n) {
 }  // namespace gdn
 
 // Grid: (tokens · fours of columns / threads, rows of a token).
-KERNEL(swiglu, 256) {
+KERNEL(swiglu) {
     using namespace gdn;
     const View& gate = a.v[GATE];
     const int n = gate.shape[gate.rank - 1], per_row = (n + 3) / 4;

@@ -1,8 +1,8 @@
-"""ATTENTION on the CPU: blocks of rows as bfloat16 tiles, and long contexts in chunks.
+"""ATTENTION on the CPU: row tiles as bfloat16 tiles, and long contexts in chunks.
 
 Blocks are computed on any machine here (CpuBackend's `matrix`), if not by matrix units by vectors
 that do the same. A row's result must have the same bits however its sequence is cut, at multiples
-of 64 where there are blocks, and whatever else is in the batch.
+of 64 where there are row tiles, and whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from engine.formats.quants import F16, F32, DType, numpy_dtype
 from engine.graph import Capacity, Dim, Graph, Kind, Live, Tensor
 from engine.ops.attention import ATTENTION, attention
 from engine.placement.place import place
-from engine.runtime.batch import row_blocks
 from engine.runtime.executor import Executable
 from tests.ops import test_latent_attention
 from tests.ops.cases.attention import cases as attention_cases
 from tests.ops.cases.attention import random_operands
 from tests.support.cases import Case, case
 from tests.support.opcase import RawWeights, check_case, fresh_seed, nmse
+from tests.support.states import load
 
 Array = np.ndarray[Any, Any]
 Span = tuple[int, int, int]  # A sequence, and the first and last + 1 of some of its positions.
@@ -58,10 +58,10 @@ def attention_case(
     return case(random_operands, attrs, **params, caches=caches, gated=gated)
 
 
-BLOCK_CASES = [
+TILE_CASES = [
     attention_case((2, 1), (32, 32), [0], [16]),
     attention_case((1, 1), (64, 64), [0], [128]),
-    # Blocks of 17, 64 and 47 rows among loose ones; several spans of positions.
+    # Row tiles of 17, 64 and 47 rows among remainder rows; several spans of positions.
     attention_case((8, 2), (64, 64), [37, 3, 450, 47], [1, 2, 20, 128], gated=True),
     attention_case((4, 2), (72, 40), [100], [50], (F32, F32)),
     attention_case((4, 2), (48, 80), [130, 5], [61, 1], (F16, F32), gated=True),
@@ -72,21 +72,20 @@ BLOCK_CASES = [
 ]
 
 
-def sequences(c: Case) -> tuple[list[int], list[int]]:
-    """Pasts and lengths of a case's sequences."""
+def chunks_of(c: Case) -> tuple[tuple[int, int], ...]:
+    """Cached positions and rows of a case's sequences."""
     operands = c.make(np.random.default_rng(0))
     starts, positions = operands["seq_starts"].values, operands["positions"].values
-    return positions[starts[:-1]].tolist(), np.diff(starts).tolist()
+    return tuple(zip(positions[starts[:-1]].tolist(), np.diff(starts).tolist(), strict=True))
 
 
 # A case on all of them in turn: what must come out is computed once.
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("c", [*BLOCK_CASES, *attention_cases()], ids=lambda c: c.name)
-def test_blocks(c: Case, isa: str, strided: bool, seed: int) -> None:
-    backend, (pasts, lengths) = CpuBackend(2, isa, matrix=True), sequences(c)
-    blocks = row_blocks(pasts, lengths)
-    check_case(backend, ATTENTION, c, seed, strided, TILES_LIMIT, blocks)
+@pytest.mark.parametrize("c", [*TILE_CASES, *attention_cases()], ids=lambda c: c.name)
+def test_row_tiles(c: Case, isa: str, strided: bool, seed: int) -> None:
+    backend = CpuBackend(2, isa, matrix=True)
+    check_case(backend, ATTENTION, c, seed, strided, TILES_LIMIT, chunks_of(c))
 
 
 @pytest.mark.parametrize("cache_type", [F16, F32], ids=str)
@@ -145,7 +144,7 @@ class Attention:
                     shape = (cached.shape[1], BLOCK_SIZE, cached.shape[2])
                     contents[name] = np.full(shape, np.nan, self._kept)
                     contents[name][:, : len(cached)] = cached.transpose(1, 0, 2)
-                self._backend.states.load("n_blocks", int(block), contents)
+                load(self._backend.states, "n_blocks", int(block), contents)
 
     def run(self, *spans: Span) -> list[Array]:
         """The results of rows of several sequences in one step."""
@@ -163,8 +162,8 @@ class Attention:
         self._backend.write(
             self._rows, np.concatenate([self.q[s][begin:end] for s, begin, end in spans])
         )
-        blocks = row_blocks([begin for _, begin, _ in spans], lengths)
-        live = Live(int(starts[-1]), len(spans), 1, blocks=blocks)
+        chunks = tuple((begin, end - begin) for _, begin, end in spans)
+        live = Live(int(starts[-1]), len(spans), 1, chunks=chunks)
         out = self._executable.run(inputs, live)["out"]
         return [out[starts[i] : starts[i + 1]] for i in range(len(spans))]
 
@@ -188,7 +187,7 @@ def check_same(op: Attention, want: list[Array], step: list[Span]) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_blocks_have_the_same_bits_in_any_batch(isa: str, rng: np.random.Generator) -> None:
+def test_row_tiles_have_the_same_bits_in_any_batch(isa: str, rng: np.random.Generator) -> None:
     lengths = [330, 64, 151]
     op = Attention(CpuBackend(3, isa, matrix=True), rng, lengths, heads=(12, 2))
     want = [op.run((seq, 0, n))[0] for seq, n in enumerate(lengths)]
@@ -224,7 +223,7 @@ def test_chunks_have_the_same_bits_in_any_batch(isa: str, rng: np.random.Generat
 
 @pytest.mark.parametrize("matrix", [False, True])
 @pytest.mark.parametrize("isa", ISAS)
-def test_loose_rows_beside_blocks(isa: str, matrix: bool, rng: np.random.Generator) -> None:
+def test_remainder_rows_beside_row_tiles(isa: str, matrix: bool, rng: np.random.Generator) -> None:
     op = Attention(CpuBackend(2, isa, matrix), rng, [3000, 200, 90], heads=(6, 1), cache_type=F32)
     loose, block, both = op.run((0, 2999, 3000), (1, 100, 200), (2, 60, 90))
     limit = TILES_LIMIT if matrix else EXACT_LIMIT

@@ -10,7 +10,9 @@ import pytest
 
 from engine.backends.cpu.backend import CpuBackend
 from engine.backends.cpu.fusion import FUSIONS
+from engine.backends.cpu.lower import Lowering
 from engine.backends.native import library as cpu_library
+from engine.backends.native.fusion import Readers, match_fusions
 from engine.formats.quants import F32, WEIGHT_TYPES, dequantize
 from engine.graph import Capacity, Dim, Graph, Kind, Live, Tensor
 from engine.ops.mul_mat import mul_mat
@@ -23,8 +25,9 @@ from tools.randblocks import TYPES, random_blocks
 
 Array = np.ndarray[Any, Any]
 N_IN, N_OUT, CAPACITY, N_TOKENS = 256, 128, 150, 141
-BLOCKS = ((1, 64), (65, 40), (110, 16))
-LIVE = Live(N_TOKENS, 1, 1, blocks=BLOCKS)
+# Row tiles are rows 1 to 64, 65 to 104 and 110 to 125.
+CHUNKS = ((9, 1), (0, 104), (0, 5), (0, 16), (0, 15))
+LIVE = Live(N_TOKENS, 1, 1, chunks=CHUNKS)
 
 
 @pytest.fixture(params=[(i, m) for i in cpu_library.usable() for m in (False, True)], ids=str)
@@ -133,5 +136,12 @@ def test_one_weight_of_two_in_float16(backend: CpuBackend, rng: np.random.Genera
     assert_close(outputs["out"], ffn.expected(x)[1], 5 * INT8_LIMIT, "out")
 
 
-def test_every_fusion_has_a_kernel(backend: CpuBackend) -> None:
-    assert all(backend.library.kernel_address(fusion.kernel) for fusion in FUSIONS)
+def test_every_fusion_has_a_kernel(backend: CpuBackend, rng: np.random.Generator) -> None:
+    graph = Ffn(rng, ("Q8_0",) * 3, 96).graph
+    readers = Readers(graph.nodes, graph.outputs.values())
+    lowering = Lowering(backend.library, readers, backend.matrix)
+    matched = [f for f, nodes in match_fusions(graph.nodes, readers, FUSIONS) if f]
+    assert matched == [*FUSIONS]
+    for fusion in matched:
+        fusion.lower(lowering, graph.nodes[: len(fusion.pattern)])
+    assert all(backend.library.kernel_address(step.kernel) for step in lowering.steps)

@@ -1,4 +1,4 @@
-"""GATED_DELTA_NET on the CPU in chunk form: blocks of rows as products of bfloat16 tiles.
+"""GATED_DELTA_NET on the CPU in chunk form: row tiles as products of bfloat16 tiles.
 
 Machines without matrix units make the same products in vectors. Against the naive definition in
 float64 the limit is what a kernel of such tiles may lose; which bits it gives is the sequence's
@@ -21,7 +21,7 @@ from engine.backends.cpu.backend import CpuBackend
 from engine.backends.native import library as cpu_library
 from engine.ops import OPS
 from engine.ops.gated_delta_net import HEAD_MAPS
-from engine.runtime.batch import BLOCK_POSITIONS, row_blocks
+from engine.runtime.batch import BLOCK_POSITIONS
 from tests.ops.cases.gated_delta_net import random_operands
 from tests.support.cases import Case, Operand, Rng, activation, integers, single_node_graph, slots
 from tests.support.opcase import assert_close, check_case, fresh_seed, make_operands, run_case
@@ -48,14 +48,14 @@ class Shape:
     n_snapshots: int = 0
 
     @property
-    def blocks(self) -> tuple[tuple[int, int], ...]:
-        return row_blocks(self.pasts, self.lengths)
+    def chunks(self) -> tuple[tuple[int, int], ...]:
+        return tuple(zip(self.pasts, self.lengths, strict=True))
 
 
 SHAPES = [
     Shape((64,), (0,), (1, 1), (32, 32)),
     Shape((64, 16, 17, 48), (0, 0, 64, 128), (1, 2), (64, 96), fresh=(0, 3)),
-    # Loose rows before, behind and between blocks; a sequence of loose rows only.
+    # Remainder rows before, behind and between row tiles; a sequence of remainder rows only.
     Shape((150, 1, 40, 20, 90), (10, 7, 30, 54, 100), (2, 4), (64, 32), (1,), (2, 4)),
     Shape((200, 130), (64, 0), (2, 2), (128, 128), lost=(1,)),
     Shape((33, 70), (0, 60), (1, 3), (96, 160), (0,), n_snapshots=2),
@@ -115,7 +115,7 @@ def test_outputs_states_and_snapshots(
     kda: bool, i: int, gate: float | str, isa: str, n_threads: int, seed: int
 ) -> None:
     backend, case = CpuBackend(n_threads, isa, matrix=True), numbered_case(i, gate, kda)
-    check_case(backend, OP, case, seed, bool(i % 2), LIMIT, SHAPES[i].blocks)
+    check_case(backend, OP, case, seed, bool(i % 2), LIMIT, SHAPES[i].chunks)
 
 
 def case_of(operands: dict[str, Operand], algorithm: str = "auto") -> Case:
@@ -129,8 +129,8 @@ def run_rows(
     """(outputs, each sequence's state behind them)."""
     case = case_of(operands, algorithm)
     lengths = np.diff(operands["seq_starts"].values)
-    blocks = row_blocks(pasts, lengths.tolist())
-    (out,), _, after = run_case(backend, OP, case, 0, blocks=blocks)
+    chunks = tuple(zip(pasts, lengths.tolist(), strict=True))
+    (out,), _, after = run_case(backend, OP, case, 0, chunks=chunks)
     return out, after["state"][make_operands(OP, case, 0)["state_dst"].values]
 
 
@@ -178,7 +178,7 @@ def test_a_sequence_has_the_same_bits_alone_and_among_others(
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("n_past", [0, 37])
 @KINDS
-def test_cuts_at_blocks_change_no_bit(kda: bool, n_past: int, isa: str, seed: int) -> None:
+def test_cuts_at_row_tiles_change_no_bit(kda: bool, n_past: int, isa: str, seed: int) -> None:
     n = 460
     shape = Shape((n,), (n_past,), (1, 2), (64, 64))
     rng, backend = np.random.default_rng(seed), CpuBackend(2, isa, matrix=True)
@@ -199,7 +199,7 @@ def test_cuts_at_blocks_change_no_bit(kda: bool, n_past: int, isa: str, seed: in
 
 @pytest.mark.parametrize("isa", ISAS)
 @KINDS
-def test_the_algorithm_decides_what_blocks_are_for(kda: bool, isa: str, seed: int) -> None:
+def test_the_algorithm_decides_what_row_tiles_are_for(kda: bool, isa: str, seed: int) -> None:
     shape = Shape((64, 15), (0, 64), (1, 2), (32, 32))
     operands = operands_of(np.random.default_rng(seed), shape, -0.1, kda)
     scanned, states = run_rows(CpuBackend(2, isa, matrix=False), operands, shape.pasts)
@@ -210,7 +210,7 @@ def test_the_algorithm_decides_what_blocks_are_for(kda: bool, isa: str, seed: in
     out, chunk_states = run_rows(backend, operands, shape.pasts)
     assert not same(out[:64], scanned[:64])
     assert not same(chunk_states[0], states[0])
-    # Loose rows are scanned.
+    # Remainder rows are scanned.
     assert same(out[64:], scanned[64:])
     assert same(chunk_states[1], states[1])
 

@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 
 from engine import Engine
 from engine.backends.cpu.backend import CpuBackend
+from engine.backends.cpu.fusion import FUSIONS
 from engine.backends.cpu.lower import Lowering, Step
-from engine.backends.native.buffers import ALIGNMENT, Arena, Scratch
-from engine.backends.native.fusion import Uses
+from engine.backends.native import library as cpu_library
+from engine.backends.native.buffers import ALIGNMENT, Arena, Scratch, place_buffers
+from engine.backends.native.fusion import Readers, match_fusions
 from engine.formats.quants import F32, WEIGHT_TYPES
 from engine.graph import Capacity, Dim, Graph, Kind, Live, Node, Tensor
 from engine.ops.add_rms_norm import add_rms_norm
@@ -42,7 +44,7 @@ buffers = st.lists(
 @given(buffers)
 @settings(max_examples=200, deadline=None)
 def test_buffers_alive_together_do_not_overlap(wanted: Buffers) -> None:
-    arena: Arena[Hashable] = Arena()
+    arena = Arena()
     arena.plan(wanted)
     assert arena.offsets.keys() == {key for key, *_ in wanted}
     for key, n, _, _ in wanted:
@@ -57,15 +59,20 @@ def test_buffers_alive_together_do_not_overlap(wanted: Buffers) -> None:
 
 
 def test_buffers_that_follow_each_other_share_memory() -> None:
-    arena: Arena[str] = Arena()
+    arena = Arena()
     arena.plan([("a", 100, 0, 1), ("b", 128, 2, 3), ("c", 64, 1, 2), ("d", 10, 4, 4)])
     assert arena.offsets == {"a": 0, "b": 0, "c": 128, "d": 0}
     assert arena.size == 192
 
 
 def lowered(graph: Graph, matrix: bool = False) -> Lowering:
-    lowering = Lowering(Uses.of(graph.nodes, graph.outputs.values()), matrix)
-    lowering.add_all(graph.nodes)
+    readers = Readers(graph.nodes, graph.outputs.values())
+    lowering = Lowering(cpu_library.load(), readers, matrix)
+    for fusion, nodes in match_fusions(graph.nodes, readers, FUSIONS):
+        if fusion:
+            fusion.lower(lowering, nodes)
+        else:
+            lowering.add(nodes[0])
     return lowering
 
 
@@ -91,8 +98,8 @@ def check_barriers(steps: list[Step]) -> None:
 
 def check_arena(lowering: Lowering) -> None:
     """Every activation is somewhere, and nothing else is there in any phase in which it is."""
-    arena: Arena[Any] = Arena()
-    lowering.place(arena, ())
+    arena = Arena()
+    place_buffers(((s.phase, s.nodes, s.operands) for s in lowering.steps), arena)
     phases: dict[Any, list[int]] = {}
     for step in lowering.steps:
         for ref in step.operands:

@@ -1,6 +1,6 @@
 """Packed weights of every type: what tables give back, and what products compute, exactly.
 
-A product rounds its activation to int8 as QUANTIZE_ROWS does; in blocks of rows, both sides to
+A product rounds its activation to int8 as QUANTIZE_ROWS does; in row tiles, both sides to
 bfloat16 (on AMX, or emulated), but for quantized weights of experts. With them rounded the same way
 here, what is left is float32 arithmetic; only against what is not rounded must the limit be as lax
 as the rounding is.
@@ -49,8 +49,14 @@ TILES_LIMIT = 2 * 2.0**-18 / 3
 N_OUT, N_EXPERTS, N_USED = 37, 3, 2
 CAPACITY = 160
 N_TOKENS = (1, 3, 64, 65, 130)
-# Rows in blocks, with loose ones before, between and after them, by number of rows.
-BLOCKS = {64: ((0, 64),), 65: ((2, 17), (20, 16)), 130: ((0, 39), (39, 64), (104, 23))}
+# Sequences whose rows have row tiles, and remainder rows before, between and after them, by number
+# of rows. Row tiles are (first row, rows).
+CHUNKS = {
+    64: ((0, 64),),
+    65: ((5, 2), (0, 17), (0, 1), (0, 16), (0, 15), (0, 14)),
+    130: ((0, 39), (0, 64), (0, 1), (0, 23), (0, 3)),
+}
+TILES = {64: [(0, 64)], 65: [(2, 17), (20, 16)], 130: [(0, 39), (39, 64), (104, 23)]}
 
 every_type = pytest.mark.parametrize("dtype", WEIGHT_TYPES.values(), ids=str)
 
@@ -169,17 +175,17 @@ class Check:
         self._want: list[Array] = []
 
     def add(self, live: Live, got: Array, x: Array, product: Any) -> None:
-        in_blocks = np.zeros(len(got), bool)
-        for row, n in live.blocks if self._has_tiles else ():
-            in_blocks[row : row + n] = True
+        in_tiles = np.zeros(len(got), bool)
+        for row, n in TILES.get(len(got), ()) if self._has_tiles else ():
+            in_tiles[row : row + n] = True
         tiles = product(to_bfloat16(x), to_bfloat16(self._kept))
-        assert_close(got[in_blocks], tiles[in_blocks], self._limit, "in tiles")
+        assert_close(got[in_tiles], tiles[in_tiles], self._limit, "in tiles")
         if self._dtype.block_elems == 1:
             rows = product(x.astype(np.float64), self._kept)
-            assert_close(got[~in_blocks], rows[~in_blocks], EXACT_LIMIT, "float32")
+            assert_close(got[~in_tiles], rows[~in_tiles], EXACT_LIMIT, "float32")
         else:
             rows = product(rounded(x), self._kept)
-            assert_close(got[~in_blocks], rows[~in_blocks], EXACT_LIMIT, "rounded activations")
+            assert_close(got[~in_tiles], rows[~in_tiles], EXACT_LIMIT, "rounded activations")
         self._got.append(got)
         self._want.append(product(x.astype(np.float64), self._true))
 
@@ -199,7 +205,7 @@ def test_products(backend: CpuBackend, dtype: DType, rng: np.random.Generator) -
     outputs = mul_mat(graph, "product", x, graph.weight("w", (N_OUT, n_in), dtype))
     executable, check = run(backend, graph, outputs, raw), Check(backend, dtype, raw, N_OUT)
     for n in N_TOKENS:
-        values, live = random_rows(rng, n, n_in), Live(n, 1, 1, blocks=BLOCKS.get(n, ()))
+        values, live = random_rows(rng, n, n_in), Live(n, 1, 1, chunks=CHUNKS.get(n, ()))
         backend.write(x, values)
         check.add(live, executable.run({}, live)["out0"], values, lambda x, w: x @ w.T)
     check.end()
@@ -219,7 +225,7 @@ def test_products_with_experts(
     outputs = mul_mat_id(graph, "product", x, ids, graph.weight("w", (*lead, n_in), dtype), **given)
     executable, check = run(backend, graph, outputs, raw), Check(backend, dtype, raw, *lead)
     for n in N_TOKENS:
-        values, live = random_rows(rng, n, *x.shape[1:]), Live(n, 1, 1, blocks=BLOCKS.get(n, ()))
+        values, live = random_rows(rng, n, *x.shape[1:]), Live(n, 1, 1, chunks=CHUNKS.get(n, ()))
         chosen = np.argsort(rng.random((n, N_EXPERTS)), axis=1)[:, :N_USED].astype(np.int32)
         share = rng.uniform(0, 1, (n, N_USED)).astype(np.float32)
         for tensor, rows in ((x, values), (ids, chosen), (shares, share)):
@@ -248,7 +254,7 @@ def test_experts_by_tiles_of_int8(isa: str, dtype: DType, rng: np.random.Generat
     executables = [run(backend, graph, outputs, raw) for backend in backends]
     # One expert has a pair of each token: tiles that are full, and rests of all sizes.
     for n in (2, 8, 9, 13, 16, 19, 27, 31, 64, 65, 77, 130, 160):
-        values, live = random_rows(rng, n, n_in), Live(n, 1, 1, blocks=BLOCKS.get(n, ()))
+        values, live = random_rows(rng, n, n_in), Live(n, 1, 1, chunks=CHUNKS.get(n, ()))
         chosen = np.stack([np.zeros(n), rng.integers(1, N_EXPERTS, n)], axis=1).astype(np.int32)
         for backend in backends:
             backend.write(x, values)
@@ -276,11 +282,11 @@ def test_halves_are_rounded_to_even(backend: CpuBackend, rng: np.random.Generato
     assert nmse(got, up @ weights.T) > EXACT_LIMIT
 
 
-@pytest.mark.parametrize("in_block", [False, True])
+@pytest.mark.parametrize("in_tile", [False, True])
 @pytest.mark.parametrize("name", ["F16", "BF16", "Q8_0", "Q4_K", "IQ4_XS", "MXFP4"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e-40], ids=str)
 def test_what_is_not_finite_is_not_lost(
-    backend: CpuBackend, name: str, value: float, in_block: bool, rng: np.random.Generator
+    backend: CpuBackend, name: str, value: float, in_tile: bool, rng: np.random.Generator
 ) -> None:
     """It shows in all products of its row, and in no other row's; tiny numbers are no trouble."""
     dtype = WEIGHT_TYPES[name]
@@ -289,7 +295,10 @@ def test_what_is_not_finite_is_not_lost(
     x = activation("x", n_in)
     outputs = mul_mat(graph, "product", x, graph.weight("w", (N_OUT, n_in), dtype))
     executable = run(backend, graph, outputs, raw)
-    values, live = random_rows(rng, 18, n_in), Live(18, 1, 1, blocks=((1, 16),) if in_block else ())
+    values, live = (
+        random_rows(rng, 18, n_in),
+        Live(18, 1, 1, chunks=((0, 1), (0, 16), (0, 1)) if in_tile else ()),
+    )
     backend.write(x, values)
     want = executable.run({}, live)["out0"]
     values[4, : n_in // 2] = 0 if np.isfinite(value) else values[4, : n_in // 2]

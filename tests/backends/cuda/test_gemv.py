@@ -10,7 +10,7 @@ import pytest
 
 from engine.backends.cuda.backend import CudaBackend
 from engine.backends.cuda.device import Device
-from engine.backends.cuda.lower import gemv as cuda_row
+from engine.backends.cuda.lower import gemv
 from engine.backends.cuda.program import CudaProgram
 from engine.formats.quants import F32, WEIGHT_TYPES
 from engine.graph import Capacity, Graph, Live, Tensor
@@ -33,8 +33,8 @@ N_IN, N_OUT, EPS = 768, 37, 1e-5
 @pytest.fixture(params=DEVICES)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
     """With few warps to a block, so that these have several batches, and blocks share columns."""
-    monkeypatch.setattr(cuda_row, "MAX_WARPS", 2)
-    monkeypatch.setattr(cuda_row, "RESIDENT_WARPS", 1)
+    monkeypatch.setattr(gemv, "GEMV_WARPS", 2)
+    monkeypatch.setattr(gemv, "RESIDENT_WARPS", 1)
     device: Device = request.param()
     return CudaBackend(device)
 

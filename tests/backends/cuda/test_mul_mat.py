@@ -15,10 +15,9 @@ import pytest
 
 from engine.backends.cuda.backend import CudaBackend
 from engine.backends.cuda.device import Device
-from engine.backends.cuda.lower import common as cuda_panels
-from engine.backends.cuda.lower import gemv as cuda_row
-from engine.backends.cuda.lower import mul_mat as cuda_products
-from engine.backends.cuda.lower import mul_mat_id as cuda_experts
+from engine.backends.cuda.lower import common, gemv
+from engine.backends.cuda.lower import mul_mat as products
+from engine.backends.cuda.lower import mul_mat_id as experts
 from engine.backends.cuda.lower.mul_mat_id import SINGLE_TOKENS
 from engine.backends.cuda.weights import CudaWeights
 from engine.backends.native import library as cpu_library
@@ -56,8 +55,8 @@ class Ways:
     few: int
 
 
-COPIED, TILED = Ways(1, cuda_products.COPIED_ROWS), Ways(1, cuda_products.TILED_ROWS)
-OF_EXPERTS = Ways(SINGLE_TOKENS, cuda_experts.TILE_TOKENS)
+COPIED, TILED = Ways(1, products.COPIED_ROWS), Ways(1, products.TILED_ROWS)
+OF_EXPERTS = Ways(SINGLE_TOKENS, experts.TILE_TOKENS)
 # A single row is rounded to so many steps; a part of 1,000 lies within float32's error of a tie.
 STEPS, ROW_LIMIT = 127 * 128, 1e-9
 every_type = pytest.mark.parametrize("dtype", WEIGHT_TYPES.values(), ids=str)
@@ -75,10 +74,10 @@ def device(request: pytest.FixtureRequest) -> Device:
 def shared_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks share columns where these are fewer than would pay, and have several panels where
     these are few."""
-    monkeypatch.setattr(cuda_panels, "SPLIT_COLUMNS", 256)
-    monkeypatch.setattr(cuda_products, "MANY_ELEMENTS", 0)
-    monkeypatch.setattr(cuda_row, "MAX_WARPS", 4)
-    monkeypatch.setattr(cuda_row, "RESIDENT_WARPS", 1)
+    monkeypatch.setattr(common, "SPLIT_COLUMNS", 256)
+    monkeypatch.setattr(products, "MANY_ELEMENTS", 0)
+    monkeypatch.setattr(gemv, "GEMV_WARPS", 4)
+    monkeypatch.setattr(gemv, "RESIDENT_WARPS", 1)
 
 
 def backend_of(device: Device, copies: bool = True, **options: Any) -> CudaBackend:
@@ -193,10 +192,10 @@ def test_wide_and_deep_products(device: Device, dtype: DType, n_out: int, rng: R
 
 
 def test_how_many_blocks_share_columns(device: Device) -> None:
-    n, least = device.n_multiprocessors, cuda_panels.SPLIT_COLUMNS
+    n, least = device.n_multiprocessors, common.SPLIT_COLUMNS
     cases = {(1, 2 * least - 1): 1, (1, 2 * least): 2, (n, 9 * least): 4, (2 * n, 9 * least): 2}
     for (blocks, n_in), splits in {**cases, (3 * n, 9 * least): 1}.items():
-        assert cuda_panels.splits_of(device, blocks, n_in) == splits, (blocks, n_in)
+        assert common.splits_of(device, blocks, n_in) == splits, (blocks, n_in)
 
 
 @some_types

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from engine import ChatTemplate, Engine, SamplingParams
 from engine.backends.cuda.device import Device, Memory
-from engine.backends.cuda.sampling import MAX_VOCAB, CudaSampler, CudaStepHandle, draws_input
+from engine.backends.cuda.sampling import MAX_VOCAB, CudaSampler, CudaStepHandle, specs_input
 from engine.backends.cuda.weights import CudaWeights
 from engine.formats.quants import F32, I32
 from engine.graph import Dim, Kind, Live, Tensor
@@ -44,16 +44,17 @@ class Rows:
 
     def __init__(self, device: Device, n_rows: int, n_vocab: int) -> None:
         self.device, self.weights = device, CudaWeights(device, Any)  # type: ignore[arg-type]
-        self.draws = draws_input(n_rows)
+        self.sample_specs = specs_input(n_rows)
         self.tokens = Tensor("tokens", (Dim(n_rows, "n_tokens"),), I32, Kind.INPUT)
         shape = (Dim(n_rows, "n_outputs"), n_vocab)
         self.logits = Tensor("logits", shape, F32, Kind.ACTIVATION)
         self._memory: dict[Tensor, Memory] = {
-            t: device.allocate(t.nbytes) for t in (self.draws, self.tokens, self.logits)
+            t: device.allocate(t.nbytes) for t in (self.sample_specs, self.tokens, self.logits)
         }
         self._counts = device.allocate(20)
         self.live_address = self._counts.address
-        self._decoder = CudaSampler(self, self, [self.tokens], self.logits)
+        host: Any = self
+        self._decoder = CudaSampler(host, self, [self.tokens], self.logits)
 
     def fixed(self, tensor: Tensor) -> int:
         return self._memory[tensor].address

@@ -31,6 +31,7 @@ from tests.support.cuda_devices import ON_DEVICES, MakeDevice
 from tests.support.cuda_emulator.device import EmulatedDevice
 from tests.support.naive import NAIVE
 from tests.support.opcase import RawWeights, assert_close, check_case, fresh_seed, nmse, run_case
+from tests.support.states import load, save
 
 Rng = np.random.Generator
 ATTENTION, DELTA = OPS["ATTENTION"], OPS["GATED_DELTA_NET"]
@@ -139,7 +140,7 @@ def test_invariant_deltas_do_not_depend_on_cuts(make_device: MakeDevice, seed: i
         piece = {n: part(o, rows, 0) for n, o in operands.items()}
         backend = CudaBackend(make_device(seed), batch_invariant=True)
         pieces.append(run(DELTA, piece, attrs, backend))
-        (state,) = backend.states.save("n_slots", 1).values()
+        (state,) = save(backend.states, "n_slots", 1).values()
         operands["state"] = replace(operands["state"], values=np.stack([state, state]))
     np.testing.assert_array_equal(np.concatenate(pieces), whole)
 
@@ -197,7 +198,7 @@ def execute(backend: CudaBackend, graph: Any, tensors: dict[str, Tensor], operan
             stored[t] = operand.values.astype(numpy_dtype(t.dtype))
     (dim,) = {t.shape[0].name for t in stored}  # type: ignore[attr-defined]
     for i in range(len(next(iter(stored.values())))):
-        backend.states.load(dim, i, {t.name: values[i] for t, values in stored.items()})
+        load(backend.states, dim, i, {t.name: values[i] for t, values in stored.items()})
     inputs = {n: o.values for n, o in operands.items() if o.kind is Kind.INPUT}
     (out,) = executable.run(inputs, live_counts(operands)).values()
     return out

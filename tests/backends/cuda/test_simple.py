@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine.backends.cuda import kernels
 from engine.backends.cuda.backend import CudaBackend
-from engine.backends.cuda.lower import simple as cuda_kernels
-from engine.backends.cuda.lower.simple import FEW_ROWS, GET_ROWS
+from engine.backends.cuda.lower import simple
+from engine.backends.cuda.lower.simple import FEW_ROWS
 from engine.formats.quants import F32
 from engine.graph import Kind, Node, Tensor
 from engine.ops import OPS
@@ -98,7 +99,7 @@ def test_case(op: str, make: Make, attrs: dict[str, Any], strided: bool, seed: i
 def test_sequences_begin_anywhere_in_a_run_of_rows(
     lengths: list[int], n_taps: int, n_blocks: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda_kernels, "CONV_BLOCKS", n_blocks)
+    monkeypatch.setattr(simple, "CONV_BLOCKS", n_blocks)
     make = partial(ragged, n_taps=n_taps, n_channels=130, lengths=lengths)
     backend = CudaBackend(EmulatedDevice(seed=seed))
     check_case(backend, OPS["SSM_CONV"], Case("ragged", make, {}), seed, limit=LIMIT)
@@ -130,7 +131,7 @@ def test_a_sequence_is_convolved_as_if_alone(
     rng: Rng, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Same bits, wherever the runs of rows end."""
-    monkeypatch.setattr(cuda_kernels, "CONV_BLOCKS", 50)
+    monkeypatch.setattr(simple, "CONV_BLOCKS", 50)
     backend, taps = CudaBackend(EmulatedDevice(seed=seed)), weight(rng.normal(size=(40, 4)))
     x = rng.normal(size=(sum(MANY), 40))
 
@@ -186,8 +187,8 @@ def test_rows_of_a_table(rng: Rng, n: int) -> None:
     table = rng.normal(size=(9, n)).astype(np.float32)
     ids, out = np.array([8, 0, 8, 3], np.int32), np.zeros((4, n), np.float32)
     launch(
-        EmulatedDevice(), GET_ROWS.source, GET_ROWS.kernel, [out, table, ids],
-        threads=GET_ROWS.threads, grid=(4, -(-n // 1024), 1),
+        EmulatedDevice(), "get_rows", "get_rows", [out, table, ids],
+        threads=kernels.threads("get_rows"), grid=(4, -(-n // 1024), 1),
     )  # fmt: skip
     assert (out == table[ids]).all()
 

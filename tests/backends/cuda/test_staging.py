@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engine.backends.cuda.cupy_device import CupyDevice
-from engine.backends.cuda.staging import PinnedTurns
+from engine.backends.cuda.staging import StagingRing
 
 
 class Stream:
@@ -68,8 +68,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> CupyDevice:
     made = object.__new__(CupyDevice)
     stream: Any = Stream()
     made.stream, made._errors = stream, (RuntimeError, RuntimeError)
-    made._small, made._large = (PinnedTurns(Cuda, made.wait, n, s) for n, s in ((3, 64), (2, 256)))
-    made._back = PinnedTurns(Cuda, made.wait, 4, 64)
+    made._small, made._large = (StagingRing(Cuda, made.wait, n, s) for n, s in ((3, 64), (2, 256)))
+    made._back = StagingRing(Cuda, made.wait, 4, 64)
 
     def copy(target: int, source: int, n_bytes: int, to_device: bool) -> None:
         stream.work.append((_bytes(target, n_bytes), _bytes(source, n_bytes)))

@@ -6,15 +6,7 @@ import math
 from collections.abc import Iterable
 
 from engine.formats.quants import F16, F32, DType
-from tests.support.cases import (
-    Case,
-    Operand,
-    Rng,
-    activation,
-    blocks,
-    case,
-    paged_operands,
-)
+from tests.support.cases import Case, Operand, Rng, activation, blocks, case, paged_operands
 
 
 def random_operands(

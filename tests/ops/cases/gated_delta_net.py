@@ -8,15 +8,7 @@ from typing import Any
 import numpy as np
 
 from engine.ops.gated_delta_net import HEAD_MAPS
-from tests.support.cases import (
-    Case,
-    Operand,
-    Rng,
-    activation,
-    case,
-    recurrent_operands,
-    slots,
-)
+from tests.support.cases import Case, Operand, Rng, activation, case, recurrent_operands, slots
 
 
 def random_operands(

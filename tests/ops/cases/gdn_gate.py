@@ -6,14 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from tests.support.cases import (
-    Case,
-    Operand,
-    Rng,
-    activation,
-    case,
-    weight,
-)
+from tests.support.cases import Case, Operand, Rng, activation, case, weight
 
 
 def cases() -> Iterable[Case]:

@@ -5,16 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from engine.formats.quants import F16, F32, DType
-from tests.support.cases import (
-    Case,
-    Operand,
-    Rng,
-    activation,
-    blocks,
-    case,
-    paged_operands,
-    weight,
-)
+from tests.support.cases import Case, Operand, Rng, activation, blocks, case, paged_operands, weight
 
 
 def cases() -> Iterable[Case]:

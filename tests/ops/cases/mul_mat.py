@@ -5,14 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from engine.formats.quants import BF16, F16, F32, WEIGHT_TYPES, DType
-from tests.support.cases import (
-    Case,
-    Operand,
-    Rng,
-    activation,
-    case,
-    weight,
-)
+from tests.support.cases import Case, Operand, Rng, activation, case, weight
 
 
 def cases() -> Iterable[Case]:

@@ -7,14 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from engine.formats.quants import F32, WEIGHT_TYPES, DType
-from tests.support.cases import (
-    Case,
-    Operand,
-    Rng,
-    activation,
-    case,
-    weight,
-)
+from tests.support.cases import Case, Operand, Rng, activation, case, weight
 
 
 def cases() -> Iterable[Case]:

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tests.support.cases import (
-    Case,
-    Operand,
-    Rng,
-    activation,
-    case,
-    weight,
-)
+from tests.support.cases import Case, Operand, Rng, activation, case, weight
 
 
 def cases() -> Iterable[Case]:

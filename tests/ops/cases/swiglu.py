@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tests.support.cases import (
-    Case,
-    Operand,
-    Rng,
-    activation,
-    case,
-)
+from tests.support.cases import Case, Operand, Rng, activation, case
 
 
 def cases() -> Iterable[Case]:

@@ -1,7 +1,7 @@
 """Compiles the kernels of engine/ops/cuda for the host, once for each state of their sources.
 
-Of one source comes one library. The sources are mirrored by links into a folder where the
-emulator's primitives.cuh lies beside them: includes are looked up there first.
+Each source becomes one library. A folder of links mirrors the sources; the emulator's
+primitives.cuh and the generated constants.cuh lie there too, and includes are found there first.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from engine.backends.cuda import kernels as cuda_kernels
 from engine.backends.cuda import nvrtc
 
 HERE = Path(__file__).resolve().parent
@@ -27,7 +28,7 @@ _FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-w"]
 _RUNTIME_FLAGS = ["-O2", "-shared", "-fvisibility=default"]
 _DIGITS = 12
 # Where includes are, the emulator's own first.
-_INCLUDES = (HERE / "include", nvrtc.SOURCES)
+_INCLUDES = (HERE / "include", nvrtc.SOURCES, nvrtc.SHARED)
 # Errors of the launch, see runtime.cpp; libubsan is not linked.
 _CHECKS = ["-fsanitize=bounds,alignment,null", "-fno-sanitize-recover=all"]
 
@@ -112,16 +113,17 @@ def _run(arguments: list[str]) -> None:
 
 
 def _mirror(directory: Path) -> Path:
-    """A folder of links to all sources and headers of both places."""
+    """A folder of links to all sources and headers of both places, and the generated header."""
     mirror = BUILD / f"mirror-{hashlib.sha256(str(directory).encode()).hexdigest()[:_DIGITS]}"
     shutil.rmtree(mirror, ignore_errors=True)
-    for root in (nvrtc.SOURCES, directory, HERE / "include"):
-        for pattern in ("*.cu", "*.cuh", "*.h"):
-            for path in root.rglob(pattern):
+    for root in (nvrtc.SHARED, nvrtc.SOURCES, directory, HERE / "include"):
+        for pattern in ("*.h",) if root == nvrtc.SHARED else ("**/*.cu", "**/*.cuh", "**/*.h"):
+            for path in root.glob(pattern):
                 target = mirror / path.relative_to(root)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.unlink(missing_ok=True)
                 target.symlink_to(path)
+    (mirror / cuda_kernels.HEADER).write_text(cuda_kernels.header())
     return mirror
 
 
@@ -129,7 +131,7 @@ def _digest(source: Path, folders: list[Path]) -> str:
     """Of what a library is made from: compiler, flags, a source and what it includes."""
     name = compiler()
     assert name is not None, "no C++ compiler"
-    parts = [name, _version(name), *_FLAGS, *_RUNTIME_FLAGS, *_CHECKS]
+    parts = [name, _version(name), *_FLAGS, *_RUNTIME_FLAGS, *_CHECKS, cuda_kernels.header()]
     files = [source]
     for path in files:
         parts.append(text := path.read_text())

@@ -223,7 +223,7 @@ class EmulatedDevice:
             out = _at(p.out, 4 * p.m * p.n).view(np.float32).reshape(p.m, p.n)
             with np.errstate(all="ignore"):
                 values = a @ b.T
-            out[:] = out + values if p.accumulate else values
+            out[:] = values
 
         self._do(multiply)
 

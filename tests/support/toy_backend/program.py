@@ -53,11 +53,7 @@ def swiglu(x: Operands, attrs: Mapping[str, Any]) -> list[Array]:
 
 
 Kernel = Callable[[Operands, Mapping[str, Any]], list[Array]]
-KERNELS: dict[str, Kernel] = {
-    "MUL_MAT": mul_mat,
-    "ADD_RMS_NORM": add_rms_norm,
-    "SWIGLU": swiglu,
-}
+KERNELS: dict[str, Kernel] = {"MUL_MAT": mul_mat, "ADD_RMS_NORM": add_rms_norm, "SWIGLU": swiglu}
 
 
 class ToyProgram:

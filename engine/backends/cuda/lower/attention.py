@@ -1,160 +1,159 @@
-"""Attention as launches."""
+"""ATTENTION as launches.
+
+Kernels on tensor cores take tiles of a prompt's rows, and remainder rows by chunks of positions;
+where none takes the heads, rows are computed one by one.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.backends.cuda import kernels
 from engine.backends.cuda.device import Device, Grid
-from engine.backends.cuda.launches import Condition, Lowering, always
-from engine.backends.cuda.lower.common import _NO_BLOCKS, _all_short, _cut, _has_shared
+from engine.backends.cuda.kernels import KERNELS
+from engine.backends.cuda.launches import Condition, Launch, Lowering, always
+from engine.backends.cuda.lower.common import NO_END, cut, has_shared, is_decode
 from engine.backends.native.buffers import Ref, Scratch
 from engine.backends.native.signatures import parts
 from engine.formats.quants import F16, F32
-from engine.graph import Live, Node, Tensor
+from engine.graph import Live, Node
 
-# Sequences with so many rows in a step are taken in tiles, see engine.batch.MIN_BLOCK_ROWS.
+# Sequences with so many rows in a step are computed in tiles (engine.runtime.batch.MIN_BLOCK_ROWS).
 _TILE_ROWS = 16
-_MAX_CHUNKS, _PARTIALS_BYTES = 64, 64 << 20
-_MAX_HEAD = 1024
+
+
+_PARTIALS_BYTES = 64 << 20
+# The sizes of heads that attention_rows.cu is compiled for.
+_ROW_SIZES = (64, 256, 576, 1024)
+# Suffixes of the kernels on tensor cores, by the sizes of keys and values.
+_TENSOR_CORE_KERNELS = {(64, 64): "64", (128, 128): "128", (256, 256): "256", (576, 512): "latent"}
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """Shape in attention_tiles.cuh: heads, 16s of rows, warps for each, positions at a time."""
+class _Attention:
+    """A node that kernels on tensor cores compute, and what its launches share."""
 
-    name: str
-    d_k: int
-    d_v: int
-    m_tiles: int
-    n_warps: int
-    positions: int
-    latent: bool = False
+    node: Node
+    device: Device
+    # Suffix of the kernels' names.
+    kind: str
+    has_tiles: bool
 
     @property
-    def threads(self) -> int:
-        return 32 * self.m_tiles * self.n_warps
+    def n_kv(self) -> int:
+        return int(self.node.inputs["k_cache"].shape[1])
 
     @property
-    def rows(self) -> int:
-        return 16 * self.m_tiles
+    def group(self) -> int:
+        """Query heads of a key head."""
+        return int(self.node.outputs[0].shape[1]) // self.n_kv
 
     @property
-    def shared(self) -> int:
-        """Bytes of two stages, of queries where they stay there, and of weights."""
-        stage = self.positions * (self.d_k + 8 + (0 if self.latent else self.d_v + 8))
-        queries = self.rows * (self.d_k + 8) if self.d_k > 256 else 0
-        weights = self.rows * (self.positions + 8) if self.n_warps > 1 else 0
-        return 2 * (2 * stage + queries + weights)
+    def blocks_per_row(self) -> int:
+        """Thread blocks of a remainder row, for each chunk of its positions."""
+        return self.n_kv * cut(self.group, kernels.ATTENTION_LOOSE_ROWS)
 
-
-# (for loose rows, for tiles of rows), as instantiated in attention.cu.
-_SHAPES = {
-    (64, 64): (_Shape("64", 64, 64, 1, 4, 32), _Shape("64", 64, 64, 4, 1, 64)),
-    (128, 128): (_Shape("128", 128, 128, 1, 4, 32), _Shape("128", 128, 128, 4, 1, 64)),
-    (256, 256): (_Shape("256", 256, 256, 1, 4, 32), _Shape("256", 256, 256, 4, 2, 32)),
-    (576, 512): (
-        _Shape("latent", 576, 512, 1, 4, 32, latent=True),
-        _Shape("latent", 576, 512, 2, 4, 32, latent=True),
-    ),
-}
-
-
-def _tensor_core_shapes(node: Node, device: Device) -> tuple[_Shape, _Shape] | None:
-    """The kernels on tensor cores for a node, if its sizes and caches are theirs."""
-    k, v = node.inputs["k_cache"], node.inputs["v_cache"]
-    shapes = _SHAPES.get((k.shape[3], v.shape[3]))
-    if shapes is None or (k.dtype, v.dtype) != (F16, F16):
-        return None
-    if not _has_shared(device, shapes[0].shared):
-        return None
-    is_part = v.base is k.base and v.offset == k.offset and v.strides == k.strides
-    block_size = int(k.shape[2])
-    aligned = all(n % 8 == 0 for t in (k, v) for n in (t.offset, *t.strides[:-1]))
-    fits = aligned and block_size >= 16 and block_size & (block_size - 1) == 0
-    fits = fits and k.strides[3] == v.strides[3] == 1
-    return shapes if fits and (is_part or not shapes[0].latent) else None
-
-
-def lower_attention(lowering: Lowering, node: Node) -> None:
-    """Tiles of rows, loose rows by chunks of positions, and the join of those; or row by row."""
-    ((_, (out, *operands), attrs),) = parts(node)
-    device = lowering.device
-    shapes = _tensor_core_shapes(node, device)
-    if shapes is None:
-        _attention_rows(lowering, node, [out, None, *operands], attrs)
-        return
-    loose, tile = shapes
-    n_tokens, n_heads, d_v = node.outputs[0].shape
-    n_kv = int(node.inputs["k_cache"].shape[1])
-    group = n_heads // n_kv
-    per_row = n_kv * _cut(group, loose.rows)
-    has_tiles = _has_shared(device, tile.shared) and not lowering.batch_invariant
-    n_split = _PARTIALS_BYTES // (n_heads * _MAX_CHUNKS * (d_v + 4) * 4)
-    n_split = max(1, min(n_split, 1 << (int(n_tokens) - 1).bit_length()))
-    partials = Scratch((n_split, n_heads, _MAX_CHUNKS, d_v + 4), F32)
-
-    def n_loose(live: Live) -> int:
-        """At most so many loose rows."""
-        if _all_short(live) or not has_tiles:
+    def n_loose(self, live: Live) -> int:
+        """The most remainder rows that there can be."""
+        if is_decode(live) or not self.has_tiles:
             return live.n_tokens
         if live.n_seqs == 1 and live.n_tokens >= _TILE_ROWS:
             return 0
         return min(live.n_tokens, live.n_seqs * (_TILE_ROWS - 1))
 
-    def split_grid(live: Live) -> Grid:
-        rows = n_loose(live)
-        # A few blocks for each multiprocessor; each takes several chunks if there are many rows.
-        blocks = _cut(4 * device.n_multiprocessors, max(1, rows * per_row))
-        return min(_MAX_CHUNKS, blocks), per_row, rows
+    def split_grid(self, live: Live) -> Grid:
+        """A few thread blocks for each multiprocessor; of many rows each takes several chunks."""
+        rows = self.n_loose(live)
+        blocks = cut(4 * self.device.n_multiprocessors, max(1, rows * self.blocks_per_row))
+        return min(kernels.MAX_POSITION_CHUNKS, blocks), self.blocks_per_row, rows
 
-    def add_loose(min_rows: float, fits: Condition) -> None:
-        """Launches for loose rows where `fits`: chunks that are joined, or all of a row at once."""
-        split = lambda live: fits(live) and n_loose(live) <= n_split  # noqa: E731
-        whole = lambda live: fits(live) and n_loose(live) > n_split  # noqa: E731
-        name, values = f"attention_loose_{loose.name}", [*attrs, min_rows]
-        lowering.launch(
-            "attention", name, [node], [out, partials, *operands], values,
-            threads=loose.threads, grid=split_grid, shared=loose.shared, when=split,
-        )  # fmt: skip
-        lowering.launch(
-            "attention", "attention_join", [node], [out, partials, *operands], values,
-            threads=256, grid=lambda live: (n_heads, n_loose(live), 1), when=split,
-        )  # fmt: skip
-        lowering.launch(
-            "attention", name, [node], [out, None, *operands], values,
-            threads=loose.threads, grid=lambda live: (1, per_row, n_loose(live)),
-            shared=loose.shared, when=whole,
-        )  # fmt: skip
+    def tile_grid(self, live: Live) -> Grid:
+        n_tiles = cut(live.n_tokens * self.group, kernels.ATTENTION_TILE_ROWS[self.kind])
+        return n_tiles + live.n_seqs - 1, self.n_kv, 1
 
-    if not has_tiles:
-        add_loose(_NO_BLOCKS, always)
+
+def _kind(node: Node, device: Device) -> str:
+    """The kernels on tensor cores for a node's sizes and caches; an empty string if none fit."""
+    k, v = node.inputs["k_cache"], node.inputs["v_cache"]
+    kind = _TENSOR_CORE_KERNELS.get((k.shape[3], v.shape[3]), "")
+    if not kind or (k.dtype, v.dtype) != (F16, F16):
+        return ""
+    is_part = v.base is k.base and v.offset == k.offset and v.strides == k.strides
+    block_size = int(k.shape[2])
+    aligned = all(n % 8 == 0 for t in (k, v) for n in (t.offset, *t.strides[:-1]))
+    fits = aligned and block_size >= 16 and block_size & (block_size - 1) == 0
+    fits = fits and k.strides[3] == v.strides[3] == 1 and (is_part or kind != "latent")
+    return kind if fits and has_shared(device, KERNELS[f"attention_loose_{kind}"].shared) else ""
+
+
+def lower_attention(lowering: Lowering, node: Node) -> None:
+    """Tiles of rows, remainder rows by chunks of positions, and their join; or row by row."""
+    ((_, (out, *operands), attrs),) = parts(node)
+    kind = _kind(node, lowering.device)
+    if not kind:
+        _attention_rows(lowering, node, [out, None, *operands], attrs)
         return
-    add_loose(_NO_BLOCKS, _all_short)
-    add_loose(_TILE_ROWS, lambda live: not _all_short(live))
+    has_tiles = has_shared(lowering.device, KERNELS[f"attention_tiles_{kind}"].shared)
+    has_tiles = has_tiles and not lowering.batch_invariant
+    attention = _Attention(node, lowering.device, kind, has_tiles)
+    partials = _partials(node)
+    if not has_tiles:
+        _lower_loose(lowering, attention, partials, NO_END, always)
+        return
+    _lower_loose(lowering, attention, partials, NO_END, is_decode)
+    _lower_loose(lowering, attention, partials, _TILE_ROWS, lambda live: not is_decode(live))
+    lowering.add(Launch(
+        kernel=f"attention_tiles_{kind}", nodes=[node], operands=[out, None, *operands],
+        attrs=[*attrs, _TILE_ROWS], grid=attention.tile_grid,
+        when=lambda live: not is_decode(live) and live.n_tokens >= _TILE_ROWS,
+    ))  # fmt: skip
 
-    def tile_grid(live: Live) -> Grid:
-        return _cut(live.n_tokens * group, tile.rows) + live.n_seqs - 1, n_kv, 1
 
-    lowering.launch(
-        "attention", f"attention_tiles_{tile.name}", [node], [out, None, *operands],
-        [*attrs, _TILE_ROWS], threads=tile.threads, grid=tile_grid, shared=tile.shared,
-        when=lambda live: not _all_short(live) and live.n_tokens >= _TILE_ROWS,
-    )  # fmt: skip
+def _partials(node: Node) -> Scratch:
+    """Results of chunks of positions, for as many remainder rows as have room."""
+    n_tokens, n_heads, d_v = node.outputs[0].shape
+    row = (n_heads, kernels.MAX_POSITION_CHUNKS, d_v + kernels.PARTIAL_EXTRA)
+    n_rows = _PARTIALS_BYTES // (row[0] * row[1] * row[2] * 4)
+    return Scratch((max(1, min(n_rows, 1 << (int(n_tokens) - 1).bit_length())), *row), F32)
+
+
+def _lower_loose(
+    lowering: Lowering, attention: _Attention, partials: Scratch, min_rows: int, fits: Condition
+) -> None:
+    """Remainder rows where `fits`, those of sequences of fewer than `min_rows` rows: by chunks of
+    positions that are joined, or all positions of a row at once where there are too many rows."""
+    a, node, loose = attention, attention.node, f"attention_loose_{attention.kind}"
+    ((_, (out, *operands), attrs),) = parts(node)
+    n_split, n_heads = partials.shape[:2]
+    split = lambda live: fits(live) and a.n_loose(live) <= n_split  # noqa: E731
+    whole = lambda live: fits(live) and a.n_loose(live) > n_split  # noqa: E731
+    for kernel, target, when, grid in (
+        (loose, partials, split, a.split_grid),
+        ("attention_join", partials, split, lambda live: (n_heads, a.n_loose(live), 1)),
+        (loose, None, whole, lambda live: (1, a.blocks_per_row, a.n_loose(live))),
+    ):
+        lowering.add(Launch(
+            kernel=kernel, nodes=[node], operands=[out, target, *operands],
+            attrs=[*attrs, min_rows], grid=grid, when=when,
+        ))  # fmt: skip
+
+
+def unsupported(node: Node, device: Device) -> str:
+    """See lower.unsupported."""
+    size = max(node.inputs[name].shape[3] for name in ("k_cache", "v_cache"))
+    return f"head size {size} above {_ROW_SIZES[-1]}" if size > _ROW_SIZES[-1] else ""
 
 
 def _attention_rows(
     lowering: Lowering, node: Node, operands: list[Ref], attrs: list[float]
 ) -> None:
-    sizes = node.inputs["q"].shape[2], node.inputs["v_cache"].shape[3]
-    size = next(n for n in (64, 256, 576, 1024) if max(sizes) <= n)
+    largest = max(node.inputs["q"].shape[2], node.inputs["v_cache"].shape[3])
+    size = next(n for n in _ROW_SIZES if largest <= n)
     n_heads = node.outputs[0].shape[1]
-    lowering.launch(
-        "attention_rows", f"attention_rows_{size}", [node], operands, attrs,
-        threads=256, grid=lambda live: (n_heads, live.n_tokens, 1),
-    )  # fmt: skip
+    lowering.add(Launch(
+        kernel=f"attention_rows_{size}", nodes=[node], operands=operands, attrs=attrs,
+        grid=lambda live: (n_heads, live.n_tokens, 1),
+    ))  # fmt: skip
 
 
-def _attention_unsupported(node: Node) -> str:
-    caches: tuple[Tensor, ...] = node.inputs["k_cache"], node.inputs["v_cache"]
-    size = max(t.shape[3] for t in caches)
-    return f"head size {size} above {_MAX_HEAD}" if size > _MAX_HEAD else ""
+LOWERINGS = {"ATTENTION": lower_attention}

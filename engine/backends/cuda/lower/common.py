@@ -1,30 +1,34 @@
-"""What products over panels of packed weights share: for which rows they are launched, and how
-warps and blocks share a panel's columns."""
+"""What several lowerings share: ranges of rows, work splits over columns, sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from engine.backends.cuda.device import Device
+from engine.backends.cuda.kernels import BATCH, K_BLOCK, PANEL, threads
 from engine.backends.cuda.launches import MAX_COUNTERS, Lowering
-from engine.backends.cuda.weights import PANEL
 from engine.backends.native.buffers import Ref, Scratch
 from engine.backends.native.signatures import is_quantized
 from engine.formats.quants import F32
 from engine.graph import Live, Tensor
 
-MAX_WEIGHTS = 6  # Of a product, as in product.cuh.
-# Warps of a block share the columns of a panel, 256 each at a time (of plain weights 128).
-MAX_WARPS, WARP_COLUMNS, PLAIN_WARP_COLUMNS = 8, 256, 128
-# Where a node has few panels, blocks share their columns, of which each has at least so many: up to
-# SPLIT_BLOCKS blocks for each multiprocessor.
-SPLIT_BLOCKS, SPLIT_COLUMNS = 4, 2048
+# Columns that a warp takes at a time: BATCH k-blocks, or half as many columns of a plain weight.
+WARP_COLUMNS, PLAIN_WARP_COLUMNS = BATCH * K_BLOCK, 128
+# Warps of a thread block that multiplies 2 to 32 rows by a panel.
+PASS_WARPS = threads("mul_mat_2") // 32
+# Such products are split along K while there are fewer than so many thread blocks for each
+# multiprocessor; each of them has at least SPLIT_COLUMNS columns.
+PASS_SPLIT_BLOCKS, SPLIT_COLUMNS = 4, 2048
+# More rows than any step has.
+NO_END = 1 << 24
+# Static shared memory of any kernel at most, in bytes.
+_STATIC_SHARED = 2048
 
 
 @dataclass(frozen=True)
-class Between:
-    """Whether a tensor has more live rows than one number, and at most another."""
+class RowRange:
+    """The condition that a tensor has more than `more_than` live rows, and at most `most`."""
 
     tensor: Tensor
     more_than: int
@@ -35,53 +39,63 @@ class Between:
         return n > self.more_than and (self.most is None or n <= self.most)
 
 
+def walk(
+    table: Iterable[tuple[int | None, str, bool]], tensor: Tensor, more_than: int, end: int | None
+) -> Iterator[tuple[str, RowRange]]:
+    """Choose kernels by rows of a tensor, from `more_than` + 1 up to `end` (None: any number).
+
+    table: (rows up to which a kernel is chosen, kernel, whether it fits), rows ascending. The last
+    kernel that fits takes all rows up to the end. Yields kernels with their rows, ascending.
+    """
+    fitting = [(most, kernel) for most, kernel, fits in table if fits]
+    for i, (most, kernel) in enumerate(fitting):
+        last = end if i == len(fitting) - 1 else most
+        if last is None or last > more_than:
+            yield kernel, RowRange(tensor, more_than, last)
+            more_than = last or 0
+
+
 def rows_of(t: Tensor, live: Live) -> int:
     """Live rows of a tensor."""
     return live.shape(t.shape[:1])[0]
 
 
 def blocks_of(weights: Sequence[Tensor], panels: int = 1) -> int:
-    """Blocks that have so many panels of a weight each, of plain weights half a panel."""
-    counts = ((-(-w.shape[0] // PANEL), is_quantized(w)) for w in weights)
-    return sum(-(-n // panels) if quantized else 2 * n for n, quantized in counts)
+    """Thread blocks for `panels` panels of a weight each, for half a panel of a plain weight."""
+    counts = ((cut(w.shape[0], PANEL), is_quantized(w)) for w in weights)
+    return sum(cut(n, panels) if quantized else 2 * n for n, quantized in counts)
 
 
 def warps_of(n_in: int, plain: bool) -> int:
-    """Warps that share a panel's columns, so many that all have as much to do; whatever the rows,
-    as sums depend on it."""
-    parts = -(-n_in // (PLAIN_WARP_COLUMNS if plain else WARP_COLUMNS))
-    rounds = -(-parts // MAX_WARPS)
-    return -(-parts // rounds)
+    """Warps that share a panel's columns evenly. Sums depend on their number, so it is the same
+    for any number of rows."""
+    parts = cut(n_in, PLAIN_WARP_COLUMNS if plain else WARP_COLUMNS)
+    return cut(parts, cut(parts, PASS_WARPS))
 
 
 def splits_of(device: Device, blocks: int, n_in: int) -> int:
-    """Blocks that share a panel's columns."""
-    most = SPLIT_BLOCKS * device.n_multiprocessors // blocks
+    """Thread blocks that share a panel's columns, where `blocks` panels are multiplied."""
+    most = PASS_SPLIT_BLOCKS * device.n_multiprocessors // blocks
     return max(1, min(most, n_in // SPLIT_COLUMNS)) if blocks <= MAX_COUNTERS else 1
 
 
-def shared_sums(lowering: Lowering, blocks: int, splits: int, n: int) -> Sequence[Ref]:
-    """Room for what `splits` blocks have of n sums each, and counters."""
+def split_buffers(lowering: Lowering, blocks: int, splits: int, n: int) -> Sequence[Ref]:
+    """The buffer of partial sums, n of each thread block, and the counters; None without splits."""
     if splits == 1:
         return (None, None)
     return (Scratch((blocks * splits, n), F32), lowering.counters)
 
 
-# Above any number of rows: as the fewest that make a block, all rows are loose.
-_NO_BLOCKS = float(1 << 24)
-_NO_END = 1 << 24
-# Bytes of shared memory that kernels have beside what a launch gives them, at most.
-_STATIC_SHARED = 2048
-
-
-def _cut(n: int, size: int) -> int:
+def cut(n: int, size: int) -> int:
+    """Parts of `size` that cover n."""
     return -(-n // size)
 
 
-def _has_shared(device: Device, n_bytes: int) -> bool:
+def has_shared(device: Device, n_bytes: int) -> bool:
+    """Whether a thread block can have so much dynamic shared memory."""
     return n_bytes + _STATIC_SHARED <= device.shared_bytes
 
 
-def _all_short(live: Live) -> bool:
-    """A row for each sequence: a decode step."""
+def is_decode(live: Live) -> bool:
+    """Whether no sequence has more than one row."""
     return live.n_tokens <= live.n_seqs

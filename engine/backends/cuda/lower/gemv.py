@@ -1,7 +1,7 @@
-"""Products of one row as launches, with the op that makes the row computed on the way.
+"""Products of one row, with the op that makes the row in the same launch.
 
-Every block of a launch makes the row for itself (mul_mat.cu), which takes less time than a
-launch of its own would.
+Every thread block of the launch computes the row for itself (mul_mat.cu), which takes less time
+than a launch of its own.
 """
 
 from __future__ import annotations
@@ -9,73 +9,76 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from engine.backends.cuda.launches import MAX_COUNTERS, Lowering
+from engine.backends.cuda import kernels
+from engine.backends.cuda.kernels import threads
+from engine.backends.cuda.launches import MAX_COUNTERS, Launch, Lowering
 from engine.backends.cuda.lower.common import (
-    MAX_WEIGHTS,
-    Between,
+    WARP_COLUMNS,
+    RowRange,
     blocks_of,
-    shared_sums,
+    cut,
+    split_buffers,
     warps_of,
 )
-from engine.backends.cuda.weights import PANEL, RECORD
 from engine.backends.native.buffers import Ref
 from engine.backends.native.signatures import is_quantized
 from engine.graph import Node, Tensor
 
-# As RowSource in row.cuh.
-_AS_IT_IS, _SWIGLU, _NORM, _GATED = 0, 1, 2, {"silu": 3, "sigmoid": 4}
-# Warps of a block share the columns of a row, 256 each at a time; of a multiprocessor, with the
-# registers that they have (mul_mat_1's bounds).
-MAX_WARPS, WARP_COLUMNS, RESIDENT_WARPS = 16, 256, 32
-# More columns than a block's warps have at once are shared by blocks, as long as these are no more
-# than so many for each multiprocessor.
-SPLIT_BLOCKS = 8
-# A block has so many panels that all blocks are there at once, but no more than these.
+# Warps of a thread block at most, and of a multiprocessor, by the registers that they have.
+GEMV_WARPS, RESIDENT_WARPS = threads("mul_mat_1") // 32, 32
+# Rows of more columns than a thread block's warps take at once are split along K, up to so many
+# thread blocks for each multiprocessor.
+GEMV_SPLIT_BLOCKS = 8
+# A thread block has as many panels as let all thread blocks be resident, but no more than these.
 MAX_PANELS = 8
-# What a warp keeps of a row (RowBatch), and its sums of a panel.
-_BATCH_BYTES, _SUM_BYTES = 8 * (2 * RECORD + 16) + RECORD, 4 * PANEL
-# A norm is not worth computing in more blocks than these.
+# In more thread blocks than these a norm costs more than a launch of its own.
 NORM_BLOCKS = 2048
+_SUM_BYTES = 4 * kernels.PANEL
 
 
 @dataclass(frozen=True)
-class Row:
-    """What a product's row is: views and attributes of mul_mat.cu."""
+class GemvRow:
+    """The row of a product: the nodes that make it, views and attributes of mul_mat.cu."""
 
     nodes: Sequence[Node]
     x: Tensor
     more: Ref = None
     factor: Ref = None
     total: Ref = None
-    attrs: tuple[float, ...] = (_AS_IT_IS, 0.0, 0.0)
+    source: int = kernels.ROW_AS_IT_IS
+    eps: float = 0.0
+    head: int = 0
 
 
-def lower_row(
-    lowering: Lowering, node: Node, outs: Mapping[Tensor, Tensor], row: Row | None = None
+def lower_gemv(
+    lowering: Lowering, node: Node, outs: Mapping[Tensor, Tensor], row: GemvRow | None = None
 ) -> None:
     """One launch for all weights of a product of one row."""
-    row, weights = row or Row([], node.inputs["x"]), list(outs)
-    share = Share.of(lowering, weights, may_split=row.attrs[0] != _NORM)
-    blocks = blocks_of(weights, share.panels)
-    padding = [None] * (MAX_WEIGHTS - len(weights))
-    lowering.launch(
-        "mul_mat", "mul_mat_1", [*row.nodes, node],
-        [
+    row, weights = row or GemvRow([], node.inputs["x"]), list(outs)
+    split = WorkSplit.of(lowering, weights, may_split=row.source != kernels.ROW_NORM)
+    blocks = blocks_of(weights, split.panels)
+    padding = [None] * (kernels.MAX_WEIGHTS - len(weights))
+    lowering.add(Launch(
+        kernel="mul_mat_1", nodes=[*row.nodes, node],
+        operands=[
             *outs.values(), *padding, row.x, row.more, row.factor, row.total, *weights, *padding,
             node.inputs.get("gate"), node.inputs.get("add"),
-            *shared_sums(lowering, blocks, share.splits, share.panels * PANEL),
+            *split_buffers(lowering, blocks, split.splits, split.panels * kernels.PANEL),
         ],
-        [*row.attrs, share.panels, share.rounds, share.slot_bytes],
-        threads=32 * share.warps, shared=share.warps * share.warp_bytes(share.panels),
-        grid=lambda live: (blocks, 1, share.splits), when=Between(row.x, 0, 1),
-    )  # fmt: skip
+        attrs=[row.source, row.eps, row.head, split.panels, split.rounds, split.slot_bytes],
+        threads=32 * split.warps, shared=split.warps * split.warp_bytes(split.panels),
+        grid=lambda live: (blocks, 1, split.splits), when=RowRange(row.x, 0, 1),
+    ))  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Share:
-    """How a product of one row is shared: by blocks that have so many panels each, `splits` of them
-    the columns of each panel, and by a block's warps. Of these each has up to `rounds` batches of
-    256 columns, and room for one of weights."""
+class WorkSplit:
+    """Work split of a GEMV.
+
+    `panels` per thread block, `splits` thread blocks per panel along K, `warps` per thread block. A
+    warp keeps up to `rounds` batches of WARP_COLUMNS columns of the row in shared memory, and a
+    batch of weights in a slot of `slot_bytes`.
+    """
 
     splits: int
     panels: int
@@ -84,67 +87,63 @@ class Share:
     slot_bytes: int
 
     @classmethod
-    def of(cls, lowering: Lowering, weights: Sequence[Tensor], may_split: bool) -> Share:
-        """Of a product with some weights, where blocks may share columns or not."""
+    def of(cls, lowering: Lowering, weights: Sequence[Tensor], may_split: bool) -> WorkSplit:
+        """The split of a product with some weights; may_split: along K, too."""
         device, n_in = lowering.device, weights[0].shape[-1]
         quantized = [w for w in weights if is_quantized(w)]
         if not quantized:
-            return cls(1, 1, *cls.of_warps(lowering, weights, n_in))
+            return cls.of_warps(lowering, weights, n_in)
         n, n_panels = device.n_multiprocessors, blocks_of(quantized)
-        most = min(SPLIT_BLOCKS * n, MAX_COUNTERS) // n_panels
-        splits = -(-n_in // (MAX_WARPS * WARP_COLUMNS))
-        may_split = may_split and len(quantized) == len(weights)
-        splits = max(1, min(most, splits)) if may_split else 1
-        columns = -(-n_in // splits)
-        warps, rounds, slot = cls.of_warps(lowering, quantized, columns)
-        resident = n * max(RESIDENT_WARPS // warps, 1)
-        panels = max(1, min(MAX_PANELS, -(-n_panels * splits // resident)))
-        return cls(splits, panels, warps, rounds, slot)
+        splits = 1
+        if may_split and len(quantized) == len(weights):
+            most = min(GEMV_SPLIT_BLOCKS * n, MAX_COUNTERS) // n_panels
+            splits = max(1, min(most, cut(n_in, GEMV_WARPS * WARP_COLUMNS)))
+        own = cls.of_warps(lowering, quantized, cut(n_in, splits))
+        resident = n * max(RESIDENT_WARPS // own.warps, 1)
+        panels = max(1, min(MAX_PANELS, cut(n_panels * splits, resident)))
+        return cls(splits, panels, own.warps, own.rounds, own.slot_bytes)
 
-    @staticmethod
-    def of_warps(
-        lowering: Lowering, weights: Sequence[Tensor], columns: int
-    ) -> tuple[int, int, int]:
-        """A block's warps, rounds and bytes of a slot, for so many columns; plain weights have use
-        for neither rounds nor slots."""
+    @classmethod
+    def of_warps(cls, lowering: Lowering, weights: Sequence[Tensor], columns: int) -> WorkSplit:
+        """The split of one panel's columns among a thread block's warps. Plain weights have neither
+        rounds nor slots."""
         quantized = [w for w in weights if is_quantized(w)]
         if not quantized:
-            return warps_of(columns, plain=True), 0, 0
+            return cls(1, 1, warps_of(columns, plain=True), 0, 0)
         slot = max(lowering.weights.part_bytes(w, WARP_COLUMNS) for w in quantized)
-        batches = -(-columns // WARP_COLUMNS)
-        room = lowering.device.shared_bytes - (batches + MAX_WARPS) * _BATCH_BYTES
-        most = max(1, min(MAX_WARPS, room // (slot + _SUM_BYTES * MAX_PANELS)))
-        rounds = -(-batches // most)
-        return -(-batches // rounds), rounds, slot
+        batches = cut(columns, WARP_COLUMNS)
+        left = lowering.device.shared_bytes - (batches + GEMV_WARPS) * kernels.ROW_BATCH_BYTES
+        most = max(1, min(GEMV_WARPS, left // (slot + _SUM_BYTES * MAX_PANELS)))
+        rounds = cut(batches, most)
+        return cls(1, 1, cut(batches, rounds), rounds, slot)
 
     def warp_bytes(self, panels: int) -> int:
-        """Of a warp's shared memory."""
-        return self.rounds * _BATCH_BYTES + self.slot_bytes + _SUM_BYTES * panels + 4
+        """A warp's shared memory: batches of the row, a slot, sums, the sum of squares."""
+        return self.rounds * kernels.ROW_BATCH_BYTES + self.slot_bytes + _SUM_BYTES * panels + 4
 
 
 def is_worth_a_norm(weights: Sequence[Tensor]) -> bool:
-    """Whether a row is cheaper computed in all blocks than by a launch of its own."""
+    """Whether a norm is cheaper in all thread blocks of a product than in a launch of its own."""
     return blocks_of(weights) <= NORM_BLOCKS
 
 
-def swiglu_row(nodes: Sequence[Node]) -> Row:
-    """Of a SWIGLU."""
-    act, _ = nodes
-    return Row([act], act.inputs["gate"], act.inputs["up"], attrs=(_SWIGLU, 0.0, 0.0))
+def swiglu_row(act: Node) -> GemvRow:
+    """The row that a SWIGLU makes."""
+    return GemvRow([act], act.inputs["gate"], act.inputs["up"], source=kernels.ROW_SWIGLU)
 
 
-def norm_row(nodes: Sequence[Node]) -> Row:
-    """Of an ADD_RMS_NORM."""
-    norm, _ = nodes
+def norm_row(norm: Node) -> GemvRow:
+    """The row that an ADD_RMS_NORM makes."""
     delta, weight = norm.inputs.get("delta"), norm.inputs["weight"]
     total = norm.outputs[1] if delta is not None else None
-    attrs = (_NORM, norm.attrs["eps"], 0.0)
-    return Row([norm], norm.inputs["x"], delta, weight, total, attrs)
+    x, eps = norm.inputs["x"], norm.attrs["eps"]
+    return GemvRow([norm], x, delta, weight, total, kernels.ROW_NORM, eps)
 
 
-def gated_row(nodes: Sequence[Node]) -> Row:
-    """Of an RMS_NORM_GATED."""
-    norm, _ = nodes
-    x, eps, act = norm.inputs["x"], norm.attrs["eps"], norm.attrs["act"]
-    attrs = (_GATED[act], eps, x.shape[2])
-    return Row([norm], x, norm.inputs["gate"], norm.inputs["weight"], attrs=attrs)
+def gated_row(norm: Node) -> GemvRow:
+    """The row that an RMS_NORM_GATED makes."""
+    x, gate, weight = (norm.inputs[name] for name in ("x", "gate", "weight"))
+    source = {"silu": kernels.ROW_GATED_SILU, "sigmoid": kernels.ROW_GATED_SIGMOID}[
+        norm.attrs["act"]
+    ]
+    return GemvRow([norm], x, gate, weight, None, source, norm.attrs["eps"], x.shape[2])

@@ -1,229 +1,219 @@
-"""Matrix products and tables of packed weights as launches; those of experts: cuda_experts.py.
+"""MUL_MAT and GET_ROWS as launches; the products of experts are in mul_mat_id.py.
 
-Few rows are multiplied by the panels as they are stored, with int8 activations (product.cuh); many
-as bfloat16 by cuBLAS, or by gemm.cuh where there is no room for a weight's copy. Each step says for
-which numbers of rows it is launched.
+Few rows are multiplied by panels as they are stored, with int8 activations (product.cuh); many as
+bfloat16, by cuBLAS or by gemm.cuh. `_panel_kernels` and `_gemm_kernels` are the tables of what
+multiplies how many rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import pairwise
 
+from engine.backends.cuda import kernels
 from engine.backends.cuda.device import Device, Grid
-from engine.backends.cuda.launches import Condition, Lowering
+from engine.backends.cuda.kernels import threads
+from engine.backends.cuda.launches import Launch, Lowering, Product
 from engine.backends.cuda.lower.common import (
-    MAX_WEIGHTS,
-    Between,
+    RowRange,
     blocks_of,
+    cut,
     rows_of,
-    shared_sums,
+    split_buffers,
     splits_of,
+    walk,
     warps_of,
 )
-from engine.backends.cuda.lower.gemv import lower_row
-from engine.backends.cuda.lower.simple import GET_ROWS, add_launch
-from engine.backends.cuda.weights import PANEL, RECORD, expand_grid
+from engine.backends.cuda.lower.gemv import lower_gemv
+from engine.backends.cuda.lower.simple import GET_ROWS, add_single
+from engine.backends.cuda.weights import expand_grid, fits_bf16, is_of_step
 from engine.backends.native.buffers import Ref, Scratch
 from engine.backends.native.signatures import is_quantized, matrices_of
 from engine.backends.native.views import BF16, I8, view_key
-from engine.formats.quants import F32, I32, WEIGHT_TYPES
-from engine.graph import Dim, Kind, Live, Node, Tensor
+from engine.formats.quants import F32, I32
+from engine.graph import Kind, Live, Node, Tensor
 
-TILE_COLUMNS = 128
-# Rows that blocks quantize for themselves at most, and those of one pass over a weight.
-INLINE_ROWS, ROWS_OF_PASS = 4, (1, 2, 4, 8, 16, 32)
-PLAIN_ROWS = 8  # Of a pass over plain weights, at most.
-_SOURCE_OF_PASS = {2: "mul_mat", 4: "mul_mat_some", 8: "mul_mat_some"}
-_SOURCE_OF_PASS |= {16: "mul_mat_rows", 32: "mul_mat_rows"}
-# Rows that are multiplied by panels as they are stored, at most: of many elements that there are
-# bfloat16 copies of, and else. On an H200 16 rows take twice as long as 8; by copies a step of 16
-# takes 0.86 of that with 4B, but 1.28 with 0.8B, for its launches.
+# Rows that each thread block quantizes for itself, at most.
+INLINE_ROWS = 4
+# The most rows that are multiplied by panels as they are stored: COPIED_ROWS where weights of more
+# than MANY_ELEMENTS all have copies in bfloat16, else TILED_ROWS. On an H200 a pass of 16 rows
+# takes twice as long as one of 8; with copies a step of 16 rows takes 0.86 of that time with 4B,
+# but 1.28 with 0.8B, because of its launches.
 COPIED_ROWS, TILED_ROWS, MANY_ELEMENTS = 8, 16, 1 << 23
-# Rows from which on a weight is expanded to bfloat16 for a single product.
-EXPANDED_ROWS = 256
-# Rows up to which tiles of 64 of them are taken, then of 128.
-GEMM_ROWS = 128
-_STAGES = 3
+# Rows up to which gemm.cuh has tiles of 64 rows, then of 128; and from which on a weight without a
+# copy is expanded to bfloat16 for one product by cuBLAS.
+GEMM_ROWS, EXPANDED_ROWS = 128, 256
+_PASS_ROWS = {f"mul_mat_{n}": n for n in (2, 4, 8, 16, 32)}
+_GEMM_TILES = {"gemm_64": 64, "gemm_128": 128}
+
+
+def _panel_kernels(
+    lowering: Lowering, weights: Sequence[Tensor]
+) -> Sequence[tuple[int, str, bool]]:
+    """What multiplies rows by panels: rows up to, kernel, whether it fits the weights."""
+    quantized = any(map(is_quantized, weights))
+    return (
+        (1, "mul_mat_1", not lowering.batch_invariant),  # A GEMV.
+        (2, "mul_mat_2", True),
+        (4, "mul_mat_4", True),
+        (8, "mul_mat_8", True),
+        (16, "mul_mat_16", quantized),
+        (32, "mul_mat_32", quantized),
+    )
+
+
+def _gemm_kernels(
+    lowering: Lowering, w: Tensor, out: Tensor
+) -> Sequence[tuple[int | None, str, bool]]:
+    """What multiplies more rows by one weight in bfloat16."""
+    of_step = is_of_step(out)
+    copied = of_step and lowering.weights.has_bf16(w)
+    return (
+        (min(GEMM_ROWS, EXPANDED_ROWS - 1), "gemm_64", not copied),
+        (EXPANDED_ROWS - 1, "gemm_128", not copied),
+        (None, "expand", of_step and not copied),
+        (None, "gemm_bf16", copied),
+    )
 
 
 def unsupported(node: Node, device: Device) -> str:
-    """Why a node of LOWERINGS can't be run; an empty string if it can."""
-    if node.op.name == "MUL_MAT" and len(matrices_of(node)) > MAX_WEIGHTS:
-        return f"more than {MAX_WEIGHTS} weights of one product"
+    """See lower.unsupported."""
+    if node.op.name == "MUL_MAT" and len(matrices_of(node)) > kernels.MAX_WEIGHTS:
+        return f"more than {kernels.MAX_WEIGHTS} weights of one product"
     return ""
 
 
 def lower_get_rows(lowering: Lowering, node: Node) -> None:
-    """Rows of a packed table; of an activation as any small op."""
+    """Rows of a packed table; of an activation as a single launch."""
     (out,), table = node.outputs, node.inputs["table"]
     if table.kind is not Kind.WEIGHT:
-        add_launch(lowering, node, GET_ROWS)
+        add_single(lowering, node, GET_ROWS)
         return
-    lowering.launch(
-        "get_rows_packed", "get_rows_packed", [node], [out, table, node.inputs["ids"]],
-        threads=128,
-        grid=lambda live: (-(-out.shape[1] // (8 * 128)), rows_of(out, live), 1),
-    )  # fmt: skip
+    n_blocks = cut(out.shape[1], 8 * threads("get_rows_packed"))
+    lowering.add(Launch(
+        kernel="get_rows_packed", nodes=[node], operands=[out, table, node.inputs["ids"]],
+        grid=lambda live: (n_blocks, rows_of(out, live), 1),
+    ))  # fmt: skip
 
 
 def lower_mul_mat(lowering: Lowering, node: Node, more_than: int = 0) -> None:
-    """For more rows than so many. Of few, one launch for all weights; of many, a product each."""
-    weights = matrices_of(node)
-    outs = dict(zip(weights, node.outputs, strict=True))
-    tiled = [] if lowering.batch_invariant else [w for w in weights if has_tiles(w)]
+    """Products of more than `more_than` rows: of few rows in one launch for all weights, of many in
+    one for each weight."""
+    outs = dict(zip(matrices_of(node), node.outputs, strict=True))
+    tiled = [] if lowering.batch_invariant else [w for w in outs if fits_bf16(w)]
     if not tiled:
-        _lower_passes(lowering, node, outs, more_than, None)
+        _lower_panels(lowering, node, outs, more_than, None)
         return
-    copied = {w for w in tiled if _is_of_step(outs[w]) and lowering.weights.keep_bf16(w)}
     is_large = sum(w.shape[0] * w.shape[1] for w in tiled) > MANY_ELEMENTS
-    few = COPIED_ROWS if is_large and len(copied) == len(tiled) else TILED_ROWS
-    _lower_passes(lowering, node, outs, more_than, few)
+    copied = all(is_of_step(outs[w]) and lowering.weights.has_bf16(w) for w in tiled)
+    few = COPIED_ROWS if is_large and copied else TILED_ROWS
+    _lower_panels(lowering, node, outs, more_than, few)
     if rest := {w: out for w, out in outs.items() if w not in tiled}:
-        _lower_passes(lowering, node, rest, few, None)
+        _lower_panels(lowering, node, rest, few, None)
     for w in tiled:
-        _lower_gemm(lowering, node, outs[w], w, w in copied, few)
+        rounded = rounded_rows(lowering, node, node.inputs["x"])
+        for kernel, rows in walk(_gemm_kernels(lowering, w, outs[w]), outs[w], few, None):
+            _lower_gemm(lowering, node, w, rounded, kernel, rows)
 
 
-def _lower_passes(
+def _lower_panels(
     lowering: Lowering, node: Node, outs: Mapping[Tensor, Tensor], more_than: int, most: int | None
 ) -> None:
-    """Passes over the panels for rows between two numbers, for each size of pass a launch."""
+    """The products with some weights of more than `more_than` and at most `most` rows."""
     x, weights = node.inputs["x"], list(outs)
-    quantized = any(is_quantized(w) for w in weights)
-    largest = min(most or ROWS_OF_PASS[-1], ROWS_OF_PASS[-1] if quantized else PLAIN_ROWS)
-    sizes = [n for n in ROWS_OF_PASS if n <= largest]
-    if lowering.batch_invariant:
-        sizes.remove(1)
-    elif more_than == 0:
-        lower_row(lowering, node, outs)
-        more_than = 1
-    plain = not all(is_quantized(w) for w in weights)
-    blocks = blocks_of(weights)
-    may_split = not plain and not lowering.batch_invariant
-    splits = splits_of(lowering.device, blocks, x.shape[1]) if may_split else 1
-    warps = warps_of(-(-x.shape[1] // splits), plain)
-    converted: Sequence[Ref] = (None, None, None)
-    if quantized:
-        converted = _quantized(lowering, node, x)
-    padding = [None] * (MAX_WEIGHTS - len(weights))
+    table = [row for row in _panel_kernels(lowering, weights) if most is None or row[0] <= most]
+    chosen = list(walk(table, x, more_than, most))
+    if chosen[0][0] == "mul_mat_1":
+        lower_gemv(lowering, node, outs)
+        del chosen[0]
+    plain, blocks, splits = not all(map(is_quantized, weights)), blocks_of(weights), 1
+    if not (plain or lowering.batch_invariant):
+        splits = splits_of(lowering.device, blocks, x.shape[1])
+    warps = warps_of(cut(x.shape[1], splits), plain)
+    sums = split_buffers(lowering, blocks, splits, _PASS_ROWS[chosen[-1][0]] * kernels.PANEL)
+    padding = [None] * (kernels.MAX_WEIGHTS - len(weights))
     others = [node.inputs.get("gate"), node.inputs.get("add")]
-    sums = shared_sums(lowering, blocks, splits, largest * PANEL)
-    for fewer, n in pairwise((0, *sizes)):
-        if n <= more_than and n != sizes[-1]:
-            continue
-        operands = [*outs.values(), *padding, x, *([None] * 3 if n <= INLINE_ROWS else converted)]
-        lowering.launch(
-            _SOURCE_OF_PASS[n], f"mul_mat_{n}", [node],
-            [*operands, *weights, *padding, *others, *sums],
-            threads=32 * warps, shared=warps * n * PANEL * 4,
-            grid=partial(_grid, x, n, blocks, splits),
-            when=Between(x, max(fewer, more_than), most if n == sizes[-1] else n),
-        )  # fmt: skip
+    absent: Sequence[Ref] = [None] * 3
+    converted = _quantized(lowering, node, x) if any(map(is_quantized, weights)) else absent
+    for kernel, rows in chosen:
+        n = _PASS_ROWS[kernel]
+        made = absent if n <= INLINE_ROWS else converted
+        lowering.add(Launch(
+            kernel=kernel, nodes=[node],
+            operands=[*outs.values(), *padding, x, *made, *weights, *padding, *others, *sums],
+            threads=32 * warps, shared=warps * n * kernels.PANEL * 4,
+            grid=partial(_pass_grid, x, n, blocks, splits), when=rows,
+        ))  # fmt: skip
 
 
 def _lower_gemm(
-    lowering: Lowering, node: Node, out: Tensor, w: Tensor, is_copied: bool, more_than: int
+    lowering: Lowering, node: Node, w: Tensor, rounded: Scratch, kernel: str, rows: RowRange
 ) -> None:
-    """More rows than so many times one weight: by cuBLAS with the weight's copy in bfloat16, else
-    expanded into a buffer if that pays, else decoded on the way."""
-    rounded = rounded_rows(lowering, node, node.inputs["x"])
-    gate, add = node.inputs.get("gate"), node.inputs.get("add")
-    if is_copied:
-        when = Between(out, more_than, None)
-        lowering.gemm([node], out, rounded, w, when=when)
-        _lower_finish(lowering, node, out, when)
+    """A product of some rows with one weight in bfloat16."""
+    out, gate, add = rows.tensor, node.inputs.get("gate"), node.inputs.get("add")
+    if kernel in _GEMM_TILES:
+        lowering.add(Launch(
+            kernel=kernel, nodes=[node], operands=[out, rounded, w, gate, add], when=rows,
+            grid=partial(_gemm_grid, out, _GEMM_TILES[kernel], w.shape[0]),
+        ))  # fmt: skip
         return
-    most = None
-    if _is_of_step(out):
-        most = max(EXPANDED_ROWS, more_than + 1) - 1
-        expanded, copy = Between(out, most, None), Scratch(w.shape, BF16)
-        lowering.launch(
-            "expand", "expand", [node], [copy, w], threads=256,
-            grid=lambda live: expand_grid(w), when=expanded,
-        )  # fmt: skip
-        lowering.gemm([node], out, rounded, copy, when=expanded)
-        _lower_finish(lowering, node, out, expanded)
-    for rows, name, condition in (
-        (64, "gemm_64", Between(out, more_than, min(GEMM_ROWS, most or GEMM_ROWS))),
-        (128, "gemm_128", Between(out, GEMM_ROWS, most)),
-    ):
-        lowering.launch(
-            "gemm", name, [node], [out, rounded, w, gate, add], threads=256,
-            shared=gemm_shared(rows), when=condition,
-            grid=partial(_gemm_grid, out, rows, w.shape[0]),
-        )  # fmt: skip
-
-
-def _lower_finish(lowering: Lowering, node: Node, out: Tensor, when: Condition) -> None:
-    """What is left of a product by cuBLAS."""
-    others = [node.inputs.get("gate"), node.inputs.get("add")]
-    if any(others):
-        lowering.launch(
-            "finish_product", "finish_product", [node], [out, *others], threads=256,
-            grid=lambda live: (-(-out.shape[1] // 256), rows_of(out, live), 1), when=when,
-        )  # fmt: skip
+    b: Tensor | Scratch = w
+    if kernel == "expand":
+        b = Scratch(w.shape, BF16)
+        lowering.add(Launch(
+            kernel="expand", nodes=[node], operands=[b, w], grid=lambda live: expand_grid(w),
+            when=rows,
+        ))  # fmt: skip
+    lowering.add(Product(nodes=[node], out=out, a=rounded, b=b, when=rows))
+    if gate or add:
+        n_blocks = cut(out.shape[1], threads("finish_product"))
+        lowering.add(Launch(
+            kernel="finish_product", nodes=[node], operands=[out, gate, add], when=rows,
+            grid=lambda live: (n_blocks, rows_of(out, live), 1),
+        ))  # fmt: skip
 
 
 def _quantized(lowering: Lowering, node: Node, x: Tensor) -> Sequence[Scratch]:
-    """x as int8 in fragments of 8 rows (quantize.cuh); once for all nodes that read it."""
+    """x as int8 in fragments of ROW_GROUP rows (quantize.cuh); once for all nodes that read it."""
     most = None if lowering.batch_invariant else TILED_ROWS
-    n_blocks, n_records = -(-int(x.shape[0]) // 8), x.shape[1] // RECORD
+    n_groups, n_k_blocks = cut(int(x.shape[0]), kernels.ROW_GROUP), x.shape[1] // kernels.K_BLOCK
     shapes = (
-        ((n_blocks, n_records * 8 * RECORD), I8),
-        ((n_blocks, n_records * 8), F32),
-        ((n_blocks, n_records * 16), I32),
+        ((n_groups, n_k_blocks * kernels.ROW_GROUP * kernels.K_BLOCK), I8),
+        ((n_groups, n_k_blocks * kernels.ROW_GROUP), F32),
+        ((n_groups, n_k_blocks * kernels.ROW_GROUP * 2), I32),
     )
     buffers, is_new = lowering.buffers(("quantized", view_key(x)), shapes)
     if is_new:
-        lowering.launch(
-            "quantize_rows", "quantize_rows", [node], [*buffers, x], threads=256,
-            grid=lambda live: (-(-n_records // 8), -(-rows_of(x, live) // 8), 1),
-            when=Between(x, INLINE_ROWS, most),
-        )  # fmt: skip
+        n_blocks = cut(n_k_blocks, threads("quantize_rows") // 32)
+        lowering.add(Launch(
+            kernel="quantize_rows", nodes=[node], operands=[*buffers, x],
+            grid=lambda live: (n_blocks, cut(rows_of(x, live), kernels.ROW_GROUP), 1),
+            when=RowRange(x, INLINE_ROWS, most),
+        ))  # fmt: skip
     return buffers
 
 
 def rounded_rows(lowering: Lowering, node: Node, x: Tensor) -> Scratch:
     """x as bfloat16; once for all nodes that read it."""
     (buffer,), is_new = lowering.buffers(("rounded", view_key(x)), ((x.shape, BF16),))
-    n_used = x.shape[1] if len(x.shape) == 3 else 1
     if is_new:
-        lowering.launch(
-            "round_rows", "round_rows", [node], [buffer, x], threads=128,
-            grid=lambda live: (-(-x.shape[-1] // (8 * 128)), n_used, rows_of(x, live)),
-            when=Between(x, COPIED_ROWS, None),
-        )  # fmt: skip
+        n_blocks, n_used = cut(x.shape[-1], 8 * threads("round_rows")), 1
+        if len(x.shape) == 3:
+            n_used = x.shape[1]
+        lowering.add(Launch(
+            kernel="round_rows", nodes=[node], operands=[buffer, x],
+            grid=lambda live: (n_blocks, n_used, rows_of(x, live)),
+            when=RowRange(x, COPIED_ROWS, None),
+        ))  # fmt: skip
     return buffer
 
 
-def gemm_shared(rows: int) -> int:
-    """Shared memory of a tile of that many rows (gemm.cuh)."""
-    return (_STAGES * rows + 2 * TILE_COLUMNS) * RECORD * 2
-
-
-def has_tiles(w: Tensor) -> bool:
-    """Whether bfloat16 keeps a weight's digits, as far as quantized ones have them."""
-    is_bf16 = w.dtype is WEIGHT_TYPES["BF16"] and w.shape[-1] % RECORD == 0
-    return is_quantized(w) or is_bf16
-
-
-def _is_of_step(t: Tensor) -> bool:
-    """Whether it has a row for each token, rather than for each that needs logits."""
-    return isinstance(t.shape[0], Dim) and t.shape[0].name == "n_tokens"
-
-
-def _grid(t: Tensor, rows: int, blocks: int, splits: int, live: Live) -> Grid:
-    """Blocks for each group of so many rows of a tensor."""
-    return blocks, -(-rows_of(t, live) // rows), splits
+def _pass_grid(t: Tensor, rows: int, blocks: int, splits: int, live: Live) -> Grid:
+    return blocks, cut(rows_of(t, live), rows), splits
 
 
 def _gemm_grid(out: Tensor, rows: int, n_out: int, live: Live) -> Grid:
-    return -(-rows_of(out, live) // rows), -(-n_out // TILE_COLUMNS), 1
+    return cut(rows_of(out, live), rows), cut(n_out, kernels.GEMM_COLUMNS), 1
 
 
-LOWERINGS: dict[str, Callable[[Lowering, Node], None]] = {
-    "GET_ROWS": lower_get_rows,
-    "MUL_MAT": lower_mul_mat,
-}
+LOWERINGS = {"GET_ROWS": lower_get_rows, "MUL_MAT": lower_mul_mat}

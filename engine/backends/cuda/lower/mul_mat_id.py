@@ -1,39 +1,58 @@
-"""Products with the matrices of chosen experts as launches.
+"""MUL_MAT_ID, products with the matrices of chosen experts, as launches.
 
-The experts of few tokens are multiplied one by one; those of more in tiles of rows of one expert,
-by the panels as they are stored, or on tensor cores in bfloat16. Each step says for which numbers
-of tokens it is launched.
+`_kernels` is the table of what multiplies how many tokens: experts one by one for few; for more,
+tiles of rows of one expert, by panels as they are stored or on tensor cores in bfloat16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
+from engine.backends.cuda import kernels
 from engine.backends.cuda.device import Device, Grid
-from engine.backends.cuda.launches import Condition, Lowering
-from engine.backends.cuda.lower.common import Between, rows_of, warps_of
-from engine.backends.cuda.lower.gemv import MAX_WARPS, Share
-from engine.backends.cuda.lower.mul_mat import TILE_COLUMNS, gemm_shared, has_tiles, rounded_rows
-from engine.backends.cuda.weights import PANEL
+from engine.backends.cuda.kernels import threads
+from engine.backends.cuda.launches import Condition, Launch, Lowering
+from engine.backends.cuda.lower.common import RowRange, cut, rows_of, walk, warps_of
+from engine.backends.cuda.lower.gemv import GEMV_WARPS, WorkSplit
+from engine.backends.cuda.lower.mul_mat import rounded_rows
+from engine.backends.cuda.weights import fits_bf16
 from engine.backends.native.buffers import Ref, Scratch
 from engine.backends.native.signatures import is_quantized, matrices_of
 from engine.backends.native.views import view_key
 from engine.formats.quants import F32, I32
 from engine.graph import Live, Node, Tensor
 
-MAX_MATRICES, MAX_EXPERTS = 4, 1024  # As in mul_mat_id.cu.
-# Tokens whose experts are multiplied one by one, and in tiles of 8 rows, at most.
+# A thread of sort_by_expert has one expert.
+MAX_EXPERTS = threads("sort_by_expert")
+# Tokens whose experts are multiplied one by one, and in tiles of EXPERT_TILE_ROWS rows, at most.
 SINGLE_TOKENS, TILE_TOKENS = 4, 64
-# Rows of an expert's tiles, and how many an expert has on average from which on they are large.
-TILE_ROWS, SMALL_TILE, LARGE_TILE, LARGE_FROM = 8, 32, 64, 48
+# Rows of an expert on average from which on its tiles have 64 rows on tensor cores, before 32.
+LARGE_FROM = 48
+_TILE_ROWS = {
+    "mul_mat_id_rows": kernels.EXPERT_TILE_ROWS,
+    "gemm_experts_32": 32,
+    "gemm_experts_64": 64,
+}
+
+
+def _kernels(lowering: Lowering, node: Node) -> Sequence[tuple[int | None, str, bool]]:
+    """What multiplies tokens: tokens up to, kernel, whether it fits."""
+    matrices, n_used = matrices_of(node), node.inputs["ids"].shape[1]
+    fits = not lowering.batch_invariant and all(map(fits_bf16, matrices))
+    return (
+        (SINGLE_TOKENS, "mul_mat_id", not lowering.batch_invariant),
+        (TILE_TOKENS, "mul_mat_id_rows", True),
+        (cut(LARGE_FROM * matrices[0].shape[0], n_used), "gemm_experts_32", fits),
+        (None, "gemm_experts_64", fits),
+    )
 
 
 def unsupported(node: Node, device: Device) -> str:
-    """Why a MUL_MAT_ID can't be run; an empty string if it can."""
+    """See lower.unsupported."""
     matrices = matrices_of(node)
-    if len(matrices) > MAX_MATRICES:
-        return f"more than {MAX_MATRICES} matrices of experts in one product"
+    if len(matrices) > kernels.MAX_MATRICES:
+        return f"more than {kernels.MAX_MATRICES} matrices of experts in one product"
     if matrices[0].shape[0] > MAX_EXPERTS:
         return f"more than {MAX_EXPERTS} experts"
     return ""
@@ -41,88 +60,71 @@ def unsupported(node: Node, device: Device) -> str:
 
 def lower_mul_mat_id(lowering: Lowering, node: Node) -> None:
     """Experts one by one for few tokens, in tiles of rows of one expert for more."""
-    matrices, ids = matrices_of(node), node.inputs["ids"]
-    tiled = not lowering.batch_invariant and all(map(has_tiles, matrices))
-    n_single = 0 if lowering.batch_invariant else SINGLE_TOKENS
-    if n_single:
-        _lower_single(lowering, node, Between(ids, 0, n_single))
-    _lower_tiles(lowering, node, Between(ids, n_single, TILE_TOKENS if tiled else None))
-    if tiled:
-        _lower_expert_gemm(lowering, node)
+    for kernel, rows in walk(_kernels(lowering, node), node.inputs["ids"], 0, None):
+        if kernel == "mul_mat_id":
+            _lower_single(lowering, node, rows)
+        else:
+            _lower_tiles(lowering, node, kernel, rows)
 
 
 def _lower_single(lowering: Lowering, node: Node, when: Condition) -> None:
-    """A block for each panel of each (token, choice), or of each token with their sum."""
+    """A thread block for each panel of each (token, choice), or of each token with their sum."""
     x, ids, gates = (node.inputs.get(name) for name in ("x", "ids", "weights"))
     assert ids is not None
     matrices, n_used = matrices_of(node), ids.shape[1]
-    padding = [None] * (MAX_MATRICES - len(matrices))
+    padding = [None] * (kernels.MAX_MATRICES - len(matrices))
     operands = [*node.outputs, *padding, x, *matrices, *padding, ids, gates]
-    blocks = sum(-(-m.shape[1] // PANEL) for m in matrices)
-    share = Share(1, 1, *Share.of_warps(lowering, matrices, matrices[0].shape[2]))
-    n, attrs = share.warps, [float(v) for v in (share.rounds, share.slot_bytes, share.warps)]
+    blocks = sum(cut(m.shape[1], kernels.PANEL) for m in matrices)
+    split = WorkSplit.of_warps(lowering, matrices, matrices[0].shape[2])
+    n, attrs = split.warps, [split.rounds, split.slot_bytes, split.warps]
     if gates is None:
-        lowering.launch(
-            "mul_mat_id", "mul_mat_id", [node], operands, attrs,
-            threads=32 * n, shared=n * share.warp_bytes(1), when=when,
+        lowering.add(Launch(
+            kernel="mul_mat_id", nodes=[node], operands=operands, attrs=attrs,
+            threads=32 * n, shared=n * split.warp_bytes(1), when=when,
             grid=lambda live: (blocks, n_used, rows_of(ids, live)),
-        )  # fmt: skip
+        ))  # fmt: skip
         return
-    warps = min(max(MAX_WARPS // n, 1), n_used) * n
-    lowering.launch(
-        "mul_mat_id", "mul_mat_id_sum", [node], operands, attrs,
-        threads=32 * warps, shared=warps * share.warp_bytes(0) + n_used * n * PANEL * 4, when=when,
-        grid=lambda live: (blocks, rows_of(ids, live), 1),
-    )  # fmt: skip
+    warps = min(max(GEMV_WARPS // n, 1), n_used) * n
+    lowering.add(Launch(
+        kernel="mul_mat_id_sum", nodes=[node], operands=operands, attrs=attrs,
+        threads=32 * warps, grid=lambda live: (blocks, rows_of(ids, live), 1), when=when,
+        shared=warps * split.warp_bytes(0) + n_used * n * kernels.PANEL * 4,
+    ))  # fmt: skip
 
 
-def _lower_tiles(lowering: Lowering, node: Node, when: Between) -> None:
-    """Tiles of up to 8 rows of an expert times the panels as they are stored."""
-    ids = node.inputs["ids"]
-    order, tiles = _sorted(lowering, node, TILE_ROWS, when)
-    share = _share(node)
-    for out, m in zip(node.outputs, matrices_of(node), strict=True):
+def _lower_tiles(lowering: Lowering, node: Node, kernel: str, when: RowRange) -> None:
+    """Tiles of rows of one expert, and the weighted sum over a token's experts."""
+    ids, matrices, rows = node.inputs["ids"], matrices_of(node), _TILE_ROWS[kernel]
+    x: Ref = node.inputs["x"]
+    by_panels = kernel == "mul_mat_id_rows"
+    if not by_panels:
+        x = rounded_rows(lowering, node, node.inputs["x"])
+    order, tiles = _sorted(lowering, node, rows, when)
+    n_threads = n_shared = 0
+    if by_panels:
+        warps = warps_of(matrices[0].shape[2], plain=not is_quantized(matrices[0]))
+        n_threads, n_shared = 32 * warps, warps * rows * kernels.PANEL * 4
+    grid = _panel_grid if by_panels else _gemm_grid
+    for out, m in zip(node.outputs, matrices, strict=True):
         target = _per_choice(node, out, m)
-        lowering.launch(
-            "mul_mat_id_rows", "mul_mat_id_rows", [node],
-            [target, node.inputs["x"], m, order, tiles],
-            threads=32 * share, shared=share * TILE_ROWS * PANEL * 4, when=when,
-            grid=partial(_tile_grid, ids, m),
-        )  # fmt: skip
+        lowering.add(Launch(
+            kernel=kernel, nodes=[node], operands=[target, x, m, order, tiles],
+            threads=n_threads, shared=n_shared, grid=partial(grid, ids, m, rows), when=when,
+        ))  # fmt: skip
         _lower_sum(lowering, node, out, target, when)
-
-
-def _lower_expert_gemm(lowering: Lowering, node: Node) -> None:
-    """Tiles of an expert's rows on tensor cores, rounded to bfloat16."""
-    ids, matrices = node.inputs["ids"], matrices_of(node)
-    n_used, n_experts = ids.shape[1], matrices[0].shape[0]
-    from_tokens = -(-LARGE_FROM * n_experts // n_used)
-    rounded = rounded_rows(lowering, node, node.inputs["x"])
-    for rows, when in (
-        (SMALL_TILE, Between(ids, TILE_TOKENS, max(TILE_TOKENS, from_tokens))),
-        (LARGE_TILE, Between(ids, max(TILE_TOKENS, from_tokens), None)),
-    ):
-        order, tiles = _sorted(lowering, node, rows, when)
-        for out, m in zip(node.outputs, matrices, strict=True):
-            target = _per_choice(node, out, m)
-            lowering.launch(
-                "gemm_experts", f"gemm_experts_{rows}", [node], [target, rounded, m, order, tiles],
-                threads=256, shared=gemm_shared(rows), when=when,
-                grid=partial(_expert_grid, ids, m, rows),
-            )  # fmt: skip
-            _lower_sum(lowering, node, out, target, when)
 
 
 def _lower_sum(lowering: Lowering, node: Node, out: Tensor, target: Ref, when: Condition) -> None:
     if (gates := node.inputs.get("weights")) is not None:
-        lowering.launch(
-            "sum_experts", "sum_experts", [node], [out, target, gates], threads=256,
-            grid=lambda live: (-(-out.shape[1] // 256), rows_of(out, live), 1), when=when,
-        )  # fmt: skip
+        n_blocks = cut(out.shape[1], threads("sum_experts"))
+        lowering.add(Launch(
+            kernel="sum_experts", nodes=[node], operands=[out, target, gates], when=when,
+            grid=lambda live: (n_blocks, rows_of(out, live), 1),
+        ))  # fmt: skip
 
 
-def _sorted(lowering: Lowering, node: Node, tile_rows: int, when: Between) -> Sequence[Scratch]:
-    """Pairs by expert, and tiles of them; once for all nodes of the same routing."""
+def _sorted(lowering: Lowering, node: Node, tile_rows: int, when: RowRange) -> Sequence[Scratch]:
+    """Pairs (token, choice) by expert, and tiles of them; once for all nodes of one routing."""
     ids, m = node.inputs["ids"], matrices_of(node)[0]
     n_tokens, n_used = ids.shape
     n_tiles = _n_tiles(ids, m, tile_rows, int(n_tokens))
@@ -130,16 +132,15 @@ def _sorted(lowering: Lowering, node: Node, tile_rows: int, when: Between) -> Se
     key = ("sorted", tile_rows, when.more_than, when.most, view_key(ids))
     buffers, is_new = lowering.buffers(key, shapes)
     if is_new:
-        lowering.launch(
-            "sort_by_expert", "sort_by_expert", [node], [*buffers, ids],
-            [float(m.shape[0]), float(tile_rows)], threads=1024,
-            grid=lambda live: (1, 1, 1), when=when,
-        )  # fmt: skip
+        lowering.add(Launch(
+            kernel="sort_by_expert", nodes=[node], operands=[*buffers, ids],
+            attrs=[m.shape[0], tile_rows], grid=lambda live: (1, 1, 1), when=when,
+        ))  # fmt: skip
     return buffers
 
 
 def _per_choice(node: Node, out: Tensor, m: Tensor) -> Ref:
-    """Where an expert's products go: the output, or what will be summed up."""
+    """Where an expert's products go: the output, or a buffer whose rows will be summed."""
     if "weights" not in node.inputs:
         return out
     return Scratch((*node.inputs["ids"].shape, m.shape[1]), F32)
@@ -151,18 +152,12 @@ def _n_tiles(ids: Tensor, m: Tensor, rows: int, n_tokens: int) -> int:
     return min(n_pairs, n_pairs // rows + int(m.shape[0]))
 
 
-def _share(node: Node) -> int:
-    """Warps that share the columns of an expert's panel."""
-    m = matrices_of(node)[0]
-    return warps_of(m.shape[2], plain=not is_quantized(m))
+def _panel_grid(ids: Tensor, m: Tensor, rows: int, live: Live) -> Grid:
+    return cut(m.shape[1], kernels.PANEL), _n_tiles(ids, m, rows, rows_of(ids, live)), 1
 
 
-def _tile_grid(ids: Tensor, m: Tensor, live: Live) -> Grid:
-    return -(-m.shape[1] // PANEL), _n_tiles(ids, m, TILE_ROWS, rows_of(ids, live)), 1
+def _gemm_grid(ids: Tensor, m: Tensor, rows: int, live: Live) -> Grid:
+    return _n_tiles(ids, m, rows, rows_of(ids, live)), cut(m.shape[1], kernels.GEMM_COLUMNS), 1
 
 
-def _expert_grid(ids: Tensor, m: Tensor, rows: int, live: Live) -> Grid:
-    return _n_tiles(ids, m, rows, rows_of(ids, live)), -(-m.shape[1] // TILE_COLUMNS), 1
-
-
-LOWERINGS: dict[str, Callable[[Lowering, Node], None]] = {"MUL_MAT_ID": lower_mul_mat_id}
+LOWERINGS = {"MUL_MAT_ID": lower_mul_mat_id}

@@ -1,4 +1,4 @@
-"""Ops whose kernels need nothing but their operands: where they are, and how they are launched."""
+"""Ops whose node is one launch on the node's own operands: SINGLE_LAUNCH has a row for each."""
 
 from __future__ import annotations
 
@@ -9,47 +9,37 @@ from functools import partial
 
 import numpy as np
 
-from engine.backends.cuda.device import Grid
-from engine.backends.cuda.launches import Condition, Lowering, always
+from engine.backends.cuda import kernels
+from engine.backends.cuda.device import Device, Grid
+from engine.backends.cuda.kernels import threads
+from engine.backends.cuda.launches import Condition, Launch, Lowering, always
+from engine.backends.cuda.lower.common import cut
 from engine.backends.native.signatures import numbers, parts
 from engine.graph import Live, Node, Tensor
 
-# A batch of up to so many rows is a launch for few rows, where there is one.
+# Up to so many rows are a launch for few rows, where an op has one.
 FEW_ROWS = 64
-# Blocks of a convolution that keep a GPU busy.
+# Thread blocks of a convolution that keep a GPU busy.
 CONV_BLOCKS = 4096
-# As in the sources.
-_MAX_EXPERTS, _MAX_USED, _MAX_TAPS, _MAX_ROT = 512, 32, 16, 512
-_HEAD_CHUNK, _HEAD_FEW, _HEAD_ROWS, _HEAD_OUT = 32, 8, 128, 64
 
 
 def _by_signature(node: Node) -> list[float]:
     return numbers(node)
 
 
-def _takes_all(node: Node) -> str:
-    return ""
-
-
 @dataclass(frozen=True)
-class Small:
-    """A kernel; `shared` is bytes of dynamic shared memory, `attrs` its attributes.
+class SingleLaunch:
+    """A kernel that computes an op's nodes, or those steps of it where `when` holds.
 
-    when: launched only for such batches; refuses: why it can't take a node, or "".
+    grid, shared, attrs: of a node; refuses: why the kernel can't take a node, or an empty string.
     """
 
-    source: str
     kernel: str
-    threads: int
     grid: Callable[[Node, Live], Grid]
     shared: Callable[[Node], int] = lambda node: 0
     attrs: Callable[[Node], Sequence[float]] = _by_signature
     when: Condition = always
-    refuses: Callable[[Node], str] = _takes_all
-
-
-def _blocks(n: int, size: int) -> int:
-    return -(-n // size)
+    refuses: Callable[[Node], str] = lambda node: ""
 
 
 def _rows(node: Node, live: Live) -> int:
@@ -62,28 +52,28 @@ def _row_each(node: Node, live: Live) -> Grid:
     return _rows(node, live), 1, 1
 
 
-def _head_each(node: Node, live: Live) -> Grid:
-    """A warp of 8 for each head of a row."""
-    return _blocks(_rows(node, live) * node.inputs["x"].shape[1], 8), 1, 1
+def _head_each(kernel: str, node: Node, live: Live) -> Grid:
+    """A warp for each head of a row."""
+    return cut(_rows(node, live) * node.inputs["x"].shape[1], threads(kernel) // 32), 1, 1
 
 
 def _gate_grid(node: Node, live: Live) -> Grid:
     per_row = math.prod(node.inputs["alpha"].shape[1:])
-    return _blocks(_rows(node, live) * per_row, 256), 1, 1
+    return cut(_rows(node, live) * per_row, threads("gdn_gate")), 1, 1
 
 
 def _table_grid(node: Node, live: Live) -> Grid:
-    return _rows(node, live), _blocks(node.outputs[0].shape[1], 1024), 1
+    return _rows(node, live), cut(node.outputs[0].shape[1], 4 * threads("get_rows")), 1
 
 
 def _swiglu_grid(tensor: Tensor, live: Live) -> Grid:
     n_rows, *between, n = live.shape(tensor.shape)
-    return _blocks(n_rows * _blocks(n, 4), 256), math.prod(between), 1
+    return cut(n_rows * cut(n, 4), threads("swiglu")), math.prod(between), 1
 
 
 def _rope_grid(node: Node, live: Live) -> Grid:
     heads = node.inputs["q"].shape[1] + node.inputs["k"].shape[1]
-    return _rows(node, live), _blocks(heads, 8), 1
+    return _rows(node, live), cut(heads, threads("qk_norm_rope") // 32), 1
 
 
 def _rope_attrs(node: Node) -> list[float]:
@@ -95,24 +85,28 @@ def _rope_attrs(node: Node) -> list[float]:
 
 
 def _conv_grid(node: Node, live: Live) -> Grid:
-    """Runs of as many rows as still leave enough blocks: each reads the rows before it again."""
-    n_blocks, n = _blocks(node.inputs["state"].shape[2], 128), live.n_tokens
+    """Runs of rows, as long as leaves enough thread blocks: each reads the rows before it again."""
+    n_blocks, n = cut(node.inputs["state"].shape[2], threads("ssm_conv")), live.n_tokens
     length = min(max(n * n_blocks // CONV_BLOCKS, 1), 32)
-    return n_blocks, _blocks(n, length), 1
+    return n_blocks, cut(n, length), 1
 
 
 def _heads_few(node: Node, live: Live) -> Grid:
     heads, rows = node.inputs["x"].shape[1], _rows(node, live)
-    return _blocks(_heads_out(node), 32), heads, _blocks(rows, _HEAD_FEW)
+    return cut(_heads_out(node), 32), heads, cut(rows, kernels.HEADS_FEW_ROWS)
 
 
 def _heads_many(node: Node, live: Live) -> Grid:
     heads, rows = node.inputs["x"].shape[1], _rows(node, live)
-    return _blocks(rows, _HEAD_ROWS), heads, _blocks(_heads_out(node), _HEAD_OUT)
+    return (
+        cut(rows, kernels.HEADS_TILE_ROWS),
+        heads,
+        cut(_heads_out(node), kernels.HEADS_TILE_OUTPUTS),
+    )
 
 
 def _heads_shared(node: Node) -> int:
-    return _blocks(node.inputs["x"].shape[2], _HEAD_CHUNK) * _HEAD_FEW * 32 * 4
+    return cut(node.inputs["x"].shape[2], kernels.HEADS_INPUTS) * kernels.HEADS_FEW_ROWS * 32 * 4
 
 
 def _heads_out(node: Node) -> int:
@@ -123,77 +117,69 @@ def _few(live: Live) -> bool:
     return live.n_tokens <= FEW_ROWS
 
 
-def _many(live: Live) -> bool:
-    return not _few(live)
-
-
 def _refuse_rope(node: Node) -> str:
-    return _beyond(node.attrs["n_rot"], _MAX_ROT, "rotated entries")
+    return _beyond(node.attrs["n_rot"], kernels.ROPE_MAX_ROT, "rotated entries")
 
 
 def _refuse_conv(node: Node) -> str:
-    return _beyond(node.inputs["weight"].shape[1], _MAX_TAPS, "taps")
+    return _beyond(node.inputs["weight"].shape[1], kernels.CONV_MAX_TAPS, "taps")
 
 
 def _refuse_router(node: Node) -> str:
-    experts = _beyond(node.inputs["logits"].shape[1], _MAX_EXPERTS, "experts")
-    return experts or _beyond(node.attrs["n_used"], _MAX_USED, "used experts")
+    experts = _beyond(node.inputs["logits"].shape[1], kernels.ROUTER_MAX_EXPERTS, "experts")
+    return experts or _beyond(node.attrs["n_used"], kernels.ROUTER_MAX_USED, "used experts")
 
 
 def _beyond(n: int, most: int, what: str) -> str:
     return f"{n} {what}, more than {most}" if n > most else ""
 
 
-SMALL: dict[str, tuple[Small, ...]] = {
-    "ADD_RMS_NORM": (Small("add_rms_norm", "add_rms_norm", 256, _row_each),),
-    "GDN_GATE": (Small("gdn_gate", "gdn_gate", 256, _gate_grid),),
-    "L2_NORM": (Small("head_norms", "l2_norm", 256, _head_each),),
-    "MLA_CACHE": (Small("mla_cache", "mla_cache", 128, _row_each),),
+SINGLE_LAUNCH: dict[str, tuple[SingleLaunch, ...]] = {
+    "ADD_RMS_NORM": (SingleLaunch("add_rms_norm", _row_each),),
+    "GDN_GATE": (SingleLaunch("gdn_gate", _gate_grid),),
+    "L2_NORM": (SingleLaunch("l2_norm", partial(_head_each, "l2_norm")),),
+    "MLA_CACHE": (SingleLaunch("mla_cache", _row_each),),
     "MUL_MAT_HEADS": (
-        Small("mul_mat_heads", "mul_mat_heads_rows", 128, _heads_few, _heads_shared, when=_few),
-        Small("mul_mat_heads", "mul_mat_heads_tiles", 256, _heads_many, when=_many),
+        SingleLaunch("mul_mat_heads_rows", _heads_few, _heads_shared, when=_few),
+        SingleLaunch("mul_mat_heads_tiles", _heads_many, when=lambda live: not _few(live)),
     ),
     "QK_NORM_ROPE": (
-        Small(
-            "qk_norm_rope", "qk_norm_rope", 256, _rope_grid,
-            attrs=_rope_attrs, refuses=_refuse_rope,
-        ),
+        SingleLaunch("qk_norm_rope", _rope_grid, attrs=_rope_attrs, refuses=_refuse_rope),
     ),
-    "RMS_NORM_GATED": (Small("head_norms", "rms_norm_gated", 256, _head_each),),
-    "ROUTER": (Small("router", "router", 32, _row_each, refuses=_refuse_router),),
-    "SSM_CONV": (Small("ssm_conv", "ssm_conv", 128, _conv_grid, refuses=_refuse_conv),),
-}  # fmt: skip
-# A table of activations; one of weights is packed.
-GET_ROWS = Small("get_rows", "get_rows", 256, _table_grid)
+    "RMS_NORM_GATED": (SingleLaunch("rms_norm_gated", partial(_head_each, "rms_norm_gated")),),
+    "ROUTER": (SingleLaunch("router", _row_each, refuses=_refuse_router),),
+    "SSM_CONV": (SingleLaunch("ssm_conv", _conv_grid, refuses=_refuse_conv),),
+}
+# A table of activations; tables of weights are packed.
+GET_ROWS = SingleLaunch("get_rows", _table_grid)
 
 
-def add_small(lowering: Lowering, node: Node) -> None:
-    """Append the launches of a node whose op is in SMALL, or of a SWIGLU."""
-    if node.op.name == "SWIGLU":
-        for (_, operands, attrs), out in zip(parts(node), node.outputs, strict=True):
-            grid = partial(_swiglu_grid, out)
-            lowering.launch("swiglu", "swiglu", [node], operands, attrs, threads=256, grid=grid)
-        return
-    for small in SMALL[node.op.name]:
-        add_launch(lowering, node, small)
+def lower_simple(lowering: Lowering, node: Node) -> None:
+    """The launches of a node whose op is in SINGLE_LAUNCH."""
+    for single in SINGLE_LAUNCH[node.op.name]:
+        add_single(lowering, node, single)
 
 
-def add_launch(lowering: Lowering, node: Node, small: Small) -> None:
+def lower_swiglu(lowering: Lowering, node: Node) -> None:
+    """One launch for each pair of gate and up."""
+    for (_, operands, _), out in zip(parts(node), node.outputs, strict=True):
+        grid = partial(_swiglu_grid, out)
+        lowering.add(Launch(kernel="swiglu", nodes=[node], operands=operands, grid=grid))
+
+
+def add_single(lowering: Lowering, node: Node, single: SingleLaunch) -> None:
     """Append one launch on a node's operands."""
     ((_, operands, _),) = parts(node)
-    lowering.launch(
-        small.source,
-        small.kernel,
-        [node],
-        operands,
-        small.attrs(node),
-        threads=small.threads,
-        grid=partial(small.grid, node),
-        shared=small.shared(node),
-        when=small.when,
-    )
+    lowering.add(Launch(
+        kernel=single.kernel, nodes=[node], operands=operands, attrs=single.attrs(node),
+        grid=partial(single.grid, node), shared=single.shared(node), when=single.when,
+    ))  # fmt: skip
 
 
-def unsupported(node: Node) -> str:
-    """Why a node of these ops can't be run; an empty string if it can."""
-    return next(filter(None, (small.refuses(node) for small in SMALL.get(node.op.name, ()))), "")
+def unsupported(node: Node, device: Device) -> str:
+    """See lower.unsupported."""
+    rows = SINGLE_LAUNCH.get(node.op.name, ())
+    return next(filter(None, (single.refuses(node) for single in rows)), "")
+
+
+LOWERINGS = {**dict.fromkeys(SINGLE_LAUNCH, lower_simple), "SWIGLU": lower_swiglu}

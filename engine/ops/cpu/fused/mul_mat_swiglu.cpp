@@ -1,16 +1,15 @@
-// MUL_MAT of two weights and SWIGLU of the products, which never leave the cache. Rows of blocks
-// become tiles of the next product at once where that is all that reads them.
+// MUL_MAT of two weights and SWIGLU of the products, which never leave the cache. Tiled
+// rows become tiles of the next product at once where that is all that reads them.
 
 #include "../kernels.h"
 #include "../mul_mat.h"
 
 namespace gdn {
-
 namespace {
 
 enum { OUT, OUT_TILES, X, GATE = X + 5, UP };
 
-// Columns [column, column + n ≤ ROWS) of row t.
+// Columns [column, column + n ≤ PANEL) of row t.
 void put(const Args& a, int64_t t, int64_t column, int n, const float* gate, const float* up) {
     float* out = a.v[OUT].row(t) + column;
     for (int c = 0; c < n; c += W) {
@@ -19,7 +18,7 @@ void put(const Args& a, int64_t t, int64_t column, int n, const float* gate, con
     }
 }
 
-// Columns of a pair of panels for blocked row i, into its tile.
+// Columns of a pair of panels for tiled row i, into its tile.
 void put_tile(const Args& a, int64_t i, int64_t pair, const float* gate, const float* up) {
     static_assert(PAIR == DEPTH);
     bf16* row = a.v[OUT_TILES].as<bf16>() + i / SIDE * SIDE * a.v[GATE].shape[0] + pair * TILE_SIZE;
@@ -28,15 +27,15 @@ void put_tile(const Args& a, int64_t i, int64_t pair, const float* gate, const f
 }
 
 int columns_of(const Args& a, int64_t panel) {
-    return static_cast<int>(std::min<int64_t>(ROWS, a.v[GATE].shape[0] - panel * ROWS));
+    return static_cast<int>(std::min<int64_t>(PANEL, a.v[GATE].shape[0] - panel * PANEL));
 }
 
-// The columns of a pair of panels for blocked row i.
+// The columns of a pair of panels for tiled row i.
 void put_pair(const Args& a, int64_t i, int64_t pair, const float* gate, const float* up) {
     if (a.v[OUT_TILES]) return put_tile(a, i, pair, gate, up);
     for (int64_t p = 2 * pair; p < std::min(n_panels(a.v[GATE]), 2 * pair + 2); p++) {
-        put(a, a.step->blocked[i], p * ROWS, columns_of(a, p), gate, up);
-        gate += ROWS, up += ROWS;
+        put(a, a.step->tiled[i], p * PANEL, columns_of(a, p), gate, up);
+        gate += PANEL, up += PANEL;
     }
 }
 
@@ -58,7 +57,7 @@ void multiply_tiles(const Args& a, const Activation& x, const TileTasks& tasks, 
                 put_pair(a, i, pair, gate, gate + UP_SUMS);
             }
     };
-    multiply_pairs(x.blocked(first), tasks.n_rows(task), pairs, n_pairs, s, nowhere, done);
+    multiply_pairs(x.tiled(first), tasks.n_rows(task), pairs, n_pairs, s, nowhere, done);
 }
 
 int64_t n_tasks(const Args& a) {
@@ -72,13 +71,13 @@ void run(const Args& a, int64_t begin, int64_t end) {
     const View &g = a.v[GATE], &u = a.v[UP];
     const TileTasks tasks(x, g, MAX_PAIRS / 2);
     for (; begin < std::min(tasks.count(), end); begin++) multiply_tiles(a, x, tasks, begin);
-    float gate[TILE][ROWS], up[TILE][ROWS];
+    float gate[TILE][PANEL], up[TILE][PANEL];
     for_single_rows(x, x.n_single(a.rows(x.x)), n_panels(g), begin - tasks.count(),
                     end - tasks.count(), [&](int64_t p, auto rows, auto numbers, int64_t n) {
                         multiply(g.layout, panel_at(g, p), g.shape[1], rows, n, gate);
                         multiply(u.layout, panel_at(u, p), u.shape[1], rows, n, up);
                         for (int64_t i = 0; i < n; i++)
-                            put(a, numbers[i], p * ROWS, columns_of(a, p), gate[i], up[i]);
+                            put(a, numbers[i], p * PANEL, columns_of(a, p), gate[i], up[i]);
                     });
 }
 

@@ -1,6 +1,6 @@
 // SSM_CONV, L2_NORM and (where it comes with them) GDN_GATE of steps that have one row of each
-// sequence: a block convolves 128 channels of a row, then its warps scale the heads among them; the
-// last blocks have the gates. What each entry is, is what the ops' own kernels make it.
+// sequence: a thread block convolves CHANNELS channels of a row, then its warps scale the heads
+// among them; the last thread blocks compute the gates. Results are those of the ops' own kernels.
 
 #include "gdn_gate.cuh"
 #include "head_norms.cuh"
@@ -10,36 +10,29 @@ namespace gdn {
 
 // After SSM_CONV's views. QK: the heads of OUT that are scaled. Attribute: eps.
 enum { NORMED = X + 2 * N_PARTS, QK, G, STEP, ALPHA, BETA, A, DT };
-constexpr int CHANNELS = 128;
+constexpr int CHANNELS = THREADS_delta_net_inputs;
 
 template <int N_TAPS>
 DEVICE void convolve_row(const Args& a, const Channel& channel, int t) {
     const int n_taps = N_TAPS ? N_TAPS : a.v[WEIGHT].shape[1];
-    float taps[N_TAPS ? N_TAPS : MAX_TAPS];
+    float taps[N_TAPS ? N_TAPS : CONV_MAX_TAPS];
     for (int j = 0; j < n_taps; j++) taps[j] = channel.weight[j];
-    const Window<N_TAPS> window{a,
-                                channel,
-                                taps,
-                                n_taps,
-                                t,
-                                1,
-                                a.v[STATE_SRC].as<int32_t>()[t],
-                                a.v[STATE_DST].as<int32_t>()[t]};
+    const int32_t from_slot = a.v[STATE_SRC].as<int32_t>()[t];
+    const int32_t to_slot = a.v[STATE_DST].as<int32_t>()[t];
+    const Window<N_TAPS> window{a, channel, taps, n_taps, t, 1, from_slot, to_slot};
     window.convolve(0, 1);
     window.save_all(t);
 }
 
 template <int V>
 DEVICE void normalize(const Args& a, int t, int h) {
-    const auto scale = [&](float sum) { return l2_scale(sum, a.attr[0]); };
-    const auto more = [](int) { return ones<V>(); };
-    norm_head<V>(a.v[QK].row(t, h), a.v[NORMED].row(t, h), a.v[QK].shape[2], scale, more);
+    l2_norm_head<V>(a.v[QK].row(t, h), a.v[NORMED].row(t, h), a.v[QK].shape[2], a.attr[0]);
 }
 
 }  // namespace gdn
 
 // Grid: (channels / 128 + gates' entries / 128, rows).
-KERNEL(delta_net_inputs, 128) {
+KERNEL(delta_net_inputs) {
     using namespace gdn;
     const int t = blockIdx.y, n_blocks = (a.v[OUT].shape[1] + CHANNELS - 1) / CHANNELS;
     if (t >= a.rows(a.v[OUT])) return;

@@ -1,19 +1,22 @@
-// The functions of engine/ops/cuda/primitives.cuh on the host: same names, same results.
+// The functions of engine/ops/cuda/primitives.cuh on the host: same names, same results. Kernels of
+// tests, which constants.cuh does not know, are KERNEL_OF(name, threads).
 #pragma once
 
 #include <chrono>
 
+#include "constants.cuh"
 #include "emulator.h"
 
 #define DEVICE inline
-#define KERNEL(NAME, THREADS)                                                   \
+#define KERNEL(NAME) KERNEL_OF(NAME, gdn::THREADS_##NAME)
+#define KERNEL_OF(NAME, THREADS)                                                \
     extern "C" {                                                                \
     __attribute__((visibility("default"))) extern const int32_t NAME##_threads; \
     const int32_t NAME##_threads = THREADS;                                     \
     }                                                                           \
     extern "C" __attribute__((visibility("default"))) void NAME(const gdn::Args& a)
-#define KERNEL_FOR(NAME, THREADS, BLOCKS) KERNEL(NAME, THREADS)
-#define EAGER_KERNEL_FOR(NAME, THREADS, BLOCKS) KERNEL(NAME, THREADS)
+#define KERNEL_FOR(NAME, BLOCKS) KERNEL(NAME)
+#define EAGER_KERNEL_FOR(NAME, BLOCKS) KERNEL(NAME)
 #define DYNAMIC_SHARED(NAME) char* const NAME = emulator::dynamic_shared()
 
 namespace gdn {

@@ -9,7 +9,7 @@ enum { OUT, IN, MORE };
 }  // namespace gdn
 
 // Rows of OUT: shuffles of IN, ballot of its sign, the warp's sum, highest and lowest bits.
-KERNEL(warps, 64) {
+KERNEL_OF(warps, 64) {
     using namespace gdn;
     const int i = threadIdx.x, lane = i % 32;
     const float x = a.v[IN].row(0)[i];
@@ -22,7 +22,7 @@ KERNEL(warps, 64) {
 
 // OUT = IN · MOREᵀ, [16, 16] and [8, 16] bfloat16, through shared memory and load_matrices; then
 // the same from transposed matrices; then both in half.
-KERNEL(matrices, 32) {
+KERNEL_OF(matrices, 32) {
     using namespace gdn;
     __shared__ __align__(16) uint16_t x[2][16][24], y[2][16][24];
     const int lane = threadIdx.x;
@@ -56,7 +56,7 @@ KERNEL(matrices, 32) {
 }
 
 // A sum over the block; the thread's number turned around through shared memory.
-KERNEL(blocks, 1024) {
+KERNEL_OF(blocks, 1024) {
     using namespace gdn;
     __shared__ float sums[32];
     DYNAMIC_SHARED(bytes);
@@ -70,7 +70,7 @@ KERNEL(blocks, 1024) {
 }
 
 // float16 and bfloat16 of each IN, and back.
-KERNEL(conversions, 128) {
+KERNEL_OF(conversions, 128) {
     using namespace gdn;
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= a.v[IN].shape[0]) return;
@@ -82,7 +82,7 @@ KERNEL(conversions, 128) {
 }
 
 // Dot products of bytes, and copies in two groups.
-KERNEL(bytes, 32) {
+KERNEL_OF(bytes, 32) {
     using namespace gdn;
     __shared__ __align__(16) int32_t words[32][8];
     const int lane = threadIdx.x;

@@ -1,12 +1,13 @@
-// How a warp reads records of packed weights.
+// How a warp reads k-blocks of packed weights.
 //
-// repack.cu has put a record's words into the order of tensor cores' fragments: lane 4g + c of a
-// warp has columns 8c … 8c+7 (words 2c and 2c+1) of rows g and g + 8, its "piece", and reads what
-// belongs to it, word by word of the planes and element by element of the scales, in one access.
-// All columns of rows g and g + 8 are a "pair"; there, 8 lanes read 128 bytes in a row at a time.
+// repack.cu has put a k-block's words into the order of fragments of tensor cores. Lane 4g + c of a
+// warp holds columns 8c … 8c+7 (words 2c and 2c+1) of rows g and g + 8: its piece. It reads its
+// words of a plane, and its scales, in one access each. A pair is all columns of rows g and g + 8;
+// 8 lanes read 128 contiguous bytes of a pair at a time.
 #pragma once
 
-#include "layout.cuh"
+#include "kernel.cuh"
+#include "layout.h"
 
 namespace gdn {
 
@@ -38,22 +39,22 @@ struct Piece {
     static constexpr int PAIRS_AT = F::HEAD_BYTES + NIBBLE * WORD_BYTES;
     static constexpr int BITS_AT = PAIRS_AT + PAIR * WORD_BYTES;
 
-    // Where pairs and bits of rows g and g + 8 are among `planes`.
+    // The indices in `planes` of the planes of 2 bits and of 1 bit.
     static constexpr int PAIRS = NIBBLE ? 2 : 0, BITS = PAIRS + PAIR;
 
     uint32_t planes[4], head[2];
 
-    DEVICE void load(const uint8_t* record, int lane) {
+    DEVICE void load(const uint8_t* k_block, int lane) {
         const int g = lane / 4, c = lane % 4;
-        const uint8_t* at = record + F::HEAD_BYTES;
+        const uint8_t* at = k_block + F::HEAD_BYTES;
         if (IS_BYTES) {
             const Words4 v = load_words<Words4>(at + (8 * c + g) * 16);
             for (int i = 0; i < 4; i++) planes[i] = v.w[i];
         }
         if (NIBBLE) put(planes, load_words<Words2>(at + (c / 2 * 8 + g) * 16 + c % 2 * 8));
-        if (PAIR) put(planes + PAIRS, load_words<Words2>(record + PAIRS_AT + (2 * g + c / 2) * 8));
-        if (BIT) put(planes + BITS, load_words<Words2>(record + BITS_AT + g * 8));
-        at = record + g * HEAD;
+        if (PAIR) put(planes + PAIRS, load_words<Words2>(k_block + PAIRS_AT + (2 * g + c / 2) * 8));
+        if (BIT) put(planes + BITS, load_words<Words2>(k_block + BITS_AT + g * 8));
+        at = k_block + g * HEAD;
         if (HEAD == 8) put(head, load_words<Words2>(at));
         if (HEAD == 4) head[0] = load_words<uint32_t>(at);
         if (HEAD == 2) head[0] = *reinterpret_cast<const uint16_t*>(at);
@@ -65,8 +66,8 @@ struct Piece {
         head[0] = head[1] = 0;
     }
 
-    // Word 2c of rows g and g + 8, then word 2c + 1 of both: bytes with the values' own signs, not
-    // less than 0 where there is a ZERO.
+    // Word 2c of rows g and g + 8, then word 2c + 1 of both: signed bytes; where the format has a
+    // ZERO, bytes of at least 0.
     DEVICE void words(int c, uint32_t (&a)[4]) const {
         for (int i = 0; i < 2; i++) {
             if (IS_BYTES) {
@@ -108,7 +109,7 @@ struct Piece {
     }
 };
 
-// All columns of rows g and g + 8 of a record: four pieces. Records lie in shared memory.
+// All columns of rows g and g + 8 of a k-block: four pieces. K-blocks lie in shared memory.
 template <typename F>
 struct Pair {
     using P = Piece<F>;
@@ -116,13 +117,13 @@ struct Pair {
 
     uint32_t words[N_WORDS], pairs[4], bits[2], head[2];
 
-    DEVICE void load(const uint8_t* record, int g) {
-        const uint8_t* at = record + F::HEAD_BYTES + g * 16;
+    DEVICE void load(const uint8_t* k_block, int g) {
+        const uint8_t* at = k_block + F::HEAD_BYTES + g * 16;
         if (P::IS_BYTES || P::NIBBLE)
             for (int i = 0; i < N_WORDS / 4; i++) put(words + 4 * i, at + i * 128);
-        if (P::PAIR) put(pairs, record + P::PAIRS_AT + g * 16);
-        if (P::BIT) P::put(bits, *reinterpret_cast<const Words2*>(record + P::BITS_AT + g * 8));
-        at = record + g * P::HEAD;
+        if (P::PAIR) put(pairs, k_block + P::PAIRS_AT + g * 16);
+        if (P::BIT) P::put(bits, *reinterpret_cast<const Words2*>(k_block + P::BITS_AT + g * 8));
+        at = k_block + g * P::HEAD;
         if (P::HEAD == 8) P::put(head, *reinterpret_cast<const Words2*>(at));
         if (P::HEAD == 4) head[0] = *reinterpret_cast<const uint32_t*>(at);
         if (P::HEAD == 2) head[0] = *reinterpret_cast<const uint16_t*>(at);
@@ -152,7 +153,7 @@ struct Pair {
     }
 };
 
-// What scales and mins of a super-block are in units of, for rows g and g + 8; else 1.
+// The units of a super-block's scales and mins, for rows g and g + 8; 1 without super-blocks.
 template <typename F>
 struct Super {
     float scale[2], min[2];
@@ -204,6 +205,6 @@ DEVICE void decode(const Piece<F>& piece, const Super<F>& super, int c, int i, f
 DEVICE const uint8_t* panel_at(const View& w, int64_t p) {
     return w.as<uint8_t>() + p * w.stride[w.rank - 2];
 }
-DEVICE int n_panels(const View& w) { return (w.shape[w.rank - 2] + ROWS - 1) / ROWS; }
+DEVICE int n_panels(const View& w) { return (w.shape[w.rank - 2] + PANEL - 1) / PANEL; }
 
 }  // namespace gdn

@@ -1,25 +1,21 @@
-// Blocks of rows of ATTENTION, as products of bfloat16 tiles.
+// Row tiles of ATTENTION, as products of bfloat16 tiles.
 //
-// A task is a block, a key head and some of its query heads, which share keys and values that are
-// rounded and rearranged once. Positions are taken in spans; what lies behind a block's last row is
-// never touched, and as rows of a block lie within 64 aligned positions, only its last span has
-// scores that some of them must not see.
+// A task is a row tile, a key head and some of its query heads, which share keys and values that
+// are rounded and rearranged once. Positions are taken in spans, up to the row tile's last row.
+// Rows of a row tile lie within 64 aligned positions, so only its last span has scores to mask.
 //
 // Queries and keys are split into two bfloat16 parts each: rounded once, scores of a deviation of 4
 // would change weights by more than all other rounding does. Values and weights are rounded.
 //
-// Scores are made in powers of two, and the exponentials of a row refer not to its exact maximum,
-// but to an integer above it, which is raised only when scores outgrow it by far. So sums are seldom
-// scaled, and by exact powers of two.
+// Scores are exponents of two. A row's exponentials refer not to its exact maximum but to an
+// integer above it, raised only when scores outgrow it by far: sums are seldom scaled, and by exact
+// powers of two.
 
 #include "attention.h"
 #include "row_products.h"
 #include "tiles.h"
 
-namespace gdn {
-
-namespace attention_op {
-
+namespace gdn::attention_op {
 namespace {
 
 constexpr int64_t SPAN = 128;           // Positions.
@@ -28,8 +24,8 @@ constexpr int64_t MIN_HEADS = 4;        // With fewer, rearranging keys and valu
 constexpr int64_t MANY_TASKS = 64;      // From here on every thread has enough of them.
 constexpr float LOG2_E = 1.44269504f;
 constexpr float MAGIC = 0x1.8p23f;  // Sums with it are rounded to integers, in their low bits.
-constexpr float LOWEST = -125;      // Powers of two below are taken for zero.
-constexpr float MAX_EXCESS = 8;     // How far scores may outgrow what they refer to.
+constexpr float LOWEST = -125;      // Lower exponents count as zero.
+constexpr float MAX_EXCESS = 8;     // By which scores may exceed their reference.
 
 // Sizes of a task's operands, with those of keys and values filled up to whole tiles.
 struct Sizes {
@@ -43,30 +39,31 @@ struct Sizes {
 
     int64_t v_width() const { return columns * SIDE; }
     int64_t head_bytes() const {
-        const int64_t q = 2 * MAX_BLOCK * depth * DEPTH * 2, acc = MAX_BLOCK * v_width() * 4;
-        return q + acc + MAX_BLOCK * 4 * (W + 1);
+        const int64_t q = 2 * MAX_TILE_ROWS * depth * DEPTH * 2,
+                      acc = MAX_TILE_ROWS * v_width() * 4;
+        return q + acc + MAX_TILE_ROWS * 4 * (W + 1);
     }
     int64_t shared_bytes() const {
         const int64_t k = 2 * SPAN * depth * DEPTH * 2, v = SPAN * v_width() * 2;
-        const int64_t scores = MAX_BLOCK * SPAN * (4 + 2), pointers = 2 * SPAN * sizeof(void*);
+        const int64_t scores = MAX_TILE_ROWS * SPAN * (4 + 2), pointers = 2 * SPAN * sizeof(void*);
         return k + v + scores + pointers + 4 * size + 4 * v_size;
     }
     int64_t max_heads() const { return (SCRATCH_BYTES - 1024 - shared_bytes()) / head_bytes(); }
 };
 
-// How the blocks of an instruction are cut into tasks; results don't depend on it.
+// How the row tiles of an instruction are cut into tasks; results don't depend on it.
 struct Split {
     HeadParts parts;
-    int64_t n_blocks;
+    int64_t n_row_tiles;
 
-    explicit Split(const Args& a) : parts(a, Sizes(a).max_heads()), n_blocks(a.step->n_blocks) {
+    explicit Split(const Args& a) : parts(a, Sizes(a).max_heads()), n_row_tiles(a.step->n_tiles) {
         while (n_tasks() < MANY_TASKS && parts.n_heads / 2 >= MIN_HEADS)
             parts.cut((parts.group + parts.n_heads / 2 - 1) / (parts.n_heads / 2));
     }
-    int64_t n_tasks() const { return n_blocks * parts.n_kv * parts.n_parts; }
+    int64_t n_tasks() const { return n_row_tiles * parts.n_kv * parts.n_parts; }
 };
 
-// A block's rows and some query heads of one key head; all of it in the scratch. Query 64 · h + r
+// A row tile and some query heads of one key head; all of it in the scratch. Query 64 · h + r
 // is head h of row r.
 struct Work {
     const Sizes sizes;
@@ -98,19 +95,19 @@ struct Room {
     }
 };
 
-// Zeros are what is read of rows that don't exist: behind the last position, and of the last row
-// tile, whose weights stay zero.
+// Rows that don't exist are read as zeros: those behind the last position, and those that fill up
+// the last 16 rows, whose weights stay zero.
 void place(Work& w, char* scratch) {
     Room room{scratch};
-    const int64_t n = w.n_heads * MAX_BLOCK, row_bytes = 4 * (w.sizes.size + w.sizes.v_size);
+    const int64_t n = w.n_heads * MAX_TILE_ROWS, row_bytes = 4 * (w.sizes.size + w.sizes.v_size);
     w.q = room.take<bf16>(2 * n * w.sizes.depth * DEPTH);
     w.k = room.take<bf16>(2 * SPAN * w.sizes.depth * DEPTH);
     w.v = room.take<bf16>(SPAN * w.sizes.v_width());
-    w.scores = room.take<float>(MAX_BLOCK * SPAN);
+    w.scores = room.take<float>(MAX_TILE_ROWS * SPAN);
     w.k_rows = room.take<void*>(SPAN), w.v_rows = room.take<void*>(SPAN);
     w.reference = room.take<float>(n);
     char* cleared = room.next;
-    w.weights = room.take<bf16>(MAX_BLOCK * SPAN);
+    w.weights = room.take<bf16>(MAX_TILE_ROWS * SPAN);
     w.acc = room.take<float>(n * w.sizes.v_width());
     w.total = room.take<float>(n * W);
     w.zeros = room.take<char>(row_bytes);
@@ -137,7 +134,7 @@ void load_queries(const Args& a, const Work& w) {
         for (int64_t r = 0; r < w.row_tiles * SIDE; r++) {
             const bool exists = r < w.n_rows;
             const float* x = exists ? a.v[Q].row(w.first_row + r, w.first_head + h) : nullptr;
-            bf16* y = w.q + (h * MAX_BLOCK + r) / SIDE * 2 * part + r % SIDE * DEPTH;
+            bf16* y = w.q + (h * MAX_TILE_ROWS + r) / SIDE * 2 * part + r % SIDE * DEPTH;
             for (int64_t d = 0; d < w.sizes.depth * DEPTH; d += 2 * W) {
                 const Pairs q = split_some(x + d, exists ? w.sizes.size - d : 0, scale);
                 bf16* to = y + d / DEPTH * TILE_SIZE + d % DEPTH;
@@ -216,8 +213,8 @@ void raise(const Work& w, int64_t query, float top) {
     store(w.total + query * W, load(w.total + query * W) * shrink);
 }
 
-// 2 W weights in a row of an A tile, in their order; adds to `total` what they were rounded to: so
-// that what rounding does to a large weight doesn't show in the result's size.
+// 2 W weights in a row of an A tile, in order; adds the rounded ones to `total`, so that rounding a
+// large weight doesn't change the size of the result.
 GDN_INLINE vf store_weights(bf16* p, vf x, vf y, vf total) {
 #if defined(__AVX512BF16__)
     const vi both = bf16_row(x, y), ones = splat(int32_t{0x3f803f80});
@@ -249,7 +246,7 @@ void soften(const Work& w, int64_t query, const float* scores, int64_t n_positio
 // One head's scores of the span that begins at a position, weights, and weighted sums of values.
 void attend_head(const Work& w, int64_t h, int64_t begin, int64_t n_positions) {
     const int64_t depth = w.sizes.depth, part = depth * TILE_SIZE, v_width = w.sizes.v_width();
-    const Tiles q = tiles(w.q + h * MAX_BLOCK / SIDE * 2 * part, 2 * depth);
+    const Tiles q = tiles(w.q + h * MAX_TILE_ROWS / SIDE * 2 * part, 2 * depth);
     const Tiles k = tiles(w.k, 2 * depth);
     const Tiles q_low{q.at + part, q.side, q.depth}, k_low{k.at + part, k.side, k.depth};
     const int64_t n = n_positions / SIDE;
@@ -261,10 +258,10 @@ void attend_head(const Work& w, int64_t h, int64_t begin, int64_t n_positions) {
         for (int64_t i = w.positions[r] + 1 - begin; i < n_positions; i++)
             scores[i] = -__builtin_inff();
         bf16* weights = w.weights + r / SIDE * DEEP * TILE_SIZE + r % SIDE * DEPTH;
-        soften(w, h * MAX_BLOCK + r, scores, n_positions, weights);
+        soften(w, h * MAX_TILE_ROWS + r, scores, n_positions, weights);
     }
     multiply_matrices(tiles(w.weights, DEEP), w.row_tiles, tiles(w.v, DEEP), w.sizes.columns,
-                      n_positions / DEPTH, w.acc + h * MAX_BLOCK * v_width, v_width, true);
+                      n_positions / DEPTH, w.acc + h * MAX_TILE_ROWS * v_width, v_width, true);
 }
 
 template <typename K, typename V>
@@ -280,13 +277,14 @@ void attend(const Args& a, const Work& w) {
 
 void run_task(const Args& a, const Split& s, int64_t task) {
     const int64_t part = task % s.parts.n_parts, kv_head = task / s.parts.n_parts % s.parts.n_kv;
-    // The last blocks of a prompt see most: they come first, so that no thread ends with one.
-    const Block& block = a.step->blocks[s.n_blocks - 1 - task / s.parts.n_parts / s.parts.n_kv];
+    // A prompt's last row tiles see most positions: they come first, so that no thread ends with
+    // one.
+    const RowTile& tile = a.step->tiles[s.n_row_tiles - 1 - task / s.parts.n_parts / s.parts.n_kv];
     const int32_t* seq_starts = a.v[SEQ_STARTS].as<int32_t>();
     Work w(a);
-    w.table = block_table(a, sequence_of(seq_starts, a.rows(a.v[BLOCK_TABLES]), block.row));
-    w.positions = a.v[POSITIONS].as<int32_t>() + block.row;
-    w.first_row = block.row, w.n_rows = block.n, w.row_tiles = (block.n + SIDE - 1) / SIDE;
+    w.table = block_table(a, sequence_of(seq_starts, a.rows(a.v[BLOCK_TABLES]), tile.row));
+    w.positions = a.v[POSITIONS].as<int32_t>() + tile.row;
+    w.first_row = tile.row, w.n_rows = tile.n, w.row_tiles = (tile.n + SIDE - 1) / SIDE;
     w.kv_head = kv_head;
     w.first_head = s.parts.first(kv_head, part), w.n_heads = s.parts.size(part);
     place(w, a.scratch);
@@ -294,7 +292,7 @@ void run_task(const Args& a, const Split& s, int64_t task) {
     for_types(a, [&](auto k, auto v) { attend<decltype(k), decltype(v)>(a, w); });
     for (int64_t h = 0; h < w.n_heads; h++)
         for (int64_t r = 0; r < w.n_rows; r++) {
-            const int64_t i = h * MAX_BLOCK + r;
+            const int64_t i = h * MAX_TILE_ROWS + r;
             store_result(a, w.first_row + r, w.first_head + h, w.acc + i * w.sizes.v_width(),
                          sum(load(w.total + i * W)));
         }
@@ -302,13 +300,11 @@ void run_task(const Args& a, const Split& s, int64_t task) {
 
 }  // namespace
 
-int64_t n_block_tasks(const Args& a) { return Split(a).n_tasks(); }
+int64_t n_tile_tasks(const Args& a) { return Split(a).n_tasks(); }
 
-void run_block_tasks(const Args& a, int64_t begin, int64_t end) {
+void run_tile_tasks(const Args& a, int64_t begin, int64_t end) {
     const Split s(a);
     for (int64_t task = begin; task < end; task++) run_task(a, s, task);
 }
 
-}  // namespace attention_op
-
-}  // namespace gdn
+}  // namespace gdn::attention_op

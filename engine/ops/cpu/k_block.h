@@ -1,32 +1,32 @@
-// How the records of a packed weight are read: words of W rows, and their scales.
+// Reading k-blocks of a packed weight: words of W rows, and their scales.
 #pragma once
 
 #include <type_traits>
 
-#include "layout.h"
+#include "../layout.h"
+#include "simd.h"
 
 namespace gdn {
 
-GDN_INLINE vi widen_signed(const uint8_t* p) {
-#if defined(__AVX512F__)
-    return reinterpret_cast<vi>(_mm512_maskz_cvtepi8_epi32(ALL, load_as<__m128i>(p)));
-#elif defined(__AVX2__)
-    return reinterpret_cast<vi>(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
-#else
-    vi v;
-    for (int i = 0; i < W; i++) v[i] = static_cast<int8_t>(p[i]);
-    return v;
-#endif
-}
+// Vectors that cover the 16 rows of a panel.
+constexpr int PARTS = PANEL / W;
 
-GDN_INLINE vi widen_unsigned(const uint8_t* p) {
+constexpr int8_t IQ4_VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                   1,    13,   25,  38,  53,  69,  89,  113};
+
+// W bytes of T, int8 or uint8, as int32.
+template <typename T>
+GDN_INLINE vi widen(const uint8_t* p) {
 #if defined(__AVX512F__)
-    return reinterpret_cast<vi>(_mm512_maskz_cvtepu8_epi32(ALL, load_as<__m128i>(p)));
+    const auto b = load_as<__m128i>(p);
+    return (vi)(std::is_signed_v<T> ? _mm512_maskz_cvtepi8_epi32(ALL, b)
+                                    : _mm512_maskz_cvtepu8_epi32(ALL, b));
 #elif defined(__AVX2__)
-    return reinterpret_cast<vi>(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+    const auto b = _mm_loadl_epi64((const __m128i*)p);
+    return (vi)(std::is_signed_v<T> ? _mm256_cvtepi8_epi32(b) : _mm256_cvtepu8_epi32(b));
 #else
     vi v;
-    for (int i = 0; i < W; i++) v[i] = p[i];
+    for (int i = 0; i < W; i++) v[i] = static_cast<T>(p[i]);
     return v;
 #endif
 }
@@ -46,8 +46,8 @@ GDN_INLINE vi codebook(vi nibbles) {
 #endif
 }
 
-// Bytes from what is multiplied to what is fetched. Without it, decoding is a third slower (Xeon,
-// measured); 1 KiB is too near, and so is the hint for data that is used once.
+// Products prefetch weights so many bytes ahead. Without that, decoding is a third slower (Xeon,
+// measured); 1 KiB ahead is too little.
 constexpr int AHEAD = 4096;
 
 // Shifted left by N bits, or right where N is negative.
@@ -56,8 +56,8 @@ GDN_INLINE vi shifted(vi v) {
     return N == 0 ? v : N > 0 ? v << (N > 0 ? N : 0) : v >> (N < 0 ? -N : 0);
 }
 
-// Word I (4 columns) of the W rows of part p: unsigned bytes, or int8 where F is SIGNED. Bits of a
-// plane are moved where they belong and masked there.
+// Word I (4 columns) of the W rows of part p: unsigned bytes, or int8 where F is SIGNED. Each
+// plane's bits are shifted into place and masked there.
 template <typename F, int I>
 GDN_INLINE vi word(const uint8_t* planes, int p) {
     planes += p * 4 * W;
@@ -85,24 +85,24 @@ GDN_INLINE void for_constants(F f) {
     }
 }
 
-// The scales of W rows for group G of a record; of a super-block's in units of its own scale.
+// The scales of W rows for group G of a k-block; of a super-block's in units of its own scale.
 template <typename F, int G>
-GDN_INLINE vf scale_of(const uint8_t* record, int p) {
-    const int at = G * ROWS + p * W;
+GDN_INLINE vf scale_of(const uint8_t* k_block, int p) {
+    const int at = G * PANEL + p * W;
     if constexpr (F::IS_SUPER)
-        return to_float(F::HAS_MIN ? widen_unsigned(record + at) : widen_signed(record + at));
-    return half_to_float(reinterpret_cast<const uint16_t*>(record) + at);
+        return to_float(F::HAS_MIN ? widen<uint8_t>(k_block + at) : widen<int8_t>(k_block + at));
+    return half_to_float(reinterpret_cast<const uint16_t*>(k_block) + at);
 }
 
 // Their mins, likewise.
 template <typename F, int G>
-GDN_INLINE vf min_of(const uint8_t* record, int p) {
-    const int at = G * ROWS + p * W;
-    if constexpr (F::IS_SUPER) return to_float(widen_unsigned(record + F::SCALE_BYTES + at));
-    return half_to_float(reinterpret_cast<const uint16_t*>(record + F::SCALE_BYTES) + at);
+GDN_INLINE vf min_of(const uint8_t* k_block, int p) {
+    const int at = G * PANEL + p * W;
+    if constexpr (F::IS_SUPER) return to_float(widen<uint8_t>(k_block + F::SCALE_BYTES + at));
+    return half_to_float(reinterpret_cast<const uint16_t*>(k_block + F::SCALE_BYTES) + at);
 }
 
-// What these are in units of: the scales in front of a super-block; part PARTS + p has the mins'.
+// The units of both: the scales in front of a super-block; part PARTS + p has those of the mins.
 template <typename F>
 GDN_INLINE vf super_of(const uint8_t* super_block, int part) {
     if constexpr (F::IS_SUPER)
