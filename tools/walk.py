@@ -5,7 +5,7 @@
 
 The demo model answers `-p Hello -n 1` under a profiler. Two moments count: a backend compiles the
 program that has the op's nodes (calls that are given such a node, below `compile`), and a step runs
-that program (below the program's `run`: calls inside the CPU backend, launches of the device).
+that program (below the program's `run`: the call into the CPU's library, launches of the device).
 Every file of the engine with a function on the
 stack at such a moment is printed in the order in which the stacks meet it, then the kernel sources
 of the op's stem. `back` counts the calls from one file into a file that was met before, along the
@@ -18,8 +18,9 @@ import argparse
 import io
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
@@ -29,6 +30,7 @@ from unittest.mock import patch
 if not __package__:  # Run as a script: Python looks for modules in tools/ only.
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cli
+from engine.backends.native import library
 from engine.graph import Node
 from tests.support.cuda_devices import cuda_and_others, emulated
 
@@ -103,8 +105,13 @@ def _stack(frame: FrameType | None) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _in_cpu_backend(frame: FrameType) -> bool:
-    return frame.f_code.co_filename.startswith(BACKENDS)
+def _native_call(frame: FrameType) -> bool:
+    return frame.f_code is _run_natively.__code__
+
+
+def _run_natively(run: Callable[..., None], *given: Any) -> None:
+    """In place of the library's function `run`, whose own call a profiler doesn't see."""
+    run(*given)
 
 
 def _launches(frame: FrameType) -> bool:
@@ -114,10 +121,12 @@ def _launches(frame: FrameType) -> bool:
 
 def walk(op: str, create: Callable[..., Any] | None) -> Walk:
     """Run the command under the profiler; `create` replaces the engine's own choice of backends."""
-    found = Walk(op, _launches if create else _in_cpu_backend)
+    found = Walk(op, _launches if create else _native_call)
+    native = library.load()
+    replaced = patch.object(native, "run", partial(_run_natively, native.run))
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as errors:
         backend = ("--backend", "cpu") if create is None else ()
-        with patch("engine.backends.create", create) if create else nullcontext():
+        with patch("engine.backends.create", create) if create else replaced:
             sys.setprofile(found.profile)
             try:
                 status = cli.main([*COMMAND, *backend])
