@@ -186,8 +186,8 @@ Out = tuple[Shape, DType]
 class Op:
     """The contract of an op.
 
-    `operands`: their names in the order of the kernels' views, which come after those of the
-        `n_outputs` outputs. `optional` ones may be absent; their views are null.
+    `operands`: names of the inputs. A kernel's views are the `n_outputs` outputs, then these, in
+        this order. `optional` ones may be absent; their views are null.
     `infer(inputs, attrs)` checks shapes and returns the outputs; it raises ShapeError.
     `reference(**arrays, **attrs)` is the definition in numpy, of the live rows only. It returns a
         tuple of arrays and writes state in place.

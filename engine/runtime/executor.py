@@ -1,4 +1,5 @@
-"""A placed graph that runs: programs in order, inputs written, crossing tensors copied."""
+"""A placed graph that runs: its inputs are written, its programs run in order, and tensors that
+cross from one backend to another are copied. (The CPU's executor.cpp runs one program.)"""
 
 from __future__ import annotations
 

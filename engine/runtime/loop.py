@@ -1,7 +1,8 @@
-"""The step loop: which chunks run next, the step that runs them, and who gets its rows.
+"""One step: which chunks run, the batch that runs them, and the requests that get its rows.
 
 A step packs the scheduler's chunks into one batch, runs it and hands every request its row of
-logits. Where a device can sample, decode steps overlap with the host's work (overlap.py).
+logits. `Completion` and `Engine.generate_batch` repeat it. Where a device can sample, decode steps
+overlap with the host's work (overlap.py).
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ constexpr int64_t MAX_HEAD = 256;
 inline bool has_chunk_form(int64_t dk, int64_t dv) { return dk % DEPTH == 0 && dv % DEPTH == 0; }
 
 // One row tile of at most MAX_TILE_ROWS rows, from the state at `from` to that at `to` (they may be
-// the same). The `n_ahead` rows after it are fetched into the cache meanwhile.
+// the same), in gated_delta_net_chunk.cpp. It fetches the `n_ahead` rows after it into the cache.
 void chunk(const Head& h, const float* from, float* to, int64_t n_ahead, char* scratch);
 
 // Fewest rows of a row tile for which chunk form is faster than a scan, with one decay per key row.

@@ -1,8 +1,9 @@
 // A CPU kernel is a count of independent tasks and a function that runs some of them.
 //
-// An instruction has operands (`View`s, in the order of the kernel's enum; an absent one has
-// data == nullptr) and attributes as doubles. Tasks of one instruction run in any order and on any
-// thread, and their results do not depend on either.
+// An instruction has operands (`View`s: the outputs, then the inputs in the order of the op's
+// `operands`, which the kernel's enum repeats; an absent one has data == nullptr) and attributes
+// as doubles. Tasks of one instruction run in any order and on any thread, and their results do not
+// depend on either.
 #pragma once
 
 #include <cstdint>

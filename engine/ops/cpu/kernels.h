@@ -1,4 +1,5 @@
-// The list of all kernels. A new one is declared and listed here and defined in <op>.cpp.
+// The list of all kernels. A new one is declared and listed here; it is defined in <op>.cpp, in
+// the file of the op that it is a part of, or in fused/.
 #pragma once
 
 #include "kernel.h"

@@ -1,10 +1,10 @@
 // The argument of every CUDA kernel, and device functions that many kernels use.
 //
-// A launch has operands (`View`s, in the order of its signature in
-// engine/backends/native/signatures.py; an absent one has data == nullptr), attributes, and the
-// live counts of the batch. These lie in device memory, so a captured launch serves every batch up
-// to the sizes of its capture: grids are sized for the most rows, and thread blocks past the live
-// rows return at once.
+// A launch has operands (`View`s: the outputs, then the inputs in the order of the op's
+// `operands`, which the kernel's enum repeats; an absent one has data == nullptr), attributes, and
+// the live counts of the batch. These lie in device memory, so a captured launch serves every batch
+// up to the sizes of its capture: grids are sized for the most rows, and thread blocks past the
+// live rows return at once.
 //
 // Kernels are plain CUDA C++17 for NVRTC without system headers. Code that needs PTX is a function
 // of primitives.cuh, so that tests can run kernels without a GPU.
