@@ -68,6 +68,9 @@ class Program(Protocol):
 class StateStore(Protocol):
     """One backend's part of the sequences' memory; `dim` is "n_slots" or "n_blocks"."""
 
+    def allocate(self, states: Sequence[Tensor]) -> None:
+        """See Backend.allocate_states."""
+
     def zero(self, dim: str, index: int) -> None:
         """Assign zeros to a slot or block of every layer."""
 
@@ -152,9 +155,9 @@ class Backend(ABC):
     def load_weights(self, nodes: Sequence[Node], source: WeightSource) -> None:
         """Load the weights that its nodes read, in the form in which their kernels read them."""
 
-    @abstractmethod
     def allocate_states(self, states: Sequence[Tensor]) -> None:
         """Allocate the states of its nodes; contents are arbitrary until written."""
+        self.states.allocate(states)
 
     def declare_inputs(self, inputs: Sequence[Tensor]) -> None:  # noqa: B027
         """The INPUTs of all its nodes, before programs are compiled."""

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -17,9 +18,9 @@ from tqdm import tqdm
 from engine.backends.base import Array
 from engine.backends.cuda import nvrtc
 from engine.backends.cuda.args import ARGS
-from engine.backends.cuda.device import Captured, CudaError, Fetched, Gemm, Grid, Memory, Timer
+from engine.backends.cuda.device import CudaError, Fetched, Gemm, Grid, Memory, Replay, Timer
 from engine.backends.cuda.driver import Launcher
-from engine.backends.cuda.staging import PinnedBytes, StagingRing
+from engine.backends.cuda.staging import StagingRing
 
 MIN_CAPABILITY = (8, 0)
 
@@ -96,7 +97,12 @@ class CupyDevice:
         buffer = self._back.next()
         self._copy_async(buffer.address, address, n_bytes, to_device=False)
         buffer.event.record(self.stream)
-        return PinnedBytes(buffer, n_bytes, self.wait)
+
+        def values() -> Array:
+            self.wait(buffer.event)
+            return buffer.data[:n_bytes].copy()
+
+        return values
 
     def fill(self, address: int, n_bytes: int, byte: int) -> None:
         self._cupy.cuda.runtime.memsetAsync(address, byte, n_bytes, self.stream.ptr)
@@ -139,7 +145,7 @@ class CupyDevice:
         self._blas = self._blas or _Blas(self)
         self._blas.gemm(product)
 
-    def capture(self, launches: Callable[[], None]) -> Captured:
+    def capture(self, launches: Callable[[], None]) -> Replay:
         self._blas = self._blas or _Blas(self)
         self.stream.begin_capture()
         try:
@@ -147,7 +153,7 @@ class CupyDevice:
         finally:
             graph = self.stream.end_capture()
         graph.upload(self.stream)
-        return _CupyGraph(graph, self.stream)
+        return partial(graph.launch, self.stream)
 
     def timer(self, delay_s: float = 0.0) -> Timer:
         if delay_s:
@@ -176,15 +182,6 @@ class _CupyMemory:
     _held: Any
     address: int
     nbytes: int
-
-
-@dataclass(frozen=True)
-class _CupyGraph:
-    _graph: Any
-    _stream: Any
-
-    def replay(self) -> None:
-        self._graph.launch(self._stream)
 
 
 class _EventTimer:

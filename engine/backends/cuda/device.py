@@ -44,18 +44,10 @@ class Gemm:
     k: int
 
 
-class Captured(Protocol):
-    """Recorded launches; the device keeps what they need."""
-
-    def replay(self) -> None:
-        """Run them again, behind the work so far."""
-
-
-class Fetched(Protocol):
-    """Bytes on their way to the host."""
-
-    def values(self) -> Array:
-        """Wait for them, but not for later work; uint8."""
+# Waits for bytes on their way to the host, but not for later work; returns them as uint8.
+Fetched = Callable[[], Array]
+# Runs recorded launches again, behind the work so far; the device keeps what they need.
+Replay = Callable[[], None]
 
 
 class Timer(Protocol):
@@ -110,7 +102,7 @@ class Device(Protocol):
     def gemm(self, product: Gemm) -> None:
         """A matrix product on tensor cores, accumulated in float32."""
 
-    def capture(self, launches: Callable[[], None]) -> Captured:
+    def capture(self, launches: Callable[[], None]) -> Replay:
         """Record the launches of a function, without running them."""
 
     def prepare(self) -> None:

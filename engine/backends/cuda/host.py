@@ -1,42 +1,82 @@
-"""The part of a CudaBackend that its programs and samplers use, and their launches' arguments."""
+"""What programs and samplers use of a CudaBackend: its memory, and the arguments of launches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from numpy.typing import NDArray
+import numpy as np
 
-from engine.backends.cuda.device import Device
+from engine.backends.base import Array
+from engine.backends.cuda.device import Device, Memory
+from engine.backends.cuda.inputs import InputRegion
 from engine.backends.cuda.kernels import KERNELS
 from engine.backends.cuda.launches import Launch
 from engine.backends.cuda.states import DeviceStates
 from engine.backends.cuda.weights import CudaWeights
+from engine.backends.native import library as cpu_library
+from engine.backends.native.backend import NativeBackend
 from engine.backends.native.program import write_operand
-from engine.graph import Live, Tensor
+from engine.formats.quants import numpy_dtype
+from engine.graph import Kind, Live, Tensor
 
 
-class Host(Protocol):
-    """`sample_specs`: the INPUT that `sampling.specs_input` describes."""
+class Host(NativeBackend):
+    """The part of a CudaBackend that holds memory.
 
-    device: Device
-    weights: CudaWeights
+    `sample_specs`: the INPUT that `sampling.specs_input` describes.
+    """
+
     states: DeviceStates
-    batch_invariant: bool
+    weights: CudaWeights
     sample_specs: Tensor
 
-    @property
-    def live_address(self) -> int:
-        """The address of the live counts."""
+    def __init__(self, device: Device, batch_invariant: bool) -> None:
+        self.device, self.batch_invariant = device, batch_invariant
+        self._live: Live | None = None
+        self._hold_nothing()
+
+    def _hold_nothing(self) -> None:
+        device = self.device
+        self.states, self.weights = DeviceStates(device), CudaWeights(device, cpu_library.load())
+        self.inputs = InputRegion(device)
+        self._fixed: dict[Tensor, Memory] = {}
+
+    def declare_inputs(self, inputs: Sequence[Tensor]) -> None:
+        self.inputs = InputRegion(self.device, inputs)
+
+    def write(self, tensor: Tensor, values: Array) -> None:
+        """Set the live rows of a tensor; those of an input are uploaded when a program runs."""
+        values = np.ascontiguousarray(values, numpy_dtype(tensor.dtype))
+        if tensor.kind is Kind.INPUT:
+            self.inputs.write(tensor, values)
+        else:
+            self.device.upload(self.fixed(tensor), values)
+
+    def read(self, tensor: Tensor) -> Array:
+        assert self._live is not None
+        values = np.empty(self._live.shape(tensor.shape), numpy_dtype(tensor.dtype))
+        self.device.download(self.fixed(tensor), values)
+        return values
 
     def fixed(self, tensor: Tensor) -> int:
-        """The address of an input, a state, or an activation that outlives programs."""
-
-    def write(self, tensor: Tensor, values: NDArray[Any]) -> None:
-        """Set the live rows of an input."""
+        """Activations are allocated at their first use."""
+        if tensor.kind is Kind.INPUT:
+            return self.inputs.address(tensor)
+        if tensor.kind is Kind.STATE:
+            return self.states.address(tensor)
+        if tensor not in self._fixed:
+            self._fixed[tensor] = self.device.allocate(tensor.nbytes)
+        return self._fixed[tensor].address
 
     def begin(self, live: Live) -> None:
         """Bring inputs and live counts to the device."""
+        self._live = live
+        self.inputs.flush(live)
+
+    def release(self) -> None:
+        self.device.synchronize()
+        self._hold_nothing()
 
 
 def prepare(host: Host, step: Launch, args: Any, addresses: Iterable[int]) -> int:
@@ -47,6 +87,6 @@ def prepare(host: Host, step: Launch, args: Any, addresses: Iterable[int]) -> in
     for view, ref, address in zip(args["v"], step.operands, addresses, strict=False):
         write_operand(view, ref, step.nodes, address, host.weights)
     args["attr"][: len(step.attrs)] = step.attrs
-    args["live"] = host.live_address
+    args["live"] = host.inputs.live_address
     _, shared = step.block
     return host.device.function(KERNELS[step.kernel].source, step.kernel, shared)

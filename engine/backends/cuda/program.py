@@ -35,8 +35,11 @@ class CudaProgram(NativeProgram[Host]):
         lowering = Lowering(host.device, host.weights, host.batch_invariant)
         self._lower(lowering, () if host.batch_invariant else FUSIONS, lower_node)
         self._steps = lowering.steps
-        self._zeros = self._allocate_zeros()
-        self._addresses |= {ref: memory.address for ref, memory in self._zeros.items()}
+        self._zeros: dict[Any, Memory] = {}
+        for ref in {ref for step in self._steps for ref in step.operands if isinstance(ref, Zeros)}:
+            self._zeros[ref] = memory = self._device.allocate(ref.nbytes)
+            self._device.fill(memory.address, ref.nbytes, 0)
+            self._addresses[ref] = memory.address
         self._place(self._steps, range(len(self._steps)))
         self._args = np.zeros(len(self._steps), ARGS)
         self._functions = list(map(self._prepare, self._args, self._steps))
@@ -45,13 +48,6 @@ class CudaProgram(NativeProgram[Host]):
     def _allocate(self, n_bytes: int) -> int:
         self._arena = self._device.allocate(n_bytes)
         return self._arena.address
-
-    def _allocate_zeros(self) -> dict[Any, Memory]:
-        zeros: dict[Any, Memory] = {}
-        for ref in {ref for step in self._steps for ref in step.operands if isinstance(ref, Zeros)}:
-            zeros[ref] = self._device.allocate(ref.nbytes)
-            self._device.fill(zeros[ref].address, ref.nbytes, 0)
-        return zeros
 
     def _prepare(self, args: Any, step: Step) -> int:
         if isinstance(step, Product):
@@ -108,13 +104,12 @@ class CudaProgram(NativeProgram[Host]):
         if isinstance(step, Launch):
             grid = step.grid(live)
             return None if 0 in grid else grid
-        assert step.out is not None
-        assert step.a is not None
-        m = live.shape(step.out.shape)[0]
-        n, k = step.b.shape[-2:]
-        weights, b = self._host.weights, step.b
-        b_at = weights.bf16(b) if isinstance(b, Tensor) else self._address(b)
-        return Gemm(self._address(step.out), self._address(step.a), b_at, m, n, k) if m else None
+        out, a, b = step.operands
+        assert out is not None
+        assert b is not None
+        m, (n, k) = live.shape(out.shape)[0], b.shape[-2:]
+        b_at = self._host.weights.bf16(b) if isinstance(b, Tensor) else self._address(b)
+        return Gemm(self._address(out), self._address(a), b_at, m, n, k) if m else None
 
     def run_timed(self, live: Live) -> Sequence[float]:
         """As `run`, without a captured graph; the seconds of each instruction."""

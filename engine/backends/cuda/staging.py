@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Wait = Callable[[Any], None]
-
 
 @dataclass(frozen=True)
 class StagingBuffer:
@@ -29,7 +27,7 @@ class StagingRing:
     cuda: CuPy's module; wait(event): waits for one.
     """
 
-    def __init__(self, cuda: Any, wait: Wait, n: int, size: int) -> None:
+    def __init__(self, cuda: Any, wait: Callable[[Any], None], n: int, size: int) -> None:
         self._cuda, self._wait, self._n, self.size = cuda, wait, n, size
         self._buffers: deque[StagingBuffer] = deque()
 
@@ -45,16 +43,3 @@ class StagingRing:
             self._wait(buffer.event)
         self._buffers.append(buffer)
         return buffer
-
-
-@dataclass(frozen=True)
-class PinnedBytes:
-    """See Fetched."""
-
-    _buffer: StagingBuffer
-    _n_bytes: int
-    _wait: Wait
-
-    def values(self) -> NDArray[np.uint8]:
-        self._wait(self._buffer.event)
-        return self._buffer.data[: self._n_bytes].copy()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from engine import ChatTemplate, Engine, SamplingParams
 from engine.backends.cuda.device import Device, Memory
 from engine.backends.cuda.sampling import MAX_VOCAB, CudaSampler, CudaStepHandle, specs_input
 from engine.backends.cuda.weights import CudaWeights
+from engine.backends.native import library
 from engine.formats.quants import F32, I32
 from engine.graph import Dim, Kind, Live, Tensor
 from engine.runtime.batch import Chunk
@@ -43,7 +45,7 @@ class Rows:
     """A decoder whose program has given logits."""
 
     def __init__(self, device: Device, n_rows: int, n_vocab: int) -> None:
-        self.device, self.weights = device, CudaWeights(device, Any)  # type: ignore[arg-type]
+        self.device, self.weights = device, CudaWeights(device, library.load())
         self.sample_specs = specs_input(n_rows)
         self.tokens = Tensor("tokens", (Dim(n_rows, "n_tokens"),), I32, Kind.INPUT)
         shape = (Dim(n_rows, "n_outputs"), n_vocab)
@@ -52,9 +54,9 @@ class Rows:
             t: device.allocate(t.nbytes) for t in (self.sample_specs, self.tokens, self.logits)
         }
         self._counts = device.allocate(20)
-        self.live_address = self._counts.address
+        self.inputs = SimpleNamespace(live_address=self._counts.address)
         host: Any = self
-        self._decoder = CudaSampler(host, self, [self.tokens], self.logits)
+        self._decoder = CudaSampler(host, self.launch, [self.tokens], self.logits)
 
     def fixed(self, tensor: Tensor) -> int:
         return self._memory[tensor].address
@@ -64,7 +66,7 @@ class Rows:
 
     def begin(self, live: Live) -> None:
         n = live.n_outputs
-        self.device.upload(self.live_address, np.array([0, n, n, n + 1, n], np.int32))
+        self.device.upload(self._counts.address, np.array([0, n, n, n + 1, n], np.int32))
 
     def launch(self, live: Live) -> None:
         """The logits are there."""

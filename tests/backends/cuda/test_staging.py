@@ -116,5 +116,5 @@ def test_what_is_fetched_is_as_it_was(device: CupyDevice) -> None:
         fetched.append(device.fetch(memory.ctypes.data, 16))
         if i >= 1:
             # The one before is waited for while this one is on its way.
-            assert fetched[-2].values().view(np.int32).tolist() == [i - 1] * 4
+            assert fetched[-2]().view(np.int32).tolist() == [i - 1] * 4
             assert device.stream.n_done < len(device.stream.work)

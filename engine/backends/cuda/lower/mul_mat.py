@@ -164,7 +164,7 @@ def _lower_gemm(
             kernel="expand", nodes=[node], operands=[b, w], grid=lambda live: expand_grid(w),
             when=rows,
         ))  # fmt: skip
-    lowering.add(Product(nodes=[node], out=out, a=rounded, b=b, when=rows))
+    lowering.add(Product(nodes=[node], operands=[out, rounded, b], when=rows))
     if gate or add:
         n_blocks = cut(out.shape[1], threads("finish_product"))
         lowering.add(Launch(
