@@ -13,7 +13,7 @@ from functools import partial
 from engine.backends.cuda.kernels import threads
 from engine.backends.cuda.launches import Launch, Lowering
 from engine.backends.cuda.lower import gemv, lower_node
-from engine.backends.cuda.lower.common import RowRange, cut
+from engine.backends.cuda.lower.common import RowRange, blocks_of, cut
 from engine.backends.cuda.lower.mul_mat import lower_mul_mat
 from engine.backends.native.buffers import Ref
 from engine.backends.native.fusion import Fusion, Readers
@@ -92,7 +92,7 @@ def _reads_gated(nodes: Sequence[Node], readers: Readers) -> bool:
 
 
 def _reads_norm(nodes: Sequence[Node], readers: Readers) -> bool:
-    return gemv.is_worth_a_norm(matrices_of(nodes[1])) and _is_read_alone(nodes, readers)
+    return blocks_of(matrices_of(nodes[1])) <= gemv.NORM_BLOCKS and _is_read_alone(nodes, readers)
 
 
 def _is_quantized(product: Node) -> bool:

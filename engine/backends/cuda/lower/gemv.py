@@ -122,11 +122,6 @@ class WorkSplit:
         return self.rounds * kernels.ROW_BATCH_BYTES + self.slot_bytes + _SUM_BYTES * panels + 4
 
 
-def is_worth_a_norm(weights: Sequence[Tensor]) -> bool:
-    """Whether a norm is cheaper in all thread blocks of a product than in a launch of its own."""
-    return blocks_of(weights) <= NORM_BLOCKS
-
-
 def swiglu_row(act: Node) -> GemvRow:
     """The row that a SWIGLU makes."""
     return GemvRow([act], act.inputs["gate"], act.inputs["up"], source=kernels.ROW_SWIGLU)
@@ -143,7 +138,6 @@ def norm_row(norm: Node) -> GemvRow:
 def gated_row(norm: Node) -> GemvRow:
     """The row that an RMS_NORM_GATED makes."""
     x, gate, weight = (norm.inputs[name] for name in ("x", "gate", "weight"))
-    source = {"silu": kernels.ROW_GATED_SILU, "sigmoid": kernels.ROW_GATED_SIGMOID}[
-        norm.attrs["act"]
-    ]
+    is_silu = norm.attrs["act"] == "silu"
+    source = kernels.ROW_GATED_SILU if is_silu else kernels.ROW_GATED_SIGMOID
     return GemvRow([norm], x, gate, weight, None, source, norm.attrs["eps"], x.shape[2])
