@@ -74,8 +74,7 @@ class CpuProgram(NativeProgram["CpuBackend"]):
         """As `run`; the seconds of each instruction, with a barrier after each."""
         seconds = np.zeros(len(self._program))
         self._host.run(self._program, live, seconds)
-        times: list[float] = seconds.tolist()
-        return times
+        return list(map(float, seconds))
 
     def _output(self, tensor: Tensor, live: Live) -> Array:
         if tensor in self.outside:
@@ -162,15 +161,11 @@ class CpuBackend(NativeBackend):
             return self.states.address(tensor)
         return self._array(tensor).ctypes.data
 
-    def row_tiles(self, live: Live) -> list[tuple[int, int]]:
-        """(first row, rows) of a step's row tiles; none without matrix units."""
-        n_positions = self.library.constant("max_tile_rows")
-        return row_tiles(live.chunks, n_positions) if self.matrix else []
-
     def run(self, instructions: Array, live: Live, seconds: Array | None = None) -> None:
         """Run some instructions of a program."""
         self._live = live
-        tiles = self.row_tiles(live)
+        n_positions = self.library.constant("max_tile_rows")
+        tiles = row_tiles(live.chunks, n_positions) if self.matrix else []
         dims = [live.dim(name) or 0 for name in views.DIMS]
         counts = np.array([*dims, len(tiles), *itertools.chain(*tiles)], np.int64)
         self._run(instructions, counts, seconds)

@@ -12,6 +12,7 @@ from engine.backends.base import Limits, Split, Traits, WeightSource
 from engine.backends.cuda import limits
 from engine.backends.cuda.device import Device
 from engine.backends.cuda.host import Host
+from engine.backends.cuda.inputs import InputRegion
 from engine.backends.cuda.lower import OPS
 from engine.backends.cuda.program import CudaProgram
 from engine.backends.cuda.sampling import MAX_VOCAB, CudaSampler, specs_input
@@ -49,7 +50,7 @@ class CudaBackend(Host):
     def declare_inputs(self, inputs: Sequence[Tensor]) -> None:
         n_seqs = (int(t.shape[0]) for t in inputs if dim_name(t) == "n_seqs")
         self.sample_specs = specs_input(max(n_seqs, default=0))
-        super().declare_inputs([*inputs, self.sample_specs])
+        self.inputs = InputRegion(self.device, [*inputs, self.sample_specs])
 
     def compile(self, split: Split) -> CudaProgram:
         return CudaProgram(self, split)

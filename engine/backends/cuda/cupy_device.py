@@ -30,6 +30,7 @@ class CupyDevice:
 
     def __init__(self, index: int = 0) -> None:
         self._cupy = cupy = _cupy(index)
+        self._runtime = cupy.cuda.runtime
         self._device = cupy.cuda.Device(index)
         self._device.use()
         self.capability = _capability(self._device)
@@ -37,11 +38,11 @@ class CupyDevice:
         self.n_multiprocessors = int(attributes["MultiProcessorCount"])
         self.shared_bytes = int(attributes["MaxSharedMemoryPerBlockOptin"])
         self._allowed: dict[str, int] = {}
-        self.name = cupy.cuda.runtime.getDeviceProperties(index)["name"].decode()
+        self.name = self._runtime.getDeviceProperties(index)["name"].decode()
         self.detail = f"{self.name}, {self.target}"
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self._launcher = Launcher(self.stream.ptr, overlap=self.capability >= (9, 0))
-        self._errors = (cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError)
+        self._errors = (cupy.cuda.driver.CUDADriverError, self._runtime.CUDARuntimeError)
         self._modules: dict[str, Any] = {}
         self._blas: _Blas | None = None
         small, large, back = (8, 256 << 10), (2, 32 << 20), (4, 4 << 10)
@@ -57,7 +58,7 @@ class CupyDevice:
 
     def free_bytes(self) -> int:
         """The driver's free memory, and what CuPy's pool holds unused."""
-        free, _ = self._cupy.cuda.runtime.memGetInfo()
+        free, _ = self._runtime.memGetInfo()
         return int(free) + int(self._cupy.get_default_memory_pool().free_bytes())
 
     def allocate(self, n_bytes: int) -> Memory:
@@ -82,7 +83,7 @@ class CupyDevice:
             buffer.event.record(self.stream)
 
     def _copy_async(self, target: int, source: int, n_bytes: int, to_device: bool) -> None:
-        runtime = self._cupy.cuda.runtime
+        runtime = self._runtime
         kind = runtime.memcpyHostToDevice if to_device else runtime.memcpyDeviceToHost
         try:
             runtime.memcpyAsync(target, source, n_bytes, kind, self.stream.ptr)
@@ -105,12 +106,11 @@ class CupyDevice:
         return values
 
     def fill(self, address: int, n_bytes: int, byte: int) -> None:
-        self._cupy.cuda.runtime.memsetAsync(address, byte, n_bytes, self.stream.ptr)
+        self._runtime.memsetAsync(address, byte, n_bytes, self.stream.ptr)
 
     def copy(self, target: int, source: int, n_bytes: int) -> None:
-        runtime = self._cupy.cuda.runtime
-        kind = runtime.memcpyDeviceToDevice
-        runtime.memcpyAsync(target, source, n_bytes, kind, self.stream.ptr)
+        kind = self._runtime.memcpyDeviceToDevice
+        self._runtime.memcpyAsync(target, source, n_bytes, kind, self.stream.ptr)
 
     def function(self, source: str, name: str, shared_bytes: int = 0) -> int:
         if source not in self._modules:
@@ -177,7 +177,7 @@ class CupyDevice:
             ) from None
 
 
-@dataclass(frozen=True)
+@dataclass
 class _CupyMemory:
     _held: Any
     address: int

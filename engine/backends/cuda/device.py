@@ -23,13 +23,8 @@ class CudaError(EngineError):
 class Memory(Protocol):
     """Bytes of device memory, freed when nothing refers to it any more."""
 
-    @property
-    def address(self) -> int:
-        """The address of the first byte."""
-
-    @property
-    def nbytes(self) -> int:
-        """The size."""
+    address: int
+    nbytes: int
 
 
 @dataclass(frozen=True)

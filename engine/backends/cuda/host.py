@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -41,9 +41,6 @@ class Host(NativeBackend):
         self.states, self.weights = DeviceStates(device), CudaWeights(device, cpu_library.load())
         self.inputs = InputRegion(device)
         self._fixed: dict[Tensor, Memory] = {}
-
-    def declare_inputs(self, inputs: Sequence[Tensor]) -> None:
-        self.inputs = InputRegion(self.device, inputs)
 
     def write(self, tensor: Tensor, values: Array) -> None:
         """Set the live rows of a tensor; those of an input are uploaded when a program runs."""

@@ -26,16 +26,12 @@ class InputRegion:
             offset += -(-t.nbytes // 64) * 64
         self._image = np.zeros(offset, np.uint8)
         self._memory = device.allocate(offset)
+        self.live_address = self._memory.address
         self._end = 0
-
-    @property
-    def live_address(self) -> int:
-        """The address of the live counts."""
-        return self._memory.address
 
     def address(self, tensor: Tensor) -> int:
         """The address of an input."""
-        return self._memory.address + self._offsets[tensor]
+        return self.live_address + self._offsets[tensor]
 
     def write(self, tensor: Tensor, values: Array) -> None:
         """Set the live rows of an input."""

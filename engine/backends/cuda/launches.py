@@ -28,6 +28,7 @@ MAX_COUNTERS = 4096
 
 Sizes = Callable[[Live], Grid]
 Condition = Callable[[Live], bool]
+Run = Callable[[Live], None]
 
 
 def always(live: Live) -> bool:
@@ -118,7 +119,7 @@ def bucket_of(live: Live) -> int | None:
 class Replays:
     """Runs steps by `launch`; those of a bucket are captured once, then replayed."""
 
-    def __init__(self, device: Device, launch: Callable[[Live], None]) -> None:
+    def __init__(self, device: Device, launch: Run) -> None:
         self._device, self._launch = device, launch
         self.captured: dict[int, Replay] = {}
 

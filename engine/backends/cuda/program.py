@@ -55,7 +55,6 @@ class CudaProgram(NativeProgram[Host]):
         return prepare(self._host, step, args, map(self._address, step.operands))
 
     def _run_all(self, live: Live) -> None:
-        self._host.begin(live)
         self.replays.run(live)
 
     def _begin(self, live: Live) -> None:
@@ -119,10 +118,8 @@ class CudaProgram(NativeProgram[Host]):
         for i in chosen:
             self._launch([i], live)
             timer.mark()
-        seconds = [0.0] * len(self._steps)
-        for i, s in zip(chosen, timer.seconds(), strict=True):
-            seconds[i] = s
-        return seconds
+        taken = dict(zip(chosen, timer.seconds(), strict=True))
+        return [taken.get(i, 0.0) for i in range(len(self._steps))]
 
     def _output(self, tensor: Tensor, live: Live) -> Array:
         values = np.empty(live.shape(tensor.shape), numpy_dtype(tensor.dtype))

@@ -7,7 +7,7 @@ needs. Its ids come back by a copy that is waited for when they are asked for.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from engine.backends.cuda.args import ARGS
 from engine.backends.cuda.device import Fetched
 from engine.backends.cuda.host import Host, prepare
 from engine.backends.cuda.kernels import MAX_SEGMENTS, SAMPLE_SPEC_BYTES, SEGMENT, threads
-from engine.backends.cuda.launches import Launch, Replays, Sizes
+from engine.backends.cuda.launches import Launch, Replays, Run, Sizes
 from engine.backends.cuda.lower.common import cut
 from engine.backends.native.buffers import Scratch
 from engine.formats.quants import I32
@@ -56,11 +56,7 @@ class CudaSampler:
     """See DeviceSampler; `decode` launches a step up to its logits."""
 
     def __init__(
-        self,
-        backend: Host,
-        decode: Callable[[Live], None],
-        inputs: Sequence[Tensor],
-        logits: Tensor,
+        self, backend: Host, decode: Run, inputs: Sequence[Tensor], logits: Tensor
     ) -> None:
         self._backend, self._decode, self._inputs = backend, decode, inputs
         specs = backend.sample_specs

@@ -96,13 +96,14 @@ class NativeProgram(ABC, Generic[H]):
         return self._host.fixed(owner)
 
     def run(self, live: Live, watch: Watch | None = None) -> None:
-        if watch is None:
-            self._run_all(live)
-        elif self._is_fused:
+        if watch is not None and self._is_fused:
             self._unfused = self._unfused or type(self)(self._host, self._split, fused=False)
             self._unfused.run(live, watch)
+            return
+        self._begin(live)
+        if watch is None:
+            self._run_all(live)
         else:
-            self._begin(live)
             for node, steps in self._spans.items():
                 self._run_node(node, steps, live)
                 watch(node, [self._output(t, live) for t in node.outputs])
@@ -116,7 +117,7 @@ class NativeProgram(ABC, Generic[H]):
         """Run every step."""
 
     def _begin(self, live: Live) -> None:
-        """Bring inputs to where kernels read them, before nodes run one by one."""
+        """Bring inputs to where kernels read them."""
 
     @abstractmethod
     def _run_node(self, node: Node, steps: range, live: Live) -> None:

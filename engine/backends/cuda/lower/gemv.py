@@ -12,14 +12,8 @@ from dataclasses import dataclass
 from engine.backends.cuda import kernels
 from engine.backends.cuda.kernels import threads
 from engine.backends.cuda.launches import MAX_COUNTERS, Launch, Lowering
-from engine.backends.cuda.lower.common import (
-    WARP_COLUMNS,
-    RowRange,
-    blocks_of,
-    cut,
-    split_buffers,
-    warps_of,
-)
+from engine.backends.cuda.lower import common
+from engine.backends.cuda.lower.common import WARP_COLUMNS, RowRange, blocks_of, cut
 from engine.backends.native.buffers import Ref
 from engine.backends.native.signatures import is_quantized
 from engine.graph import Node, Tensor
@@ -63,7 +57,7 @@ def lower_gemv(
         operands=[
             *outs.values(), *padding, row.x, row.more, row.factor, row.total, *weights, *padding,
             node.inputs.get("gate"), node.inputs.get("add"),
-            *split_buffers(lowering, blocks, split.splits, split.panels * kernels.PANEL),
+            *common.split_buffers(lowering, blocks, split.splits, split.panels * kernels.PANEL),
         ],
         attrs=[row.source, row.eps, row.head, split.panels, split.rounds, split.slot_bytes],
         threads=32 * split.warps, shared=split.warps * split.warp_bytes(split.panels),
@@ -109,7 +103,7 @@ class WorkSplit:
         rounds nor slots."""
         quantized = [w for w in weights if is_quantized(w)]
         if not quantized:
-            return cls(1, 1, warps_of(columns, plain=True), 0, 0)
+            return cls(1, 1, common.warps_of(columns, plain=True), 0, 0)
         slot = max(lowering.weights.part_bytes(w, WARP_COLUMNS) for w in quantized)
         batches = cut(columns, WARP_COLUMNS)
         left = lowering.device.shared_bytes - (batches + GEMV_WARPS) * kernels.ROW_BATCH_BYTES

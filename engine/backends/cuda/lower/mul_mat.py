@@ -14,16 +14,8 @@ from engine.backends.cuda import kernels
 from engine.backends.cuda.device import Device, Grid
 from engine.backends.cuda.kernels import threads
 from engine.backends.cuda.launches import Launch, Lowering, Product
-from engine.backends.cuda.lower.common import (
-    RowRange,
-    blocks_of,
-    cut,
-    rows_of,
-    split_buffers,
-    splits_of,
-    walk,
-    warps_of,
-)
+from engine.backends.cuda.lower import common
+from engine.backends.cuda.lower.common import RowRange, blocks_of, cut, rows_of
 from engine.backends.cuda.lower.gemv import lower_gemv
 from engine.backends.cuda.lower.simple import GET_ROWS, add_single
 from engine.backends.cuda.weights import expand_grid, fits_bf16, is_of_step
@@ -112,7 +104,7 @@ def lower_mul_mat(lowering: Lowering, node: Node, more_than: int = 0) -> None:
         _lower_panels(lowering, node, rest, few, None)
     for w in tiled:
         rounded = rounded_rows(lowering, node, node.inputs["x"])
-        for kernel, rows in walk(_gemm_kernels(lowering, w, outs[w]), outs[w], few, None):
+        for kernel, rows in common.walk(_gemm_kernels(lowering, w, outs[w]), outs[w], few, None):
             _lower_gemm(lowering, node, w, rounded, kernel, rows)
 
 
@@ -122,15 +114,15 @@ def _lower_panels(
     """The products with some weights of more than `more_than` and at most `most` rows."""
     x, weights = node.inputs["x"], list(outs)
     table = [row for row in _panel_kernels(lowering, weights) if most is None or row[0] <= most]
-    chosen = list(walk(table, x, more_than, most))
+    chosen = list(common.walk(table, x, more_than, most))
     if chosen[0][0] == "mul_mat_1":
         lower_gemv(lowering, node, outs)
         del chosen[0]
     plain, blocks, splits = not all(map(is_quantized, weights)), blocks_of(weights), 1
     if not (plain or lowering.batch_invariant):
-        splits = splits_of(lowering.device, blocks, x.shape[1])
-    warps = warps_of(cut(x.shape[1], splits), plain)
-    sums = split_buffers(lowering, blocks, splits, _PASS_ROWS[chosen[-1][0]] * kernels.PANEL)
+        splits = common.splits_of(lowering.device, blocks, x.shape[1])
+    warps = common.warps_of(cut(x.shape[1], splits), plain)
+    sums = common.split_buffers(lowering, blocks, splits, _PASS_ROWS[chosen[-1][0]] * kernels.PANEL)
     padding = [None] * (kernels.MAX_WEIGHTS - len(weights))
     others = [node.inputs.get("gate"), node.inputs.get("add")]
     absent: Sequence[Ref] = [None] * 3
@@ -151,10 +143,11 @@ def _lower_gemm(
 ) -> None:
     """A product of some rows with one weight in bfloat16."""
     out, gate, add = rows.tensor, node.inputs.get("gate"), node.inputs.get("add")
-    if kernel in _GEMM_TILES:
+    if n_rows := _GEMM_TILES.get(kernel):
+        n_blocks = cut(w.shape[0], kernels.GEMM_COLUMNS)
         lowering.add(Launch(
             kernel=kernel, nodes=[node], operands=[out, rounded, w, gate, add], when=rows,
-            grid=partial(_gemm_grid, out, _GEMM_TILES[kernel], w.shape[0]),
+            grid=lambda live: (cut(rows_of(out, live), n_rows), n_blocks, 1),
         ))  # fmt: skip
         return
     b: Tensor | Scratch = w
@@ -197,9 +190,8 @@ def rounded_rows(lowering: Lowering, node: Node, x: Tensor) -> Scratch:
     """x as bfloat16; once for all nodes that read it."""
     (buffer,), is_new = lowering.buffers(("rounded", view_key(x)), ((x.shape, BF16),))
     if is_new:
-        n_blocks, n_used = cut(x.shape[-1], 8 * threads("round_rows")), 1
-        if len(x.shape) == 3:
-            n_used = x.shape[1]
+        n_blocks = cut(x.shape[-1], 8 * threads("round_rows"))
+        n_used = x.shape[1] if len(x.shape) == 3 else 1
         lowering.add(Launch(
             kernel="round_rows", nodes=[node], operands=[buffer, x],
             grid=lambda live: (n_blocks, n_used, rows_of(x, live)),
@@ -210,10 +202,6 @@ def rounded_rows(lowering: Lowering, node: Node, x: Tensor) -> Scratch:
 
 def _pass_grid(t: Tensor, rows: int, blocks: int, splits: int, live: Live) -> Grid:
     return blocks, cut(rows_of(t, live), rows), splits
-
-
-def _gemm_grid(out: Tensor, rows: int, n_out: int, live: Live) -> Grid:
-    return cut(rows_of(out, live), rows), cut(n_out, kernels.GEMM_COLUMNS), 1
 
 
 LOWERINGS = {"GET_ROWS": lower_get_rows, "MUL_MAT": lower_mul_mat}
