@@ -87,10 +87,8 @@ class CpuProgram(NativeProgram["CpuBackend"]):
 
 class CpuBackend(NativeBackend):
     """Runs on `n_threads` threads (None: all cores) with the kernels of `isa` (None: the best).
-
     `matrix`: whether row tiles are multiplied as bfloat16 tiles (None: where there are matrix
-    units; elsewhere it is slow, and for tests).
-    """
+    units; elsewhere it is slow, and for tests)."""
 
     name = "cpu"
     kernels = frozenset((*SIGNATURES, "MUL_MAT", "MUL_MAT_ID"))
@@ -118,21 +116,17 @@ class CpuBackend(NativeBackend):
     def refusal(self, node: Node) -> str:
         """Sizes of heads that are too large; chunks of the delta rule without matrix units."""
         if node.op.name == "GATED_DELTA_NET":
-            size, largest = max(node.inputs["state"].shape[2:]), self.library.constant("max_head")
-            if size > largest:
-                return f"head size {size} above {largest}"
-            if node.attrs["algorithm"] == "chunk":
-                return self._no_chunks(*node.inputs["state"].shape[2:])
+            d_v, d_k = node.inputs["state"].shape[2:]
+            largest, multiple = map(self.library.constant, ("max_head", "tile_depth"))
+            is_chunk = node.attrs["algorithm"] == "chunk"
+            if max(d_v, d_k) > largest:
+                return f"head size {max(d_v, d_k)} above {largest}"
+            if is_chunk and not self.matrix:
+                return "no matrix units"
+            if is_chunk and (d_k % multiple or d_v % multiple):
+                return f"no chunked kernel for heads of {d_k} and {d_v}, no multiples of {multiple}"
         if node.op.name == "ATTENTION" and node.inputs["q"].shape[2] > _MAX_LATENT:
             return f"head size {node.inputs['q'].shape[2]} above {_MAX_LATENT}"
-        return ""
-
-    def _no_chunks(self, d_v: int, d_k: int) -> str:
-        multiple = self.library.constant("tile_depth")
-        if not self.matrix:
-            return "no matrix units"
-        if d_k % multiple or d_v % multiple:
-            return f"no chunked kernel for heads of {d_k} and {d_v}, no multiples of {multiple}"
         return ""
 
     def compile(self, split: Split) -> CpuProgram:

@@ -38,10 +38,8 @@ class Step(KernelCall):
 
 
 class Lowering:
-    """The steps of a split, in order, with their phases.
-
-    With `matrix`, row tiles are multiplied as bfloat16 tiles.
-    """
+    """The steps of a split, in order, with their phases. With `matrix`, row tiles are multiplied as
+    bfloat16 tiles."""
 
     def __init__(self, library: Library, readers: Readers, matrix: bool = False) -> None:
         self._constant, self._readers, self._matrix = library.constant, readers, matrix

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from engine.backends.base import Limits, Split, Traits, WeightSource
 from engine.backends.cuda import limits
 from engine.backends.cuda.device import Device
-from engine.backends.cuda.host import Host
-from engine.backends.cuda.inputs import InputRegion
+from engine.backends.cuda.host import Host, InputRegion
 from engine.backends.cuda.lower import OPS
 from engine.backends.cuda.program import CudaProgram
 from engine.backends.cuda.sampling import MAX_VOCAB, CudaSampler, specs_input

@@ -1,10 +1,14 @@
-"""A GPU through CuPy: memory, copies, launches, cuBLAS and captured graphs on one stream."""
+"""A GPU through CuPy: memory, copies, launches, cuBLAS and captured graphs on one stream.
+
+Copies from and to the host go through pinned memory, so that the host can go on meanwhile.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import re
 import weakref
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from engine.backends.base import Array
@@ -20,7 +25,6 @@ from engine.backends.cuda import nvrtc
 from engine.backends.cuda.args import ARGS
 from engine.backends.cuda.device import CudaError, Fetched, Gemm, Grid, Memory, Replay, Timer
 from engine.backends.cuda.driver import Launcher
-from engine.backends.cuda.staging import StagingRing
 
 MIN_CAPABILITY = (8, 0)
 
@@ -177,6 +181,38 @@ class CupyDevice:
             ) from None
 
 
+@dataclass(frozen=True)
+class StagingBuffer:
+    """A buffer of a ring; `event` is recorded after its copy."""
+
+    data: NDArray[np.uint8]
+    address: int
+    event: Any
+    held: Any
+
+
+class StagingRing:
+    """`n` buffers of `size` bytes, allocated at their first use and reused in order. cuda: CuPy's
+    module; wait(event): waits for one."""
+
+    def __init__(self, cuda: Any, wait: Callable[[Any], None], n: int, size: int) -> None:
+        self._cuda, self._wait, self._n, self.size = cuda, wait, n, size
+        self._buffers: deque[StagingBuffer] = deque()
+
+    def next(self) -> StagingBuffer:
+        """The least recently used buffer; waits for its copy."""
+        if len(self._buffers) < self._n:
+            held = self._cuda.alloc_pinned_memory(self.size)
+            data = np.frombuffer(held, np.uint8, self.size)
+            event = self._cuda.Event(disable_timing=True)
+            buffer = StagingBuffer(data, int(held.ptr), event, held)
+        else:
+            buffer = self._buffers.popleft()
+            self._wait(buffer.event)
+        self._buffers.append(buffer)
+        return buffer
+
+
 @dataclass
 class _CupyMemory:
     _held: Any
@@ -201,10 +237,8 @@ class _EventTimer:
 
 
 class _Blas:
-    """A cuBLAS handle with a workspace, which captured products need.
-
-    CuPy's own handle would belong to the device, and the stream, that were created last.
-    """
+    """A cuBLAS handle with a workspace, which captured products need. CuPy's own handle would
+    belong to the device, and the stream, that were created last."""
 
     # What cuBLAS documents for Hopper.
     _WORKSPACE = 32 << 20
@@ -286,10 +320,8 @@ def _capability(device: Any) -> tuple[int, int]:
 
 
 def missing() -> str:
-    """Why no GPU can be used, in one line; an empty string if one can.
-
-    Asks the driver first: importing CuPy takes a second.
-    """
+    """Why no GPU can be used, in one line; an empty string if one can. Asks the driver first:
+    importing CuPy takes a second."""
     count = ctypes.c_int()
     try:
         driver = ctypes.CDLL("libcuda.so.1")

@@ -77,10 +77,8 @@ class Device(Protocol):
         """Wait for all work and copy to `values`, which lies without gaps."""
 
     def fetch(self, address: int, n_bytes: int) -> Fetched:
-        """Copy bytes to the host behind the work so far, without waiting.
-
-        For few bytes; their values may be read until three more fetches were made.
-        """
+        """Copy bytes to the host behind the work so far, without waiting. For few bytes; their
+        values may be read until three more fetches were made."""
 
     def fill(self, address: int, n_bytes: int, byte: int) -> None:
         """Set bytes."""

@@ -2,30 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from engine.backends.base import Array
 from engine.backends.cuda.device import Device, Memory
-from engine.backends.cuda.inputs import InputRegion
 from engine.backends.cuda.kernels import KERNELS
 from engine.backends.cuda.launches import Launch
-from engine.backends.cuda.states import DeviceStates
 from engine.backends.cuda.weights import CudaWeights
 from engine.backends.native import library as cpu_library
 from engine.backends.native.backend import NativeBackend
 from engine.backends.native.program import write_operand
+from engine.backends.native.views import DIMS
 from engine.formats.quants import numpy_dtype
-from engine.graph import Kind, Live, Tensor
+from engine.graph import Kind, Live, Tensor, dim_name
+
+_LIVE_BYTES = 256
+
+
+class DeviceStates:
+    """State tensors in device memory; see StateStore."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._memory: dict[Tensor, Memory] = {}
+
+    def allocate(self, states: Sequence[Tensor]) -> None:
+        """Allocate states, as zeros."""
+        for t in states:
+            self._memory[t] = self._device.allocate(t.nbytes)
+            self._device.fill(self._memory[t].address, t.nbytes, 0)
+
+    def address(self, tensor: Tensor) -> int:
+        """The address of a state."""
+        return self._memory[tensor].address
+
+    def _of(self, dim: str) -> list[tuple[int, int]]:
+        """(a state's address, bytes of one slot or block)."""
+        states = ((t, m) for t, m in self._memory.items() if dim_name(t) == dim)
+        return [(m.address, t.nbytes // int(t.shape[0])) for t, m in states]
+
+    def zero(self, dim: str, index: int) -> None:
+        for address, n in self._of(dim):
+            self._device.fill(address + index * n, n, 0)
+
+    def copy(self, dim: str, source: int, target: int) -> None:
+        for address, n in self._of(dim):
+            self._device.copy(address + target * n, address + source * n, n)
+
+
+class InputRegion:
+    """Live counts and INPUT tensors side by side on the device, and their image on the host."""
+
+    def __init__(self, device: Device, inputs: Sequence[Tensor] = ()) -> None:
+        self._device, offset = device, _LIVE_BYTES
+        self._offsets: dict[Tensor, int] = {}
+        # The largest last: the copy ends at the last byte that was written.
+        for t in sorted(inputs, key=lambda t: t.nbytes):
+            self._offsets[t] = offset
+            offset += -(-t.nbytes // 64) * 64
+        self._image = np.zeros(offset, np.uint8)
+        self._memory = device.allocate(offset)
+        self.live_address = self._memory.address
+        self._end = 0
+
+    def address(self, tensor: Tensor) -> int:
+        """The address of an input."""
+        return self.live_address + self._offsets[tensor]
+
+    def write(self, tensor: Tensor, values: Array) -> None:
+        """Set the live rows of an input."""
+        begin = self._offsets[tensor]
+        end = begin + values.nbytes
+        self._image[begin:end] = np.ravel(values).view(np.uint8)
+        self._end = max(self._end, end)
+
+    def flush(self, live: Live) -> None:
+        """Upload the inputs that were written, and the live counts."""
+        counts = np.array([live.dim(name) or 0 for name in DIMS], np.int32)
+        self._image[: counts.nbytes] = counts.view(np.uint8)
+        end = max(self._end, counts.nbytes)
+        self._device.upload(self.live_address, self._image[:end])
+        self._end = 0
 
 
 class Host(NativeBackend):
-    """The part of a CudaBackend that holds memory.
-
-    `sample_specs`: the INPUT that `sampling.specs_input` describes.
-    """
+    """The part of a CudaBackend that holds memory. `sample_specs`: the INPUT that
+    `sampling.specs_input` describes."""
 
     states: DeviceStates
     weights: CudaWeights
@@ -77,10 +142,8 @@ class Host(NativeBackend):
 
 
 def prepare(host: Host, step: Launch, args: Any, addresses: Iterable[int]) -> int:
-    """Fill in the record `args` of ARGS for a launch; returns its function.
-
-    addresses: of the operands' bases, but of packed weights.
-    """
+    """Fill in the record `args` of ARGS for a launch; returns its function. addresses: of the
+    operands' bases, but of packed weights."""
     for view, ref, address in zip(args["v"], step.operands, addresses, strict=False):
         write_operand(view, ref, step.nodes, address, host.weights)
     args["attr"][: len(step.attrs)] = step.attrs

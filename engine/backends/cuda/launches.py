@@ -38,11 +38,9 @@ def always(live: Live) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Launch(KernelCall):
-    """One launch of a kernel.
-
-    grid, when: functions of a step's live counts; the launch is left out where `when` is false.
-    threads, shared: of a thread block, where KERNELS leaves the choice to the launch.
-    """
+    """One launch of a kernel. grid, when: functions of a step's live counts; the launch is left out
+    where `when` is false. threads, shared: of a thread block, where KERNELS leaves the choice to
+    the launch."""
 
     grid: Sizes
     when: Condition = always
@@ -62,10 +60,8 @@ class Launch(KernelCall):
 
 @dataclass(frozen=True, kw_only=True)
 class Product(KernelCall):
-    """out [T, n] f32 = a [T, k] · b [n, k]ᵀ by cuBLAS, a and b bfloat16; operands: out, a, b.
-
-    b: a weight that has a copy in bfloat16, or a buffer.
-    """
+    """out [T, n] f32 = a [T, k] · b [n, k]ᵀ by cuBLAS, a and b bfloat16; operands: out, a, b. b: a
+    weight that has a copy in bfloat16, or a buffer."""
 
     kernel: str = "gemm_bf16"
     when: Condition = always

@@ -74,18 +74,16 @@ class CudaProgram(NativeProgram[Host]):
     def _launch(self, steps: Iterable[int], live: Live) -> None:
         device, base, chosen = self._device, self._args.ctypes.data, self._chosen(live)
         for i in steps:
-            what = chosen.get(i)
-            if what is None:
-                continue
+            step, what = self._steps[i], chosen.get(i)
             if isinstance(what, Gemm):
                 device.gemm(what)
-                continue
-            step, address = self._steps[i], base + i * ARGS.itemsize
-            assert isinstance(step, Launch)
-            try:
-                device.launch(self._functions[i], what, *step.block, address)
-            except CudaError as error:
-                raise CudaError(f"{step.nodes[0]} (kernel {step.kernel}): {error}") from None
+            elif what is not None:
+                assert isinstance(step, Launch)
+                try:
+                    address = base + i * ARGS.itemsize
+                    device.launch(self._functions[i], what, *step.block, address)
+                except CudaError as error:
+                    raise CudaError(f"{step.nodes[0]} (kernel {step.kernel}): {error}") from None
 
     def _chosen(self, live: Live) -> Mapping[int, Grid | Gemm]:
         """The steps that such counts launch, with their grids; kept, as batches are alike."""
@@ -107,7 +105,8 @@ class CudaProgram(NativeProgram[Host]):
         assert out is not None
         assert b is not None
         m, (n, k) = live.shape(out.shape)[0], b.shape[-2:]
-        b_at = self._host.weights.bf16(b) if isinstance(b, Tensor) else self._address(b)
+        copies = self._host.weights.bf16
+        b_at = copies[b.base].address if isinstance(b, Tensor) else self._address(b)
         return Gemm(self._address(out), self._address(a), b_at, m, n, k) if m else None
 
     def run_timed(self, live: Live) -> Sequence[float]:

@@ -27,17 +27,15 @@ _MAX_GRID = 65535
 
 
 class CudaWeights(PanelWeights):
-    """Weights in device memory.
-
-    bf16_bytes: the budget of copies in bfloat16; by default half of the memory that is free when
-    the other weights are loaded.
-    """
+    """Weights in device memory. bf16_bytes: the budget of copies in bfloat16; by default half of
+    the memory that is free when the other weights are loaded."""
 
     def __init__(self, device: Device, library: Library, bf16_bytes: int | None = None) -> None:
         super().__init__(library, n_cores(), _AHEAD_BYTES)
         assert (library.constant("panel_rows"), library.constant("k_block")) == (PANEL, K_BLOCK)
         self._device = device
-        self._bf16: dict[Tensor, Memory] = {}
+        # The copies [out, in] in bfloat16.
+        self.bf16: dict[Tensor, Memory] = {}
         self._bf16_left = bf16_bytes
 
     def copy_bf16(self, nodes: Sequence[Node]) -> None:
@@ -48,9 +46,6 @@ class CudaWeights(PanelWeights):
                 for w, out in zip(matrices_of(node), node.outputs, strict=True):
                     if fits_bf16(w) and is_of_step(out):
                         self._keep_bf16(w)
-
-    def _allocate(self, n_bytes: int) -> Array:
-        return np.empty(n_bytes, np.uint8)
 
     def _keep(self, values: Array) -> Memory:
         memory = self._device.allocate(values.nbytes)
@@ -72,7 +67,7 @@ class CudaWeights(PanelWeights):
 
     def _keep_bf16(self, tensor: Tensor) -> None:
         """Copy a weight in bfloat16, unless it has a copy or the budget is spent."""
-        if tensor.base in self._bf16:
+        if tensor.base in self.bf16:
             return
         if self._bf16_left is None:
             self._bf16_left = self._device.free_bytes() // 2
@@ -84,15 +79,7 @@ class CudaWeights(PanelWeights):
         self.write_packed(args["v"][1], tensor)
         self._run("expand", args, expand_grid(tensor))
         self._bf16_left -= n_bytes
-        self._bf16[tensor.base] = memory
-
-    def has_bf16(self, tensor: Tensor) -> bool:
-        """Whether a weight has a copy in bfloat16."""
-        return tensor.base in self._bf16
-
-    def bf16(self, tensor: Tensor) -> int:
-        """The address of a weight's copy [out, in] in bfloat16."""
-        return self._bf16[tensor.base].address
+        self.bf16[tensor.base] = memory
 
     def _run(self, kernel: str, args: Array, grid: Grid) -> None:
         function = self._device.function(KERNELS[kernel].source, kernel)

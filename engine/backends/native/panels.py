@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from engine.backends.base import Array, WeightSource
@@ -33,10 +34,8 @@ _SECONDS_BEFORE_BAR = 1
 
 
 class PanelWeights(ABC):
-    """The weights of a backend, by tensor: packed, or decoded to float32.
-
-    Threads pack the next weights, up to `ahead_bytes`, while packed ones are kept.
-    """
+    """The weights of a backend, by tensor: packed, or decoded to float32. Threads pack the next
+    weights, up to `ahead_bytes`, while packed ones are kept."""
 
     def __init__(self, library: Library, n_threads: int, ahead_bytes: int) -> None:
         self._lib, self._rows = library, library.constant("panel_rows")
@@ -55,9 +54,9 @@ class PanelWeights(ABC):
             self._packed[tensor] = self._keep(data)
             self._rearrange(tensor)
 
-    @abstractmethod
     def _allocate(self, n_bytes: int) -> Array:
         """Memory of the host to pack a weight into."""
+        return np.empty(n_bytes, np.uint8)
 
     @abstractmethod
     def _keep(self, values: Array) -> Any:

@@ -21,11 +21,8 @@ from engine.graph import Kind, Live, Node, Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class KernelCall:
-    """One kernel call before addresses are known.
-
-    nodes: those that it computes, or has a part in. operands: outputs, then inputs; None where one
-    is absent.
-    """
+    """One kernel call before addresses are known. nodes: those that it computes, or has a part in.
+    operands: outputs, then inputs; None where one is absent."""
 
     kernel: str
     nodes: Sequence[Node]
@@ -44,11 +41,9 @@ L = TypeVar("L", bound=Lowering)
 
 
 class NativeProgram(ABC, Generic[H]):
-    """A compiled split.
-
-    A watched program runs node by node, without fusions: the first watched run compiles a second
-    program for that. `outside`: tensors that outlive a run and have memory of their own.
-    """
+    """A compiled split. A watched program runs node by node, without fusions: the first watched run
+    compiles a second program for that. `outside`: tensors that outlive a run and have memory of
+    their own."""
 
     def __init__(self, host: H, split: Split, fused: bool = True) -> None:
         self._host, self._split, self._is_fused = host, split, fused
@@ -131,10 +126,8 @@ class NativeProgram(ABC, Generic[H]):
 def write_operand(
     record: Any, ref: Ref, nodes: Sequence[Node], address: int, weights: PanelWeights
 ) -> None:
-    """Fill a zeroed record of VIEW with a step's operand.
-
-    nodes: the step's. address: of the operand's owner; packed weights know their own.
-    """
+    """Fill a zeroed record of VIEW with a step's operand. nodes: the step's. address: of the
+    operand's owner; packed weights know their own."""
     if ref is None:
         return
     if isinstance(ref, Scratch):

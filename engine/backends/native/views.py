@@ -27,10 +27,8 @@ INSTRUCTION = np.dtype([("kernel", "u8"), ("views", "u8"), ("attrs", "u8"), ("ba
 def write_view(
     record: Any, data: int, shape: Sequence[int], strides: Sequence[int], code: int, layout: int = 0
 ) -> None:
-    """Fill a zeroed record of VIEW, the CPU's or CUDA's.
-
-    data: an address. code: of a dtype; strides count elements, or bytes if it is PACKED.
-    """
+    """Fill a zeroed record of VIEW, the CPU's or CUDA's. data: an address. code: of a dtype;
+    strides count elements, or bytes if it is PACKED."""
     record["data"], record["rank"] = data, len(shape)
     record["shape"][: len(shape)] = shape
     record["stride"][: len(strides)] = strides

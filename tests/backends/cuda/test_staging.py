@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.backends.cuda.cupy_device import CupyDevice
-from engine.backends.cuda.staging import StagingRing
+from engine.backends.cuda.cupy_device import CupyDevice, StagingRing
 
 
 class Stream:

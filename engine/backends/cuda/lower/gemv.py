@@ -67,12 +67,9 @@ def lower_gemv(
 
 @dataclass(frozen=True)
 class WorkSplit:
-    """Work split of a GEMV.
-
-    `panels` per thread block, `splits` thread blocks per panel along K, `warps` per thread block. A
-    warp keeps up to `rounds` batches of WARP_COLUMNS columns of the row in shared memory, and a
-    batch of weights in a slot of `slot_bytes`.
-    """
+    """Work split of a GEMV. `panels` per thread block, `splits` thread blocks per panel along K,
+    `warps` per thread block. A warp keeps up to `rounds` batches of WARP_COLUMNS columns of the row
+    in shared memory, and a batch of weights in a slot of `slot_bytes`."""
 
     splits: int
     panels: int

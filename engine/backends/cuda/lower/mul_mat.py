@@ -59,7 +59,7 @@ def _gemm_kernels(
 ) -> Sequence[tuple[int | None, str, bool]]:
     """What multiplies more rows by one weight in bfloat16."""
     of_step = is_of_step(out)
-    copied = of_step and lowering.weights.has_bf16(w)
+    copied = of_step and w.base in lowering.weights.bf16
     return (
         (min(GEMM_ROWS, EXPANDED_ROWS - 1), "gemm_64", not copied),
         (EXPANDED_ROWS - 1, "gemm_128", not copied),
@@ -69,7 +69,7 @@ def _gemm_kernels(
 
 
 def unsupported(node: Node, device: Device) -> str:
-    """See lower.unsupported."""
+    """See NativeBackend.refusal."""
     if node.op.name == "MUL_MAT" and len(matrices_of(node)) > kernels.MAX_WEIGHTS:
         return f"more than {kernels.MAX_WEIGHTS} weights of one product"
     return ""
@@ -97,7 +97,7 @@ def lower_mul_mat(lowering: Lowering, node: Node, more_than: int = 0) -> None:
         _lower_panels(lowering, node, outs, more_than, None)
         return
     is_large = sum(w.shape[0] * w.shape[1] for w in tiled) > MANY_ELEMENTS
-    copied = all(is_of_step(outs[w]) and lowering.weights.has_bf16(w) for w in tiled)
+    copied = all(is_of_step(outs[w]) and w.base in lowering.weights.bf16 for w in tiled)
     few = COPIED_ROWS if is_large and copied else TILED_ROWS
     _lower_panels(lowering, node, outs, more_than, few)
     if rest := {w: out for w, out in outs.items() if w not in tiled}:

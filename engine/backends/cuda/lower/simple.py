@@ -25,10 +25,8 @@ CONV_BLOCKS = 4096
 
 @dataclass(frozen=True)
 class SingleLaunch:
-    """A kernel that computes an op's nodes, or those steps of it where `when` holds.
-
-    grid, shared, attrs: of a node.
-    """
+    """A kernel that computes an op's nodes, or those steps of it where `when` holds. grid, shared,
+    attrs: of a node."""
 
     kernel: str
     grid: Callable[[Node, Live], Grid]
@@ -38,18 +36,18 @@ class SingleLaunch:
 
 
 def _rows(node: Node, live: Live) -> int:
-    """Live rows of the first operand, or of the output of a table's rows."""
-    tensor = node.outputs[0] if node.op.name == "GET_ROWS" else next(iter(node.inputs.values()))
-    return live.shape(tensor.shape)[0]
+    """Live rows of the first operand."""
+    return live.shape(next(iter(node.inputs.values())).shape)[0]
 
 
 def _row_each(node: Node, live: Live) -> Grid:
     return _rows(node, live), 1, 1
 
 
-def _head_each(kernel: str, node: Node, live: Live) -> Grid:
+def _head_each(node: Node, live: Live) -> Grid:
     """A warp for each head of a row."""
-    return cut(_rows(node, live) * node.inputs["x"].shape[1], threads(kernel) // 32), 1, 1
+    n_warps = threads(node.op.name.lower()) // 32
+    return cut(_rows(node, live) * node.inputs["x"].shape[1], n_warps), 1, 1
 
 
 def _gate_grid(node: Node, live: Live) -> Grid:
@@ -58,7 +56,8 @@ def _gate_grid(node: Node, live: Live) -> Grid:
 
 
 def _table_grid(node: Node, live: Live) -> Grid:
-    return _rows(node, live), cut(node.outputs[0].shape[1], 4 * threads("get_rows")), 1
+    n_rows, n = live.shape(node.outputs[0].shape)
+    return n_rows, cut(n, 4 * threads("get_rows")), 1
 
 
 def _swiglu_grid(tensor: Tensor, live: Live) -> Grid:
@@ -112,14 +111,14 @@ def _few(live: Live) -> bool:
 SINGLE_LAUNCH: dict[str, tuple[SingleLaunch, ...]] = {
     "ADD_RMS_NORM": (SingleLaunch("add_rms_norm", _row_each),),
     "GDN_GATE": (SingleLaunch("gdn_gate", _gate_grid),),
-    "L2_NORM": (SingleLaunch("l2_norm", partial(_head_each, "l2_norm")),),
+    "L2_NORM": (SingleLaunch("l2_norm", _head_each),),
     "MLA_CACHE": (SingleLaunch("mla_cache", _row_each),),
     "MUL_MAT_HEADS": (
         SingleLaunch("mul_mat_heads_rows", _heads_few, _heads_shared, when=_few),
         SingleLaunch("mul_mat_heads_tiles", _heads_many, when=lambda live: not _few(live)),
     ),
     "QK_NORM_ROPE": (SingleLaunch("qk_norm_rope", _rope_grid, attrs=_rope_attrs),),
-    "RMS_NORM_GATED": (SingleLaunch("rms_norm_gated", partial(_head_each, "rms_norm_gated")),),
+    "RMS_NORM_GATED": (SingleLaunch("rms_norm_gated", _head_each),),
     "ROUTER": (SingleLaunch("router", _row_each),),
     "SSM_CONV": (SingleLaunch("ssm_conv", _conv_grid),),
 }
@@ -150,7 +149,7 @@ def add_single(lowering: Lowering, node: Node, single: SingleLaunch) -> None:
 
 
 def unsupported(node: Node, device: Device) -> str:
-    """See lower.unsupported."""
+    """See NativeBackend.refusal."""
     limits: list[tuple[int, int, str]] = []
     match node.op.name:
         case "QK_NORM_ROPE":
