@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from engine.backends import base
 from engine.backends.base import Array, Backend, Instruction, Limits, Split, Support
+from engine.backends.cpu.backend import CpuBackend
 from engine.backends.native.states import ArrayStates
 from engine.formats.quants import I32, dequantize, numpy_dtype
 from engine.graph import Kind, Live, Node, Tensor
@@ -42,7 +43,6 @@ class ReferenceBackend(Backend):
         self._values: dict[Tensor, Array] = {}
 
     def supports(self, node: Node) -> Support:
-        """It runs every node."""
         return Support(True)
 
     def weight_bytes(self, nodes: Sequence[Node]) -> int:
@@ -65,8 +65,6 @@ class ReferenceBackend(Backend):
         return self._values[tensor]
 
     def measure_limits(self) -> Limits:
-        from engine.backends.cpu.backend import CpuBackend
-
         return CpuBackend().measure_limits()
 
     def release(self) -> None:
@@ -88,7 +86,6 @@ class ReferenceBackend(Backend):
         return as_strided(owned.reshape(-1)[tensor.offset :], live.shape(tensor.shape), strides)
 
     def store(self, tensor: Tensor, values: Array, live: Live) -> None:
-        """Set an output of a node."""
         assert values.shape == live.shape(tensor.shape), (tensor, values.shape)
         self._values[tensor] = np.ascontiguousarray(values, self._computed(tensor))
 
@@ -97,7 +94,6 @@ class ReferenceBackend(Backend):
         return numpy_dtype(I32) if tensor.dtype is I32 else self.dtype
 
     def forget(self, tensor: Tensor) -> None:
-        """Drop an activation, if there is one."""
         self._values.pop(tensor, None)
 
 
@@ -162,7 +158,6 @@ class _WeightCache:
 
 
 def _weights_of(nodes: Sequence[Node]) -> list[Tensor]:
-    """The weights that some nodes read, each once."""
     operands = (t for node in nodes for t in node.inputs.values())
     return list(dict.fromkeys(t.base for t in operands if t.kind is Kind.WEIGHT))
 

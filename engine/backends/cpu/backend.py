@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -16,7 +16,6 @@ from engine.backends.base import Array, Limits, Split
 from engine.backends.cpu import limits
 from engine.backends.cpu.fusion import FUSIONS
 from engine.backends.cpu.lower import Lowering, Step
-from engine.backends.cpu.row_tiles import row_tiles
 from engine.backends.cpu.weights import CpuWeights
 from engine.backends.native import library as cpu_library
 from engine.backends.native import views
@@ -31,6 +30,8 @@ from engine.graph import Kind, Live, Node, Tensor
 
 # Head size of ATTENTION, at most.
 _MAX_LATENT = 1024
+# Fewer rows of a sequence are computed one by one, others as row tiles.
+_MIN_TILE_ROWS = 16
 
 
 class CpuProgram(NativeProgram["CpuBackend"]):
@@ -48,7 +49,6 @@ class CpuProgram(NativeProgram["CpuBackend"]):
         return -(-self._arena.ctypes.data // ALIGNMENT) * ALIGNMENT
 
     def _lay_out(self, steps: Sequence[Step]) -> None:
-        """Write the steps' instructions, with their views and attributes."""
         self._views = np.zeros(sum(len(step.operands) for step in steps), VIEW)
         self._attrs = np.array([x for step in steps for x in step.attrs], np.float64)
         self._program = np.zeros(len(steps), INSTRUCTION)
@@ -156,10 +156,9 @@ class CpuBackend(NativeBackend):
         return self._array(tensor).ctypes.data
 
     def run(self, instructions: Array, live: Live, seconds: Array | None = None) -> None:
-        """Run some instructions of a program."""
         self._live = live
         n_positions = self.library.constant("max_tile_rows")
-        tiles = row_tiles(live.chunks, n_positions) if self.matrix else []
+        tiles = _row_tiles(live.chunks, n_positions) if self.matrix else []
         dims = [live.dim(name) or 0 for name in views.DIMS]
         counts = np.array([*dims, len(tiles), *itertools.chain(*tiles)], np.int64)
         self._run(instructions, counts, seconds)
@@ -180,3 +179,24 @@ class CpuBackend(NativeBackend):
         program = np.zeros(1, INSTRUCTION)
         program[0] = (self.library.kernel_address("READ_PROBE"), probed.ctypes.data, 0, 0)
         self._run(program, np.zeros(len(views.DIMS) + 1, np.int64))
+
+
+def _row_tiles(chunks: Iterable[tuple[int, int]], n_positions: int) -> list[tuple[int, int]]:
+    """The rows that matrix units compute together: (first row, rows) of each run of at least
+    _MIN_TILE_ROWS rows of a sequence whose positions lie between two multiples of `n_positions`;
+    chunks: see Live.
+
+    Kernels of row tiles sum in another order than those of single rows. As chunks of prompts end
+    at multiples of 64, the rows of a row tile depend on their sequence alone, not on how it is cut
+    into steps nor on what else is in the batch.
+    """
+    tiles, first = [], 0
+    for n_past, length in chunks:
+        begin, stop = n_past, n_past + length
+        while begin < stop:
+            end = min(begin - begin % n_positions + n_positions, stop)
+            if end - begin >= _MIN_TILE_ROWS:
+                tiles.append((first + begin - n_past, end - begin))
+            begin = end
+        first += length
+    return tiles

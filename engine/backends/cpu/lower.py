@@ -52,7 +52,6 @@ class Lowering:
         self._phase = 0
 
     def add(self, node: Node) -> None:
-        """Append the instructions of a node."""
         match node.op.name:
             case "MUL_MAT":
                 self._mul_mat(node)

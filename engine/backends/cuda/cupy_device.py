@@ -131,7 +131,6 @@ class CupyDevice:
         return int(function.ptr)
 
     def prepare(self) -> None:
-        """Compile sources that the disk cache lacks, with a progress bar."""
         missing = [n for n in nvrtc.sources() if nvrtc.cached(n, self.target) is None]
         if not missing:
             return

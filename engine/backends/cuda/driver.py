@@ -21,8 +21,6 @@ class _Attribute(ctypes.Structure):
 
 
 class _Config(ctypes.Structure):
-    """CUlaunchConfig."""
-
     _fields_ = [
         ("grid", c_uint * 3),
         ("block", c_uint * 3),

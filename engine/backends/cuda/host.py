@@ -36,7 +36,6 @@ class DeviceStates:
             self._device.fill(self._memory[t].address, t.nbytes, 0)
 
     def address(self, tensor: Tensor) -> int:
-        """The address of a state."""
         return self._memory[tensor].address
 
     def _of(self, dim: str) -> list[tuple[int, int]]:
@@ -69,11 +68,9 @@ class InputRegion:
         self._end = 0
 
     def address(self, tensor: Tensor) -> int:
-        """The address of an input."""
         return self.live_address + self._offsets[tensor]
 
     def write(self, tensor: Tensor, values: Array) -> None:
-        """Set the live rows of an input."""
         begin = self._offsets[tensor]
         end = begin + values.nbytes
         self._image[begin:end] = np.ravel(values).view(np.uint8)

@@ -116,7 +116,6 @@ KERNELS = {
 
 
 def threads(kernel: str) -> int:
-    """Threads of a kernel's blocks."""
     return KERNELS[kernel].threads
 
 

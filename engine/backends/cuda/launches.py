@@ -32,7 +32,6 @@ Run = Callable[[Live], None]
 
 
 def always(live: Live) -> bool:
-    """The condition that every step fulfils."""
     return True
 
 
@@ -88,7 +87,6 @@ class Lowering:
         self._conditions.pop()
 
     def add(self, step: Step) -> None:
-        """Append a step."""
         if self._conditions:
             every = (*self._conditions, step.when)
             step = replace(step, when=lambda live: all(condition(live) for condition in every))
@@ -120,7 +118,6 @@ class Replays:
         self.captured: dict[int, Replay] = {}
 
     def run(self, live: Live) -> None:
-        """Run one step."""
         if (bucket := bucket_of(live)) is None:
             self._launch(live)
             return

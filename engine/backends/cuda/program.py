@@ -26,8 +26,6 @@ _MAX_KEPT = 64
 
 
 class CudaProgram(NativeProgram[Host]):
-    """A compiled split."""
-
     def __init__(self, host: Host, split: Split, fused: bool = True) -> None:
         super().__init__(host, split, fused)
         self._device = host.device

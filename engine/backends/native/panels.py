@@ -132,11 +132,9 @@ class PanelWeights(ABC):
         return panel, -(-tensor.shape[-2] // self._rows) * panel
 
     def packed_bytes(self, tensor: Tensor) -> int:
-        """Bytes of a weight when it is packed."""
         return math.prod(tensor.shape[:-2]) * self.matrix_bytes(tensor)[1]
 
     def part_bytes(self, tensor: Tensor, n_columns: int) -> int:
-        """Bytes of so many columns of a panel."""
         return self._lib.panel_bytes(self.layout(tensor.dtype), n_columns)
 
     def bytes_of(self, nodes: Sequence[Node]) -> int:
@@ -157,7 +155,6 @@ class PanelWeights(ABC):
         return self._address(self._plain[tensor]) if tensor in self._plain else 0
 
     def _warn_of_rounding(self, tensors: Sequence[Tensor]) -> None:
-        """Warn of the types that have no layout of their own."""
         for dtype in {t.dtype: None for t in tensors if self.stored_as(t.dtype) is not t.dtype}:
             rounded = [t for t in tensors if t.dtype is dtype]
             stored, kept = sum(t.nbytes for t in rounded), sum(map(self.packed_bytes, rounded))

@@ -22,7 +22,6 @@ class ArrayStates:
         self.arrays |= {t: np.zeros(t.shape, numpy_dtype(t.dtype)) for t in states}
 
     def address(self, tensor: Tensor) -> int:
-        """The address of a state."""
         return self.arrays[tensor].ctypes.data
 
     def _of(self, dim: str) -> Iterator[Array]:

@@ -16,6 +16,5 @@ OPS: dict[str, tuple[Callable[[Lowering, Node], None], Callable[[Node, Device], 
 
 
 def lower_node(lowering: Lowering, node: Node) -> None:
-    """Append the launches of a node."""
     lower, _ = OPS[node.op.name]
     lower(lowering, node)

@@ -126,7 +126,6 @@ def _lower_loose(
 
 
 def unsupported(node: Node, device: Device) -> str:
-    """See NativeBackend.refusal."""
     size = max(node.inputs[name].shape[3] for name in ("k_cache", "v_cache"))
     return f"head size {size} above {_ROW_SIZES[-1]}" if size > _ROW_SIZES[-1] else ""
 

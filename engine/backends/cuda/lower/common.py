@@ -54,7 +54,6 @@ def walk(
 
 
 def rows_of(t: Tensor, live: Live) -> int:
-    """Live rows of a tensor."""
     return live.shape(t.shape[:1])[0]
 
 

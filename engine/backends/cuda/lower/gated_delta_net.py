@@ -111,7 +111,6 @@ def _chunks(lowering: Lowering, node: Node, first: int, when: Condition) -> None
 
 
 def unsupported(node: Node, device: Device) -> str:
-    """See NativeBackend.refusal."""
     d_k = node.inputs["q"].shape[2]
     if d_k > _MAX_KEY:
         return f"head size {d_k} above {_MAX_KEY}"

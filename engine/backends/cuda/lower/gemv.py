@@ -114,12 +114,10 @@ class WorkSplit:
 
 
 def swiglu_row(act: Node) -> GemvRow:
-    """The row that a SWIGLU makes."""
     return GemvRow([act], act.inputs["gate"], act.inputs["up"], source=kernels.ROW_SWIGLU)
 
 
 def norm_row(norm: Node) -> GemvRow:
-    """The row that an ADD_RMS_NORM makes."""
     delta, weight = norm.inputs.get("delta"), norm.inputs["weight"]
     total = norm.outputs[1] if delta is not None else None
     x, eps = norm.inputs["x"], norm.attrs["eps"]
@@ -127,7 +125,6 @@ def norm_row(norm: Node) -> GemvRow:
 
 
 def gated_row(norm: Node) -> GemvRow:
-    """The row that an RMS_NORM_GATED makes."""
     x, gate, weight = (norm.inputs[name] for name in ("x", "gate", "weight"))
     is_silu = norm.attrs["act"] == "silu"
     source = kernels.ROW_GATED_SILU if is_silu else kernels.ROW_GATED_SIGMOID

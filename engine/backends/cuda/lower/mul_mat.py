@@ -69,7 +69,6 @@ def _gemm_kernels(
 
 
 def unsupported(node: Node, device: Device) -> str:
-    """See NativeBackend.refusal."""
     if node.op.name == "MUL_MAT" and len(matrices_of(node)) > kernels.MAX_WEIGHTS:
         return f"more than {kernels.MAX_WEIGHTS} weights of one product"
     return ""

@@ -46,7 +46,6 @@ def _kernels(lowering: Lowering, node: Node) -> Sequence[tuple[int | None, str, 
 
 
 def unsupported(node: Node, device: Device) -> str:
-    """See NativeBackend.refusal."""
     matrices = matrices_of(node)
     if len(matrices) > kernels.MAX_MATRICES:
         return f"more than {kernels.MAX_MATRICES} matrices of experts in one product"

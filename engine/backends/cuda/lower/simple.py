@@ -127,20 +127,17 @@ GET_ROWS = SingleLaunch("get_rows", _table_grid)
 
 
 def lower_simple(lowering: Lowering, node: Node) -> None:
-    """The launches of a node whose op is in SINGLE_LAUNCH."""
     for single in SINGLE_LAUNCH[node.op.name]:
         add_single(lowering, node, single)
 
 
 def lower_swiglu(lowering: Lowering, node: Node) -> None:
-    """One launch for each pair of gate and up."""
     for (_, operands, _), out in zip(parts(node), node.outputs, strict=True):
         grid = partial(_swiglu_grid, out)
         lowering.add(Launch(kernel="swiglu", nodes=[node], operands=operands, grid=grid))
 
 
 def add_single(lowering: Lowering, node: Node, single: SingleLaunch) -> None:
-    """Append one launch on a node's operands."""
     ((_, operands, _),) = parts(node)
     lowering.add(Launch(
         kernel=single.kernel, nodes=[node], operands=operands, attrs=single.attrs(node),
@@ -149,7 +146,6 @@ def add_single(lowering: Lowering, node: Node, single: SingleLaunch) -> None:
 
 
 def unsupported(node: Node, device: Device) -> str:
-    """See NativeBackend.refusal."""
     limits: list[tuple[int, int, str]] = []
     match node.op.name:
         case "QK_NORM_ROPE":
