@@ -122,11 +122,11 @@ def _seconds(device: Device, executable: Executable, live: Live) -> float:
     ((_, program),) = executable._programs
     assert isinstance(program, CudaProgram)
     steps = range(len(program.instructions))
-    captured = device.capture(lambda: program._launch(steps, live))
-    captured.replay()
+    replay = device.capture(lambda: program._launch(steps, live))
+    replay()
     timer = device.timer()
     for _ in range(CALLS):
-        captured.replay()
+        replay()
         timer.mark()
     return median(timer.seconds())
 

@@ -29,10 +29,8 @@ def names() -> tuple[str, ...]:
 
 
 def create(name: str, options: BackendOptions = _DEFAULTS) -> list[Backend]:
-    """The backend of a name of `names()` and those that follow it, in priority order.
-
-    Raises BackendError for an unknown name, and what a backend raises that can't run here.
-    """
+    """The backend of a name of `names()` and those that follow it, in priority order. Raises
+    BackendError for an unknown name, and what a backend raises that can't run here."""
     chosen = _from(name)
     if options.n_threads is not None:
         _warn_of_threads(options.n_threads, chosen)

@@ -68,6 +68,9 @@ class Program(Protocol):
 class StateStore(Protocol):
     """One backend's part of the sequences' memory; `dim` is "n_slots" or "n_blocks"."""
 
+    def allocate(self, states: Sequence[Tensor]) -> None:
+        """See Backend.allocate_states."""
+
     def zero(self, dim: str, index: int) -> None:
         """Assign zeros to a slot or block of every layer."""
 
@@ -103,10 +106,8 @@ class Traits:
 
 @dataclass(frozen=True)
 class Limits:
-    """Peaks of a machine: bytes moved and floating point operations per second.
-
-    `what` names the kernels that measured them.
-    """
+    """Peaks of a machine: bytes moved and floating point operations per second. `what` names the
+    kernels that measured them."""
 
     bytes_per_s: float
     flops_per_s: float
@@ -116,9 +117,7 @@ class Limits:
 @dataclass(frozen=True)
 class BackendOptions:
     """n_threads: of the CPU (None: all cores). cpu_isa: its instruction set (None: the best).
-
-    batch_invariant: a sequence's results must not depend on what else is in the batch.
-    """
+    batch_invariant: a sequence's results must not depend on what else is in the batch."""
 
     n_threads: int | None = None
     cpu_isa: str | None = None
@@ -126,10 +125,8 @@ class BackendOptions:
 
 
 class Backend(ABC):
-    """Runs nodes, and holds the weights and states that they use.
-
-    `detail`: the hardware and kernels in a few words. `states`: its part of sequence memory.
-    """
+    """Runs nodes, and holds the weights and states that they use. `detail`: the hardware and
+    kernels in a few words. `states`: its part of sequence memory."""
 
     name: str
     detail: str
@@ -152,9 +149,9 @@ class Backend(ABC):
     def load_weights(self, nodes: Sequence[Node], source: WeightSource) -> None:
         """Load the weights that its nodes read, in the form in which their kernels read them."""
 
-    @abstractmethod
     def allocate_states(self, states: Sequence[Tensor]) -> None:
         """Allocate the states of its nodes; contents are arbitrary until written."""
+        self.states.allocate(states)
 
     def declare_inputs(self, inputs: Sequence[Tensor]) -> None:  # noqa: B027
         """The INPUTs of all its nodes, before programs are compiled."""
@@ -188,11 +185,9 @@ class Backend(ABC):
 
 @dataclass(frozen=True)
 class Registration:
-    """A backend that can be asked for by name.
-
-    make: creates it, or raises an EngineError that says what is missing. missing: why `auto` passes
-    it by, or "". describe: what it would run with, for --version.
-    """
+    """A backend that can be asked for by name. make: creates it, or raises an EngineError that says
+    what is missing. missing: why `auto` passes it by, or "". describe: what it would run with, for
+    --version."""
 
     name: str
     traits: Traits
@@ -219,10 +214,8 @@ class StepHandle(Protocol):
 
 
 class DeviceSampler(Protocol):
-    """Runs decode steps, one row of each sequence, that sample on the device.
-
-    Its steps are in order with all other work of its backend.
-    """
+    """Runs decode steps, one row of each sequence, that sample on the device. Its steps are in
+    order with all other work of its backend."""
 
     def launch(
         self,
@@ -231,8 +224,6 @@ class DeviceSampler(Protocol):
         specs: Sequence[SampleSpec],
         feed: Sequence[int],
     ) -> StepHandle:
-        """Start a step and return without waiting for it.
-
-        feed: for each row, the row of the previously launched step whose token it continues with,
-        or -1 for the token in `inputs`. Only the last two handles may be asked for ids.
-        """
+        """Start a step and return without waiting for it. feed: for each row, the row of the
+        previously launched step whose token it continues with, or -1 for the token in `inputs`.
+        Only the last two handles may be asked for ids."""

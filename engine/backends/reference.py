@@ -17,18 +17,9 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from engine.backends.base import (
-    Array,
-    Backend,
-    Instruction,
-    Limits,
-    Registration,
-    Split,
-    Support,
-    Traits,
-    Watch,
-    WeightSource,
-)
+from engine.backends import base
+from engine.backends.base import Array, Backend, Instruction, Limits, Split, Support
+from engine.backends.cpu.backend import CpuBackend
 from engine.backends.native.states import ArrayStates
 from engine.formats.quants import I32, dequantize, numpy_dtype
 from engine.graph import Kind, Live, Node, Tensor
@@ -41,7 +32,7 @@ class ReferenceBackend(Backend):
     """Runs everything. `dtype`: float32, or float64 for tests against a higher precision."""
 
     name = "reference"
-    traits = Traits(cache_type="f32")
+    traits = base.Traits(cache_type="f32")
     states: ArrayStates
 
     def __init__(self, dtype: type = np.float32, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
@@ -52,7 +43,6 @@ class ReferenceBackend(Backend):
         self._values: dict[Tensor, Array] = {}
 
     def supports(self, node: Node) -> Support:
-        """It runs every node."""
         return Support(True)
 
     def weight_bytes(self, nodes: Sequence[Node]) -> int:
@@ -60,13 +50,10 @@ class ReferenceBackend(Backend):
         decoded = sum(math.prod(t.shape) for t in _weights_of(nodes)) * self.dtype.itemsize
         return min(decoded, self._weights.limit)
 
-    def load_weights(self, nodes: Sequence[Node], source: WeightSource) -> None:
+    def load_weights(self, nodes: Sequence[Node], source: base.WeightSource) -> None:
         """Remember the bytes: a weight is decoded when a node first needs it."""
         for tensor in _weights_of(nodes):
             self._weights.add(tensor, source.raw(tensor.name))
-
-    def allocate_states(self, states: Sequence[Tensor]) -> None:
-        self.states.allocate(states)
 
     def compile(self, split: Split) -> ReferenceProgram:
         return ReferenceProgram(self, split)
@@ -78,8 +65,6 @@ class ReferenceBackend(Backend):
         return self._values[tensor]
 
     def measure_limits(self) -> Limits:
-        from engine.backends.cpu.backend import CpuBackend
-
         return CpuBackend().measure_limits()
 
     def release(self) -> None:
@@ -89,19 +74,18 @@ class ReferenceBackend(Backend):
     def array(self, tensor: Tensor, live: Live) -> Array:
         """The live part of an operand as ops see it, views resolved."""
         if tensor.kind is Kind.WEIGHT:
-            base = self._weights.get(tensor.base)
+            owned = self._weights.get(tensor.base)
         elif tensor.kind is Kind.STATE:
-            base = self.states.arrays[tensor.base]
+            owned = self.states.arrays[tensor.base]
         else:
-            base = self._values[tensor.base]
+            owned = self._values[tensor.base]
         if tensor.view_of is None:
-            return base
-        assert base.flags.c_contiguous, tensor
-        strides = tuple(s * base.itemsize for s in tensor.strides)
-        return as_strided(base.reshape(-1)[tensor.offset :], live.shape(tensor.shape), strides)
+            return owned
+        assert owned.flags.c_contiguous, tensor
+        strides = tuple(s * owned.itemsize for s in tensor.strides)
+        return as_strided(owned.reshape(-1)[tensor.offset :], live.shape(tensor.shape), strides)
 
     def store(self, tensor: Tensor, values: Array, live: Live) -> None:
-        """Set an output of a node."""
         assert values.shape == live.shape(tensor.shape), (tensor, values.shape)
         self._values[tensor] = np.ascontiguousarray(values, self._computed(tensor))
 
@@ -110,7 +94,6 @@ class ReferenceBackend(Backend):
         return numpy_dtype(I32) if tensor.dtype is I32 else self.dtype
 
     def forget(self, tensor: Tensor) -> None:
-        """Drop an activation, if there is one."""
         self._values.pop(tensor, None)
 
 
@@ -135,7 +118,7 @@ class ReferenceProgram:
         self.run(live, lambda *_: ends.append(time.perf_counter()))
         return [end - start for start, end in pairwise(ends)]
 
-    def run(self, live: Live, watch: Watch | None = None) -> None:
+    def run(self, live: Live, watch: base.Watch | None = None) -> None:
         backend = self._backend
         for node in self._nodes:
             operands = {name: backend.array(t, live) for name, t in node.inputs.items()}
@@ -154,14 +137,13 @@ class _WeightCache:
     """Stored weights by tensor, decoded on demand; least recently used ones are dropped first."""
 
     def __init__(self, dtype: np.dtype[Any], limit: int) -> None:
-        self._dtype, self.limit, self._size = dtype, limit, 0
+        self._dtype, self.limit = dtype, limit
         self._raw: dict[Tensor, NDArray[np.uint8]] = {}
         self._decoded: OrderedDict[Tensor, Array] = OrderedDict()
 
     def add(self, tensor: Tensor, raw: NDArray[np.uint8]) -> None:
         self._raw[tensor] = raw
-        if (stale := self._decoded.pop(tensor, None)) is not None:
-            self._size -= stale.nbytes
+        self._decoded.pop(tensor, None)
 
     def get(self, tensor: Tensor) -> Array:
         if tensor in self._decoded:
@@ -169,21 +151,18 @@ class _WeightCache:
             return self._decoded[tensor]
         values = dequantize(tensor.dtype, self._raw[tensor], tensor.shape)
         decoded: Array = values.astype(self._dtype, copy=False)
-        self._size += decoded.nbytes
         self._decoded[tensor] = decoded
-        while self._size > self.limit and self._decoded:
-            _, dropped = self._decoded.popitem(last=False)
-            self._size -= dropped.nbytes
+        while sum(kept.nbytes for kept in self._decoded.values()) > self.limit:
+            self._decoded.popitem(last=False)
         return decoded
 
 
 def _weights_of(nodes: Sequence[Node]) -> list[Tensor]:
-    """The weights that some nodes read, each once."""
     operands = (t for node in nodes for t in node.inputs.values())
     return list(dict.fromkeys(t.base for t in operands if t.kind is Kind.WEIGHT))
 
 
-REGISTRATION = Registration(
+REGISTRATION = base.Registration(
     "reference",
     ReferenceBackend.traits,
     make=lambda options: ReferenceBackend(),

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.cpu import weights as cpu_weights
-from engine.backends.cpu.program import CpuProgram
+from engine.backends.cpu.backend import CpuProgram
 from engine.backends.native import library as cpu_library
 from engine.backends.native import program as native_program
 from engine.backends.native.buffers import ALIGNMENT, Arena

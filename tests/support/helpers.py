@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine import Engine
-from engine.backends.cpu.program import CpuProgram
+from engine.backends.cpu.backend import CpuProgram
 from engine.backends.native import library as cpu_library
 from engine.backends.reference import ReferenceBackend
 from engine.formats.quants import BY_GGML_ID

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.backends.cuda.states import DeviceStates
+from engine.backends.cuda.memory import DeviceStates
 from engine.formats.quants import numpy_dtype
 from engine.graph import Tensor, dim_name
 

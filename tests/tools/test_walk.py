@@ -27,7 +27,7 @@ def names(create: Callable[..., Any] | None, folder: str, ending: str) -> list[s
 def test_the_cpu_kernel_is_reached() -> None:
     files = names(None, "cpu", ".cpp")
     assert files[0] == "cli.py"
-    assert "engine/backends/cpu/program.py" in files
+    assert "engine/backends/cpu/backend.py" in files
     assert "engine/backends/native/program.py" in files
     assert files[-2:] == ["engine/backends/cpu/executor.cpp", "engine/ops/cpu/gated_delta_net.cpp"]
 

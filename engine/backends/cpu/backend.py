@@ -8,45 +8,92 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from engine.backends.base import Array, Backend, Limits, Split, Support, Traits, WeightSource
+from engine.backends.base import Array, Limits, Split
 from engine.backends.cpu import limits
-from engine.backends.cpu.program import CpuProgram
-from engine.backends.cpu.row_tiles import row_tiles
+from engine.backends.cpu.fusion import FUSIONS
+from engine.backends.cpu.lower import Lowering, Step
 from engine.backends.cpu.weights import CpuWeights
 from engine.backends.native import library as cpu_library
-from engine.backends.native.signatures import SIGNATURES, used_packed
+from engine.backends.native import views
+from engine.backends.native.backend import NativeBackend
+from engine.backends.native.buffers import ALIGNMENT
+from engine.backends.native.program import NativeProgram, write_operand
+from engine.backends.native.signatures import SIGNATURES
 from engine.backends.native.states import ArrayStates
-from engine.backends.native.views import (
-    DIMS,
-    F32_CODE,
-    I32_CODE,
-    INSTRUCTION,
-    MAX_RANK,
-    VIEW,
-    write_view,
-)
+from engine.backends.native.views import INSTRUCTION, VIEW, write_view
 from engine.formats.quants import numpy_dtype
 from engine.graph import Kind, Live, Node, Tensor
 
 # Head size of ATTENTION, at most.
 _MAX_LATENT = 1024
-_KERNELS = {*SIGNATURES, "MUL_MAT", "MUL_MAT_ID"}
+# Fewer rows of a sequence are computed one by one, others as row tiles.
+_MIN_TILE_ROWS = 16
 
 
-class CpuBackend(Backend):
+class CpuProgram(NativeProgram["CpuBackend"]):
+    """A compiled split; nodes are `fused` where one kernel computes several."""
+
+    def __init__(self, backend: CpuBackend, split: Split, fused: bool = True) -> None:
+        super().__init__(backend, split, fused)
+        lowering = Lowering(backend.library, self._readers, backend.matrix)
+        self._lower(lowering, FUSIONS, Lowering.add)
+        self._place(lowering.steps, (step.phase for step in lowering.steps))
+        self._lay_out(lowering.steps)
+
+    def _allocate(self, n_bytes: int) -> int:
+        self._arena = np.empty(n_bytes + ALIGNMENT, np.uint8)
+        return -(-self._arena.ctypes.data // ALIGNMENT) * ALIGNMENT
+
+    def _lay_out(self, steps: Sequence[Step]) -> None:
+        self._views = np.zeros(sum(len(step.operands) for step in steps), VIEW)
+        self._attrs = np.array([x for step in steps for x in step.attrs], np.float64)
+        self._program = np.zeros(len(steps), INSTRUCTION)
+        n_views = n_attrs = phase = 0
+        for instruction, step in zip(self._program, steps, strict=True):
+            instruction["kernel"] = self._backend.library.kernel_address(step.kernel)
+            instruction["views"] = self._views.ctypes.data + n_views * VIEW.itemsize
+            instruction["attrs"] = self._attrs.ctypes.data + n_attrs * self._attrs.itemsize
+            instruction["barrier"], phase = step.phase != phase, step.phase
+            for ref in step.operands:
+                record, address = self._views[n_views], self._address(ref)
+                write_operand(record, ref, step.nodes, address, self._backend.weights)
+                n_views += 1
+            n_attrs += len(step.attrs)
+
+    def _run_all(self, live: Live) -> None:
+        self._backend.run(self._program, live)
+
+    def _run_node(self, node: Node, steps: range, live: Live) -> None:
+        self._backend.run(self._program[steps.start : steps.stop], live)
+
+    def run_timed(self, live: Live) -> Sequence[float]:
+        """As `run`; the seconds of each instruction, with a barrier after each."""
+        seconds = np.zeros(len(self._program))
+        self._backend.run(self._program, live, seconds)
+        return list(map(float, seconds))
+
+    def _output(self, tensor: Tensor, live: Live) -> Array:
+        if tensor in self.outside:
+            return self._backend.read(tensor)
+        shape, dtype = live.shape(tensor.shape), numpy_dtype(tensor.dtype)
+        start = self._addresses[tensor] - self._arena.ctypes.data
+        stop = start + math.prod(shape) * dtype.itemsize
+        return self._arena[start:stop].view(dtype).reshape(shape)
+
+
+class CpuBackend(NativeBackend):
     """Runs on `n_threads` threads (None: all cores) with the kernels of `isa` (None: the best).
-
     `matrix`: whether row tiles are multiplied as bfloat16 tiles (None: where there are matrix
-    units; elsewhere it is slow, and for tests).
-    """
+    units; elsewhere it is slow, and for tests)."""
 
     name = "cpu"
-    traits = Traits()
+    kernels = frozenset((*SIGNATURES, "MUL_MAT", "MUL_MAT_ID"))
     states: ArrayStates
+    weights: CpuWeights
 
     def __init__(
         self, n_threads: int | None = None, isa: str | None = None, matrix: bool | None = None
@@ -66,46 +113,21 @@ class CpuBackend(Backend):
         if team := getattr(self, "team", None):
             self.library.team_free(team)
 
-    def supports(self, node: Node) -> Support:
-        """All ops of the models, head sizes up to 256; chunks of the delta rule by matrix units."""
-        reason = self._refusal(node)
-        return Support(not reason, reason)
-
-    def _refusal(self, node: Node) -> str:
-        """Why it can't run a node; an empty string if it can."""
-        if node.op.name not in _KERNELS:
-            return f"no kernel for {node.op.name}"
-        if any(len(t.shape) > MAX_RANK for t in (*node.inputs.values(), *node.outputs)):
-            return f"more than {MAX_RANK} dimensions"
+    def refusal(self, node: Node) -> str:
+        """Sizes of heads that are too large; chunks of the delta rule without matrix units."""
         if node.op.name == "GATED_DELTA_NET":
-            size, largest = max(node.inputs["state"].shape[2:]), self.library.constant("max_head")
-            if size > largest:
-                return f"head size {size} above {largest}"
-            if node.attrs["algorithm"] == "chunk":
-                return self._no_chunks(*node.inputs["state"].shape[2:])
+            d_v, d_k = node.inputs["state"].shape[2:]
+            largest, multiple = map(self.library.constant, ("max_head", "tile_depth"))
+            is_chunk = node.attrs["algorithm"] == "chunk"
+            if max(d_v, d_k) > largest:
+                return f"head size {max(d_v, d_k)} above {largest}"
+            if is_chunk and not self.matrix:
+                return "no matrix units"
+            if is_chunk and (d_k % multiple or d_v % multiple):
+                return f"no chunked kernel for heads of {d_k} and {d_v}, no multiples of {multiple}"
         if node.op.name == "ATTENTION" and node.inputs["q"].shape[2] > _MAX_LATENT:
             return f"head size {node.inputs['q'].shape[2]} above {_MAX_LATENT}"
         return ""
-
-    def _no_chunks(self, d_v: int, d_k: int) -> str:
-        multiple = self.library.constant("tile_depth")
-        if not self.matrix:
-            return "no matrix units"
-        if d_k % multiple or d_v % multiple:
-            return f"no chunked kernel for heads of {d_k} and {d_v}, no multiples of {multiple}"
-        return ""
-
-    def weight_bytes(self, nodes: Sequence[Node]) -> int:
-        """Packed weights, and those decoded to float32."""
-        packed, plain = used_packed(nodes)
-        decoded = sum(math.prod(t.shape) for t in plain) * 4
-        return sum(map(self.weights.packed_bytes, packed)) + decoded
-
-    def load_weights(self, nodes: Sequence[Node], source: WeightSource) -> None:
-        self.weights.load(*used_packed(nodes), source)
-
-    def allocate_states(self, states: Sequence[Tensor]) -> None:
-        self.states.allocate(states)
 
     def compile(self, split: Split) -> CpuProgram:
         return CpuProgram(self, split)
@@ -131,20 +153,13 @@ class CpuBackend(Backend):
         return self._fixed[tensor]
 
     def fixed(self, tensor: Tensor) -> int:
-        """The address of an input, a state, or an activation that outlives programs."""
         return self._array(tensor).ctypes.data
 
-    def row_tiles(self, live: Live) -> list[tuple[int, int]]:
-        """(first row, rows) of a step's row tiles; none without matrix units."""
-        if not self.matrix:
-            return []
-        return row_tiles(live.chunks, self.library.constant("max_tile_rows"))
-
     def run(self, instructions: Array, live: Live, seconds: Array | None = None) -> None:
-        """Run some instructions of a program."""
         self._live = live
-        tiles = self.row_tiles(live)
-        dims = [live.dim(name) or 0 for name in DIMS]
+        n_positions = self.library.constant("max_tile_rows")
+        tiles = _row_tiles(live.chunks, n_positions) if self.matrix else []
+        dims = [live.dim(name) or 0 for name in views.DIMS]
         counts = np.array([*dims, len(tiles), *itertools.chain(*tiles)], np.int64)
         self._run(instructions, counts, seconds)
 
@@ -158,9 +173,30 @@ class CpuBackend(Backend):
 
     def read_probe(self, rows: Array) -> None:
         """Read float32 rows [n, a multiple of 64] once, with all threads; for timing."""
-        words, views = np.empty(len(rows), np.int32), np.zeros(2, VIEW)
-        write_view(views[0], words.ctypes.data, words.shape, (1,), I32_CODE)
-        write_view(views[1], rows.ctypes.data, rows.shape, (rows.shape[1], 1), F32_CODE)
+        words, probed = np.empty(len(rows), np.int32), np.zeros(2, VIEW)
+        write_view(probed[0], words.ctypes.data, words.shape, (1,), views.I32_CODE)
+        write_view(probed[1], rows.ctypes.data, rows.shape, (rows.shape[1], 1), views.F32_CODE)
         program = np.zeros(1, INSTRUCTION)
-        program[0] = (self.library.kernel_address("READ_PROBE"), views.ctypes.data, 0, 0)
-        self._run(program, np.zeros(len(DIMS) + 1, np.int64))
+        program[0] = (self.library.kernel_address("READ_PROBE"), probed.ctypes.data, 0, 0)
+        self._run(program, np.zeros(len(views.DIMS) + 1, np.int64))
+
+
+def _row_tiles(chunks: Iterable[tuple[int, int]], n_positions: int) -> list[tuple[int, int]]:
+    """The rows that matrix units compute together: (first row, rows) of each run of at least
+    _MIN_TILE_ROWS rows of a sequence whose positions lie between two multiples of `n_positions`;
+    chunks: see Live.
+
+    Kernels of row tiles sum in another order than those of single rows. As chunks of prompts end
+    at multiples of 64, the rows of a row tile depend on their sequence alone, not on how it is cut
+    into steps nor on what else is in the batch.
+    """
+    tiles, first = [], 0
+    for n_past, length in chunks:
+        begin, stop = n_past, n_past + length
+        while begin < stop:
+            end = min(begin - begin % n_positions + n_positions, stop)
+            if end - begin >= _MIN_TILE_ROWS:
+                tiles.append((first + begin - n_past, end - begin))
+            begin = end
+        first += length
+    return tiles

@@ -17,11 +17,9 @@ from engine.graph import Node
 def _gated_pair(nodes: Sequence[Node], readers: Readers) -> bool:
     """Two products of one activation that only SWIGLU reads, as its gate and up."""
     product, act = nodes
-    if len(product.outputs) != 2 or len(act.outputs) != 1:
+    if len(product.outputs) != 2 or len(act.outputs) != 1 or "gate" in product.inputs:
         return False
-    if product.inputs.keys() & {"gate", "add"}:
-        return False
-    if len(set(map(has_tiles, matrices_of(product)))) != 1:
+    if "add" in product.inputs or len(set(map(has_tiles, matrices_of(product)))) != 1:
         return False
     gate, up = product.outputs
     is_pair = (act.inputs["gate"], act.inputs["up"]) == (gate, up)

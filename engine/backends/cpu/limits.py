@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Callable
 
 import numpy as np
@@ -17,18 +17,9 @@ _REPEATS = 5
 def measure(read: Callable[[Array], object]) -> Limits:
     """The best of a few tries. `read` reads float32 rows once with all threads."""
     rows = np.ones((_READ_BYTES // _READ_ROW, _READ_ROW // 4), np.float32)
-    read_s = _fastest(lambda: read(rows))
+    read_s = min(timeit.repeat(lambda: read(rows), number=1, repeat=_REPEATS))
     a = np.ones((_MATRIX, _MATRIX), np.float32)
     product = np.empty_like(a)
-    multiply_s = _fastest(lambda: np.matmul(a, a, out=product))
-    flops = 2 * _MATRIX**3 / multiply_s
+    multiplied = timeit.repeat(lambda: np.matmul(a, a, out=product), number=1, repeat=_REPEATS)
+    flops = 2 * _MATRIX**3 / min(multiplied)
     return Limits(rows.nbytes / read_s, flops, "read; float32 products, numpy")
-
-
-def _fastest(action: Callable[[], object]) -> float:
-    times = []
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - start)
-    return min(times)

@@ -14,6 +14,7 @@ from typing import Any
 from engine.backends.native.buffers import Ref, Scratch, owner_of
 from engine.backends.native.fusion import Readers
 from engine.backends.native.library import Library
+from engine.backends.native.program import KernelCall
 from engine.backends.native.signatures import is_quantized, matrices_of, parts
 from engine.backends.native.views import BF16, I8, view_key
 from engine.formats.quants import F16, F32, I32
@@ -28,23 +29,17 @@ def has_tiles(weight: Tensor) -> bool:
     return weight.dtype not in (F32, F16)
 
 
-@dataclass
-class Step:
-    """One instruction before addresses are known; the first `n_writes` operands are written."""
+@dataclass(frozen=True, kw_only=True)
+class Step(KernelCall):
+    """One instruction; the first `n_writes` operands are written."""
 
-    kernel: str
-    nodes: Sequence[Node]
-    operands: Sequence[Ref]
-    attrs: Sequence[float]
     n_writes: int
     phase: int
 
 
 class Lowering:
-    """The steps of a split, in order, with their phases.
-
-    With `matrix`, row tiles are multiplied as bfloat16 tiles.
-    """
+    """The steps of a split, in order, with their phases. With `matrix`, row tiles are multiplied as
+    bfloat16 tiles."""
 
     def __init__(self, library: Library, readers: Readers, matrix: bool = False) -> None:
         self._constant, self._readers, self._matrix = library.constant, readers, matrix
@@ -57,7 +52,6 @@ class Lowering:
         self._phase = 0
 
     def add(self, node: Node) -> None:
-        """Append the instructions of a node."""
         match node.op.name:
             case "MUL_MAT":
                 self._mul_mat(node)
@@ -195,7 +189,10 @@ class Lowering:
             self._read, self._written = set(), set()
         self._read |= read
         self._written |= written
-        self.steps.append(Step(kernel, nodes, operands, attrs, n_writes, self._phase))
+        self.steps.append(Step(
+            kernel=kernel, nodes=nodes, operands=operands, attrs=attrs, n_writes=n_writes,
+            phase=self._phase,
+        ))  # fmt: skip
 
 
 def _key(kernel: str, choice: bool, x: Tensor) -> tuple[Any, ...]:

@@ -3,56 +3,33 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
 
 import numpy as np
 
-from engine.backends.base import Array, WeightSource
+from engine.backends.base import Array
 from engine.backends.native.library import Library
-from engine.backends.native.panels import Panels
-from engine.backends.native.views import PACKED
-from engine.formats.quants import dequantize
-from engine.graph import Tensor
+from engine.backends.native.panels import PanelWeights
 
 # Bytes of weights that are packed ahead of the oldest unfinished one: they keep all threads busy.
 _AHEAD_BYTES = 64 << 20
 _MAP_BYTES = 256 << 20
 
 
-class CpuWeights:
-    """Packs weights and keeps them, by tensor."""
+class CpuWeights(PanelWeights):
+    """Weights as arrays."""
 
     def __init__(self, library: Library, n_threads: int) -> None:
-        self._panels, self._n_threads = Panels(library), n_threads
+        super().__init__(library, n_threads, _AHEAD_BYTES)
         self._memory = _Memory()
-        # The panels of matrices [out, in] or [X, out, in].
-        self._packed: dict[Tensor, Array] = {}
-        self._plain: dict[Tensor, Array] = {}
 
-    def load(self, packed: Sequence[Tensor], plain: Sequence[Tensor], source: WeightSource) -> None:
-        """Read and convert weights; shows progress when it takes long."""
-        for tensor in (t for t in plain if t not in self._plain):
-            values = dequantize(tensor.dtype, source.raw(tensor.name), tensor.shape)
-            self._plain[tensor] = np.ascontiguousarray(values)
-        todo = [t for t in packed if t not in self._packed]
-        ready = self._panels.pack_all(todo, source, self._n_threads, _AHEAD_BYTES, self._allocate)
-        for _ in ready:
-            pass
+    def _allocate(self, n_bytes: int) -> Array:
+        return self._memory.take(n_bytes)
 
-    def _allocate(self, tensor: Tensor, n_bytes: int) -> Array:
-        self._packed[tensor] = self._memory.take(n_bytes)
-        return self._packed[tensor]
+    def _keep(self, values: Array) -> Array:
+        return np.ascontiguousarray(values)
 
-    def packed_bytes(self, tensor: Tensor) -> int:
-        """Bytes of a weight when it is packed."""
-        return self._panels.packed_bytes(tensor)
-
-    def packed_strides(self, tensor: Tensor) -> tuple[int, list[int], int, int]:
-        address, layout = self._packed[tensor].ctypes.data, self._panels.layout(tensor.dtype)
-        return address, self._panels.strides(tensor), PACKED, layout
-
-    def plain_or_zero(self, tensor: Tensor) -> int:
-        return self._plain[tensor].ctypes.data if tensor in self._plain else 0
+    def _address(self, kept: Array) -> int:
+        return kept.ctypes.data
 
 
 class _Memory:

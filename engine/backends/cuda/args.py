@@ -9,15 +9,8 @@ from engine.backends.native.views import MAX_RANK
 # Operands and attributes of a kernel, at most.
 MAX_VIEWS, MAX_ATTRS = 22, 8
 VIEW = np.dtype(
-    [
-        ("data", "u8"),
-        ("shape", "i4", MAX_RANK),
-        ("stride", "i4", MAX_RANK),
-        ("rank", "i1"),
-        ("dtype", "i1"),
-        ("dim", "i1"),
-        ("layout", "i1"),
-        ("unused", "i4"),
-    ]
+    [("data", "u8"), ("shape", "i4", MAX_RANK), ("stride", "i4", MAX_RANK)]
+    + [(name, "i1") for name in ("rank", "dtype", "dim", "layout")]
+    + [("unused", "i4")]
 )
 ARGS = np.dtype([("v", VIEW, MAX_VIEWS), ("attr", "f4", MAX_ATTRS), ("live", "u8")])

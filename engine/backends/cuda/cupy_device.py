@@ -1,25 +1,30 @@
-"""A GPU through CuPy: memory, copies, launches, cuBLAS and captured graphs on one stream."""
+"""A GPU through CuPy: memory, copies, launches, cuBLAS and captured graphs on one stream.
+
+Copies from and to the host go through pinned memory, so that the host can go on meanwhile.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import re
 import weakref
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from engine.backends.base import Array
 from engine.backends.cuda import nvrtc
 from engine.backends.cuda.args import ARGS
-from engine.backends.cuda.device import Captured, CudaError, Fetched, Gemm, Grid, Memory, Timer
+from engine.backends.cuda.device import CudaError, Fetched, Gemm, Grid, Memory, Replay, Timer
 from engine.backends.cuda.driver import Launcher
-from engine.backends.cuda.staging import PinnedBytes, StagingRing
 
 MIN_CAPABILITY = (8, 0)
 
@@ -29,6 +34,7 @@ class CupyDevice:
 
     def __init__(self, index: int = 0) -> None:
         self._cupy = cupy = _cupy(index)
+        self._runtime = cupy.cuda.runtime
         self._device = cupy.cuda.Device(index)
         self._device.use()
         self.capability = _capability(self._device)
@@ -36,11 +42,11 @@ class CupyDevice:
         self.n_multiprocessors = int(attributes["MultiProcessorCount"])
         self.shared_bytes = int(attributes["MaxSharedMemoryPerBlockOptin"])
         self._allowed: dict[str, int] = {}
-        self.name = cupy.cuda.runtime.getDeviceProperties(index)["name"].decode()
+        self.name = self._runtime.getDeviceProperties(index)["name"].decode()
         self.detail = f"{self.name}, {self.target}"
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self._launcher = Launcher(self.stream.ptr, overlap=self.capability >= (9, 0))
-        self._errors = (cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError)
+        self._errors = (cupy.cuda.driver.CUDADriverError, self._runtime.CUDARuntimeError)
         self._modules: dict[str, Any] = {}
         self._blas: _Blas | None = None
         small, large, back = (8, 256 << 10), (2, 32 << 20), (4, 4 << 10)
@@ -56,7 +62,7 @@ class CupyDevice:
 
     def free_bytes(self) -> int:
         """The driver's free memory, and what CuPy's pool holds unused."""
-        free, _ = self._cupy.cuda.runtime.memGetInfo()
+        free, _ = self._runtime.memGetInfo()
         return int(free) + int(self._cupy.get_default_memory_pool().free_bytes())
 
     def allocate(self, n_bytes: int) -> Memory:
@@ -81,7 +87,7 @@ class CupyDevice:
             buffer.event.record(self.stream)
 
     def _copy_async(self, target: int, source: int, n_bytes: int, to_device: bool) -> None:
-        runtime = self._cupy.cuda.runtime
+        runtime = self._runtime
         kind = runtime.memcpyHostToDevice if to_device else runtime.memcpyDeviceToHost
         try:
             runtime.memcpyAsync(target, source, n_bytes, kind, self.stream.ptr)
@@ -96,15 +102,19 @@ class CupyDevice:
         buffer = self._back.next()
         self._copy_async(buffer.address, address, n_bytes, to_device=False)
         buffer.event.record(self.stream)
-        return PinnedBytes(buffer, n_bytes, self.wait)
+
+        def values() -> Array:
+            self.wait(buffer.event)
+            return buffer.data[:n_bytes].copy()
+
+        return values
 
     def fill(self, address: int, n_bytes: int, byte: int) -> None:
-        self._cupy.cuda.runtime.memsetAsync(address, byte, n_bytes, self.stream.ptr)
+        self._runtime.memsetAsync(address, byte, n_bytes, self.stream.ptr)
 
     def copy(self, target: int, source: int, n_bytes: int) -> None:
-        runtime = self._cupy.cuda.runtime
-        kind = runtime.memcpyDeviceToDevice
-        runtime.memcpyAsync(target, source, n_bytes, kind, self.stream.ptr)
+        kind = self._runtime.memcpyDeviceToDevice
+        self._runtime.memcpyAsync(target, source, n_bytes, kind, self.stream.ptr)
 
     def function(self, source: str, name: str, shared_bytes: int = 0) -> int:
         if source not in self._modules:
@@ -121,7 +131,6 @@ class CupyDevice:
         return int(function.ptr)
 
     def prepare(self) -> None:
-        """Compile sources that the disk cache lacks, with a progress bar."""
         missing = [n for n in nvrtc.sources() if nvrtc.cached(n, self.target) is None]
         if not missing:
             return
@@ -139,7 +148,7 @@ class CupyDevice:
         self._blas = self._blas or _Blas(self)
         self._blas.gemm(product)
 
-    def capture(self, launches: Callable[[], None]) -> Captured:
+    def capture(self, launches: Callable[[], None]) -> Replay:
         self._blas = self._blas or _Blas(self)
         self.stream.begin_capture()
         try:
@@ -147,7 +156,7 @@ class CupyDevice:
         finally:
             graph = self.stream.end_capture()
         graph.upload(self.stream)
-        return _CupyGraph(graph, self.stream)
+        return partial(graph.launch, self.stream)
 
     def timer(self, delay_s: float = 0.0) -> Timer:
         if delay_s:
@@ -172,19 +181,42 @@ class CupyDevice:
 
 
 @dataclass(frozen=True)
+class StagingBuffer:
+    """A buffer of a ring; `event` is recorded after its copy."""
+
+    data: NDArray[np.uint8]
+    address: int
+    event: Any
+    held: Any
+
+
+class StagingRing:
+    """`n` buffers of `size` bytes, allocated at their first use and reused in order. cuda: CuPy's
+    module; wait(event): waits for one."""
+
+    def __init__(self, cuda: Any, wait: Callable[[Any], None], n: int, size: int) -> None:
+        self._cuda, self._wait, self._n, self.size = cuda, wait, n, size
+        self._buffers: deque[StagingBuffer] = deque()
+
+    def next(self) -> StagingBuffer:
+        """The least recently used buffer; waits for its copy."""
+        if len(self._buffers) < self._n:
+            held = self._cuda.alloc_pinned_memory(self.size)
+            data = np.frombuffer(held, np.uint8, self.size)
+            event = self._cuda.Event(disable_timing=True)
+            buffer = StagingBuffer(data, int(held.ptr), event, held)
+        else:
+            buffer = self._buffers.popleft()
+            self._wait(buffer.event)
+        self._buffers.append(buffer)
+        return buffer
+
+
+@dataclass
 class _CupyMemory:
     _held: Any
     address: int
     nbytes: int
-
-
-@dataclass(frozen=True)
-class _CupyGraph:
-    _graph: Any
-    _stream: Any
-
-    def replay(self) -> None:
-        self._graph.launch(self._stream)
 
 
 class _EventTimer:
@@ -204,10 +236,8 @@ class _EventTimer:
 
 
 class _Blas:
-    """A cuBLAS handle with a workspace, which captured products need.
-
-    CuPy's own handle would belong to the device, and the stream, that were created last.
-    """
+    """A cuBLAS handle with a workspace, which captured products need. CuPy's own handle would
+    belong to the device, and the stream, that were created last."""
 
     # What cuBLAS documents for Hopper.
     _WORKSPACE = 32 << 20
@@ -289,10 +319,8 @@ def _capability(device: Any) -> tuple[int, int]:
 
 
 def missing() -> str:
-    """Why no GPU can be used, in one line; an empty string if one can.
-
-    Asks the driver first: importing CuPy takes a second.
-    """
+    """Why no GPU can be used, in one line; an empty string if one can. Asks the driver first:
+    importing CuPy takes a second."""
     count = ctypes.c_int()
     try:
         driver = ctypes.CDLL("libcuda.so.1")

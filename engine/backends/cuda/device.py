@@ -23,13 +23,8 @@ class CudaError(EngineError):
 class Memory(Protocol):
     """Bytes of device memory, freed when nothing refers to it any more."""
 
-    @property
-    def address(self) -> int:
-        """The address of the first byte."""
-
-    @property
-    def nbytes(self) -> int:
-        """The size."""
+    address: int
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -44,18 +39,10 @@ class Gemm:
     k: int
 
 
-class Captured(Protocol):
-    """Recorded launches; the device keeps what they need."""
-
-    def replay(self) -> None:
-        """Run them again, behind the work so far."""
-
-
-class Fetched(Protocol):
-    """Bytes on their way to the host."""
-
-    def values(self) -> Array:
-        """Wait for them, but not for later work; uint8."""
+# Waits for bytes on their way to the host, but not for later work; returns them as uint8.
+Fetched = Callable[[], Array]
+# Runs recorded launches again, behind the work so far; the device keeps what they need.
+Replay = Callable[[], None]
 
 
 class Timer(Protocol):
@@ -90,10 +77,8 @@ class Device(Protocol):
         """Wait for all work and copy to `values`, which lies without gaps."""
 
     def fetch(self, address: int, n_bytes: int) -> Fetched:
-        """Copy bytes to the host behind the work so far, without waiting.
-
-        For few bytes; their values may be read until three more fetches were made.
-        """
+        """Copy bytes to the host behind the work so far, without waiting. For few bytes; their
+        values may be read until three more fetches were made."""
 
     def fill(self, address: int, n_bytes: int, byte: int) -> None:
         """Set bytes."""
@@ -110,7 +95,7 @@ class Device(Protocol):
     def gemm(self, product: Gemm) -> None:
         """A matrix product on tensor cores, accumulated in float32."""
 
-    def capture(self, launches: Callable[[], None]) -> Captured:
+    def capture(self, launches: Callable[[], None]) -> Replay:
         """Record the launches of a function, without running them."""
 
     def prepare(self) -> None:

@@ -21,8 +21,6 @@ class _Attribute(ctypes.Structure):
 
 
 class _Config(ctypes.Structure):
-    """CUlaunchConfig."""
-
     _fields_ = [
         ("grid", c_uint * 3),
         ("block", c_uint * 3),
@@ -61,9 +59,8 @@ class Launcher:
         config.block[0], config.shared = threads, shared
         self._parameters[0] = params
         status = self._launch(self._where[0], function, self._where[1], None)
-        return self._reason(status) if status else ""
-
-    def _reason(self, status: int) -> str:
+        if not status:
+            return ""
         text = ctypes.c_char_p()
         self._driver.cuGetErrorString(status, ctypes.byref(text))
         return (text.value or f"error {status}".encode()).decode()

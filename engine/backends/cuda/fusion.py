@@ -13,11 +13,10 @@ from functools import partial
 from engine.backends.cuda.kernels import threads
 from engine.backends.cuda.launches import Launch, Lowering
 from engine.backends.cuda.lower import gemv, lower_node
-from engine.backends.cuda.lower.common import RowRange, cut
+from engine.backends.cuda.lower.common import RowRange, blocks_of, cut
 from engine.backends.cuda.lower.mul_mat import lower_mul_mat
-from engine.backends.native.buffers import Ref
 from engine.backends.native.fusion import Fusion, Readers
-from engine.backends.native.signatures import SIGNATURES, is_quantized, matrices_of
+from engine.backends.native.signatures import is_quantized, matrices_of, parts
 from engine.graph import Live, Node
 
 # Channels of a thread block.
@@ -34,14 +33,14 @@ def _are_delta_net_inputs(nodes: Sequence[Node], readers: Readers) -> bool:
 
 def _lower_delta_net_inputs(lowering: Lowering, nodes: Sequence[Node]) -> None:
     conv, norm, *gates = nodes
-    (out,), operands = conv.outputs, SIGNATURES["SSM_CONV"].operands
-    views: list[Ref] = [out, *(conv.inputs.get(name) for name in operands)]
+    ((_, views, _),) = parts(conv)
     views += [norm.outputs[0], norm.inputs["x"]]
     n_gates = 0
     for gate in gates:
-        views += [*gate.outputs, *(gate.inputs[n] for n in SIGNATURES["GDN_GATE"].operands)]
+        ((_, operands, _),) = parts(gate)
+        views += operands
         n_gates = cut(math.prod(gate.outputs[0].shape[1:]), _CHANNELS)
-    n_blocks = cut(out.shape[1], _CHANNELS) + n_gates
+    n_blocks = cut(conv.outputs[0].shape[1], _CHANNELS) + n_gates
 
     def decodes(live: Live) -> bool:
         return live.n_tokens == live.n_seqs
@@ -92,7 +91,7 @@ def _reads_gated(nodes: Sequence[Node], readers: Readers) -> bool:
 
 
 def _reads_norm(nodes: Sequence[Node], readers: Readers) -> bool:
-    return gemv.is_worth_a_norm(matrices_of(nodes[1])) and _is_read_alone(nodes, readers)
+    return blocks_of(matrices_of(nodes[1])) <= gemv.NORM_BLOCKS and _is_read_alone(nodes, readers)
 
 
 def _is_quantized(product: Node) -> bool:

@@ -47,11 +47,8 @@ VIEW_BYTES, ARGS_BYTES = VIEW.itemsize, ARGS.itemsize
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel of `source`.
-
-    threads: of a thread block; at most so many where a launch gives its own number. shared: bytes
-    of dynamic shared memory, where they are the same for every launch.
-    """
+    """A kernel of `source`. threads: of a thread block; at most so many where a launch gives its
+    own number. shared: bytes of dynamic shared memory, where they are the same for every launch."""
 
     source: str
     threads: int
@@ -119,7 +116,6 @@ KERNELS = {
 
 
 def threads(kernel: str) -> int:
-    """Threads of a kernel's blocks."""
     return KERNELS[kernel].threads
 
 

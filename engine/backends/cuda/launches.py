@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.backends.cuda.args import MAX_ATTRS, MAX_VIEWS
-from engine.backends.cuda.device import Captured, Device, Grid
+from engine.backends.cuda.device import Device, Grid, Replay
 from engine.backends.cuda.kernels import KERNELS
 from engine.backends.cuda.weights import CudaWeights
-from engine.backends.native.buffers import Ref, Scratch, Zeros
+from engine.backends.native.buffers import Scratch, Zeros
+from engine.backends.native.program import KernelCall
 from engine.formats.quants import I32
-from engine.graph import Live, Node, Tensor
+from engine.graph import Live
 
 # Sequences of a decode step that is captured: up to each of these numbers.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
@@ -27,26 +28,19 @@ MAX_COUNTERS = 4096
 
 Sizes = Callable[[Live], Grid]
 Condition = Callable[[Live], bool]
+Run = Callable[[Live], None]
 
 
 def always(live: Live) -> bool:
-    """The condition that every step fulfils."""
     return True
 
 
 @dataclass(frozen=True, kw_only=True)
-class Launch:
-    """One launch of a kernel before addresses are known.
+class Launch(KernelCall):
+    """One launch of a kernel. grid, when: functions of a step's live counts; the launch is left out
+    where `when` is false. threads, shared: of a thread block, where KERNELS leaves the choice to
+    the launch."""
 
-    operands: outputs, then inputs; None where one is absent. grid, when: functions of a step's
-    live counts; the launch is left out where `when` is false. threads, shared: of a thread block,
-    where KERNELS leaves the choice to the launch.
-    """
-
-    kernel: str
-    nodes: Sequence[Node]
-    operands: Sequence[Ref]
-    attrs: Sequence[float] = ()
     grid: Sizes
     when: Condition = always
     threads: int = 0
@@ -64,23 +58,12 @@ class Launch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Product:
-    """out [T, n] f32 = a [T, k] · b [n, k]ᵀ by cuBLAS, a and b bfloat16.
+class Product(KernelCall):
+    """out [T, n] f32 = a [T, k] · b [n, k]ᵀ by cuBLAS, a and b bfloat16; operands: out, a, b. b: a
+    weight that has a copy in bfloat16, or a buffer."""
 
-    b: a weight that has a copy in bfloat16, or a buffer.
-    """
-
-    nodes: Sequence[Node]
-    out: Ref
-    a: Ref
-    b: Tensor | Scratch
-    when: Condition = always
     kernel: str = "gemm_bf16"
-
-    @property
-    def operands(self) -> Sequence[Ref]:
-        """Buffers in use."""
-        return [self.out, self.a, self.b if isinstance(self.b, Scratch) else None]
+    when: Condition = always
 
 
 Step = Launch | Product
@@ -104,7 +87,6 @@ class Lowering:
         self._conditions.pop()
 
     def add(self, step: Step) -> None:
-        """Append a step."""
         if self._conditions:
             every = (*self._conditions, step.when)
             step = replace(step, when=lambda live: all(condition(live) for condition in every))
@@ -131,16 +113,15 @@ def bucket_of(live: Live) -> int | None:
 class Replays:
     """Runs steps by `launch`; those of a bucket are captured once, then replayed."""
 
-    def __init__(self, device: Device, launch: Callable[[Live], None]) -> None:
+    def __init__(self, device: Device, launch: Run) -> None:
         self._device, self._launch = device, launch
-        self.captured: dict[int, Captured] = {}
+        self.captured: dict[int, Replay] = {}
 
     def run(self, live: Live) -> None:
-        """Run one step."""
         if (bucket := bucket_of(live)) is None:
             self._launch(live)
             return
         if bucket not in self.captured:
             most = Live(bucket, bucket, bucket)
             self.captured[bucket] = self._device.capture(lambda: self._launch(most))
-        self.captured[bucket].replay()
+        self.captured[bucket]()

@@ -43,10 +43,8 @@ def _headers() -> dict[str, str]:
 
 
 def compile_source(name: str, target: str, more_options: tuple[str, ...] = ()) -> bytes:
-    """Machine code (a cubin) of one source for a target such as sm_90a.
-
-    Raises CompileError with the compiler's log; warnings are errors too.
-    """
+    """Machine code (a cubin) of one source for a target such as sm_90a. Raises CompileError with
+    the compiler's log; warnings are errors too."""
     text = (SOURCES / f"{name}.cu").read_text()
     lib, options = _library(), (*_OPTIONS, f"--gpu-architecture={target}", *more_options)
     headers = _headers()

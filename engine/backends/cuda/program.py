@@ -11,9 +11,9 @@ from engine.backends.base import Array, Split
 from engine.backends.cuda.args import ARGS
 from engine.backends.cuda.device import CudaError, Gemm, Grid, Memory
 from engine.backends.cuda.fusion import FUSIONS
-from engine.backends.cuda.host import Host, prepare
 from engine.backends.cuda.launches import Launch, Lowering, Product, Replays, Step
 from engine.backends.cuda.lower import lower_node
+from engine.backends.cuda.memory import MemoryBackend, prepare
 from engine.backends.native.buffers import Zeros
 from engine.backends.native.program import NativeProgram
 from engine.formats.quants import numpy_dtype
@@ -25,18 +25,19 @@ _LAUNCH_SECONDS = 50e-6
 _MAX_KEPT = 64
 
 
-class CudaProgram(NativeProgram[Host]):
-    """A compiled split."""
-
-    def __init__(self, host: Host, split: Split, fused: bool = True) -> None:
-        super().__init__(host, split, fused)
-        self._device = host.device
+class CudaProgram(NativeProgram[MemoryBackend]):
+    def __init__(self, backend: MemoryBackend, split: Split, fused: bool = True) -> None:
+        super().__init__(backend, split, fused)
+        self._device = backend.device
         self._kept: dict[tuple[int, int, int], Mapping[int, Grid | Gemm]] = {}
-        lowering = Lowering(host.device, host.weights, host.batch_invariant)
-        self._lower(lowering, () if host.batch_invariant else FUSIONS, lower_node)
+        lowering = Lowering(backend.device, backend.weights, backend.batch_invariant)
+        self._lower(lowering, () if backend.batch_invariant else FUSIONS, lower_node)
         self._steps = lowering.steps
-        self._zeros = self._allocate_zeros()
-        self._addresses |= {ref: memory.address for ref, memory in self._zeros.items()}
+        self._zeros: dict[Any, Memory] = {}
+        for ref in {ref for step in self._steps for ref in step.operands if isinstance(ref, Zeros)}:
+            self._zeros[ref] = memory = self._device.allocate(ref.nbytes)
+            self._device.fill(memory.address, ref.nbytes, 0)
+            self._addresses[ref] = memory.address
         self._place(self._steps, range(len(self._steps)))
         self._args = np.zeros(len(self._steps), ARGS)
         self._functions = list(map(self._prepare, self._args, self._steps))
@@ -46,24 +47,16 @@ class CudaProgram(NativeProgram[Host]):
         self._arena = self._device.allocate(n_bytes)
         return self._arena.address
 
-    def _allocate_zeros(self) -> dict[Any, Memory]:
-        zeros: dict[Any, Memory] = {}
-        for ref in {ref for step in self._steps for ref in step.operands if isinstance(ref, Zeros)}:
-            zeros[ref] = self._device.allocate(ref.nbytes)
-            self._device.fill(zeros[ref].address, ref.nbytes, 0)
-        return zeros
-
     def _prepare(self, args: Any, step: Step) -> int:
         if isinstance(step, Product):
             return 0
-        return prepare(self._host, step, args, map(self._address, step.operands))
+        return prepare(self._backend, step, args, map(self._address, step.operands))
 
     def _run_all(self, live: Live) -> None:
-        self._host.begin(live)
         self.replays.run(live)
 
     def _begin(self, live: Live) -> None:
-        self._host.begin(live)
+        self._backend.begin(live)
 
     def _run_node(self, node: Node, steps: range, live: Live) -> None:
         self._launch(steps, live)
@@ -79,18 +72,16 @@ class CudaProgram(NativeProgram[Host]):
     def _launch(self, steps: Iterable[int], live: Live) -> None:
         device, base, chosen = self._device, self._args.ctypes.data, self._chosen(live)
         for i in steps:
-            what = chosen.get(i)
-            if what is None:
-                continue
+            step, what = self._steps[i], chosen.get(i)
             if isinstance(what, Gemm):
                 device.gemm(what)
-                continue
-            step, address = self._steps[i], base + i * ARGS.itemsize
-            assert isinstance(step, Launch)
-            try:
-                device.launch(self._functions[i], what, *step.block, address)
-            except CudaError as error:
-                raise CudaError(f"{step.nodes[0]} (kernel {step.kernel}): {error}") from None
+            elif what is not None:
+                assert isinstance(step, Launch)
+                try:
+                    address = base + i * ARGS.itemsize
+                    device.launch(self._functions[i], what, *step.block, address)
+                except CudaError as error:
+                    raise CudaError(f"{step.nodes[0]} (kernel {step.kernel}): {error}") from None
 
     def _chosen(self, live: Live) -> Mapping[int, Grid | Gemm]:
         """The steps that such counts launch, with their grids; kept, as batches are alike."""
@@ -108,26 +99,24 @@ class CudaProgram(NativeProgram[Host]):
         if isinstance(step, Launch):
             grid = step.grid(live)
             return None if 0 in grid else grid
-        assert step.out is not None
-        assert step.a is not None
-        m = live.shape(step.out.shape)[0]
-        n, k = step.b.shape[-2:]
-        weights, b = self._host.weights, step.b
-        b_at = weights.bf16(b) if isinstance(b, Tensor) else self._address(b)
-        return Gemm(self._address(step.out), self._address(step.a), b_at, m, n, k) if m else None
+        out, a, b = step.operands
+        assert out is not None
+        assert b is not None
+        m, (n, k) = live.shape(out.shape)[0], b.shape[-2:]
+        copies = self._backend.weights.bf16
+        b_at = copies[b.base].address if isinstance(b, Tensor) else self._address(b)
+        return Gemm(self._address(out), self._address(a), b_at, m, n, k) if m else None
 
     def run_timed(self, live: Live) -> Sequence[float]:
         """As `run`, without a captured graph; the seconds of each instruction."""
-        self._host.begin(live)
+        self._backend.begin(live)
         chosen = list(self._chosen(live))
         timer = self._device.timer(len(chosen) * _LAUNCH_SECONDS)
         for i in chosen:
             self._launch([i], live)
             timer.mark()
-        seconds = [0.0] * len(self._steps)
-        for i, s in zip(chosen, timer.seconds(), strict=True):
-            seconds[i] = s
-        return seconds
+        taken = dict(zip(chosen, timer.seconds(), strict=True))
+        return [taken.get(i, 0.0) for i in range(len(self._steps))]
 
     def _output(self, tensor: Tensor, live: Live) -> Array:
         values = np.empty(live.shape(tensor.shape), numpy_dtype(tensor.dtype))

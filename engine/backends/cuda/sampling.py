@@ -9,17 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.cuda.args import ARGS
-from engine.backends.cuda.device import Fetched, Grid
-from engine.backends.cuda.host import Host, prepare
+from engine.backends.cuda.device import Fetched
 from engine.backends.cuda.kernels import MAX_SEGMENTS, SAMPLE_SPEC_BYTES, SEGMENT, threads
-from engine.backends.cuda.launches import Launch, Replays, Sizes
+from engine.backends.cuda.launches import Launch, Replays, Run, Sizes
 from engine.backends.cuda.lower.common import cut
+from engine.backends.cuda.memory import MemoryBackend, prepare
 from engine.backends.native.buffers import Scratch
 from engine.formats.quants import I32
 from engine.graph import Dim, Kind, Live, Tensor
@@ -28,17 +28,9 @@ from engine.sampling.spec import MAX_BANNED, MAX_TOP_K, SampleSpec
 MAX_VOCAB = SEGMENT * MAX_SEGMENTS
 # SampleSpec of sample.cu.
 SPEC = np.dtype(
-    [
-        ("temperature", "f4"),
-        ("top_p", "f4"),
-        ("log_min_p", "f4"),
-        ("uniform", "f4"),
-        ("top_k", "i4"),
-        ("feed", "i4"),
-        ("n_banned", "i4"),
-        ("unused", "i4"),
-        ("banned", "i4", MAX_BANNED),
-    ]
+    [(name, "f4") for name in ("temperature", "top_p", "log_min_p", "uniform")]
+    + [(name, "i4") for name in ("top_k", "feed", "n_banned", "unused")]
+    + [("banned", "i4", MAX_BANNED)]
 )
 assert SPEC.itemsize == SAMPLE_SPEC_BYTES
 
@@ -60,20 +52,13 @@ def packed_specs(specs: Sequence[SampleSpec], feed: Sequence[int]) -> NDArray[np
     return packed.view(np.int32).reshape(len(specs), -1)
 
 
-class Launches(Protocol):
-    """The part of a program that a sampler uses."""
-
-    def launch(self, live: Live) -> None:
-        """Launch the program's steps, in order."""
-
-
 class CudaSampler:
-    """See DeviceSampler."""
+    """See DeviceSampler; `decode` launches a step up to its logits."""
 
     def __init__(
-        self, backend: Host, program: Launches, inputs: Sequence[Tensor], logits: Tensor
+        self, backend: MemoryBackend, decode: Run, inputs: Sequence[Tensor], logits: Tensor
     ) -> None:
-        self._backend, self._program, self._inputs = backend, program, inputs
+        self._backend, self._decode, self._inputs = backend, decode, inputs
         specs = backend.sample_specs
         (tokens,) = (t for t in inputs if t.name == "tokens")
         n_rows, n_segments = int(specs.shape[0]), cut(int(logits.shape[1]), SEGMENT)
@@ -85,22 +70,20 @@ class CudaSampler:
         addresses: dict[Any, int] = {t: backend.fixed(t) for t in (tokens, specs, logits)}
         addresses |= {sampled: self._memory[0].address, best: self._memory[1].address}
 
-        def launch(kernel: str, operands: Sequence[Any], grid: Sizes) -> _Prepared:
+        def prepared(kernel: str, operands: Sequence[Any], grid: Sizes) -> _Prepared:
             step = Launch(
                 kernel=kernel, nodes=(), operands=operands, attrs=(n_segments,), grid=grid
             )
             return _Prepared(backend, step, [addresses[ref] for ref in operands])
 
-        def feed_grid(live: Live) -> Grid:
-            return cut(live.n_outputs, threads("feed_tokens")), 1, 1
-
-        self._feed = launch("feed_tokens", (tokens, sampled, specs), feed_grid)
-        self._segments = launch(
-            "sample_segments", (best, logits, specs), lambda live: (n_segments, live.n_outputs, 1)
+        n_fed = threads("feed_tokens")
+        self._feed = prepared(
+            "feed_tokens", (tokens, sampled, specs), lambda x: (cut(x.n_outputs, n_fed), 1, 1)
         )
-        self._rows = launch(
-            "sample_rows", (sampled, best, specs), lambda live: (live.n_outputs, 1, 1)
+        self._segments = prepared(
+            "sample_segments", (best, logits, specs), lambda x: (n_segments, x.n_outputs, 1)
         )
+        self._rows = prepared("sample_rows", (sampled, best, specs), lambda x: (x.n_outputs, 1, 1))
         self._replays = Replays(backend.device, self._run)
 
     def launch(
@@ -120,7 +103,7 @@ class CudaSampler:
 
     def _run(self, live: Live) -> None:
         self._feed(live)
-        self._program.launch(live)
+        self._decode(live)
         self._segments(live)
         self._rows(live)
 
@@ -132,14 +115,14 @@ class CudaStepHandle:
     _fetched: Fetched
 
     def ids(self) -> list[int]:
-        ids: list[int] = self._fetched.values().view(np.int32).tolist()
+        ids: list[int] = self._fetched().view(np.int32).tolist()
         return ids
 
 
 class _Prepared:
     """A launch with its arguments filled in."""
 
-    def __init__(self, backend: Host, step: Launch, addresses: Sequence[int]) -> None:
+    def __init__(self, backend: MemoryBackend, step: Launch, addresses: Sequence[int]) -> None:
         self._device, self._step, self._args = backend.device, step, np.zeros((), ARGS)
         self._function = prepare(backend, step, self._args, addresses)
 

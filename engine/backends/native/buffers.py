@@ -23,10 +23,8 @@ class Arena:
         self.offsets: dict[Any, int] = {}
 
     def plan(self, buffers: Sequence[tuple[Any, int, int, int]]) -> None:
-        """Place buffers (key, bytes, first and last instruction), each where no other is alive.
-
-        The largest are placed first, each at the lowest offset that is free for its whole life.
-        """
+        """Place buffers (key, bytes, first and last instruction), each where no other is alive. The
+        largest are placed first, each at the lowest offset that is free for its whole life."""
         placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last
         for key, nbytes, first, last in sorted(buffers, key=lambda b: -b[1]):
             size, offset = -(-nbytes // ALIGNMENT) * ALIGNMENT, 0
@@ -73,10 +71,8 @@ def place_buffers(
     arena: Arena,
     elsewhere: Iterable[Any] = (),
 ) -> None:
-    """Place all activations and buffers in an arena, but those that lie `elsewhere`.
-
-    steps: when each runs (never falling), its nodes, and its operands.
-    """
+    """Place all activations and buffers in an arena, but those that lie `elsewhere`. steps: when
+    each runs (never falling), its nodes, and its operands."""
     others = set(elsewhere)
     lives: dict[Any, tuple[int, int]] = {}
     for time, nodes, operands in steps:

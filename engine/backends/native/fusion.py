@@ -27,7 +27,6 @@ class Readers:
         return self._readers[tensor]
 
     def only_by(self, tensor: Tensor, node: Node) -> bool:
-        """Whether nothing but a node reads a tensor."""
         return tensor not in self.kept and all(n is node for n, _ in self._readers[tensor])
 
 

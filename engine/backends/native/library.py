@@ -130,7 +130,6 @@ class Library:
         return value
 
     def kernel_address(self, name: str) -> int:
-        """The address of a kernel's record."""
         address = self._kernel(name.encode())
         assert address, name
         return address

@@ -10,16 +10,21 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from engine.backends.base import Array, WeightSource
 from engine.backends.native.library import Library
+from engine.backends.native.signatures import used_packed
+from engine.backends.native.views import PACKED, write_view
 from engine.formats.quants import WEIGHT_TYPES, DType, dequantize, quantize_q8_0
-from engine.graph import Tensor
+from engine.graph import Node, Tensor
 
 _log = logging.getLogger(__name__)
 _Q8_0 = WEIGHT_TYPES["Q8_0"]
@@ -28,36 +33,58 @@ _TASK_BYTES = 1 << 20
 _SECONDS_BEFORE_BAR = 1
 
 
-class Panels:
-    """Sizes of packed weights, and the packing itself."""
+class PanelWeights(ABC):
+    """The weights of a backend, by tensor: packed, or decoded to float32. Threads pack the next
+    weights, up to `ahead_bytes`, while packed ones are kept."""
 
-    def __init__(self, library: Library) -> None:
+    def __init__(self, library: Library, n_threads: int, ahead_bytes: int) -> None:
         self._lib, self._rows = library, library.constant("panel_rows")
+        self._n_threads, self._ahead_bytes = n_threads, ahead_bytes
+        # What `_keep` returned; packed are the panels of matrices [out, in] or [X, out, in].
+        self._packed: dict[Tensor, Any] = {}
+        self._plain: dict[Tensor, Any] = {}
 
-    def pack_all(
-        self,
-        tensors: Sequence[Tensor],
-        source: WeightSource,
-        n_threads: int,
-        ahead_bytes: int,
-        allocate: Callable[[Tensor, int], Array],
+    def load(self, nodes: Sequence[Node], source: WeightSource) -> None:
+        """Read and convert the weights of some nodes; shows progress when it takes long."""
+        packed, plain = used_packed(nodes)
+        for tensor in (t for t in plain if t not in self._plain):
+            values = dequantize(tensor.dtype, source.raw(tensor.name), tensor.shape)
+            self._plain[tensor] = self._keep(values)
+        for tensor, data in self._pack_all([t for t in packed if t not in self._packed], source):
+            self._packed[tensor] = self._keep(data)
+            self._rearrange(tensor)
+
+    def _allocate(self, n_bytes: int) -> Array:
+        """Memory of the host to pack a weight into."""
+        return np.empty(n_bytes, np.uint8)
+
+    @abstractmethod
+    def _keep(self, values: Array) -> Any:
+        """Bring a weight to where kernels read it."""
+
+    def _rearrange(self, tensor: Tensor) -> None:  # noqa: B027
+        """Change a packed weight in its place."""
+
+    @abstractmethod
+    def _address(self, kept: Any) -> int:
+        """The address of a weight that was kept."""
+
+    def _pack_all(
+        self, tensors: Sequence[Tensor], source: WeightSource
     ) -> Iterator[tuple[Tensor, Array]]:
-        """Pack weights into what `allocate(tensor, n_bytes)` returns; yield each when it is done.
-
-        Meanwhile the next weights, up to `ahead_bytes`, are packed. Shows progress when slow.
-        """
+        """Pack weights and yield each when it is done."""
         self._warn_of_rounding(tensors)
         with (
             tqdm(total=sum(t.nbytes for t in tensors), unit="B", unit_scale=True, leave=False,
                  desc="loading weights", disable=None, delay=_SECONDS_BEFORE_BAR) as bar,
-            ThreadPoolExecutor(n_threads) as pool,
+            ThreadPoolExecutor(self._n_threads) as pool,
         ):  # fmt: skip
             pending: deque[tuple[Tensor, Array, list[Future[None]]]] = deque()
             for tensor in tensors:
-                data = allocate(tensor, self.packed_bytes(tensor))
+                data = self._allocate(self.packed_bytes(tensor))
                 pending.append((tensor, data, self._pack(tensor, source, data, pool)))
                 ahead = sum(len(data) for _, data, _ in pending)
-                while pending and (tensor is tensors[-1] or ahead > ahead_bytes):
+                while pending and (tensor is tensors[-1] or ahead > self._ahead_bytes):
                     ready, data, tasks = pending.popleft()
                     for task in tasks:
                         task.result()
@@ -104,21 +131,30 @@ class Panels:
         panel = self._lib.panel_bytes(self.layout(tensor.dtype), tensor.shape[-1])
         return panel, -(-tensor.shape[-2] // self._rows) * panel
 
-    def strides(self, tensor: Tensor) -> list[int]:
-        """Bytes between matrices, if there are several, and between panels."""
-        panel, matrix = self.matrix_bytes(tensor)
-        return [panel] if len(tensor.shape) == 2 else [matrix, panel]
-
-    def part_bytes(self, tensor: Tensor, n_columns: int) -> int:
-        """Bytes of so many columns of a panel."""
-        return self._lib.panel_bytes(self.layout(tensor.dtype), n_columns)
-
     def packed_bytes(self, tensor: Tensor) -> int:
-        """Bytes of a weight when it is packed."""
         return math.prod(tensor.shape[:-2]) * self.matrix_bytes(tensor)[1]
 
+    def part_bytes(self, tensor: Tensor, n_columns: int) -> int:
+        return self._lib.panel_bytes(self.layout(tensor.dtype), n_columns)
+
+    def bytes_of(self, nodes: Sequence[Node]) -> int:
+        """Bytes of the weights of some nodes, packed or decoded."""
+        packed, plain = used_packed(nodes)
+        return sum(map(self.packed_bytes, packed)) + sum(4 * math.prod(t.shape) for t in plain)
+
+    def write_packed(self, record: Any, tensor: Tensor, first: int = 0) -> None:
+        """Fill a zeroed record of VIEW with a packed weight, from matrix number `first` on."""
+        panel, matrix = self.matrix_bytes(tensor)
+        strides = [panel] if len(tensor.shape) == 2 else [matrix, panel]
+        address = self._address(self._packed[tensor.base]) + first * strides[0]
+        layout = self.layout(tensor.dtype)
+        write_view(record, address, tensor.shape, strides, PACKED, layout)
+
+    def plain_or_zero(self, tensor: Tensor) -> int:
+        """The address of a weight decoded to float32; 0 if it is only packed."""
+        return self._address(self._plain[tensor]) if tensor in self._plain else 0
+
     def _warn_of_rounding(self, tensors: Sequence[Tensor]) -> None:
-        """Warn of the types that have no layout of their own."""
         for dtype in {t.dtype: None for t in tensors if self.stored_as(t.dtype) is not t.dtype}:
             rounded = [t for t in tensors if t.dtype is dtype]
             stored, kept = sum(t.nbytes for t in rounded), sum(map(self.packed_bytes, rounded))

@@ -5,75 +5,48 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from engine.backends.base import Array, Instruction, Split, Watch
+from engine.backends.native.backend import NativeBackend
 from engine.backends.native.buffers import Arena, Ref, Scratch, owner_of, place_buffers
 from engine.backends.native.fusion import Fusion, Readers, match_fusions
+from engine.backends.native.panels import PanelWeights
 from engine.backends.native.signatures import is_packed
 from engine.backends.native.views import DTYPES, ITEM_BYTES, write_view
 from engine.formats.quants import F32
 from engine.graph import Kind, Live, Node, Tensor
 
 
-class Step(Protocol):
-    """One kernel call before addresses are known; operands are outputs, then inputs."""
+@dataclass(frozen=True, kw_only=True)
+class KernelCall:
+    """One kernel call before addresses are known. nodes: those that it computes, or has a part in.
+    operands: outputs, then inputs; None where one is absent."""
 
-    @property
-    def kernel(self) -> str:
-        """Its name."""
-
-    @property
-    def nodes(self) -> Sequence[Node]:
-        """The nodes that it computes, or has a part in."""
-
-    @property
-    def operands(self) -> Sequence[Ref]:
-        """None where an operand is absent."""
+    kernel: str
+    nodes: Sequence[Node]
+    operands: Sequence[Ref]
+    attrs: Sequence[float] = ()
 
 
-class Steps(Protocol):
-    """A backend's lowering: nodes become steps, in order."""
+class Lowering(Protocol):
+    """Nodes become steps, in order."""
 
-    @property
-    def steps(self) -> Sequence[Step]:
-        """The steps so far."""
+    steps: list[Any]
 
 
-class Weights(Protocol):
-    """The weights of a native backend."""
-
-    def packed_strides(self, tensor: Tensor) -> tuple[int, list[int], int, int]:
-        """A packed weight's address, strides in bytes (of matrices and panels), dtype, layout."""
-
-    def plain_or_zero(self, tensor: Tensor) -> int:
-        """The address of a weight decoded to float32; 0 if it is only packed."""
-
-
-class Host(Protocol):
-    """What every program needs of its backend."""
-
-    @property
-    def weights(self) -> Weights:
-        """Its loaded weights."""
-
-    def fixed(self, tensor: Tensor) -> int:
-        """The address of an input, a state, or an activation that outlives programs."""
-
-
-H = TypeVar("H", bound=Host)
-L = TypeVar("L", bound=Steps)
+H = TypeVar("H", bound=NativeBackend)
+L = TypeVar("L", bound=Lowering)
 
 
 class NativeProgram(ABC, Generic[H]):
-    """A compiled split.
+    """A compiled split. A watched program runs node by node, without fusions: the first watched run
+    compiles a second program for that. `outside`: tensors that outlive a run and have memory of
+    their own."""
 
-    A watched program runs node by node, without fusions: the first watched run compiles a second
-    program for that. `outside`: tensors that outlive a run and have memory of their own.
-    """
-
-    def __init__(self, host: H, split: Split, fused: bool = True) -> None:
-        self._host, self._split, self._is_fused = host, split, fused
+    def __init__(self, backend: H, split: Split, fused: bool = True) -> None:
+        self._backend, self._split, self._is_fused = backend, split, fused
         self._unfused: NativeProgram[H] | None = None
         # The steps of each node, or of the first node of a fusion.
         self._spans: dict[Node, range] = {}
@@ -100,7 +73,7 @@ class NativeProgram(ABC, Generic[H]):
             self._spans[group[0]] = range(first, len(lowering.steps))
         self.instructions = [Instruction(s.kernel, tuple(s.nodes)) for s in lowering.steps]
 
-    def _place(self, steps: Sequence[Step], times: Iterable[int]) -> None:
+    def _place(self, steps: Sequence[KernelCall], times: Iterable[int]) -> None:
         """Allocate one arena for buffers and activations; `times`: when each step runs."""
         arena = Arena()
         timed = ((t, s.nodes, s.operands) for t, s in zip(times, steps, strict=True))
@@ -114,17 +87,18 @@ class NativeProgram(ABC, Generic[H]):
         if owner is None or owner in self._addresses:
             return self._addresses.get(owner, 0)
         if owner.kind is Kind.WEIGHT:
-            return self._host.weights.plain_or_zero(owner)
-        return self._host.fixed(owner)
+            return self._backend.weights.plain_or_zero(owner)
+        return self._backend.fixed(owner)
 
     def run(self, live: Live, watch: Watch | None = None) -> None:
+        if watch is not None and self._is_fused:
+            self._unfused = self._unfused or type(self)(self._backend, self._split, fused=False)
+            self._unfused.run(live, watch)
+            return
+        self._begin(live)
         if watch is None:
             self._run_all(live)
-        elif self._is_fused:
-            self._unfused = self._unfused or type(self)(self._host, self._split, fused=False)
-            self._unfused.run(live, watch)
         else:
-            self._begin(live)
             for node, steps in self._spans.items():
                 self._run_node(node, steps, live)
                 watch(node, [self._output(t, live) for t in node.outputs])
@@ -138,7 +112,7 @@ class NativeProgram(ABC, Generic[H]):
         """Run every step."""
 
     def _begin(self, live: Live) -> None:
-        """Bring inputs to where kernels read them, before nodes run one by one."""
+        """Bring inputs to where kernels read them."""
 
     @abstractmethod
     def _run_node(self, node: Node, steps: range, live: Live) -> None:
@@ -150,20 +124,17 @@ class NativeProgram(ABC, Generic[H]):
 
 
 def write_operand(
-    record: Any, ref: Ref, nodes: Sequence[Node], address: int, weights: Weights
+    record: Any, ref: Ref, nodes: Sequence[Node], address: int, weights: PanelWeights
 ) -> None:
-    """Fill a zeroed record of VIEW with a step's operand.
-
-    nodes: the step's. address: of the operand's owner; packed weights know their own.
-    """
+    """Fill a zeroed record of VIEW with a step's operand. nodes: the step's. address: of the
+    operand's owner; packed weights know their own."""
     if ref is None:
         return
     if isinstance(ref, Scratch):
         strides = [math.prod(ref.shape[i + 1 :]) for i in range(len(ref.shape))]
         write_view(record, address, ref.shape, strides, ref.code)
     elif ref.kind is Kind.WEIGHT and _is_packed(ref, nodes):
-        address, strides, dtype, layout = weights.packed_strides(ref)
-        write_view(record, address, ref.shape, strides, dtype, layout)
+        weights.write_packed(record, ref)
     else:
         dtype = DTYPES[F32 if ref.kind is Kind.WEIGHT else ref.dtype]
         address += ref.offset * ITEM_BYTES[dtype]

@@ -30,10 +30,8 @@ def numbers(node: Node) -> list[float]:
 
 
 def parts(node: Node) -> list[tuple[str, list[Tensor | None], list[float]]]:
-    """(kernel, views' tensors, attributes) of the instructions of a node in SIGNATURES.
-
-    A node whose operands are repeated, as SWIGLU's pairs are, becomes one instruction for each.
-    """
+    """(kernel, views' tensors, attributes) of the instructions of a node in SIGNATURES. A node
+    whose operands are repeated, as SWIGLU's pairs are, becomes one instruction for each."""
     op, attrs = node.op, numbers(node)
     if op.repeated:
         named = [[f"{name}{i or ''}" for name in op.operands] for i in range(len(node.outputs))]

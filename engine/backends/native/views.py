@@ -25,21 +25,14 @@ INSTRUCTION = np.dtype([("kernel", "u8"), ("views", "u8"), ("attrs", "u8"), ("ba
 
 
 def write_view(
-    record: Any,
-    address: int,
-    shape: Sequence[int],
-    strides: Sequence[int],
-    dtype: int,
-    layout: int = 0,
+    record: Any, data: int, shape: Sequence[int], strides: Sequence[int], code: int, layout: int = 0
 ) -> None:
-    """Fill a zeroed record of VIEW, the CPU's or CUDA's.
-
-    dtype: a code. Strides count elements, or bytes where the dtype is PACKED.
-    """
-    record["data"], record["rank"] = address, len(shape)
+    """Fill a zeroed record of VIEW, the CPU's or CUDA's. data: an address. code: of a dtype;
+    strides count elements, or bytes if it is PACKED."""
+    record["data"], record["rank"] = data, len(shape)
     record["shape"][: len(shape)] = shape
     record["stride"][: len(strides)] = strides
-    record["dtype"], record["layout"] = dtype, layout
+    record["dtype"], record["layout"] = code, layout
     first = shape[0] if shape else 0
     if isinstance(first, Dim) and first.name in DIMS:
         record["dim"] = DIMS.index(first.name)

@@ -20,8 +20,7 @@ from unittest.mock import patch
 import pytest
 
 from engine.backends.base import Split
-from engine.backends.cpu.backend import CpuBackend
-from engine.backends.cpu.program import CpuProgram
+from engine.backends.cpu.backend import CpuBackend, CpuProgram
 from engine.backends.native.views import DIMS, I8, PACKED, VIEW
 from engine.formats.quants import BY_GGML_ID
 from engine.graph import Live

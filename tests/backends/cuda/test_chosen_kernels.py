@@ -84,7 +84,7 @@ def test_quantized(monkeypatch: pytest.MonkeyPatch, rng: Rng, dtype: str, is_lar
     check(without, [*INT8_16, *WITHOUT_COPY])
     invariant = backend_of(device, batch_invariant=True)
     check(product(invariant, [dtype], rng), INVARIANT)
-    assert not invariant.weights._bf16
+    assert not invariant.weights.bf16
 
 
 def test_plain(rng: Rng) -> None:
@@ -132,4 +132,4 @@ def test_copies_are_made_in_order_while_the_budget_lasts(rng: Rng) -> None:
     backend = backend_of(EmulatedDevice())
     backend.weights._bf16_left = 2 * 37 * N_IN * 2
     product(backend, ["Q8_0", "F32", "BF16", "Q4_K"], rng)
-    assert [t.name for t in backend.weights._bf16] == ["w0", "w2"]
+    assert [t.name for t in backend.weights.bf16] == ["w0", "w2"]

@@ -60,7 +60,7 @@ def test_each_has_products_on_its_own_stream(rng: np.random.Generator) -> None:
     for products in (first, second):
         products.poison()
         products.device.synchronize()
-    captured.replay()
+    captured()
     second.launch()
     for products in (first, second):
         np.testing.assert_allclose(products.output(), products.want, rtol=1e-4, atol=1e-4)

@@ -210,7 +210,7 @@ def test_captured_launches(device: EmulatedDevice) -> None:
     graph = device.capture(lambda: device.fill(memory.address, 16, 0x40))
     device.download(memory.address, values)
     assert (values == 0).all()
-    graph.replay()
+    graph()
     device.download(memory.address, values)
     assert (values == np.float32(3.0039215)).all()
     calls: tuple[Any, ...] = (device.synchronize, lambda: device.allocate(1))

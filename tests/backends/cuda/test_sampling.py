@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -53,9 +54,9 @@ class Rows:
             t: device.allocate(t.nbytes) for t in (self.sample_specs, self.tokens, self.logits)
         }
         self._counts = device.allocate(20)
-        self.live_address = self._counts.address
+        self.inputs = SimpleNamespace(live_address=self._counts.address)
         host: Any = self
-        self._decoder = CudaSampler(host, self, [self.tokens], self.logits)
+        self._decoder = CudaSampler(host, self.launch, [self.tokens], self.logits)
 
     def fixed(self, tensor: Tensor) -> int:
         return self._memory[tensor].address
@@ -65,7 +66,7 @@ class Rows:
 
     def begin(self, live: Live) -> None:
         n = live.n_outputs
-        self.device.upload(self.live_address, np.array([0, n, n, n + 1, n], np.int32))
+        self.device.upload(self._counts.address, np.array([0, n, n, n + 1, n], np.int32))
 
     def launch(self, live: Live) -> None:
         """The logits are there."""

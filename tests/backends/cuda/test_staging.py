@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.backends.cuda.cupy_device import CupyDevice
-from engine.backends.cuda.staging import StagingRing
+from engine.backends.cuda.cupy_device import CupyDevice, StagingRing
 
 
 class Stream:
@@ -116,5 +115,5 @@ def test_what_is_fetched_is_as_it_was(device: CupyDevice) -> None:
         fetched.append(device.fetch(memory.ctypes.data, 16))
         if i >= 1:
             # The one before is waited for while this one is on its way.
-            assert fetched[-2].values().view(np.int32).tolist() == [i - 1] * 4
+            assert fetched[-2]().view(np.int32).tolist() == [i - 1] * 4
             assert device.stream.n_done < len(device.stream.work)

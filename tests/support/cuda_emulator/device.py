@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.cuda import nvrtc
-from engine.backends.cuda.device import CudaError, Gemm, Grid
+from engine.backends.cuda.device import CudaError, Fetched, Gemm, Grid, Replay
 from tests.support.cuda_emulator import build
 
 Array = NDArray[Any]
@@ -159,11 +159,12 @@ class EmulatedDevice:
         self._expect_owned(address, values.nbytes)
         ctypes.memmove(values.ctypes.data, address, values.nbytes)
 
-    def fetch(self, address: int, n_bytes: int) -> EmulatedBytes:
+    def fetch(self, address: int, n_bytes: int) -> Fetched:
         """Copy from the device."""
         self._refuse_captured("fetch")
         self._expect_owned(address, n_bytes)
-        return EmulatedBytes(_at(address, n_bytes).copy())
+        values = _at(address, n_bytes).copy()
+        return lambda: values
 
     def fill(self, address: int, n_bytes: int, byte: int) -> None:
         """Set bytes."""
@@ -227,7 +228,7 @@ class EmulatedDevice:
 
         self._do(multiply)
 
-    def capture(self, launches: Callable[[], None]) -> EmulatedGraph:
+    def capture(self, launches: Callable[[], None]) -> Replay:
         """Record launches; memory may not be allocated, nor the device waited for, meanwhile."""
         self._refuse_captured("capture")
         self._recording = []
@@ -235,7 +236,12 @@ class EmulatedDevice:
             launches()
         finally:
             recorded, self._recording = self._recording, None
-        return EmulatedGraph(tuple(recorded))
+
+        def replay() -> None:
+            for work in recorded:
+                work()
+
+        return replay
 
     def _do(self, work: Callable[[], Any]) -> None:
         if self._recording is None:
@@ -275,29 +281,6 @@ class EmulatedDevice:
         memory = self._memory[starts[i]]() if i >= 0 else None
         if n_bytes and (memory is None or address + n_bytes > memory.address + memory.nbytes):
             raise CudaError(f"emulated: {n_bytes} bytes at {address:#x}: not the device's memory")
-
-
-@dataclass(frozen=True)
-class EmulatedBytes:
-    """What was fetched."""
-
-    _values: Array
-
-    def values(self) -> Array:
-        """There already."""
-        return self._values
-
-
-@dataclass(frozen=True)
-class EmulatedGraph:
-    """Recorded work."""
-
-    _work: tuple[Callable[[], None], ...]
-
-    def replay(self) -> None:
-        """Do it again."""
-        for work in self._work:
-            work()
 
 
 class EmulatedTimer:

@@ -21,6 +21,9 @@ from tests.support.toy_backend.program import KERNELS, ToyProgram
 class NoStates:
     """A StateStore without a tensor."""
 
+    def allocate(self, states: Sequence[Tensor]) -> None:
+        assert not states, states
+
     def zero(self, dim: str, index: int) -> None:
         pass
 
@@ -58,9 +61,6 @@ class ToyBackend(Backend):
             self._values[t] = dequantize(t.dtype, source.raw(t.name), t.shape)
             source.release(t.name)
             self.loaded.append(t.name)
-
-    def allocate_states(self, states: Sequence[Tensor]) -> None:
-        assert not states, states
 
     def compile(self, split: Split) -> ToyProgram:
         return ToyProgram(self, split)

@@ -1,4 +1,4 @@
-"""Every op as launches: one table of op -> (lowering, what its kernels can't take)."""
+"""Every op as launches: one table of op -> (lowering, why its kernels refuse a node, or "")."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable
 from engine.backends.cuda.device import Device
 from engine.backends.cuda.launches import Lowering
 from engine.backends.cuda.lower import attention, gated_delta_net, mul_mat, mul_mat_id, simple
-from engine.backends.native.views import MAX_RANK
 from engine.graph import Node
 
 _MODULES = (attention, gated_delta_net, mul_mat, mul_mat_id, simple)
@@ -17,16 +16,5 @@ OPS: dict[str, tuple[Callable[[Lowering, Node], None], Callable[[Node, Device], 
 
 
 def lower_node(lowering: Lowering, node: Node) -> None:
-    """Append the launches of a node."""
     lower, _ = OPS[node.op.name]
     lower(lowering, node)
-
-
-def unsupported(node: Node, device: Device) -> str:
-    """Why a node can't be run on a device; an empty string if it can."""
-    if node.op.name not in OPS:
-        return f"no kernel for {node.op.name}"
-    if any(len(t.shape) > MAX_RANK for t in (*node.inputs.values(), *node.outputs)):
-        return f"more than {MAX_RANK} dimensions"
-    _, refuses = OPS[node.op.name]
-    return refuses(node, device)

@@ -6,22 +6,18 @@ where none takes the heads, rows are computed one by one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from engine.backends.cuda import kernels
 from engine.backends.cuda.device import Device, Grid
 from engine.backends.cuda.kernels import KERNELS
 from engine.backends.cuda.launches import Condition, Launch, Lowering, always
 from engine.backends.cuda.lower.common import NO_END, cut, has_shared, is_decode
-from engine.backends.native.buffers import Ref, Scratch
+from engine.backends.native.buffers import Scratch
 from engine.backends.native.signatures import parts
 from engine.formats.quants import F16, F32
 from engine.graph import Live, Node
 
 # Sequences with so many rows in a step are computed in tiles (engine.runtime.batch.MIN_BLOCK_ROWS).
 _TILE_ROWS = 16
-
-
 _PARTIALS_BYTES = 64 << 20
 # The sizes of heads that attention_rows.cu is compiled for.
 _ROW_SIZES = (64, 256, 576, 1024)
@@ -29,29 +25,18 @@ _ROW_SIZES = (64, 256, 576, 1024)
 _TENSOR_CORE_KERNELS = {(64, 64): "64", (128, 128): "128", (256, 256): "256", (576, 512): "latent"}
 
 
-@dataclass(frozen=True)
 class _Attention:
     """A node that kernels on tensor cores compute, and what its launches share."""
 
-    node: Node
-    device: Device
-    # Suffix of the kernels' names.
-    kind: str
-    has_tiles: bool
-
-    @property
-    def n_kv(self) -> int:
-        return int(self.node.inputs["k_cache"].shape[1])
-
-    @property
-    def group(self) -> int:
-        """Query heads of a key head."""
-        return int(self.node.outputs[0].shape[1]) // self.n_kv
-
-    @property
-    def blocks_per_row(self) -> int:
-        """Thread blocks of a remainder row, for each chunk of its positions."""
-        return self.n_kv * cut(self.group, kernels.ATTENTION_LOOSE_ROWS)
+    def __init__(self, node: Node, lowering: Lowering, kind: str) -> None:
+        self.node, self.device, self.kind = node, lowering.device, kind
+        has_shared_tiles = has_shared(self.device, KERNELS[f"attention_tiles_{kind}"].shared)
+        self.has_tiles = has_shared_tiles and not lowering.batch_invariant
+        self.n_kv = int(node.inputs["k_cache"].shape[1])
+        # Query heads of a key head.
+        self.group = int(node.outputs[0].shape[1]) // self.n_kv
+        # Thread blocks of a remainder row, for each chunk of its positions.
+        self.blocks_per_row = self.n_kv * cut(self.group, kernels.ATTENTION_LOOSE_ROWS)
 
     def n_loose(self, live: Live) -> int:
         """The most remainder rows that there can be."""
@@ -91,13 +76,15 @@ def lower_attention(lowering: Lowering, node: Node) -> None:
     ((_, (out, *operands), attrs),) = parts(node)
     kind = _kind(node, lowering.device)
     if not kind:
-        _attention_rows(lowering, node, [out, None, *operands], attrs)
+        largest = max(node.inputs["q"].shape[2], node.inputs["v_cache"].shape[3])
+        size, n_heads = next(n for n in _ROW_SIZES if largest <= n), node.outputs[0].shape[1]
+        lowering.add(Launch(
+            kernel=f"attention_rows_{size}", nodes=[node], operands=[out, None, *operands],
+            attrs=attrs, grid=lambda live: (n_heads, live.n_tokens, 1),
+        ))  # fmt: skip
         return
-    has_tiles = has_shared(lowering.device, KERNELS[f"attention_tiles_{kind}"].shared)
-    has_tiles = has_tiles and not lowering.batch_invariant
-    attention = _Attention(node, lowering.device, kind, has_tiles)
-    partials = _partials(node)
-    if not has_tiles:
+    attention, partials = _Attention(node, lowering, kind), _partials(node)
+    if not attention.has_tiles:
         _lower_loose(lowering, attention, partials, NO_END, always)
         return
     _lower_loose(lowering, attention, partials, NO_END, is_decode)
@@ -139,21 +126,8 @@ def _lower_loose(
 
 
 def unsupported(node: Node, device: Device) -> str:
-    """See lower.unsupported."""
     size = max(node.inputs[name].shape[3] for name in ("k_cache", "v_cache"))
     return f"head size {size} above {_ROW_SIZES[-1]}" if size > _ROW_SIZES[-1] else ""
-
-
-def _attention_rows(
-    lowering: Lowering, node: Node, operands: list[Ref], attrs: list[float]
-) -> None:
-    largest = max(node.inputs["q"].shape[2], node.inputs["v_cache"].shape[3])
-    size = next(n for n in _ROW_SIZES if largest <= n)
-    n_heads = node.outputs[0].shape[1]
-    lowering.add(Launch(
-        kernel=f"attention_rows_{size}", nodes=[node], operands=operands, attrs=attrs,
-        grid=lambda live: (n_heads, live.n_tokens, 1),
-    ))  # fmt: skip
 
 
 LOWERINGS = {"ATTENTION": lower_attention}

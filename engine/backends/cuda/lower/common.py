@@ -43,10 +43,8 @@ def walk(
     table: Iterable[tuple[int | None, str, bool]], tensor: Tensor, more_than: int, end: int | None
 ) -> Iterator[tuple[str, RowRange]]:
     """Choose kernels by rows of a tensor, from `more_than` + 1 up to `end` (None: any number).
-
     table: (rows up to which a kernel is chosen, kernel, whether it fits), rows ascending. The last
-    kernel that fits takes all rows up to the end. Yields kernels with their rows, ascending.
-    """
+    kernel that fits takes all rows up to the end. Yields kernels with their rows, ascending."""
     fitting = [(most, kernel) for most, kernel, fits in table if fits]
     for i, (most, kernel) in enumerate(fitting):
         last = end if i == len(fitting) - 1 else most
@@ -56,7 +54,6 @@ def walk(
 
 
 def rows_of(t: Tensor, live: Live) -> int:
-    """Live rows of a tensor."""
     return live.shape(t.shape[:1])[0]
 
 

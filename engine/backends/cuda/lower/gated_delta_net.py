@@ -8,8 +8,6 @@ number of a prompt's rows in a step depends on the batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from engine.backends.cuda import kernels
 from engine.backends.cuda.device import Device
 from engine.backends.cuda.kernels import KERNELS, threads
@@ -25,57 +23,33 @@ _TILE_ROWS, _CHUNK_ROWS = 8, 128
 _MAX_KEY = 256
 
 
-@dataclass(frozen=True)
 class _DeltaNet:
-    """The kernels of a node, by its sizes."""
+    """The sizes and kernels of a node."""
 
-    d_k: int
-    d_v: int
-    n_heads: int
-    is_kda: bool
-
-    @staticmethod
-    def of(node: Node) -> _DeltaNet:
-        d_k, (_, n_heads, d_v) = node.inputs["q"].shape[2], node.outputs[0].shape
-        return _DeltaNet(d_k, d_v, n_heads, len(node.inputs["g"].shape) == 3)
-
-    @property
-    def lanes(self) -> int:
-        """Lanes that share a value column of the state."""
-        return next(n for n in (4, 8, 16) if self.d_k <= n * kernels.DELTA_LANE_FLOATS)
-
-    @property
-    def width(self) -> int:
-        """Keys' size, rounded up."""
-        return self.lanes * kernels.DELTA_LANE_FLOATS
-
-    def kernel(self, kind: str) -> str:
-        return f"delta_net_{'kda_' if self.is_kda else ''}{kind}"
+    def __init__(self, node: Node, device: Device) -> None:
+        (_, self.n_heads, self.d_v), self.d_k = node.outputs[0].shape, node.inputs["q"].shape[2]
+        self._prefix = "delta_net_kda_" if len(node.inputs["g"].shape) == 3 else "delta_net_"
+        # Lanes that share a value column of the state.
+        self.lanes = next(n for n in (4, 8, 16) if self.d_k <= n * kernels.DELTA_LANE_FLOATS)
+        # Keys' size, rounded up.
+        self.width = self.lanes * kernels.DELTA_LANE_FLOATS
+        # Value columns of a thread block: few where there would be too few thread blocks.
+        few = self.n_heads * cut(self.d_v, 32) * 4 < device.n_multiprocessors * 3
+        self.columns = 32 if few or self.width == 256 else 64
+        self.prepare = f"{self._prefix}prepare_{self.width}"
+        self.chunks = f"{self._prefix}chunks_{self.width}_{self.columns}"
 
     def scan(self, kind: str) -> str:
-        return self.kernel(f"{kind}_{self.lanes}")
-
-    @property
-    def prepare(self) -> str:
-        return self.kernel(f"prepare_{self.width}")
-
-    def columns(self, device: Device) -> int:
-        """Value columns of a thread block: few where there would be too few thread blocks."""
-        few = self.n_heads * cut(self.d_v, 32) * 4 < device.n_multiprocessors * 3
-        return 32 if few or self.width == 256 else 64
-
-    def chunks(self, device: Device) -> str:
-        return self.kernel(f"chunks_{self.width}_{self.columns(device)}")
+        return f"{self._prefix}{kind}_{self.lanes}"
 
     def has_chunks(self, device: Device) -> bool:
-        names = (self.prepare, self.chunks(device))
-        return all(has_shared(device, KERNELS[name].shared) for name in names)
+        return all(has_shared(device, KERNELS[k].shared) for k in (self.prepare, self.chunks))
 
 
 def lower_gated_delta_net(lowering: Lowering, node: Node) -> None:
     """A scan of few rows, one of more, and chunks of many; each takes its own sequences."""
-    delta, device = _DeltaNet.of(node), lowering.device
-    algorithm = node.attrs["algorithm"]
+    device, algorithm = lowering.device, node.attrs["algorithm"]
+    delta = _DeltaNet(node, device)
     chunks = algorithm != "scan" and delta.has_chunks(device)
     chunk_rows = 1 if algorithm == "chunk" else _CHUNK_ROWS if chunks else NO_END
     if lowering.batch_invariant and algorithm != "chunk":
@@ -106,7 +80,7 @@ def lower_gated_delta_net(lowering: Lowering, node: Node) -> None:
 def _scan(lowering: Lowering, node: Node, kind: str, first: int, end: int, when: Condition) -> None:
     """Sequences of `first` to end - 1 rows: kind `step` token by token, `rows` in tiles."""
     ((_, operands, attrs),) = parts(node)
-    delta = _DeltaNet.of(node)
+    delta = _DeltaNet(node, lowering.device)
     kernel = delta.scan(kind)
     n_columns = cut(delta.d_v, threads(kernel) // delta.lanes)
     lowering.add(Launch(
@@ -118,19 +92,17 @@ def _scan(lowering: Lowering, node: Node, kind: str, first: int, end: int, when:
 def _chunks(lowering: Lowering, node: Node, first: int, when: Condition) -> None:
     """Sequences of at least `first` rows: all chunks are prepared, then run one after the other."""
     ((_, operands, attrs),) = parts(node)
-    delta, device = _DeltaNet.of(node), lowering.device
+    delta = _DeltaNet(node, lowering.device)
     n_tokens, n_seqs = int(node.outputs[0].shape[0]), int(node.inputs["state_src"].shape[0])
     # first_slot in gated_delta_net_chunk.cuh gives the chunks of each sequence slots of their own.
     n_slots = cut(n_tokens, kernels.DELTA_CHUNK) + n_seqs
-    n_values = (
-        kernels.DELTA_CHUNK * cut(delta.d_v, kernels.DELTA_VALUE_TILE) * kernels.DELTA_VALUE_TILE
-    )
-    n_floats = kernels.DELTA_CHUNK_FLOATS[str(delta.width)] + n_values
+    d_v = cut(delta.d_v, kernels.DELTA_VALUE_TILE) * kernels.DELTA_VALUE_TILE
+    n_floats = kernels.DELTA_CHUNK_FLOATS[str(delta.width)] + kernels.DELTA_CHUNK * d_v
     prepared = Scratch((n_slots, delta.n_heads, n_floats), F32)
-    n_blocks = cut(delta.d_v, delta.columns(device))
+    n_blocks = cut(delta.d_v, delta.columns)
     for kernel, grid in (
         (delta.prepare, lambda x: (x.n_tokens // kernels.DELTA_CHUNK + x.n_seqs, delta.n_heads, 1)),
-        (delta.chunks(device), lambda x: (n_blocks, delta.n_heads, x.n_seqs)),
+        (delta.chunks, lambda x: (n_blocks, delta.n_heads, x.n_seqs)),
     ):
         lowering.add(Launch(
             kernel=kernel, nodes=[node], operands=[*operands, prepared],
@@ -139,12 +111,11 @@ def _chunks(lowering: Lowering, node: Node, first: int, when: Condition) -> None
 
 
 def unsupported(node: Node, device: Device) -> str:
-    """See lower.unsupported."""
-    delta = _DeltaNet.of(node)
-    if delta.d_k > _MAX_KEY:
-        return f"head size {delta.d_k} above {_MAX_KEY}"
-    if node.attrs["algorithm"] == "chunk" and not delta.has_chunks(device):
-        return f"too little shared memory for chunks of heads of {delta.d_k}"
+    d_k = node.inputs["q"].shape[2]
+    if d_k > _MAX_KEY:
+        return f"head size {d_k} above {_MAX_KEY}"
+    if node.attrs["algorithm"] == "chunk" and not _DeltaNet(node, device).has_chunks(device):
+        return f"too little shared memory for chunks of heads of {d_k}"
     return ""
 
 

@@ -12,14 +12,8 @@ from dataclasses import dataclass
 from engine.backends.cuda import kernels
 from engine.backends.cuda.kernels import threads
 from engine.backends.cuda.launches import MAX_COUNTERS, Launch, Lowering
-from engine.backends.cuda.lower.common import (
-    WARP_COLUMNS,
-    RowRange,
-    blocks_of,
-    cut,
-    split_buffers,
-    warps_of,
-)
+from engine.backends.cuda.lower import common
+from engine.backends.cuda.lower.common import WARP_COLUMNS, RowRange, blocks_of, cut
 from engine.backends.native.buffers import Ref
 from engine.backends.native.signatures import is_quantized
 from engine.graph import Node, Tensor
@@ -63,7 +57,7 @@ def lower_gemv(
         operands=[
             *outs.values(), *padding, row.x, row.more, row.factor, row.total, *weights, *padding,
             node.inputs.get("gate"), node.inputs.get("add"),
-            *split_buffers(lowering, blocks, split.splits, split.panels * kernels.PANEL),
+            *common.split_buffers(lowering, blocks, split.splits, split.panels * kernels.PANEL),
         ],
         attrs=[row.source, row.eps, row.head, split.panels, split.rounds, split.slot_bytes],
         threads=32 * split.warps, shared=split.warps * split.warp_bytes(split.panels),
@@ -73,12 +67,9 @@ def lower_gemv(
 
 @dataclass(frozen=True)
 class WorkSplit:
-    """Work split of a GEMV.
-
-    `panels` per thread block, `splits` thread blocks per panel along K, `warps` per thread block. A
-    warp keeps up to `rounds` batches of WARP_COLUMNS columns of the row in shared memory, and a
-    batch of weights in a slot of `slot_bytes`.
-    """
+    """Work split of a GEMV. `panels` per thread block, `splits` thread blocks per panel along K,
+    `warps` per thread block. A warp keeps up to `rounds` batches of WARP_COLUMNS columns of the row
+    in shared memory, and a batch of weights in a slot of `slot_bytes`."""
 
     splits: int
     panels: int
@@ -109,7 +100,7 @@ class WorkSplit:
         rounds nor slots."""
         quantized = [w for w in weights if is_quantized(w)]
         if not quantized:
-            return cls(1, 1, warps_of(columns, plain=True), 0, 0)
+            return cls(1, 1, common.warps_of(columns, plain=True), 0, 0)
         slot = max(lowering.weights.part_bytes(w, WARP_COLUMNS) for w in quantized)
         batches = cut(columns, WARP_COLUMNS)
         left = lowering.device.shared_bytes - (batches + GEMV_WARPS) * kernels.ROW_BATCH_BYTES
@@ -122,18 +113,11 @@ class WorkSplit:
         return self.rounds * kernels.ROW_BATCH_BYTES + self.slot_bytes + _SUM_BYTES * panels + 4
 
 
-def is_worth_a_norm(weights: Sequence[Tensor]) -> bool:
-    """Whether a norm is cheaper in all thread blocks of a product than in a launch of its own."""
-    return blocks_of(weights) <= NORM_BLOCKS
-
-
 def swiglu_row(act: Node) -> GemvRow:
-    """The row that a SWIGLU makes."""
     return GemvRow([act], act.inputs["gate"], act.inputs["up"], source=kernels.ROW_SWIGLU)
 
 
 def norm_row(norm: Node) -> GemvRow:
-    """The row that an ADD_RMS_NORM makes."""
     delta, weight = norm.inputs.get("delta"), norm.inputs["weight"]
     total = norm.outputs[1] if delta is not None else None
     x, eps = norm.inputs["x"], norm.attrs["eps"]
@@ -141,9 +125,7 @@ def norm_row(norm: Node) -> GemvRow:
 
 
 def gated_row(norm: Node) -> GemvRow:
-    """The row that an RMS_NORM_GATED makes."""
     x, gate, weight = (norm.inputs[name] for name in ("x", "gate", "weight"))
-    source = {"silu": kernels.ROW_GATED_SILU, "sigmoid": kernels.ROW_GATED_SIGMOID}[
-        norm.attrs["act"]
-    ]
+    is_silu = norm.attrs["act"] == "silu"
+    source = kernels.ROW_GATED_SILU if is_silu else kernels.ROW_GATED_SIGMOID
     return GemvRow([norm], x, gate, weight, None, source, norm.attrs["eps"], x.shape[2])

@@ -14,16 +14,8 @@ from engine.backends.cuda import kernels
 from engine.backends.cuda.device import Device, Grid
 from engine.backends.cuda.kernels import threads
 from engine.backends.cuda.launches import Launch, Lowering, Product
-from engine.backends.cuda.lower.common import (
-    RowRange,
-    blocks_of,
-    cut,
-    rows_of,
-    split_buffers,
-    splits_of,
-    walk,
-    warps_of,
-)
+from engine.backends.cuda.lower import common
+from engine.backends.cuda.lower.common import RowRange, blocks_of, cut, rows_of
 from engine.backends.cuda.lower.gemv import lower_gemv
 from engine.backends.cuda.lower.simple import GET_ROWS, add_single
 from engine.backends.cuda.weights import expand_grid, fits_bf16, is_of_step
@@ -67,7 +59,7 @@ def _gemm_kernels(
 ) -> Sequence[tuple[int | None, str, bool]]:
     """What multiplies more rows by one weight in bfloat16."""
     of_step = is_of_step(out)
-    copied = of_step and lowering.weights.has_bf16(w)
+    copied = of_step and w.base in lowering.weights.bf16
     return (
         (min(GEMM_ROWS, EXPANDED_ROWS - 1), "gemm_64", not copied),
         (EXPANDED_ROWS - 1, "gemm_128", not copied),
@@ -77,7 +69,6 @@ def _gemm_kernels(
 
 
 def unsupported(node: Node, device: Device) -> str:
-    """See lower.unsupported."""
     if node.op.name == "MUL_MAT" and len(matrices_of(node)) > kernels.MAX_WEIGHTS:
         return f"more than {kernels.MAX_WEIGHTS} weights of one product"
     return ""
@@ -105,14 +96,14 @@ def lower_mul_mat(lowering: Lowering, node: Node, more_than: int = 0) -> None:
         _lower_panels(lowering, node, outs, more_than, None)
         return
     is_large = sum(w.shape[0] * w.shape[1] for w in tiled) > MANY_ELEMENTS
-    copied = all(is_of_step(outs[w]) and lowering.weights.has_bf16(w) for w in tiled)
+    copied = all(is_of_step(outs[w]) and w.base in lowering.weights.bf16 for w in tiled)
     few = COPIED_ROWS if is_large and copied else TILED_ROWS
     _lower_panels(lowering, node, outs, more_than, few)
     if rest := {w: out for w, out in outs.items() if w not in tiled}:
         _lower_panels(lowering, node, rest, few, None)
     for w in tiled:
         rounded = rounded_rows(lowering, node, node.inputs["x"])
-        for kernel, rows in walk(_gemm_kernels(lowering, w, outs[w]), outs[w], few, None):
+        for kernel, rows in common.walk(_gemm_kernels(lowering, w, outs[w]), outs[w], few, None):
             _lower_gemm(lowering, node, w, rounded, kernel, rows)
 
 
@@ -122,15 +113,15 @@ def _lower_panels(
     """The products with some weights of more than `more_than` and at most `most` rows."""
     x, weights = node.inputs["x"], list(outs)
     table = [row for row in _panel_kernels(lowering, weights) if most is None or row[0] <= most]
-    chosen = list(walk(table, x, more_than, most))
+    chosen = list(common.walk(table, x, more_than, most))
     if chosen[0][0] == "mul_mat_1":
         lower_gemv(lowering, node, outs)
         del chosen[0]
     plain, blocks, splits = not all(map(is_quantized, weights)), blocks_of(weights), 1
     if not (plain or lowering.batch_invariant):
-        splits = splits_of(lowering.device, blocks, x.shape[1])
-    warps = warps_of(cut(x.shape[1], splits), plain)
-    sums = split_buffers(lowering, blocks, splits, _PASS_ROWS[chosen[-1][0]] * kernels.PANEL)
+        splits = common.splits_of(lowering.device, blocks, x.shape[1])
+    warps = common.warps_of(cut(x.shape[1], splits), plain)
+    sums = common.split_buffers(lowering, blocks, splits, _PASS_ROWS[chosen[-1][0]] * kernels.PANEL)
     padding = [None] * (kernels.MAX_WEIGHTS - len(weights))
     others = [node.inputs.get("gate"), node.inputs.get("add")]
     absent: Sequence[Ref] = [None] * 3
@@ -151,10 +142,11 @@ def _lower_gemm(
 ) -> None:
     """A product of some rows with one weight in bfloat16."""
     out, gate, add = rows.tensor, node.inputs.get("gate"), node.inputs.get("add")
-    if kernel in _GEMM_TILES:
+    if n_rows := _GEMM_TILES.get(kernel):
+        n_blocks = cut(w.shape[0], kernels.GEMM_COLUMNS)
         lowering.add(Launch(
             kernel=kernel, nodes=[node], operands=[out, rounded, w, gate, add], when=rows,
-            grid=partial(_gemm_grid, out, _GEMM_TILES[kernel], w.shape[0]),
+            grid=lambda live: (cut(rows_of(out, live), n_rows), n_blocks, 1),
         ))  # fmt: skip
         return
     b: Tensor | Scratch = w
@@ -164,7 +156,7 @@ def _lower_gemm(
             kernel="expand", nodes=[node], operands=[b, w], grid=lambda live: expand_grid(w),
             when=rows,
         ))  # fmt: skip
-    lowering.add(Product(nodes=[node], out=out, a=rounded, b=b, when=rows))
+    lowering.add(Product(nodes=[node], operands=[out, rounded, b], when=rows))
     if gate or add:
         n_blocks = cut(out.shape[1], threads("finish_product"))
         lowering.add(Launch(
@@ -197,9 +189,8 @@ def rounded_rows(lowering: Lowering, node: Node, x: Tensor) -> Scratch:
     """x as bfloat16; once for all nodes that read it."""
     (buffer,), is_new = lowering.buffers(("rounded", view_key(x)), ((x.shape, BF16),))
     if is_new:
-        n_blocks, n_used = cut(x.shape[-1], 8 * threads("round_rows")), 1
-        if len(x.shape) == 3:
-            n_used = x.shape[1]
+        n_blocks = cut(x.shape[-1], 8 * threads("round_rows"))
+        n_used = x.shape[1] if len(x.shape) == 3 else 1
         lowering.add(Launch(
             kernel="round_rows", nodes=[node], operands=[buffer, x],
             grid=lambda live: (n_blocks, n_used, rows_of(x, live)),
@@ -210,10 +201,6 @@ def rounded_rows(lowering: Lowering, node: Node, x: Tensor) -> Scratch:
 
 def _pass_grid(t: Tensor, rows: int, blocks: int, splits: int, live: Live) -> Grid:
     return blocks, cut(rows_of(t, live), rows), splits
-
-
-def _gemm_grid(out: Tensor, rows: int, n_out: int, live: Live) -> Grid:
-    return cut(rows_of(out, live), rows), cut(n_out, kernels.GEMM_COLUMNS), 1
 
 
 LOWERINGS = {"GET_ROWS": lower_get_rows, "MUL_MAT": lower_mul_mat}

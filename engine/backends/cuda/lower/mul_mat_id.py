@@ -29,11 +29,8 @@ MAX_EXPERTS = threads("sort_by_expert")
 SINGLE_TOKENS, TILE_TOKENS = 4, 64
 # Rows of an expert on average from which on its tiles have 64 rows on tensor cores, before 32.
 LARGE_FROM = 48
-_TILE_ROWS = {
-    "mul_mat_id_rows": kernels.EXPERT_TILE_ROWS,
-    "gemm_experts_32": 32,
-    "gemm_experts_64": 64,
-}
+_TILE_ROWS = {"gemm_experts_32": 32, "gemm_experts_64": 64}
+_TILE_ROWS["mul_mat_id_rows"] = kernels.EXPERT_TILE_ROWS
 
 
 def _kernels(lowering: Lowering, node: Node) -> Sequence[tuple[int | None, str, bool]]:
@@ -49,7 +46,6 @@ def _kernels(lowering: Lowering, node: Node) -> Sequence[tuple[int | None, str, 
 
 
 def unsupported(node: Node, device: Device) -> str:
-    """See lower.unsupported."""
     matrices = matrices_of(node)
     if len(matrices) > kernels.MAX_MATRICES:
         return f"more than {kernels.MAX_MATRICES} matrices of experts in one product"
@@ -105,22 +101,19 @@ def _lower_tiles(lowering: Lowering, node: Node, kernel: str, when: RowRange) ->
         warps = warps_of(matrices[0].shape[2], plain=not is_quantized(matrices[0]))
         n_threads, n_shared = 32 * warps, warps * rows * kernels.PANEL * 4
     grid = _panel_grid if by_panels else _gemm_grid
+    gates = node.inputs.get("weights")
     for out, m in zip(node.outputs, matrices, strict=True):
-        target = _per_choice(node, out, m)
+        # An expert's products go to the output, or to a buffer whose rows are summed.
+        target = out if gates is None else Scratch((*ids.shape, m.shape[1]), F32)
         lowering.add(Launch(
             kernel=kernel, nodes=[node], operands=[target, x, m, order, tiles],
             threads=n_threads, shared=n_shared, grid=partial(grid, ids, m, rows), when=when,
         ))  # fmt: skip
-        _lower_sum(lowering, node, out, target, when)
-
-
-def _lower_sum(lowering: Lowering, node: Node, out: Tensor, target: Ref, when: Condition) -> None:
-    if (gates := node.inputs.get("weights")) is not None:
-        n_blocks = cut(out.shape[1], threads("sum_experts"))
-        lowering.add(Launch(
-            kernel="sum_experts", nodes=[node], operands=[out, target, gates], when=when,
-            grid=lambda live: (n_blocks, rows_of(out, live), 1),
-        ))  # fmt: skip
+        if gates is not None:
+            lowering.add(Launch(
+                kernel="sum_experts", nodes=[node], operands=[out, target, gates], when=when,
+                grid=partial(_sum_grid, out),
+            ))  # fmt: skip
 
 
 def _sorted(lowering: Lowering, node: Node, tile_rows: int, when: RowRange) -> Sequence[Scratch]:
@@ -139,17 +132,14 @@ def _sorted(lowering: Lowering, node: Node, tile_rows: int, when: RowRange) -> S
     return buffers
 
 
-def _per_choice(node: Node, out: Tensor, m: Tensor) -> Ref:
-    """Where an expert's products go: the output, or a buffer whose rows will be summed."""
-    if "weights" not in node.inputs:
-        return out
-    return Scratch((*node.inputs["ids"].shape, m.shape[1]), F32)
-
-
 def _n_tiles(ids: Tensor, m: Tensor, rows: int, n_tokens: int) -> int:
     """The most tiles that some tokens can have."""
     n_pairs = n_tokens * int(ids.shape[1])
     return min(n_pairs, n_pairs // rows + int(m.shape[0]))
+
+
+def _sum_grid(out: Tensor, live: Live) -> Grid:
+    return cut(out.shape[1], threads("sum_experts")), rows_of(out, live), 1
 
 
 def _panel_grid(ids: Tensor, m: Tensor, rows: int, live: Live) -> Grid:

@@ -23,38 +23,31 @@ FEW_ROWS = 64
 CONV_BLOCKS = 4096
 
 
-def _by_signature(node: Node) -> list[float]:
-    return numbers(node)
-
-
 @dataclass(frozen=True)
 class SingleLaunch:
-    """A kernel that computes an op's nodes, or those steps of it where `when` holds.
-
-    grid, shared, attrs: of a node; refuses: why the kernel can't take a node, or an empty string.
-    """
+    """A kernel that computes an op's nodes, or those steps of it where `when` holds. grid, shared,
+    attrs: of a node."""
 
     kernel: str
     grid: Callable[[Node, Live], Grid]
     shared: Callable[[Node], int] = lambda node: 0
-    attrs: Callable[[Node], Sequence[float]] = _by_signature
+    attrs: Callable[[Node], Sequence[float]] = numbers
     when: Condition = always
-    refuses: Callable[[Node], str] = lambda node: ""
 
 
 def _rows(node: Node, live: Live) -> int:
-    """Live rows of the first operand, or of the output of a table's rows."""
-    tensor = node.outputs[0] if node.op.name == "GET_ROWS" else next(iter(node.inputs.values()))
-    return live.shape(tensor.shape)[0]
+    """Live rows of the first operand."""
+    return live.shape(next(iter(node.inputs.values())).shape)[0]
 
 
 def _row_each(node: Node, live: Live) -> Grid:
     return _rows(node, live), 1, 1
 
 
-def _head_each(kernel: str, node: Node, live: Live) -> Grid:
+def _head_each(node: Node, live: Live) -> Grid:
     """A warp for each head of a row."""
-    return cut(_rows(node, live) * node.inputs["x"].shape[1], threads(kernel) // 32), 1, 1
+    n_warps = threads(node.op.name.lower()) // 32
+    return cut(_rows(node, live) * node.inputs["x"].shape[1], n_warps), 1, 1
 
 
 def _gate_grid(node: Node, live: Live) -> Grid:
@@ -63,7 +56,8 @@ def _gate_grid(node: Node, live: Live) -> Grid:
 
 
 def _table_grid(node: Node, live: Live) -> Grid:
-    return _rows(node, live), cut(node.outputs[0].shape[1], 4 * threads("get_rows")), 1
+    n_rows, n = live.shape(node.outputs[0].shape)
+    return n_rows, cut(n, 4 * threads("get_rows")), 1
 
 
 def _swiglu_grid(tensor: Tensor, live: Live) -> Grid:
@@ -98,11 +92,8 @@ def _heads_few(node: Node, live: Live) -> Grid:
 
 def _heads_many(node: Node, live: Live) -> Grid:
     heads, rows = node.inputs["x"].shape[1], _rows(node, live)
-    return (
-        cut(rows, kernels.HEADS_TILE_ROWS),
-        heads,
-        cut(_heads_out(node), kernels.HEADS_TILE_OUTPUTS),
-    )
+    n_tiles = cut(rows, kernels.HEADS_TILE_ROWS)
+    return n_tiles, heads, cut(_heads_out(node), kernels.HEADS_TILE_OUTPUTS)
 
 
 def _heads_shared(node: Node) -> int:
@@ -117,58 +108,36 @@ def _few(live: Live) -> bool:
     return live.n_tokens <= FEW_ROWS
 
 
-def _refuse_rope(node: Node) -> str:
-    return _beyond(node.attrs["n_rot"], kernels.ROPE_MAX_ROT, "rotated entries")
-
-
-def _refuse_conv(node: Node) -> str:
-    return _beyond(node.inputs["weight"].shape[1], kernels.CONV_MAX_TAPS, "taps")
-
-
-def _refuse_router(node: Node) -> str:
-    experts = _beyond(node.inputs["logits"].shape[1], kernels.ROUTER_MAX_EXPERTS, "experts")
-    return experts or _beyond(node.attrs["n_used"], kernels.ROUTER_MAX_USED, "used experts")
-
-
-def _beyond(n: int, most: int, what: str) -> str:
-    return f"{n} {what}, more than {most}" if n > most else ""
-
-
 SINGLE_LAUNCH: dict[str, tuple[SingleLaunch, ...]] = {
     "ADD_RMS_NORM": (SingleLaunch("add_rms_norm", _row_each),),
     "GDN_GATE": (SingleLaunch("gdn_gate", _gate_grid),),
-    "L2_NORM": (SingleLaunch("l2_norm", partial(_head_each, "l2_norm")),),
+    "L2_NORM": (SingleLaunch("l2_norm", _head_each),),
     "MLA_CACHE": (SingleLaunch("mla_cache", _row_each),),
     "MUL_MAT_HEADS": (
         SingleLaunch("mul_mat_heads_rows", _heads_few, _heads_shared, when=_few),
         SingleLaunch("mul_mat_heads_tiles", _heads_many, when=lambda live: not _few(live)),
     ),
-    "QK_NORM_ROPE": (
-        SingleLaunch("qk_norm_rope", _rope_grid, attrs=_rope_attrs, refuses=_refuse_rope),
-    ),
-    "RMS_NORM_GATED": (SingleLaunch("rms_norm_gated", partial(_head_each, "rms_norm_gated")),),
-    "ROUTER": (SingleLaunch("router", _row_each, refuses=_refuse_router),),
-    "SSM_CONV": (SingleLaunch("ssm_conv", _conv_grid, refuses=_refuse_conv),),
+    "QK_NORM_ROPE": (SingleLaunch("qk_norm_rope", _rope_grid, attrs=_rope_attrs),),
+    "RMS_NORM_GATED": (SingleLaunch("rms_norm_gated", _head_each),),
+    "ROUTER": (SingleLaunch("router", _row_each),),
+    "SSM_CONV": (SingleLaunch("ssm_conv", _conv_grid),),
 }
 # A table of activations; tables of weights are packed.
 GET_ROWS = SingleLaunch("get_rows", _table_grid)
 
 
 def lower_simple(lowering: Lowering, node: Node) -> None:
-    """The launches of a node whose op is in SINGLE_LAUNCH."""
     for single in SINGLE_LAUNCH[node.op.name]:
         add_single(lowering, node, single)
 
 
 def lower_swiglu(lowering: Lowering, node: Node) -> None:
-    """One launch for each pair of gate and up."""
     for (_, operands, _), out in zip(parts(node), node.outputs, strict=True):
         grid = partial(_swiglu_grid, out)
         lowering.add(Launch(kernel="swiglu", nodes=[node], operands=operands, grid=grid))
 
 
 def add_single(lowering: Lowering, node: Node, single: SingleLaunch) -> None:
-    """Append one launch on a node's operands."""
     ((_, operands, _),) = parts(node)
     lowering.add(Launch(
         kernel=single.kernel, nodes=[node], operands=operands, attrs=single.attrs(node),
@@ -177,9 +146,17 @@ def add_single(lowering: Lowering, node: Node, single: SingleLaunch) -> None:
 
 
 def unsupported(node: Node, device: Device) -> str:
-    """See lower.unsupported."""
-    rows = SINGLE_LAUNCH.get(node.op.name, ())
-    return next(filter(None, (single.refuses(node) for single in rows)), "")
+    limits: list[tuple[int, int, str]] = []
+    match node.op.name:
+        case "QK_NORM_ROPE":
+            limits = [(node.attrs["n_rot"], kernels.ROPE_MAX_ROT, "rotated entries")]
+        case "ROUTER":
+            n_experts = node.inputs["logits"].shape[1]
+            limits = [(n_experts, kernels.ROUTER_MAX_EXPERTS, "experts")]
+            limits += [(node.attrs["n_used"], kernels.ROUTER_MAX_USED, "used experts")]
+        case "SSM_CONV":
+            limits = [(node.inputs["weight"].shape[1], kernels.CONV_MAX_TAPS, "taps")]
+    return next((f"{n} {what}, more than {most}" for n, most, what in limits if n > most), "")
 
 
 LOWERINGS = {**dict.fromkeys(SINGLE_LAUNCH, lower_simple), "SWIGLU": lower_swiglu}

@@ -1,0 +1,149 @@
+"""What programs and samplers use of a CudaBackend: its memory, and the arguments of launches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from engine.backends.base import Array
+from engine.backends.cuda.device import Device, Memory
+from engine.backends.cuda.kernels import KERNELS
+from engine.backends.cuda.launches import Launch
+from engine.backends.cuda.weights import CudaWeights
+from engine.backends.native import library as cpu_library
+from engine.backends.native.backend import NativeBackend
+from engine.backends.native.program import write_operand
+from engine.backends.native.views import DIMS
+from engine.formats.quants import numpy_dtype
+from engine.graph import Kind, Live, Tensor, dim_name
+
+_LIVE_BYTES = 256
+
+
+class DeviceStates:
+    """State tensors in device memory; see StateStore."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._memory: dict[Tensor, Memory] = {}
+
+    def allocate(self, states: Sequence[Tensor]) -> None:
+        """Allocate states, as zeros."""
+        for t in states:
+            self._memory[t] = self._device.allocate(t.nbytes)
+            self._device.fill(self._memory[t].address, t.nbytes, 0)
+
+    def address(self, tensor: Tensor) -> int:
+        return self._memory[tensor].address
+
+    def _of(self, dim: str) -> list[tuple[int, int]]:
+        """(a state's address, bytes of one slot or block)."""
+        states = ((t, m) for t, m in self._memory.items() if dim_name(t) == dim)
+        return [(m.address, t.nbytes // int(t.shape[0])) for t, m in states]
+
+    def zero(self, dim: str, index: int) -> None:
+        for address, n in self._of(dim):
+            self._device.fill(address + index * n, n, 0)
+
+    def copy(self, dim: str, source: int, target: int) -> None:
+        for address, n in self._of(dim):
+            self._device.copy(address + target * n, address + source * n, n)
+
+
+class InputRegion:
+    """Live counts and INPUT tensors side by side on the device, and their image on the host."""
+
+    def __init__(self, device: Device, inputs: Sequence[Tensor] = ()) -> None:
+        self._device, offset = device, _LIVE_BYTES
+        self._offsets: dict[Tensor, int] = {}
+        # The largest last: the copy ends at the last byte that was written.
+        for t in sorted(inputs, key=lambda t: t.nbytes):
+            self._offsets[t] = offset
+            offset += -(-t.nbytes // 64) * 64
+        self._image = np.zeros(offset, np.uint8)
+        self._memory = device.allocate(offset)
+        self.live_address = self._memory.address
+        self._end = 0
+
+    def address(self, tensor: Tensor) -> int:
+        return self.live_address + self._offsets[tensor]
+
+    def write(self, tensor: Tensor, values: Array) -> None:
+        begin = self._offsets[tensor]
+        end = begin + values.nbytes
+        self._image[begin:end] = np.ravel(values).view(np.uint8)
+        self._end = max(self._end, end)
+
+    def flush(self, live: Live) -> None:
+        """Upload the inputs that were written, and the live counts."""
+        counts = np.array([live.dim(name) or 0 for name in DIMS], np.int32)
+        self._image[: counts.nbytes] = counts.view(np.uint8)
+        end = max(self._end, counts.nbytes)
+        self._device.upload(self.live_address, self._image[:end])
+        self._end = 0
+
+
+class MemoryBackend(NativeBackend):
+    """The part of a CudaBackend that holds memory. `sample_specs`: the INPUT that
+    `sampling.specs_input` describes."""
+
+    states: DeviceStates
+    weights: CudaWeights
+    sample_specs: Tensor
+
+    def __init__(self, device: Device, batch_invariant: bool) -> None:
+        self.device, self.batch_invariant = device, batch_invariant
+        self._live: Live | None = None
+        self._hold_nothing()
+
+    def _hold_nothing(self) -> None:
+        device = self.device
+        self.states, self.weights = DeviceStates(device), CudaWeights(device, cpu_library.load())
+        self.inputs = InputRegion(device)
+        self._fixed: dict[Tensor, Memory] = {}
+
+    def write(self, tensor: Tensor, values: Array) -> None:
+        """Set the live rows of a tensor; those of an input are uploaded when a program runs."""
+        values = np.ascontiguousarray(values, numpy_dtype(tensor.dtype))
+        if tensor.kind is Kind.INPUT:
+            self.inputs.write(tensor, values)
+        else:
+            self.device.upload(self.fixed(tensor), values)
+
+    def read(self, tensor: Tensor) -> Array:
+        assert self._live is not None
+        values = np.empty(self._live.shape(tensor.shape), numpy_dtype(tensor.dtype))
+        self.device.download(self.fixed(tensor), values)
+        return values
+
+    def fixed(self, tensor: Tensor) -> int:
+        """Activations are allocated at their first use."""
+        if tensor.kind is Kind.INPUT:
+            return self.inputs.address(tensor)
+        if tensor.kind is Kind.STATE:
+            return self.states.address(tensor)
+        if tensor not in self._fixed:
+            self._fixed[tensor] = self.device.allocate(tensor.nbytes)
+        return self._fixed[tensor].address
+
+    def begin(self, live: Live) -> None:
+        """Bring inputs and live counts to the device."""
+        self._live = live
+        self.inputs.flush(live)
+
+    def release(self) -> None:
+        self.device.synchronize()
+        self._hold_nothing()
+
+
+def prepare(backend: MemoryBackend, step: Launch, args: Any, addresses: Iterable[int]) -> int:
+    """Fill in the record `args` of ARGS for a launch; returns its function. addresses: of the
+    operands' bases, but of packed weights."""
+    for view, ref, address in zip(args["v"], step.operands, addresses, strict=False):
+        write_operand(view, ref, step.nodes, address, backend.weights)
+    args["attr"][: len(step.attrs)] = step.attrs
+    args["live"] = backend.inputs.live_address
+    _, shared = step.block
+    return backend.device.function(KERNELS[step.kernel].source, step.kernel, shared)
