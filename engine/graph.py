@@ -82,7 +82,7 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         """Bytes at full capacity, as stored."""
-        return math.prod(self.shape[:-1]) * self.dtype.row_bytes(self.shape[-1])
+        return self.dtype.nbytes(self.shape)
 
     def is_contiguous(self, from_axis: int = 0) -> bool:
         """Whether the axes from `from_axis` on lie without gaps."""

@@ -277,7 +277,7 @@ class _Parser:
         for name, shape, dtype, offset in entries:
             if name in tensors:
                 raise self._fail(f"tensor {name} appears twice")
-            nbytes = math.prod(shape[:-1]) * dtype.row_bytes(shape[-1])
+            nbytes = dtype.nbytes(shape)
             if offset % alignment:
                 raise self._fail(f"tensor {name}: offset {offset} is no multiple of {alignment}")
             if base + offset + nbytes > len(self.data):

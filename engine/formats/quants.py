@@ -6,6 +6,7 @@ plain types have blocks of one. Decoding is done by the `gguf` package, imported
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,10 @@ class DType:
         """Bytes of a row of `n_elems` elements, which must be whole blocks."""
         assert n_elems % self.block_elems == 0, f"{n_elems} is no multiple of {self.block_elems}"
         return n_elems // self.block_elems * self.block_bytes
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of an array of this shape."""
+        return math.prod(shape[:-1]) * self.row_bytes(shape[-1])
 
     def __repr__(self) -> str:
         return self.name

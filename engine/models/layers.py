@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
+from typing import Any
 
 from engine.formats.quants import F16, DType
-from engine.graph import Capacity, Dim, Graph, Shape, Tensor
+from engine.graph import Capacity, Dim, Graph, Op, Shape, Tensor
 from engine.models.weights import Weights
 from engine.ops.add_rms_norm import add_rms_norm
 from engine.ops.get_rows import get_rows
@@ -77,6 +78,11 @@ class Builder:
         info = self._tensors[self.name(name)]
         return self.graph.weight(self.name(name), info.shape, info.dtype)
 
+    def add(self, op: Op, name: str = "", /, **given: Any) -> tuple[Tensor, ...]:
+        """A node with the operands and attributes `given`, named as its op if not otherwise."""
+        attrs = {key: given.pop(key) for key in op.attrs}
+        return self.graph.add(op, self.name(name or op.name.lower()), given, **attrs)
+
     def mul_mat(
         self,
         name: str,
@@ -91,26 +97,19 @@ class Builder:
 
     def norm(self, name: str, x: Tensor, delta: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
         """An ADD_RMS_NORM node `name`, whose weight has its name: (normalised sum, sum)."""
-        return add_rms_norm(
-            self.graph, self.name(name), x, delta, self.weight(f"{name}.weight"), eps
-        )
+        weight = self.weight(f"{name}.weight")
+        return add_rms_norm(self.graph, self.name(name), x, delta, weight, eps)
 
     def slots(self, name: str, *shape: int) -> Tensor:
         """A recurrent state of this shape per slot."""
         first = Dim(self.options.capacity.n_slots, "n_slots")
         return self.graph.state(self.name(name), (first, *shape))
 
-    def k_cache(self, n_heads: int, d_head: int) -> Tensor:
-        """A layer's paged keys [n_blocks, n_heads, block_size, d_head], or latents."""
-        return self._cache("k_cache", n_heads, d_head, self.options.type_k)
-
-    def v_cache(self, n_heads: int, d_head: int) -> Tensor:
-        """A layer's paged values, in the same layout."""
-        return self._cache("v_cache", n_heads, d_head, self.options.type_v)
-
-    def _cache(self, name: str, n_heads: int, d_head: int, dtype: DType) -> Tensor:
-        cap = self.options.capacity
+    def cache(self, name: str, n_heads: int, d_head: int) -> Tensor:
+        """A layer's paged rows [n_blocks, n_heads, block_size, d_head]; `k_cache` or `v_cache`."""
+        options, cap = self.options, self.options.capacity
         shape = (Dim(cap.n_blocks, "n_blocks"), n_heads, cap.block_size, d_head)
+        dtype = options.type_k if name == "k_cache" else options.type_v
         return self.graph.state(self.name(name), shape, dtype)
 
 

@@ -8,7 +8,7 @@ from engine.graph import Shape, Tensor
 from engine.models.hparams import HParams
 from engine.models.layers import Builder
 from engine.ops.mul_mat_id import mul_mat_id
-from engine.ops.router import Routing, router
+from engine.ops.router import ROUTER, Routing
 from engine.ops.swiglu import swiglu
 
 
@@ -85,14 +85,13 @@ def moe_ffn(b: Builder, x: Tensor, shape: MoEShape) -> Tensor:
     names = ["ffn_gate_inp", "ffn_gate_shexp", "ffn_up_shexp", *["ffn_gate_inp_shexp"] * gated]
     logits, shared_gate, shared_up, *gate_row = b.mul_mat("ffn_in", x, *names)
     bias = b.weight("exp_probs_b.bias") if b.has("exp_probs_b.bias") else None
-    ids, chosen = router(g, b.name("router"), logits, bias, shape.routing)
-    gate, up = _gate_up(b, x, ids, shape.d_ff)
-    pairs = ((gate, up), (shared_gate, shared_up))
+    ids, chosen = b.add(ROUTER, logits=logits, bias=bias, **vars(shape.routing))
+    pairs = (_gate_up(b, x, ids, shape.d_ff), (shared_gate, shared_up))
     hidden, shared_hidden = swiglu(g, b.name("swiglu"), *pairs)
     down = b.weight("ffn_down_exps.weight")
     (y,) = mul_mat_id(g, b.name("ffn_down_exps"), hidden, ids, down, weights=chosen)
-    shared_gate_row = gate_row[0] if gated else None
-    return b.mul_mat("ffn_down", shared_hidden, "ffn_down_shexp", gate=shared_gate_row, add=y)[0]
+    row = gate_row[0] if gated else None
+    return b.mul_mat("ffn_down", shared_hidden, "ffn_down_shexp", gate=row, add=y)[0]
 
 
 def _gate_up(b: Builder, x: Tensor, ids: Tensor, d_ff: int) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,8 @@
     p = softmax(logits), or sigmoid(logits);  ids = the n_used highest of p + bias, falling
     weights = p[ids] / (Σ p[ids] + eps) · scale
 
+logits [T, X], bias [X] or none -> ids [T, n_used] i32, weights [T, n_used].
+
 The bias only takes part in the choice. With groups, only experts of the `n_groups_used` best groups
 can be chosen; a group is as good as the sum of its two best experts. Ties go to the lower index. A
 token's experts don't depend on the rest of the batch.
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.formats.quants import F32, I32
-from engine.graph import Attrs, Graph, Inputs, Op, Out, ShapeError, Tensor, match_shapes
+from engine.graph import Attrs, Inputs, Op, Out, ShapeError, match_shapes
 from engine.ops.base import Array, elementwise_cost, expect, require_contiguous_rows, sigmoid
 
 
@@ -85,11 +87,3 @@ ROUTER = Op(
     choices={"gating": ("softmax", "sigmoid")},
     optional=("bias",),
 )
-
-
-def router(
-    graph: Graph, name: str, logits: Tensor, bias: Tensor | None, routing: Routing
-) -> tuple[Tensor, Tensor]:
-    """logits [T, X], bias [X] or None -> expert ids [T, n_used] i32, weights [T, n_used]."""
-    ids, weights = graph.add(ROUTER, name, {"logits": logits, "bias": bias}, **vars(routing))
-    return ids, weights
