@@ -138,8 +138,7 @@ class Tensor:
         )
 
     def __repr__(self) -> str:
-        dims = ", ".join(repr(d) if isinstance(d, Dim) else str(d) for d in self.shape)
-        return f"{self.name}[{dims}]:{self.dtype.name}"
+        return f"{self.name}[{', '.join(map(repr, self.shape))}]:{self.dtype.name}"
 
 
 @dataclass(frozen=True)
@@ -321,8 +320,7 @@ class Graph:
 
 def dim_name(tensor: Tensor) -> str:
     """The name of a tensor's first dimension if it varies, else an empty string."""
-    first = tensor.shape[0]
-    return first.name if isinstance(first, Dim) else ""
+    return getattr(tensor.shape[0], "name", "")
 
 
 class Dims(dict[str, int]):

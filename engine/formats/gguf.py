@@ -27,20 +27,9 @@ MAX_DIMS = 4
 MAX_NAME = 256
 _U64 = struct.Struct("<Q")
 _STRING, _ARRAY = 8, 9
-# Value type numbers of the format, except string (8) and array (9).
-_SCALARS: dict[int, np.dtype[Any]] = {
-    0: np.dtype("<u1"),
-    1: np.dtype("<i1"),
-    2: np.dtype("<u2"),
-    3: np.dtype("<i2"),
-    4: np.dtype("<u4"),
-    5: np.dtype("<i4"),
-    6: np.dtype("<f4"),
-    7: np.dtype("?"),
-    10: np.dtype("<u8"),
-    11: np.dtype("<i8"),
-    12: np.dtype("<f8"),
-}
+# numpy's types by the format's value type number.
+_SCALARS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?")))
+_SCALARS |= {10: "<u8", 11: "<i8", 12: "<f8"}
 # The shortest entries: a key of length 0, its type, one byte; a name of length 0, no dims, …
 _MIN_KV_BYTES, _MIN_TENSOR_BYTES = 8 + 4 + 1, 8 + 4 + 4 + 8
 _SPLIT_NAME = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$")
@@ -165,8 +154,7 @@ class _Parser:
 
     def __init__(self, path: Path, file_index: int) -> None:
         self.path, self.file_index = path, file_index
-        self.data = _map(path)
-        self.pos = 0
+        self.data, self.pos = _map(path), 0
         n_tensors, n_kv = self._header()
         self.metadata = self._metadata(n_kv)
         self.tensors = self._tensor_table(n_tensors)
@@ -175,8 +163,8 @@ class _Parser:
         return GGUFError(f"{self.path}: {message}")
 
     def _need(self, nbytes: int, what: str) -> None:
-        if nbytes > len(self.data) - self.pos:
-            left = len(self.data) - self.pos
+        left = len(self.data) - self.pos
+        if nbytes > left:
             raise self._fail(
                 f"truncated: {what} needs {nbytes} bytes at offset {self.pos}, {left} are left"
             )
@@ -196,10 +184,8 @@ class _Parser:
                 start = pos + 8
                 pos = start + length
                 if pos > size:
-                    raise self._fail(
-                        f"truncated: a string of {what} needs {length} bytes at offset {start}, "
-                        f"{size - start} are left"
-                    )
+                    self.pos = start
+                    self._need(length, f"a string of {what}")
                 out.append(data[start:pos].decode())
         except UnicodeDecodeError as error:
             raise self._fail(f"{what}: expected UTF-8, got {error.object[:16]!r}") from None
@@ -255,9 +241,9 @@ class _Parser:
         return self._strings(n, key) if kind == _STRING else self._numbers(kind, n, key)
 
     def _numbers(self, kind: int, n: int, key: str) -> NDArray[Any]:
-        dtype = _SCALARS.get(kind)
-        if dtype is None:
+        if kind not in _SCALARS:
             raise self._fail(f"metadata {key}: unknown value type {kind}")
+        dtype = np.dtype(_SCALARS[kind])
         self._need(n * dtype.itemsize, f"metadata {key}")
         values = np.frombuffer(self.data, dtype, count=n, offset=self.pos).copy()
         if dtype.kind == "b":

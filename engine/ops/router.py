@@ -13,6 +13,7 @@ token's experts don't depend on the rest of the batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -43,27 +44,19 @@ def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
     return [((dims.T, n_used), I32), ((dims.T, n_used), F32)]
 
 
-def _reference(
-    logits: Array,
-    bias: Array | None = None,
-    *,
-    n_used: int,
-    gating: str,
-    scale: float,
-    eps: float,
-    groups: tuple[int, int],
-) -> tuple[Array, Array]:
-    if gating == "softmax":
+def _reference(logits: Array, bias: Array | None = None, **attrs: Any) -> tuple[Array, Array]:
+    routing = Routing(**attrs)
+    if routing.gating == "softmax":
         p = np.exp(logits - logits.max(axis=1, keepdims=True))
         p /= p.sum(axis=1, keepdims=True)
     else:
         p = sigmoid(logits)
     chosen_by = p if bias is None else p + bias
-    if groups[0] > 1:
-        chosen_by = _in_best_groups(chosen_by, *groups)
-    ids = np.argsort(-chosen_by, axis=1, kind="stable")[:, :n_used]
+    if routing.groups[0] > 1:
+        chosen_by = _in_best_groups(chosen_by, *routing.groups)
+    ids = np.argsort(-chosen_by, axis=1, kind="stable")[:, : routing.n_used]
     picked = np.take_along_axis(p, ids, axis=1)
-    return ids, picked / (picked.sum(axis=1, keepdims=True) + eps) * scale
+    return ids, picked / (picked.sum(axis=1, keepdims=True) + routing.eps) * routing.scale
 
 
 def _in_best_groups(scores: Array, n_groups: int, n_used: int) -> Array:

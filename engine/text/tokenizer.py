@@ -12,7 +12,7 @@ import codecs
 import logging
 import struct
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 from engine.formats.gguf import GGUFError, GGUFFile
 from engine.text.vocab import (
@@ -101,17 +101,15 @@ class Tokenizer:
     """The tokenizer of one GGUF file.
 
     n_vocab: number of tokens. bos_id, eos_id: `add_special` puts them around a text if `add_bos`
-    and `add_eos` are set. eog_ids: the tokens that end a generation. vocab_type: gpt2 or llama.
+    and `add_eos` are set. eog_ids: the tokens that end a generation.
     """
 
     def __init__(self, file: GGUFFile) -> None:
         """As `from_gguf`, but errors of the metadata may be GGUFError."""
-        vocab = read_vocab(file)
-        self._vocab = vocab
+        self._vocab = vocab = read_vocab(file)
         self.n_vocab = len(vocab.tokens)
-        self.vocab_type = vocab.model
         self.bos_id, self.eos_id, self.eog_ids = vocab.bos_id, vocab.eos_id, vocab.eog_ids
-        self._encoder: _Encoder
+        self._encoder: _ByteLevelBPE | _SentencePiece
         if vocab.model == "gpt2":
             pre = _pre_name(file)
             self._encoder = _ByteLevelBPE(file, vocab, pre)
@@ -233,11 +231,6 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-class _Encoder(Protocol):
-    def encode(self, text: str, continues: bool = False) -> list[int]:
-        """The ids of a non-empty text without special tokens. `continues`: see `segments`."""
-
-
 class _ByteLevelBPE:
     def __init__(self, file: GGUFFile, vocab: Vocab, pre: str) -> None:
         from tokenizers import Tokenizer as Pipeline
@@ -246,7 +239,8 @@ class _ByteLevelBPE:
         self._pipeline.pre_tokenizer = pre_tokenizer(pre)
         self._missing = {byte for char, byte in BYTE_OF.items() if char not in vocab.ids}
 
-    def encode(self, text: str, continues: bool = False) -> list[int]:
+    def encode(self, text: str, continues: bool) -> list[int]:
+        """The ids of a non-empty text without special tokens. `continues`: see `segments`."""
         # The package would drop such bytes silently.
         if self._missing and (lost := self._missing.intersection(text.encode())):
             raise TokenizerError(
@@ -268,7 +262,7 @@ class _SentencePiece:
                 f"{file.path}: sentencepiece refuses the vocabulary: {_one_line(error)}"
             ) from None
 
-    def encode(self, text: str, continues: bool = False) -> list[int]:
+    def encode(self, text: str, continues: bool) -> list[int]:
         # Any other text begins or follows a special token, so it gets the prefix.
         prefix = "" if continues else self._prefix
         ids: list[int] = self._processor.encode(prefix + text, out_type=int)
