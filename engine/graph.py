@@ -1,9 +1,8 @@
 """The compute graph: tensors, nodes, and the contract that every op fulfils.
 
 A graph is built once, at a capacity: dimensions that vary from batch to batch are `Dim`s, whose
-live counts come with each batch, so one topology serves them all. Append order is execution order.
-Views (slice, unflatten, …) are metadata on tensors, never nodes. A node that writes state names the
-operands it writes; state is updated in place. Shape errors are raised while the graph is built.
+live counts come with each batch. Append order is execution order. Views (slice, unflatten, …) are
+metadata on tensors, never nodes. State is updated in place, by nodes that name it.
 """
 
 from __future__ import annotations
@@ -93,7 +92,6 @@ class Tensor:
         return Tensor(self.name, shape, self.dtype, self.kind, strides, offset, self.base)
 
     def slice(self, axis: int, start: int, stop: int) -> Tensor:
-        """The part from `start` to `stop` along an axis."""
         assert 0 <= start <= stop <= self.shape[axis], (self, axis, start, stop)
         shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
         return self._view(shape, self.strides, self.offset + start * self.strides[axis])
@@ -108,7 +106,6 @@ class Tensor:
         )
 
     def unflatten(self, axis: int, *sizes: int) -> Tensor:
-        """One axis split into several."""
         assert math.prod(sizes) == self.shape[axis], (self, axis, sizes)
         inner = tuple(s * self.strides[axis] for s in _contiguous_strides(sizes))
         return self._view(
@@ -124,7 +121,6 @@ class Tensor:
         return self._view(shape, (*self.strides[:axis], 1), self.offset)
 
     def permute(self, *axes: int) -> Tensor:
-        """The axes in another order."""
         return self._view(
             tuple(self.shape[a] for a in axes), tuple(self.strides[a] for a in axes), self.offset
         )
@@ -185,17 +181,14 @@ Out = tuple[Shape, DType]
 class Op:
     """The contract of an op.
 
-    `operands`: their names in the order of the kernels' views, which come after those of the
-        `n_outputs` outputs. `optional` ones may be absent; their views are null.
+    `operands`: their names in the order of the kernels' views, after the `n_outputs` outputs'.
+        `optional` ones may be absent: their views are null. `repeated` ones may come several times,
+        numbered (`gate`, `gate1`, …), with an output each. The op writes those in `writes`.
     `infer(inputs, attrs)` checks shapes and returns the outputs; it raises ShapeError.
     `reference(**arrays, **attrs)` is the definition in numpy, of the live rows only. It returns a
         tuple of arrays and writes state in place.
-    `cost(node, live)` counts the work.
-    `attrs`: names of the attributes, in the kernels' order.
-    `choices`: the values of attributes that are words; kernels get the index.
-    `repeated`: operands that may come several times, numbered (`gate`, `gate1`, …), with an output
-        for each time.
-    `writes`: the operands that the op writes.
+    `attrs`: names of the attributes, in the kernels' order. `choices`: the values of those that are
+        words; kernels get the index.
     """
 
     name: str
@@ -211,7 +204,6 @@ class Op:
     writes: tuple[str, ...] = ()
 
     def check_names(self, inputs: Inputs, attrs: Attrs) -> None:
-        """Assert that operands, attributes and choices are those of the contract."""
         plain = {name for name in inputs if name.rstrip("0123456789") not in self.repeated}
         required = {*self.operands} - {*self.optional, *self.repeated}
         assert required <= plain <= {*self.operands}, f"{self.name}: operands {list(inputs)}"
@@ -270,7 +262,6 @@ class Graph:
     layer_kinds: dict[str, str] = field(default_factory=dict)
 
     def input(self, name: str, shape: Shape) -> Tensor:
-        """Declare an INPUT tensor, int32."""
         return self._declare(self.inputs, Tensor(name, shape, I32, Kind.INPUT))
 
     def weight(self, name: str, shape: Shape, dtype: DType) -> Tensor:
@@ -293,10 +284,7 @@ class Graph:
     def add(
         self, op: Op, name: str, operands: Mapping[str, Tensor | None], **attrs: Any
     ) -> tuple[Tensor, ...]:
-        """Append a node and return its outputs; operands that are None are left out.
-
-        Raises ShapeError, naming op and node.
-        """
+        """Append a node and return its outputs, or raise ShapeError; None is an absent operand."""
         inputs = {operand: t for operand, t in operands.items() if t is not None}
         op.check_names(inputs, attrs)
         try:

@@ -1,9 +1,8 @@
 """Reader of GGUF files: metadata and tensor table, with the tensor data left on disk.
 
-The file is mapped, never read as a whole: opening it reads the metadata, and a tensor's bytes are
-read when a backend uses them. Files are untrusted: every count, length and offset is checked
-against the file's size before it is used. Versions 2 and 3, little-endian; split files
-(`-00001-of-0000N.gguf`) are joined. Format: docs/gguf.md of the ggml project.
+The file is mapped: a tensor's bytes are read when a backend uses them. Files are untrusted: every
+count, length and offset is checked against the file's size before it is used. Versions 2 and 3,
+little-endian; split files (`-00001-of-0000N.gguf`) are joined. Format: ggml's docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -55,7 +54,8 @@ class GGUFFile:
     """A GGUF file (or the set of files that it is split into).
 
     `metadata`: key -> bool, int, float, str, list of str, or a 1-D numpy array.
-    `tensors`: name -> TensorInfo, in file order. `raw(name)` maps a tensor's bytes.
+    `tensors`: name -> TensorInfo, in file order. `integer`, `number` (finite), `string` and
+    `boolean` read a value of the metadata; without `default` a missing key is an error.
     Raises GGUFError for anything that is not a readable GGUF file.
     """
 
@@ -107,10 +107,7 @@ class GGUFFile:
         return np.frombuffer(data, np.uint8, count=info.nbytes, offset=info.offset)
 
     def release(self, name: str, begin: int = 0, end: int | None = None) -> None:
-        """Release the memory pages of a tensor, or of its bytes begin … end - 1.
-
-        The next use reads them from the file again.
-        """
+        """Release the memory pages of a tensor's bytes begin … end - 1; they can be read again."""
         info = self.tensors[name]
         start = -(-(info.offset + begin) // mmap.PAGESIZE) * mmap.PAGESIZE
         stop = info.offset + (info.nbytes if end is None else end)
@@ -119,22 +116,18 @@ class GGUFFile:
             self._maps[info.file_index].madvise(mmap.MADV_DONTNEED, start, length)
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """An integer of the metadata; without `default` a missing key is an error."""
         return int(self._value(key, default, "an integer", int))
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite number of the metadata; without `default` a missing key is an error."""
         value = float(self._value(key, default, "a number", int, float))
         if not math.isfinite(value):
             raise self._unfit(key, "a number", value)
         return value
 
     def string(self, key: str, default: str | None = None) -> str:
-        """A string of the metadata; without `default` a missing key is an error."""
         return str(self._value(key, default, "a string", str))
 
     def boolean(self, key: str, default: bool | None = None) -> bool:
-        """A boolean of the metadata; without `default` a missing key is an error."""
         return bool(self._value(key, default, "true or false", bool))
 
     def _value(self, key: str, default: Any, expected: str, *types: type) -> Any:

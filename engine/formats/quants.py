@@ -35,7 +35,6 @@ class DType:
         return n_elems // self.block_elems * self.block_bytes
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of an array of this shape."""
         return math.prod(shape[:-1]) * self.row_bytes(shape[-1])
 
     def __repr__(self) -> str:
@@ -88,16 +87,11 @@ def numpy_dtype(dtype: DType) -> np.dtype[Any]:
 
 
 def names(types: Iterable[DType]) -> str:
-    """The types' names for a message: `F32, F16, …`."""
     return ", ".join(t.name for t in types)
 
 
 def dequantize(dtype: DType, raw: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Decode stored bytes to float32.
-
-    `raw`: uint8, the rows of a tensor of `shape` one after another. Returns float32 of `shape`.
-    The values are those of `gguf.quants.dequantize`, which follows ggml's own.
-    """
+    """Decode stored bytes, the rows of a tensor of `shape`, to float32: the values are ggml's."""
     if dtype.is_float:
         return raw.view(_NUMPY[dtype.name]).reshape(shape).astype(np.float32)
     from gguf import GGMLQuantizationType

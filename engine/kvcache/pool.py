@@ -19,7 +19,6 @@ class Pool:
 
     @property
     def n_free(self) -> int:
-        """How many indices are free."""
         return len(self._free)
 
     def require(self, n: int) -> None:
@@ -43,7 +42,6 @@ class Pool:
         return index
 
     def is_shared(self, index: int) -> bool:
-        """Whether the index has more than one reference."""
         return self._references[index] > 1
 
     def free(self, index: int) -> None:

@@ -31,7 +31,6 @@ class AttentionShape:
 
 
 def gated_attention(b: Builder, x: Tensor, shape: AttentionShape) -> Tensor:
-    """Full attention whose query projection also makes a gate."""
     s = shape
     q_gate, k, v = b.mul_mat("attn_qkv", x, "attn_q", "attn_k", "attn_v")
     # Per head: d_head query values, then d_head gate values.

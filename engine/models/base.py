@@ -57,7 +57,6 @@ class Model(ABC):
         return
 
     def _has(self, i: int, name: str) -> bool:
-        """Whether the file has a tensor of layer i."""
         return f"blk.{i}.{name}" in self._in_file
 
     def _qkv_weights(self, i: int, widths: Mapping[str, int]) -> dict[str, Shape]:

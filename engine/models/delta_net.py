@@ -32,17 +32,14 @@ class DeltaNetShape:
 
     @property
     def key_dim(self) -> int:
-        """Width of q, and of k."""
         return self.n_k_heads * self.d_k
 
     @property
     def value_dim(self) -> int:
-        """Width of v, and of the output gate."""
         return self.n_v_heads * self.d_v
 
     @property
     def conv_dim(self) -> int:
-        """Width of q, k and v together."""
         return 2 * self.key_dim + self.value_dim
 
 

@@ -105,7 +105,6 @@ def _linear_layers(hp: HParams, n_entries: int, n_layers: int) -> list[bool]:
 
 
 def _delta_net_shape(hp: HParams, head_map: str, eps: float) -> DeltaNetShape:
-    """Sizes of the linear layers from the `ssm.*` keys."""
     n_k_heads, n_v_heads = hp.integer("ssm.group_count"), hp.integer("ssm.time_step_rank")
     inner = hp.integer("ssm.inner_size")
     hp.divides("ssm.group_count", n_k_heads, n_v_heads)

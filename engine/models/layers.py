@@ -60,7 +60,6 @@ class Builder:
         }
 
     def layer(self, i: int) -> Builder:
-        """The same graph, seen from layer i."""
         builder = copy(self)
         builder._prefix = f"blk.{i}."
         return builder
@@ -70,11 +69,9 @@ class Builder:
         return self._prefix + name
 
     def has(self, name: str) -> bool:
-        """Whether the model has a weight."""
         return self.name(name) in self._tensors
 
     def weight(self, name: str) -> Tensor:
-        """A weight of the model."""
         info = self._tensors[self.name(name)]
         return self.graph.weight(self.name(name), info.shape, info.dtype)
 
@@ -101,7 +98,6 @@ class Builder:
         return add_rms_norm(self.graph, self.name(name), x, delta, weight, eps)
 
     def slots(self, name: str, *shape: int) -> Tensor:
-        """A recurrent state of this shape per slot."""
         first = Dim(self.options.capacity.n_slots, "n_slots")
         return self.graph.state(self.name(name), (first, *shape))
 
@@ -114,7 +110,6 @@ class Builder:
 
 
 def dense_weights(n_embd: int, n_ff: int) -> dict[str, Shape]:
-    """The tensors of a dense feed-forward."""
     return {
         "ffn_gate.weight": (n_ff, n_embd),
         "ffn_up.weight": (n_ff, n_embd),
@@ -123,7 +118,6 @@ def dense_weights(n_embd: int, n_ff: int) -> dict[str, Shape]:
 
 
 def dense_ffn(b: Builder, x: Tensor) -> Tensor:
-    """SwiGLU feed-forward."""
     gate, up = b.mul_mat("ffn_gate_up", x, "ffn_gate", "ffn_up")
     (hidden,) = swiglu(b.graph, b.name("swiglu"), (gate, up))
     return b.mul_mat("ffn_down", hidden)[0]

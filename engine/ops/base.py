@@ -1,12 +1,9 @@
 """Shared by the ops: activation functions, ragged sequences, paged rows, shape checks, costs.
 
-Sequence s of a batch has the rows seq_starts[s] … seq_starts[s + 1] - 1; it may have none.
-
-- Its recurrent state starts as slot `state_src[s]` (-1: zeros) and is written to slot
-  `state_dst[s]` (-1: not written).
-- Per-token states: of its n tokens, slot `snapshot_dst[s, j]` (j < K) gets the state after token
-  n - K + j. It gets nothing if it is -1, or if that token is before the batch.
-- No sequence reads or writes a slot that another one writes.
+Sequence s of a batch has the rows seq_starts[s] … seq_starts[s + 1] - 1; it may have none. Its
+recurrent state starts as slot `state_src[s]` (-1: zeros) and is written to slot `state_dst[s]`
+(-1: not written). Of its n tokens, slot `snapshot_dst[s, j]` (j < K) gets the state after token
+n - K + j, if neither the slot nor that is negative. No sequence uses a slot that another writes.
 """
 
 from __future__ import annotations
@@ -34,7 +31,6 @@ def sigmoid(x: Array) -> Array:
 
 
 def silu(x: Array) -> Array:
-    """x · sigmoid(x)."""
     return x * sigmoid(x)
 
 
@@ -44,7 +40,6 @@ def softplus(x: Array) -> Array:
 
 
 def rms_norm(x: Array, eps: float) -> Array:
-    """x / sqrt(mean(x²) + eps) over the last axis."""
     return np.asarray(x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + eps))
 
 
@@ -79,7 +74,6 @@ def spans(seq_starts: Array) -> Iterator[tuple[int, slice]]:
 
 
 def initial_state(state: Array, slot: int, dtype: Any) -> Array:
-    """A copy of a slot's state, or zeros for slot -1."""
     if slot < 0:
         return np.zeros(state.shape[1:], dtype)
     return np.asarray(state[slot], dtype).copy()

@@ -52,7 +52,6 @@ def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
 
 
 def key_heads(n_k_heads: int, n_v_heads: int, head_map: str) -> Array:
-    """The key head that each value head reads."""
     heads = np.arange(n_v_heads)
     return heads % n_k_heads if head_map == "tiled" else heads // (n_v_heads // n_k_heads)
 

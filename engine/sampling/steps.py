@@ -33,11 +33,9 @@ class Candidates:
     logits: Floats
 
     def take(self, index: Any) -> Candidates:
-        """The candidates at an index, slice or mask."""
         return Candidates(self.ids[index], self.logits[index])
 
     def probabilities(self) -> Floats:
-        """Softmax of the logits."""
         weights = np.exp(self.logits - self.logits.max())
         return np.asarray(weights / weights.sum())
 

@@ -129,7 +129,6 @@ def _required(file: GGUFFile, key: str) -> Any:
 
 
 def strings(file: GGUFFile, key: str) -> list[str]:
-    """A required array of strings of the tokenizer's metadata."""
     value = _required(file, key)
     if not isinstance(value, list):
         raise metadata_error(file, f"{key}: expected an array of strings")
