@@ -5,8 +5,6 @@ count, length and offset is checked against the file's size before it is used. V
 little-endian; split files (`-00001-of-0000N.gguf`) are joined. Format: ggml's docs/gguf.md.
 """
 
-from __future__ import annotations
-
 import math
 import mmap
 import re

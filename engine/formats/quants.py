@@ -4,8 +4,6 @@ A type is a block of `block_elems` consecutive elements of a row, stored in `blo
 plain types have blocks of one. Decoding is done by the `gguf` package, imported when first used.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Numbered resources with reference counts: KV blocks and state slots."""
 
-from __future__ import annotations
-
 from engine.errors import EngineError
 
 

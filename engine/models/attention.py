@@ -1,7 +1,5 @@
 """Full-attention layers: gated attention of the Qwen hybrids, and Kimi's latent attention (MLA)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from engine.graph import Tensor

@@ -1,7 +1,5 @@
 """The base of all architectures: common hyper-parameters, the tensors of a file, and the graph."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 

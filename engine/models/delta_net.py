@@ -1,7 +1,5 @@
 """Delta-net layers: one decay per head (GDA, Qwen) or one per key row (KDA, Kimi)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

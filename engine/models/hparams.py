@@ -3,8 +3,6 @@
 Keys carry the architecture's name as a prefix. A value may be a scalar or one per layer.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

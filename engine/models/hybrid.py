@@ -5,8 +5,6 @@ what the feed-forward is. Layers past the trunk are for multi-token prediction a
 Tensor names and formulas follow llama.cpp's files and transformers' models.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from functools import partial
 

@@ -5,8 +5,6 @@ by biased sigmoids, and a shared expert without a gate. Follows llama.cpp's file
 `kimi_linear`.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import numpy as np

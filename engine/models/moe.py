@@ -1,7 +1,5 @@
 """Mixture-of-experts feed-forward: routed experts and a shared one, all SwiGLU."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from engine.graph import Shape, Tensor

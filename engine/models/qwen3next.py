@@ -1,7 +1,5 @@
 """Qwen3-Next (`qwen3next`)."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from engine.graph import Shape

@@ -5,8 +5,6 @@ tensor, in any order and under another name, is exact for every stored type: blo
 rows. So a model has one set of names for every packing of a file.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import replace

@@ -7,8 +7,6 @@ be strided), PAGED -> [T, H, Dv]. Row t attends to positions 0 … positions[t] 
 earlier nodes have written to the cache. Query head h reads key head h div (H / Hkv).
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from engine.formats.quants import F32

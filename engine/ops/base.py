@@ -6,8 +6,6 @@ recurrent state starts as slot `state_src[s]` (-1: zeros) and is written to slot
 n - K + j, if neither the slot nor that is negative. No sequence uses a slot that another writes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from itertools import pairwise

@@ -6,8 +6,6 @@ to whole chunks: beta = 0 and g = 0 leave the state as it is. Operands and resul
 fused node, without per-token states.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

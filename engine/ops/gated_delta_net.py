@@ -14,8 +14,6 @@ arXiv:2412.06464; its per-row form is Kimi Delta Attention, arXiv:2510.26692). E
 differences of cumulated decays and never positive, so strong gates underflow to exact zeros.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

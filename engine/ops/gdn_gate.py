@@ -6,8 +6,6 @@ alpha [T, H(, Dk)], beta [T, H], a [H], dt [H(, Dk)] -> g, beta'. `a` is -exp(A_
 decay per head (GDA) or per head and key row (KDA).
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from engine.formats.quants import F32

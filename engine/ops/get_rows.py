@@ -1,7 +1,5 @@
 """GET_ROWS: rows of a table by index; the token embedding, and the rows that need logits."""
 
-from __future__ import annotations
-
 from engine.formats.quants import F32
 from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor, match_shapes
 from engine.ops.base import Array, live_bytes, require_contiguous_rows

@@ -3,8 +3,6 @@
 The additive form, as transformers and flash-linear-attention have it.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from engine.formats.quants import F32

@@ -6,8 +6,6 @@ kv [T, R + P], norm [R], k_cache [n_blocks, 1, block_size, R + P], PAGED. Of one
 R + P numbers are the key that every head shares, the first R its value.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from engine.graph import Attrs, Cost, Inputs, Live, Node, Op, Out

@@ -7,8 +7,6 @@ x [T, H, in], tail [T, H, P] or none (their heads may be strided) -> [T, H, out 
 appended to each row as it is: the part of a query that isn't projected.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -8,8 +8,6 @@ position · base^(-2i / n_rot); the rest of the head passes through. Text has th
 every axis of Qwen3.5's interleaved M-RoPE, which is therefore this (as transformers computes it).
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

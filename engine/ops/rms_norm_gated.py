@@ -3,8 +3,6 @@
 x, gate [T, H, D], weight [D] -> [T, H, D].
 """
 
-from __future__ import annotations
-
 from engine.formats.quants import F32
 from engine.graph import Attrs, Inputs, Op, Out, match_shapes
 from engine.ops.base import (

@@ -10,8 +10,6 @@ can be chosen; a group is as good as the sum of its two best experts. Ties go to
 token's experts don't depend on the rest of the batch.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

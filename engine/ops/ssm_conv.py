@@ -7,8 +7,6 @@ batch come from the state: the last K - 1 rows, before SiLU. The channels may co
 (x1 and weight1, …); state and output have them side by side.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

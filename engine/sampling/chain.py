@@ -4,8 +4,6 @@ Names, order and defaults are llama.cpp's: logit bias, then the samplers of step
 token is sampled by probability. With mirostat 2, temperature and mirostat take the samplers' place.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections import deque

@@ -1,7 +1,5 @@
 """How a device samples a token: what every DeviceSampler can do."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 # The most that every device sampler takes.

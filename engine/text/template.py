@@ -5,8 +5,6 @@ with the environment of transformers' `apply_chat_template`: trimmed blocks, `to
 HTML alone, `raise_exception`, `strftime_now`, loop controls, the tag `generation`.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence

@@ -5,8 +5,6 @@ tokens are recognized by their text: those that end a turn or mark fill-in-the-m
 tokens whatever type the file gives them. tokenizer.py encodes text with a vocabulary.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Mapping
