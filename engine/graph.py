@@ -55,10 +55,9 @@ def _contiguous_strides(shape: Shape) -> tuple[int, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """A row-major array of the graph, or a strided view of one (`base`, `offset`, `strides`).
+    """A row-major array, its own `base`, or a view of one with `strides` and `offset` in elements.
 
-    `strides` and `offset` count elements. A tensor that is no view is contiguous and is its own
-    `base`. Tensors are compared by identity.
+    Tensors are compared by identity.
     """
 
     name: str
@@ -139,11 +138,8 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Live:
-    """The live counts of one batch, for costs and kernels.
-
-    `kv_rows`: cached positions summed over sequences; `kv_pairs`: over tokens (each token's own).
-    `chunks`: (cached positions, rows) of each sequence, in the order of rows.
-    """
+    """The live counts of one batch; `kv_rows`: cached positions summed over sequences, `kv_pairs`:
+    over tokens. `chunks`: (cached positions, rows) of each sequence, in the order of rows."""
 
     n_tokens: int
     n_seqs: int
@@ -319,10 +315,10 @@ class Dims(dict[str, int]):
 
 
 def match_shapes(inputs: Inputs, dims: Mapping[str, int] | None = None, /, **patterns: str) -> Dims:
-    """Check operands' shapes against patterns such as `q="T Hk Dk"` and bind the letters.
+    """Check operands' shapes against patterns such as `q="T Hk Dk"`; returns the letters' sizes.
 
-    Numbers in a pattern are literal; letters in `dims` are bound already; absent operands are
-    skipped. Returns all bound sizes. Raises ShapeError for the first operand that disagrees.
+    Numbers are literal; letters in `dims` are bound already; absent operands are skipped. Raises
+    ShapeError for the first operand that disagrees.
     """
     bound = Dims(dims or {})
     for operand, pattern in patterns.items():

@@ -1,8 +1,7 @@
 """The Qwen hybrids: gated delta-net layers with gated full attention every few layers.
 
-A subclass says how value heads lie over key heads, how a linear layer's projections are packed, and
-what the feed-forward is. Layers past the trunk are for multi-token prediction and are skipped.
-Tensor names and formulas follow llama.cpp's files and transformers' models.
+Layers past the trunk are for multi-token prediction and are skipped. Tensor names and formulas
+follow llama.cpp's files and transformers' models.
 """
 
 from abc import abstractmethod

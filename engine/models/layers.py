@@ -1,8 +1,7 @@
 """Builds graphs: inputs, weights and states by name, the dense feed-forward, and the trunk.
 
 A layer is a function that appends nodes: it takes the hidden rows [T, E] after their norm and
-returns the rows that are added to the residual. Nodes and weights have the names of the GGUF file;
-inside a layer the Builder puts the layer's prefix `blk.<i>.` before them.
+returns what is added to the residual. The Builder puts `blk.<i>.` before a layer's names.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from engine.formats.quants import F16, DType
 from engine.graph import Capacity, Dim, Graph, Op, Shape, Tensor
 from engine.models.weights import Weights
 from engine.ops.add_rms_norm import add_rms_norm
-from engine.ops.get_rows import get_rows
+from engine.ops.get_rows import GET_ROWS
 from engine.ops.mul_mat import mul_mat
 from engine.ops.swiglu import swiglu
 
@@ -34,8 +33,7 @@ class BuildOptions:
 class Builder:
     """A graph under construction, seen from the trunk or from one layer.
 
-    `recurrent` and `paged` are the operands that place a batch's sequences in state slots and in
-    cache blocks.
+    `recurrent` and `paged` are the operands that place sequences (see engine.ops.base).
     """
 
     def __init__(self, weights: Weights, options: BuildOptions) -> None:
@@ -129,12 +127,9 @@ Layer = Callable[[Builder, Tensor], Tensor]
 def trunk(
     b: Builder, layers: Sequence[tuple[str, Layer, Layer]], ffn_norm: str, eps: float
 ) -> Graph:
-    """Append the embedding, the layers (kind, mixer, feed-forward) and the head; the whole graph.
-
-    `ffn_norm`: the name of the norm before a layer's feed-forward.
-    """
+    """The graph with the embedding, the layers (kind, mixer, feed-forward) and the head."""
     g = b.graph
-    x = get_rows(g, "token_embd", b.weight("token_embd.weight"), b.tokens)
+    (x,) = b.add(GET_ROWS, "token_embd", table=b.weight("token_embd.weight"), ids=b.tokens)
     delta = None
     for i, (kind, mix, ffn) in enumerate(layers):
         layer = b.layer(i)
@@ -144,7 +139,7 @@ def trunk(
         h, x = layer.norm(ffn_norm, x, delta, eps)
         delta = ffn(layer, h)
     h, _ = b.norm("output_norm", x, delta, eps)
-    rows = get_rows(g, "output_rows", h, b.output_rows)
+    (rows,) = b.add(GET_ROWS, "output_rows", table=h, ids=b.output_rows)
     head = "output" if b.has("output.weight") else "token_embd"
     g.outputs["logits"] = b.mul_mat("output", rows, head)[0]
     return g

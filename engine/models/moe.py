@@ -33,8 +33,7 @@ class MoEShape:
             raise hp.fail("expert_used_count", f"at most the {n} of the used groups", n_used)
 
     def weights(self, n_embd: int, fused: bool, gated: bool, biased: bool) -> dict[str, Shape]:
-        """The tensors of a layer: gate and up `fused` or not, a `gated` shared expert, a router
-        `biased` or not."""
+        """The tensors of a layer: gate and up fused, the shared expert gated, the router biased."""
         x, d_ff, d_shared = self.n_experts, self.d_ff, self.d_shared
         shapes: dict[str, Shape] = {
             "ffn_gate_inp.weight": (x, n_embd),
@@ -57,8 +56,7 @@ class MoEShape:
 def moe_shapes(hp: HParams, n_entries: int) -> list[MoEShape]:
     """The experts of every layer of a Qwen hybrid.
 
-    Sizes that are missing follow from `feed_forward_length`: all of it for the shared expert, and
-    its part by `expert_used_count` for a routed one.
+    Missing sizes follow from `feed_forward_length`: all of it, or its part of the used experts.
     """
     n_experts = hp.integer("expert_count")
     n_used = hp.per_layer("expert_used_count", n_entries)

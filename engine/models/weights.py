@@ -1,8 +1,7 @@
 """A model's weights: the tensors that its file must have, and others made of their rows.
 
 Shapes are compared without their ones, since files differ in where they put them. Taking rows of a
-tensor, in any order and under another name, is exact for every stored type: blocks never cross
-rows. So a model has one set of names for every packing of a file.
+tensor is exact for every stored type, so a model has one set of names for every packing of a file.
 """
 
 import re
@@ -25,8 +24,7 @@ _LAYER = re.compile(r"blk\.(\d+)\.")
 class Weights:
     """The tensors of a file that a model uses, in the shapes that it expects.
 
-    Raises ModelError with everything that is missing, misshapen or unexpected. Tensors of the
-    layers `skipped`, which are for multi-token prediction, are ignored.
+    Raises ModelError with all missing, misshapen or unexpected ones; layers `skipped` may be there.
     """
 
     def __init__(self, file: GGUFFile, expected: Mapping[str, Shape], skipped: range) -> None:

@@ -40,10 +40,7 @@ class ChatError(EngineError):
 
 
 class ChatTemplate:
-    """A compiled template; `name` is for error texts, `variables` are the names that it reads.
-
-    Raises ChatError for a template that doesn't parse.
-    """
+    """A compiled template; `name` is for error texts, `variables` are the names that it reads."""
 
     def __init__(self, source: str, name: str = "chat template") -> None:
         self.name = name

@@ -159,11 +159,8 @@ class Tokenizer:
         return text
 
     def segments(self, text: str, continues: bool = False) -> list[tuple[str, list[int]]]:
-        """`text`, which may have ESCAPEs, cut at its special tokens: (text, ids) of each segment.
-
-        The ids together are those of `encode` with parse_special. `continues`: the text follows
-        another one, so it gets no space before it.
-        """
+        """(text, ids) of `text`, which may have ESCAPEs, cut at its special tokens. The ids are
+        `encode`'s with parse_special; a text that `continues` another gets no space before it."""
         _check_unicode(text.replace(ESCAPE, ""))
         return self._cut(text, self._specials, continues)
 
@@ -176,8 +173,7 @@ class Tokenizer:
         return b"".join(pieces).decode("utf-8", "replace")
 
     def stream(self, special: bool = False, at_start: bool = True) -> StreamDecoder:
-        """A decoder for ids that come one by one. at_start: they begin a text, so a space before
-        it is the prefix that `encode` added, and is removed."""
+        """A decoder for ids that come one by one; `at_start` of a text, `encode`'s space goes."""
         return StreamDecoder(self, special, at_start and self._space_prefix)
 
     def token_bytes(self, token_id: int, special: bool = False) -> bytes:

@@ -12,7 +12,7 @@ from engine.graph import Capacity, Cost, Dim, Graph, Kind, Live, Op, Tensor
 from engine.ops import OPS
 from engine.ops.attention import ATTENTION
 from engine.ops.gated_delta_net import GATED_DELTA_NET
-from engine.ops.get_rows import get_rows
+from engine.ops.get_rows import GET_ROWS
 from engine.ops.mla_cache import MLA_CACHE
 from engine.ops.mul_mat import mul_mat
 from engine.ops.mul_mat_id import mul_mat_id
@@ -76,7 +76,8 @@ def test_cost_of_mul_mat_id(n_experts: int, n_touched: int, weighted: bool) -> N
 def test_cost_of_get_rows() -> None:
     graph = Graph(Capacity(8))
     table = graph.weight("table", (1000, 64), WEIGHT_TYPES["Q8_0"])
-    get_rows(graph, "rows", table, graph.input("ids", (Dim(8, "n_tokens"),)))
+    ids = graph.input("ids", (Dim(8, "n_tokens"),))
+    graph.add(GET_ROWS, "rows", {"table": table, "ids": ids})
     assert cost(graph, LIVE) == Cost(0, 3 * 68 + 3 * 4 + 3 * 64 * 4)
 
 
