@@ -1,9 +1,8 @@
 """The compute graph: tensors, nodes, and the contract that every op fulfils.
 
 A graph is built once, at a capacity: dimensions that vary from batch to batch are `Dim`s, whose
-live counts come with each batch, so one topology serves them all. Append order is execution order.
-Views (slice, unflatten, …) are metadata on tensors, never nodes. A node that writes state names the
-operands it writes; state is updated in place. Shape errors are raised while the graph is built.
+live counts come with each batch. Append order is execution order. Views (slice, unflatten, …) are
+metadata on tensors, never nodes. State is updated in place, by nodes that name it.
 """
 
 from __future__ import annotations
@@ -56,10 +55,9 @@ def _contiguous_strides(shape: Shape) -> tuple[int, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """A row-major array of the graph, or a strided view of one (`base`, `offset`, `strides`).
+    """A row-major array, its own `base`, or a view of one with `strides` and `offset` in elements.
 
-    `strides` and `offset` count elements. A tensor that is no view is contiguous and is its own
-    `base`. Tensors are compared by identity.
+    Tensors are compared by identity.
     """
 
     name: str
@@ -82,7 +80,7 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         """Bytes at full capacity, as stored."""
-        return math.prod(self.shape[:-1]) * self.dtype.row_bytes(self.shape[-1])
+        return self.dtype.nbytes(self.shape)
 
     def is_contiguous(self, from_axis: int = 0) -> bool:
         """Whether the axes from `from_axis` on lie without gaps."""
@@ -93,7 +91,6 @@ class Tensor:
         return Tensor(self.name, shape, self.dtype, self.kind, strides, offset, self.base)
 
     def slice(self, axis: int, start: int, stop: int) -> Tensor:
-        """The part from `start` to `stop` along an axis."""
         assert 0 <= start <= stop <= self.shape[axis], (self, axis, start, stop)
         shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
         return self._view(shape, self.strides, self.offset + start * self.strides[axis])
@@ -108,7 +105,6 @@ class Tensor:
         )
 
     def unflatten(self, axis: int, *sizes: int) -> Tensor:
-        """One axis split into several."""
         assert math.prod(sizes) == self.shape[axis], (self, axis, sizes)
         inner = tuple(s * self.strides[axis] for s in _contiguous_strides(sizes))
         return self._view(
@@ -124,7 +120,6 @@ class Tensor:
         return self._view(shape, (*self.strides[:axis], 1), self.offset)
 
     def permute(self, *axes: int) -> Tensor:
-        """The axes in another order."""
         return self._view(
             tuple(self.shape[a] for a in axes), tuple(self.strides[a] for a in axes), self.offset
         )
@@ -138,17 +133,13 @@ class Tensor:
         )
 
     def __repr__(self) -> str:
-        dims = ", ".join(repr(d) if isinstance(d, Dim) else str(d) for d in self.shape)
-        return f"{self.name}[{dims}]:{self.dtype.name}"
+        return f"{self.name}[{', '.join(map(repr, self.shape))}]:{self.dtype.name}"
 
 
 @dataclass(frozen=True)
 class Live:
-    """The live counts of one batch, for costs and kernels.
-
-    `kv_rows`: cached positions summed over sequences; `kv_pairs`: over tokens (each token's own).
-    `chunks`: (cached positions, rows) of each sequence, in the order of rows.
-    """
+    """The live counts of one batch; `kv_rows`: cached positions summed over sequences, `kv_pairs`:
+    over tokens. `chunks`: (cached positions, rows) of each sequence, in the order of rows."""
 
     n_tokens: int
     n_seqs: int
@@ -187,16 +178,13 @@ class Op:
     """The contract of an op.
 
     `operands`: names of the inputs. A kernel's views are the `n_outputs` outputs, then these, in
-        this order. `optional` ones may be absent; their views are null.
+        this order. `optional` ones may be absent: their views are null. `repeated` ones may come several times,
+        numbered (`gate`, `gate1`, …), with an output each. The op writes those in `writes`.
     `infer(inputs, attrs)` checks shapes and returns the outputs; it raises ShapeError.
     `reference(**arrays, **attrs)` is the definition in numpy, of the live rows only. It returns a
         tuple of arrays and writes state in place.
-    `cost(node, live)` counts the work.
-    `attrs`: names of the attributes, in the kernels' order.
-    `choices`: the values of attributes that are words; kernels get the index.
-    `repeated`: operands that may come several times, numbered (`gate`, `gate1`, …), with an output
-        for each time.
-    `writes`: the operands that the op writes.
+    `attrs`: names of the attributes, in the kernels' order. `choices`: the values of those that are
+        words; kernels get the index.
     """
 
     name: str
@@ -212,7 +200,6 @@ class Op:
     writes: tuple[str, ...] = ()
 
     def check_names(self, inputs: Inputs, attrs: Attrs) -> None:
-        """Assert that operands, attributes and choices are those of the contract."""
         plain = {name for name in inputs if name.rstrip("0123456789") not in self.repeated}
         required = {*self.operands} - {*self.optional, *self.repeated}
         assert required <= plain <= {*self.operands}, f"{self.name}: operands {list(inputs)}"
@@ -271,7 +258,6 @@ class Graph:
     layer_kinds: dict[str, str] = field(default_factory=dict)
 
     def input(self, name: str, shape: Shape) -> Tensor:
-        """Declare an INPUT tensor, int32."""
         return self._declare(self.inputs, Tensor(name, shape, I32, Kind.INPUT))
 
     def weight(self, name: str, shape: Shape, dtype: DType) -> Tensor:
@@ -294,10 +280,7 @@ class Graph:
     def add(
         self, op: Op, name: str, operands: Mapping[str, Tensor | None], **attrs: Any
     ) -> tuple[Tensor, ...]:
-        """Append a node and return its outputs; operands that are None are left out.
-
-        Raises ShapeError, naming op and node.
-        """
+        """Append a node and return its outputs, or raise ShapeError; None is an absent operand."""
         inputs = {operand: t for operand, t in operands.items() if t is not None}
         op.check_names(inputs, attrs)
         try:
@@ -321,8 +304,7 @@ class Graph:
 
 def dim_name(tensor: Tensor) -> str:
     """The name of a tensor's first dimension if it varies, else an empty string."""
-    first = tensor.shape[0]
-    return first.name if isinstance(first, Dim) else ""
+    return getattr(tensor.shape[0], "name", "")
 
 
 class Dims(dict[str, int]):
@@ -333,10 +315,10 @@ class Dims(dict[str, int]):
 
 
 def match_shapes(inputs: Inputs, dims: Mapping[str, int] | None = None, /, **patterns: str) -> Dims:
-    """Check operands' shapes against patterns such as `q="T Hk Dk"` and bind the letters.
+    """Check operands' shapes against patterns such as `q="T Hk Dk"`; returns the letters' sizes.
 
-    Numbers in a pattern are literal; letters in `dims` are bound already; absent operands are
-    skipped. Returns all bound sizes. Raises ShapeError for the first operand that disagrees.
+    Numbers are literal; letters in `dims` are bound already; absent operands are skipped. Raises
+    ShapeError for the first operand that disagrees.
     """
     bound = Dims(dims or {})
     for operand, pattern in patterns.items():

@@ -1,12 +1,9 @@
 """Reader of GGUF files: metadata and tensor table, with the tensor data left on disk.
 
-The file is mapped, never read as a whole: opening it reads the metadata, and a tensor's bytes are
-read when a backend uses them. Files are untrusted: every count, length and offset is checked
-against the file's size before it is used. Versions 2 and 3, little-endian; split files
-(`-00001-of-0000N.gguf`) are joined. Format: docs/gguf.md of the ggml project.
+The file is mapped: a tensor's bytes are read when a backend uses them. Files are untrusted: every
+count, length and offset is checked against the file's size before it is used. Versions 2 and 3,
+little-endian; split files (`-00001-of-0000N.gguf`) are joined. Format: ggml's docs/gguf.md.
 """
-
-from __future__ import annotations
 
 import math
 import mmap
@@ -27,20 +24,9 @@ MAX_DIMS = 4
 MAX_NAME = 256
 _U64 = struct.Struct("<Q")
 _STRING, _ARRAY = 8, 9
-# Value type numbers of the format, except string (8) and array (9).
-_SCALARS: dict[int, np.dtype[Any]] = {
-    0: np.dtype("<u1"),
-    1: np.dtype("<i1"),
-    2: np.dtype("<u2"),
-    3: np.dtype("<i2"),
-    4: np.dtype("<u4"),
-    5: np.dtype("<i4"),
-    6: np.dtype("<f4"),
-    7: np.dtype("?"),
-    10: np.dtype("<u8"),
-    11: np.dtype("<i8"),
-    12: np.dtype("<f8"),
-}
+# numpy's types by the format's value type number.
+_SCALARS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?")))
+_SCALARS |= {10: "<u8", 11: "<i8", 12: "<f8"}
 # The shortest entries: a key of length 0, its type, one byte; a name of length 0, no dims, …
 _MIN_KV_BYTES, _MIN_TENSOR_BYTES = 8 + 4 + 1, 8 + 4 + 4 + 8
 _SPLIT_NAME = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$")
@@ -66,7 +52,8 @@ class GGUFFile:
     """A GGUF file (or the set of files that it is split into).
 
     `metadata`: key -> bool, int, float, str, list of str, or a 1-D numpy array.
-    `tensors`: name -> TensorInfo, in file order. `raw(name)` maps a tensor's bytes.
+    `tensors`: name -> TensorInfo, in file order. `integer`, `number` (finite), `string` and
+    `boolean` read a value of the metadata; without `default` a missing key is an error.
     Raises GGUFError for anything that is not a readable GGUF file.
     """
 
@@ -118,10 +105,7 @@ class GGUFFile:
         return np.frombuffer(data, np.uint8, count=info.nbytes, offset=info.offset)
 
     def release(self, name: str, begin: int = 0, end: int | None = None) -> None:
-        """Release the memory pages of a tensor, or of its bytes begin … end - 1.
-
-        The next use reads them from the file again.
-        """
+        """Release the memory pages of a tensor's bytes begin … end - 1; they can be read again."""
         info = self.tensors[name]
         start = -(-(info.offset + begin) // mmap.PAGESIZE) * mmap.PAGESIZE
         stop = info.offset + (info.nbytes if end is None else end)
@@ -130,22 +114,18 @@ class GGUFFile:
             self._maps[info.file_index].madvise(mmap.MADV_DONTNEED, start, length)
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """An integer of the metadata; without `default` a missing key is an error."""
         return int(self._value(key, default, "an integer", int))
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite number of the metadata; without `default` a missing key is an error."""
         value = float(self._value(key, default, "a number", int, float))
         if not math.isfinite(value):
             raise self._unfit(key, "a number", value)
         return value
 
     def string(self, key: str, default: str | None = None) -> str:
-        """A string of the metadata; without `default` a missing key is an error."""
         return str(self._value(key, default, "a string", str))
 
     def boolean(self, key: str, default: bool | None = None) -> bool:
-        """A boolean of the metadata; without `default` a missing key is an error."""
         return bool(self._value(key, default, "true or false", bool))
 
     def _value(self, key: str, default: Any, expected: str, *types: type) -> Any:
@@ -165,8 +145,7 @@ class _Parser:
 
     def __init__(self, path: Path, file_index: int) -> None:
         self.path, self.file_index = path, file_index
-        self.data = _map(path)
-        self.pos = 0
+        self.data, self.pos = _map(path), 0
         n_tensors, n_kv = self._header()
         self.metadata = self._metadata(n_kv)
         self.tensors = self._tensor_table(n_tensors)
@@ -175,8 +154,8 @@ class _Parser:
         return GGUFError(f"{self.path}: {message}")
 
     def _need(self, nbytes: int, what: str) -> None:
-        if nbytes > len(self.data) - self.pos:
-            left = len(self.data) - self.pos
+        left = len(self.data) - self.pos
+        if nbytes > left:
             raise self._fail(
                 f"truncated: {what} needs {nbytes} bytes at offset {self.pos}, {left} are left"
             )
@@ -196,10 +175,8 @@ class _Parser:
                 start = pos + 8
                 pos = start + length
                 if pos > size:
-                    raise self._fail(
-                        f"truncated: a string of {what} needs {length} bytes at offset {start}, "
-                        f"{size - start} are left"
-                    )
+                    self.pos = start
+                    self._need(length, f"a string of {what}")
                 out.append(data[start:pos].decode())
         except UnicodeDecodeError as error:
             raise self._fail(f"{what}: expected UTF-8, got {error.object[:16]!r}") from None
@@ -255,9 +232,9 @@ class _Parser:
         return self._strings(n, key) if kind == _STRING else self._numbers(kind, n, key)
 
     def _numbers(self, kind: int, n: int, key: str) -> NDArray[Any]:
-        dtype = _SCALARS.get(kind)
-        if dtype is None:
+        if kind not in _SCALARS:
             raise self._fail(f"metadata {key}: unknown value type {kind}")
+        dtype = np.dtype(_SCALARS[kind])
         self._need(n * dtype.itemsize, f"metadata {key}")
         values = np.frombuffer(self.data, dtype, count=n, offset=self.pos).copy()
         if dtype.kind == "b":
@@ -277,7 +254,7 @@ class _Parser:
         for name, shape, dtype, offset in entries:
             if name in tensors:
                 raise self._fail(f"tensor {name} appears twice")
-            nbytes = math.prod(shape[:-1]) * dtype.row_bytes(shape[-1])
+            nbytes = dtype.nbytes(shape)
             if offset % alignment:
                 raise self._fail(f"tensor {name}: offset {offset} is no multiple of {alignment}")
             if base + offset + nbytes > len(self.data):

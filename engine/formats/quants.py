@@ -4,8 +4,7 @@ A type is a block of `block_elems` consecutive elements of a row, stored in `blo
 plain types have blocks of one. Decoding is done by the `gguf` package, imported when first used.
 """
 
-from __future__ import annotations
-
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +31,9 @@ class DType:
         """Bytes of a row of `n_elems` elements, which must be whole blocks."""
         assert n_elems % self.block_elems == 0, f"{n_elems} is no multiple of {self.block_elems}"
         return n_elems // self.block_elems * self.block_bytes
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape[:-1]) * self.row_bytes(shape[-1])
 
     def __repr__(self) -> str:
         return self.name
@@ -83,16 +85,11 @@ def numpy_dtype(dtype: DType) -> np.dtype[Any]:
 
 
 def names(types: Iterable[DType]) -> str:
-    """The types' names for a message: `F32, F16, …`."""
     return ", ".join(t.name for t in types)
 
 
 def dequantize(dtype: DType, raw: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Decode stored bytes to float32.
-
-    `raw`: uint8, the rows of a tensor of `shape` one after another. Returns float32 of `shape`.
-    The values are those of `gguf.quants.dequantize`, which follows ggml's own.
-    """
+    """Decode stored bytes, the rows of a tensor of `shape`, to float32: the values are ggml's."""
     if dtype.is_float:
         return raw.view(_NUMPY[dtype.name]).reshape(shape).astype(np.float32)
     from gguf import GGMLQuantizationType

@@ -25,8 +25,8 @@ class BlockTable:
     def extend(self, n_past: int, n_new: int, copy: Callable[[int, int], None]) -> None:
         """Allocate blocks for positions n_past … n_past + n_new - 1.
 
-        A partly filled last block that is shared is replaced by its copy: `copy(source, target)`
-        copies the contents. Raises MemoryFullError, with nothing changed.
+        Of a partly filled last block that is shared, `copy(source, target)` makes an own one.
+        Raises MemoryFullError, with nothing changed.
         """
         self._pool.require(self.missing(n_past, n_new))
         if self._writes_shared(n_past):
@@ -45,7 +45,6 @@ class BlockTable:
         return index < len(self.blocks) and self._pool.is_shared(self.blocks[index])
 
     def truncate(self, n_past: int) -> None:
-        """Free the blocks that hold no position below n_past."""
         n_blocks = self._n_blocks(n_past)
         for block in self.blocks[n_blocks:]:
             self._pool.free(block)

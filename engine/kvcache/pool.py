@@ -1,7 +1,5 @@
 """Numbered resources with reference counts: KV blocks and state slots."""
 
-from __future__ import annotations
-
 from engine.errors import EngineError
 
 
@@ -19,7 +17,6 @@ class Pool:
 
     @property
     def n_free(self) -> int:
-        """How many indices are free."""
         return len(self._free)
 
     def require(self, n: int) -> None:
@@ -43,7 +40,6 @@ class Pool:
         return index
 
     def is_shared(self, index: int) -> bool:
-        """Whether the index has more than one reference."""
         return self._references[index] > 1
 
     def free(self, index: int) -> None:

@@ -25,8 +25,7 @@ from engine.kvcache.slots import StateSlot
 class Allocation:
     """The blocks and slots of `n_tokens` positions of a sequence.
 
-    `rollback_points` and `token_states`: position -> state. They need no blocks of their own,
-    since a sequence never overwrites its past.
+    `rollback_points`, `token_states`: position -> state. A sequence never overwrites its past.
     """
 
     n_tokens: int
@@ -36,7 +35,6 @@ class Allocation:
     token_states: dict[int, StateSlot] = field(default_factory=dict)
 
     def fork(self) -> Allocation:
-        """Further references to the same contents."""
         return self.at(self.n_tokens, self.state)
 
     def at(self, n_tokens: int, state: StateSlot) -> Allocation:
@@ -79,12 +77,10 @@ class Checkpoint:
 
     @property
     def n_tokens(self) -> int:
-        """The position it was taken at."""
         return self.allocation.n_tokens
 
     @property
     def allocation(self) -> Allocation:
-        """The blocks and slots that it holds."""
         assert self._allocation is not None, "this checkpoint was released"
         return self._allocation
 
@@ -139,7 +135,6 @@ class SequenceMemory:
         self._sequences.pop(seq).free()
 
     def n_tokens(self, seq: int) -> int:
-        """Positions that a sequence holds."""
         return self._sequences[seq].n_tokens
 
     def missing_slots(self, seq: int) -> int:
@@ -158,12 +153,11 @@ class SequenceMemory:
     def begin(
         self, seq: int, n_new: int, n_snapshots: int = 0, preserve_state: bool = False
     ) -> Step:
-        """Allocate what a step of `n_new` tokens needs, and say where it reads and writes.
+        """Allocate what a step of `n_new` tokens needs; `finish` or `cancel` comes next.
 
-        The states after each of the last `n_snapshots` tokens are kept until the next step. Call
-        `finish` or `cancel` next. With `preserve_state` the step writes no slot and no position
-        that the sequence holds, so `cancel` is possible even after it has run. Raises
-        MemoryFullError; the contents are unchanged then.
+        The states after the last `n_snapshots` tokens are kept until the next step. With
+        `preserve_state` the step writes nothing that the sequence holds, so `cancel` is possible
+        even after it has run. Raises MemoryFullError; the contents are unchanged then.
         """
         own = self._sequences[seq]
         _free_all(own.token_states)
@@ -184,7 +178,6 @@ class SequenceMemory:
         own.n_tokens += n_new
 
     def cancel(self, seq: int) -> None:
-        """Undo `begin`: the sequence is as it was before the step."""
         own = self._sequences[seq]
         _free_all(own.token_states)
         own.state.cancel()
@@ -195,10 +188,7 @@ class SequenceMemory:
         self._sequences[seq].free()
 
     def add_rollback_point(self, seq: int, replace: bool = False) -> None:
-        """Keep the state at this position, so that `truncate` can come back to it.
-
-        `replace` removes the earlier rollback points. Raises MemoryFullError if no slot is left.
-        """
+        """Keep the state here for `truncate`, or raise MemoryFullError; `replace` frees earlier."""
         own = self._sequences[seq]
         if replace:
             _free_all(own.rollback_points)
@@ -218,7 +208,6 @@ class SequenceMemory:
         return reached
 
     def checkpoint(self, seq: int) -> Checkpoint:
-        """A checkpoint of the sequence as it is now."""
         return Checkpoint(self._sequences[seq].fork())
 
     def restore(self, seq: int, checkpoint: Checkpoint) -> None:

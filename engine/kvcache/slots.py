@@ -28,10 +28,7 @@ class StateSlot:
         return sorted({self.slot, self._next} - {NO_SLOT})
 
     def begin(self, preserve_state: bool = False) -> tuple[int, int]:
-        """(state_src, state_dst) of the coming step; raises MemoryFullError.
-
-        With `preserve_state` the step writes another slot, so `cancel` can undo it.
-        """
+        """(state_src, state_dst) of the coming step, another slot with `preserve_state`."""
         allocates = preserve_state or self.missing()
         self._next = self._pool.allocate() if allocates else self.slot
         return self.slot, self._next
@@ -44,17 +41,14 @@ class StateSlot:
         self._next = NO_SLOT
 
     def cancel(self) -> None:
-        """Forget the step that was begun."""
         if self._next not in (NO_SLOT, self.slot):
             self._pool.free(self._next)
         self._next = NO_SLOT
 
     def fork(self) -> StateSlot:
-        """Another reference to the same state."""
         return StateSlot(self._pool, self.slot if self.slot < 0 else self._pool.share(self.slot))
 
     def free(self) -> None:
-        """Free the slot; the state is zeros."""
         if self.slot != NO_SLOT:
             self._pool.free(self.slot)
         self.slot = NO_SLOT

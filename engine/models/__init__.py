@@ -1,7 +1,5 @@
 """Architectures by the name that a GGUF file gives."""
 
-from __future__ import annotations
-
 from engine.formats.gguf import GGUFFile
 from engine.models.base import Model
 from engine.models.hparams import ModelError

@@ -1,15 +1,13 @@
 """Full-attention layers: gated attention of the Qwen hybrids, and Kimi's latent attention (MLA)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from engine.graph import Tensor
 from engine.models.layers import Builder
-from engine.ops.attention import attention
-from engine.ops.mla_cache import mla_cache
-from engine.ops.mul_mat_heads import mul_mat_heads
-from engine.ops.qk_norm_rope import qk_norm_rope
+from engine.ops.attention import ATTENTION
+from engine.ops.mla_cache import MLA_CACHE
+from engine.ops.mul_mat_heads import MUL_MAT_HEADS
+from engine.ops.qk_norm_rope import QK_NORM_ROPE
 
 
 @dataclass(frozen=True)
@@ -31,20 +29,18 @@ class AttentionShape:
 
 
 def gated_attention(b: Builder, x: Tensor, shape: AttentionShape) -> Tensor:
-    """Full attention whose query projection also makes a gate."""
-    s, g = shape, b.graph
+    s = shape
     q_gate, k, v = b.mul_mat("attn_qkv", x, "attn_q", "attn_k", "attn_v")
     # Per head: d_head query values, then d_head gate values.
     q_gate = q_gate.unflatten(1, s.n_heads, 2, s.d_head)
     k, v = (t.unflatten(1, s.n_kv_heads, s.d_head) for t in (k, v))
-    caches = b.k_cache(s.n_kv_heads, s.d_head), b.v_cache(s.n_kv_heads, s.d_head)
-    operands = {"q": q_gate.select(2, 0), "k": k, "v": v}
-    operands |= {name: b.weight(f"attn_{name}.weight") for name in ("q_norm", "k_norm")}
-    operands |= {"k_cache": caches[0], "v_cache": caches[1], **b.paged}
-    name, base = b.name("qk_norm_rope"), s.rope_base
-    q = qk_norm_rope(g, name, operands, eps=s.eps, n_rot=s.n_rot, rope_base=base)
-    gate, scale = q_gate.select(2, 1), s.d_head**-0.5
-    o = attention(g, b.name("attention"), q, caches, gate, b.paged, scale=scale)
+    q, gate = q_gate.select(2, 0), q_gate.select(2, 1)
+    placed = {name: b.cache(name, s.n_kv_heads, s.d_head) for name in ("k_cache", "v_cache")}
+    placed |= b.paged
+    norms = {name: b.weight(f"attn_{name}.weight") for name in ("q_norm", "k_norm")}
+    attrs = {"eps": s.eps, "n_rot": s.n_rot, "rope_base": s.rope_base}
+    (q,) = b.add(QK_NORM_ROPE, q=q, k=k, v=v, **norms, **placed, **attrs)
+    (o,) = b.add(ATTENTION, q=q, gate=gate, **placed, scale=s.d_head**-0.5)
     return b.mul_mat("attn_output", o.flatten(1))[0]
 
 
@@ -65,16 +61,16 @@ class LatentShape:
 
 def latent_attention(b: Builder, x: Tensor, shape: LatentShape) -> Tensor:
     """Multi-head latent attention without rope; projections absorbed into queries and output."""
-    s, g = shape, b.graph
+    s = shape
     q, kv = b.mul_mat("attn_q_kv", x, "attn_q", "attn_kv_a_mqa")
-    cache = b.k_cache(1, s.rank + s.d_pe)
-    norm = b.weight("attn_kv_a_norm.weight")
-    mla_cache(g, b.name("mla_cache"), kv, norm, cache, b.paged, s.eps)
-    q = q.unflatten(1, s.n_heads, s.d_nope + s.d_pe)
-    nope, pe = q.slice(2, 0, s.d_nope), q.slice(2, s.d_nope, s.d_nope + s.d_pe)
+    cache, norm = b.cache("k_cache", 1, s.rank + s.d_pe), b.weight("attn_kv_a_norm.weight")
+    b.add(MLA_CACHE, kv=kv, norm=norm, k_cache=cache, **b.paged, eps=s.eps)
+    q_head = s.d_nope + s.d_pe
+    q = q.unflatten(1, s.n_heads, q_head)
+    nope, pe = q.slice(2, 0, s.d_nope), q.slice(2, s.d_nope, q_head)
     k_b, v_b = b.weight("attn_k_b.weight"), b.weight("attn_v_b.weight")
-    q = mul_mat_heads(g, b.name("attn_k_b"), nope, k_b, pe, s.transposed)
-    caches, scale = (cache, cache.slice(3, 0, s.rank)), (s.d_nope + s.d_pe) ** -0.5
-    o = attention(g, b.name("attention"), q, caches, None, b.paged, scale=scale)
-    v = mul_mat_heads(g, b.name("attn_v_b"), o, v_b)
+    (q,) = b.add(MUL_MAT_HEADS, "attn_k_b", x=nope, weight=k_b, tail=pe, transposed=s.transposed)
+    caches, scale = {"k_cache": cache, "v_cache": cache.slice(3, 0, s.rank)}, q_head**-0.5
+    (o,) = b.add(ATTENTION, q=q, **caches, **b.paged, scale=scale)
+    (v,) = b.add(MUL_MAT_HEADS, "attn_v_b", x=o, weight=v_b, transposed=False)
     return b.mul_mat("attn_output", v.flatten(1))[0]

@@ -1,7 +1,5 @@
 """The base of all architectures: common hyper-parameters, the tensors of a file, and the graph."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
@@ -57,7 +55,6 @@ class Model(ABC):
         return
 
     def _has(self, i: int, name: str) -> bool:
-        """Whether the file has a tensor of layer i."""
         return f"blk.{i}.{name}" in self._in_file
 
     def _qkv_weights(self, i: int, widths: Mapping[str, int]) -> dict[str, Shape]:

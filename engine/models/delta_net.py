@@ -1,18 +1,16 @@
 """Delta-net layers: one decay per head (GDA, Qwen) or one per key row (KDA, Kimi)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.graph import Tensor
 from engine.models.layers import Builder
 from engine.ops.decomposed import delta_net_decomposed
-from engine.ops.gated_delta_net import gated_delta_net
-from engine.ops.gdn_gate import gdn_gate
-from engine.ops.l2_norm import l2_norm
-from engine.ops.rms_norm_gated import rms_norm_gated
-from engine.ops.ssm_conv import ssm_conv
+from engine.ops.gated_delta_net import GATED_DELTA_NET
+from engine.ops.gdn_gate import GDN_GATE
+from engine.ops.l2_norm import L2_NORM
+from engine.ops.rms_norm_gated import RMS_NORM_GATED
+from engine.ops.ssm_conv import SSM_CONV
 
 # transformers hard-codes it for the norm of queries and keys, whatever the model's eps is.
 L2_EPS = 1e-6
@@ -32,17 +30,14 @@ class DeltaNetShape:
 
     @property
     def key_dim(self) -> int:
-        """Width of q, and of k."""
         return self.n_k_heads * self.d_k
 
     @property
     def value_dim(self) -> int:
-        """Width of v, and of the output gate."""
         return self.n_v_heads * self.d_v
 
     @property
     def conv_dim(self) -> int:
-        """Width of q, k and v together."""
         return 2 * self.key_dim + self.value_dim
 
 
@@ -52,8 +47,7 @@ def delta_net(b: Builder, x: Tensor, shape: DeltaNetShape) -> Tensor:
     qkv, z, beta, alpha = b.mul_mat("delta_net_in", x, *names)
     heads = _convolved(b, [(qkv, b.weight("ssm_conv1d.weight"))], shape)
     o = _delta_rule(b, heads, alpha, beta, shape)
-    y = _gated_norm(b, o, z, "silu", shape)
-    return b.mul_mat("ssm_out", y.flatten(1))[0]
+    return b.mul_mat("ssm_out", _gated_norm(b, o, z, "silu", shape))[0]
 
 
 def kimi_delta(b: Builder, x: Tensor, shape: DeltaNetShape) -> Tensor:
@@ -65,20 +59,20 @@ def kimi_delta(b: Builder, x: Tensor, shape: DeltaNetShape) -> Tensor:
     alpha = b.mul_mat("ssm_f_b", f)[0].unflatten(1, shape.n_k_heads, shape.d_k)
     o = _delta_rule(b, heads, alpha, beta, shape)
     z = b.mul_mat("ssm_g_b", gate)[0]
-    y = _gated_norm(b, o, z, "sigmoid", shape)
-    return b.mul_mat("attn_output", y.flatten(1))[0]
+    return b.mul_mat("attn_output", _gated_norm(b, o, z, "sigmoid", shape))[0]
 
 
 def _convolved(
     b: Builder, parts: Sequence[tuple[Tensor, Tensor]], s: DeltaNetShape
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k (normalised) and v as heads, after the convolution of `parts` (projection, taps)."""
-    g = b.graph
-    state = b.slots("conv_state", s.n_taps - 1, s.conv_dim)
-    u = ssm_conv(g, b.name("ssm_conv"), parts, state, b.recurrent)
+    operands = {"state": b.slots("conv_state", s.n_taps - 1, s.conv_dim), **b.recurrent}
+    for i, (x, taps) in enumerate(parts):
+        operands |= {f"x{i or ''}": x, f"weight{i or ''}": taps}
+    (u,) = b.add(SSM_CONV, **operands)
     qk = u.slice(1, 0, 2 * s.key_dim).unflatten(1, 2 * s.n_k_heads, s.d_k)
     v = u.slice(1, 2 * s.key_dim, s.conv_dim).unflatten(1, s.n_v_heads, s.d_v)
-    qk = l2_norm(g, b.name("l2_norm"), qk, L2_EPS)
+    (qk,) = b.add(L2_NORM, x=qk, eps=L2_EPS)
     return qk.slice(1, 0, s.n_k_heads), qk.slice(1, s.n_k_heads, 2 * s.n_k_heads), v
 
 
@@ -86,17 +80,18 @@ def _delta_rule(
     b: Builder, heads: tuple[Tensor, Tensor, Tensor], alpha: Tensor, beta: Tensor, s: DeltaNetShape
 ) -> Tensor:
     """The recurrence of q, k and v as one fused node, or decomposed if the options say so."""
-    g, (q, k, v) = b.graph, heads
-    a, dt = b.weight("ssm_a"), b.weight("ssm_dt.bias")
-    decay, step = gdn_gate(g, b.name("gdn_gate"), alpha, beta, a, dt)
+    q, k, v = heads
+    gates = {"a": b.weight("ssm_a"), "dt": b.weight("ssm_dt.bias")}
+    decay, step = b.add(GDN_GATE, alpha=alpha, beta=beta, **gates)
     state = b.slots("delta_state", s.n_v_heads, s.d_v, s.d_k)
     operands = {"q": q, "k": k, "v": v, "g": decay, "beta": step, "state": state, **b.recurrent}
-    name, algorithm = b.name("gated_delta_net"), b.options.gdn
-    if algorithm == "decomposed":
-        return delta_net_decomposed(g, name, operands, head_map=s.head_map)
-    return gated_delta_net(g, name, operands, head_map=s.head_map, algorithm=algorithm)
+    attrs = {"head_map": s.head_map, "scale": s.d_k**-0.5}
+    if b.options.gdn == "decomposed":
+        return delta_net_decomposed(b.graph, b.name("gated_delta_net"), operands, **attrs)
+    return b.add(GATED_DELTA_NET, **operands, **attrs, algorithm=b.options.gdn)[0]
 
 
 def _gated_norm(b: Builder, o: Tensor, z: Tensor, act: str, s: DeltaNetShape) -> Tensor:
     gate, weight = z.unflatten(1, s.n_v_heads, s.d_v), b.weight("ssm_norm.weight")
-    return rms_norm_gated(b.graph, b.name("rms_norm_gated"), o, gate, weight, s.eps, act)
+    (y,) = b.add(RMS_NORM_GATED, x=o, gate=gate, weight=weight, eps=s.eps, act=act)
+    return y.flatten(1)

@@ -3,8 +3,6 @@
 Keys carry the architecture's name as a prefix. A value may be a scalar or one per layer.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -35,11 +33,9 @@ class HParams:
         self.arch = file.string("general.architecture")
 
     def fail(self, key: str, expected: str, came: Any) -> ModelError:
-        """The error for a key with an unusable value."""
         return ModelError(f"{self.file.path}: {self.arch}.{key}: expected {expected}, got {came}")
 
     def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
-        """An integer of at least `minimum`."""
         value = self.file.integer(f"{self.arch}.{key}", default)
         if value < minimum:
             raise self.fail(key, f"at least {minimum}", value)
@@ -63,7 +59,6 @@ class HParams:
         return n_entries, n_entries - n_mtp
 
     def n_vocab(self) -> int:
-        """How many tokens the vocabulary has."""
         tokens = self.file.metadata.get("tokenizer.ggml.tokens")
         if not isinstance(tokens, list):
             raise ModelError(
@@ -101,7 +96,6 @@ class HParams:
         return [bool(v) for v in values]
 
     def divides(self, key: str, divisor: int, number: int) -> None:
-        """Raise unless `key`'s value `divisor` divides `number`."""
         if number % divisor:
             raise self.fail(key, f"a divisor of {number}", divisor)
 

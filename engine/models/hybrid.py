@@ -1,11 +1,8 @@
 """The Qwen hybrids: gated delta-net layers with gated full attention every few layers.
 
-A subclass says how value heads lie over key heads, how a linear layer's projections are packed, and
-what the feed-forward is. Layers past the trunk are for multi-token prediction and are skipped.
-Tensor names and formulas follow llama.cpp's files and transformers' models.
+Layers past the trunk are for multi-token prediction and are skipped. Tensor names and formulas
+follow llama.cpp's files and transformers' models.
 """
-
-from __future__ import annotations
 
 from abc import abstractmethod
 from functools import partial
@@ -30,8 +27,10 @@ class Hybrid(Model):
     def _read(self, hp: HParams, n_entries: int) -> None:
         self.linear = _linear_layers(hp, n_entries, self.n_layers)
         self.delta_net = _delta_net_shape(hp, self.head_map, self.eps)
-        if self.has_sections:
-            _check_sections(hp)
+        # Sections assign rope pairs to the axes of images, which are equal for text.
+        key = "rope.dimension_sections"
+        if self.has_sections and hp.array(key, 4, "iu", "integers") is None:
+            raise hp.fail(key, "4 integers", shown(hp.file.metadata.get(f"{hp.arch}.{key}")))
         self.attention = _attention_shapes(hp, n_entries, self.n_embd, self.eps)
         self._read_ffn(hp, n_entries)
 
@@ -45,14 +44,19 @@ class Hybrid(Model):
 
     def _mixer_weights(self, i: int) -> dict[str, Shape]:
         if not self.linear[i]:
-            return self._attention_weights(i)
-        s, n_embd = self.delta_net, self.n_embd
+            a = self.attention[i]
+            return self._qkv_weights(i, a.widths) | {
+                "attn_q_norm.weight": (a.d_head,),
+                "attn_k_norm.weight": (a.d_head,),
+                "attn_output.weight": (self.n_embd, a.n_heads * a.d_head),
+            }
+        s = self.delta_net
         return self._projections(i) | {
             "ssm_conv1d.weight": (s.conv_dim, s.n_taps),
             "ssm_a": (s.n_v_heads,),
             "ssm_dt.bias": (s.n_v_heads,),
             "ssm_norm.weight": (s.d_v,),
-            "ssm_out.weight": (n_embd, s.value_dim),
+            "ssm_out.weight": (self.n_embd, s.value_dim),
         }
 
     def _projections(self, i: int) -> dict[str, Shape]:
@@ -65,22 +69,9 @@ class Hybrid(Model):
             "ssm_alpha.weight": (s.n_v_heads, n_embd),
         }
 
-    def _attention_weights(self, i: int) -> dict[str, Shape]:
-        s, n_embd = self.attention[i], self.n_embd
-        return self._qkv_weights(i, s.widths) | {
-            "attn_q_norm.weight": (s.d_head,),
-            "attn_k_norm.weight": (s.d_head,),
-            "attn_output.weight": (n_embd, s.n_heads * s.d_head),
-        }
-
     def _unpack(self, i: int) -> None:
-        if self.linear[i]:
-            self._unpack_linear(i)
-        else:
+        if not self.linear[i]:
             self._split_qkv(i, self.attention[i].widths)
-
-    def _unpack_linear(self, i: int) -> None:
-        """Make the tensors of `Hybrid._projections`; most files have them."""
 
     def _layer(self, i: int) -> tuple[str, Layer, Layer]:
         if self.linear[i]:
@@ -111,7 +102,6 @@ def _linear_layers(hp: HParams, n_entries: int, n_layers: int) -> list[bool]:
 
 
 def _delta_net_shape(hp: HParams, head_map: str, eps: float) -> DeltaNetShape:
-    """Sizes of the linear layers from the `ssm.*` keys."""
     n_k_heads, n_v_heads = hp.integer("ssm.group_count"), hp.integer("ssm.time_step_rank")
     inner = hp.integer("ssm.inner_size")
     hp.divides("ssm.group_count", n_k_heads, n_v_heads)
@@ -137,10 +127,3 @@ def _attention_shapes(hp: HParams, n_entries: int, n_embd: int, eps: float) -> l
         AttentionShape(h, kv, d_head, n_rot, base, eps)
         for h, kv in zip(n_heads, n_kv_heads, strict=True)
     ]
-
-
-def _check_sections(hp: HParams) -> None:
-    """Check that there are 4: they assign rope pairs to image axes, which are equal for text."""
-    key = "rope.dimension_sections"
-    if hp.array(key, 4, "iu", "integers") is None:
-        raise hp.fail(key, "4 integers", shown(hp.file.metadata.get(f"{hp.arch}.{key}")))

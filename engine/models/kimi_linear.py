@@ -5,8 +5,6 @@ by biased sigmoids, and a shared expert without a gate. Follows llama.cpp's file
 `kimi_linear`.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import numpy as np
@@ -34,13 +32,6 @@ class KimiLinear(Model):
         self._n_heads = hp.per_layer("attention.head_count", n_entries)
         kv_heads = hp.per_layer("attention.head_count_kv", n_entries, minimum=0)
         self._linear = [n == 0 for n in kv_heads]
-        self._read_sizes(hp)
-        self._n_dense = hp.integer("leading_dense_block_count", 0, minimum=0)
-        self._n_ff = hp.integer("feed_forward_length", 0 if not self._n_dense else None, minimum=0)
-        self._moe = _experts(hp) if self._n_dense < self.n_layers else None
-        hp.refuse_rope_scaling()
-
-    def _read_sizes(self, hp: HParams) -> None:
         self._d_head = hp.integer("kda.head_dim")
         self._n_taps = hp.integer("ssm.conv_kernel", minimum=2)
         self._rank = hp.integer("attention.kv_lora_rank")
@@ -51,6 +42,10 @@ class KimiLinear(Model):
             raise hp.fail("attention.key_length_mla", f"more than {self._d_pe}", d_key)
         if (q_rank := hp.integer("attention.q_lora_rank", 0, minimum=0)) != 0:
             raise hp.fail("attention.q_lora_rank", "none (not implemented)", q_rank)
+        self._n_dense = hp.integer("leading_dense_block_count", 0, minimum=0)
+        self._n_ff = hp.integer("feed_forward_length", 0 if not self._n_dense else None, minimum=0)
+        self._moe = _experts(hp) if self._n_dense < self.n_layers else None
+        hp.refuse_rope_scaling()
 
     def _delta_net(self, i: int) -> DeltaNetShape:
         n, d = self._n_heads[i], self._d_head

@@ -1,8 +1,7 @@
 """Builds graphs: inputs, weights and states by name, the dense feed-forward, and the trunk.
 
 A layer is a function that appends nodes: it takes the hidden rows [T, E] after their norm and
-returns the rows that are added to the residual. Nodes and weights have the names of the GGUF file;
-inside a layer the Builder puts the layer's prefix `blk.<i>.` before them.
+returns what is added to the residual. The Builder puts `blk.<i>.` before a layer's names.
 """
 
 from __future__ import annotations
@@ -10,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
+from typing import Any
 
 from engine.formats.quants import F16, DType
-from engine.graph import Capacity, Dim, Graph, Shape, Tensor
+from engine.graph import Capacity, Dim, Graph, Op, Shape, Tensor
 from engine.models.weights import Weights
 from engine.ops.add_rms_norm import add_rms_norm
-from engine.ops.get_rows import get_rows
+from engine.ops.get_rows import GET_ROWS
 from engine.ops.mul_mat import mul_mat
 from engine.ops.swiglu import swiglu
 
@@ -33,8 +33,7 @@ class BuildOptions:
 class Builder:
     """A graph under construction, seen from the trunk or from one layer.
 
-    `recurrent` and `paged` are the operands that place a batch's sequences in state slots and in
-    cache blocks.
+    `recurrent` and `paged` are the operands that place sequences (see engine.ops.base).
     """
 
     def __init__(self, weights: Weights, options: BuildOptions) -> None:
@@ -59,7 +58,6 @@ class Builder:
         }
 
     def layer(self, i: int) -> Builder:
-        """The same graph, seen from layer i."""
         builder = copy(self)
         builder._prefix = f"blk.{i}."
         return builder
@@ -69,13 +67,16 @@ class Builder:
         return self._prefix + name
 
     def has(self, name: str) -> bool:
-        """Whether the model has a weight."""
         return self.name(name) in self._tensors
 
     def weight(self, name: str) -> Tensor:
-        """A weight of the model."""
         info = self._tensors[self.name(name)]
         return self.graph.weight(self.name(name), info.shape, info.dtype)
+
+    def add(self, op: Op, name: str = "", /, **given: Any) -> tuple[Tensor, ...]:
+        """A node with the operands and attributes `given`, named as its op if not otherwise."""
+        attrs = {key: given.pop(key) for key in op.attrs}
+        return self.graph.add(op, self.name(name or op.name.lower()), given, **attrs)
 
     def mul_mat(
         self,
@@ -91,31 +92,22 @@ class Builder:
 
     def norm(self, name: str, x: Tensor, delta: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
         """An ADD_RMS_NORM node `name`, whose weight has its name: (normalised sum, sum)."""
-        return add_rms_norm(
-            self.graph, self.name(name), x, delta, self.weight(f"{name}.weight"), eps
-        )
+        weight = self.weight(f"{name}.weight")
+        return add_rms_norm(self.graph, self.name(name), x, delta, weight, eps)
 
     def slots(self, name: str, *shape: int) -> Tensor:
-        """A recurrent state of this shape per slot."""
         first = Dim(self.options.capacity.n_slots, "n_slots")
         return self.graph.state(self.name(name), (first, *shape))
 
-    def k_cache(self, n_heads: int, d_head: int) -> Tensor:
-        """A layer's paged keys [n_blocks, n_heads, block_size, d_head], or latents."""
-        return self._cache("k_cache", n_heads, d_head, self.options.type_k)
-
-    def v_cache(self, n_heads: int, d_head: int) -> Tensor:
-        """A layer's paged values, in the same layout."""
-        return self._cache("v_cache", n_heads, d_head, self.options.type_v)
-
-    def _cache(self, name: str, n_heads: int, d_head: int, dtype: DType) -> Tensor:
-        cap = self.options.capacity
+    def cache(self, name: str, n_heads: int, d_head: int) -> Tensor:
+        """A layer's paged rows [n_blocks, n_heads, block_size, d_head]; `k_cache` or `v_cache`."""
+        options, cap = self.options, self.options.capacity
         shape = (Dim(cap.n_blocks, "n_blocks"), n_heads, cap.block_size, d_head)
+        dtype = options.type_k if name == "k_cache" else options.type_v
         return self.graph.state(self.name(name), shape, dtype)
 
 
 def dense_weights(n_embd: int, n_ff: int) -> dict[str, Shape]:
-    """The tensors of a dense feed-forward."""
     return {
         "ffn_gate.weight": (n_ff, n_embd),
         "ffn_up.weight": (n_ff, n_embd),
@@ -124,7 +116,6 @@ def dense_weights(n_embd: int, n_ff: int) -> dict[str, Shape]:
 
 
 def dense_ffn(b: Builder, x: Tensor) -> Tensor:
-    """SwiGLU feed-forward."""
     gate, up = b.mul_mat("ffn_gate_up", x, "ffn_gate", "ffn_up")
     (hidden,) = swiglu(b.graph, b.name("swiglu"), (gate, up))
     return b.mul_mat("ffn_down", hidden)[0]
@@ -136,12 +127,9 @@ Layer = Callable[[Builder, Tensor], Tensor]
 def trunk(
     b: Builder, layers: Sequence[tuple[str, Layer, Layer]], ffn_norm: str, eps: float
 ) -> Graph:
-    """Append the embedding, the layers (kind, mixer, feed-forward) and the head; the whole graph.
-
-    `ffn_norm`: the name of the norm before a layer's feed-forward.
-    """
+    """The graph with the embedding, the layers (kind, mixer, feed-forward) and the head."""
     g = b.graph
-    x = get_rows(g, "token_embd", b.weight("token_embd.weight"), b.tokens)
+    (x,) = b.add(GET_ROWS, "token_embd", table=b.weight("token_embd.weight"), ids=b.tokens)
     delta = None
     for i, (kind, mix, ffn) in enumerate(layers):
         layer = b.layer(i)
@@ -151,7 +139,7 @@ def trunk(
         h, x = layer.norm(ffn_norm, x, delta, eps)
         delta = ffn(layer, h)
     h, _ = b.norm("output_norm", x, delta, eps)
-    rows = get_rows(g, "output_rows", h, b.output_rows)
+    (rows,) = b.add(GET_ROWS, "output_rows", table=h, ids=b.output_rows)
     head = "output" if b.has("output.weight") else "token_embd"
     g.outputs["logits"] = b.mul_mat("output", rows, head)[0]
     return g

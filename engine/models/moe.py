@@ -1,14 +1,12 @@
 """Mixture-of-experts feed-forward: routed experts and a shared one, all SwiGLU."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from engine.graph import Shape, Tensor
 from engine.models.hparams import HParams
 from engine.models.layers import Builder
 from engine.ops.mul_mat_id import mul_mat_id
-from engine.ops.router import Routing, router
+from engine.ops.router import ROUTER, Routing
 from engine.ops.swiglu import swiglu
 
 
@@ -35,8 +33,7 @@ class MoEShape:
             raise hp.fail("expert_used_count", f"at most the {n} of the used groups", n_used)
 
     def weights(self, n_embd: int, fused: bool, gated: bool, biased: bool) -> dict[str, Shape]:
-        """The tensors of a layer: gate and up `fused` or not, a `gated` shared expert, a router
-        `biased` or not."""
+        """The tensors of a layer: gate and up fused, the shared expert gated, the router biased."""
         x, d_ff, d_shared = self.n_experts, self.d_ff, self.d_shared
         shapes: dict[str, Shape] = {
             "ffn_gate_inp.weight": (x, n_embd),
@@ -59,8 +56,7 @@ class MoEShape:
 def moe_shapes(hp: HParams, n_entries: int) -> list[MoEShape]:
     """The experts of every layer of a Qwen hybrid.
 
-    Sizes that are missing follow from `feed_forward_length`: all of it for the shared expert, and
-    its part by `expert_used_count` for a routed one.
+    Missing sizes follow from `feed_forward_length`: all of it, or its part of the used experts.
     """
     n_experts = hp.integer("expert_count")
     n_used = hp.per_layer("expert_used_count", n_entries)
@@ -85,14 +81,13 @@ def moe_ffn(b: Builder, x: Tensor, shape: MoEShape) -> Tensor:
     names = ["ffn_gate_inp", "ffn_gate_shexp", "ffn_up_shexp", *["ffn_gate_inp_shexp"] * gated]
     logits, shared_gate, shared_up, *gate_row = b.mul_mat("ffn_in", x, *names)
     bias = b.weight("exp_probs_b.bias") if b.has("exp_probs_b.bias") else None
-    ids, chosen = router(g, b.name("router"), logits, bias, shape.routing)
-    gate, up = _gate_up(b, x, ids, shape.d_ff)
-    pairs = ((gate, up), (shared_gate, shared_up))
+    ids, chosen = b.add(ROUTER, logits=logits, bias=bias, **vars(shape.routing))
+    pairs = (_gate_up(b, x, ids, shape.d_ff), (shared_gate, shared_up))
     hidden, shared_hidden = swiglu(g, b.name("swiglu"), *pairs)
     down = b.weight("ffn_down_exps.weight")
     (y,) = mul_mat_id(g, b.name("ffn_down_exps"), hidden, ids, down, weights=chosen)
-    shared_gate_row = gate_row[0] if gated else None
-    return b.mul_mat("ffn_down", shared_hidden, "ffn_down_shexp", gate=shared_gate_row, add=y)[0]
+    row = gate_row[0] if gated else None
+    return b.mul_mat("ffn_down", shared_hidden, "ffn_down_shexp", gate=row, add=y)[0]
 
 
 def _gate_up(b: Builder, x: Tensor, ids: Tensor, d_ff: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,5 @@
 """Qwen3.5, dense (`qwen35`)."""
 
-from __future__ import annotations
-
 from engine.graph import Shape
 from engine.models.hparams import HParams
 from engine.models.hybrid import Hybrid

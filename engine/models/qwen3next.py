@@ -1,7 +1,5 @@
 """Qwen3-Next (`qwen3next`)."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from engine.graph import Shape
@@ -24,7 +22,10 @@ class Qwen3Next(MoEHybrid):
         shapes = super()._projections(i)
         return packed | {name: shapes[name] for name in ("attn_qkv.weight", "attn_gate.weight")}
 
-    def _unpack_linear(self, i: int) -> None:
+    def _unpack(self, i: int) -> None:
+        super()._unpack(i)
+        if not self.linear[i]:
+            return
         s, prefix = self.delta_net, f"blk.{i}"
         per_key = s.n_v_heads // s.n_k_heads
         source = f"{prefix}.ssm_ba.weight"

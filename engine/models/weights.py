@@ -1,16 +1,12 @@
 """A model's weights: the tensors that its file must have, and others made of their rows.
 
 Shapes are compared without their ones, since files differ in where they put them. Taking rows of a
-tensor, in any order and under another name, is exact for every stored type: blocks never cross
-rows. So a model has one set of names for every packing of a file.
+tensor is exact for every stored type, so a model has one set of names for every packing of a file.
 """
 
-from __future__ import annotations
-
-import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,23 +21,16 @@ _NAMED = 6
 _LAYER = re.compile(r"blk\.(\d+)\.")
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Some rows of a file's tensor, in some order."""
-
-    source: str
-    index: slice | NDArray[Any]
-
-
 class Weights:
     """The tensors of a file that a model uses, in the shapes that it expects.
 
-    Raises ModelError with everything that is missing, misshapen or unexpected. Tensors of the
-    layers `skipped`, which are for multi-token prediction, are ignored.
+    Raises ModelError with all missing, misshapen or unexpected ones; layers `skipped` may be there.
     """
 
     def __init__(self, file: GGUFFile, expected: Mapping[str, Shape], skipped: range) -> None:
-        self._file, self._rows = file, dict[str, _Rows]()
+        self._file = file
+        # Tensors made of rows: the file's tensor, and which rows of it.
+        self._rows: dict[str, tuple[str, slice | NDArray[Any]]] = {}
         _check(file, expected, skipped)
         self.tensors: dict[str, TensorInfo] = {
             name: replace(file.tensors[name], shape=shape) for name, shape in expected.items()
@@ -54,9 +43,9 @@ class Weights:
     def take_rows(self, name: str, source: str, index: slice | NDArray[Any], shape: Shape) -> None:
         """Make a tensor of rows of another one; a slice of them costs no memory."""
         info = self.tensors[source]
-        nbytes = math.prod(shape[:-1]) * info.dtype.row_bytes(shape[-1])
+        nbytes = info.dtype.nbytes(shape)
         self.tensors[name] = replace(info, name=name, shape=shape, nbytes=nbytes)
-        self._rows[name] = _Rows(source, index)
+        self._rows[name] = source, index
 
     def split(self, source: str, parts: Mapping[str, int]) -> None:
         """Make tensors of consecutive rows of another one; `parts`: name -> rows."""
@@ -69,20 +58,20 @@ class Weights:
         """A tensor's stored bytes, uint8 [nbytes]."""
         if name not in self._rows:
             return self._file.raw(name)
-        rows, info = self._rows[name], self.tensors[name]
-        table = self.raw(rows.source).reshape(-1, info.dtype.row_bytes(info.shape[-1]))
-        return table[rows.index].reshape(-1)
+        (source, index), info = self._rows[name], self.tensors[name]
+        table = self._file.raw(source).reshape(-1, info.dtype.row_bytes(info.shape[-1]))
+        return table[index].reshape(-1)
 
     def release(self, name: str, begin: int = 0, end: int | None = None) -> None:
         """Release the memory pages of a tensor's bytes begin … end - 1; they can be read again."""
         if name not in self._rows:
             return self._file.release(name, begin, end)
-        rows, info = self._rows[name], self.tensors[name]
-        if not isinstance(rows.index, slice):
-            return self._file.release(rows.source)
-        first = rows.index.start * info.dtype.row_bytes(info.shape[-1])
+        (source, index), info = self._rows[name], self.tensors[name]
+        if not isinstance(index, slice):
+            return self._file.release(source)
+        first = index.start * info.dtype.row_bytes(info.shape[-1])
         stop = first + (info.nbytes if end is None else end)
-        return self._file.release(rows.source, first + begin, stop)
+        return self._file.release(source, first + begin, stop)
 
 
 def _check(file: GGUFFile, expected: Mapping[str, Shape], skipped: range) -> None:

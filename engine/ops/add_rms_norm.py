@@ -3,8 +3,6 @@
 s = x + delta;  y = s / sqrt(mean(s²) + eps) · weight
 """
 
-from __future__ import annotations
-
 from engine.formats.quants import F32
 from engine.graph import Attrs, Graph, Inputs, Op, Out, Tensor, match_shapes
 from engine.ops.base import Array, elementwise_cost, require_contiguous_rows, rms_norm

@@ -2,25 +2,21 @@
 
     out = softmax(q · Kᵀ · scale) V, times sigmoid(gate) where there is a gate
 
-Row t attends to positions 0 … positions[t] of its sequence. Earlier nodes of the step have written
-them to the cache. Query head h reads key head h div (H / Hkv).
+q [T, H, D], k_cache [n_blocks, Hkv, block_size, D], v_cache [… Dv], gate [T, H, Dv] (its heads may
+be strided), PAGED -> [T, H, Dv]. Row t attends to positions 0 … positions[t] of its sequence, which
+earlier nodes have written to the cache. Query head h reads key head h div (H / Hkv).
 """
-
-from __future__ import annotations
-
-from collections.abc import Mapping
 
 import numpy as np
 
 from engine.formats.quants import F32
-from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor, match_shapes
+from engine.graph import Attrs, Cost, Inputs, Live, Node, Op, Out
 from engine.ops.base import (
     PAGED,
     Array,
     bytes_moved,
-    check_seq_starts,
     expect,
-    paged_index,
+    match_placed,
     require_contiguous_rows,
     sigmoid,
     spans,
@@ -29,30 +25,29 @@ from engine.ops.base import (
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
     patterns = {"q": "T H D", "k_cache": "N Hkv B D", "v_cache": "N Hkv B Dv", "gate": "T H Dv"}
-    dims = match_shapes(inputs, **patterns, **PAGED)
+    dims = match_placed(inputs, PAGED, **patterns)
     require_contiguous_rows(inputs, "gate", from_axis=2)
     require_contiguous_rows(inputs, "q")
-    check_seq_starts(dims)
     expect(dims.H % dims.Hkv == 0, "operand q", f"a multiple of {dims.Hkv} heads", dims.H)
     return [((dims.T, dims.H, dims.Dv), F32)]
 
 
-def _reference(  # noqa: PLR0913
+def _reference(
     q: Array,
     k_cache: Array,
     v_cache: Array,
-    positions: Array,
-    seq_starts: Array,
-    block_tables: Array,
     gate: Array | None = None,
     *,
     scale: float,
+    **paged: Array,
 ) -> tuple[Array]:
+    positions, seq_starts, block_tables = (paged[name] for name in PAGED)
     n_kv_heads, block_size = k_cache.shape[1:3]
     out = np.empty((*q.shape[:2], v_cache.shape[3]), q.dtype)
     for s, rows in spans(seq_starts):
         cached = np.arange(positions[rows].max() + 1)
-        block, row = paged_index(block_tables[s], cached, block_size)
+        block, row = np.divmod(cached, block_size)
+        block = block_tables[s, block]
         keys = k_cache[block, :, row].astype(q.dtype)  # [n_kv, Hkv, D]
         values = v_cache[block, :, row].astype(q.dtype)
         visible = cached <= positions[rows, np.newaxis]
@@ -84,22 +79,3 @@ ATTENTION = Op(
     attrs=("scale",),
     optional=("gate",),
 )
-
-
-def attention(
-    graph: Graph,
-    name: str,
-    q: Tensor,
-    caches: tuple[Tensor, Tensor],
-    gate: Tensor | None,
-    batch: Mapping[str, Tensor],
-    *,
-    scale: float,
-) -> Tensor:
-    """q [T, H, D], caches k [n_blocks, Hkv, block_size, D] and v [… Dv] -> [T, H, Dv].
-
-    `gate` [T, H, Dv] before its sigmoid (heads may be strided), or None.
-    `batch`: positions [T], seq_starts [S + 1], block_tables [S, max_blocks].
-    """
-    operands = {"q": q, "k_cache": caches[0], "v_cache": caches[1], **batch, "gate": gate}
-    return graph.add(ATTENTION, name, operands, scale=scale)[0]

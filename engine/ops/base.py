@@ -1,35 +1,25 @@
 """Shared by the ops: activation functions, ragged sequences, paged rows, shape checks, costs.
 
-Sequence s of a batch has the rows seq_starts[s] … seq_starts[s + 1] - 1; it may have none.
-
-- Its recurrent state starts as slot `state_src[s]` (-1: zeros) and is written to slot
-  `state_dst[s]` (-1: not written).
-- Per-token states: of its n tokens, slot `snapshot_dst[s, j]` (j < K) gets the state after token
-  n - K + j. It gets nothing if it is -1, or if that token is before the batch.
-- No sequence reads or writes a slot that another one writes.
+Sequence s of a batch has the rows seq_starts[s] … seq_starts[s + 1] - 1; it may have none. Its
+recurrent state starts as slot `state_src[s]` (-1: zeros) and is written to slot `state_dst[s]`
+(-1: not written). Of its n tokens, slot `snapshot_dst[s, j]` (j < K) gets the state after token
+n - K + j, if neither the slot nor that is negative. No sequence uses a slot that another writes.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.graph import Cost, Dims, Inputs, Kind, Live, Node, ShapeError, Tensor
+from engine.graph import Cost, Dims, Inputs, Kind, Live, Node, ShapeError, Tensor, match_shapes
 
 Array = NDArray[Any]
 
 # Operands that place a batch's sequences in state slots, and in cache blocks, with their shapes.
-RECURRENT = {
-    "seq_starts": "S1",
-    "state_src": "S",
-    "state_dst": "S",
-    "snapshot_dst": "S n_snapshots",
-}
+RECURRENT = {"seq_starts": "S1", "state_src": "S", "state_dst": "S", "snapshot_dst": "S K"}
 PAGED = {"positions": "T", "seq_starts": "S1", "block_tables": "S M"}
 
 
@@ -39,7 +29,6 @@ def sigmoid(x: Array) -> Array:
 
 
 def silu(x: Array) -> Array:
-    """x · sigmoid(x)."""
     return x * sigmoid(x)
 
 
@@ -49,7 +38,6 @@ def softplus(x: Array) -> Array:
 
 
 def rms_norm(x: Array, eps: float) -> Array:
-    """x / sqrt(mean(x²) + eps) over the last axis."""
     return np.asarray(x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + eps))
 
 
@@ -59,9 +47,11 @@ def expect(fits: bool, what: str, expected: str, got: object) -> None:
         raise ShapeError(f"{what}: expected {expected}, got {got}")
 
 
-def check_seq_starts(dims: Dims) -> None:
-    """Raise ShapeError unless there is one more start (S1) than sequences (S)."""
+def match_placed(inputs: Inputs, placed: Mapping[str, str], **patterns: str) -> Dims:
+    """`match_shapes`, with the operands of RECURRENT or PAGED."""
+    dims = match_shapes(inputs, **patterns, **placed)
     expect(dims.S1 == dims.S + 1, "operand seq_starts", f"[{dims.S + 1}]", [int(dims.S1)])
+    return dims
 
 
 def require_contiguous_rows(inputs: Inputs, *operands: str, from_axis: int = 1) -> None:
@@ -82,21 +72,21 @@ def spans(seq_starts: Array) -> Iterator[tuple[int, slice]]:
 
 
 def initial_state(state: Array, slot: int, dtype: Any) -> Array:
-    """A copy of a slot's state, or zeros for slot -1."""
     if slot < 0:
         return np.zeros(state.shape[1:], dtype)
     return np.asarray(state[slot], dtype).copy()
 
 
-def paged_index(block_table: Array, positions: Array, block_size: int) -> tuple[Array, Array]:
-    """(block, row in the block) of a sequence's positions."""
-    return block_table[positions // block_size], positions % block_size
+def write_rows(cache: Array, rows: Array, placed: Mapping[str, Array]) -> None:
+    """Write each token's row [T, H, D] at its position of the cache; `placed`: PAGED."""
+    for s, span in spans(placed["seq_starts"]):
+        block, row = np.divmod(placed["positions"][span], cache.shape[2])
+        cache[placed["block_tables"][s, block], :, row] = rows[span]
 
 
 def live_bytes(tensor: Tensor, live: Live) -> int:
     """Bytes of a tensor's live part; a weight's are its bytes in the file."""
-    shape = live.shape(tensor.shape)
-    return math.prod(shape[:-1]) * tensor.dtype.row_bytes(shape[-1])
+    return tensor.dtype.nbytes(live.shape(tensor.shape))
 
 
 def bytes_moved(node: Node, live: Live) -> int:
@@ -117,4 +107,9 @@ def elementwise_cost(flops: int) -> Any:
 
 def state_bytes(state: Tensor, live: Live) -> int:
     """Bytes of the live sequences' states, each read once and written once."""
-    return 2 * live.n_seqs * math.prod(state.shape[1:]) * state.dtype.row_bytes(1)
+    return 2 * live.n_seqs * state.dtype.nbytes(state.shape[1:])
+
+
+def written_bytes(cache: Tensor, live: Live) -> int:
+    """Bytes that the batch's tokens write to a cache."""
+    return live.n_tokens * cache.shape[1] * cache.dtype.row_bytes(cache.shape[3])

@@ -4,28 +4,29 @@ Per sequence and value head, for each token, with a state S [Dk, Dv]:
 
     S <- diag(exp(g)) S;  d <- beta (v - Sᵀk);  S <- S + k dᵀ;  o <- Sᵀq · scale
 
+q, k [T, Hk, Dk] (L2-normalised), v [T, Hv, Dv], g [T, Hv(, Dk)], beta [T, Hv], state [n_slots, Hv,
+Dv, Dk] f32, RECURRENT -> o [T, Hv, Dv]. `head_map`: value head h reads key head h mod Hk ("tiled")
+or h div (Hv / Hk) ("grouped").
+
 Two algorithms give the same result: `scan` goes token by token and is the definition; `chunk` turns
 delta-rule chunks of 64 tokens (KDA: 16) into matrix products (Yang et al., "Gated Delta Networks",
 arXiv:2412.06464; its per-row form is Kimi Delta Attention, arXiv:2510.26692). Exponents are
 differences of cumulated decays and never positive, so strong gates underflow to exact zeros.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Mapping
 
 import numpy as np
 
 from engine.formats.quants import F32
-from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor, match_shapes
+from engine.graph import Attrs, Cost, Inputs, Live, Node, Op, Out
 from engine.ops.base import (
     RECURRENT,
     Array,
     bytes_moved,
-    check_seq_starts,
     expect,
     initial_state,
+    match_placed,
     require_contiguous_rows,
     spans,
     state_bytes,
@@ -42,35 +43,22 @@ _AUTO_CHUNK_FROM = 16
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
     gates = {"g": "T Hv Dk" if len(inputs["g"].shape) == 3 else "T Hv", "beta": "T Hv"}
     patterns = {"q": "T Hk Dk", "k": "T Hk Dk", "v": "T Hv Dv", **gates, "state": "N Hv Dv Dk"}
-    dims = match_shapes(inputs, **patterns, **RECURRENT)
-    check_seq_starts(dims)
+    dims = match_placed(inputs, RECURRENT, **patterns)
     require_contiguous_rows(inputs, "q", "k", "v", "g", "beta")
     expect(dims.Hv % dims.Hk == 0, "operand v", f"a multiple of {dims.Hk} heads", dims.Hv)
     return [((dims.T, dims.Hv, dims.Dv), F32)]
 
 
 def key_heads(n_k_heads: int, n_v_heads: int, head_map: str) -> Array:
-    """The key head that each value head reads."""
     heads = np.arange(n_v_heads)
     return heads % n_k_heads if head_map == "tiled" else heads // (n_v_heads // n_k_heads)
 
 
-def _reference(  # noqa: PLR0913
-    q: Array,
-    k: Array,
-    v: Array,
-    g: Array,
-    beta: Array,
-    state: Array,
-    seq_starts: Array,
-    state_src: Array,
-    state_dst: Array,
-    snapshot_dst: Array,
-    *,
-    head_map: str,
-    scale: float,
-    algorithm: str,
+def _reference(
+    state: Array, *, head_map: str, scale: float, algorithm: str, **others: Array
 ) -> tuple[Array]:
+    q, k, v, g, beta = (others[name] for name in ("q", "k", "v", "g", "beta"))
+    seq_starts, state_src, state_dst, snapshot_dst = (others[name] for name in RECURRENT)
     heads = key_heads(q.shape[1], v.shape[1], head_map)
     out, n_snapshots = np.empty_like(v), snapshot_dst.shape[1]
     for s, rows in spans(seq_starts):
@@ -78,9 +66,8 @@ def _reference(  # noqa: PLR0913
         # Head-major operands of this sequence: [Hv, n, …].
         operands = [np.moveaxis(x[rows], 1, 0) for x in (q[:, heads], k[:, heads], v, g, beta)]
         carried = initial_state(state, state_src[s], v.dtype)  # [Hv, Dv, Dk]
-        run = _scan if algorithm == "scan" else _chunk
-        if algorithm == "auto" and n < _AUTO_CHUNK_FROM:
-            run = _scan
+        scans = algorithm == "scan" or (algorithm == "auto" and n < _AUTO_CHUNK_FROM)
+        run = _scan if scans else _chunk
         # A chunk has no per-token states, so the tokens whose states are kept are scanned.
         first = max(0, n - n_snapshots)
         result = np.empty((v.shape[1], n, v.shape[2]), v.dtype)
@@ -138,23 +125,22 @@ def _chunk(state: Array, operands: list[Array], out: Array) -> Array:
 
 def _decayed_products(q: Array, k: Array, cumulated: Array) -> tuple[Array, Array]:
     """k kᵀ and q kᵀ of a chunk, [H, C, C]: pair (i, j) decayed from j to i, zeros for j > i."""
+    exponent = cumulated[:, :, np.newaxis] - cumulated[:, np.newaxis]  # [H, C, C(, Dk)]
     lower = np.tri(k.shape[1], dtype=bool)
+    if cumulated.ndim == 3:
+        lower = lower[..., np.newaxis]
+    decay = np.exp(np.where(lower, exponent, -np.inf)).astype(k.dtype)
     if cumulated.ndim == 2:
-        exponent = cumulated[:, :, np.newaxis] - cumulated[:, np.newaxis]
-        decay = np.exp(np.where(lower, exponent, -np.inf)).astype(k.dtype)
         keys = np.swapaxes(k, 1, 2)
         return k @ keys * decay, q @ keys * decay
-    exponent = cumulated[:, :, np.newaxis] - cumulated[:, np.newaxis]  # [H, C, C, Dk]
-    decay = np.exp(np.where(lower[..., np.newaxis], exponent, -np.inf)).astype(k.dtype)
-    products = (np.einsum("hid,hijd,hjd->hij", x, decay, k, optimize=True) for x in (k, q))
-    kk, qk = products
+    kk, qk = (np.einsum("hid,hijd,hjd->hij", x, decay, k, optimize=True) for x in (k, q))
     return kk, qk
 
 
 def _cost(node: Node, live: Live) -> Cost:
-    dims = node.inputs["state"].shape
-    flops = live.n_tokens * 7 * math.prod(dims[1:])
-    return Cost(flops, bytes_moved(node, live) + state_bytes(node.inputs["state"], live))
+    state = node.inputs["state"]
+    flops = live.n_tokens * 7 * math.prod(state.shape[1:])
+    return Cost(flops, bytes_moved(node, live) + state_bytes(state, live))
 
 
 GATED_DELTA_NET = Op(
@@ -167,24 +153,3 @@ GATED_DELTA_NET = Op(
     choices={"head_map": HEAD_MAPS, "algorithm": ALGORITHMS},
     writes=("state",),
 )
-
-
-def gated_delta_net(
-    graph: Graph,
-    name: str,
-    operands: Mapping[str, Tensor],
-    *,
-    head_map: str,
-    algorithm: str = "auto",
-) -> Tensor:
-    """Returns the rows o [T, Hv, Dv]. Operands:
-
-    q, k [T, Hk, Dk] (L2-normalised), v [T, Hv, Dv], g [T, Hv(, Dk)], beta [T, Hv],
-    state [n_slots, Hv, Dv, Dk] f32, written,
-    seq_starts, state_src, state_dst, snapshot_dst (see engine.ops.base).
-
-    `head_map`: value head h reads key head h mod Hk ("tiled") or h div (Hv / Hk) ("grouped").
-    """
-    scale = operands["q"].shape[-1] ** -0.5
-    attrs = {"head_map": head_map, "scale": scale, "algorithm": algorithm}
-    return graph.add(GATED_DELTA_NET, name, operands, **attrs)[0]

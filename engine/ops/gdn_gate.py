@@ -2,15 +2,14 @@
 
     g = a · softplus(alpha + dt)      beta' = sigmoid(beta)
 
-`a` is -exp(A_log), one per head; g is a log decay per head (GDA) or per head and key row (KDA).
+alpha [T, H(, Dk)], beta [T, H], a [H], dt [H(, Dk)] -> g, beta'. `a` is -exp(A_log); g is a log
+decay per head (GDA) or per head and key row (KDA).
 """
-
-from __future__ import annotations
 
 import numpy as np
 
 from engine.formats.quants import F32
-from engine.graph import Attrs, Graph, Inputs, Op, Out, Tensor, match_shapes
+from engine.graph import Attrs, Inputs, Op, Out, match_shapes
 from engine.ops.base import Array, elementwise_cost, require_contiguous_rows, sigmoid, softplus
 
 
@@ -29,11 +28,3 @@ def _reference(alpha: Array, beta: Array, a: Array, dt: Array) -> tuple[Array, A
 GDN_GATE = Op(
     "GDN_GATE", ("alpha", "beta", "a", "dt"), _infer, _reference, elementwise_cost(8), n_outputs=2
 )
-
-
-def gdn_gate(
-    graph: Graph, name: str, alpha: Tensor, beta: Tensor, a: Tensor, dt: Tensor
-) -> tuple[Tensor, Tensor]:
-    """alpha [T, H] or [T, H, Dk], beta [T, H], a [H], dt [H] or [H, Dk] -> (g, beta')."""
-    g, step = graph.add(GDN_GATE, name, {"alpha": alpha, "beta": beta, "a": a, "dt": dt})
-    return g, step

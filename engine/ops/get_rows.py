@@ -1,9 +1,7 @@
-"""GET_ROWS: rows of a table by index; the token embedding, and the rows that need logits."""
-
-from __future__ import annotations
+"""GET_ROWS: table [N, E], ids [R] i32 -> its rows [R, E]; the embedding, rows that need logits."""
 
 from engine.formats.quants import F32
-from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor, match_shapes
+from engine.graph import Attrs, Cost, Inputs, Live, Node, Op, Out, match_shapes
 from engine.ops.base import Array, live_bytes, require_contiguous_rows
 
 
@@ -25,8 +23,3 @@ def _cost(node: Node, live: Live) -> Cost:
 
 
 GET_ROWS = Op("GET_ROWS", ("table", "ids"), _infer, _reference, _cost)
-
-
-def get_rows(graph: Graph, name: str, table: Tensor, ids: Tensor) -> Tensor:
-    """table [N, E] (weight or activation), ids [R] i32 -> [R, E] f32."""
-    return graph.add(GET_ROWS, name, {"table": table, "ids": ids})[0]

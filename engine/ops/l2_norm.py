@@ -1,14 +1,12 @@
-"""L2_NORM: x / sqrt(Σx² + eps) per head; queries and keys of the delta rule.
+"""L2_NORM: x / sqrt(Σx² + eps) per head of x [T, H, D]; queries and keys.
 
 The additive form, as transformers and flash-linear-attention have it.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from engine.formats.quants import F32
-from engine.graph import Attrs, Graph, Inputs, Op, Out, Tensor, match_shapes
+from engine.graph import Attrs, Inputs, Op, Out, match_shapes
 from engine.ops.base import Array, elementwise_cost, require_contiguous_rows
 
 
@@ -23,8 +21,3 @@ def _reference(x: Array, *, eps: float) -> tuple[Array]:
 
 
 L2_NORM = Op("L2_NORM", ("x",), _infer, _reference, elementwise_cost(3), attrs=("eps",))
-
-
-def l2_norm(graph: Graph, name: str, x: Tensor, eps: float) -> Tensor:
-    """x [T, H, D] -> [T, H, D]."""
-    return graph.add(L2_NORM, name, {"x": x}, eps=eps)[0]

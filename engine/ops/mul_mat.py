@@ -6,8 +6,6 @@ weight may gate its product per token and add something to it:
     y = add + sigmoid(gate) · (x · wᵀ)
 """
 
-from __future__ import annotations
-
 import math
 
 from engine.formats.quants import F32

@@ -3,17 +3,16 @@
     y[t, h] = w[h] · x[t, h]                      w [H, out, in]
     y[t, h] = w[h]ᵀ · x[t, h]                     with transposed: w [H, in, out]
 
-A `tail` [T, H, P] is appended to each row as it is: the part of a query that isn't projected.
+x [T, H, in], tail [T, H, P] or none (their heads may be strided) -> [T, H, out (+ P)]. The tail is
+appended to each row as it is: the part of a query that isn't projected.
 """
-
-from __future__ import annotations
 
 import math
 
 import numpy as np
 
 from engine.formats.quants import F32
-from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor, match_shapes
+from engine.graph import Attrs, Cost, Inputs, Live, Node, Op, Out, match_shapes
 from engine.ops.base import Array, bytes_moved, require_contiguous_rows
 
 
@@ -46,17 +45,3 @@ MUL_MAT_HEADS = Op(
     attrs=("transposed",),
     optional=("tail",),
 )
-
-
-def mul_mat_heads(
-    graph: Graph,
-    name: str,
-    x: Tensor,
-    weight: Tensor,
-    tail: Tensor | None = None,
-    transposed: bool = False,
-) -> Tensor:
-    """x [T, H, in], weight [H, out, in] ([H, in, out] if transposed), tail [T, H, P] or None
-    -> [T, H, out (+ P)]. The heads of x and tail may be strided."""
-    operands = {"x": x, "weight": weight, "tail": tail}
-    return graph.add(MUL_MAT_HEADS, name, operands, transposed=transposed)[0]

@@ -8,8 +8,6 @@ The routing is known only when the node runs, so shapes don't depend on it: ever
 every row.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

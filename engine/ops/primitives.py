@@ -4,8 +4,6 @@ They cross-check GATED_DELTA_NET, and show in `graph` what one fused node replac
 number of axes; binary ops broadcast as numpy does.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

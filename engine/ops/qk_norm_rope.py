@@ -1,47 +1,38 @@
 """QK_NORM_ROPE: RMS norm and rotary embedding of queries and keys; keys and values go to the cache.
 
+q [T, H, D] (its heads may be strided), k, v [T, Hkv, D], q_norm, k_norm [D], k_cache, v_cache
+[n_blocks, Hkv, block_size, D], PAGED -> the rotated q.
+
 Rotation in NeoX halves: for i < n_rot / 2 the pair (i, i + n_rot / 2) turns by
 position · base^(-2i / n_rot); the rest of the head passes through. Text has the same position on
 every axis of Qwen3.5's interleaved M-RoPE, which is therefore this (as transformers computes it).
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Mapping
 
 import numpy as np
 
 from engine.formats.quants import F32
-from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor, match_shapes
+from engine.graph import Attrs, Cost, Inputs, Live, Node, Op, Out
 from engine.ops.base import (
     PAGED,
     Array,
     bytes_moved,
-    check_seq_starts,
     expect,
-    paged_index,
+    match_placed,
     require_contiguous_rows,
     rms_norm,
-    spans,
+    write_rows,
+    written_bytes,
 )
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
-    dims = match_shapes(
-        inputs,
-        q="T H D",
-        k="T Hkv D",
-        v="T Hkv D",
-        q_norm="D",
-        k_norm="D",
-        k_cache="N Hkv B D",
-        v_cache="N Hkv B D",
-        **PAGED,
-    )
+    patterns = {"q": "T H D", "k": "T Hkv D", "v": "T Hkv D", "q_norm": "D", "k_norm": "D"}
+    patterns |= {"k_cache": "N Hkv B D", "v_cache": "N Hkv B D"}
+    dims = match_placed(inputs, PAGED, **patterns)
     require_contiguous_rows(inputs, "k", "v")
     require_contiguous_rows(inputs, "q", from_axis=2)
-    check_seq_starts(dims)
     n_rot, wanted = attrs["n_rot"], f"an even number up to {dims.D}"
     expect(n_rot % 2 == 0 and 0 <= n_rot <= dims.D, "attribute n_rot", wanted, n_rot)
     return [((dims.T, dims.H, dims.D), F32)]
@@ -58,35 +49,21 @@ def rotate(x: Array, positions: Array, n_rot: int, base: float) -> Array:
     return np.concatenate(turned, axis=-1)
 
 
-def _reference(  # noqa: PLR0913
-    q: Array,
-    k: Array,
-    v: Array,
-    q_norm: Array,
-    k_norm: Array,
-    positions: Array,
-    k_cache: Array,
-    v_cache: Array,
-    seq_starts: Array,
-    block_tables: Array,
-    *,
-    eps: float,
-    n_rot: int,
-    rope_base: float,
-) -> tuple[Array]:
-    turned = rotate(rms_norm(k, eps) * k_norm, positions, n_rot, rope_base)
-    for s, rows in spans(seq_starts):
-        block, row = paged_index(block_tables[s], positions[rows], k_cache.shape[2])
-        k_cache[block, :, row] = turned[rows]
-        v_cache[block, :, row] = v[rows]
-    return (rotate(rms_norm(q, eps) * q_norm, positions, n_rot, rope_base),)
+def _reference(*, eps: float, n_rot: int, rope_base: float, **operands: Array) -> tuple[Array]:
+    positions, made = operands["positions"], []
+    for name in ("q", "k"):
+        normed = rms_norm(operands[name], eps) * operands[f"{name}_norm"]
+        made.append(rotate(normed, positions, n_rot, rope_base))
+    q, k = made
+    write_rows(operands["k_cache"], k, operands)
+    write_rows(operands["v_cache"], operands["v"], operands)
+    return (q,)
 
 
 def _cost(node: Node, live: Live) -> Cost:
     elems = sum(math.prod(live.shape(node.inputs[x].shape)) for x in ("q", "k"))
-    cache = node.inputs["k_cache"]
-    row_bytes = cache.shape[1] * cache.dtype.row_bytes(cache.shape[3])
-    return Cost(10 * elems, bytes_moved(node, live) + 2 * live.n_tokens * row_bytes)
+    written = 2 * written_bytes(node.inputs["k_cache"], live)
+    return Cost(10 * elems, bytes_moved(node, live) + written)
 
 
 QK_NORM_ROPE = Op(
@@ -98,21 +75,3 @@ QK_NORM_ROPE = Op(
     attrs=("eps", "n_rot", "rope_base"),
     writes=("k_cache", "v_cache"),
 )
-
-
-def qk_norm_rope(
-    graph: Graph,
-    name: str,
-    operands: Mapping[str, Tensor],
-    *,
-    eps: float,
-    n_rot: int,
-    rope_base: float,
-) -> Tensor:
-    """Returns the rotated q [T, H, D]; the rotated k and v go to the caches. Operands:
-
-    q [T, H, D] (heads may be strided), k, v [T, Hkv, D], q_norm, k_norm [D],
-    k_cache, v_cache [n_blocks, Hkv, block_size, D] f32 or f16, written,
-    positions [T], seq_starts [S + 1], block_tables [S, max_blocks].
-    """
-    return graph.add(QK_NORM_ROPE, name, operands, eps=eps, n_rot=n_rot, rope_base=rope_base)[0]

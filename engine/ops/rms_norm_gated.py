@@ -1,9 +1,10 @@
-"""RMS_NORM_GATED: the delta net's output norm, rms(x) · weight · act(gate) per head."""
+"""RMS_NORM_GATED: the delta net's output norm, rms(x) · weight · act(gate) per head.
 
-from __future__ import annotations
+x, gate [T, H, D], weight [D] -> [T, H, D].
+"""
 
 from engine.formats.quants import F32
-from engine.graph import Attrs, Graph, Inputs, Op, Out, Tensor, match_shapes
+from engine.graph import Attrs, Inputs, Op, Out, match_shapes
 from engine.ops.base import (
     Array,
     elementwise_cost,
@@ -35,11 +36,3 @@ RMS_NORM_GATED = Op(
     attrs=("eps", "act"),
     choices={"act": tuple(_ACTIVATIONS)},
 )
-
-
-def rms_norm_gated(
-    graph: Graph, name: str, x: Tensor, gate: Tensor, weight: Tensor, eps: float, act: str
-) -> Tensor:
-    """x, gate [T, H, D], weight [D], act "silu" or "sigmoid" -> [T, H, D]."""
-    inputs = {"x": x, "gate": gate, "weight": weight}
-    return graph.add(RMS_NORM_GATED, name, inputs, eps=eps, act=act)[0]

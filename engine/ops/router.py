@@ -3,19 +3,20 @@
     p = softmax(logits), or sigmoid(logits);  ids = the n_used highest of p + bias, falling
     weights = p[ids] / (Σ p[ids] + eps) · scale
 
+logits [T, X], bias [X] or none -> ids [T, n_used] i32, weights [T, n_used].
+
 The bias only takes part in the choice. With groups, only experts of the `n_groups_used` best groups
 can be chosen; a group is as good as the sum of its two best experts. Ties go to the lower index. A
 token's experts don't depend on the rest of the batch.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from engine.formats.quants import F32, I32
-from engine.graph import Attrs, Graph, Inputs, Op, Out, ShapeError, Tensor, match_shapes
+from engine.graph import Attrs, Inputs, Op, Out, ShapeError, match_shapes
 from engine.ops.base import Array, elementwise_cost, expect, require_contiguous_rows, sigmoid
 
 
@@ -41,27 +42,19 @@ def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
     return [((dims.T, n_used), I32), ((dims.T, n_used), F32)]
 
 
-def _reference(
-    logits: Array,
-    bias: Array | None = None,
-    *,
-    n_used: int,
-    gating: str,
-    scale: float,
-    eps: float,
-    groups: tuple[int, int],
-) -> tuple[Array, Array]:
-    if gating == "softmax":
+def _reference(logits: Array, bias: Array | None = None, **attrs: Any) -> tuple[Array, Array]:
+    routing = Routing(**attrs)
+    if routing.gating == "softmax":
         p = np.exp(logits - logits.max(axis=1, keepdims=True))
         p /= p.sum(axis=1, keepdims=True)
     else:
         p = sigmoid(logits)
     chosen_by = p if bias is None else p + bias
-    if groups[0] > 1:
-        chosen_by = _in_best_groups(chosen_by, *groups)
-    ids = np.argsort(-chosen_by, axis=1, kind="stable")[:, :n_used]
+    if routing.groups[0] > 1:
+        chosen_by = _in_best_groups(chosen_by, *routing.groups)
+    ids = np.argsort(-chosen_by, axis=1, kind="stable")[:, : routing.n_used]
     picked = np.take_along_axis(p, ids, axis=1)
-    return ids, picked / (picked.sum(axis=1, keepdims=True) + eps) * scale
+    return ids, picked / (picked.sum(axis=1, keepdims=True) + routing.eps) * routing.scale
 
 
 def _in_best_groups(scores: Array, n_groups: int, n_used: int) -> Array:
@@ -85,11 +78,3 @@ ROUTER = Op(
     choices={"gating": ("softmax", "sigmoid")},
     optional=("bias",),
 )
-
-
-def router(
-    graph: Graph, name: str, logits: Tensor, bias: Tensor | None, routing: Routing
-) -> tuple[Tensor, Tensor]:
-    """logits [T, X], bias [X] or None -> expert ids [T, n_used] i32, weights [T, n_used]."""
-    ids, weights = graph.add(ROUTER, name, {"logits": logits, "bias": bias}, **vars(routing))
-    return ids, weights

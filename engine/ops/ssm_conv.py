@@ -2,25 +2,24 @@
 
     out[t, c] = silu(Σ_j weight[c, j] · x[t - K + 1 + j, c])
 
-Inputs from before the batch come from the state: the last K - 1 rows, before SiLU. The channels may
-come in several parts, each with its weight; state and output have them side by side.
+x [T, C], weight [C, K], state [n_slots, K - 1, C] f32, RECURRENT -> [T, C]. Inputs from before the
+batch come from the state: the last K - 1 rows, before SiLU. The channels may come in several parts
+(x1 and weight1, …); state and output have them side by side.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from engine.formats.quants import F32
-from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor, match_shapes
+from engine.graph import Attrs, Cost, Inputs, Live, Node, Op, Out, match_shapes
 from engine.ops.base import (
     RECURRENT,
     Array,
     bytes_moved,
-    check_seq_starts,
     initial_state,
+    match_placed,
     require_contiguous_rows,
     silu,
     spans,
@@ -41,21 +40,15 @@ def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
         require_contiguous_rows(inputs, x)
         n_channels += part.C
     match_shapes(inputs, {"C": n_channels, "K1": dims.K - 1}, state="N K1 C")
-    check_seq_starts(match_shapes(inputs, **RECURRENT))
+    match_placed(inputs, RECURRENT)
     return [((dims.T, n_channels), F32)]
 
 
-def _reference(
-    state: Array,
-    seq_starts: Array,
-    state_src: Array,
-    state_dst: Array,
-    snapshot_dst: Array,
-    **parts: Array,
-) -> tuple[Array]:
-    names = _parts(parts)
-    x = np.concatenate([parts[name] for name, _ in names], axis=1)
-    weight = np.concatenate([parts[name] for _, name in names])
+def _reference(state: Array, **others: Array) -> tuple[Array]:
+    seq_starts, state_src, state_dst, snapshot_dst = (others[name] for name in RECURRENT)
+    parts = _parts(others)
+    x = np.concatenate([others[name] for name, _ in parts], axis=1)
+    weight = np.concatenate([others[name] for _, name in parts])
     out = np.empty_like(x)
     n_taps, n_snapshots = weight.shape[1], snapshot_dst.shape[1]
     for s, rows in spans(seq_starts):
@@ -88,19 +81,3 @@ SSM_CONV = Op(
     optional=("x1", "weight1", "x2", "weight2"),
     writes=("state",),
 )
-
-
-def ssm_conv(
-    graph: Graph,
-    name: str,
-    parts: Sequence[tuple[Tensor, Tensor]],
-    state: Tensor,
-    batch: Mapping[str, Tensor],
-) -> Tensor:
-    """Parts (x [T, C_i], weight [C_i, K]), state [n_slots, K - 1, Σ C_i] f32 -> [T, Σ C_i].
-
-    `batch`: seq_starts, state_src, state_dst, snapshot_dst (see engine.ops.base).
-    """
-    operands = {f"x{i or ''}": x for i, (x, _) in enumerate(parts)}
-    operands |= {f"weight{i or ''}": weight for i, (_, weight) in enumerate(parts)}
-    return graph.add(SSM_CONV, name, {**operands, "state": state, **batch})[0]

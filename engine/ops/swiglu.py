@@ -3,8 +3,6 @@
 A node may take several pairs (the routed experts' and the shared expert's), one output each.
 """
 
-from __future__ import annotations
-
 from engine.formats.quants import F32
 from engine.graph import Attrs, Graph, Inputs, Op, Out, Tensor
 from engine.ops.base import Array, elementwise_cost, expect, require_contiguous_rows, silu

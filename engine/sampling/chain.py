@@ -4,8 +4,6 @@ Names, order and defaults are llama.cpp's: logit bias, then the samplers of step
 token is sampled by probability. With mirostat 2, temperature and mirostat take the samplers' place.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections import deque
@@ -60,7 +58,10 @@ class Sampler:
     def sample(self, logits: NDArray[np.float32]) -> int:
         """Sample a token from logits [n_vocab]; SamplingError if no token can be sampled."""
         if self._is_greedy:
-            return self._highest(logits)
+            allowed = logits.copy()
+            allowed[self._biased] = -math.inf
+            _check_finite(allowed.max())
+            return int(allowed.argmax())
         if self._buffer.shape != logits.shape:
             self._buffer = np.empty(logits.shape)
         values = self._buffer
@@ -69,7 +70,11 @@ class Sampler:
         _check_finite(values.max())
         try:
             with np.errstate(over="raise", invalid="raise"):
-                c = self._remaining(Candidates(_all_ids(len(values)), values))
+                c = Candidates(_all_ids(len(values)), values)
+                for name in self._active:
+                    c = SAMPLERS[name].apply(c, self._params, self._context)
+                if self._params.mirostat:
+                    c = steps.mirostat(c, self._mu)
                 chosen = steps.sample(c, self._uniform())
         except FloatingPointError as error:
             raise SamplingError(f"parameters too extreme for the logits: {error}") from None
@@ -77,12 +82,6 @@ class Sampler:
             surprise = -math.log2(c.probabilities()[chosen])
             self._mu -= self._params.mirostat_eta * (surprise - self._params.mirostat_tau)
         return int(c.ids[chosen])
-
-    def _remaining(self, c: Candidates) -> Candidates:
-        """The candidates that the samplers leave."""
-        for name in self._active:
-            c = SAMPLERS[name].apply(c, self._params, self._context)
-        return steps.mirostat(c, self._mu) if self._params.mirostat else c
 
     def _uniform(self) -> float:
         return self._uniforms.popleft() if self._uniforms else float(self._context.rng.random())
@@ -130,13 +129,6 @@ class Sampler:
         low, high = _DEVICE_TEMPERATURES
         return spec if low <= spec.temperature <= high else None
 
-    def _highest(self, logits: NDArray[np.float32]) -> int:
-        values = logits.copy()
-        values[self._biased] = -math.inf
-        token = int(values.argmax())
-        _check_finite(values[token])
-        return token
-
 
 # Kept, because making the ids of a large vocabulary takes longer than sampling from it.
 @functools.lru_cache(4)
@@ -168,10 +160,9 @@ def sequence_breakers(tokenizer: Tokenizer, texts: Sequence[str]) -> Breakers:
         }
         for token in range(tokenizer.n_vocab):
             piece = tokenizer.token_bytes(token, special=True)
+            ends = [tail for n, tail in tails.items() if piece.endswith(data[:n])]
             if data in piece:
-                found.setdefault(token, []).append(())
-                continue
-            for n, tail in tails.items():
-                if piece.endswith(data[:n]):
-                    found.setdefault(token, []).append(tail)
+                ends = [()]
+            if ends:
+                found.setdefault(token, []).extend(ends)
     return found

@@ -35,7 +35,6 @@ class _Number(NamedTuple):
         return field(default=None if self.key else self.default, metadata={"number": self})
 
     def check(self, name: str, value: Any) -> None:
-        """Raise SamplingError for another type or a value out of range."""
         accepted: Any = int if self.is_integer else int | float
         if isinstance(value, bool) or not isinstance(value, accepted):
             kind = "an integer" if self.is_integer else "a number"

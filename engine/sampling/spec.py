@@ -1,7 +1,5 @@
 """How a device samples a token: what every DeviceSampler can do."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 # The most that every device sampler takes.
@@ -11,10 +9,9 @@ MAX_TOP_K, MAX_BANNED = 128, 16
 class SampleSpec(NamedTuple):
     """How a row's token is sampled, in this order.
 
-    banned: tokens that are left out. top_k: keep the highest logits; of equal ones, the lower ids.
-    top_p: keep the likeliest until their probability reaches it. min_p: keep those with this share
-    of the highest probability. Then divide the logits by the temperature and sample by probability,
-    with the random number `uniform` of [0, 1).
+    banned: left out. top_k: keep the highest logits; of equal ones, the lower ids. top_p: keep the
+    likeliest until their probability reaches it. min_p: keep those with this share of the highest
+    probability. Then divide by the temperature and sample with the random number `uniform`, [0, 1).
     """
 
     banned: tuple[int, ...] = ()

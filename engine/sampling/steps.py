@@ -1,9 +1,8 @@
 """The samplers: steps between logits and a token, one function each, as llama.cpp defines them.
 
-A sampler takes candidates, the sequence's resolved SamplingParams and its Context. It returns the
-candidates that remain, in any order, with other logits if it changes them. SAMPLERS, below the
-functions, is their table. To add a sampler, write a function, a row there, and a field of
-SamplingParams for each parameter.
+A sampler takes candidates, resolved SamplingParams and a Context, and returns the candidates that
+remain, in any order, with other logits if it changes them. To add one, write a function, a row of
+SAMPLERS, and a field of SamplingParams for each parameter.
 """
 
 from __future__ import annotations
@@ -33,11 +32,9 @@ class Candidates:
     logits: Floats
 
     def take(self, index: Any) -> Candidates:
-        """The candidates at an index, slice or mask."""
         return Candidates(self.ids[index], self.logits[index])
 
     def probabilities(self) -> Floats:
-        """Softmax of the logits."""
         weights = np.exp(self.logits - self.logits.max())
         return np.asarray(weights / weights.sum())
 
@@ -123,10 +120,8 @@ def _repetition_limit(recent: Sequence[int], breakers: Breakers) -> int:
 
 
 def _suffix_matches(tokens: Sequence[int]) -> list[int]:
-    """For each position but the last: the length of the run ending there that ends `tokens` too.
-
-    The Z algorithm on the reversed sequence; linear time.
-    """
+    """For each position but the last: the length of the run ending there that ends `tokens` too."""
+    # The Z algorithm on the reversed sequence; linear time.
     reverse = list(tokens)[::-1]
     n, z = len(reverse), [0] * len(reverse)
     left = right = 0

@@ -5,8 +5,6 @@ with the environment of transformers' `apply_chat_template`: trimmed blocks, `to
 HTML alone, `raise_exception`, `strftime_now`, loop controls, the tag `generation`.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -42,10 +40,7 @@ class ChatError(EngineError):
 
 
 class ChatTemplate:
-    """A compiled template; `name` is for error texts, `variables` are the names that it reads.
-
-    Raises ChatError for a template that doesn't parse.
-    """
+    """A compiled template; `name` is for error texts, `variables` are the names that it reads."""
 
     def __init__(self, source: str, name: str = "chat template") -> None:
         self.name = name
@@ -125,7 +120,8 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
-    environment.globals |= {"raise_exception": _raise, "strftime_now": _now}
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment
 
 
@@ -158,7 +154,3 @@ def _to_json(
 
 def _raise(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def _now(form: str) -> str:
-    return datetime.now().strftime(form)

@@ -12,7 +12,7 @@ import codecs
 import logging
 import struct
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 from engine.formats.gguf import GGUFError, GGUFFile
 from engine.text.vocab import (
@@ -101,17 +101,15 @@ class Tokenizer:
     """The tokenizer of one GGUF file.
 
     n_vocab: number of tokens. bos_id, eos_id: `add_special` puts them around a text if `add_bos`
-    and `add_eos` are set. eog_ids: the tokens that end a generation. vocab_type: gpt2 or llama.
+    and `add_eos` are set. eog_ids: the tokens that end a generation.
     """
 
     def __init__(self, file: GGUFFile) -> None:
         """As `from_gguf`, but errors of the metadata may be GGUFError."""
-        vocab = read_vocab(file)
-        self._vocab = vocab
+        self._vocab = vocab = read_vocab(file)
         self.n_vocab = len(vocab.tokens)
-        self.vocab_type = vocab.model
         self.bos_id, self.eos_id, self.eog_ids = vocab.bos_id, vocab.eos_id, vocab.eog_ids
-        self._encoder: _Encoder
+        self._encoder: _ByteLevelBPE | _SentencePiece
         if vocab.model == "gpt2":
             pre = _pre_name(file)
             self._encoder = _ByteLevelBPE(file, vocab, pre)
@@ -161,11 +159,8 @@ class Tokenizer:
         return text
 
     def segments(self, text: str, continues: bool = False) -> list[tuple[str, list[int]]]:
-        """`text`, which may have ESCAPEs, cut at its special tokens: (text, ids) of each segment.
-
-        The ids together are those of `encode` with parse_special. `continues`: the text follows
-        another one, so it gets no space before it.
-        """
+        """(text, ids) of `text`, which may have ESCAPEs, cut at its special tokens. The ids are
+        `encode`'s with parse_special; a text that `continues` another gets no space before it."""
         _check_unicode(text.replace(ESCAPE, ""))
         return self._cut(text, self._specials, continues)
 
@@ -178,8 +173,7 @@ class Tokenizer:
         return b"".join(pieces).decode("utf-8", "replace")
 
     def stream(self, special: bool = False, at_start: bool = True) -> StreamDecoder:
-        """A decoder for ids that come one by one. at_start: they begin a text, so a space before
-        it is the prefix that `encode` added, and is removed."""
+        """A decoder for ids that come one by one; `at_start` of a text, `encode`'s space goes."""
         return StreamDecoder(self, special, at_start and self._space_prefix)
 
     def token_bytes(self, token_id: int, special: bool = False) -> bytes:
@@ -233,11 +227,6 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-class _Encoder(Protocol):
-    def encode(self, text: str, continues: bool = False) -> list[int]:
-        """The ids of a non-empty text without special tokens. `continues`: see `segments`."""
-
-
 class _ByteLevelBPE:
     def __init__(self, file: GGUFFile, vocab: Vocab, pre: str) -> None:
         from tokenizers import Tokenizer as Pipeline
@@ -246,7 +235,8 @@ class _ByteLevelBPE:
         self._pipeline.pre_tokenizer = pre_tokenizer(pre)
         self._missing = {byte for char, byte in BYTE_OF.items() if char not in vocab.ids}
 
-    def encode(self, text: str, continues: bool = False) -> list[int]:
+    def encode(self, text: str, continues: bool) -> list[int]:
+        """The ids of a non-empty text without special tokens. `continues`: see `segments`."""
         # The package would drop such bytes silently.
         if self._missing and (lost := self._missing.intersection(text.encode())):
             raise TokenizerError(
@@ -268,7 +258,7 @@ class _SentencePiece:
                 f"{file.path}: sentencepiece refuses the vocabulary: {_one_line(error)}"
             ) from None
 
-    def encode(self, text: str, continues: bool = False) -> list[int]:
+    def encode(self, text: str, continues: bool) -> list[int]:
         # Any other text begins or follows a special token, so it gets the prefix.
         prefix = "" if continues else self._prefix
         ids: list[int] = self._processor.encode(prefix + text, out_type=int)

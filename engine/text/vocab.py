@@ -1,11 +1,8 @@
 """The vocabulary of a GGUF file: token texts, types, scores, special ids and the bytes of a token.
 
-`read_vocab` checks everything; ids, types and lengths are trusted afterwards. As in llama.cpp, some
-tokens are recognized by their text: those that end a turn or mark fill-in-the-middle are control
-tokens whatever type the file gives them. tokenizer.py encodes text with a vocabulary.
+`read_vocab` checks everything; ids, types and lengths are trusted afterwards. As in llama.cpp,
+tokens whose text ends a turn or marks fill-in-the-middle are control tokens whatever their type.
 """
-
-from __future__ import annotations
 
 import logging
 import re
@@ -100,7 +97,9 @@ def read_vocab(file: GGUFFile) -> Vocab:
         raise TokenizerError(
             f"{file.path}: unknown tokenizer model {model!r}; known are {', '.join(MODELS)}"
         )
-    tokens = _tokens(file)
+    tokens = [text or f"[EMPTY_{i}]" for i, text in enumerate(strings(file, "tokens"))]
+    if not tokens:
+        raise metadata_error(file, "tokens is empty")
     ids = {text: i for i, text in enumerate(tokens)}
     if len(ids) != len(tokens):
         raise _doubled(file, tokens)
@@ -129,18 +128,10 @@ def _required(file: GGUFFile, key: str) -> Any:
 
 
 def strings(file: GGUFFile, key: str) -> list[str]:
-    """A required array of strings of the tokenizer's metadata."""
     value = _required(file, key)
     if not isinstance(value, list):
         raise metadata_error(file, f"{key}: expected an array of strings")
     return value
-
-
-def _tokens(file: GGUFFile) -> list[str]:
-    tokens = strings(file, "tokens")
-    if not tokens:
-        raise metadata_error(file, "tokens is empty")
-    return [text or f"[EMPTY_{i}]" for i, text in enumerate(tokens)]
 
 
 def _doubled(file: GGUFFile, tokens: list[str]) -> TokenizerError:

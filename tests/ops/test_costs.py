@@ -10,10 +10,10 @@ import pytest
 from engine.formats.quants import F16, F32, I32, WEIGHT_TYPES, DType
 from engine.graph import Capacity, Cost, Dim, Graph, Kind, Live, Op, Tensor
 from engine.ops import OPS
-from engine.ops.attention import attention
-from engine.ops.gated_delta_net import gated_delta_net
-from engine.ops.get_rows import get_rows
-from engine.ops.mla_cache import mla_cache
+from engine.ops.attention import ATTENTION
+from engine.ops.gated_delta_net import GATED_DELTA_NET
+from engine.ops.get_rows import GET_ROWS
+from engine.ops.mla_cache import MLA_CACHE
 from engine.ops.mul_mat import mul_mat
 from engine.ops.mul_mat_id import mul_mat_id
 from tests.support.cases import live_counts, paged_operands, single_node_graph
@@ -76,7 +76,8 @@ def test_cost_of_mul_mat_id(n_experts: int, n_touched: int, weighted: bool) -> N
 def test_cost_of_get_rows() -> None:
     graph = Graph(Capacity(8))
     table = graph.weight("table", (1000, 64), WEIGHT_TYPES["Q8_0"])
-    get_rows(graph, "rows", table, graph.input("ids", (Dim(8, "n_tokens"),)))
+    ids = graph.input("ids", (Dim(8, "n_tokens"),))
+    graph.add(GET_ROWS, "rows", {"table": table, "ids": ids})
     assert cost(graph, LIVE) == Cost(0, 3 * 68 + 3 * 4 + 3 * 64 * 4)
 
 
@@ -93,7 +94,8 @@ def delta_net_node(n_heads: tuple[int, int] = (1, 2), kda: bool = False) -> Grap
     operands = {"q": rows("q", n_k, 16), "k": rows("k", n_k, 16), "v": rows("v", n_v, 8), "g": g}
     operands |= {"beta": rows("beta", n_v), **batch}
     state = graph.state("state", (Dim(9, "n_slots"), n_v, 8, 16))
-    gated_delta_net(graph, "delta", operands | {"state": state}, head_map="tiled")
+    attrs = {"head_map": "tiled", "scale": 1, "algorithm": "auto"}
+    graph.add(GATED_DELTA_NET, "delta", operands | {"state": state}, **attrs)
     return graph
 
 
@@ -114,22 +116,23 @@ def test_cost_of_gated_delta_net(kda: bool) -> None:
 def test_cost_of_attention(cache_type: DType) -> None:
     graph = Graph(Capacity(8))
     n_seqs, n_blocks = Dim(4, "n_seqs"), Dim(20, "n_blocks")
-    caches = (
-        graph.state("k", (n_blocks, 2, 64, 16), cache_type),
-        graph.state("v", (n_blocks, 2, 64, 24), cache_type),
-    )
+    caches = {
+        "k_cache": graph.state("k", (n_blocks, 2, 64, 16), cache_type),
+        "v_cache": graph.state("v", (n_blocks, 2, 64, 24), cache_type),
+    }
     batch = {
         "positions": graph.input("positions", (Dim(8, "n_tokens"),)),
         "seq_starts": graph.input("seq_starts", (Dim(5, "n_seqs + 1"),)),
         "block_tables": graph.input("block_tables", (n_seqs, 6)),
     }
-    attention(graph, "attention", rows("q", 4, 16), caches, rows("gate", 4, 24), batch, scale=1)
+    operands = {"q": rows("q", 4, 16), "gate": rows("gate", 4, 24), **caches, **batch}
+    graph.add(ATTENTION, "attention", operands, scale=1)
     # Positions 4 and 5 of one sequence, 0 of another: 5 + 6 + 1 pairs, 6 + 1 cached rows.
     flops = 12 * 4 * (2 * 16 + 2 * 24)
-    operands = 4 * (3 * 4 * 16 + 3 * 4 * 24 + 3 * 4 * 24)
+    moved = 4 * (3 * 4 * 16 + 3 * 4 * 24 + 3 * 4 * 24)
     places = 4 * (3 + 3 + 2 * 6)
     cached = 7 * 2 * (16 + 24) * (2 if cache_type is F16 else 4)
-    assert cost(graph, LIVE) == Cost(flops, operands + places + cached)
+    assert cost(graph, LIVE) == Cost(flops, moved + places + cached)
 
 
 @pytest.mark.parametrize("cache_type", [F16, F32])
@@ -143,9 +146,10 @@ def test_cost_of_latent_attention(cache_type: DType) -> None:
         "block_tables": graph.input("block_tables", (Dim(4, "n_seqs"), 6)),
     }
     places, size = 4 * (3 + 3 + 2 * 6), 2 if cache_type is F16 else 4
-    mla_cache(graph, "write", rows("kv", 24), graph.weight("norm", (16,), F32), cache, batch, 1e-6)
-    caches = (cache, cache.slice(3, 0, 16))
-    attention(graph, "attention", rows("q", 4, 24), caches, None, batch, scale=1)
+    latents = {"kv": rows("kv", 24), "norm": graph.weight("norm", (16,), F32)}
+    graph.add(MLA_CACHE, "write", {**latents, "k_cache": cache, **batch}, eps=1e-6)
+    caches = {"k_cache": cache, "v_cache": cache.slice(3, 0, 16)}
+    graph.add(ATTENTION, "attention", {"q": rows("q", 4, 24), **caches, **batch}, scale=1)
     write, read = (node.op.cost(node, LIVE) for node in graph.nodes)
     assert write == Cost(4 * 3 * 24, 4 * (3 * 24 + 16) + places + 3 * 24 * size)
     operands = 4 * (3 * 4 * 24 + 3 * 4 * 16)

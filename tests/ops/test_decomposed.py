@@ -79,7 +79,8 @@ def run_decomposed(
         "snapshot_dst": graph.input("snapshot_dst", (n_seqs, 0)),
     }
     given = {**operands, "state": state, **batch}
-    out = delta_net_decomposed(graph, "rule", given, head_map=head_map)
+    scale = operands["q"].shape[-1] ** -0.5
+    out = delta_net_decomposed(graph, "rule", given, head_map=head_map, scale=scale)
     graph.outputs["out"] = out
     backend = ReferenceBackend(np.float64)
     executable = Executable(place(graph, [backend]), RawWeights({}))

@@ -14,8 +14,8 @@ import pytest
 from engine.backends.reference import ReferenceBackend
 from engine.formats.quants import F16, F32, DType
 from engine.graph import Capacity, Dim, Graph, Kind, Tensor
-from engine.ops.attention import attention
-from engine.ops.mla_cache import mla_cache
+from engine.ops.attention import ATTENTION
+from engine.ops.mla_cache import MLA_CACHE
 from engine.placement.place import place
 from engine.runtime.executor import Executable
 from tests.support import naive
@@ -67,9 +67,10 @@ def check(backend: Any, cache_type: DType, seed: int, limit: float) -> None:
     cache = graph.state("blk.0.k_cache", shape, cache_type)
     rows = Tensor("kv", (n_tokens, width), F32, Kind.ACTIVATION)
     queries = Tensor("q", (n_tokens, N_HEADS, width), F32, Kind.ACTIVATION)
-    mla_cache(graph, "write", rows, graph.weight("norm", (RANK,), F32), cache, inputs, EPS)
-    caches = (cache, cache.slice(3, 0, RANK))
-    graph.outputs["out"] = attention(graph, "read", queries, caches, None, inputs, scale=SCALE)
+    latents = {"kv": rows, "norm": graph.weight("norm", (RANK,), F32)}
+    graph.add(MLA_CACHE, "write", {**latents, "k_cache": cache, **inputs}, eps=EPS)
+    read = {"q": queries, "k_cache": cache, "v_cache": cache.slice(3, 0, RANK), **inputs}
+    (graph.outputs["out"],) = graph.add(ATTENTION, "read", read, scale=SCALE)
 
     executable = Executable(place(graph, [backend]), RawWeights({"norm": norm.view(np.uint8)}))
     for i, contents in enumerate(cached):

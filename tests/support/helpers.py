@@ -127,7 +127,7 @@ def failing_at(engine: Engine, node_name: str, error: type[BaseException]) -> It
 
     def broken_program(program: CpuProgram, live: Live, watch: Any = None) -> None:
         (begin,) = (at.start for node, at in program._spans.items() if node.name == node_name)
-        program._host.run(program._program[:begin], live)
+        program._backend.run(program._program[:begin], live)
         raise error
 
     if engine.config.backend == "cpu":

@@ -17,7 +17,7 @@ from engine.backends.cpu.backend import CpuBackend
 from engine.backends.native import library as cpu_library
 from engine.formats.quants import F16, F32, DType, numpy_dtype
 from engine.graph import Capacity, Dim, Graph, Kind, Live, Tensor
-from engine.ops.attention import ATTENTION, attention
+from engine.ops.attention import ATTENTION
 from engine.placement.place import place
 from engine.runtime.executor import Executable
 from tests.ops import test_latent_attention
@@ -121,16 +121,15 @@ class Attention:
 
         graph, n_tokens, n_seqs = Graph(Capacity(capacity)), Dim(capacity, "n_tokens"), len(lengths)
         shape = (Dim(len(order), "n_blocks"), n_kv, BLOCK_SIZE, size)
-        caches = (graph.state("k", shape, cache_type), graph.state("v", shape, cache_type))
+        caches = {f"{x}_cache": graph.state(x, shape, cache_type) for x in "kv"}
         self._rows = Tensor("q", (n_tokens, n_q, size), F32, Kind.ACTIVATION)
         batch = {
             "positions": graph.input("positions", (n_tokens,)),
             "seq_starts": graph.input("seq_starts", (Dim(n_seqs + 1, "n_seqs + 1"),)),
             "block_tables": graph.input("block_tables", (Dim(n_seqs, "n_seqs"), max(counts))),
         }
-        graph.outputs["out"] = attention(
-            graph, "read", self._rows, caches, None, batch, scale=self.scale
-        )
+        operands = {"q": self._rows, **caches, **batch}
+        (graph.outputs["out"],) = graph.add(ATTENTION, "read", operands, scale=self.scale)
         self._executable = Executable(place(graph, [backend]), RawWeights({}))
         self.load()
 

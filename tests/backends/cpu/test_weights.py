@@ -18,7 +18,7 @@ from engine.backends.cpu.backend import CpuBackend
 from engine.backends.native import library as cpu_library
 from engine.formats.quants import F16, F32, I32, WEIGHT_TYPES, DType, dequantize, quantize_q8_0
 from engine.graph import Capacity, Dim, Graph, Kind, Live, Tensor
-from engine.ops.get_rows import get_rows
+from engine.ops.get_rows import GET_ROWS
 from engine.ops.mul_mat import mul_mat
 from engine.ops.mul_mat_id import mul_mat_id
 from engine.placement.place import place
@@ -139,7 +139,8 @@ def test_rows_of_a_table(
     raw = random_weight(dtype, N_OUT, rng=rng, std=std)
     graph = Graph(Capacity(CAPACITY))
     table = graph.weight("w", (N_OUT, columns_of(dtype)), dtype)
-    out = get_rows(graph, "rows", table, graph.input("ids", (Dim(CAPACITY, "n_tokens"),)))
+    operand = graph.input("ids", (Dim(CAPACITY, "n_tokens"),))
+    (out,) = graph.add(GET_ROWS, "rows", {"table": table, "ids": operand})
     ids = rng.permutation(N_OUT).astype(np.int32)
     got = run(backend, graph, (out,), raw).run({"ids": ids}, Live(N_OUT, 1, 1))["out0"]
     assert np.array_equal(got, kept(dtype, raw, N_OUT)[ids])

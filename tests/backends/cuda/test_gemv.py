@@ -16,7 +16,7 @@ from engine.formats.quants import F32, WEIGHT_TYPES
 from engine.graph import Capacity, Graph, Live, Tensor
 from engine.ops.add_rms_norm import ADD_RMS_NORM, add_rms_norm
 from engine.ops.mul_mat import mul_mat
-from engine.ops.rms_norm_gated import RMS_NORM_GATED, rms_norm_gated
+from engine.ops.rms_norm_gated import RMS_NORM_GATED
 from engine.ops.swiglu import SWIGLU, swiglu
 from tests.backends.cuda.test_mul_mat import activation, executable, weight_bytes
 from tests.support.cuda_devices import DEVICES
@@ -121,7 +121,8 @@ def test_gated_norm(
     x, gate = (f.rows(name, N_IN // head, head, scale=3) for name in ("x", "gate"))
     norm, factors = f.weight("norm", head)
     w, values = f.weight("w", N_OUT, N_IN, dtype=dtype)
-    y = rms_norm_gated(f.graph, "norm", x, gate, norm, EPS, act)
+    normed = {"x": x, "gate": gate, "weight": norm}
+    (y,) = f.graph.add(RMS_NORM_GATED, "norm", normed, eps=EPS, act=act)
     (got,) = f.run(mul_mat(f.graph, "product", y.flatten(1), w), n)
     operands = f.f64(x, n), f.f64(gate, n), factors
     (want,) = RMS_NORM_GATED.reference(*operands, eps=EPS, act=act)

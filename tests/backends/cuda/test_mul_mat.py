@@ -23,7 +23,7 @@ from engine.backends.cuda.weights import CudaWeights
 from engine.backends.native import library as cpu_library
 from engine.formats.quants import BF16, F32, I32, WEIGHT_TYPES, DType, dequantize, quantize_q8_0
 from engine.graph import Capacity, Dim, Graph, Kind, Live, Tensor
-from engine.ops.get_rows import get_rows
+from engine.ops.get_rows import GET_ROWS
 from engine.ops.mul_mat import mul_mat
 from engine.ops.mul_mat_id import mul_mat_id
 from engine.placement.place import place
@@ -162,7 +162,8 @@ def test_tables(device: Device, dtype: DType, rng: Rng) -> None:
     raw, values = weight_bytes(dtype, N_OUT, n_in, rng=rng)
     graph = Graph(Capacity(CAPACITY))
     table = graph.weight("w", (N_OUT, n_in), dtype)
-    out = get_rows(graph, "rows", table, graph.input("ids", (Dim(CAPACITY, "n_tokens"),)))
+    operand = graph.input("ids", (Dim(CAPACITY, "n_tokens"),))
+    (out,) = graph.add(GET_ROWS, "rows", {"table": table, "ids": operand})
     ids = rng.permutation(N_OUT).astype(np.int32)
     run = executable(backend_of(device), graph, (out,), {"w": raw}).run
     assert np.array_equal(run({"ids": ids}, Live(N_OUT, 1, 1))["out0"], values[ids])
