@@ -178,8 +178,9 @@ class Op:
     """The contract of an op.
 
     `operands`: names of the inputs. A kernel's views are the `n_outputs` outputs, then these, in
-        this order. `optional` ones may be absent: their views are null. `repeated` ones may come several times,
-        numbered (`gate`, `gate1`, …), with an output each. The op writes those in `writes`.
+        this order. `optional` ones may be absent: their views are null. `repeated` ones may come
+        several times, numbered (`gate`, `gate1`, …), with an output each. The op writes those in
+        `writes`.
     `infer(inputs, attrs)` checks shapes and returns the outputs; it raises ShapeError.
     `reference(**arrays, **attrs)` is the definition in numpy, of the live rows only. It returns a
         tuple of arrays and writes state in place.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from engine.backends.base import Limits, Split, Traits, WeightSource
 from engine.backends.cuda import limits
 from engine.backends.cuda.device import Device
-from engine.backends.cuda.lower import OPS
+from engine.backends.cuda.lower import LOWERINGS
 from engine.backends.cuda.memory import InputRegion, MemoryBackend
 from engine.backends.cuda.program import CudaProgram
 from engine.backends.cuda.sampling import MAX_VOCAB, CudaSampler, specs_input
@@ -26,14 +26,14 @@ class CudaBackend(MemoryBackend):
 
     name = "cuda"
     traits = Traits(n_ubatch=4096, own_memory=True, overlaps_steps=True)
-    kernels = OPS
+    kernels = LOWERINGS
 
     def __init__(self, device: Device, batch_invariant: bool = False) -> None:
         super().__init__(device, batch_invariant)
         self.detail, self.sample_specs = device.detail, specs_input(0)
 
     def refusal(self, node: Node) -> str:
-        _, refusal = OPS[node.op.name]
+        _, refusal = LOWERINGS[node.op.name]
         return refusal(node, self.device)
 
     def free_bytes(self) -> int | None:

@@ -51,7 +51,7 @@ class Launch(KernelCall):
         assert len(self.attrs) <= MAX_ATTRS, (self.kernel, len(self.attrs))
 
     @property
-    def block(self) -> tuple[int, int]:
+    def thread_block(self) -> tuple[int, int]:
         """Threads of a thread block, and its bytes of dynamic shared memory."""
         known = KERNELS[self.kernel]
         return self.threads or known.threads, self.shared or known.shared

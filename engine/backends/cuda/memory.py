@@ -145,5 +145,5 @@ def prepare(backend: MemoryBackend, step: Launch, args: Any, addresses: Iterable
         write_operand(view, ref, step.nodes, address, backend.weights)
     args["attr"][: len(step.attrs)] = step.attrs
     args["live"] = backend.inputs.live_address
-    _, shared = step.block
+    _, shared = step.thread_block
     return backend.device.function(KERNELS[step.kernel].source, step.kernel, shared)

@@ -17,8 +17,8 @@ from pathlib import Path
 from engine.backends.cuda import kernels
 from engine.errors import EngineError
 
-SHARED = Path(__file__).resolve().parents[2] / "ops"
-SOURCES = SHARED / "cuda"
+OPS_FOLDER = Path(__file__).resolve().parents[2] / "ops"
+SOURCES = OPS_FOLDER / "cuda"
 _OPTIONS = ("--std=c++17", "--fmad=true", "-default-device")
 
 
@@ -36,7 +36,7 @@ def _headers() -> dict[str, str]:
     """Headers by the names that sources include; some are shared with the CPU's kernels."""
     found = {
         str(p.relative_to(root)): p.read_text()
-        for root, pattern in ((SHARED, "*.h"), (SOURCES, "**/*.cuh"))
+        for root, pattern in ((OPS_FOLDER, "*.h"), (SOURCES, "**/*.cuh"))
         for p in sorted(root.glob(pattern))
     }
     return found | {kernels.HEADER: kernels.header()}

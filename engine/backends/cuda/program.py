@@ -79,7 +79,7 @@ class CudaProgram(NativeProgram[MemoryBackend]):
                 assert isinstance(step, Launch)
                 try:
                     address = base + i * ARGS.itemsize
-                    device.launch(self._functions[i], what, *step.block, address)
+                    device.launch(self._functions[i], what, *step.thread_block, address)
                 except CudaError as error:
                     raise CudaError(f"{step.nodes[0]} (kernel {step.kernel}): {error}") from None
 

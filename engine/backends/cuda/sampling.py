@@ -128,4 +128,6 @@ class _Prepared:
 
     def __call__(self, live: Live) -> None:
         address = self._args.ctypes.data
-        self._device.launch(self._function, self._step.grid(live), *self._step.block, address)
+        self._device.launch(
+            self._function, self._step.grid(live), *self._step.thread_block, address
+        )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engine.backends.cuda.backend import CudaBackend
-from engine.backends.cuda.lower import OPS
+from engine.backends.cuda.lower import LOWERINGS
 from engine.formats.quants import F16
 from tests.support.cuda_devices import ON_DEVICES, MakeDevice
 from tests.support.int8 import check_op
@@ -28,7 +28,7 @@ def with_limit(c: OpCase) -> OpCase:
     return c
 
 
-CASES = [with_limit(c) for c in every_case() if c.op.name in OPS]
+CASES = [with_limit(c) for c in every_case() if c.op.name in LOWERINGS]
 
 
 @pytest.fixture(scope="module")

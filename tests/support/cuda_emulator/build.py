@@ -28,7 +28,7 @@ _FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-w"]
 _RUNTIME_FLAGS = ["-O2", "-shared", "-fvisibility=default"]
 _DIGITS = 12
 # Where includes are, the emulator's own first.
-_INCLUDES = (HERE / "include", nvrtc.SOURCES, nvrtc.SHARED)
+_INCLUDES = (HERE / "include", nvrtc.SOURCES, nvrtc.OPS_FOLDER)
 # Errors of the launch, see runtime.cpp; libubsan is not linked.
 _CHECKS = ["-fsanitize=bounds,alignment,null", "-fno-sanitize-recover=all"]
 
@@ -116,8 +116,8 @@ def _mirror(directory: Path) -> Path:
     """A folder of links to all sources and headers of both places, and the generated header."""
     mirror = BUILD / f"mirror-{hashlib.sha256(str(directory).encode()).hexdigest()[:_DIGITS]}"
     shutil.rmtree(mirror, ignore_errors=True)
-    for root in (nvrtc.SHARED, nvrtc.SOURCES, directory, HERE / "include"):
-        for pattern in ("*.h",) if root == nvrtc.SHARED else ("**/*.cu", "**/*.cuh", "**/*.h"):
+    for root in (nvrtc.OPS_FOLDER, nvrtc.SOURCES, directory, HERE / "include"):
+        for pattern in ("*.h",) if root == nvrtc.OPS_FOLDER else ("**/*.cu", "**/*.cuh", "**/*.h"):
             for path in root.glob(pattern):
                 target = mirror / path.relative_to(root)
                 target.parent.mkdir(parents=True, exist_ok=True)

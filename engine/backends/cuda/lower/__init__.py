@@ -10,11 +10,11 @@ from engine.backends.cuda.lower import attention, gated_delta_net, mul_mat, mul_
 from engine.graph import Node
 
 _MODULES = (attention, gated_delta_net, mul_mat, mul_mat_id, simple)
-OPS: dict[str, tuple[Callable[[Lowering, Node], None], Callable[[Node, Device], str]]] = {
+LOWERINGS: dict[str, tuple[Callable[[Lowering, Node], None], Callable[[Node, Device], str]]] = {
     op: (lower, module.unsupported) for module in _MODULES for op, lower in module.LOWERINGS.items()
 }
 
 
 def lower_node(lowering: Lowering, node: Node) -> None:
-    lower, _ = OPS[node.op.name]
+    lower, _ = LOWERINGS[node.op.name]
     lower(lowering, node)

@@ -3,7 +3,8 @@
 The number of a sequence's rows in the step chooses the kernel that computes them, never other
 sequences: each kernel skips the sequences of the others. A launch that would find no sequence is
 left out where the host can tell. With batch invariance each row is computed alone, because the
-number of a prompt's rows in a step depends on the batch.
+number of a prompt's rows in a step depends on the batch. Names are those of kernels.py, which has
+the source of each (`delta_net_rows_8`: gated_delta_net.cu).
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from engine.backends.native.signatures import parts
 from engine.formats.quants import F32
 from engine.graph import Live, Node
 
-# From so many rows of a sequence on they are scanned in tiles, and computed in chunks.
-_TILE_ROWS, _CHUNK_ROWS = 8, 128
+# From so many rows of a sequence on they are scanned in groups of four tokens, and computed in
+# delta-rule chunks.
+_GROUPED_FROM, _CHUNKED_FROM = 8, 128
 _MAX_KEY = 256
 
 
@@ -47,27 +49,29 @@ class _DeltaNet:
 
 
 def lower_gated_delta_net(lowering: Lowering, node: Node) -> None:
-    """A scan of few rows, one of more, and chunks of many; each takes its own sequences."""
+    """Token by token (`step`), in groups of four tokens (`rows`), and in chunks; each kernel takes
+    the sequences with its numbers of rows."""
     device, algorithm = lowering.device, node.attrs["algorithm"]
     delta = _DeltaNet(node, device)
     chunks = algorithm != "scan" and delta.has_chunks(device)
-    chunk_rows = 1 if algorithm == "chunk" else _CHUNK_ROWS if chunks else NO_END
+    chunk_rows = 1 if algorithm == "chunk" else _CHUNKED_FROM if chunks else NO_END
     if lowering.batch_invariant and algorithm != "chunk":
         chunks, chunk_rows = False, NO_END
-    tile_rows = chunk_rows
+    group_rows = chunk_rows
     if has_shared(device, KERNELS[delta.scan("rows")].shared) and not lowering.batch_invariant:
-        tile_rows = min(_TILE_ROWS, chunk_rows)
+        group_rows = min(_GROUPED_FROM, chunk_rows)
 
     def only_few(live: Live) -> bool:
-        return is_decode(live) or live.n_tokens < tile_rows
+        return is_decode(live) or live.n_tokens < group_rows
 
     if chunk_rows > 1:
-        # Empty sequences beside long ones would look like a decode step: so it takes all rows then.
+        # A long sequence beside empty ones has as many rows as sequences, as a decode step has. So
+        # `step` takes sequences of any length there.
         _scan(lowering, node, "step", 1, NO_END, only_few)
-        _scan(lowering, node, "step", 1, tile_rows, lambda x: x.n_seqs > 1 and not only_few(x))
-    if tile_rows < chunk_rows:
+        _scan(lowering, node, "step", 1, group_rows, lambda x: x.n_seqs > 1 and not only_few(x))
+    if group_rows < chunk_rows:
         _scan(
-            lowering, node, "rows", tile_rows, chunk_rows,
+            lowering, node, "rows", group_rows, chunk_rows,
             lambda x: not only_few(x) and (x.n_seqs > 1 or x.n_tokens < chunk_rows),
         )  # fmt: skip
     if chunks:
@@ -78,7 +82,7 @@ def lower_gated_delta_net(lowering: Lowering, node: Node) -> None:
 
 
 def _scan(lowering: Lowering, node: Node, kind: str, first: int, end: int, when: Condition) -> None:
-    """Sequences of `first` to end - 1 rows: kind `step` token by token, `rows` in tiles."""
+    """Sequences of `first` to end - 1 rows; kind: `step` token by token, or `rows` in fours."""
     ((_, operands, attrs),) = parts(node)
     delta = _DeltaNet(node, lowering.device)
     kernel = delta.scan(kind)
