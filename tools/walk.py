@@ -1,4 +1,4 @@
-"""Print the files between `cli.py` and the kernels of one op, found by running the command line.
+"""Print the files between `engine.commands.main` and the kernels of one op, found by running it.
 
     python tools/walk.py                  # GATED_DELTA_NET on the CPU and on the emulated GPU
     python tools/walk.py --op ATTENTION
@@ -28,11 +28,11 @@ from unittest.mock import patch
 
 if not __package__:  # Run as a script: Python looks for modules in tools/ only.
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import cli
+from engine.commands.main import main as run_command
 from engine.graph import Node
 from tests.support.cuda_devices import cuda_and_others, emulated
 
-ROOT = Path(cli.__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 ENGINE, BACKENDS = f"{ROOT}/engine/", f"{ROOT}/engine/backends/"
 COMMAND = ("-p", "Hello", "-n", "1", "--temp", "0")
 
@@ -94,7 +94,7 @@ class Walk:
 
 
 def _is_ours(name: str) -> bool:
-    return name.startswith(ENGINE) or name == cli.__file__
+    return name.startswith(ENGINE)
 
 
 def _stack(frame: FrameType | None) -> Iterator[FrameType]:
@@ -120,7 +120,7 @@ def walk(op: str, create: Callable[..., Any] | None) -> Walk:
         with patch("engine.backends.create", create) if create else nullcontext():
             sys.setprofile(found.profile)
             try:
-                status = cli.main([*COMMAND, *backend])
+                status = run_command([*COMMAND, *backend])
             finally:
                 sys.setprofile(None)
     assert status == 0, errors.getvalue()
