@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from engine.backends.base import Backend, BackendOptions, Timing
 from engine.config import ConfigError, EngineConfig, capacity_of, context_size
 from engine.errors import EngineError
 from engine.formats.gguf import GGUFFile
-from engine.graph import Capacity, Graph, Live
+from engine.graph import Capacity, Live
 from engine.kvcache.sequences import Checkpoint, SequenceMemory
 from engine.models import BuildOptions, Model, load_model
 from engine.placement import estimate
@@ -33,7 +34,6 @@ from engine.runtime.request import ChatCompletion, Completion, FinishReason, Req
 from engine.runtime.scheduler import Scheduler
 from engine.sampling.chain import Sampler, sequence_breakers
 from engine.sampling.params import SamplingError, SamplingParams
-from engine.sampling.steps import Breakers
 from engine.text.template import ChatTemplate, Message, find_template
 from engine.text.tokenizer import Tokenizer
 
@@ -60,10 +60,11 @@ class Engine:
         self.model = load_model(file)
         self.n_ctx = context_size(config.n_ctx, self.model.n_ctx_train)
         available = _backends(config)
-        self.config, self._traits = config.resolved(available[0].traits), available[0].traits
-        self.capacity = cap = capacity_of(self.config, self.n_ctx, self._traits)
+        traits = available[0].traits
+        self.config = config.resolved(traits)
+        self.capacity = cap = capacity_of(self.config, self.n_ctx, traits)
         self._free_before = {b.name: b.free_bytes() or 0 for b in available}
-        self.plan = _place(self._build(cap, config.gdn), available, config)
+        self.plan = _place(self.model, self.config, cap, available)
         estimate.check(self.plan)
         executable = Executable(self.plan, self.model.weights)
         self.memory = SequenceMemory(cap.n_blocks, cap.n_slots, cap.block_size, self._copy_block)
@@ -71,21 +72,15 @@ class Engine:
         scheduler = Scheduler(self.memory, cap, self.conversation.release)
         self.loop = StepLoop(executable, scheduler, cap, config.check)
         self._template: ChatTemplate | None = None
-        self._breakers: dict[tuple[str, ...], Breakers] = {}
+        # It looks at the whole vocabulary, so it is called once for each list of texts.
+        self._sequence_breakers = cache(partial(sequence_breakers, self.tokenizer))
 
     @classmethod
-    def load(
-        cls,
-        path: str | Path | None = None,
-        *,
-        backend: str = "auto",
-        n_ctx: int | None = None,
-        **options: Any,
-    ) -> Engine:
+    def load(cls, path: str | Path | None = None, **options: Any) -> Engine:
         """Load a GGUF file; with no path, the small model that comes with the engine.
 
-        backend: auto, or the name of one. n_ctx: positions of memory (None: 4096 or what the model
-        was trained on, whichever is less; 0: the latter). Other options are those of EngineConfig:
+        Options are those of EngineConfig: backend (auto, or the name of one), n_ctx (positions of
+        memory; None: 4096 or what the model was trained on, whichever is less; 0: the latter),
         n_batch and n_ubatch (most tokens of a step; 0: what suits the backend), n_parallel (most
         sequences), n_checkpoints, n_threads, cpu_isa (amx, avx512, avx2, portable; None: the best),
         type_k and type_v (f32, f16), gdn (auto, scan, chunk, decomposed), strict_backend (fail
@@ -94,11 +89,9 @@ class Engine:
         Raises EngineError, in one line, for whatever the file or the options have wrong.
         """
         start = time.perf_counter()
-        unknown = options.keys() - EngineConfig.__dataclass_fields__.keys()
-        if unknown:
+        if unknown := options.keys() - EngineConfig.__dataclass_fields__.keys():
             raise ConfigError(f"unknown option {min(unknown)}")
-        config = EngineConfig(backend=backend, n_ctx=n_ctx, **options)
-        engine = cls(GGUFFile(DEMO_MODEL if path is None else path), config)
+        engine = cls(GGUFFile(DEMO_MODEL if path is None else path), EngineConfig(**options))
         engine.load_s = time.perf_counter() - start
         return engine
 
@@ -115,14 +108,6 @@ class Engine:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    def graph(self, n_tokens: int = 512, gdn: str = "fused") -> Graph:
-        """The compute graph for batches of up to `n_tokens`; gdn: fused or decomposed."""
-        capacity = capacity_of(self.config, self.n_ctx, self._traits, n_tokens)
-        return self._build(capacity, _algorithm(gdn))
-
-    def _build(self, capacity: Capacity, gdn: str) -> Graph:
-        return _graph(self.model, self.config, capacity, gdn)
 
     def device_bytes(self) -> int:
         """Bytes of devices' own memory taken since loading began."""
@@ -290,23 +275,16 @@ class Engine:
             if not 0 <= token < self.model.n_vocab:
                 raise SamplingError(f"logit_bias: {self._unknown_id(token)}")
         ends = self.tokenizer.eog_ids
-        breakers = self._sequence_breakers(params) if params.dry_multiplier else {}
+        texts = params.dry_sequence_breakers
+        breakers = self._sequence_breakers(texts) if params.dry_multiplier else {}
         sampler = Sampler(params, ends if params.ignore_eos else (), breakers)
         # Without a limit of its own, a completion gets its share of the context, as in llama.cpp.
         end = n_past + len(ids)
         share = max(self.n_ctx // self.config.n_parallel, end)
         limit = end + params.max_tokens if params.max_tokens >= 0 else share
-        decoder = self.tokenizer.stream(at_start=False)
-        limit = min(limit, self.n_ctx)
         sampler.accept(*before)
-        return Request(ids, params, sampler, decoder, ends, limit, n_past)
-
-    def _sequence_breakers(self, params: SamplingParams) -> Breakers:
-        """DRY's breakers; finding them looks at the whole vocabulary, so it is done once."""
-        texts = params.dry_sequence_breakers
-        if texts not in self._breakers:
-            self._breakers[texts] = sequence_breakers(self.tokenizer, texts)
-        return self._breakers[texts]
+        decoder = self.tokenizer.stream(at_start=False)
+        return Request(ids, params, sampler, decoder, ends, min(limit, self.n_ctx), n_past)
 
     def advance(self) -> bool:
         """Run one step of everything that was started; False if there was nothing to do."""
@@ -325,10 +303,9 @@ class Engine:
                 f"the prompt has {len(ids)} tokens{before}, the context {self.n_ctx}: "
                 "shorten it or raise n_ctx (-c)"
             )
-        if not 0 <= min(ids) <= max(ids) < self.model.n_vocab:
-            raise PromptError(
-                self._unknown_id(next(i for i in ids if not 0 <= i < self.model.n_vocab))
-            )
+        for token in ids:
+            if not 0 <= token < self.model.n_vocab:
+                raise PromptError(self._unknown_id(token))
 
     def _unknown_id(self, token: int) -> str:
         return f"token id {token}: expected 0 to {self.model.n_vocab - 1}"
@@ -343,19 +320,13 @@ def resolved_config(**options: Any) -> EngineConfig:
 def plan_only(path: str | Path, n_tokens: int, gdn: str = "fused", **options: Any) -> Plan:
     """The placed graph of a file for batches of `n_tokens`, from the file's header alone; options
     are those of EngineConfig."""
+    options |= {"gdn": "auto" if gdn == "fused" else gdn}
     config = EngineConfig(**options, n_ubatch=n_tokens, n_batch=n_tokens)
     model, available = load_model(GGUFFile(path)), _backends(config)
-    config, traits = config.resolved(available[0].traits), available[0].traits
+    traits = available[0].traits
+    config = config.resolved(traits)
     capacity = capacity_of(config, context_size(None, model.n_ctx_train), traits)
-    return _place(_graph(model, config, capacity, _algorithm(gdn)), available, config)
-
-
-def _algorithm(gdn: str) -> str:
-    return "auto" if gdn == "fused" else gdn
-
-
-def _graph(model: Model, config: EngineConfig, capacity: Capacity, gdn: str) -> Graph:
-    return model.build(BuildOptions(capacity, *config.cache_types(), gdn))
+    return _place(model, config, capacity, available)
 
 
 def _backends(config: EngineConfig) -> list[Backend]:
@@ -363,6 +334,9 @@ def _backends(config: EngineConfig) -> list[Backend]:
     return backends.create(config.backend, options)
 
 
-def _place(graph: Graph, available: Sequence[Backend], config: EngineConfig) -> Plan:
+def _place(
+    model: Model, config: EngineConfig, capacity: Capacity, available: Sequence[Backend]
+) -> Plan:
+    graph = model.build(BuildOptions(capacity, *config.cache_types(), config.gdn))
     rules = Offload(config.n_gpu_layers, config.n_cpu_moe, config.override_tensor)
     return place_where_it_fits(graph, available, rules, config.strict_backend)

@@ -8,9 +8,7 @@ token. A run counts only if every token was processed or delivered.
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,12 +18,11 @@ from itertools import groupby
 
 import numpy as np
 
-from engine.backends.native import library as cpu_library
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.kvcache.sequences import Checkpoint
-from engine.runtime.batch import Chunk, Logits
-from engine.runtime.scheduler import CHUNK_MULTIPLE, cut
+from engine.runtime.batch import BLOCK_POSITIONS, Chunk, Logits
+from engine.runtime.scheduler import cut
 from engine.sampling.params import SamplingParams
 
 Rng = np.random.Generator
@@ -232,7 +229,7 @@ def _packed(waiting: list[tuple[int, int, Sequence[int]]], n_ubatch: int) -> Ite
     Chunks are cut as the scheduler cuts them. One that would be cut short of 64 tokens by the rest
     of a step waits for the next step.
     """
-    smallest = CHUNK_MULTIPLE if n_ubatch >= CHUNK_MULTIPLE else 1
+    smallest = BLOCK_POSITIONS if n_ubatch >= BLOCK_POSITIONS else 1
     while waiting := [(seq, n_past, tokens) for seq, n_past, tokens in waiting if tokens]:
         chunks, budget = [], n_ubatch
         for i, (seq, n_past, tokens) in enumerate(waiting):
@@ -267,33 +264,3 @@ def time_generation(
                 f"expected {n} tokens in {n} steps, got {len(c.tokens)} in {n_steps} ({c.detail})"
             )
     return seconds
-
-
-def backend_names(engine: Engine) -> str:
-    """The backends that have nodes, such as "cuda+cpu"."""
-    return "+".join(backend.name for backend in engine.plan.backends)
-
-
-def n_gpu_layers(engine: Engine) -> int:
-    """As llama.cpp counts: -1 for all layers, 0 for none."""
-    return -1 if any(backend.traits.own_memory for backend in engine.plan.backends) else 0
-
-
-def n_threads(engine: Engine) -> int:
-    """Threads asked for, else the cores that this process may use."""
-    return engine.config.n_threads or cpu_library.n_cores()
-
-
-def settings(engine: Engine, n_kv_max: int, **own: int) -> dict[str, int]:
-    """An engine's settings under the keys of llama.cpp's benchmarks; `own`: keys of one command."""
-    config, threads = engine.config, n_threads(engine)
-    return {
-        "n_kv_max": n_kv_max, "n_batch": config.n_batch, "n_ubatch": config.n_ubatch, **own,
-        "n_gpu_layers": n_gpu_layers(engine), "n_threads": threads, "n_threads_batch": threads,
-    }  # fmt: skip
-
-
-def rss_hwm_mib() -> float:
-    """The most memory that this process has had, MiB."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from engine.bench.facts import ModelFacts
-from engine.bench.measure import BenchError, Case, Measurement, measure, settings
+from engine.bench.facts import ModelFacts, settings
+from engine.bench.measure import BenchError, Case, Measurement, measure
 from engine.commands.options import Parser, given_fields, load_engine
 from engine.commands.output import Rows, Table
 from engine.config import EngineConfig
@@ -26,7 +26,6 @@ _WARM_UP = 16
 
 
 def add_options(p: Parser) -> None:
-    """Its options."""
     p.common_options()
     p.numbers("-npp", "tokens of each prompt", dest="n_prompt", required=True)
     p.numbers("-ntg", "tokens generated after each prompt", dest="n_gen", required=True)

@@ -10,16 +10,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from engine.bench.facts import ModelFacts, cpu_name
-from engine.bench.measure import (
-    Case,
-    Measurement,
-    backend_names,
-    mean_and_deviation,
-    measure,
-    n_gpu_layers,
-    n_threads,
-)
+from engine.bench.facts import ModelFacts, backend_names, cpu_name, n_gpu_layers, n_threads
+from engine.bench.measure import Case, Measurement, mean_and_deviation, measure
 from engine.commands.options import Parser, given_fields
 from engine.commands.output import Rows, Table
 from engine.config import EngineConfig
@@ -37,7 +29,6 @@ _TABLE = Table(
 
 
 def add_options(p: Parser) -> None:
-    """Its options."""
     p.common_options(many=True)
     p.numbers("-p --n-prompt", "process prompts of N tokens (512; 0: none)", low=0)
     p.numbers("-n --n-gen", "generate N tokens (128; 0: none)", low=0)

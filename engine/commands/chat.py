@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from engine.commands.messages import is_interactive, read_messages
 from engine.commands.options import Parser, load_engine, unescaped
@@ -20,7 +21,7 @@ from engine.errors import EngineError
 from engine.formats.gguf import GGUFFile
 from engine.runtime.request import ChatCompletion, FinishReason
 from engine.sampling.params import SamplingParams
-from engine.text.template import ChatError, ChatTemplate, find_template
+from engine.text.template import ChatError, find_template
 
 HELP = (
     '/exit, /reset, /stats; a line that ends in \\ goes on; """ begins and ends a block of lines; '
@@ -56,7 +57,8 @@ def run(args: argparse.Namespace, first: str | None, params: SamplingParams) -> 
         option = "--reasoning" if args.reasoning else "--no-reasoning"
         raise ChatError(f"{template.name} takes no {option}: it reads no enable_thinking")
     with load_engine(args) as engine:
-        chat = Chat(engine, template, args, params)
+        system = args.system_prompt and unescaped(args, args.system_prompt)
+        chat = Chat(engine, system, params=params, reasoning=args.reasoning, template=template)
         if first is not None:
             chat.say(first)
         if sys.stdin is None:
@@ -78,19 +80,10 @@ def run(args: argparse.Namespace, first: str | None, params: SamplingParams) -> 
 class Chat:
     """The messages so far, and the answers with their timings."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        template: ChatTemplate,
-        args: argparse.Namespace,
-        params: SamplingParams,
-    ) -> None:
-        self._engine, self._template, self._params = engine, template, params
-        self._reasoning: bool | None = args.reasoning
-        self._system: list[dict[str, str]] = []
-        if args.system_prompt is not None:
-            text = unescaped(args, args.system_prompt)
-            self._system.append({"role": "system", "content": text})
+    def __init__(self, engine: Engine, system: str | None, **options: Any) -> None:
+        """system: text of the system message; options: those of `Engine.chat`."""
+        self._engine, self._options = engine, options
+        self._system = [] if system is None else [{"role": "system", "content": system}]
         self._messages = list(self._system)
         self._answers: list[ChatCompletion] = []
 
@@ -108,9 +101,7 @@ class Chat:
         asked = [*self._messages, {"role": "user", "content": text}]
         written = ""
         try:
-            answer = self._engine.chat(
-                asked, self._params, reasoning=self._reasoning, template=self._template
-            )
+            answer = self._engine.chat(asked, **self._options)
             with stopping(answer):
                 for token in answer:
                     written = token.text or written

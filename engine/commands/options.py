@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from engine import backends
 from engine.config import EngineConfig
-from engine.engine import DEMO_MODEL, Engine, resolved_config
+from engine.engine import DEMO_MODEL, Engine
 from engine.errors import EngineError
 
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "'": "'", '"': '"', "\\": "\\"}
@@ -60,10 +60,6 @@ def _paths(text: str) -> list[str]:
     return paths
 
 
-def _comma_list(text: str) -> list[str]:
-    return text.split(",")
-
-
 _PLACEMENT_OPTIONS: list[OptionRow] = [
     ("-ngl --n-gpu-layers", "n_gpu_layers", at_least(0),
      "put the last N layers on the GPU; the output head counts as one more (all that fit)"),
@@ -72,7 +68,7 @@ _PLACEMENT_OPTIONS: list[OptionRow] = [
     ("-cmoe --cpu-moe", "n_cpu_moe", {"action": "store_const", "const": ALL_LAYERS},
      "keep the experts of all layers on the CPU"),
     ("-ot --override-tensor", "override_tensor",
-     {"action": "extend", "type": _comma_list, "metavar": "REGEX=cpu|cuda"},
+     {"action": "extend", "type": lambda text: text.split(","), "metavar": "REGEX=cpu|cuda"},
      "run products there whose weight's name matches"),
 ]  # fmt: skip
 _ENGINE_OPTIONS: list[OptionRow] = [
@@ -143,12 +139,8 @@ class Parser(argparse.ArgumentParser):
 
     def backend_options(self) -> None:
         """What runs the graph."""
-        self.add_argument(
-            "--backend",
-            choices=backends.names(),
-            default="auto",
-            help="backend that runs the graph (auto: the fastest that works here)",
-        )
+        self.add_argument("--backend", choices=backends.names(), default="auto",
+            help="backend that runs the graph (auto: the fastest that works here)")  # fmt: skip
         self.flag("--strict-backend", "fail where that backend does not support a node, instead of "
             "running the node on another backend")  # fmt: skip
         self.table("placement", _PLACEMENT_OPTIONS)
@@ -170,8 +162,7 @@ class Parser(argparse.ArgumentParser):
                 help="complete each line of a file, text or JSON; print JSON lines")  # fmt: skip
         add("-p", "--prompt", metavar="TEXT", help="prompt (default: standard input)")
         add("-f", "--file", metavar="FILE", help="file with the prompt")
-        self.flag("--no-escape",
-            r"don't replace \n, \t, \\ … in -p by the characters they mean")  # fmt: skip
+        self.flag("--no-escape", r"don't replace \n, \t, \\ … in -p by the characters they mean")
 
 
 def given_fields(args: argparse.Namespace, options: type) -> dict[str, Any]:
@@ -186,11 +177,6 @@ def load_engine(args: argparse.Namespace, **options: Any) -> Engine:
     Raises EngineError.
     """
     return Engine.load(args.model, **(given_fields(args, EngineConfig) | options))
-
-
-def step_size(options: dict[str, Any]) -> int:
-    """Tokens of a step (-ub) of an engine with these options."""
-    return resolved_config(**options).n_ubatch
 
 
 def read_prompt(parser: Parser, args: argparse.Namespace) -> str:

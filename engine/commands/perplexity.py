@@ -20,7 +20,6 @@ ABOUT = (
 
 
 def add_options(p: Parser) -> None:
-    """Its options."""
     p.common_options()
     p.add_argument("-f", "--file", required=True, metavar="FILE",
         help="the text (-: standard input)")  # fmt: skip

@@ -30,6 +30,19 @@ from engine.text.template import TEMPLATE_KEY
 from engine.version import __version__
 
 ABOUT = "Complete a prompt, or chat (-cnv). Other commands: %s."
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(";") if name)
+
+
+def _bias(text: str) -> tuple[int, float]:
+    match = re.fullmatch(r"(\d+)([+-].+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected a token id and a signed number, got {text}")
+    return int(match[1]), float(match[2])
+
+
 _SAMPLING_OPTIONS: list[OptionRow] = [
     ("-n --predict --n-predict", "max_tokens", at_least(-1), "most tokens (-1: until full)"),
     ("-s --seed", "seed", at_least(-1), "seed (-1: a random one)"),
@@ -54,22 +67,6 @@ _SAMPLING_OPTIONS: list[OptionRow] = [
     ("--mirostat", "mirostat", int, "2: mirostat 2.0 instead of the samplers (0)"),
     ("--mirostat-ent", "mirostat_tau", float, "its target surprise in bits (5)"),
     ("--mirostat-lr", "mirostat_eta", float, "its learning rate (0.1)"),
-]
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name for name in text.split(";") if name)
-
-
-def _bias(text: str) -> tuple[int, float]:
-    match = re.fullmatch(r"(\d+)([+-].+)", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"expected a token id and a signed number, got {text}")
-    return int(match[1]), float(match[2])
-
-
-# Options whose values are no plain numbers.
-_TEXT_OPTIONS: list[OptionRow] = [
     ("--samplers", "samplers", {"type": _names, "metavar": "A;B;…"}, "the samplers, in order"),
     ("--dry-sequence-breaker", "dry_sequence_breakers", {"action": "append", "metavar": "TEXT"},
      "text that ends a repetition for DRY; none: no such text (default: newline : \" *)"),
@@ -90,14 +87,13 @@ class _Version(argparse.Action):
 
 
 def add_options(p: Parser) -> None:
-    """Its options."""
     p.add_argument("--version", action=_Version, nargs=0, help="print version and backends")
     p.common_options()
     p.prompt_options(many=True)
     p.flag("--no-display-prompt", "print the completion only")
     chat.add_options(p)
     p.engine_options()
-    p.table("sampling", _SAMPLING_OPTIONS + _TEXT_OPTIONS)
+    p.table("sampling", _SAMPLING_OPTIONS)
     check = "name the first node with values that are not finite; slow"
     p.table("debugging", [("--check", "check", bool, check)])
 

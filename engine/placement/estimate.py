@@ -43,8 +43,7 @@ def estimate(plan: Plan, backends: Sequence[Backend] | None = None) -> Estimate:
     """Bytes that a plan needs, or the part of it on `backends`."""
     weights = states = kv_cache = 0
     for backend in plan.backends if backends is None else backends:
-        nodes = [node for node, p in plan.placements.items() if p.backend is backend]
-        weights += backend.weight_bytes(nodes)
+        weights += backend.weight_bytes(plan.nodes_of(backend))
         for t in plan.tensors_of(backend, Kind.STATE):
             if dim_name(t) == "n_blocks":
                 kv_cache += t.nbytes

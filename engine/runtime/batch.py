@@ -86,10 +86,8 @@ def begin(
     """
     steps: list[Step] = []
     try:
-        for chunk in chunks:
-            steps.append(
-                memory.begin(chunk.seq, len(chunk.tokens), chunk.n_snapshots, preserve_state)
-            )
+        for c in chunks:
+            steps.append(memory.begin(c.seq, len(c.tokens), c.n_snapshots, preserve_state))
     except BaseException:
         for chunk in chunks[: len(steps)]:
             memory.cancel(chunk.seq)

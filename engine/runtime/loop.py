@@ -39,10 +39,9 @@ class StepLoop:
         self.scheduler, self.memory = scheduler, scheduler.memory
         self._executable: Executable | None = executable
         self._capacity, self._check = capacity, check
-        sampler = None if check else executable.device_sampler()
         self.overlap: OverlappedSteps | None = None
-        if sampler is not None:
-            self.overlap = OverlappedSteps(sampler, scheduler, self.memory, capacity)
+        if not check and (sampler := executable.device_sampler()):
+            self.overlap = OverlappedSteps(sampler, scheduler, capacity)
 
     @property
     def executable(self) -> Executable:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from engine.backends.base import DeviceSampler, StepHandle
 from engine.graph import Capacity
 from engine.kvcache.pool import MemoryFullError
-from engine.kvcache.sequences import SequenceMemory
 from engine.runtime.batch import Chunk, begin, pack
 from engine.runtime.request import Request
 from engine.runtime.scheduler import Scheduler
@@ -38,15 +37,9 @@ class InFlightStep:
 class OverlappedSteps:
     """Runs the steps in which every running request decodes, if the device can sample for all."""
 
-    def __init__(
-        self,
-        device: DeviceSampler,
-        scheduler: Scheduler,
-        memory: SequenceMemory,
-        capacity: Capacity,
-    ) -> None:
+    def __init__(self, device: DeviceSampler, scheduler: Scheduler, capacity: Capacity) -> None:
         self._device, self._scheduler = device, scheduler
-        self._memory, self._capacity = memory, capacity
+        self._memory, self._capacity = scheduler.memory, capacity
         self._in_flight: InFlightStep | None = None
         self._last_ids_at = 0.0
 

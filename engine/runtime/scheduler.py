@@ -17,8 +17,6 @@ from engine.kvcache.sequences import Checkpoint, SequenceMemory
 from engine.runtime.batch import BLOCK_POSITIONS, Chunk, Logits
 from engine.runtime.request import FinishReason, Request
 
-CHUNK_MULTIPLE = BLOCK_POSITIONS
-
 
 def cut(n_past: int, n_tokens: int, n_ubatch: int) -> Iterator[slice]:
     """Cut `n_tokens` that follow `n_past` positions into chunks of at most `n_ubatch`.
@@ -28,8 +26,8 @@ def cut(n_past: int, n_tokens: int, n_ubatch: int) -> Iterator[slice]:
     start = 0
     while start < n_tokens:
         end = n_past + start + n_ubatch
-        if n_ubatch >= CHUNK_MULTIPLE:
-            end -= end % CHUNK_MULTIPLE
+        if n_ubatch >= BLOCK_POSITIONS:
+            end -= end % BLOCK_POSITIONS
         stop = min(end - n_past, n_tokens)
         yield slice(start, stop)
         start = stop
@@ -148,9 +146,9 @@ class Scheduler:
 
     def _next_end(self, done: int, last: int, budget: int) -> int:
         """Where a prompt's next turn ends: at a multiple of 64 positions, or at `last`."""
-        if self._capacity.n_tokens < CHUNK_MULTIPLE:
+        if self._capacity.n_tokens < BLOCK_POSITIONS:
             return min(done + 1, last) if budget else done
-        end = min(done - done % CHUNK_MULTIPLE + CHUNK_MULTIPLE, last)
+        end = min(done - done % BLOCK_POSITIONS + BLOCK_POSITIONS, last)
         return end if end - done <= budget else done
 
 
