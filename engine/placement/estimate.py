@@ -1,12 +1,12 @@
 """Memory that a placed graph will touch, compared with the memory that is left.
 
-Counted: weights as backends keep them, states and KV cache at capacity, the largest sum of
-activations alive at one time in a full step, and logits of one row per sequence. The file's mapped
-pages are not counted: the system can drop them.
+Counted: weights as backends keep them, states and KV cache at capacity, and the largest sum of
+activations alive at one time in a full step. The file's mapped pages are not: they can be dropped.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,11 +133,10 @@ def available_bytes() -> int | None:
 
 def _left_on_machine() -> int | None:
     try:
-        lines = _MEMINFO.read_text().splitlines()
+        found = re.search(r"^MemAvailable: *(\d+)", _MEMINFO.read_text(), re.M)
     except OSError:
         return None
-    kib = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-    return next((int(n) * 1024 for n in kib), None)
+    return int(found[1]) * 1024 if found else None
 
 
 def _left_in_cgroup() -> int | None:

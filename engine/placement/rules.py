@@ -31,21 +31,15 @@ class OffloadError(EngineError):
 
 @dataclass(frozen=True)
 class Offload:
-    """n_gpu_layers: None for all. n_cpu_moe: layers, from the first, whose experts stay.
-
-    overrides: texts `REGEX=BACKEND`.
-    """
+    """n_gpu_layers: None for all. n_cpu_moe: layers, from the first, whose experts stay on the
+    host. overrides: texts `REGEX=BACKEND`."""
 
     n_gpu_layers: int | None = None
     n_cpu_moe: int = 0
     overrides: Sequence[str] = ()
 
     def rules(self, graph: Graph, backends: Sequence[Backend]) -> Rules:
-        """(backend, reason) of the nodes that a rule places.
-
-        Raises OffloadError for an expression that doesn't compile, matches no weight, or names a
-        backend that isn't in use.
-        """
+        """(backend, reason) of the nodes that a rule places. Raises OffloadError."""
         names = [b.name for b in backends]
         patterns = [_parse(text, names) for text in self.overrides]
         device = next((b.name for b in backends if b.traits.own_memory), None)
@@ -58,12 +52,10 @@ class Offload:
                 if found := [name for name in weights if pattern.search(name)]:
                     matched.add(text)
                     rules.setdefault(node, (backend, f"--override-tensor {text} ({found[0]})"))
-            if node in rules or device is None or host is None:
-                continue
-            if (rule := self._by_layer(node, graph)) is not None:
+            if device and host and (rule := self._by_layer(node, graph)):
                 on_device, reason = rule
-                rules[node] = (device if on_device else host, reason)
-        for text, _, _ in patterns:
+                rules.setdefault(node, (device if on_device else host, reason))
+        for text in self.overrides:
             if text not in matched:
                 raise OffloadError(f"--override-tensor {text}: matches no weight of the model")
         return rules

@@ -1,7 +1,4 @@
-"""Batches: chunks of several sequences packed into the inputs of one step.
-
-Chunks of any lengths lie one after another. A decode row is a chunk of one token.
-"""
+"""Batches: chunks of several sequences, one after another, as the inputs of one step."""
 
 from __future__ import annotations
 
@@ -18,8 +15,7 @@ from engine.errors import EngineError
 from engine.graph import Capacity, Live
 from engine.kvcache.sequences import SequenceMemory, Step
 
-# Chunks of prompts end at multiples of so many positions, so that backends which compute aligned
-# runs of rows together always group them alike.
+# Chunks of prompts end at its multiples: backends that compute aligned runs group them alike.
 BLOCK_POSITIONS = 64
 
 
@@ -46,7 +42,7 @@ class Chunk:
 
     @property
     def n_outputs(self) -> int:
-        """The number of its rows that need logits."""
+        """Its rows that need logits."""
         if self.logits is Logits.LAST:
             return 1
         return len(self.tokens) if self.logits is Logits.ALL else 0

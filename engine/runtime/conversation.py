@@ -1,11 +1,11 @@
 """A conversation: its messages as tokens, and how much of them memory holds already.
 
 For every turn the template renders all messages anew. Memory holds the prefix that the last turn
-left: a list of segments, each a text with its tokens. An answer is one segment with the tokens that
-the model gave, which may differ from a tokenization of its text. If the new text starts with the
-texts of all segments, only what follows is processed. If not, the template changed something before
-(most remove the thinking of earlier answers). A recurrent state can't be cut short, so the turn
-continues from the rollback point before the last answer, or from nothing.
+left: segments, each a text with its tokens. An answer is one segment with the tokens that the model
+gave. If the new text starts with the texts of all segments, only what follows is processed. If not,
+the template changed something before (most remove the thinking of earlier answers). A recurrent
+state can't be cut short, so the turn continues from the rollback point before the last answer, or
+from nothing.
 """
 
 from __future__ import annotations

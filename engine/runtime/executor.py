@@ -49,7 +49,7 @@ class Executable:
 
     def run_timed(self, inputs: Mapping[str, Array], live: Live) -> list[Timing]:
         """A step as `run` makes it, timed: every instruction, and what moves data between them."""
-        timings = [_timing("", "write inputs", lambda: self._write_inputs(inputs))]
+        timings = [_timing("", "write inputs", partial(self._write_inputs, inputs))]
         for split, program in self._programs:
             name = split.backend.name
             if split.copies:

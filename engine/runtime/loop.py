@@ -1,7 +1,6 @@
 """The step loop: which chunks run next, the step that runs them, and who gets its rows.
 
-A step packs the scheduler's chunks into one batch, runs it and hands every request its row of
-logits. Where a device can sample, decode steps overlap with the host's work (overlap.py).
+Where a device can sample, decode steps overlap with the host's work (overlap.py).
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ from engine.sampling.params import SamplingError
 class StepLoop:
     """Runs steps on sequence memory; `check`: look at every node's outputs for non-finite values.
 
-    `memory` and `scheduler` are there to be looked at, and `overlap`: the overlapped steps, None
-    where no device samples.
+    `overlap`: the overlapped steps, None where no device samples.
     """
 
     def __init__(
@@ -66,7 +64,7 @@ class StepLoop:
             finite = FiniteCheck(batch, [chunk.seq for chunk in chunks])
             watch = finite.watch if self._check else None
             logits = self.executable.run(batch.inputs, batch.live, watch)["logits"]
-        finite.check_logits(logits)
+        finite.check("the logits", logits, True)
         for i in finite.failures:
             self._wipe(chunks[i].seq)
         return np.asarray(logits, np.float32), finite.failures
@@ -77,10 +75,8 @@ class StepLoop:
         with self._batch(chunks) as batch:
             packing = Timing("", Instruction("pack batch", ()), time.perf_counter() - start)
             timings = [packing, *self.executable.run_timed(batch.inputs, batch.live)]
-        start += sum(t.seconds for t in timings)
-        rest = Instruction("everything else", ())
-        timings.append(Timing("", rest, time.perf_counter() - start))
-        return timings, batch.live
+        rest = time.perf_counter() - start - sum(t.seconds for t in timings)
+        return [*timings, Timing("", Instruction("everything else", ()), rest)], batch.live
 
     @contextmanager
     def _batch(self, chunks: Sequence[Chunk]) -> Iterator[Batch]:
