@@ -16,18 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine import backends
-from engine.backends.base import Backend, BackendOptions, Timing
+from engine.backends.base import BackendOptions, Timing
 from engine.config import ConfigError, EngineConfig, capacity_of, context_size
 from engine.errors import EngineError
 from engine.formats.gguf import GGUFFile
-from engine.graph import Capacity, Live
+from engine.graph import Live
 from engine.kvcache.sequences import Checkpoint, SequenceMemory
 from engine.models import BuildOptions, Model, load_model
 from engine.placement import estimate
 from engine.placement.place import Plan
 from engine.placement.rules import Offload, place_where_it_fits
 from engine.runtime.batch import Chunk, Logits
-from engine.runtime.conversation import ChatPrompt, Conversation
+from engine.runtime.conversation import Conversation
 from engine.runtime.executor import Executable
 from engine.runtime.loop import StepLoop
 from engine.runtime.request import ChatCompletion, Completion, FinishReason, Request
@@ -39,6 +39,10 @@ from engine.text.tokenizer import Tokenizer
 
 # The model that runs where none is named; tools/train_demo made it.
 DEMO_MODEL = Path(__file__).parent / "data" / "demo.gguf"
+
+
+# A text, or token ids.
+Prompt = str | Sequence[int]
 
 
 class PromptError(EngineError):
@@ -59,12 +63,9 @@ class Engine:
         self.tokenizer = Tokenizer.from_gguf(file)
         self.model = load_model(file)
         self.n_ctx = context_size(config.n_ctx, self.model.n_ctx_train)
-        available = _backends(config)
-        traits = available[0].traits
-        self.config = config.resolved(traits)
-        self.capacity = cap = capacity_of(self.config, self.n_ctx, traits)
-        self._free_before = {b.name: b.free_bytes() or 0 for b in available}
-        self.plan = _place(self.model, self.config, cap, available)
+        self.config, self.plan = _planned(self.model, config, self.n_ctx)
+        self.capacity = cap = self.plan.graph.capacity
+        self._free_before = {b.name: b.free_bytes() or 0 for b in self.plan.backends}
         estimate.check(self.plan)
         executable = Executable(self.plan, self.model.weights)
         self.memory = SequenceMemory(cap.n_blocks, cap.n_slots, cap.block_size, self._copy_block)
@@ -122,15 +123,13 @@ class Engine:
         """Run one batch.
 
         Returns the logits [n_outputs, n_vocab] of the rows that asked for them, and for each chunk
-        (by index) with non-finite values the reason; the memory of its sequence is zeroed and
-        empty. Raises BatchError or MemoryFullError, with nothing changed, if the chunks don't fit
-        the graph or the memory.
+        (by index) with non-finite values the reason; its sequence is zeroed and empty. Raises
+        BatchError or MemoryFullError, with nothing changed, if the chunks don't fit.
         """
         return self.loop.run(chunks)
 
     def run_timed(self, chunks: Sequence[Chunk]) -> tuple[list[Timing], Live]:
-        """Run one batch as `run` does, for its timings: every instruction, what lies between
-        them, and the rest of this call."""
+        """Run one batch for its timings: every instruction, what lies between, and the rest."""
         return self.loop.run_timed(chunks)
 
     def step(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
@@ -157,10 +156,7 @@ class Engine:
         return self.tokenizer.encode(prompt, add_special=True, parse_special=True)
 
     def generate(
-        self,
-        prompt: str | Sequence[int],
-        params: SamplingParams | None = None,
-        after: Checkpoint | None = None,
+        self, prompt: Prompt, params: SamplingParams | None = None, after: Checkpoint | None = None
     ) -> Completion:
         """Stream a completion: an iterator of tokens with `.text` and `.token`.
 
@@ -196,15 +192,17 @@ class Engine:
             self._template = template = self._template or find_template(self.file)
         prompt = self.conversation.prompt(template, messages, tools, reasoning)
         try:
-            request = self._submit(prompt.ids, params, prompt.after, prompt)
-            return ChatCompletion(self, request, prompt)
+            request = self._submit(prompt.ids, params, prompt.after, prompt.before)
         finally:
             if prompt.after:
                 prompt.after.release()
+        request.rollback_at = prompt.rollback_at
+        request.on_finish = lambda r, end: self.conversation.store(prompt, end, r.text, r.tokens)
+        return ChatCompletion(self, request, prompt)
 
     def generate_batch(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         on_done: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
@@ -231,32 +229,26 @@ class Engine:
                 completion.close()
         return done
 
-    def _submit_or_fail(
-        self, prompt: str | Sequence[int], params: SamplingParams | None
-    ) -> Completion:
+    def _submit_or_fail(self, prompt: Prompt, params: SamplingParams | None) -> Completion:
         try:
             return Completion(self, self._submit(prompt, params))
         except EngineError as error:
             ids = [] if isinstance(prompt, str) else prompt
-            request = self._request(ids, SamplingParams())
+            request = self._request(ids, SamplingParams(), 0, ())
             request.finish(FinishReason.ERROR, str(error))
             return Completion(self, request)
 
     def _submit(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         params: SamplingParams | None,
         after: Checkpoint | None = None,
-        chat: ChatPrompt | None = None,
+        before: Sequence[int] = (),
     ) -> Request:
         ids = self.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         n_past = after.n_tokens if after else 0
         self._check_prompt(ids, n_past)
-        before = chat.before if chat else ()
         request = self._request(ids, params or SamplingParams(), n_past, before)
-        if chat:
-            request.rollback_at = chat.rollback_at
-            request.on_finish = lambda r, end: self.conversation.store(chat, end, r.text, r.tokens)
         if request.params.max_tokens == 0:
             request.finish(FinishReason.LENGTH, "0 tokens were asked for")
         else:
@@ -264,11 +256,7 @@ class Engine:
         return request
 
     def _request(
-        self,
-        ids: Sequence[int],
-        params: SamplingParams,
-        n_past: int = 0,
-        before: Sequence[int] = (),
+        self, ids: Sequence[int], params: SamplingParams, n_past: int, before: Sequence[int]
     ) -> Request:
         params = params.resolved(self.file.metadata)
         for token in params.logit_bias:
@@ -322,21 +310,17 @@ def plan_only(path: str | Path, n_tokens: int, gdn: str = "fused", **options: An
     are those of EngineConfig."""
     options |= {"gdn": "auto" if gdn == "fused" else gdn}
     config = EngineConfig(**options, n_ubatch=n_tokens, n_batch=n_tokens)
-    model, available = load_model(GGUFFile(path)), _backends(config)
+    model = load_model(GGUFFile(path))
+    return _planned(model, config, context_size(None, model.n_ctx_train))[1]
+
+
+def _planned(model: Model, config: EngineConfig, n_ctx: int) -> tuple[EngineConfig, Plan]:
+    """The config with what suits the backend, and the placed graph."""
+    options = BackendOptions(config.n_threads, config.cpu_isa, config.batch_invariant)
+    available = backends.create(config.backend, options)
     traits = available[0].traits
     config = config.resolved(traits)
-    capacity = capacity_of(config, context_size(None, model.n_ctx_train), traits)
-    return _place(model, config, capacity, available)
-
-
-def _backends(config: EngineConfig) -> list[Backend]:
-    options = BackendOptions(config.n_threads, config.cpu_isa, config.batch_invariant)
-    return backends.create(config.backend, options)
-
-
-def _place(
-    model: Model, config: EngineConfig, capacity: Capacity, available: Sequence[Backend]
-) -> Plan:
+    capacity = capacity_of(config, n_ctx, traits)
     graph = model.build(BuildOptions(capacity, *config.cache_types(), config.gdn))
     rules = Offload(config.n_gpu_layers, config.n_cpu_moe, config.override_tensor)
-    return place_where_it_fits(graph, available, rules, config.strict_backend)
+    return config, place_where_it_fits(graph, available, rules, config.strict_backend)

@@ -1,9 +1,8 @@
 """The measuring core: cases, their timed runs, and the check that each run did what it says.
 
-A case is prompts and generation of one or more sequences at a depth. A run starts from a checkpoint
-at that depth, so that the depth is processed once and never timed. Tokens are random: their values
-cost nothing. Generation runs through `Engine.generate`, greedy and past every end-of-generation
-token. A run counts only if every token was processed or delivered.
+A run starts from a checkpoint at the depth of its case, so that the depth is processed once and
+never timed. Tokens are random. Generation runs through `Engine.generate`, greedy and past every
+end-of-generation token. A run counts only if every token was processed or delivered.
 """
 
 from __future__ import annotations
@@ -149,12 +148,10 @@ def measure_and_extend(
     """
     case = Case(n_prompt, n_gen, engine.memory.n_tokens(seq))
     with _checkpoints(engine, [seq]) as after:
-        gen_s = [
-            time_generation(engine, random_tokens(engine, 1, rng), n_gen, after)
-            for _ in range(repeats)
-        ]
+        gen_s, prompt_s = [], []
+        for _ in range(repeats):
+            gen_s.append(time_generation(engine, random_tokens(engine, 1, rng), n_gen, after))
         tokens = random_tokens(engine, n_prompt, rng)
-        prompt_s = []
         for _ in range(repeats):
             engine.memory.restore(seq, after[0])
             prompt_s.append(time_prompts(engine, [seq], [tokens]))
@@ -216,10 +213,9 @@ def time_prompts(engine: Engine, seqs: Sequence[int], prompts: Sequence[Sequence
         engine.step(chunks)
     seconds = time.perf_counter() - start
     for seq, past, prompt in zip(seqs, n_past, prompts, strict=True):
-        if (n_tokens := engine.memory.n_tokens(seq)) != past + len(prompt):
-            raise BenchError(
-                f"expected {past + len(prompt)} positions after a prompt, got {n_tokens}"
-            )
+        expected, n_tokens = past + len(prompt), engine.memory.n_tokens(seq)
+        if n_tokens != expected:
+            raise BenchError(f"expected {expected} positions after a prompt, got {n_tokens}")
     return seconds
 
 

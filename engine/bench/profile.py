@@ -1,10 +1,7 @@
 """Where the time of a step goes, by op and by layer kind, beside the work that it does.
 
-A step is timed instruction by instruction. Consecutive instructions that share a node, such as the
-parts of a product with several weights, are one entry; an entry that covers several nodes is named
-after all their ops. Work is the ops' own cost: operations, and the bytes that must cross the memory
-bus; a weight counts with its bytes in the file. Tensors between two nodes of a fused instruction
-count too, though they may never leave a register.
+A step is timed instruction by instruction. Consecutive instructions that share a node are one
+entry, named after the ops of all its nodes. Work is the ops' own cost: a weight counts with its bytes in the file, and tensors between two nodes of a fused instruction count too.
 """
 
 from __future__ import annotations
@@ -39,11 +36,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class StepProfile:
-    """One step of `live.n_tokens` tokens after `n_past` positions.
-
-    `seconds`: duration of the step that the entries are from; `plain_seconds`: the median of steps
-    of the same kind that ran without timers.
-    """
+    """One step of `live.n_tokens` tokens after `n_past` positions, which took `seconds`;
+    `plain_seconds`: the median of such steps without timers."""
 
     entries: list[Entry]
     live: Live
@@ -93,13 +87,12 @@ def entries_of(timings: Iterable[Timing], live: Live) -> list[Entry]:
             label = " + ".join(dict.fromkeys(node.op.name for node in nodes))
         joined.append((label, t.backend, nodes, seconds))
     return [
-        Entry(label, backend, tuple(nodes), seconds, _cost(nodes, live))
-        for label, backend, nodes, seconds in joined
+        Entry(label, backend, tuple(nodes), s, _total([n.op.cost(n, live) for n in nodes]))
+        for label, backend, nodes, s in joined
     ]
 
 
-def _cost(nodes: Iterable[Node], live: Live) -> Cost:
-    costs = [node.op.cost(node, live) for node in nodes]
+def _total(costs: Sequence[Cost]) -> Cost:
     return Cost(sum(c.flops for c in costs), sum(c.bytes for c in costs))
 
 
@@ -116,9 +109,8 @@ class Row:
     @classmethod
     def of(cls, name: str, entries: Sequence[Entry]) -> Row:
         """The row of some entries."""
-        costs = [e.cost for e in entries]
-        flops, nbytes = sum(c.flops for c in costs), sum(c.bytes for c in costs)
-        return cls(name, len(entries), sum(e.seconds for e in entries), flops, nbytes)
+        seconds, cost = sum(e.seconds for e in entries), _total([e.cost for e in entries])
+        return cls(name, len(entries), seconds, cost.flops, cost.bytes)
 
 
 def by_op(profile: StepProfile) -> list[Row]:

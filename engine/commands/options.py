@@ -14,6 +14,7 @@ from engine import backends
 from engine.config import EngineConfig
 from engine.engine import DEMO_MODEL, Engine
 from engine.errors import EngineError
+from engine.sampling.params import SamplingParams
 
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "'": "'", '"': '"', "\\": "\\"}
 # More layers than any model has.
@@ -85,6 +86,52 @@ _ENGINE_OPTIONS: list[OptionRow] = [
     ("--batch-invariant", "batch_invariant", bool,
      "cuda: results of a sequence don't depend on the others of its batch; slower"),
     ("--gdn", "gdn", ("auto", "scan", "chunk"), "algorithm of the delta rule"),
+]  # fmt: skip
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(";") if name)
+
+
+def _bias(text: str) -> tuple[int, float]:
+    match = re.fullmatch(r"(\d+)([+-].+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected a token id and a signed number, got {text}")
+    return int(match[1]), float(match[2])
+
+
+SAMPLING_OPTIONS: list[OptionRow] = [
+    ("-n --predict --n-predict", "max_tokens", at_least(-1), "most tokens (-1: until full)"),
+    ("-s --seed", "seed", at_least(-1), "seed (-1: a random one)"),
+    ("--temp", "temperature", float, "temperature (0.8; 0: greedy)"),
+    ("--dynatemp-range", "dynatemp_range", float, "temperature ± this, by entropy (0)"),
+    ("--dynatemp-exp", "dynatemp_exponent", float, "exponent of that (1)"),
+    ("--top-k", "top_k", int, "keep the N likeliest (40; 0: all)"),
+    ("--top-p", "top_p", float, "keep the likeliest up to this probability (0.95)"),
+    ("--min-p", "min_p", float, "keep what has this share of the highest probability (0.05)"),
+    ("--typical", "typical_p", float, "keep the most typical up to this probability (1)"),
+    ("--top-nsigma", "top_n_sigma", float, "keep what is within N sigma of the best (-1: off)"),
+    ("--xtc-probability", "xtc_probability", float, "chance to drop the likeliest (0)"),
+    ("--xtc-threshold", "xtc_threshold", float, "probability from which that applies (0.1)"),
+    ("--repeat-penalty", "repeat_penalty", float, "divides logits of recent tokens (1: off)"),
+    ("--repeat-last-n", "repeat_last_n", at_least(-1), "how many (64; 0: none, -1: all)"),
+    ("--presence-penalty", "presence_penalty", float, "lowers logits of recent tokens (0)"),
+    ("--frequency-penalty", "frequency_penalty", float, "the same, for each occurrence (0)"),
+    ("--dry-multiplier", "dry_multiplier", float, "strength of the repetition penalty DRY (0)"),
+    ("--dry-base", "dry_base", float, "its growth with the length (1.75)"),
+    ("--dry-allowed-length", "dry_allowed_length", int, "repetitions up to this are free (2)"),
+    ("--dry-penalty-last-n", "dry_penalty_last_n", int, "how far back it looks (-1: all)"),
+    ("--mirostat", "mirostat", int, "2: mirostat 2.0 instead of the samplers (0)"),
+    ("--mirostat-ent", "mirostat_tau", float, "its target surprise in bits (5)"),
+    ("--mirostat-lr", "mirostat_eta", float, "its learning rate (0.1)"),
+    ("--samplers", "samplers", {"type": _names, "metavar": "A;B;…"}, "the samplers, in order"),
+    ("--dry-sequence-breaker", "dry_sequence_breakers", {"action": "append", "metavar": "TEXT"},
+     "text that ends a repetition for DRY; none: no such text (default: newline : \" *)"),
+    ("-l --logit-bias", "logit_bias", {"type": _bias, "action": "append", "metavar": "ID±X"},
+     "add X to the logit of token ID: 15043+1, 15043-inf"),
+    ("-r --reverse-prompt", "stop", {"action": "append", "metavar": "TEXT"},
+     "stop where the output has this text"),
+    ("--ignore-eos", "ignore_eos", bool, "don't stop at the end-of-generation token"),
 ]  # fmt: skip
 
 
@@ -169,6 +216,16 @@ def given_fields(args: argparse.Namespace, options: type) -> dict[str, Any]:
     """The fields of a dataclass that the command line sets."""
     given = {f.name: getattr(args, f.name) for f in fields(options) if hasattr(args, f.name)}
     return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """What SAMPLING_OPTIONS set."""
+    given = given_fields(args, SamplingParams)
+    if breakers := given.get("dry_sequence_breakers"):
+        given["dry_sequence_breakers"] = tuple(b for b in breakers if b != "none")
+    if "logit_bias" in given:
+        given["logit_bias"] = dict(given["logit_bias"])
+    return SamplingParams(**given)
 
 
 def load_engine(args: argparse.Namespace, **options: Any) -> Engine:
