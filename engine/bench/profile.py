@@ -1,7 +1,8 @@
 """Where the time of a step goes, by op and by layer kind, beside the work that it does.
 
 A step is timed instruction by instruction. Consecutive instructions that share a node are one
-entry, named after the ops of all its nodes. Work is the ops' own cost: a weight counts with its bytes in the file, and tensors between two nodes of a fused instruction count too.
+entry, named after the ops of all its nodes. Work is the ops' own cost: a weight counts with its
+bytes in the file, and tensors between two nodes of a fused instruction count too.
 """
 
 from __future__ import annotations

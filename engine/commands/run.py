@@ -55,9 +55,8 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
     chat.check_options(parser, args)
     if args.conversation:
         has_first = args.prompt is not None or args.file is not None
-        return chat.run(
-            args, read_prompt(parser, args) if has_first else None, sampling_params(args)
-        )
+        first = read_prompt(parser, args) if has_first else None
+        return chat.run(args, first, sampling_params(args))
     prompts = None if args.prompts is None else read_text(args.prompts).split("\n")
     prompt = read_prompt(parser, args) if prompts is None else ""
     params = sampling_params(args)
