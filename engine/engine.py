@@ -190,7 +190,7 @@ class Engine:
         """
         if template is None:
             self._template = template = self._template or find_template(self.file)
-        prompt = self.conversation.prompt(template, messages, tools, reasoning)
+        prompt = self.conversation.prompt(template, messages, tools=tools, reasoning=reasoning)
         try:
             request = self._submit(prompt.ids, params, prompt.after, prompt.before)
         finally:
@@ -204,7 +204,7 @@ class Engine:
         self,
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
-        on_done: Callable[[int, Completion], None] | None = None,
+        on_done: Callable[[int, Completion], None] = lambda i, completion: None,
     ) -> list[Completion]:
         """Complete many prompts, `n_parallel` at a time; params: one for all, or one for each.
 
@@ -220,8 +220,7 @@ class Engine:
                 for i, completion in list(pending.items()):
                     if completion.finish_reason:
                         del pending[i]
-                        if on_done:
-                            on_done(i, completion)
+                        on_done(i, completion)
                 if pending:
                     self.advance()
         finally:

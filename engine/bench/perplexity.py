@@ -20,6 +20,7 @@ from engine.errors import EngineError
 from engine.runtime.batch import BLOCK_POSITIONS, Chunk, Logits
 from engine.runtime.scheduler import cut
 
+Scores = NDArray[np.float64]
 # In a text chunk of fewer tokens, no token is scored.
 MIN_CTX = 4
 # Most bytes of logits that a step returns, and that are exponentiated at a time.
@@ -124,9 +125,7 @@ def _estimate(n: int, total: float, squares: float) -> Estimate:
     return Estimate(ppl, ppl * math.sqrt(variance / (n - 1)) if n > 1 else math.nan, n)
 
 
-def _score(
-    engine: Engine, given: Sequence[int], targets: Sequence[int], first: int
-) -> NDArray[np.float64]:
+def _score(engine: Engine, given: Sequence[int], targets: Sequence[int], first: int) -> Scores:
     """Negative log-likelihoods [n_tokens - first] of the targets from `first` on.
 
     The logits of position i score token i + 1, so the last token is not an input.
@@ -151,9 +150,7 @@ def _score(
     return np.concatenate(scores)
 
 
-def negative_log_likelihood(
-    logits: NDArray[np.float32], targets: Sequence[int]
-) -> NDArray[np.float64]:
+def negative_log_likelihood(logits: NDArray[np.float32], targets: Sequence[int]) -> Scores:
     """-log softmax(logits)[target] in nats; logits [n, n_vocab], n targets.
 
     Exponents are float32 relative to the row's maximum and summed in float64, as in llama.cpp.

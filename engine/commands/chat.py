@@ -6,15 +6,14 @@ Answers go to standard output; prompts of the terminal and a line about each tur
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from engine.commands.messages import is_interactive, read_messages
-from engine.commands.options import Parser, load_engine, unescaped
+from engine.commands.options import InputError, Parser, load_engine, unescaped
 from engine.commands.output import write
 from engine.engine import Engine
 from engine.errors import EngineError
@@ -23,6 +22,7 @@ from engine.runtime.request import ChatCompletion, FinishReason
 from engine.sampling.params import SamplingParams
 from engine.text.template import ChatError, find_template
 
+_QUOTES = '"""'
 HELP = (
     '/exit, /reset, /stats; a line that ends in \\ goes on; """ begins and ends a block of lines; '
     "Ctrl-C stops an answer"
@@ -157,7 +157,7 @@ def _rate(n: int, seconds: float) -> str:
     return f" ({n / seconds:.2f} tokens/s)" if n and seconds else ""
 
 
-@contextmanager
+@contextlib.contextmanager
 def stopping(answer: ChatCompletion) -> Iterator[None]:
     """Within it, Ctrl-C stops the answer after its step; a second one interrupts as usual."""
 
@@ -170,3 +170,62 @@ def stopping(answer: ChatCompletion) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, earlier)
+
+
+def read_messages() -> Iterator[str]:
+    """Messages from standard input until it ends, except empty ones."""
+    while (line := _read_line()) is not None:
+        start = line.lstrip()
+        if start.startswith(_QUOTES):
+            message = _quoted(start.removeprefix(_QUOTES))
+        else:
+            message = _continued(line)
+        if message.strip():
+            yield message
+
+
+def _quoted(line: str | None) -> str:
+    """The lines up to one that ends in quotes."""
+    lines = []
+    while line is not None:
+        text = line.rstrip()
+        lines.append(text.removesuffix(_QUOTES) if text.endswith(_QUOTES) else line)
+        line = None if text.endswith(_QUOTES) else _read_line()
+    return "\n".join(lines).strip("\n")
+
+
+def _continued(line: str | None) -> str:
+    """A line, and the next as long as a line ends in a backslash."""
+    lines = []
+    while line is not None:
+        lines.append(line.removesuffix("\\"))
+        line = _read_line() if line.endswith("\\") else None
+    return "\n".join(lines)
+
+
+def is_interactive() -> bool:
+    """Whether messages are typed on a terminal."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def _read_line() -> str | None:
+    """A line without its end; None at the end of the input. Raises InputError."""
+    if not is_interactive():
+        data = sys.stdin.buffer.readline()
+        try:
+            line = data.decode()
+        except UnicodeDecodeError as error:
+            came = f"byte 0x{data[error.start]:02x} in {data[:40]!r}"
+            raise InputError(f"standard input: expected UTF-8, got {came}") from None
+    elif sys.stdout.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (with it, input() edits lines)
+        try:
+            return input("> ")
+        except EOFError:
+            print(file=sys.stderr)
+            return None
+    else:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+    return line.rstrip("\r\n") if line else None

@@ -100,7 +100,7 @@ def _bias(text: str) -> tuple[int, float]:
     return int(match[1]), float(match[2])
 
 
-SAMPLING_OPTIONS: list[OptionRow] = [
+_SAMPLING_OPTIONS: list[OptionRow] = [
     ("-n --predict --n-predict", "max_tokens", at_least(-1), "most tokens (-1: until full)"),
     ("-s --seed", "seed", at_least(-1), "seed (-1: a random one)"),
     ("--temp", "temperature", float, "temperature (0.8; 0: greedy)"),
@@ -197,6 +197,10 @@ class Parser(argparse.ArgumentParser):
         self.backend_options()
         self.table("engine", [row for row in _ENGINE_OPTIONS if row[1] not in without])
 
+    def sampling_options(self) -> None:
+        """Options that set fields of SamplingParams."""
+        self.table("sampling", _SAMPLING_OPTIONS)
+
     def seed(self) -> None:
         """The seed of a benchmark's tokens."""
         self.number("-s --seed", "seed of the random tokens (0)", low=0, default=0)
@@ -219,7 +223,7 @@ def given_fields(args: argparse.Namespace, options: type) -> dict[str, Any]:
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
-    """What SAMPLING_OPTIONS set."""
+    """What `sampling_options` set."""
     given = given_fields(args, SamplingParams)
     if breakers := given.get("dry_sequence_breakers"):
         given["dry_sequence_breakers"] = tuple(b for b in breakers if b != "none")

@@ -10,14 +10,7 @@ from tqdm import tqdm
 
 from engine import backends
 from engine.commands import chat
-from engine.commands.options import (
-    SAMPLING_OPTIONS,
-    Parser,
-    load_engine,
-    read_prompt,
-    read_text,
-    sampling_params,
-)
+from engine.commands.options import Parser, load_engine, read_prompt, read_text, sampling_params
 from engine.commands.output import write
 from engine.commands.prompts import PromptLine, read_prompts, result_line
 from engine.engine import Engine
@@ -45,7 +38,7 @@ def add_options(p: Parser) -> None:
     p.flag("--no-display-prompt", "print the completion only")
     chat.add_options(p)
     p.engine_options()
-    p.table("sampling", SAMPLING_OPTIONS)
+    p.sampling_options()
     check = "name the first node with values that are not finite; slow"
     p.table("debugging", [("--check", "check", bool, check)])
 

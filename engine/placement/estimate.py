@@ -66,13 +66,11 @@ def fits(plan: Plan, backend: Backend) -> bool:
     return available is None or estimate(plan, [backend]).total <= available
 
 
-def _memories(plan: Plan) -> list[tuple[str, list[Backend], int | None]]:
+def _memories(plan: Plan) -> Sequence[tuple[str, list[Backend], int | None]]:
     """(name, backends, bytes left) of the machine's memory and of each backend's own."""
     own = [(b, b.free_bytes()) for b in plan.backends]
     machine = [b for b, n in own if n is None]
-    rest: list[tuple[str, list[Backend], int | None]] = [
-        (f" on {b.name}", [b], n) for b, n in own if n is not None
-    ]
+    rest = [(f" on {b.name}", [b], n) for b, n in own if n is not None]
     return [("", machine, available_bytes()), *rest] if machine else rest
 
 

@@ -101,6 +101,7 @@ class Request:
         self.rollback_at, self.is_at_rollback = 0, False
         self.on_finish: Callable[[Request, Checkpoint], None] | None = None
         self.n_past, self.n_done = n_past, 0
+        self.prompt_end = n_past + len(self.ids)
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.text = self.detail = ""
@@ -116,11 +117,6 @@ class Request:
     def position(self) -> int:
         """Positions before the unprocessed part of its prompt."""
         return self.n_past + self.n_done
-
-    @property
-    def prompt_end(self) -> int:
-        """The position after its prompt."""
-        return self.n_past + len(self.ids)
 
     @property
     def chunk_limit(self) -> int:
