@@ -31,10 +31,7 @@ class ConfigError(EngineError):
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Options of an engine; see Engine.load. Raises ConfigError for values out of range.
-
-    n_batch and n_ubatch 0, type_k and type_v None: what suits the backend, see `resolved`.
-    """
+    """Options of an engine; see Engine.load. Raises ConfigError for values out of range."""
 
     backend: str = "auto"
     n_ctx: int | None = None

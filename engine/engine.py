@@ -1,8 +1,4 @@
-"""The engine: a model with its memory, and text from it.
-
-`Engine.load` reads a file, plans its graph and allocates; `generate` streams text, `logits` scores
-tokens. Steps are the loop's (runtime/loop.py).
-"""
+"""The engine: a model with its memory, and text from it."""
 
 from __future__ import annotations
 
@@ -208,9 +204,8 @@ class Engine:
     ) -> list[Completion]:
         """Complete many prompts, `n_parallel` at a time; params: one for all, or one for each.
 
-        Returns the finished completions in order, with `.text`, `.tokens`, `.finish_reason`; one
-        whose prompt can't be run ends with the reason `error`. `on_done(index, completion)` is
-        called when one ends.
+        Returns the finished completions in order; one whose prompt can't be run ends with the
+        reason `error`. `on_done(index, completion)` is called when one ends.
         """
         each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
         done = [self._submit_or_fail(prompt, p) for prompt, p in zip(prompts, each, strict=True)]
@@ -305,8 +300,7 @@ def resolved_config(**options: Any) -> EngineConfig:
 
 
 def plan_only(path: str | Path, n_tokens: int, gdn: str = "fused", **options: Any) -> Plan:
-    """The placed graph of a file for batches of `n_tokens`, from the file's header alone; options
-    are those of EngineConfig."""
+    """The placed graph of a file for batches of `n_tokens`, from its header; options: as `load`."""
     options |= {"gdn": "auto" if gdn == "fused" else gdn}
     config = EngineConfig(**options, n_ubatch=n_tokens, n_batch=n_tokens)
     model = load_model(GGUFFile(path))

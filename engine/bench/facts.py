@@ -1,8 +1,4 @@
-"""Facts that benchmarks print beside their numbers: the model, the machine, bytes of a sequence.
-
-A model's facts come from its file's header alone, so that a bad file, or sizes that its context
-can't hold, are refused before anything is loaded or measured.
-"""
+"""Facts that benchmarks print beside their numbers: the model, the machine, bytes of a sequence."""
 
 from __future__ import annotations
 
@@ -46,10 +42,7 @@ class ModelFacts:
         return cls(path, kind, sum(t.nbytes for t in tensors), n_params, n_ctx_train)
 
     def check_context(self, n_positions: int, what: str, n_ctx: int | None = None) -> None:
-        """Raise BenchError if `what` needs more positions than `n_ctx` has.
-
-        n_ctx: None or 0 for the context that the model was trained with.
-        """
+        """Raise BenchError if `what` needs more than n_ctx positions (None, 0: the model's)."""
         limit = n_ctx or self.n_ctx_train
         if n_positions > limit:
             whose = "-c" if n_ctx else "the model's context"

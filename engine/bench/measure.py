@@ -33,10 +33,8 @@ class BenchError(EngineError):
 
 @dataclass(frozen=True)
 class Case:
-    """Each of `n_seqs` sequences of `n_depth` tokens processes a prompt, then generates `n_gen`.
-
-    A prompt has `n_prompt` tokens; with `is_shared` all sequences continue from the same one.
-    """
+    """`n_seqs` sequences of `n_depth` tokens process a prompt of `n_prompt` tokens each, or with
+    `is_shared` all the same one, and then generate `n_gen` each."""
 
     n_prompt: int = 0
     n_gen: int = 0
@@ -50,19 +48,9 @@ class Case:
         return 1 if self.is_shared else self.n_seqs
 
     @property
-    def prompt_tokens(self) -> int:
-        """Tokens of all prompts."""
-        return self.n_prompts * self.n_prompt
-
-    @property
-    def gen_tokens(self) -> int:
-        """Tokens that all sequences generate."""
-        return self.n_seqs * self.n_gen
-
-    @property
     def n_kv(self) -> int:
         """Positions that are filled beyond the depth."""
-        return self.prompt_tokens + self.gen_tokens
+        return self.n_prompts * self.n_prompt + self.n_seqs * self.n_gen
 
     @property
     def name(self) -> str:
@@ -73,10 +61,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds of each run of a case: of its prompts and of its generation (0 where it has none).
-
-    `test_time`: when the runs began, ISO 8601, UTC.
-    """
+    """Seconds of the prompts and of the generation of each run (0 where there is none);
+    `test_time`: when the runs began, ISO 8601, UTC."""
 
     case: Case
     prompt_s: list[float]
@@ -85,10 +71,14 @@ class Measurement:
 
     def medians(self) -> dict[str, float]:
         """Median seconds, and tokens per second at these, under llama.cpp's keys."""
-        t_pp, t_tg = statistics.median(self.prompt_s), statistics.median(self.gen_s)
+        case, t_pp, t_tg = (
+            self.case,
+            statistics.median(self.prompt_s),
+            statistics.median(self.gen_s),
+        )
         return {
-            "t_pp": t_pp, "speed_pp": self.case.prompt_tokens / t_pp,
-            "t_tg": t_tg, "speed_tg": self.case.gen_tokens / t_tg,
+            "t_pp": t_pp, "speed_pp": case.n_prompts * case.n_prompt / t_pp,
+            "t_tg": t_tg, "speed_tg": case.n_seqs * case.n_gen / t_tg,
         }  # fmt: skip
 
 
@@ -141,11 +131,7 @@ def _run(engine: Engine, case: Case, start: Checkpoint, rng: Rng) -> tuple[float
 def measure_and_extend(
     engine: Engine, seq: int, n_prompt: int, n_gen: int, rng: Rng, repeats: int = 1
 ) -> Measurement:
-    """Measure generation and then a prompt where a sequence stands; the prompt stays in it.
-
-    So the sequence never holds generated tokens, and its recurrent state is that of its prompts.
-    Needs `n_checkpoints` of 1.
-    """
+    """Measure generation and then a prompt where a sequence stands; only the prompt stays in it."""
     case = Case(n_prompt, n_gen, engine.memory.n_tokens(seq))
     with _checkpoints(engine, [seq]) as after:
         gen_s, prompt_s = [], []
@@ -202,10 +188,7 @@ def random_tokens(engine: Engine, n: int, rng: Rng) -> list[int]:
 
 
 def time_prompts(engine: Engine, seqs: Sequence[int], prompts: Sequence[Sequence[int]]) -> float:
-    """Seconds to append a prompt to each sequence, in shared steps, with its last token's logits.
-
-    Raises BenchError for a sequence that is not as much longer as its prompt.
-    """
+    """Seconds to append a prompt to each sequence, in shared steps, with its last token's logits."""
     n_past = [engine.memory.n_tokens(seq) for seq in seqs]
     steps = list(_packed(list(zip(seqs, n_past, prompts, strict=True)), engine.capacity.n_tokens))
     start = time.perf_counter()
@@ -220,10 +203,9 @@ def time_prompts(engine: Engine, seqs: Sequence[int], prompts: Sequence[Sequence
 
 
 def _packed(waiting: list[tuple[int, int, Sequence[int]]], n_ubatch: int) -> Iterator[list[Chunk]]:
-    """The chunks of each step: (sequence, n_past, prompt) after each other, in steps that are full.
+    """The chunks of each step for (sequence, n_past, prompt), cut as the scheduler cuts them.
 
-    Chunks are cut as the scheduler cuts them. One that would be cut short of 64 tokens by the rest
-    of a step waits for the next step.
+    A chunk that would be cut short of 64 tokens by the rest of a step waits for the next step.
     """
     smallest = BLOCK_POSITIONS if n_ubatch >= BLOCK_POSITIONS else 1
     while waiting := [(seq, n_past, tokens) for seq, n_past, tokens in waiting if tokens]:
@@ -243,9 +225,8 @@ def time_generation(
 ) -> float:
     """Seconds to generate `n` tokens in each of several sequences at once.
 
-    Sequence i starts from the token first[i], after checkpoint after[i] (None: from nothing), so
-    that each of the n steps processes one token of every sequence. Raises BenchError if it ends
-    early or takes another number of steps.
+    Sequence i starts from the token first[i], after checkpoint after[i] (None: from nothing).
+    Raises BenchError if it ends early or takes another number of steps than n.
     """
     params = SamplingParams(temperature=0, max_tokens=n, ignore_eos=True)
     start = time.perf_counter()

@@ -1,9 +1,7 @@
 """Perplexity of a text, as llama.cpp's `llama-perplexity` defines it (tools/perplexity).
 
-The text is cut into text chunks of n_ctx tokens, each on a fresh sequence. Only the second half of
-a text chunk is scored, so that every scored token has some context. With a stride, overlapping
-windows are scored in their last tokens only. Logits are computed only for scored tokens, a step's
-at a time, in float32.
+Each text chunk of n_ctx tokens runs on a fresh sequence; only its second half is scored. With a
+stride, overlapping windows are scored in their last tokens.
 """
 
 from __future__ import annotations
@@ -126,10 +124,7 @@ def _estimate(n: int, total: float, squares: float) -> Estimate:
 
 
 def _score(engine: Engine, given: Sequence[int], targets: Sequence[int], first: int) -> Scores:
-    """Negative log-likelihoods [n_tokens - first] of the targets from `first` on.
-
-    The logits of position i score token i + 1, so the last token is not an input.
-    """
+    """Negative log-likelihoods [n_tokens - first] of the targets from `first` on."""
     n_rows = max(_STEP_BYTES // (4 * engine.model.n_vocab), BLOCK_POSITIONS)
     n_rows = min(n_rows, engine.capacity.n_tokens)
     # Chunks end at multiples of 64 positions, so some rows before `first` have logits: dropped.

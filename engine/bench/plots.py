@@ -1,7 +1,4 @@
-"""Plots of speed against depth, from the output of sweep-bench, ours or ik_llama.cpp's.
-
-The table and the JSON lines are read, also between lines of a log. matplotlib is an optional extra.
-"""
+"""Plots of speed against depth, from the output of sweep-bench, ours or ik_llama.cpp's."""
 
 from __future__ import annotations
 

@@ -48,10 +48,7 @@ class StepProfile:
 
 
 def profile_step(engine: Engine, n_tokens: int, n_past: int, repeats: int, rng: Rng) -> StepProfile:
-    """Profile a step of random tokens: the one of median duration out of `repeats`.
-
-    Timed and plain steps alternate; the first of each warms up. Raises BenchError.
-    """
+    """Profile a step of random tokens: the one of median duration out of `repeats`."""
     if n_past + n_tokens > engine.n_ctx:
         raise BenchError(
             f"{n_tokens} tokens after {n_past}: expected at most the {engine.n_ctx} positions "

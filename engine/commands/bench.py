@@ -19,13 +19,10 @@ from engine.engine import Engine
 from engine.version import __version__
 
 ABOUT = "Measure tokens per second of prompts and of generation, as llama-bench does."
-_TABLE = Table(
-    {
-        "model": "<30", "size": ">10", "params": ">10", "backend": "<10", "threads": "7d",
-        "test": ">15", "t/s": ">20",
-    },
-    is_markdown=True,
-)  # fmt: skip
+_TABLE = Table({
+    "model": "<30", "size": ">10", "params": ">10", "backend": "<10", "threads": "7d",
+    "test": ">15", "t/s": ">20",
+}, is_markdown=True)  # fmt: skip
 
 
 def add_options(p: Parser) -> None:

@@ -1,7 +1,4 @@
-"""`cli.py -cnv`: a conversation, with the state kept between turns.
-
-Answers go to standard output; prompts of the terminal and a line about each turn to standard error.
-"""
+"""`cli.py -cnv`: a conversation, with the state kept between turns."""
 
 from __future__ import annotations
 
@@ -30,7 +27,6 @@ HELP = (
 
 
 def add_options(p: Parser) -> None:
-    """Options of a chat."""
     add = p.add_argument_group("chat").add_argument
     add("-cnv", "--conversation", action="store_true",
         help="chat: read messages from standard input; -p or -f is the first one")  # fmt: skip
@@ -93,11 +89,8 @@ class Chat:
         self._engine.conversation.release()
 
     def say(self, text: str) -> None:
-        """Print the answer to a message, and a line about the turn.
-
-        A message without an answer is taken back: after an error, or an interrupt before the first
-        token. On a terminal the chat continues after an error.
-        """
+        """Print the answer to a message, and a line about the turn; a message without an answer is
+        taken back."""
         asked = [*self._messages, {"role": "user", "content": text}]
         written = ""
         try:

@@ -1,5 +1,4 @@
-"""`cli.py graph`: a model's compute graph: counts, nodes per layer kind, and why each backend runs
-its nodes."""
+"""`cli.py graph`: a model's compute graph, in words, JSON or DOT."""
 
 from __future__ import annotations
 

@@ -233,10 +233,7 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 
 
 def load_engine(args: argparse.Namespace, **options: Any) -> Engine:
-    """The engine of --model with the options of the command line, and with `options` before them.
-
-    Raises EngineError.
-    """
+    """The engine of --model with the options of the command line, and with `options` before them."""
     return Engine.load(args.model, **(given_fields(args, EngineConfig) | options))
 
 

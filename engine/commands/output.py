@@ -26,10 +26,8 @@ def say(text: str) -> None:
 
 
 class Table:
-    """A table of llama.cpp's: columns with their format specs, such as `6d`, `>20` or `<30`.
-
-    With `is_markdown` as llama-bench prints it, otherwise as llama-batched-bench does.
-    """
+    """A table of llama-bench's with `is_markdown`, otherwise of llama-batched-bench's; its columns
+    with their format specs, such as `6d`, `>20` or `<30`."""
 
     def __init__(self, columns: Mapping[str, str], is_markdown: bool = False) -> None:
         self._columns, self._is_markdown = columns, is_markdown

@@ -1,7 +1,4 @@
-"""`cli.py sweep-bench`: speed at every depth of the context, in ik_llama.cpp's formats.
-
-Rows are printed as they are measured; whether the plot can be written is checked before that.
-"""
+"""`cli.py sweep-bench`: speed at every depth of the context, in ik_llama.cpp's formats."""
 
 from __future__ import annotations
 

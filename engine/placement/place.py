@@ -1,9 +1,8 @@
 """Placement of nodes on backends, with the reason for each.
 
 The backend that holds a node's state or weight takes it, else its producer's, else the first in
-priority order whose `supports` says yes. Runs of nodes on one backend are splits, which the backend
-compiles once; tensors that cross from one backend to another are copied at the start of the split
-that reads them.
+priority order whose `supports` says yes. Runs of nodes on one backend are splits; tensors that
+cross between backends are copied at the start of the split that reads them.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from types import MappingProxyType
 
 from engine.backends.base import Backend, Split
 from engine.errors import EngineError
@@ -57,10 +55,7 @@ Rules = Mapping[Node, tuple[str, str]]
 
 
 def place(
-    graph: Graph,
-    backends: Sequence[Backend],
-    strict: bool = False,
-    rules: Rules = MappingProxyType({}),
+    graph: Graph, backends: Sequence[Backend], strict: bool = False, rules: Rules | None = None
 ) -> Plan:
     """Place every node; `backends` in order of priority.
 
@@ -68,6 +63,7 @@ def place(
     for a node that none supports, or with `strict` one that no rule sends elsewhere than the first.
     """
     assert len({b.name for b in backends}) == len(backends), backends
+    rules = rules or {}
     placer = _Placer(graph, backends, rules)
     for node in graph.nodes:
         placement = placer.place(node)

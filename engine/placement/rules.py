@@ -1,10 +1,9 @@
 """Rules of placement that users give: -ngl, -ncmoe, -cmoe, --override-tensor.
 
 As in llama.cpp: of N offloaded layers the last ones of the model are on the device, and the head
-counts as one more layer; the experts of a layer may stay on the host; a regular expression found in
-a weight's name sends the node that reads it to a backend, whatever else is said. The first
-expression that is found counts. The device is the first backend with memory of its own, the host
-the first without.
+counts as one more layer; the first regular expression found in a weight's name sends the node that
+reads it to a backend, whatever else is said. The device is the first backend with memory of its
+own, the host the first without.
 """
 
 from __future__ import annotations

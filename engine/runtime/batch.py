@@ -76,10 +76,7 @@ def check_fits(chunks: Sequence[Chunk], capacity: Capacity) -> None:
 def begin(
     chunks: Sequence[Chunk], memory: SequenceMemory, preserve_state: bool = False
 ) -> list[Step]:
-    """Allocate memory for every chunk, or for none: then MemoryFullError is raised.
-
-    With `preserve_state`, a step can be cancelled even after it ran (see SequenceMemory.begin).
-    """
+    """Allocate memory for every chunk (see SequenceMemory.begin), or raise MemoryFullError."""
     steps: list[Step] = []
     try:
         for c in chunks:
@@ -103,22 +100,17 @@ def pack(chunks: Sequence[Chunk], steps: Sequence[Step], capacity: Capacity) -> 
         snapshots[s, capacity.n_snapshots - len(step.snapshot_dst) :] = step.snapshot_dst
     inputs: dict[str, Any] = {
         "tokens": np.fromiter(chain.from_iterable(p.tokens for p in chunks), np.int32, starts[-1]),
-        "positions": positions,
-        "seq_starts": starts,
+        "positions": positions, "seq_starts": starts,
         "state_src": [step.state_src for step in steps],
         "state_dst": [step.state_dst for step in steps],
-        "snapshot_dst": snapshots,
-        "block_tables": tables,
+        "snapshot_dst": snapshots, "block_tables": tables,
         "output_rows": _ranges(starts[1:] - outputs, outputs),
-    }
+    }  # fmt: skip
     live = Live(
-        n_tokens=int(starts[-1]),
-        n_seqs=len(chunks),
-        n_outputs=len(inputs["output_rows"]),
-        kv_rows=sum(pasts) + sum(lengths),
-        kv_pairs=int(positions.sum()) + len(positions),
+        n_tokens=int(starts[-1]), n_seqs=len(chunks), n_outputs=len(inputs["output_rows"]),
+        kv_rows=sum(pasts) + sum(lengths), kv_pairs=int(positions.sum()) + len(positions),
         chunks=tuple(zip(pasts, lengths, strict=True)),
-    )
+    )  # fmt: skip
     return Batch({name: np.asarray(v, np.int32) for name, v in inputs.items()}, live)
 
 

@@ -104,10 +104,9 @@ class Conversation:
         )  # fmt: skip
 
     def store(self, prompt: ChatPrompt, checkpoint: Checkpoint, text: str, ids: list[int]) -> None:
-        """Make a turn that has ended the cached prefix.
+        """Make a turn that has ended the cached prefix, if all of its prompt was processed.
 
-        text, ids: the answer as it was shown, and its tokens. If not all of the prompt was
-        processed, the cached prefix stays as it was before the turn.
+        text, ids: the answer as it was shown, and its tokens.
         """
         if checkpoint.n_tokens < len(_ids(prompt.segments)):
             checkpoint.release()
@@ -122,10 +121,8 @@ class Conversation:
         self._segments = [*prompt.segments, (shown if is_whole else None, ids)]
 
     def _match(self, text: str) -> tuple[int, int, int]:
-        """(segments that `text` starts with, the end of their text, their positions) to reuse.
-
-        At least one token must follow them: its logits are needed.
-        """
+        """(segments that `text` starts with, the end of their text, their positions) to reuse;
+        at least one token must follow them."""
         if self._cached is None:
             return 0, 0, 0
         ends = [0]

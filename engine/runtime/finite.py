@@ -1,7 +1,4 @@
-"""The finite check: which sequences of a step have NaN or infinity, and where.
-
-It checks the logits of every step; with `--check` every node's outputs.
-"""
+"""The finite check: which sequences of a step have NaN or infinity, and where."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The step loop: which chunks run next, the step that runs them, and who gets its rows.
-
-Where a device can sample, decode steps overlap with the host's work (overlap.py).
-"""
+"""The step loop: which chunks run next, the step that runs them, and who gets its rows."""
 
 from __future__ import annotations
 
@@ -26,10 +23,7 @@ from engine.sampling.params import SamplingError
 
 
 class StepLoop:
-    """Runs steps on sequence memory; `check`: look at every node's outputs for non-finite values.
-
-    `overlap`: the overlapped steps, None where no device samples.
-    """
+    """Runs steps on sequence memory; `check`: look at every node's outputs for non-finite values."""
 
     def __init__(
         self, executable: Executable, scheduler: Scheduler, capacity: Capacity, check: bool

@@ -18,10 +18,8 @@ from engine.runtime.request import FinishReason, Request
 
 
 def cut(n_past: int, n_tokens: int, n_ubatch: int) -> Iterator[slice]:
-    """Cut `n_tokens` that follow `n_past` positions into chunks of at most `n_ubatch`.
-
-    From a limit of 64 up, chunks end at multiples of 64 positions (except the last).
-    """
+    """Cut `n_tokens` that follow `n_past` positions into chunks of at most `n_ubatch`; if that is at
+    least 64, all but the last end at multiples of 64 positions."""
     start = 0
     while start < n_tokens:
         end = n_past + start + n_ubatch

@@ -374,7 +374,7 @@ def test_an_error_in_a_launch_ends_them(load: Load, monkeypatch: pytest.MonkeyPa
         def broken(*args: Any) -> None:
             raise RuntimeError("no device")
 
-        patch.setattr("tests.support.lazy_backend.LazyDecoder.launch", broken)
+        patch.setattr("tests.support.lazy_backend.LazySampler.launch", broken)
         with pytest.raises(RuntimeError):
             next(completion)
     assert completion.finish_reason == "error"
