@@ -44,7 +44,6 @@ class Case:
 
     @property
     def n_prompts(self) -> int:
-        """Prompts that are processed."""
         return 1 if self.is_shared else self.n_seqs
 
     @property
@@ -71,11 +70,8 @@ class Measurement:
 
     def medians(self) -> dict[str, float]:
         """Median seconds, and tokens per second at these, under llama.cpp's keys."""
-        case, t_pp, t_tg = (
-            self.case,
-            statistics.median(self.prompt_s),
-            statistics.median(self.gen_s),
-        )
+        t_pp, t_tg = statistics.median(self.prompt_s), statistics.median(self.gen_s)
+        case = self.case
         return {
             "t_pp": t_pp, "speed_pp": case.n_prompts * case.n_prompt / t_pp,
             "t_tg": t_tg, "speed_tg": case.n_seqs * case.n_gen / t_tg,
@@ -160,7 +156,6 @@ def sequences(engine: Engine, n: int, start: Checkpoint | None = None) -> Iterat
 
 @contextmanager
 def _checkpoints(engine: Engine, seqs: Sequence[int]) -> Iterator[list[Checkpoint]]:
-    """A checkpoint of each sequence; released at the end."""
     taken = [engine.memory.checkpoint(seq) for seq in seqs]
     try:
         yield taken
@@ -182,13 +177,12 @@ def processed(
 
 
 def random_tokens(engine: Engine, n: int, rng: Rng) -> list[int]:
-    """`n` token ids, uniform over the vocabulary."""
     ids: list[int] = rng.integers(0, engine.model.n_vocab, n).tolist()
     return ids
 
 
 def time_prompts(engine: Engine, seqs: Sequence[int], prompts: Sequence[Sequence[int]]) -> float:
-    """Seconds to append a prompt to each sequence, in shared steps, with its last token's logits."""
+    """Seconds to append a prompt to each sequence, in shared steps, with its last row's logits."""
     n_past = [engine.memory.n_tokens(seq) for seq in seqs]
     steps = list(_packed(list(zip(seqs, n_past, prompts, strict=True)), engine.capacity.n_tokens))
     start = time.perf_counter()

@@ -112,7 +112,6 @@ def perplexity(
 
 
 def _estimate(n: int, total: float, squares: float) -> Estimate:
-    """The estimate from `n` scores, their sum and the sum of their squares."""
     mean = total / n
     try:
         ppl = math.exp(mean)

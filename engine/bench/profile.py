@@ -106,13 +106,11 @@ class Row:
 
     @classmethod
     def of(cls, name: str, entries: Sequence[Entry]) -> Row:
-        """The row of some entries."""
         seconds, cost = sum(e.seconds for e in entries), _total([e.cost for e in entries])
         return cls(name, len(entries), seconds, cost.flops, cost.bytes)
 
 
 def by_op(profile: StepProfile) -> list[Row]:
-    """A row for each op, or fusion of ops; the longest first."""
     return _rows((e.label, e) for e in profile.entries)
 
 

@@ -38,7 +38,6 @@ def add_options(p: Parser) -> None:
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
-    """Print a row for every combination of the sizes."""
     sizes = product(args.n_prompt, args.n_gen, args.n_seqs)
     cases = [Case(n_prompt, n_gen, 0, n_seqs, args.pps) for n_prompt, n_gen, n_seqs in sizes]
     options = _engine_options(args, cases)
@@ -54,7 +53,6 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
 
 
 def _values(m: Measurement) -> dict[str, Any]:
-    """A row under llama-batched-bench's keys, in the order of its columns."""
     case, medians = m.case, m.medians()
     sizes = {"pp": case.n_prompt, "tg": case.n_gen, "pl": case.n_seqs, "n_kv": case.n_kv}
     seconds = medians["t_pp"] + medians["t_tg"]

@@ -44,7 +44,6 @@ def cases_of(prompts: list[int], gens: list[int], depths: list[int]) -> list[Cas
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
-    """Print a row for every test of every model."""
     cases = cases_of(args.n_prompt or [512], args.n_gen or [128], args.n_depth or [0])
     if not cases:
         parser.error("nothing to measure: expected a size above 0 for -p or for -n")

@@ -37,7 +37,6 @@ def add_options(p: Parser) -> None:
 
 
 def check_options(parser: Parser, args: argparse.Namespace) -> None:
-    """Refuse options that don't go together."""
     if args.conversation and args.prompts is not None:
         parser.error("argument -cnv: not allowed with argument --prompts")
     for name in ("system_prompt", "chat_template", "reasoning"):
@@ -84,7 +83,6 @@ class Chat:
         self._answers: list[ChatCompletion] = []
 
     def reset(self) -> None:
-        """Forget all messages but the system message."""
         self._messages = list(self._system)
         self._engine.conversation.release()
 
@@ -129,7 +127,6 @@ class Chat:
         )
 
     def stats(self) -> str:
-        """Tokens of the whole chat."""
         timings = [answer.timings for answer in self._answers]
         n_prompt = sum(t.n_prompt for t in timings)
         n_generated = sum(len(answer.tokens) for answer in self._answers)
@@ -197,7 +194,6 @@ def _continued(line: str | None) -> str:
 
 
 def is_interactive() -> bool:
-    """Whether messages are typed on a terminal."""
     return sys.stdin is not None and sys.stdin.isatty()
 
 

@@ -31,7 +31,6 @@ def add_options(p: Parser) -> None:
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
-    """Print the"""
     options = given_fields(args, EngineConfig)
     plans = {bs: plan_only(args.model, bs, args.gdn_form, **options) for bs in args.bs}
     if args.dot is not None:
@@ -98,7 +97,6 @@ def text(plans: Mapping[int, Plan], verbose: bool = False) -> str:
 
 
 def as_json(plans: Mapping[int, Plan]) -> str:
-    """The report as JSON, with the nodes of the first batch size."""
     plan = next(iter(plans.values()))
     nodes = [
         {

@@ -29,7 +29,6 @@ class InputError(EngineError):
 
 
 def at_least(low: int) -> Callable[[str], int]:
-    """A conversion to an integer of at least `low`."""
 
     def convert(text: str) -> int:
         value = int(text)
@@ -142,7 +141,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
     def number(self, names: str, about: str, low: int = 1, group: Any = None, **how: Any) -> None:
-        """An option that takes an integer of at least `low`."""
         add = (group or self).add_argument
         add(*names.split(), type=at_least(low), metavar="N", help=about, **how)
 
@@ -152,12 +150,10 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(*names.split(), help=about, **how)
 
     def choice(self, names: str, about: str, *choices: str) -> None:
-        """An option that takes one of several words, by default the first."""
         first, about = choices[0], f"{about} ({choices[0]})"
         self.add_argument(*names.split(), choices=choices, default=first, help=about)
 
     def flag(self, names: str, about: str) -> None:
-        """An option without a value."""
         self.add_argument(*names.split(), action="store_true", help=about)
 
     def table(self, title: str, rows: list[OptionRow]) -> None:
@@ -185,7 +181,6 @@ class Parser(argparse.ArgumentParser):
         self.flag("-v --verbose", "more detail; tracebacks of errors")
 
     def backend_options(self) -> None:
-        """What runs the graph."""
         self.add_argument("--backend", choices=backends.names(), default="auto",
             help="backend that runs the graph (auto: the fastest that works here)")  # fmt: skip
         self.flag("--strict-backend", "fail where that backend does not support a node, instead of "
@@ -193,16 +188,13 @@ class Parser(argparse.ArgumentParser):
         self.table("placement", _PLACEMENT_OPTIONS)
 
     def engine_options(self, *without: str) -> None:
-        """Options that set fields of EngineConfig, except some fields."""
         self.backend_options()
         self.table("engine", [row for row in _ENGINE_OPTIONS if row[1] not in without])
 
     def sampling_options(self) -> None:
-        """Options that set fields of SamplingParams."""
         self.table("sampling", _SAMPLING_OPTIONS)
 
     def seed(self) -> None:
-        """The seed of a benchmark's tokens."""
         self.number("-s --seed", "seed of the random tokens (0)", low=0, default=0)
 
     def prompt_options(self, many: bool = False) -> None:
@@ -223,7 +215,6 @@ def given_fields(args: argparse.Namespace, options: type) -> dict[str, Any]:
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
-    """What `sampling_options` set."""
     given = given_fields(args, SamplingParams)
     if breakers := given.get("dry_sequence_breakers"):
         given["dry_sequence_breakers"] = tuple(b for b in breakers if b != "none")
@@ -233,12 +224,11 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 
 
 def load_engine(args: argparse.Namespace, **options: Any) -> Engine:
-    """The engine of --model with the options of the command line, and with `options` before them."""
+    """The engine of --model with the options of the command line; `options` go before them."""
     return Engine.load(args.model, **(given_fields(args, EngineConfig) | options))
 
 
 def read_prompt(parser: Parser, args: argparse.Namespace) -> str:
-    """The prompt that `prompt_options` name."""
     if args.prompt is not None:
         return unescaped(args, args.prompt)
     if args.file is None and (sys.stdin is None or sys.stdin.isatty()):
@@ -268,7 +258,6 @@ def unescaped(args: argparse.Namespace, text: str) -> str:
 
 
 def write_text(path: str, text: str) -> None:
-    """Write a file. Raises InputError."""
     try:
         Path(path).write_text(text)
     except OSError as error:

@@ -44,7 +44,6 @@ class Table:
         return f"{self._edge}{' | '.join(names)} |\n{self._edge}{rule}"
 
     def line(self, values: Sequence[Any]) -> str:
-        """A row."""
         cells = (f"{v:{form}}" for v, form in zip(values, self._columns.values(), strict=True))
         return f"{self._edge}{' | '.join(cells)} |"
 

@@ -31,7 +31,6 @@ def add_options(p: Parser) -> None:
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
-    """Print a line for every chunk, and the result."""
     n_ctx, stride = args.n_ctx_chunk, args.stride
     if stride > n_ctx:
         parser.error(f"argument --stride: expected at most the {n_ctx} of -c, got {stride}")

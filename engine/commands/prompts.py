@@ -93,7 +93,6 @@ def _value(key: str, value: Any) -> Any:
 
 
 def result_line(line: PromptLine, completion: Completion | None) -> str:
-    """A finished prompt as one line of JSON."""
     document: dict[str, Any] = {"line": line.number, "prompt": line.prompt}
     if completion is None:
         document |= {"finish_reason": "error", "error": line.error}

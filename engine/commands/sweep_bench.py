@@ -41,7 +41,6 @@ def add_options(p: Parser) -> None:
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
-    """Print a row for every depth."""
     given = given_fields(args, EngineConfig)
     n_prompt = resolved_config(**given).n_ubatch
     if args.n_kv_max < n_prompt:
@@ -61,7 +60,6 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
 
 
 def depths(n_kv_max: int, n_prompt: int) -> range:
-    """The N_KV of the rows."""
     return range(0, n_kv_max, n_prompt)
 
 
@@ -73,7 +71,6 @@ def context_needed(n_kv_max: int, n_prompt: int, n_gen: int) -> int:
 def _measure(
     engine: Engine, args: argparse.Namespace, n_prompt: int, n_gen: int
 ) -> list[dict[str, float]]:
-    """Print the rows; returns their values."""
     shown = settings(engine, args.n_kv_max, flash_attn=1)
     # ik_llama.cpp counts the layers; llama.cpp has -1 for all.
     shown["n_gpu_layers"] = len(engine.plan.graph.layer_kinds) if n_gpu_layers(engine) else 0

@@ -35,7 +35,6 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """Bytes in all."""
         return self.weights + self.states + self.kv_cache + self.activations
 
 

@@ -36,7 +36,6 @@ class Plan:
         self.splits = _splits(graph, placements)
 
     def nodes_of(self, backend: Backend) -> list[Node]:
-        """The nodes of a backend, in order."""
         return [node for node, p in self.placements.items() if p.backend is backend]
 
     def tensors_of(self, backend: Backend, kind: Kind) -> list[Tensor]:
@@ -122,7 +121,6 @@ class _Placer:
             self._holders |= dict.fromkeys(_operands(node, Kind.STATE), holder)
 
     def place(self, node: Node) -> Placement:
-        """Place a node after those before it."""
         self.placements[node] = placement = self._placement(node)
         for weight in _operands(node, Kind.WEIGHT):
             self._holders.setdefault(weight, placement)

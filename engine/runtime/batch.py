@@ -76,7 +76,7 @@ def check_fits(chunks: Sequence[Chunk], capacity: Capacity) -> None:
 def begin(
     chunks: Sequence[Chunk], memory: SequenceMemory, preserve_state: bool = False
 ) -> list[Step]:
-    """Allocate memory for every chunk (see SequenceMemory.begin), or raise MemoryFullError."""
+    """Allocate memory for every chunk (SequenceMemory.begin), or for none: MemoryFullError."""
     steps: list[Step] = []
     try:
         for c in chunks:

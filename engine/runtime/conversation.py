@@ -66,7 +66,6 @@ class Conversation:
 
     @property
     def n_tokens(self) -> int:
-        """Positions of the cached prefix."""
         return self._cached.n_tokens if self._cached else 0
 
     def release(self) -> bool:

@@ -82,7 +82,6 @@ class Executable:
 
     @property
     def stores(self) -> list[StateStore]:
-        """The state store of every backend in use."""
         return [backend.states for backend in self.plan.backends]
 
 

@@ -43,5 +43,4 @@ class FiniteCheck:
 
 
 def failure(what: str, seq: int, position: int) -> str:
-    """The error message of a sequence."""
     return f"non-finite values in {what}, sequence {seq}, position {position}"

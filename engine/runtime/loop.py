@@ -23,7 +23,7 @@ from engine.sampling.params import SamplingError
 
 
 class StepLoop:
-    """Runs steps on sequence memory; `check`: look at every node's outputs for non-finite values."""
+    """Runs steps on sequence memory; `check`: check every node's outputs for non-finite values."""
 
     def __init__(
         self, executable: Executable, scheduler: Scheduler, capacity: Capacity, check: bool
@@ -53,7 +53,6 @@ class StepLoop:
             self.overlap.cancel()
 
     def run(self, chunks: Sequence[Chunk]) -> tuple[NDArray[np.float32], dict[int, str]]:
-        """Run one batch; see Engine.run."""
         with self._batch(chunks) as batch:
             finite = FiniteCheck(batch, [chunk.seq for chunk in chunks])
             watch = finite.watch if self._check else None
@@ -64,7 +63,6 @@ class StepLoop:
         return np.asarray(logits, np.float32), finite.failures
 
     def run_timed(self, chunks: Sequence[Chunk]) -> tuple[list[Timing], Live]:
-        """Run one batch as `run` does; see Engine.run_timed."""
         start = time.perf_counter()
         with self._batch(chunks) as batch:
             packing = Timing("", Instruction("pack batch", ()), time.perf_counter() - start)
@@ -99,7 +97,6 @@ class StepLoop:
         self.memory.reset(seq)
 
     def step(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
-        """As `run`, but non-finite values raise NonFiniteError."""
         logits, failures = self.run(chunks)
         if failures:
             raise NonFiniteError("; ".join(failures.values()))

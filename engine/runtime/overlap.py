@@ -29,7 +29,6 @@ class InFlightStep:
 
     @property
     def unfinished(self) -> list[Request]:
-        """Its requests that have not ended since."""
         return [r for r in self.requests if not r.finish_reason]
 
 

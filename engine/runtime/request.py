@@ -110,12 +110,10 @@ class Request:
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether part of the prompt has not been processed yet."""
         return self.n_done < len(self.ids)
 
     @property
     def position(self) -> int:
-        """Positions before the unprocessed part of its prompt."""
         return self.n_past + self.n_done
 
     @property
@@ -238,17 +236,14 @@ class Completion:
 
     @property
     def text(self) -> str:
-        """The text so far."""
         return self._request.text
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        """Why it ended; None while it goes on."""
         return self._request.finish_reason
 
     @property
     def detail(self) -> str:
-        """The reason in words."""
         return self._request.detail
 
     def stop(self) -> None:

@@ -18,8 +18,8 @@ from engine.runtime.request import FinishReason, Request
 
 
 def cut(n_past: int, n_tokens: int, n_ubatch: int) -> Iterator[slice]:
-    """Cut `n_tokens` that follow `n_past` positions into chunks of at most `n_ubatch`; if that is at
-    least 64, all but the last end at multiples of 64 positions."""
+    """Cut `n_tokens` that follow `n_past` positions into chunks of at most `n_ubatch`; with 64 or
+    more, all but the last end at multiples of 64 positions."""
     start = 0
     while start < n_tokens:
         end = n_past + start + n_ubatch
@@ -101,7 +101,6 @@ class Scheduler:
         return n_blocks <= self.memory.blocks.n_free and n_slots <= self.memory.slots.n_free
 
     def _refuse(self, request: Request) -> None:
-        """End a request that doesn't fit although nothing else runs."""
         n_positions = self.memory.blocks.n_free * self._capacity.block_size
         detail = (
             f"it needs {request.limit} positions and a state slot: {n_positions} positions and "
