@@ -14,11 +14,9 @@ from engine.graph import Capacity
 DEFAULT_CTX = 4096
 # Rows of a step that may need logits: all at once, those of a large vocabulary take gigabytes.
 MAX_OUTPUTS = 512
-# Positions are int32.
-MAX_CTX = 2**31 - 1
+MAX_CTX = 2**31 - 1  # Positions are int32.
 CACHE_TYPES: dict[str | None, DType] = {"f32": F32, "f16": F16}
 GDN_MODES = ("auto", "scan", "chunk", "decomposed")
-# The least value of each number.
 _LEAST = {
     "n_ctx": 0, "n_batch": 0, "n_ubatch": 0, "n_parallel": 1, "n_checkpoints": 0,
     "n_snapshots": 0, "n_threads": 1, "n_gpu_layers": 0, "n_cpu_moe": 0,

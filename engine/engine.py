@@ -37,8 +37,7 @@ from engine.text.tokenizer import Tokenizer
 DEMO_MODEL = Path(__file__).parent / "data" / "demo.gguf"
 
 
-# A text, or token ids.
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int]  # A text, or token ids.
 
 
 class PromptError(EngineError):
@@ -48,10 +47,8 @@ class PromptError(EngineError):
 class Engine:
     """A loaded model. Make one with `Engine.load`; use it as a context manager, or `close` it.
 
-    `tokenizer`, `model`, `memory` (of sequences) and `plan` (the placed graph) are there to be
-    looked at; so are `config` (with the sizes that suit the backend), `n_ctx` (positions of
-    memory), `capacity` (of one step), `conversation` (what memory holds for the next `chat`) and
-    `load_s` (seconds that loading took).
+    `config` has the sizes that suit the backend; `n_ctx`: positions of memory; `capacity`: of one
+    step; `conversation`: what memory holds for the next `chat`; `load_s`: seconds of loading.
     """
 
     def __init__(self, file: GGUFFile, config: EngineConfig) -> None:
@@ -82,8 +79,7 @@ class Engine:
         sequences), n_checkpoints, n_threads, cpu_isa (amx, avx512, avx2, portable; None: the best),
         type_k and type_v (f32, f16), gdn (auto, scan, chunk, decomposed), strict_backend (fail
         rather than place a node elsewhere), batch_invariant (see BackendOptions), n_gpu_layers,
-        n_cpu_moe and override_tensor (see Offload).
-        Raises EngineError, in one line, for whatever the file or the options have wrong.
+        n_cpu_moe and override_tensor (see Offload). Raises EngineError.
         """
         start = time.perf_counter()
         if unknown := options.keys() - EngineConfig.__dataclass_fields__.keys():
@@ -156,10 +152,9 @@ class Engine:
     ) -> Completion:
         """Stream a completion: an iterator of tokens with `.text` and `.token`.
 
-        It runs together with whatever else was started and not finished. See Completion for why it
-        ended, and for how to cancel it. A str is encoded with special tokens added and parsed.
-        With `after`, a checkpoint of `memory`, the prompt goes on from there: nothing before it is
-        processed again (nor seen by penalties), and the checkpoint stays as it is.
+        It runs together with whatever else was started and not finished. A str is encoded with
+        special tokens added and parsed. With `after`, a checkpoint of `memory`, the prompt goes on
+        from there: nothing before it is processed again (nor seen by penalties).
         Raises PromptError for a prompt that is empty, too long or has unknown ids, SamplingError
         for parameters that don't go together with the model.
         """
@@ -180,9 +175,8 @@ class Engine:
         schemas; reasoning: whether to think, for templates that take it (`enable_thinking`);
         template: None for the model's own. The state after the last answer is kept: where the
         messages go on from it, with the answer's `text` as the assistant's content, nothing of the
-        history is processed again. See runtime/conversation.py for what happens where they don't.
-        Control tokens that a message spells are text.
-        Raises ChatError for messages or a template that can't be used, and as `generate` does.
+        history is processed again (see runtime/conversation.py). Control tokens that a message
+        spells are text. Raises ChatError, and as `generate` does.
         """
         if template is None:
             self._template = template = self._template or find_template(self.file)

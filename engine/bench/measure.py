@@ -1,8 +1,7 @@
 """The measuring core: cases, their timed runs, and the check that each run did what it says.
 
-A run starts from a checkpoint at the depth of its case, so that the depth is processed once and
-never timed. Tokens are random. Generation runs through `Engine.generate`, greedy and past every
-end-of-generation token. A run counts only if every token was processed or delivered.
+A run starts from a checkpoint at the depth of its case, so that the depth is never timed. Tokens
+are random. Generation is greedy and goes past every end-of-generation token.
 """
 
 from __future__ import annotations
@@ -80,8 +79,7 @@ class Measurement:
 
 def mean_and_deviation(samples: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation, which is 0 for a single sample."""
-    deviation = statistics.stdev(samples) if len(samples) > 1 else 0.0
-    return statistics.fmean(samples), deviation
+    return statistics.fmean(samples), statistics.stdev(samples) if len(samples) > 1 else 0.0
 
 
 def measure(
@@ -92,14 +90,13 @@ def measure(
     warm_up: Callable[[Case], Case] | None = None,
     on_run: Callable[[], None] = lambda: None,
 ) -> Iterator[Measurement]:
-    """Measure cases one after another; consecutive cases of one depth share its checkpoint.
+    """Measure cases; consecutive cases of one depth share its checkpoint. Raises BenchError.
 
     Before each, the case that `warm_up` makes of it runs untimed. `on_run` is called after every
-    run. The engine needs `n_checkpoints` for the sequences of a case. Raises BenchError.
+    run. The engine needs `n_checkpoints` for the sequences of a case.
     """
     for n_depth, group in groupby(cases, key=lambda case: case.n_depth):
-        depth = [random_tokens(engine, n_depth, rng)]
-        with processed(engine, depth) as (_, (start,)):
+        with processed(engine, [random_tokens(engine, n_depth, rng)]) as (_, (start,)):
             for case in group:
                 if warm_up:
                     _run(engine, warm_up(case), start, rng)
@@ -197,10 +194,7 @@ def time_prompts(engine: Engine, seqs: Sequence[int], prompts: Sequence[Sequence
 
 
 def _packed(waiting: list[tuple[int, int, Sequence[int]]], n_ubatch: int) -> Iterator[list[Chunk]]:
-    """The chunks of each step for (sequence, n_past, prompt), cut as the scheduler cuts them.
-
-    A chunk that would be cut short of 64 tokens by the rest of a step waits for the next step.
-    """
+    """The chunks of each step for (sequence, n_past, prompt), cut as the scheduler cuts them."""
     smallest = BLOCK_POSITIONS if n_ubatch >= BLOCK_POSITIONS else 1
     while waiting := [(seq, n_past, tokens) for seq, n_past, tokens in waiting if tokens]:
         chunks, budget = [], n_ubatch

@@ -19,8 +19,7 @@ from engine.runtime.batch import BLOCK_POSITIONS, Chunk, Logits
 from engine.runtime.scheduler import cut
 
 Scores = NDArray[np.float64]
-# In a text chunk of fewer tokens, no token is scored.
-MIN_CTX = 4
+MIN_CTX = 4  # In a text chunk of fewer tokens, no token is scored.
 # Most bytes of logits that a step returns, and that are exponentiated at a time.
 _STEP_BYTES, _BLOCK_BYTES = 2**28, 2**23
 
@@ -40,11 +39,8 @@ class ScoredChunk:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The perplexity of the tokens scored so far.
-
-    `ppl` is e to the mean negative log-likelihood (nats) of `n_scored` tokens. `error` is
-    llama.cpp's uncertainty of it: the standard error of that mean, times ppl; NaN for one token.
-    """
+    """`ppl` is e to the mean negative log-likelihood (nats) of the `n_scored` tokens so far.
+    `error` is llama.cpp's: the standard error of that mean, times ppl; NaN for one token."""
 
     ppl: float
     error: float
@@ -57,12 +53,11 @@ def window(n_ctx: int, stride: int = 0) -> int:
 
 
 def chunks(n_tokens: int, n_ctx: int, stride: int = 0) -> list[ScoredChunk]:
-    """The text chunks of a text of `n_tokens`.
+    """The text chunks of a text of `n_tokens`. Raises PerplexityError if there are none.
 
-    Without a stride: chunks of n_ctx, one after another; a shorter rest is dropped. The tokens
-    after position n_ctx/2 of each are scored. With a stride: windows of n_ctx + stride/2, each
-    `stride` further, whose last `stride` tokens are scored.
-    Raises PerplexityError for a text of less than one chunk, and for sizes that score nothing.
+    Without a stride: chunks of n_ctx, one after another, scored after position n_ctx/2; a shorter
+    rest is dropped. With a stride: windows of n_ctx + stride/2, each `stride` further, whose last
+    `stride` tokens are scored.
     """
     if n_ctx < MIN_CTX:
         raise PerplexityError(f"n_ctx: expected at least {MIN_CTX}, got {n_ctx}")
@@ -93,9 +88,8 @@ def perplexity(
 ) -> Iterator[Estimate]:
     """The estimate after each text chunk of `ids` (from `encode`); the last one is the result.
 
-    If the model adds BOS, it replaces the first input token of every chunk, but not of windows with
-    a stride: llama.cpp writes BOS there only after it has filled the batch.
-    The engine's context must hold `window(n_ctx, stride)` tokens. Raises as `chunks` does.
+    If the model adds BOS, it replaces the first input token of every chunk, but as in llama.cpp not
+    of windows with a stride. The engine's context must hold `window(n_ctx, stride)` tokens.
     """
     parts = chunks(len(ids), n_ctx, stride)
     tokenizer = engine.tokenizer
@@ -145,10 +139,8 @@ def _score(engine: Engine, given: Sequence[int], targets: Sequence[int], first: 
 
 
 def negative_log_likelihood(logits: NDArray[np.float32], targets: Sequence[int]) -> Scores:
-    """-log softmax(logits)[target] in nats; logits [n, n_vocab], n targets.
-
-    Exponents are float32 relative to the row's maximum and summed in float64, as in llama.cpp.
-    """
+    """-log softmax(logits)[target] in nats; logits [n, n_vocab], n targets. Exponents are float32
+    relative to the row's maximum and summed in float64, as in llama.cpp."""
     n_rows = max(1, _BLOCK_BYTES // (4 * logits.shape[1]))
     out = np.empty(len(targets))
     for start in range(0, len(targets), n_rows):

@@ -130,9 +130,9 @@ def draw(curves: Sequence[Curve], path: str) -> None:
     names = map(str, range(len(lines)))
     legend = figure.legend(lines, names, loc="outside lower center", ncols=n_columns)
     # Set afterwards: matplotlib hides labels that begin with an underscore, and parses formulas.
-    for text, curve in zip(legend.get_texts(), curves, strict=True):
+    for text, (label, _) in zip(legend.get_texts(), curves, strict=True):
         text.set_parse_math(False)
-        text.set_text(_shortened(curve.label))
+        text.set_text(label if len(label) <= _LABEL_WIDTH else f"…{label[1 - _LABEL_WIDTH :]}")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing from")
@@ -156,7 +156,3 @@ def _panel(axes: Any, title: str, curves: Sequence[Curve], field: str) -> list[A
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     return lines
-
-
-def _shortened(label: str) -> str:
-    return label if len(label) <= _LABEL_WIDTH else f"…{label[1 - _LABEL_WIDTH :]}"

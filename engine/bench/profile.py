@@ -31,7 +31,6 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """Its first node, or its label if it has none."""
         return self.nodes[0].name if self.nodes else self.label
 
 

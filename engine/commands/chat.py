@@ -56,11 +56,9 @@ def run(args: argparse.Namespace, first: str | None, params: SamplingParams) -> 
         chat = Chat(engine, system, params=params, reasoning=args.reasoning, template=template)
         if first is not None:
             chat.say(first)
-        if sys.stdin is None:
-            return 0
-        if sys.stdin.isatty():
+        if is_interactive():
             print(HELP, file=sys.stderr)
-        for message in read_messages():
+        for message in read_messages() if sys.stdin is not None else ():
             if message == "/exit":
                 break
             if message == "/reset":
@@ -87,8 +85,7 @@ class Chat:
         self._engine.conversation.release()
 
     def say(self, text: str) -> None:
-        """Print the answer to a message, and a line about the turn; a message without an answer is
-        taken back."""
+        """Print the answer to a message, which is taken back without one, and a line about it."""
         asked = [*self._messages, {"role": "user", "content": text}]
         written = ""
         try:

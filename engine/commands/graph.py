@@ -123,8 +123,7 @@ def as_dot(plan: Plan) -> str:
     lines = ["digraph {", "  node [shape=box, style=filled, fontname=monospace];"]
     producers = {t: node for node in plan.graph.nodes for t in node.outputs}
     for node, placement in plan.placements.items():
-        color = colors[placement.backend.name]
-        label = f"{node.op.name}\\n{node.name}"
+        label, color = f"{node.op.name}\\n{node.name}", colors[placement.backend.name]
         lines.append(f'  "{node.name}" [label="{label}", fillcolor={color}];')
         sources = dict.fromkeys(producers.get(t.base) for t in node.inputs.values())
         lines += [f'  "{source.name}" -> "{node.name}";' for source in sources if source]

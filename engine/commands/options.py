@@ -17,10 +17,9 @@ from engine.errors import EngineError
 from engine.sampling.params import SamplingParams
 
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "'": "'", '"': '"', "\\": "\\"}
-# More layers than any model has.
-ALL_LAYERS = 1 << 20
-# Names; the field of an options class that they set; its values; help. Values: a conversion of the
-# text, a tuple of choices, `bool` for a flag, or argparse's keywords.
+ALL_LAYERS = 1 << 20  # More than any model has.
+# Names; the field of an options class that they set; a conversion of the text or argparse's
+# keywords; help.
 OptionRow = tuple[str, str, Any, str]
 
 
@@ -80,11 +79,11 @@ _ENGINE_OPTIONS: list[OptionRow] = [
     ("--cpu-isa", "cpu_isa", {"metavar": "NAME"},
      "instruction set of the CPU kernels (the best that this CPU has)"),
     ("-np --parallel", "n_parallel", at_least(1), "sequences that run at the same time (1)"),
-    ("-ctk --cache-type-k", "type_k", ("f32", "f16"), "type of the K cache"),
-    ("-ctv --cache-type-v", "type_v", ("f32", "f16"), "type of the V cache"),
-    ("--batch-invariant", "batch_invariant", bool,
+    ("-ctk --cache-type-k", "type_k", {"choices": ("f32", "f16")}, "type of the K cache"),
+    ("-ctv --cache-type-v", "type_v", {"choices": ("f32", "f16")}, "type of the V cache"),
+    ("--batch-invariant", "batch_invariant", {"action": "store_true"},
      "cuda: results of a sequence don't depend on the others of its batch; slower"),
-    ("--gdn", "gdn", ("auto", "scan", "chunk"), "algorithm of the delta rule"),
+    ("--gdn", "gdn", {"choices": ("auto", "scan", "chunk")}, "algorithm of the delta rule"),
 ]  # fmt: skip
 
 
@@ -130,7 +129,8 @@ _SAMPLING_OPTIONS: list[OptionRow] = [
      "add X to the logit of token ID: 15043+1, 15043-inf"),
     ("-r --reverse-prompt", "stop", {"action": "append", "metavar": "TEXT"},
      "stop where the output has this text"),
-    ("--ignore-eos", "ignore_eos", bool, "don't stop at the end-of-generation token"),
+    ("--ignore-eos", "ignore_eos", {"action": "store_true"},
+     "don't stop at the end-of-generation token"),
 ]  # fmt: skip
 
 
@@ -160,13 +160,7 @@ class Parser(argparse.ArgumentParser):
         """Options that leave their field at its default where they are not given."""
         group = self.add_argument_group(title)
         for names, field, values, about in rows:
-            how: Any = {"type": values, "metavar": "N"}
-            if isinstance(values, dict):
-                how = values
-            elif isinstance(values, tuple):
-                how = {"choices": values}
-            elif values is bool:
-                how = {"action": "store_true"}
+            how = values if isinstance(values, dict) else {"type": values, "metavar": "N"}
             unset = argparse.SUPPRESS
             group.add_argument(*names.split(), dest=field, default=unset, help=about, **how)
 

@@ -40,7 +40,7 @@ def add_options(p: Parser) -> None:
     p.engine_options()
     p.sampling_options()
     check = "name the first node with values that are not finite; slow"
-    p.table("debugging", [("--check", "check", bool, check)])
+    p.table("debugging", [("--check", "check", {"action": "store_true"}, check)])
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:

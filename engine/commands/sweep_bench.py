@@ -83,12 +83,10 @@ def _measure(
             measure_and_extend(engine, seq, n_prompt, min(n_gen, _WARM_UP), rng)
     measured = []
     with sequences(engine, 1) as (seq,), Rows(args.output_format, _TABLE) as rows:
-        kv = depths(args.n_kv_max, n_prompt)
-        for _ in tqdm(kv, unit="row", leave=False, disable=None):
+        for _ in tqdm(depths(args.n_kv_max, n_prompt), unit="row", leave=False, disable=None):
             m = measure_and_extend(engine, seq, n_prompt, n_gen, rng, args.repeats)
             measured.append(values := _values(m))
-            document = shown | values | _extra(engine, m.case.n_depth)
-            rows.add(document, list(values.values()))
+            rows.add(shown | values | _extra(engine, m.case.n_depth), list(values.values()))
     return measured
 
 

@@ -1,9 +1,8 @@
 """Rules of placement that users give: -ngl, -ncmoe, -cmoe, --override-tensor.
 
-As in llama.cpp: of N offloaded layers the last ones of the model are on the device, and the head
-counts as one more layer; the first regular expression found in a weight's name sends the node that
-reads it to a backend, whatever else is said. The device is the first backend with memory of its
-own, the host the first without.
+As in llama.cpp: the last N layers are on the device, where the head counts as one more; the first
+regular expression found in a weight's name sends the node that reads it to a backend, whatever else
+is said. The device is the first backend with memory of its own, the host the first without.
 """
 
 from __future__ import annotations

@@ -42,7 +42,6 @@ class Chunk:
 
     @property
     def n_outputs(self) -> int:
-        """Its rows that need logits."""
         if self.logits is Logits.LAST:
             return 1
         return len(self.tokens) if self.logits is Logits.ALL else 0
@@ -59,11 +58,10 @@ class Batch:
 def check_fits(chunks: Sequence[Chunk], capacity: Capacity) -> None:
     """Raise BatchError unless a graph of this capacity can run the chunks in one step."""
     seqs = [chunk.seq for chunk in chunks]
-    n_snapshots = max((chunk.n_snapshots for chunk in chunks), default=0)
     for what, n, limit in (
         ("sequences", len(chunks), capacity.n_seqs),
         ("tokens", sum(len(chunk.tokens) for chunk in chunks), capacity.n_tokens),
-        ("snapshots", n_snapshots, capacity.n_snapshots),
+        ("snapshots", max((c.n_snapshots for c in chunks), default=0), capacity.n_snapshots),
     ):
         if n > limit:
             raise BatchError(f"{n} {what} in one step: expected at most {limit}")

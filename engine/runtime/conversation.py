@@ -1,11 +1,10 @@
 """A conversation: its messages as tokens, and how much of them memory holds already.
 
 For every turn the template renders all messages anew. Memory holds the prefix that the last turn
-left: segments, each a text with its tokens. An answer is one segment with the tokens that the model
-gave. If the new text starts with the texts of all segments, only what follows is processed. If not,
-the template changed something before (most remove the thinking of earlier answers). A recurrent
-state can't be cut short, so the turn continues from the rollback point before the last answer, or
-from nothing.
+left: segments, each a text with its tokens; an answer is one segment. If the new text starts with
+the texts of all segments, only what follows is processed. If not (most templates remove the
+thinking of earlier answers), a recurrent state can't be cut short: the turn continues from the
+rollback point before the last answer, or from nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from engine.kvcache.sequences import Checkpoint
 from engine.text.template import ChatError, ChatTemplate, Message
 from engine.text.tokenizer import Tokenizer
 
-# Templates look for these in what a model said.
-_THINKING = ("<think>", "</think>")
+_THINKING = ("<think>", "</think>")  # Templates look for these in what a model said.
 # An answer that no template contains or changes; it shows what the template puts around answers.
 _PROBE = "\ufdd0"
 _Render = Callable[[Sequence[Message]], str]
@@ -32,9 +30,8 @@ Segment = tuple[str | None, list[int]]
 class ChatPrompt:
     """What a turn processes: `ids`, after the `n_kept` cached positions of checkpoint `after`.
 
-    `segments` are the whole prompt. `n_dropped`: cached positions discarded because the rendered
-    text diverges before them. `rollback_at`: the position (0: none) up to which the next turn's
-    prompt will be the same whatever the answer is.
+    `segments`: the whole prompt. `n_dropped`: cached positions that can't be used. `rollback_at`:
+    up to this position (0: none) the next turn's prompt is the same whatever the answer is.
     """
 
     ids: list[int]
@@ -103,10 +100,8 @@ class Conversation:
         )  # fmt: skip
 
     def store(self, prompt: ChatPrompt, checkpoint: Checkpoint, text: str, ids: list[int]) -> None:
-        """Make a turn that has ended the cached prefix, if all of its prompt was processed.
-
-        text, ids: the answer as it was shown, and its tokens.
-        """
+        """Make a turn that has ended, with the answer as it was shown and its tokens, the cached
+        prefix, if all of its prompt was processed."""
         if checkpoint.n_tokens < len(_ids(prompt.segments)):
             checkpoint.release()
             return

@@ -54,9 +54,8 @@ class Executable:
             name = split.backend.name
             if split.copies:
                 timings.append(_timing(name, "copy", partial(self._copy, split)))
-            seconds = program.run_timed(live)
-            for instruction, s in zip(program.instructions, seconds, strict=True):
-                timings.append(Timing(name, instruction, s))
+            timed = zip(program.instructions, program.run_timed(live), strict=True)
+            timings += [Timing(name, instruction, seconds) for instruction, seconds in timed]
         timings.append(_timing("", "read outputs", self._read_outputs))
         return timings
 

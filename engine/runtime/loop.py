@@ -103,7 +103,6 @@ class StepLoop:
         return logits
 
     def prefill(self, seq: int, tokens: Sequence[int], logits: Logits) -> NDArray[np.float32]:
-        """Append tokens to a sequence, chunk by chunk; returns the logits asked for."""
         most = self._capacity.n_outputs if logits is Logits.ALL else self._capacity.n_tokens
         parts = list(cut(self.memory.n_tokens(seq), len(tokens), most))
         out = []
@@ -113,11 +112,9 @@ class StepLoop:
         return np.concatenate(out)
 
     def add(self, request: Request, after: Checkpoint | None = None) -> None:
-        """Queue a request, which continues from a checkpoint if one is given."""
         self.scheduler.add(request, after)
 
     def cancel(self, request: Request) -> None:
-        """End a request now and free its memory."""
         request.finish(FinishReason.CANCELLED, "by its user")
         self.scheduler.remove(request)
 

@@ -42,10 +42,8 @@ class OverlappedSteps:
         self._last_ids_at = 0.0
 
     def step(self) -> list[tuple[Request, int]]:
-        """Launch the next step, then wait for the tokens of the one in flight.
-
-        Returns a token for each request, -1 for non-finite logits; nothing if it can't run here.
-        """
+        """Launch the next step, then wait for the tokens of the one in flight, -1 for non-finite
+        logits; none if it can't run here."""
         step, self._in_flight = self._in_flight, None
         if step is None or not step.unfinished:
             step = self._launch(None)

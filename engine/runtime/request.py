@@ -75,12 +75,11 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class Request:
-    """A prompt with what was generated for it so far.
+    """A prompt, which comes after `n_past` positions, with what was generated for it so far.
 
-    ids: the prompt, which comes after `n_past` positions. ends: tokens that end the completion.
-    limit: the most positions that it may fill in memory. `rollback_at`: the position in the prompt
-    (0: none) at which a step ends and the state is kept as a rollback point. `on_finish` is called
-    when it ends, with a checkpoint that the callee keeps or releases.
+    ends: tokens that end it. limit: the most positions that it may fill in memory. `rollback_at`:
+    the position in the prompt (0: none) at which a step ends and a rollback point is kept.
+    `on_finish` is called when it ends, with a checkpoint that the callee keeps or releases.
     """
 
     def __init__(
