@@ -28,7 +28,6 @@ class InputError(EngineError):
 
 
 def at_least(low: int) -> Callable[[str], int]:
-
     def convert(text: str) -> int:
         value = int(text)
         if value < low:
