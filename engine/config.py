@@ -14,10 +14,13 @@ from engine.graph import Capacity
 DEFAULT_CTX = 4096
 # Rows of a step that may need logits: all at once, those of a large vocabulary take gigabytes.
 MAX_OUTPUTS = 512
-# Positions are int32.
-MAX_CTX = 2**31 - 1
-CACHE_TYPES = {"f32": F32, "f16": F16}
+MAX_CTX = 2**31 - 1  # Positions are int32.
+CACHE_TYPES: dict[str | None, DType] = {"f32": F32, "f16": F16}
 GDN_MODES = ("auto", "scan", "chunk", "decomposed")
+_LEAST = {
+    "n_ctx": 0, "n_batch": 0, "n_ubatch": 0, "n_parallel": 1, "n_checkpoints": 0,
+    "n_snapshots": 0, "n_threads": 1, "n_gpu_layers": 0, "n_cpu_moe": 0,
+}  # fmt: skip
 
 
 class ConfigError(EngineError):
@@ -26,10 +29,7 @@ class ConfigError(EngineError):
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Options of an engine; see Engine.load. Raises ConfigError for values out of range.
-
-    n_batch and n_ubatch 0, type_k and type_v None: what suits the backend, see `resolved`.
-    """
+    """Options of an engine; see Engine.load. Raises ConfigError for values out of range."""
 
     backend: str = "auto"
     n_ctx: int | None = None
@@ -51,46 +51,26 @@ class EngineConfig:
     check: bool = False
 
     def __post_init__(self) -> None:
-        for name, low in (
-            ("n_ctx", 0),
-            ("n_batch", 0),
-            ("n_ubatch", 0),
-            ("n_parallel", 1),
-            ("n_checkpoints", 0),
-            ("n_snapshots", 0),
-            ("n_threads", 1),
-            ("n_gpu_layers", 0),
-            ("n_cpu_moe", 0),
-        ):
+        for name, low in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ConfigError(f"{name}: expected at least {low}, got {value}")
-        for name, known in (
-            ("backend", backends.names()),
-            ("gdn", GDN_MODES),
-            ("type_k", (None, *CACHE_TYPES)),
-            ("type_v", (None, *CACHE_TYPES)),
-        ):
+        types = (None, *CACHE_TYPES)
+        choices = (backends.names(), GDN_MODES, types, types)
+        for name, known in zip(("backend", "gdn", "type_k", "type_v"), choices, strict=True):
             if (value := getattr(self, name)) not in known:
-                choices = ", ".join(k for k in known if k)
-                raise ConfigError(f"{name}: expected one of {choices}, got {value}")
+                expected = ", ".join(k for k in known if k)
+                raise ConfigError(f"{name}: expected one of {expected}, got {value}")
 
     def resolved(self, traits: Traits) -> EngineConfig:
         """The same, where sizes of steps and cache types not set come from a backend's traits."""
-        suits = min(traits.n_ubatch, self.n_batch) if self.n_batch else traits.n_ubatch
-        n_ubatch = self.n_ubatch or suits
-        return replace(
-            self,
-            n_ubatch=n_ubatch,
-            n_batch=self.n_batch or max(2048, n_ubatch),
-            type_k=self.type_k or traits.cache_type,
-            type_v=self.type_v or traits.cache_type,
-        )
+        n_ubatch = self.n_ubatch or min(traits.n_ubatch, self.n_batch or traits.n_ubatch)
+        n_batch = self.n_batch or max(2048, n_ubatch)
+        type_k, type_v = self.type_k or traits.cache_type, self.type_v or traits.cache_type
+        return replace(self, n_ubatch=n_ubatch, n_batch=n_batch, type_k=type_k, type_v=type_v)
 
     def cache_types(self) -> tuple[DType, DType]:
         """Types of the K and V cache of a resolved config."""
-        assert self.type_k is not None
-        assert self.type_v is not None
         return CACHE_TYPES[self.type_k], CACHE_TYPES[self.type_v]
 
 
@@ -102,17 +82,9 @@ def context_size(n_ctx: int | None, n_ctx_train: int) -> int:
     return size
 
 
-def capacity_of(
-    config: EngineConfig, n_ctx: int, traits: Traits, n_tokens: int | None = None
-) -> Capacity:
-    """The capacity of the graph of a resolved config, or of one for batches of `n_tokens`.
-
-    traits: of the backend that is first in priority.
-    """
-    n_tokens = n_tokens or min(config.n_batch, config.n_ubatch)
-    block_size = Capacity.block_size
-    # Every holder of a sequence may own one partly filled block.
-    n_blocks = math.ceil(n_ctx / block_size) + config.n_parallel + config.n_checkpoints
+def capacity_of(config: EngineConfig, n_ctx: int, traits: Traits) -> Capacity:
+    """The capacity of the graph of a resolved config; traits: of the backend first in priority."""
+    n_tokens = min(config.n_batch, config.n_ubatch)
     # An overlapped step writes slots of its own.
     n_overlapped = config.n_parallel if traits.overlaps_steps else 0
     return Capacity(
@@ -120,6 +92,7 @@ def capacity_of(
         n_seqs=min(config.n_parallel, n_tokens),
         n_outputs=min(n_tokens, max(MAX_OUTPUTS, config.n_parallel)),
         n_slots=config.n_parallel * (1 + config.n_snapshots) + config.n_checkpoints + n_overlapped,
-        n_blocks=n_blocks,
+        # Every holder of a sequence may own one partly filled block.
+        n_blocks=math.ceil(n_ctx / Capacity.block_size) + config.n_parallel + config.n_checkpoints,
         n_snapshots=config.n_snapshots,
     )

@@ -1,13 +1,10 @@
-"""The engine: a model with its memory, and text from it.
-
-`Engine.load` reads a file, plans its graph and allocates; `generate` streams text, `logits` scores
-tokens. Steps are the loop's (runtime/loop.py).
-"""
+"""The engine: a model with its memory, and text from it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +12,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine import backends
-from engine.backends.base import Backend, BackendOptions, Timing
+from engine.backends.base import BackendOptions, Timing
 from engine.config import ConfigError, EngineConfig, capacity_of, context_size
 from engine.errors import EngineError
 from engine.formats.gguf import GGUFFile
-from engine.graph import Capacity, Graph, Live
+from engine.graph import Live
 from engine.kvcache.sequences import Checkpoint, SequenceMemory
 from engine.models import BuildOptions, Model, load_model
 from engine.placement import estimate
 from engine.placement.place import Plan
 from engine.placement.rules import Offload, place_where_it_fits
 from engine.runtime.batch import Chunk, Logits
-from engine.runtime.conversation import ChatPrompt, Conversation
+from engine.runtime.conversation import Conversation
 from engine.runtime.executor import Executable
 from engine.runtime.loop import StepLoop
 from engine.runtime.request import ChatCompletion, Completion, FinishReason, Request
 from engine.runtime.scheduler import Scheduler
 from engine.sampling.chain import Sampler, sequence_breakers
 from engine.sampling.params import SamplingError, SamplingParams
-from engine.sampling.steps import Breakers
 from engine.text.template import ChatTemplate, Message, find_template
 from engine.text.tokenizer import Tokenizer
 
 # The model that runs where none is named; tools/train_demo made it.
 DEMO_MODEL = Path(__file__).parent / "data" / "demo.gguf"
+
+
+Prompt = str | Sequence[int]  # A text, or token ids.
 
 
 class PromptError(EngineError):
@@ -48,10 +47,8 @@ class PromptError(EngineError):
 class Engine:
     """A loaded model. Make one with `Engine.load`; use it as a context manager, or `close` it.
 
-    `tokenizer`, `model`, `memory` (of sequences) and `plan` (the placed graph) are there to be
-    looked at; so are `config` (with the sizes that suit the backend), `n_ctx` (positions of
-    memory), `capacity` (of one step), `conversation` (what memory holds for the next `chat`) and
-    `load_s` (seconds that loading took).
+    `config` has the sizes that suit the backend; `n_ctx`: positions of memory; `capacity`: of one
+    step; `conversation`: what memory holds for the next `chat`; `load_s`: seconds of loading.
     """
 
     def __init__(self, file: GGUFFile, config: EngineConfig) -> None:
@@ -59,11 +56,9 @@ class Engine:
         self.tokenizer = Tokenizer.from_gguf(file)
         self.model = load_model(file)
         self.n_ctx = context_size(config.n_ctx, self.model.n_ctx_train)
-        available = _backends(config)
-        self.config, self._traits = config.resolved(available[0].traits), available[0].traits
-        self.capacity = cap = capacity_of(self.config, self.n_ctx, self._traits)
-        self._free_before = {b.name: b.free_bytes() or 0 for b in available}
-        self.plan = _place(self._build(cap, config.gdn), available, config)
+        self.config, self.plan = _planned(self.model, config, self.n_ctx)
+        self.capacity = cap = self.plan.graph.capacity
+        self._free_before = {b.name: b.free_bytes() or 0 for b in self.plan.backends}
         estimate.check(self.plan)
         executable = Executable(self.plan, self.model.weights)
         self.memory = SequenceMemory(cap.n_blocks, cap.n_slots, cap.block_size, self._copy_block)
@@ -71,34 +66,25 @@ class Engine:
         scheduler = Scheduler(self.memory, cap, self.conversation.release)
         self.loop = StepLoop(executable, scheduler, cap, config.check)
         self._template: ChatTemplate | None = None
-        self._breakers: dict[tuple[str, ...], Breakers] = {}
+        # It looks at the whole vocabulary, so it is called once for each list of texts.
+        self._sequence_breakers = cache(partial(sequence_breakers, self.tokenizer))
 
     @classmethod
-    def load(
-        cls,
-        path: str | Path | None = None,
-        *,
-        backend: str = "auto",
-        n_ctx: int | None = None,
-        **options: Any,
-    ) -> Engine:
+    def load(cls, path: str | Path | None = None, **options: Any) -> Engine:
         """Load a GGUF file; with no path, the small model that comes with the engine.
 
-        backend: auto, or the name of one. n_ctx: positions of memory (None: 4096 or what the model
-        was trained on, whichever is less; 0: the latter). Other options are those of EngineConfig:
+        Options are those of EngineConfig: backend (auto, or the name of one), n_ctx (positions of
+        memory; None: 4096 or what the model was trained on, whichever is less; 0: the latter),
         n_batch and n_ubatch (most tokens of a step; 0: what suits the backend), n_parallel (most
         sequences), n_checkpoints, n_threads, cpu_isa (amx, avx512, avx2, portable; None: the best),
         type_k and type_v (f32, f16), gdn (auto, scan, chunk, decomposed), strict_backend (fail
         rather than place a node elsewhere), batch_invariant (see BackendOptions), n_gpu_layers,
-        n_cpu_moe and override_tensor (see Offload).
-        Raises EngineError, in one line, for whatever the file or the options have wrong.
+        n_cpu_moe and override_tensor (see Offload). Raises EngineError.
         """
         start = time.perf_counter()
-        unknown = options.keys() - EngineConfig.__dataclass_fields__.keys()
-        if unknown:
+        if unknown := options.keys() - EngineConfig.__dataclass_fields__.keys():
             raise ConfigError(f"unknown option {min(unknown)}")
-        config = EngineConfig(backend=backend, n_ctx=n_ctx, **options)
-        engine = cls(GGUFFile(DEMO_MODEL if path is None else path), config)
+        engine = cls(GGUFFile(DEMO_MODEL if path is None else path), EngineConfig(**options))
         engine.load_s = time.perf_counter() - start
         return engine
 
@@ -116,14 +102,6 @@ class Engine:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def graph(self, n_tokens: int = 512, gdn: str = "fused") -> Graph:
-        """The compute graph for batches of up to `n_tokens`; gdn: fused or decomposed."""
-        capacity = capacity_of(self.config, self.n_ctx, self._traits, n_tokens)
-        return self._build(capacity, _algorithm(gdn))
-
-    def _build(self, capacity: Capacity, gdn: str) -> Graph:
-        return _graph(self.model, self.config, capacity, gdn)
-
     def device_bytes(self) -> int:
         """Bytes of devices' own memory taken since loading began."""
         used = (b for b in self.plan.backends if b.traits.own_memory)
@@ -137,15 +115,13 @@ class Engine:
         """Run one batch.
 
         Returns the logits [n_outputs, n_vocab] of the rows that asked for them, and for each chunk
-        (by index) with non-finite values the reason; the memory of its sequence is zeroed and
-        empty. Raises BatchError or MemoryFullError, with nothing changed, if the chunks don't fit
-        the graph or the memory.
+        (by index) with non-finite values the reason; its sequence is zeroed and empty. Raises
+        BatchError or MemoryFullError, with nothing changed, if the chunks don't fit.
         """
         return self.loop.run(chunks)
 
     def run_timed(self, chunks: Sequence[Chunk]) -> tuple[list[Timing], Live]:
-        """Run one batch as `run` does, for its timings: every instruction, what lies between
-        them, and the rest of this call."""
+        """Run one batch for its timings: every instruction, what lies between, and the rest."""
         return self.loop.run_timed(chunks)
 
     def step(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
@@ -172,17 +148,13 @@ class Engine:
         return self.tokenizer.encode(prompt, add_special=True, parse_special=True)
 
     def generate(
-        self,
-        prompt: str | Sequence[int],
-        params: SamplingParams | None = None,
-        after: Checkpoint | None = None,
+        self, prompt: Prompt, params: SamplingParams | None = None, after: Checkpoint | None = None
     ) -> Completion:
         """Stream a completion: an iterator of tokens with `.text` and `.token`.
 
-        It runs together with whatever else was started and not finished. See Completion for why it
-        ended, and for how to cancel it. A str is encoded with special tokens added and parsed.
-        With `after`, a checkpoint of `memory`, the prompt goes on from there: nothing before it is
-        processed again (nor seen by penalties), and the checkpoint stays as it is.
+        It runs together with whatever else was started and not finished. A str is encoded with
+        special tokens added and parsed. With `after`, a checkpoint of `memory`, the prompt goes on
+        from there: nothing before it is processed again (nor seen by penalties).
         Raises PromptError for a prompt that is empty, too long or has unknown ids, SamplingError
         for parameters that don't go together with the model.
         """
@@ -203,31 +175,31 @@ class Engine:
         schemas; reasoning: whether to think, for templates that take it (`enable_thinking`);
         template: None for the model's own. The state after the last answer is kept: where the
         messages go on from it, with the answer's `text` as the assistant's content, nothing of the
-        history is processed again. See runtime/conversation.py for what happens where they don't.
-        Control tokens that a message spells are text.
-        Raises ChatError for messages or a template that can't be used, and as `generate` does.
+        history is processed again (see runtime/conversation.py). Control tokens that a message
+        spells are text. Raises ChatError, and as `generate` does.
         """
         if template is None:
             self._template = template = self._template or find_template(self.file)
-        prompt = self.conversation.prompt(template, messages, tools, reasoning)
+        prompt = self.conversation.prompt(template, messages, tools=tools, reasoning=reasoning)
         try:
-            request = self._submit(prompt.ids, params, prompt.after, prompt)
-            return ChatCompletion(self, request, prompt)
+            request = self._submit(prompt.ids, params, prompt.after, prompt.before)
         finally:
             if prompt.after:
                 prompt.after.release()
+        request.rollback_at = prompt.rollback_at
+        request.on_finish = lambda r, end: self.conversation.store(prompt, end, r.text, r.tokens)
+        return ChatCompletion(self, request, prompt)
 
     def generate_batch(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
-        on_done: Callable[[int, Completion], None] | None = None,
+        on_done: Callable[[int, Completion], None] = lambda i, completion: None,
     ) -> list[Completion]:
         """Complete many prompts, `n_parallel` at a time; params: one for all, or one for each.
 
-        Returns the finished completions in order, with `.text`, `.tokens`, `.finish_reason`; one
-        whose prompt can't be run ends with the reason `error`. `on_done(index, completion)` is
-        called when one ends.
+        Returns the finished completions in order; one whose prompt can't be run ends with the
+        reason `error`. `on_done(index, completion)` is called when one ends.
         """
         each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
         done = [self._submit_or_fail(prompt, p) for prompt, p in zip(prompts, each, strict=True)]
@@ -237,8 +209,7 @@ class Engine:
                 for i, completion in list(pending.items()):
                     if completion.finish_reason:
                         del pending[i]
-                        if on_done:
-                            on_done(i, completion)
+                        on_done(i, completion)
                 if pending:
                     self.advance()
         finally:
@@ -246,32 +217,26 @@ class Engine:
                 completion.close()
         return done
 
-    def _submit_or_fail(
-        self, prompt: str | Sequence[int], params: SamplingParams | None
-    ) -> Completion:
+    def _submit_or_fail(self, prompt: Prompt, params: SamplingParams | None) -> Completion:
         try:
             return Completion(self, self._submit(prompt, params))
         except EngineError as error:
             ids = [] if isinstance(prompt, str) else prompt
-            request = self._request(ids, SamplingParams())
+            request = self._request(ids, SamplingParams(), 0, ())
             request.finish(FinishReason.ERROR, str(error))
             return Completion(self, request)
 
     def _submit(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         params: SamplingParams | None,
         after: Checkpoint | None = None,
-        chat: ChatPrompt | None = None,
+        before: Sequence[int] = (),
     ) -> Request:
         ids = self.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         n_past = after.n_tokens if after else 0
         self._check_prompt(ids, n_past)
-        before = chat.before if chat else ()
         request = self._request(ids, params or SamplingParams(), n_past, before)
-        if chat:
-            request.rollback_at = chat.rollback_at
-            request.on_finish = lambda r, end: self.conversation.store(chat, end, r.text, r.tokens)
         if request.params.max_tokens == 0:
             request.finish(FinishReason.LENGTH, "0 tokens were asked for")
         else:
@@ -279,34 +244,23 @@ class Engine:
         return request
 
     def _request(
-        self,
-        ids: Sequence[int],
-        params: SamplingParams,
-        n_past: int = 0,
-        before: Sequence[int] = (),
+        self, ids: Sequence[int], params: SamplingParams, n_past: int, before: Sequence[int]
     ) -> Request:
         params = params.resolved(self.file.metadata)
         for token in params.logit_bias:
             if not 0 <= token < self.model.n_vocab:
                 raise SamplingError(f"logit_bias: {self._unknown_id(token)}")
         ends = self.tokenizer.eog_ids
-        breakers = self._sequence_breakers(params) if params.dry_multiplier else {}
+        texts = params.dry_sequence_breakers
+        breakers = self._sequence_breakers(texts) if params.dry_multiplier else {}
         sampler = Sampler(params, ends if params.ignore_eos else (), breakers)
         # Without a limit of its own, a completion gets its share of the context, as in llama.cpp.
         end = n_past + len(ids)
         share = max(self.n_ctx // self.config.n_parallel, end)
         limit = end + params.max_tokens if params.max_tokens >= 0 else share
-        decoder = self.tokenizer.stream(at_start=False)
-        limit = min(limit, self.n_ctx)
         sampler.accept(*before)
-        return Request(ids, params, sampler, decoder, ends, limit, n_past)
-
-    def _sequence_breakers(self, params: SamplingParams) -> Breakers:
-        """DRY's breakers; finding them looks at the whole vocabulary, so it is done once."""
-        texts = params.dry_sequence_breakers
-        if texts not in self._breakers:
-            self._breakers[texts] = sequence_breakers(self.tokenizer, texts)
-        return self._breakers[texts]
+        decoder = self.tokenizer.stream(at_start=False)
+        return Request(ids, params, sampler, decoder, ends, min(limit, self.n_ctx), n_past)
 
     def advance(self) -> bool:
         """Run one step of everything that was started; False if there was nothing to do."""
@@ -325,10 +279,9 @@ class Engine:
                 f"the prompt has {len(ids)} tokens{before}, the context {self.n_ctx}: "
                 "shorten it or raise n_ctx (-c)"
             )
-        if not 0 <= min(ids) <= max(ids) < self.model.n_vocab:
-            raise PromptError(
-                self._unknown_id(next(i for i in ids if not 0 <= i < self.model.n_vocab))
-            )
+        for token in ids:
+            if not 0 <= token < self.model.n_vocab:
+                raise PromptError(self._unknown_id(token))
 
     def _unknown_id(self, token: int) -> str:
         return f"token id {token}: expected 0 to {self.model.n_vocab - 1}"
@@ -341,28 +294,20 @@ def resolved_config(**options: Any) -> EngineConfig:
 
 
 def plan_only(path: str | Path, n_tokens: int, gdn: str = "fused", **options: Any) -> Plan:
-    """The placed graph of a file for batches of `n_tokens`, from the file's header alone; options
-    are those of EngineConfig."""
+    """The placed graph of a file for batches of `n_tokens`, from its header; options: as `load`."""
+    options |= {"gdn": "auto" if gdn == "fused" else gdn}
     config = EngineConfig(**options, n_ubatch=n_tokens, n_batch=n_tokens)
-    model, available = load_model(GGUFFile(path)), _backends(config)
-    config, traits = config.resolved(available[0].traits), available[0].traits
-    capacity = capacity_of(config, context_size(None, model.n_ctx_train), traits)
-    return _place(_graph(model, config, capacity, _algorithm(gdn)), available, config)
+    model = load_model(GGUFFile(path))
+    return _planned(model, config, context_size(None, model.n_ctx_train))[1]
 
 
-def _algorithm(gdn: str) -> str:
-    return "auto" if gdn == "fused" else gdn
-
-
-def _graph(model: Model, config: EngineConfig, capacity: Capacity, gdn: str) -> Graph:
-    return model.build(BuildOptions(capacity, *config.cache_types(), gdn))
-
-
-def _backends(config: EngineConfig) -> list[Backend]:
+def _planned(model: Model, config: EngineConfig, n_ctx: int) -> tuple[EngineConfig, Plan]:
+    """The config with what suits the backend, and the placed graph."""
     options = BackendOptions(config.n_threads, config.cpu_isa, config.batch_invariant)
-    return backends.create(config.backend, options)
-
-
-def _place(graph: Graph, available: Sequence[Backend], config: EngineConfig) -> Plan:
+    available = backends.create(config.backend, options)
+    traits = available[0].traits
+    config = config.resolved(traits)
+    capacity = capacity_of(config, n_ctx, traits)
+    graph = model.build(BuildOptions(capacity, *config.cache_types(), config.gdn))
     rules = Offload(config.n_gpu_layers, config.n_cpu_moe, config.override_tensor)
-    return place_where_it_fits(graph, available, rules, config.strict_backend)
+    return config, place_where_it_fits(graph, available, rules, config.strict_backend)

@@ -22,7 +22,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import numpy as np
 import pytest
 
-from cli import main
+from engine.commands.main import main
 from tests.sanitize import native
 from tests.support.helpers import MAX_REFUSAL_SECONDS, STD, Cli, Refused, Result
 from tools.synth import write_model

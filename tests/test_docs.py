@@ -61,7 +61,7 @@ def test_every_module_has_one_line() -> None:
 def test_the_pages_of_flow_name_each_file_once() -> None:
     """The call chain ends at both kernels; the page on text names no file twice."""
     chain = _PATH.findall(section(DESIGN.read_text(), "From a prompt to a kernel"))
-    assert chain[0] == "engine/commands/run.py"
+    assert chain[0] == "engine/commands/main.py"
     for kernel in ("engine/ops/cpu/gated_delta_net.cpp", "engine/ops/cuda/gated_delta_net.cu"):
         assert kernel in chain
     named = _PATH.findall(section(DESIGN.read_text(), "From a prompt to text"))

@@ -34,7 +34,7 @@ ORDER = (
     {"engine"},
     {"bench"},
     {"commands"},
-    {"cli"},
+    {"__main__", "cli"},
 )
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
 # What only opens the package to its users is on top of the engine.

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.bench.measure import backend_names, n_threads, time_generation, time_prompts
+from engine.bench.facts import backend_names, n_threads
+from engine.bench.measure import time_generation, time_prompts
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.kvcache.sequences import Checkpoint

@@ -1,4 +1,4 @@
-"""Print the files between `cli.py` and the kernels of one op, found by running the command line.
+"""Print the files between `engine.commands.main` and the kernels of one op, found by running it.
 
     python tools/walk.py                  # GATED_DELTA_NET on the CPU and on the emulated GPU
     python tools/walk.py --op ATTENTION
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import runpy
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -29,12 +30,11 @@ from unittest.mock import patch
 
 if not __package__:  # Run as a script: Python looks for modules in tools/ only.
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import cli
 from engine.backends.native import library
 from engine.graph import Node
 from tests.support.cuda_devices import cuda_and_others, emulated
 
-ROOT = Path(cli.__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 ENGINE, BACKENDS = f"{ROOT}/engine/", f"{ROOT}/engine/backends/"
 COMMAND = ("-p", "Hello", "-n", "1", "--temp", "0")
 
@@ -96,7 +96,7 @@ class Walk:
 
 
 def _is_ours(name: str) -> bool:
-    return name.startswith(ENGINE) or name == cli.__file__
+    return name.startswith(ENGINE) or name == str(ROOT / "cli.py")
 
 
 def _stack(frame: FrameType | None) -> Iterator[FrameType]:
@@ -123,16 +123,18 @@ def walk(op: str, create: Callable[..., Any] | None) -> Walk:
     """Run the command under the profiler; `create` replaces the engine's own choice of backends."""
     found = Walk(op, _launches if create else _native_call)
     native = library.load()
-    replaced = patch.object(native, "run", partial(_run_natively, native.run))
+    on_cpu = patch.object(native, "run", partial(_run_natively, native.run))
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as errors:
         backend = ("--backend", "cpu") if create is None else ()
-        with patch("engine.backends.create", create) if create else replaced:
+        replaced: Any = patch("engine.backends.create", create) if create else on_cpu
+        with replaced, patch("sys.argv", ["cli.py", *COMMAND, *backend]):
             sys.setprofile(found.profile)
             try:
-                status = cli.main([*COMMAND, *backend])
+                runpy.run_path(str(ROOT / "cli.py"), run_name="__main__")
+            except SystemExit as done:
+                assert done.code == 0, errors.getvalue()
             finally:
                 sys.setprofile(None)
-    assert status == 0, errors.getvalue()
     return found
 
 

@@ -1,18 +1,17 @@
-"""Facts that benchmarks print beside their numbers: the model, the machine, bytes of a sequence.
-
-A model's facts come from its file's header alone, so that a bad file, or sizes that its context
-can't hold, are refused before anything is loaded or measured.
-"""
+"""Facts that benchmarks print beside their numbers: the model, the machine, bytes of a sequence."""
 
 from __future__ import annotations
 
 import math
 import platform
 import re
+import resource
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.backends.native import library as cpu_library
 from engine.bench.measure import BenchError
 from engine.engine import Engine
 from engine.formats.gguf import GGUFFile
@@ -43,10 +42,7 @@ class ModelFacts:
         return cls(path, kind, sum(t.nbytes for t in tensors), n_params, n_ctx_train)
 
     def check_context(self, n_positions: int, what: str, n_ctx: int | None = None) -> None:
-        """Raise BenchError if `what` needs more positions than `n_ctx` has.
-
-        n_ctx: None or 0 for the context that the model was trained with.
-        """
+        """Raise BenchError if `what` needs more than n_ctx positions (None, 0: the model's)."""
         limit = n_ctx or self.n_ctx_train
         if n_positions > limit:
             whose = "-c" if n_ctx else "the model's context"
@@ -85,3 +81,33 @@ def sequence_bytes(engine: Engine, n_tokens: int) -> tuple[int, int]:
     capacity = engine.capacity
     per_position = kv // (capacity.n_blocks * capacity.block_size)
     return state // capacity.n_slots, per_position * n_tokens
+
+
+def backend_names(engine: Engine) -> str:
+    """The backends that have nodes, such as "cuda+cpu"."""
+    return "+".join(backend.name for backend in engine.plan.backends)
+
+
+def n_gpu_layers(engine: Engine) -> int:
+    """As llama.cpp counts: -1 for all layers, 0 for none."""
+    return -1 if any(backend.traits.own_memory for backend in engine.plan.backends) else 0
+
+
+def n_threads(engine: Engine) -> int:
+    """Threads asked for, else the cores that this process may use."""
+    return engine.config.n_threads or cpu_library.n_cores()
+
+
+def settings(engine: Engine, n_kv_max: int, **own: int) -> dict[str, int]:
+    """An engine's settings under the keys of llama.cpp's benchmarks; `own`: keys of one command."""
+    config, threads = engine.config, n_threads(engine)
+    return {
+        "n_kv_max": n_kv_max, "n_batch": config.n_batch, "n_ubatch": config.n_ubatch, **own,
+        "n_gpu_layers": n_gpu_layers(engine), "n_threads": threads, "n_threads_batch": threads,
+    }  # fmt: skip
+
+
+def rss_hwm_mib() -> float:
+    """The most memory that this process has had, MiB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -1,16 +1,12 @@
 """The measuring core: cases, their timed runs, and the check that each run did what it says.
 
-A case is prompts and generation of one or more sequences at a depth. A run starts from a checkpoint
-at that depth, so that the depth is processed once and never timed. Tokens are random: their values
-cost nothing. Generation runs through `Engine.generate`, greedy and past every end-of-generation
-token. A run counts only if every token was processed or delivered.
+A run starts from a checkpoint at the depth of its case, so that the depth is never timed. Tokens
+are random. Generation is greedy and goes past every end-of-generation token.
 """
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,12 +16,11 @@ from itertools import groupby
 
 import numpy as np
 
-from engine.backends.native import library as cpu_library
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.kvcache.sequences import Checkpoint
-from engine.runtime.batch import Chunk, Logits
-from engine.runtime.scheduler import CHUNK_MULTIPLE, cut
+from engine.runtime.batch import BLOCK_POSITIONS, Chunk, Logits
+from engine.runtime.scheduler import cut
 from engine.sampling.params import SamplingParams
 
 Rng = np.random.Generator
@@ -37,10 +32,8 @@ class BenchError(EngineError):
 
 @dataclass(frozen=True)
 class Case:
-    """Each of `n_seqs` sequences of `n_depth` tokens processes a prompt, then generates `n_gen`.
-
-    A prompt has `n_prompt` tokens; with `is_shared` all sequences continue from the same one.
-    """
+    """`n_seqs` sequences of `n_depth` tokens process a prompt of `n_prompt` tokens each, or with
+    `is_shared` all the same one, and then generate `n_gen` each."""
 
     n_prompt: int = 0
     n_gen: int = 0
@@ -50,23 +43,12 @@ class Case:
 
     @property
     def n_prompts(self) -> int:
-        """Prompts that are processed."""
         return 1 if self.is_shared else self.n_seqs
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of all prompts."""
-        return self.n_prompts * self.n_prompt
-
-    @property
-    def gen_tokens(self) -> int:
-        """Tokens that all sequences generate."""
-        return self.n_seqs * self.n_gen
 
     @property
     def n_kv(self) -> int:
         """Positions that are filled beyond the depth."""
-        return self.prompt_tokens + self.gen_tokens
+        return self.n_prompts * self.n_prompt + self.n_seqs * self.n_gen
 
     @property
     def name(self) -> str:
@@ -77,10 +59,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds of each run of a case: of its prompts and of its generation (0 where it has none).
-
-    `test_time`: when the runs began, ISO 8601, UTC.
-    """
+    """Seconds of the prompts and of the generation of each run (0 where there is none);
+    `test_time`: when the runs began, ISO 8601, UTC."""
 
     case: Case
     prompt_s: list[float]
@@ -90,16 +70,16 @@ class Measurement:
     def medians(self) -> dict[str, float]:
         """Median seconds, and tokens per second at these, under llama.cpp's keys."""
         t_pp, t_tg = statistics.median(self.prompt_s), statistics.median(self.gen_s)
+        case = self.case
         return {
-            "t_pp": t_pp, "speed_pp": self.case.prompt_tokens / t_pp,
-            "t_tg": t_tg, "speed_tg": self.case.gen_tokens / t_tg,
+            "t_pp": t_pp, "speed_pp": case.n_prompts * case.n_prompt / t_pp,
+            "t_tg": t_tg, "speed_tg": case.n_seqs * case.n_gen / t_tg,
         }  # fmt: skip
 
 
 def mean_and_deviation(samples: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation, which is 0 for a single sample."""
-    deviation = statistics.stdev(samples) if len(samples) > 1 else 0.0
-    return statistics.fmean(samples), deviation
+    return statistics.fmean(samples), statistics.stdev(samples) if len(samples) > 1 else 0.0
 
 
 def measure(
@@ -110,14 +90,13 @@ def measure(
     warm_up: Callable[[Case], Case] | None = None,
     on_run: Callable[[], None] = lambda: None,
 ) -> Iterator[Measurement]:
-    """Measure cases one after another; consecutive cases of one depth share its checkpoint.
+    """Measure cases; consecutive cases of one depth share its checkpoint. Raises BenchError.
 
     Before each, the case that `warm_up` makes of it runs untimed. `on_run` is called after every
-    run. The engine needs `n_checkpoints` for the sequences of a case. Raises BenchError.
+    run. The engine needs `n_checkpoints` for the sequences of a case.
     """
     for n_depth, group in groupby(cases, key=lambda case: case.n_depth):
-        depth = [random_tokens(engine, n_depth, rng)]
-        with processed(engine, depth) as (_, (start,)):
+        with processed(engine, [random_tokens(engine, n_depth, rng)]) as (_, (start,)):
             for case in group:
                 if warm_up:
                     _run(engine, warm_up(case), start, rng)
@@ -145,19 +124,13 @@ def _run(engine: Engine, case: Case, start: Checkpoint, rng: Rng) -> tuple[float
 def measure_and_extend(
     engine: Engine, seq: int, n_prompt: int, n_gen: int, rng: Rng, repeats: int = 1
 ) -> Measurement:
-    """Measure generation and then a prompt where a sequence stands; the prompt stays in it.
-
-    So the sequence never holds generated tokens, and its recurrent state is that of its prompts.
-    Needs `n_checkpoints` of 1.
-    """
+    """Measure generation and then a prompt where a sequence stands; only the prompt stays in it."""
     case = Case(n_prompt, n_gen, engine.memory.n_tokens(seq))
     with _checkpoints(engine, [seq]) as after:
-        gen_s = [
-            time_generation(engine, random_tokens(engine, 1, rng), n_gen, after)
-            for _ in range(repeats)
-        ]
+        gen_s, prompt_s = [], []
+        for _ in range(repeats):
+            gen_s.append(time_generation(engine, random_tokens(engine, 1, rng), n_gen, after))
         tokens = random_tokens(engine, n_prompt, rng)
-        prompt_s = []
         for _ in range(repeats):
             engine.memory.restore(seq, after[0])
             prompt_s.append(time_prompts(engine, [seq], [tokens]))
@@ -180,7 +153,6 @@ def sequences(engine: Engine, n: int, start: Checkpoint | None = None) -> Iterat
 
 @contextmanager
 def _checkpoints(engine: Engine, seqs: Sequence[int]) -> Iterator[list[Checkpoint]]:
-    """A checkpoint of each sequence; released at the end."""
     taken = [engine.memory.checkpoint(seq) for seq in seqs]
     try:
         yield taken
@@ -202,16 +174,12 @@ def processed(
 
 
 def random_tokens(engine: Engine, n: int, rng: Rng) -> list[int]:
-    """`n` token ids, uniform over the vocabulary."""
     ids: list[int] = rng.integers(0, engine.model.n_vocab, n).tolist()
     return ids
 
 
 def time_prompts(engine: Engine, seqs: Sequence[int], prompts: Sequence[Sequence[int]]) -> float:
-    """Seconds to append a prompt to each sequence, in shared steps, with its last token's logits.
-
-    Raises BenchError for a sequence that is not as much longer as its prompt.
-    """
+    """Seconds to append a prompt to each sequence, in shared steps, with its last row's logits."""
     n_past = [engine.memory.n_tokens(seq) for seq in seqs]
     steps = list(_packed(list(zip(seqs, n_past, prompts, strict=True)), engine.capacity.n_tokens))
     start = time.perf_counter()
@@ -219,20 +187,15 @@ def time_prompts(engine: Engine, seqs: Sequence[int], prompts: Sequence[Sequence
         engine.step(chunks)
     seconds = time.perf_counter() - start
     for seq, past, prompt in zip(seqs, n_past, prompts, strict=True):
-        if (n_tokens := engine.memory.n_tokens(seq)) != past + len(prompt):
-            raise BenchError(
-                f"expected {past + len(prompt)} positions after a prompt, got {n_tokens}"
-            )
+        expected, n_tokens = past + len(prompt), engine.memory.n_tokens(seq)
+        if n_tokens != expected:
+            raise BenchError(f"expected {expected} positions after a prompt, got {n_tokens}")
     return seconds
 
 
 def _packed(waiting: list[tuple[int, int, Sequence[int]]], n_ubatch: int) -> Iterator[list[Chunk]]:
-    """The chunks of each step: (sequence, n_past, prompt) after each other, in steps that are full.
-
-    Chunks are cut as the scheduler cuts them. One that would be cut short of 64 tokens by the rest
-    of a step waits for the next step.
-    """
-    smallest = CHUNK_MULTIPLE if n_ubatch >= CHUNK_MULTIPLE else 1
+    """The chunks of each step for (sequence, n_past, prompt), cut as the scheduler cuts them."""
+    smallest = BLOCK_POSITIONS if n_ubatch >= BLOCK_POSITIONS else 1
     while waiting := [(seq, n_past, tokens) for seq, n_past, tokens in waiting if tokens]:
         chunks, budget = [], n_ubatch
         for i, (seq, n_past, tokens) in enumerate(waiting):
@@ -250,9 +213,8 @@ def time_generation(
 ) -> float:
     """Seconds to generate `n` tokens in each of several sequences at once.
 
-    Sequence i starts from the token first[i], after checkpoint after[i] (None: from nothing), so
-    that each of the n steps processes one token of every sequence. Raises BenchError if it ends
-    early or takes another number of steps.
+    Sequence i starts from the token first[i], after checkpoint after[i] (None: from nothing).
+    Raises BenchError if it ends early or takes another number of steps than n.
     """
     params = SamplingParams(temperature=0, max_tokens=n, ignore_eos=True)
     start = time.perf_counter()
@@ -267,33 +229,3 @@ def time_generation(
                 f"expected {n} tokens in {n} steps, got {len(c.tokens)} in {n_steps} ({c.detail})"
             )
     return seconds
-
-
-def backend_names(engine: Engine) -> str:
-    """The backends that have nodes, such as "cuda+cpu"."""
-    return "+".join(backend.name for backend in engine.plan.backends)
-
-
-def n_gpu_layers(engine: Engine) -> int:
-    """As llama.cpp counts: -1 for all layers, 0 for none."""
-    return -1 if any(backend.traits.own_memory for backend in engine.plan.backends) else 0
-
-
-def n_threads(engine: Engine) -> int:
-    """Threads asked for, else the cores that this process may use."""
-    return engine.config.n_threads or cpu_library.n_cores()
-
-
-def settings(engine: Engine, n_kv_max: int, **own: int) -> dict[str, int]:
-    """An engine's settings under the keys of llama.cpp's benchmarks; `own`: keys of one command."""
-    config, threads = engine.config, n_threads(engine)
-    return {
-        "n_kv_max": n_kv_max, "n_batch": config.n_batch, "n_ubatch": config.n_ubatch, **own,
-        "n_gpu_layers": n_gpu_layers(engine), "n_threads": threads, "n_threads_batch": threads,
-    }  # fmt: skip
-
-
-def rss_hwm_mib() -> float:
-    """The most memory that this process has had, MiB."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

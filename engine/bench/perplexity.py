@@ -1,9 +1,7 @@
 """Perplexity of a text, as llama.cpp's `llama-perplexity` defines it (tools/perplexity).
 
-The text is cut into text chunks of n_ctx tokens, each on a fresh sequence. Only the second half of
-a text chunk is scored, so that every scored token has some context. With a stride, overlapping
-windows are scored in their last tokens only. Logits are computed only for scored tokens, a step's
-at a time, in float32.
+Each text chunk of n_ctx tokens runs on a fresh sequence; only its second half is scored. With a
+stride, overlapping windows are scored in their last tokens.
 """
 
 from __future__ import annotations
@@ -20,8 +18,8 @@ from engine.errors import EngineError
 from engine.runtime.batch import BLOCK_POSITIONS, Chunk, Logits
 from engine.runtime.scheduler import cut
 
-# In a text chunk of fewer tokens, no token is scored.
-MIN_CTX = 4
+Scores = NDArray[np.float64]
+MIN_CTX = 4  # In a text chunk of fewer tokens, no token is scored.
 # Most bytes of logits that a step returns, and that are exponentiated at a time.
 _STEP_BYTES, _BLOCK_BYTES = 2**28, 2**23
 
@@ -41,11 +39,8 @@ class ScoredChunk:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The perplexity of the tokens scored so far.
-
-    `ppl` is e to the mean negative log-likelihood (nats) of `n_scored` tokens. `error` is
-    llama.cpp's uncertainty of it: the standard error of that mean, times ppl; NaN for one token.
-    """
+    """`ppl` is e to the mean negative log-likelihood (nats) of the `n_scored` tokens so far.
+    `error` is llama.cpp's: the standard error of that mean, times ppl; NaN for one token."""
 
     ppl: float
     error: float
@@ -58,12 +53,11 @@ def window(n_ctx: int, stride: int = 0) -> int:
 
 
 def chunks(n_tokens: int, n_ctx: int, stride: int = 0) -> list[ScoredChunk]:
-    """The text chunks of a text of `n_tokens`.
+    """The text chunks of a text of `n_tokens`. Raises PerplexityError if there are none.
 
-    Without a stride: chunks of n_ctx, one after another; a shorter rest is dropped. The tokens
-    after position n_ctx/2 of each are scored. With a stride: windows of n_ctx + stride/2, each
-    `stride` further, whose last `stride` tokens are scored.
-    Raises PerplexityError for a text of less than one chunk, and for sizes that score nothing.
+    Without a stride: chunks of n_ctx, one after another, scored after position n_ctx/2; a shorter
+    rest is dropped. With a stride: windows of n_ctx + stride/2, each `stride` further, whose last
+    `stride` tokens are scored.
     """
     if n_ctx < MIN_CTX:
         raise PerplexityError(f"n_ctx: expected at least {MIN_CTX}, got {n_ctx}")
@@ -94,9 +88,8 @@ def perplexity(
 ) -> Iterator[Estimate]:
     """The estimate after each text chunk of `ids` (from `encode`); the last one is the result.
 
-    If the model adds BOS, it replaces the first input token of every chunk, but not of windows with
-    a stride: llama.cpp writes BOS there only after it has filled the batch.
-    The engine's context must hold `window(n_ctx, stride)` tokens. Raises as `chunks` does.
+    If the model adds BOS, it replaces the first input token of every chunk, but as in llama.cpp not
+    of windows with a stride. The engine's context must hold `window(n_ctx, stride)` tokens.
     """
     parts = chunks(len(ids), n_ctx, stride)
     tokenizer = engine.tokenizer
@@ -113,7 +106,6 @@ def perplexity(
 
 
 def _estimate(n: int, total: float, squares: float) -> Estimate:
-    """The estimate from `n` scores, their sum and the sum of their squares."""
     mean = total / n
     try:
         ppl = math.exp(mean)
@@ -124,13 +116,8 @@ def _estimate(n: int, total: float, squares: float) -> Estimate:
     return Estimate(ppl, ppl * math.sqrt(variance / (n - 1)) if n > 1 else math.nan, n)
 
 
-def _score(
-    engine: Engine, given: Sequence[int], targets: Sequence[int], first: int
-) -> NDArray[np.float64]:
-    """Negative log-likelihoods [n_tokens - first] of the targets from `first` on.
-
-    The logits of position i score token i + 1, so the last token is not an input.
-    """
+def _score(engine: Engine, given: Sequence[int], targets: Sequence[int], first: int) -> Scores:
+    """Negative log-likelihoods [n_tokens - first] of the targets from `first` on."""
     n_rows = max(_STEP_BYTES // (4 * engine.model.n_vocab), BLOCK_POSITIONS)
     n_rows = min(n_rows, engine.capacity.n_tokens)
     # Chunks end at multiples of 64 positions, so some rows before `first` have logits: dropped.
@@ -151,13 +138,9 @@ def _score(
     return np.concatenate(scores)
 
 
-def negative_log_likelihood(
-    logits: NDArray[np.float32], targets: Sequence[int]
-) -> NDArray[np.float64]:
-    """-log softmax(logits)[target] in nats; logits [n, n_vocab], n targets.
-
-    Exponents are float32 relative to the row's maximum and summed in float64, as in llama.cpp.
-    """
+def negative_log_likelihood(logits: NDArray[np.float32], targets: Sequence[int]) -> Scores:
+    """-log softmax(logits)[target] in nats; logits [n, n_vocab], n targets. Exponents are float32
+    relative to the row's maximum and summed in float64, as in llama.cpp."""
     n_rows = max(1, _BLOCK_BYTES // (4 * logits.shape[1]))
     out = np.empty(len(targets))
     for start in range(0, len(targets), n_rows):

@@ -1,8 +1,4 @@
-"""Plots of speed against depth, from the output of sweep-bench, ours or ik_llama.cpp's.
-
-The table and the JSON lines are read, also between lines of a log. A line that begins like a row
-but isn't one is refused. matplotlib is an optional extra, imported when needed.
-"""
+"""Plots of speed against depth, from the output of sweep-bench, ours or ik_llama.cpp's."""
 
 from __future__ import annotations
 
@@ -101,8 +97,7 @@ def check_output(path: str) -> None:
         raise PlotError(f"{path}: expected a name that ends in {', '.join(SUFFIXES)}")
     is_new = not os.path.lexists(path)
     try:
-        with open(path, "ab"):
-            pass
+        open(path, "ab").close()
         if is_new:
             os.unlink(path)
     except OSError as error:
@@ -113,18 +108,15 @@ def _figure_class() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise PlotError(
-            f"plots need matplotlib (pip install 'gdn-engine[plot]'): {error}"
-        ) from None
+        message = f"plots need matplotlib (pip install 'gdn-engine[plot]'): {error}"
+        raise PlotError(message) from None
     return Figure
 
 
 def labels_of(paths: Sequence[str]) -> list[str]:
     """Names of files in a plot: their stems, or whole paths where two stems are the same."""
     stems = [Path(path).stem for path in paths]
-    return [
-        path if stems.count(stem) > 1 else stem for path, stem in zip(paths, stems, strict=True)
-    ]
+    return [p if stems.count(s) > 1 else s for p, s in zip(paths, stems, strict=True)]
 
 
 def draw(curves: Sequence[Curve], path: str) -> None:
@@ -135,13 +127,12 @@ def draw(curves: Sequence[Curve], path: str) -> None:
     left, right = figure.subplots(1, 2)
     lines = _panel(left, "Prompt processing (PP)", curves, "speed_pp")
     _panel(right, "Token generation (TG)", curves, "speed_tg")
-    legend = figure.legend(
-        lines, map(str, range(len(lines))), loc="outside lower center", ncols=n_columns
-    )
+    names = map(str, range(len(lines)))
+    legend = figure.legend(lines, names, loc="outside lower center", ncols=n_columns)
     # Set afterwards: matplotlib hides labels that begin with an underscore, and parses formulas.
-    for text, curve in zip(legend.get_texts(), curves, strict=True):
+    for text, (label, _) in zip(legend.get_texts(), curves, strict=True):
         text.set_parse_math(False)
-        text.set_text(_shortened(curve.label))
+        text.set_text(label if len(label) <= _LABEL_WIDTH else f"…{label[1 - _LABEL_WIDTH :]}")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing from")
@@ -165,7 +156,3 @@ def _panel(axes: Any, title: str, curves: Sequence[Curve], field: str) -> list[A
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     return lines
-
-
-def _shortened(label: str) -> str:
-    return label if len(label) <= _LABEL_WIDTH else f"…{label[1 - _LABEL_WIDTH :]}"

@@ -1,10 +1,8 @@
 """Where the time of a step goes, by op and by layer kind, beside the work that it does.
 
-A step is timed instruction by instruction. Consecutive instructions that share a node, such as the
-parts of a product with several weights, are one entry; an entry that covers several nodes is named
-after all their ops. Work is the ops' own cost: operations, and the bytes that must cross the memory
-bus; a weight counts with its bytes in the file. Tensors between two nodes of a fused instruction
-count too, though they may never leave a register.
+A step is timed instruction by instruction. Consecutive instructions that share a node are one
+entry, named after the ops of all its nodes. Work is the ops' own cost: a weight counts with its
+bytes in the file, and tensors between two nodes of a fused instruction count too.
 """
 
 from __future__ import annotations
@@ -33,17 +31,13 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """Its first node, or its label if it has none."""
         return self.nodes[0].name if self.nodes else self.label
 
 
 @dataclass(frozen=True)
 class StepProfile:
-    """One step of `live.n_tokens` tokens after `n_past` positions.
-
-    `seconds`: duration of the step that the entries are from; `plain_seconds`: the median of steps
-    of the same kind that ran without timers.
-    """
+    """One step of `live.n_tokens` tokens after `n_past` positions, which took `seconds`;
+    `plain_seconds`: the median of such steps without timers."""
 
     entries: list[Entry]
     live: Live
@@ -53,10 +47,7 @@ class StepProfile:
 
 
 def profile_step(engine: Engine, n_tokens: int, n_past: int, repeats: int, rng: Rng) -> StepProfile:
-    """Profile a step of random tokens: the one of median duration out of `repeats`.
-
-    Timed and plain steps alternate; the first of each warms up. Raises BenchError.
-    """
+    """Profile a step of random tokens: the one of median duration out of `repeats`."""
     if n_past + n_tokens > engine.n_ctx:
         raise BenchError(
             f"{n_tokens} tokens after {n_past}: expected at most the {engine.n_ctx} positions "
@@ -93,13 +84,12 @@ def entries_of(timings: Iterable[Timing], live: Live) -> list[Entry]:
             label = " + ".join(dict.fromkeys(node.op.name for node in nodes))
         joined.append((label, t.backend, nodes, seconds))
     return [
-        Entry(label, backend, tuple(nodes), seconds, _cost(nodes, live))
-        for label, backend, nodes, seconds in joined
+        Entry(label, backend, tuple(nodes), s, _total([n.op.cost(n, live) for n in nodes]))
+        for label, backend, nodes, s in joined
     ]
 
 
-def _cost(nodes: Iterable[Node], live: Live) -> Cost:
-    costs = [node.op.cost(node, live) for node in nodes]
+def _total(costs: Sequence[Cost]) -> Cost:
     return Cost(sum(c.flops for c in costs), sum(c.bytes for c in costs))
 
 
@@ -115,14 +105,11 @@ class Row:
 
     @classmethod
     def of(cls, name: str, entries: Sequence[Entry]) -> Row:
-        """The row of some entries."""
-        costs = [e.cost for e in entries]
-        flops, nbytes = sum(c.flops for c in costs), sum(c.bytes for c in costs)
-        return cls(name, len(entries), sum(e.seconds for e in entries), flops, nbytes)
+        seconds, cost = sum(e.seconds for e in entries), _total([e.cost for e in entries])
+        return cls(name, len(entries), seconds, cost.flops, cost.bytes)
 
 
 def by_op(profile: StepProfile) -> list[Row]:
-    """A row for each op, or fusion of ops; the longest first."""
     return _rows((e.label, e) for e in profile.entries)
 
 

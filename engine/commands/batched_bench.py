@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from engine.bench.facts import ModelFacts
-from engine.bench.measure import BenchError, Case, Measurement, measure, settings
+from engine.bench.facts import ModelFacts, settings
+from engine.bench.measure import BenchError, Case, Measurement, measure
 from engine.commands.options import Parser, given_fields, load_engine
 from engine.commands.output import Rows, Table
 from engine.config import EngineConfig
@@ -26,7 +26,6 @@ _WARM_UP = 16
 
 
 def add_options(p: Parser) -> None:
-    """Its options."""
     p.common_options()
     p.numbers("-npp", "tokens of each prompt", dest="n_prompt", required=True)
     p.numbers("-ntg", "tokens generated after each prompt", dest="n_gen", required=True)
@@ -39,7 +38,6 @@ def add_options(p: Parser) -> None:
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
-    """Print a row for every combination of the sizes."""
     sizes = product(args.n_prompt, args.n_gen, args.n_seqs)
     cases = [Case(n_prompt, n_gen, 0, n_seqs, args.pps) for n_prompt, n_gen, n_seqs in sizes]
     options = _engine_options(args, cases)
@@ -55,7 +53,6 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
 
 
 def _values(m: Measurement) -> dict[str, Any]:
-    """A row under llama-batched-bench's keys, in the order of its columns."""
     case, medians = m.case, m.medians()
     sizes = {"pp": case.n_prompt, "tg": case.n_gen, "pl": case.n_seqs, "n_kv": case.n_kv}
     seconds = medians["t_pp"] + medians["t_tg"]

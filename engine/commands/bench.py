@@ -10,16 +10,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from engine.bench.facts import ModelFacts, cpu_name
-from engine.bench.measure import (
-    Case,
-    Measurement,
-    backend_names,
-    mean_and_deviation,
-    measure,
-    n_gpu_layers,
-    n_threads,
-)
+from engine.bench.facts import ModelFacts, backend_names, cpu_name, n_gpu_layers, n_threads
+from engine.bench.measure import Case, Measurement, mean_and_deviation, measure
 from engine.commands.options import Parser, given_fields
 from engine.commands.output import Rows, Table
 from engine.config import EngineConfig
@@ -27,17 +19,13 @@ from engine.engine import Engine
 from engine.version import __version__
 
 ABOUT = "Measure tokens per second of prompts and of generation, as llama-bench does."
-_TABLE = Table(
-    {
-        "model": "<30", "size": ">10", "params": ">10", "backend": "<10", "threads": "7d",
-        "test": ">15", "t/s": ">20",
-    },
-    is_markdown=True,
-)  # fmt: skip
+_TABLE = Table({
+    "model": "<30", "size": ">10", "params": ">10", "backend": "<10", "threads": "7d",
+    "test": ">15", "t/s": ">20",
+}, is_markdown=True)  # fmt: skip
 
 
 def add_options(p: Parser) -> None:
-    """Its options."""
     p.common_options(many=True)
     p.numbers("-p --n-prompt", "process prompts of N tokens (512; 0: none)", low=0)
     p.numbers("-n --n-gen", "generate N tokens (128; 0: none)", low=0)
@@ -56,7 +44,6 @@ def cases_of(prompts: list[int], gens: list[int], depths: list[int]) -> list[Cas
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
-    """Print a row for every test of every model."""
     cases = cases_of(args.n_prompt or [512], args.n_gen or [128], args.n_depth or [0])
     if not cases:
         parser.error("nothing to measure: expected a size above 0 for -p or for -n")

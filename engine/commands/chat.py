@@ -1,27 +1,25 @@
-"""`cli.py -cnv`: a conversation, with the state kept between turns.
-
-Answers go to standard output; prompts of the terminal and a line about each turn to standard error.
-"""
+"""`cli.py -cnv`: a conversation, with the state kept between turns."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
-from engine.commands.messages import is_interactive, read_messages
-from engine.commands.options import Parser, load_engine, unescaped
+from engine.commands.options import InputError, Parser, load_engine, unescaped
 from engine.commands.output import write
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.formats.gguf import GGUFFile
 from engine.runtime.request import ChatCompletion, FinishReason
 from engine.sampling.params import SamplingParams
-from engine.text.template import ChatError, ChatTemplate, find_template
+from engine.text.template import ChatError, find_template
 
+_QUOTES = '"""'
 HELP = (
     '/exit, /reset, /stats; a line that ends in \\ goes on; """ begins and ends a block of lines; '
     "Ctrl-C stops an answer"
@@ -29,7 +27,6 @@ HELP = (
 
 
 def add_options(p: Parser) -> None:
-    """Options of a chat."""
     add = p.add_argument_group("chat").add_argument
     add("-cnv", "--conversation", action="store_true",
         help="chat: read messages from standard input; -p or -f is the first one")  # fmt: skip
@@ -40,7 +37,6 @@ def add_options(p: Parser) -> None:
 
 
 def check_options(parser: Parser, args: argparse.Namespace) -> None:
-    """Refuse options that don't go together."""
     if args.conversation and args.prompts is not None:
         parser.error("argument -cnv: not allowed with argument --prompts")
     for name in ("system_prompt", "chat_template", "reasoning"):
@@ -56,14 +52,13 @@ def run(args: argparse.Namespace, first: str | None, params: SamplingParams) -> 
         option = "--reasoning" if args.reasoning else "--no-reasoning"
         raise ChatError(f"{template.name} takes no {option}: it reads no enable_thinking")
     with load_engine(args) as engine:
-        chat = Chat(engine, template, args, params)
+        system = args.system_prompt and unescaped(args, args.system_prompt)
+        chat = Chat(engine, system, params=params, reasoning=args.reasoning, template=template)
         if first is not None:
             chat.say(first)
-        if sys.stdin is None:
-            return 0
-        if sys.stdin.isatty():
+        if is_interactive():
             print(HELP, file=sys.stderr)
-        for message in read_messages():
+        for message in read_messages() if sys.stdin is not None else ():
             if message == "/exit":
                 break
             if message == "/reset":
@@ -78,39 +73,23 @@ def run(args: argparse.Namespace, first: str | None, params: SamplingParams) -> 
 class Chat:
     """The messages so far, and the answers with their timings."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        template: ChatTemplate,
-        args: argparse.Namespace,
-        params: SamplingParams,
-    ) -> None:
-        self._engine, self._template, self._params = engine, template, params
-        self._reasoning: bool | None = args.reasoning
-        self._system: list[dict[str, str]] = []
-        if args.system_prompt is not None:
-            text = unescaped(args, args.system_prompt)
-            self._system.append({"role": "system", "content": text})
+    def __init__(self, engine: Engine, system: str | None, **options: Any) -> None:
+        """system: text of the system message; options: those of `Engine.chat`."""
+        self._engine, self._options = engine, options
+        self._system = [] if system is None else [{"role": "system", "content": system}]
         self._messages = list(self._system)
         self._answers: list[ChatCompletion] = []
 
     def reset(self) -> None:
-        """Forget all messages but the system message."""
         self._messages = list(self._system)
         self._engine.conversation.release()
 
     def say(self, text: str) -> None:
-        """Print the answer to a message, and a line about the turn.
-
-        A message without an answer is taken back: after an error, or an interrupt before the first
-        token. On a terminal the chat continues after an error.
-        """
+        """Print the answer to a message, which is taken back without one, and a line about it."""
         asked = [*self._messages, {"role": "user", "content": text}]
         written = ""
         try:
-            answer = self._engine.chat(
-                asked, self._params, reasoning=self._reasoning, template=self._template
-            )
+            answer = self._engine.chat(asked, **self._options)
             with stopping(answer):
                 for token in answer:
                     written = token.text or written
@@ -145,7 +124,6 @@ class Chat:
         )
 
     def stats(self) -> str:
-        """Tokens of the whole chat."""
         timings = [answer.timings for answer in self._answers]
         n_prompt = sum(t.n_prompt for t in timings)
         n_generated = sum(len(answer.tokens) for answer in self._answers)
@@ -166,7 +144,7 @@ def _rate(n: int, seconds: float) -> str:
     return f" ({n / seconds:.2f} tokens/s)" if n and seconds else ""
 
 
-@contextmanager
+@contextlib.contextmanager
 def stopping(answer: ChatCompletion) -> Iterator[None]:
     """Within it, Ctrl-C stops the answer after its step; a second one interrupts as usual."""
 
@@ -179,3 +157,61 @@ def stopping(answer: ChatCompletion) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, earlier)
+
+
+def read_messages() -> Iterator[str]:
+    """Messages from standard input until it ends, except empty ones."""
+    while (line := _read_line()) is not None:
+        start = line.lstrip()
+        if start.startswith(_QUOTES):
+            message = _quoted(start.removeprefix(_QUOTES))
+        else:
+            message = _continued(line)
+        if message.strip():
+            yield message
+
+
+def _quoted(line: str | None) -> str:
+    """The lines up to one that ends in quotes."""
+    lines = []
+    while line is not None:
+        text = line.rstrip()
+        lines.append(text.removesuffix(_QUOTES) if text.endswith(_QUOTES) else line)
+        line = None if text.endswith(_QUOTES) else _read_line()
+    return "\n".join(lines).strip("\n")
+
+
+def _continued(line: str | None) -> str:
+    """A line, and the next as long as a line ends in a backslash."""
+    lines = []
+    while line is not None:
+        lines.append(line.removesuffix("\\"))
+        line = _read_line() if line.endswith("\\") else None
+    return "\n".join(lines)
+
+
+def is_interactive() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def _read_line() -> str | None:
+    """A line without its end; None at the end of the input. Raises InputError."""
+    if not is_interactive():
+        data = sys.stdin.buffer.readline()
+        try:
+            line = data.decode()
+        except UnicodeDecodeError as error:
+            came = f"byte 0x{data[error.start]:02x} in {data[:40]!r}"
+            raise InputError(f"standard input: expected UTF-8, got {came}") from None
+    elif sys.stdout.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (with it, input() edits lines)
+        try:
+            return input("> ")
+        except EOFError:
+            print(file=sys.stderr)
+            return None
+    else:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+    return line.rstrip("\r\n") if line else None

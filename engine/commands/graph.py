@@ -1,19 +1,24 @@
-"""`cli.py graph`: a model's compute graph."""
+"""`cli.py graph`: a model's compute graph, in words, JSON or DOT."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
-from engine.commands import report
 from engine.commands.options import Parser, given_fields, integers, write_text
 from engine.config import EngineConfig
 from engine.engine import plan_only
+from engine.placement.place import Plan
 
 ABOUT = "Show a model's compute graph: node counts, and which backend runs each node and why."
+_COLORS = ("lightblue", "palegreen", "wheat", "lightpink")
 
 
 def add_options(p: Parser) -> None:
-    """Its options."""
     p.common_options()
     p.backend_options()
     add = p.add_argument
@@ -26,10 +31,100 @@ def add_options(p: Parser) -> None:
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
-    """Print the report."""
     options = given_fields(args, EngineConfig)
     plans = {bs: plan_only(args.model, bs, args.gdn_form, **options) for bs in args.bs}
     if args.dot is not None:
-        write_text(args.dot, report.as_dot(plans[args.bs[0]]))
-    print(report.as_json(plans) if args.json else report.text(plans, args.verbose))
+        write_text(args.dot, as_dot(plans[args.bs[0]]))
+    print(as_json(plans) if args.json else text(plans, args.verbose))
     return 0
+
+
+def summary(plans: Mapping[int, Plan]) -> list[str]:
+    """The counts in llama.cpp's form; `plans` by batch size."""
+    nodes = ", ".join(f"{len(p.graph.nodes)} (with bs={bs})" for bs, p in plans.items())
+    splits = ", ".join(f"{len(p.splits)} (with bs={bs})" for bs, p in plans.items())
+    used = {b.name: b.detail for p in plans.values() for b in p.backends}
+    rows = [f"backend {name:<12} = {detail}" for name, detail in used.items()]
+    return [f"graph nodes  = {nodes}", f"graph splits = {splits}", *rows]
+
+
+def histogram(plan: Plan) -> list[tuple[str, int]]:
+    """(op, number of nodes), most frequent first."""
+    return Counter(node.op.name for node in plan.graph.nodes).most_common()
+
+
+def layer_kinds(plan: Plan) -> list[tuple[str, int, int]]:
+    """(layer kind, number of layers, nodes per layer); `(no layer)` for nodes outside of layers."""
+    kinds = plan.graph.layer_kinds
+    per_layer = Counter(node.layer for node in plan.graph.nodes)
+    rows = []
+    for kind in dict.fromkeys(kinds.values()):
+        layers = [layer for layer, k in kinds.items() if k == kind]
+        rows.append((kind, len(layers), max(per_layer[layer] for layer in layers)))
+    outside = sum(n for layer, n in per_layer.items() if layer not in kinds)
+    return [*rows, ("(no layer)", 1, outside)]
+
+
+def placements(plan: Plan) -> list[tuple[str, str, int]]:
+    """(backend, reason, number of nodes); reasons that differ only in a node or tensor are one."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for placement in plan.placements.values():
+        reason = re.sub(r"^follows .*", "follows its producer", placement.reason)
+        reason = re.sub(r"^holds (?!its).*", "holds its weight", reason)
+        counts[placement.backend.name, reason] += 1
+    return [(backend, reason, n) for (backend, reason), n in counts.most_common()]
+
+
+def text(plans: Mapping[int, Plan], verbose: bool = False) -> str:
+    """The whole report; with `verbose` a line for every node."""
+    plan = next(iter(plans.values()))
+    lines = [*summary(plans), "", f"{'op':<24}{'nodes':>6}"]
+    lines += [f"{op:<24}{n:>6}" for op, n in histogram(plan)]
+    lines += ["", f"{'layer kind':<24}{'layers':>6}{'nodes per layer':>18}"]
+    lines += [f"{kind:<24}{n:>6}{per:>18}" for kind, n, per in layer_kinds(plan)]
+    lines += ["", f"{'backend':<12}{'nodes':>6}  reason"]
+    lines += [f"{backend:<12}{n:>6}  {reason}" for backend, reason, n in placements(plan)]
+    if verbose:
+        width = max(len(node.name) for node in plan.graph.nodes)
+        lines += ["", f"{'node':<{width}}  {'op':<16}  {'backend':<10}  reason; outputs"]
+        for node, placement in plan.placements.items():
+            outputs = ", ".join(str(list(t.shape)) for t in node.outputs) or "state only"
+            lines.append(
+                f"{node.name:<{width}}  {node.op.name:<16}  {placement.backend.name:<10}  "
+                f"{placement.reason}; {outputs}"
+            )
+    return "\n".join(lines)
+
+
+def as_json(plans: Mapping[int, Plan]) -> str:
+    plan = next(iter(plans.values()))
+    nodes = [
+        {
+            "name": node.name, "op": node.op.name,
+            "backend": placement.backend.name, "reason": placement.reason,
+            "inputs": {operand: t.name for operand, t in node.inputs.items()},
+            "outputs": [{"name": t.name, "shape": list(t.shape)} for t in node.outputs],
+        }
+        for node, placement in plan.placements.items()
+    ]  # fmt: skip
+    document: dict[str, Any] = {
+        "graph_nodes": {str(bs): len(p.graph.nodes) for bs, p in plans.items()},
+        "graph_splits": {str(bs): len(p.splits) for bs, p in plans.items()},
+        "ops": dict(histogram(plan)),
+        "layer_kinds": {kind: {"layers": n, "nodes": per} for kind, n, per in layer_kinds(plan)},
+        "nodes": nodes,
+    }
+    return json.dumps(document, indent=1)
+
+
+def as_dot(plan: Plan) -> str:
+    """The graph for Graphviz, one color per backend."""
+    colors = {b.name: _COLORS[i % len(_COLORS)] for i, b in enumerate(plan.backends)}
+    lines = ["digraph {", "  node [shape=box, style=filled, fontname=monospace];"]
+    producers = {t: node for node in plan.graph.nodes for t in node.outputs}
+    for node, placement in plan.placements.items():
+        label, color = f"{node.op.name}\\n{node.name}", colors[placement.backend.name]
+        lines.append(f'  "{node.name}" [label="{label}", fillcolor={color}];')
+        sources = dict.fromkeys(producers.get(t.base) for t in node.inputs.values())
+        lines += [f'  "{source.name}" -> "{node.name}";' for source in sources if source]
+    return "\n".join([*lines, "}", ""])

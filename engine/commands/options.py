@@ -12,14 +12,14 @@ from typing import Any, NoReturn
 
 from engine import backends
 from engine.config import EngineConfig
-from engine.engine import DEMO_MODEL, Engine, resolved_config
+from engine.engine import DEMO_MODEL, Engine
 from engine.errors import EngineError
+from engine.sampling.params import SamplingParams
 
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "'": "'", '"': '"', "\\": "\\"}
-# More layers than any model has.
-ALL_LAYERS = 1 << 20
-# Names; the field of an options class that they set; its values; help. Values: a conversion of the
-# text, a tuple of choices, `bool` for a flag, or argparse's keywords.
+ALL_LAYERS = 1 << 20  # More than any model has.
+# Names; the field of an options class that they set; a conversion of the text or argparse's
+# keywords; help.
 OptionRow = tuple[str, str, Any, str]
 
 
@@ -28,8 +28,6 @@ class InputError(EngineError):
 
 
 def at_least(low: int) -> Callable[[str], int]:
-    """A conversion to an integer of at least `low`."""
-
     def convert(text: str) -> int:
         value = int(text)
         if value < low:
@@ -60,10 +58,6 @@ def _paths(text: str) -> list[str]:
     return paths
 
 
-def _comma_list(text: str) -> list[str]:
-    return text.split(",")
-
-
 _PLACEMENT_OPTIONS: list[OptionRow] = [
     ("-ngl --n-gpu-layers", "n_gpu_layers", at_least(0),
      "put the last N layers on the GPU; the output head counts as one more (all that fit)"),
@@ -72,7 +66,7 @@ _PLACEMENT_OPTIONS: list[OptionRow] = [
     ("-cmoe --cpu-moe", "n_cpu_moe", {"action": "store_const", "const": ALL_LAYERS},
      "keep the experts of all layers on the CPU"),
     ("-ot --override-tensor", "override_tensor",
-     {"action": "extend", "type": _comma_list, "metavar": "REGEX=cpu|cuda"},
+     {"action": "extend", "type": lambda text: text.split(","), "metavar": "REGEX=cpu|cuda"},
      "run products there whose weight's name matches"),
 ]  # fmt: skip
 _ENGINE_OPTIONS: list[OptionRow] = [
@@ -84,11 +78,58 @@ _ENGINE_OPTIONS: list[OptionRow] = [
     ("--cpu-isa", "cpu_isa", {"metavar": "NAME"},
      "instruction set of the CPU kernels (the best that this CPU has)"),
     ("-np --parallel", "n_parallel", at_least(1), "sequences that run at the same time (1)"),
-    ("-ctk --cache-type-k", "type_k", ("f32", "f16"), "type of the K cache"),
-    ("-ctv --cache-type-v", "type_v", ("f32", "f16"), "type of the V cache"),
-    ("--batch-invariant", "batch_invariant", bool,
+    ("-ctk --cache-type-k", "type_k", {"choices": ("f32", "f16")}, "type of the K cache"),
+    ("-ctv --cache-type-v", "type_v", {"choices": ("f32", "f16")}, "type of the V cache"),
+    ("--batch-invariant", "batch_invariant", {"action": "store_true"},
      "cuda: results of a sequence don't depend on the others of its batch; slower"),
-    ("--gdn", "gdn", ("auto", "scan", "chunk"), "algorithm of the delta rule"),
+    ("--gdn", "gdn", {"choices": ("auto", "scan", "chunk")}, "algorithm of the delta rule"),
+]  # fmt: skip
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(";") if name)
+
+
+def _bias(text: str) -> tuple[int, float]:
+    match = re.fullmatch(r"(\d+)([+-].+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected a token id and a signed number, got {text}")
+    return int(match[1]), float(match[2])
+
+
+_SAMPLING_OPTIONS: list[OptionRow] = [
+    ("-n --predict --n-predict", "max_tokens", at_least(-1), "most tokens (-1: until full)"),
+    ("-s --seed", "seed", at_least(-1), "seed (-1: a random one)"),
+    ("--temp", "temperature", float, "temperature (0.8; 0: greedy)"),
+    ("--dynatemp-range", "dynatemp_range", float, "temperature ± this, by entropy (0)"),
+    ("--dynatemp-exp", "dynatemp_exponent", float, "exponent of that (1)"),
+    ("--top-k", "top_k", int, "keep the N likeliest (40; 0: all)"),
+    ("--top-p", "top_p", float, "keep the likeliest up to this probability (0.95)"),
+    ("--min-p", "min_p", float, "keep what has this share of the highest probability (0.05)"),
+    ("--typical", "typical_p", float, "keep the most typical up to this probability (1)"),
+    ("--top-nsigma", "top_n_sigma", float, "keep what is within N sigma of the best (-1: off)"),
+    ("--xtc-probability", "xtc_probability", float, "chance to drop the likeliest (0)"),
+    ("--xtc-threshold", "xtc_threshold", float, "probability from which that applies (0.1)"),
+    ("--repeat-penalty", "repeat_penalty", float, "divides logits of recent tokens (1: off)"),
+    ("--repeat-last-n", "repeat_last_n", at_least(-1), "how many (64; 0: none, -1: all)"),
+    ("--presence-penalty", "presence_penalty", float, "lowers logits of recent tokens (0)"),
+    ("--frequency-penalty", "frequency_penalty", float, "the same, for each occurrence (0)"),
+    ("--dry-multiplier", "dry_multiplier", float, "strength of the repetition penalty DRY (0)"),
+    ("--dry-base", "dry_base", float, "its growth with the length (1.75)"),
+    ("--dry-allowed-length", "dry_allowed_length", int, "repetitions up to this are free (2)"),
+    ("--dry-penalty-last-n", "dry_penalty_last_n", int, "how far back it looks (-1: all)"),
+    ("--mirostat", "mirostat", int, "2: mirostat 2.0 instead of the samplers (0)"),
+    ("--mirostat-ent", "mirostat_tau", float, "its target surprise in bits (5)"),
+    ("--mirostat-lr", "mirostat_eta", float, "its learning rate (0.1)"),
+    ("--samplers", "samplers", {"type": _names, "metavar": "A;B;…"}, "the samplers, in order"),
+    ("--dry-sequence-breaker", "dry_sequence_breakers", {"action": "append", "metavar": "TEXT"},
+     "text that ends a repetition for DRY; none: no such text (default: newline : \" *)"),
+    ("-l --logit-bias", "logit_bias", {"type": _bias, "action": "append", "metavar": "ID±X"},
+     "add X to the logit of token ID: 15043+1, 15043-inf"),
+    ("-r --reverse-prompt", "stop", {"action": "append", "metavar": "TEXT"},
+     "stop where the output has this text"),
+    ("--ignore-eos", "ignore_eos", {"action": "store_true"},
+     "don't stop at the end-of-generation token"),
 ]  # fmt: skip
 
 
@@ -99,7 +140,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
     def number(self, names: str, about: str, low: int = 1, group: Any = None, **how: Any) -> None:
-        """An option that takes an integer of at least `low`."""
         add = (group or self).add_argument
         add(*names.split(), type=at_least(low), metavar="N", help=about, **how)
 
@@ -109,25 +149,17 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(*names.split(), help=about, **how)
 
     def choice(self, names: str, about: str, *choices: str) -> None:
-        """An option that takes one of several words, by default the first."""
         first, about = choices[0], f"{about} ({choices[0]})"
         self.add_argument(*names.split(), choices=choices, default=first, help=about)
 
     def flag(self, names: str, about: str) -> None:
-        """An option without a value."""
         self.add_argument(*names.split(), action="store_true", help=about)
 
     def table(self, title: str, rows: list[OptionRow]) -> None:
         """Options that leave their field at its default where they are not given."""
         group = self.add_argument_group(title)
         for names, field, values, about in rows:
-            how: Any = {"type": values, "metavar": "N"}
-            if isinstance(values, dict):
-                how = values
-            elif isinstance(values, tuple):
-                how = {"choices": values}
-            elif values is bool:
-                how = {"action": "store_true"}
+            how = values if isinstance(values, dict) else {"type": values, "metavar": "N"}
             unset = argparse.SUPPRESS
             group.add_argument(*names.split(), dest=field, default=unset, help=about, **how)
 
@@ -142,24 +174,20 @@ class Parser(argparse.ArgumentParser):
         self.flag("-v --verbose", "more detail; tracebacks of errors")
 
     def backend_options(self) -> None:
-        """What runs the graph."""
-        self.add_argument(
-            "--backend",
-            choices=backends.names(),
-            default="auto",
-            help="backend that runs the graph (auto: the fastest that works here)",
-        )
+        self.add_argument("--backend", choices=backends.names(), default="auto",
+            help="backend that runs the graph (auto: the fastest that works here)")  # fmt: skip
         self.flag("--strict-backend", "fail where that backend does not support a node, instead of "
             "running the node on another backend")  # fmt: skip
         self.table("placement", _PLACEMENT_OPTIONS)
 
     def engine_options(self, *without: str) -> None:
-        """Options that set fields of EngineConfig, except some fields."""
         self.backend_options()
         self.table("engine", [row for row in _ENGINE_OPTIONS if row[1] not in without])
 
+    def sampling_options(self) -> None:
+        self.table("sampling", _SAMPLING_OPTIONS)
+
     def seed(self) -> None:
-        """The seed of a benchmark's tokens."""
         self.number("-s --seed", "seed of the random tokens (0)", low=0, default=0)
 
     def prompt_options(self, many: bool = False) -> None:
@@ -170,8 +198,7 @@ class Parser(argparse.ArgumentParser):
                 help="complete each line of a file, text or JSON; print JSON lines")  # fmt: skip
         add("-p", "--prompt", metavar="TEXT", help="prompt (default: standard input)")
         add("-f", "--file", metavar="FILE", help="file with the prompt")
-        self.flag("--no-escape",
-            r"don't replace \n, \t, \\ … in -p by the characters they mean")  # fmt: skip
+        self.flag("--no-escape", r"don't replace \n, \t, \\ … in -p by the characters they mean")
 
 
 def given_fields(args: argparse.Namespace, options: type) -> dict[str, Any]:
@@ -180,21 +207,21 @@ def given_fields(args: argparse.Namespace, options: type) -> dict[str, Any]:
     return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
 
-def load_engine(args: argparse.Namespace, **options: Any) -> Engine:
-    """The engine of --model with the options of the command line, and with `options` before them.
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    given = given_fields(args, SamplingParams)
+    if breakers := given.get("dry_sequence_breakers"):
+        given["dry_sequence_breakers"] = tuple(b for b in breakers if b != "none")
+    if "logit_bias" in given:
+        given["logit_bias"] = dict(given["logit_bias"])
+    return SamplingParams(**given)
 
-    Raises EngineError.
-    """
+
+def load_engine(args: argparse.Namespace, **options: Any) -> Engine:
+    """The engine of --model with the options of the command line; `options` go before them."""
     return Engine.load(args.model, **(given_fields(args, EngineConfig) | options))
 
 
-def step_size(options: dict[str, Any]) -> int:
-    """Tokens of a step (-ub) of an engine with these options."""
-    return resolved_config(**options).n_ubatch
-
-
 def read_prompt(parser: Parser, args: argparse.Namespace) -> str:
-    """The prompt that `prompt_options` name."""
     if args.prompt is not None:
         return unescaped(args, args.prompt)
     if args.file is None and (sys.stdin is None or sys.stdin.isatty()):
@@ -224,7 +251,6 @@ def unescaped(args: argparse.Namespace, text: str) -> str:
 
 
 def write_text(path: str, text: str) -> None:
-    """Write a file. Raises InputError."""
     try:
         Path(path).write_text(text)
     except OSError as error:

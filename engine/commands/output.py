@@ -26,10 +26,8 @@ def say(text: str) -> None:
 
 
 class Table:
-    """A table of llama.cpp's: columns with their format specs, such as `6d`, `>20` or `<30`.
-
-    With `is_markdown` as llama-bench prints it, otherwise as llama-batched-bench does.
-    """
+    """A table of llama-bench's with `is_markdown`, otherwise of llama-batched-bench's; its columns
+    with their format specs, such as `6d`, `>20` or `<30`."""
 
     def __init__(self, columns: Mapping[str, str], is_markdown: bool = False) -> None:
         self._columns, self._is_markdown = columns, is_markdown
@@ -46,7 +44,6 @@ class Table:
         return f"{self._edge}{' | '.join(names)} |\n{self._edge}{rule}"
 
     def line(self, values: Sequence[Any]) -> str:
-        """A row."""
         cells = (f"{v:{form}}" for v, form in zip(values, self._columns.values(), strict=True))
         return f"{self._edge}{' | '.join(cells)} |"
 
@@ -60,26 +57,19 @@ class Rows:
 
     def add(self, document: dict[str, Any], values: Sequence[Any]) -> None:
         """Print a row: `values` in the table, `document` in the other forms (csv: no lists)."""
-        head = "" if self._documents else self._head(document)
+        is_first = not self._documents
         self._documents.append(document)
-        if self._form != "json":
-            say(head + self._line(document, values))
-
-    def _head(self, document: dict[str, Any]) -> str:
-        if self._form == "csv":
-            return ",".join(_flat(document)) + "\n"
-        return self._table.head() + "\n" if self._form in ("md", "table") else ""
-
-    def _line(self, document: dict[str, Any], values: Sequence[Any]) -> str:
         if self._form == "jsonl":
-            return json.dumps(document)
-        if self._form == "csv":
+            head, line = "", json.dumps(document)
+        elif self._form == "csv":
+            flat = {key: value for key, value in document.items() if not isinstance(value, list)}
             text = io.StringIO()
-            csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="").writerow(
-                _flat(document).values()
-            )
-            return text.getvalue()
-        return self._table.line(values)
+            csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="").writerow(flat.values())
+            head, line = ",".join(flat) + "\n", text.getvalue()
+        else:
+            head, line = self._table.head() + "\n", self._table.line(values)
+        if self._form != "json":
+            say(head + line if is_first else line)
 
     def __enter__(self) -> Rows:
         return self
@@ -87,7 +77,3 @@ class Rows:
     def __exit__(self, *error: object) -> None:
         if self._documents and self._form == "json":
             say(json.dumps(self._documents, indent=2))
-
-
-def _flat(document: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in document.items() if not isinstance(value, list)}

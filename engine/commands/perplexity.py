@@ -20,7 +20,6 @@ ABOUT = (
 
 
 def add_options(p: Parser) -> None:
-    """Its options."""
     p.common_options()
     p.add_argument("-f", "--file", required=True, metavar="FILE",
         help="the text (-: standard input)")  # fmt: skip
@@ -32,7 +31,6 @@ def add_options(p: Parser) -> None:
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
-    """Print a line for every chunk, and the result."""
     n_ctx, stride = args.n_ctx_chunk, args.stride
     if stride > n_ctx:
         parser.error(f"argument --stride: expected at most the {n_ctx} of -c, got {stride}")

@@ -11,7 +11,6 @@ ABOUT = "Draw prompt and generation speed against depth, a line for each output 
 
 
 def add_options(p: Parser) -> None:
-    """Its options."""
     p.add_argument("files", nargs="+", metavar="FILE",
         help="output of sweep-bench, ours or ik_llama.cpp's (-: standard input)")  # fmt: skip
     p.add_argument("-o", "--output", required=True, metavar="OUT.png",
@@ -20,7 +19,6 @@ def add_options(p: Parser) -> None:
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
-    """Write the picture."""
     check_output(args.output)
     labels = labels_of(args.files)
     draw([_curve(label, p) for label, p in zip(labels, args.files, strict=True)], args.output)

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from engine.backends.base import Limits
-from engine.bench.profile import Entry, Row, StepProfile, by_layer_kind, by_op, profile_step
-from engine.commands.options import Parser, given_fields, load_engine, step_size
+from engine.bench.profile import Row, StepProfile, by_layer_kind, by_op, profile_step
+from engine.commands.options import Parser, given_fields, load_engine
 from engine.config import EngineConfig
+from engine.engine import resolved_config
 
 ABOUT = "Time one step by op and by layer kind, and compare with what this machine can do."
 _HEADINGS = ("n", "ms", "share", "MB", "GB/s", "of limit", "GFLOP", "GFLOP/s", "of peak")
@@ -20,7 +21,6 @@ _WIDTHS = (5, 10, 7, 10, 8, 9, 9, 9, 8)
 
 
 def add_options(p: Parser) -> None:
-    """Its options."""
     p.common_options()
     size = p.add_mutually_exclusive_group()
     p.number("-p --n-prompt", "profile a step of N prompt tokens", group=size)
@@ -34,11 +34,10 @@ def add_options(p: Parser) -> None:
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
-    """Print the profile."""
     n_tokens = args.n_prompt or 1
     repeats = args.repetitions if args.n_prompt else args.n_gen or 16
     options = given_fields(args, EngineConfig)
-    n_ubatch = options.get("n_ubatch", max(n_tokens, step_size(options)))
+    n_ubatch = options.get("n_ubatch", max(n_tokens, resolved_config(**options).n_ubatch))
     if n_tokens > n_ubatch:
         parser.error(f"argument -p: expected at most the {n_ubatch} tokens of a step (-ub)")
     n_ctx = options.get("n_ctx", args.n_depth + n_tokens)
@@ -56,22 +55,18 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
 
 
 def _document(profile: StepProfile, limits: Limits, kinds: list[Row]) -> dict[str, Any]:
+    entries = [
+        {
+            "label": e.label, "backend": e.backend, "nodes": [node.name for node in e.nodes],
+            "seconds": e.seconds, "flops": e.cost.flops, "bytes": e.cost.bytes,
+        }
+        for e in profile.entries
+    ]  # fmt: skip
     return {
-        "n_tokens": profile.live.n_tokens,
-        "n_past": profile.n_past,
-        "step_s": profile.seconds,
-        "step_without_timers_s": profile.plain_seconds,
-        "limits": asdict(limits),
-        "ops": [asdict(row) for row in by_op(profile)],
-        "layer_kinds": [asdict(row) for row in kinds],
-        "entries": [_entry(e) for e in profile.entries],
-    }
-
-
-def _entry(e: Entry) -> dict[str, Any]:
-    return {
-        "label": e.label, "backend": e.backend, "nodes": [node.name for node in e.nodes],
-        "seconds": e.seconds, "flops": e.cost.flops, "bytes": e.cost.bytes,
+        "n_tokens": profile.live.n_tokens, "n_past": profile.n_past,
+        "step_s": profile.seconds, "step_without_timers_s": profile.plain_seconds,
+        "limits": asdict(limits), "ops": [asdict(row) for row in by_op(profile)],
+        "layer_kinds": [asdict(row) for row in kinds], "entries": entries,
     }  # fmt: skip
 
 
@@ -99,16 +94,10 @@ def _cells(row: Row, total_s: float, limits: Limits) -> tuple[str, ...]:
     per_second = 1 / row.seconds if row.seconds else 0.0
     bandwidth, rate = row.bytes * per_second, row.flops * per_second
     return (
-        str(row.n),
-        f"{row.seconds * 1e3:.3f}",
-        f"{row.seconds / total_s:.1%}",
-        f"{row.bytes / 1e6:.2f}",
-        f"{bandwidth / 1e9:.2f}",
-        f"{bandwidth / limits.bytes_per_s:.1%}",
-        f"{row.flops / 1e9:.3f}",
-        f"{rate / 1e9:.1f}",
-        f"{rate / limits.flops_per_s:.1%}",
-    )
+        str(row.n), f"{row.seconds * 1e3:.3f}", f"{row.seconds / total_s:.1%}",
+        f"{row.bytes / 1e6:.2f}", f"{bandwidth / 1e9:.2f}", f"{bandwidth / limits.bytes_per_s:.1%}",
+        f"{row.flops / 1e9:.3f}", f"{rate / 1e9:.1f}", f"{rate / limits.flops_per_s:.1%}",
+    )  # fmt: skip
 
 
 def _line(name: str, cells: tuple[str, ...]) -> str:

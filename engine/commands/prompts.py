@@ -1,8 +1,7 @@
 """Many prompts from a file, one a line, as plain text or as JSON; results as JSON lines.
 
 A line that starts with `{` or `"` is JSON: a string, or an object with `prompt` (text or token ids)
-and any fields of SamplingParams, which apply to this prompt only. Empty lines are skipped. A line
-that can't be used gives a result with finish_reason `error`; the others run.
+and fields of SamplingParams. A line that can't be used gives a result with finish_reason `error`.
 """
 
 from __future__ import annotations
@@ -93,7 +92,6 @@ def _value(key: str, value: Any) -> Any:
 
 
 def result_line(line: PromptLine, completion: Completion | None) -> str:
-    """A finished prompt as one line of JSON."""
     document: dict[str, Any] = {"line": line.number, "prompt": line.prompt}
     if completion is None:
         document |= {"finish_reason": "error", "error": line.error}

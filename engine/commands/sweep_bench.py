@@ -1,7 +1,4 @@
-"""`cli.py sweep-bench`: speed at every depth of the context, in ik_llama.cpp's formats.
-
-Rows are printed as they are measured; whether the plot can be written is checked before that.
-"""
+"""`cli.py sweep-bench`: speed at every depth of the context, in ik_llama.cpp's formats."""
 
 from __future__ import annotations
 
@@ -12,21 +9,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from engine.bench.facts import sequence_bytes
-from engine.bench.measure import (
-    Measurement,
-    backend_names,
-    measure_and_extend,
-    n_gpu_layers,
-    rss_hwm_mib,
-    sequences,
-    settings,
-)
+from engine.bench.facts import backend_names, n_gpu_layers, rss_hwm_mib, sequence_bytes, settings
+from engine.bench.measure import Measurement, measure_and_extend, sequences
 from engine.bench.plots import COLUMNS, Curve, Point, check_output, draw
-from engine.commands.options import Parser, given_fields, load_engine, step_size
+from engine.commands.options import Parser, given_fields, load_engine
 from engine.commands.output import Rows, Table, say
 from engine.config import DEFAULT_CTX, EngineConfig
-from engine.engine import Engine
+from engine.engine import Engine, resolved_config
 
 ABOUT = (
     "Measure generation (TG) and then a prompt of -ub tokens (PP) after every -ub tokens of "
@@ -38,7 +27,6 @@ _WARM_UP = 4
 
 
 def add_options(p: Parser) -> None:
-    """Its options."""
     p.common_options()
     p.number("-c --ctx-size", f"print rows for N_KV from 0 to below N ({DEFAULT_CTX})",
         dest="n_kv_max", default=DEFAULT_CTX)  # fmt: skip
@@ -53,9 +41,8 @@ def add_options(p: Parser) -> None:
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
-    """Print a row for every depth."""
     given = given_fields(args, EngineConfig)
-    n_prompt = step_size(given)
+    n_prompt = resolved_config(**given).n_ubatch
     if args.n_kv_max < n_prompt:
         parser.error(f"argument -c: expected at least the {n_prompt} of -ub, got {args.n_kv_max}")
     n_gen = args.n_gen or max(1, n_prompt // 4)
@@ -73,7 +60,6 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
 
 
 def depths(n_kv_max: int, n_prompt: int) -> range:
-    """The N_KV of the rows."""
     return range(0, n_kv_max, n_prompt)
 
 
@@ -85,7 +71,6 @@ def context_needed(n_kv_max: int, n_prompt: int, n_gen: int) -> int:
 def _measure(
     engine: Engine, args: argparse.Namespace, n_prompt: int, n_gen: int
 ) -> list[dict[str, float]]:
-    """Print the rows; returns their values."""
     shown = settings(engine, args.n_kv_max, flash_attn=1)
     # ik_llama.cpp counts the layers; llama.cpp has -1 for all.
     shown["n_gpu_layers"] = len(engine.plan.graph.layer_kinds) if n_gpu_layers(engine) else 0
@@ -98,12 +83,10 @@ def _measure(
             measure_and_extend(engine, seq, n_prompt, min(n_gen, _WARM_UP), rng)
     measured = []
     with sequences(engine, 1) as (seq,), Rows(args.output_format, _TABLE) as rows:
-        kv = depths(args.n_kv_max, n_prompt)
-        for _ in tqdm(kv, unit="row", leave=False, disable=None):
+        for _ in tqdm(depths(args.n_kv_max, n_prompt), unit="row", leave=False, disable=None):
             m = measure_and_extend(engine, seq, n_prompt, n_gen, rng, args.repeats)
             measured.append(values := _values(m))
-            document = shown | values | _extra(engine, m.case.n_depth)
-            rows.add(document, list(values.values()))
+            rows.add(shown | values | _extra(engine, m.case.n_depth), list(values.values()))
     return measured
 
 
@@ -117,10 +100,7 @@ def _extra(engine: Engine, n_kv: int) -> dict[str, Any]:
     """The keys of a JSON line that ik_llama.cpp does not have."""
     state_bytes, kv_bytes = sequence_bytes(engine, n_kv)
     return {
-        "backend": backend_names(engine),
-        "graph_nodes": len(engine.plan.graph.nodes),
-        "state_bytes": state_bytes,
-        "kv_bytes": kv_bytes,
-        "rss_hwm_mib": rss_hwm_mib(),
-        "vram_delta_mib": engine.device_bytes() / 2**20,
-    }
+        "backend": backend_names(engine), "graph_nodes": len(engine.plan.graph.nodes),
+        "state_bytes": state_bytes, "kv_bytes": kv_bytes,
+        "rss_hwm_mib": rss_hwm_mib(), "vram_delta_mib": engine.device_bytes() / 2**20,
+    }  # fmt: skip

@@ -12,7 +12,6 @@ ABOUT = "Show a text's tokens."
 
 
 def add_options(p: Parser) -> None:
-    """Its options."""
     p.common_options()
     p.prompt_options()
     p.flag("--ids", "print the ids only, as a list")
@@ -21,7 +20,6 @@ def add_options(p: Parser) -> None:
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
-    """Print them."""
     text = read_prompt(parser, args)
     tokenizer = Tokenizer.from_gguf(GGUFFile(args.model))
     ids = tokenizer.encode(text, not args.no_bos, not args.no_parse_special)

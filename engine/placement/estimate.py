@@ -1,12 +1,12 @@
 """Memory that a placed graph will touch, compared with the memory that is left.
 
-Counted: weights as backends keep them, states and KV cache at capacity, the largest sum of
-activations alive at one time in a full step, and logits of one row per sequence. The file's mapped
-pages are not counted: the system can drop them.
+Counted: weights as backends keep them, states and KV cache at capacity, and the largest sum of
+activations alive at one time in a full step; not the file's mapped pages, which can be dropped.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,6 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """Bytes in all."""
         return self.weights + self.states + self.kv_cache + self.activations
 
 
@@ -43,8 +42,7 @@ def estimate(plan: Plan, backends: Sequence[Backend] | None = None) -> Estimate:
     """Bytes that a plan needs, or the part of it on `backends`."""
     weights = states = kv_cache = 0
     for backend in plan.backends if backends is None else backends:
-        nodes = [node for node, p in plan.placements.items() if p.backend is backend]
-        weights += backend.weight_bytes(nodes)
+        weights += backend.weight_bytes(plan.nodes_of(backend))
         for t in plan.tensors_of(backend, Kind.STATE):
             if dim_name(t) == "n_blocks":
                 kv_cache += t.nbytes
@@ -67,13 +65,11 @@ def fits(plan: Plan, backend: Backend) -> bool:
     return available is None or estimate(plan, [backend]).total <= available
 
 
-def _memories(plan: Plan) -> list[tuple[str, list[Backend], int | None]]:
+def _memories(plan: Plan) -> Sequence[tuple[str, list[Backend], int | None]]:
     """(name, backends, bytes left) of the machine's memory and of each backend's own."""
     own = [(b, b.free_bytes()) for b in plan.backends]
     machine = [b for b, n in own if n is None]
-    rest: list[tuple[str, list[Backend], int | None]] = [
-        (f" on {b.name}", [b], n) for b, n in own if n is not None
-    ]
+    rest = [(f" on {b.name}", [b], n) for b, n in own if n is not None]
     return [("", machine, available_bytes()), *rest] if machine else rest
 
 
@@ -134,11 +130,10 @@ def available_bytes() -> int | None:
 
 def _left_on_machine() -> int | None:
     try:
-        lines = _MEMINFO.read_text().splitlines()
+        found = re.search(r"^MemAvailable: *(\d+)", _MEMINFO.read_text(), re.M)
     except OSError:
         return None
-    kib = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-    return next((int(n) * 1024 for n in kib), None)
+    return int(found[1]) * 1024 if found else None
 
 
 def _left_in_cgroup() -> int | None:

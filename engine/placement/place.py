@@ -1,9 +1,8 @@
 """Placement of nodes on backends, with the reason for each.
 
 The backend that holds a node's state or weight takes it, else its producer's, else the first in
-priority order whose `supports` says yes. Runs of nodes on one backend are splits, which the backend
-compiles once; tensors that cross from one backend to another are copied at the start of the split
-that reads them.
+priority order whose `supports` says yes. Runs of nodes on one backend are splits; tensors that
+cross between backends are copied at the start of the split that reads them.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from types import MappingProxyType
 
 from engine.backends.base import Backend, Split
 from engine.errors import EngineError
@@ -38,13 +36,12 @@ class Plan:
         self.splits = _splits(graph, placements)
 
     def nodes_of(self, backend: Backend) -> list[Node]:
-        """The nodes of a backend, in order."""
         return [node for node, p in self.placements.items() if p.backend is backend]
 
     def tensors_of(self, backend: Backend, kind: Kind) -> list[Tensor]:
         """Weights, states or inputs that a backend's nodes use, each once."""
-        operands = (t for node in self.nodes_of(backend) for t in node.inputs.values())
-        return list(dict.fromkeys(t.base for t in operands if t.kind is kind))
+        nodes = self.nodes_of(backend)
+        return list(dict.fromkeys(t for node in nodes for t in _operands(node, kind)))
 
     @property
     def backends(self) -> list[Backend]:
@@ -57,18 +54,15 @@ Rules = Mapping[Node, tuple[str, str]]
 
 
 def place(
-    graph: Graph,
-    backends: Sequence[Backend],
-    strict: bool = False,
-    rules: Rules = MappingProxyType({}),
+    graph: Graph, backends: Sequence[Backend], strict: bool = False, rules: Rules | None = None
 ) -> Plan:
     """Place every node; `backends` in order of priority.
 
     A user rule makes the backends before the one it names refuse the node. Raises PlacementError
-    for a node that none supports, or with `strict` for one that the first backend refuses and no
-    rule sends elsewhere.
+    for a node that none supports, or with `strict` one that no rule sends elsewhere than the first.
     """
     assert len({b.name for b in backends}) == len(backends), backends
+    rules = rules or {}
     placer = _Placer(graph, backends, rules)
     for node in graph.nodes:
         placement = placer.place(node)
@@ -82,11 +76,7 @@ def place(
 
 
 class _Placer:
-    """Places nodes in graph order.
-
-    `refusals`: of each node, backend name -> why it refuses. `_holders`: the backend that holds a
-    weight or state, and the reason.
-    """
+    """Places nodes in graph order; `refusals`: of each node, backend name -> why it refuses."""
 
     def __init__(self, graph: Graph, backends: Sequence[Backend], rules: Rules) -> None:
         self._backends, self._rules = backends, rules
@@ -108,29 +98,29 @@ class _Placer:
             raise PlacementError(f"no backend supports {node} ({'; '.join(refused.values())})")
         return refused
 
-    def _first(self, refused: Mapping[str, str]) -> Backend | None:
-        return next((b for b in self._backends if b.name not in refused), None)
-
-    def _reason(self, backend: Backend, refused: Mapping[str, str]) -> str:
-        only = len(self._backends) == 1
-        reason = "the only backend" if only else f"{backend.name} is first in order"
-        why = "; ".join(refused.values())
-        return f"{reason} after refusals ({why})" if why else reason
+    def _first(self, refused: Mapping[str, str]) -> Placement | None:
+        """The first backend that doesn't refuse, if any, and why that one."""
+        for backend in self._backends:
+            if backend.name not in refused:
+                only = len(self._backends) == 1
+                reason = "the only backend" if only else f"{backend.name} is first in order"
+                why = "; ".join(refused.values())
+                return Placement(backend, f"{reason} after refusals ({why})" if why else reason)
+        return None
 
     def _place_states(self, nodes: list[Node]) -> None:
         """Give the states of a group to the first backend that takes all its nodes."""
         refused = {
             name: f"{n.name}: {why}" for n in nodes for name, why in self.refusals[n].items()
         }
-        if (backend := self._first(refused)) is None:
+        if (first := self._first(refused)) is None:
             why = "; ".join(refused.values())
             raise PlacementError(f"no backend supports all of {nodes}: {why}")
-        holder = Placement(backend, f"holds its state, {self._reason(backend, refused)}")
+        holder = Placement(first.backend, f"holds its state, {first.reason}")
         for node in nodes:
             self._holders |= dict.fromkeys(_operands(node, Kind.STATE), holder)
 
     def place(self, node: Node) -> Placement:
-        """Place a node after those before it."""
         self.placements[node] = placement = self._placement(node)
         for weight in _operands(node, Kind.WEIGHT):
             self._holders.setdefault(weight, placement)
@@ -147,15 +137,14 @@ class _Placer:
             holder = self._holders.get(weight)
             if holder is not None and holder.backend.name not in refused:
                 return Placement(holder.backend, f"holds {weight.name}")
-        operands = [t.base for t in node.inputs.values()]
-        producers = [self._producers[t] for t in operands if t in self._producers]
-        if not weights and producers:
-            backend = self.placements[producers[0]].backend
+        producers = (self._producers.get(t.base) for t in node.inputs.values())
+        if not weights and (producer := next(filter(None, producers), None)):
+            backend = self.placements[producer].backend
             if backend.name not in refused:
-                return Placement(backend, f"follows {producers[0].name}")
+                return Placement(backend, f"follows {producer.name}")
         first = self._first(refused)
         assert first is not None
-        return Placement(first, self._reason(first, refused))
+        return first
 
 
 def _operands(node: Node, kind: Kind) -> list[Tensor]:

@@ -1,10 +1,8 @@
 """Rules of placement that users give: -ngl, -ncmoe, -cmoe, --override-tensor.
 
-As in llama.cpp: of N offloaded layers the last ones of the model are on the device, and the head
-counts as one more layer; the experts of a layer may stay on the host; a regular expression found in
-a weight's name sends the node that reads it to a backend, whatever else is said. The first
-expression that is found counts. The device is the first backend with memory of its own, the host
-the first without.
+As in llama.cpp: the last N layers are on the device, where the head counts as one more; the first
+regular expression found in a weight's name sends the node that reads it to a backend, whatever else
+is said. The device is the first backend with memory of its own, the host the first without.
 """
 
 from __future__ import annotations
@@ -31,21 +29,15 @@ class OffloadError(EngineError):
 
 @dataclass(frozen=True)
 class Offload:
-    """n_gpu_layers: None for all. n_cpu_moe: layers, from the first, whose experts stay.
-
-    overrides: texts `REGEX=BACKEND`.
-    """
+    """n_gpu_layers: None for all. n_cpu_moe: layers, from the first, whose experts stay on the
+    host. overrides: texts `REGEX=BACKEND`."""
 
     n_gpu_layers: int | None = None
     n_cpu_moe: int = 0
     overrides: Sequence[str] = ()
 
     def rules(self, graph: Graph, backends: Sequence[Backend]) -> Rules:
-        """(backend, reason) of the nodes that a rule places.
-
-        Raises OffloadError for an expression that doesn't compile, matches no weight, or names a
-        backend that isn't in use.
-        """
+        """(backend, reason) of the nodes that a rule places. Raises OffloadError."""
         names = [b.name for b in backends]
         patterns = [_parse(text, names) for text in self.overrides]
         device = next((b.name for b in backends if b.traits.own_memory), None)
@@ -58,12 +50,10 @@ class Offload:
                 if found := [name for name in weights if pattern.search(name)]:
                     matched.add(text)
                     rules.setdefault(node, (backend, f"--override-tensor {text} ({found[0]})"))
-            if node in rules or device is None or host is None:
-                continue
-            if (rule := self._by_layer(node, graph)) is not None:
+            if device and host and (rule := self._by_layer(node, graph)):
                 on_device, reason = rule
-                rules[node] = (device if on_device else host, reason)
-        for text, _, _ in patterns:
+                rules.setdefault(node, (device if on_device else host, reason))
+        for text in self.overrides:
             if text not in matched:
                 raise OffloadError(f"--override-tensor {text}: matches no weight of the model")
         return rules

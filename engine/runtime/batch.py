@@ -1,7 +1,4 @@
-"""Batches: chunks of several sequences packed into the inputs of one step.
-
-Chunks of any lengths lie one after another. A decode row is a chunk of one token.
-"""
+"""Batches: chunks of several sequences, one after another, as the inputs of one step."""
 
 from __future__ import annotations
 
@@ -18,8 +15,7 @@ from engine.errors import EngineError
 from engine.graph import Capacity, Live
 from engine.kvcache.sequences import SequenceMemory, Step
 
-# Chunks of prompts end at multiples of so many positions, so that backends which compute aligned
-# runs of rows together always group them alike.
+# Chunks of prompts end at its multiples: backends that compute aligned runs group them alike.
 BLOCK_POSITIONS = 64
 
 
@@ -46,7 +42,6 @@ class Chunk:
 
     @property
     def n_outputs(self) -> int:
-        """The number of its rows that need logits."""
         if self.logits is Logits.LAST:
             return 1
         return len(self.tokens) if self.logits is Logits.ALL else 0
@@ -63,11 +58,10 @@ class Batch:
 def check_fits(chunks: Sequence[Chunk], capacity: Capacity) -> None:
     """Raise BatchError unless a graph of this capacity can run the chunks in one step."""
     seqs = [chunk.seq for chunk in chunks]
-    n_snapshots = max((chunk.n_snapshots for chunk in chunks), default=0)
     for what, n, limit in (
         ("sequences", len(chunks), capacity.n_seqs),
         ("tokens", sum(len(chunk.tokens) for chunk in chunks), capacity.n_tokens),
-        ("snapshots", n_snapshots, capacity.n_snapshots),
+        ("snapshots", max((c.n_snapshots for c in chunks), default=0), capacity.n_snapshots),
     ):
         if n > limit:
             raise BatchError(f"{n} {what} in one step: expected at most {limit}")
@@ -80,16 +74,11 @@ def check_fits(chunks: Sequence[Chunk], capacity: Capacity) -> None:
 def begin(
     chunks: Sequence[Chunk], memory: SequenceMemory, preserve_state: bool = False
 ) -> list[Step]:
-    """Allocate memory for every chunk, or for none: then MemoryFullError is raised.
-
-    With `preserve_state`, a step can be cancelled even after it ran (see SequenceMemory.begin).
-    """
+    """Allocate memory for every chunk (SequenceMemory.begin), or for none: MemoryFullError."""
     steps: list[Step] = []
     try:
-        for chunk in chunks:
-            steps.append(
-                memory.begin(chunk.seq, len(chunk.tokens), chunk.n_snapshots, preserve_state)
-            )
+        for c in chunks:
+            steps.append(memory.begin(c.seq, len(c.tokens), c.n_snapshots, preserve_state))
     except BaseException:
         for chunk in chunks[: len(steps)]:
             memory.cancel(chunk.seq)
@@ -109,22 +98,17 @@ def pack(chunks: Sequence[Chunk], steps: Sequence[Step], capacity: Capacity) -> 
         snapshots[s, capacity.n_snapshots - len(step.snapshot_dst) :] = step.snapshot_dst
     inputs: dict[str, Any] = {
         "tokens": np.fromiter(chain.from_iterable(p.tokens for p in chunks), np.int32, starts[-1]),
-        "positions": positions,
-        "seq_starts": starts,
+        "positions": positions, "seq_starts": starts,
         "state_src": [step.state_src for step in steps],
         "state_dst": [step.state_dst for step in steps],
-        "snapshot_dst": snapshots,
-        "block_tables": tables,
+        "snapshot_dst": snapshots, "block_tables": tables,
         "output_rows": _ranges(starts[1:] - outputs, outputs),
-    }
+    }  # fmt: skip
     live = Live(
-        n_tokens=int(starts[-1]),
-        n_seqs=len(chunks),
-        n_outputs=len(inputs["output_rows"]),
-        kv_rows=sum(pasts) + sum(lengths),
-        kv_pairs=int(positions.sum()) + len(positions),
+        n_tokens=int(starts[-1]), n_seqs=len(chunks), n_outputs=len(inputs["output_rows"]),
+        kv_rows=sum(pasts) + sum(lengths), kv_pairs=int(positions.sum()) + len(positions),
         chunks=tuple(zip(pasts, lengths, strict=True)),
-    )
+    )  # fmt: skip
     return Batch({name: np.asarray(v, np.int32) for name, v in inputs.items()}, live)
 
 

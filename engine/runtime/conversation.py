@@ -1,11 +1,10 @@
 """A conversation: its messages as tokens, and how much of them memory holds already.
 
 For every turn the template renders all messages anew. Memory holds the prefix that the last turn
-left: a list of segments, each a text with its tokens. An answer is one segment with the tokens that
-the model gave, which may differ from a tokenization of its text. If the new text starts with the
-texts of all segments, only what follows is processed. If not, the template changed something before
-(most remove the thinking of earlier answers). A recurrent state can't be cut short, so the turn
-continues from the rollback point before the last answer, or from nothing.
+left: segments, each a text with its tokens; an answer is one segment. If the new text starts with
+the texts of all segments, only what follows is processed. If not (most templates remove the
+thinking of earlier answers), a recurrent state can't be cut short: the turn continues from the
+rollback point before the last answer, or from nothing.
 """
 
 from __future__ import annotations
@@ -19,28 +18,20 @@ from engine.kvcache.sequences import Checkpoint
 from engine.text.template import ChatError, ChatTemplate, Message
 from engine.text.tokenizer import Tokenizer
 
-# Templates look for these in what a model said.
-_THINKING = ("<think>", "</think>")
+_THINKING = ("<think>", "</think>")  # Templates look for these in what a model said.
 # An answer that no template contains or changes; it shows what the template puts around answers.
 _PROBE = "\ufdd0"
 _Render = Callable[[Sequence[Message]], str]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A text and its tokens; text None: the tokens decode to another text than was shown."""
-
-    text: str | None
-    ids: list[int]
+# A text and its tokens; text None: the tokens decode to another text than was shown.
+Segment = tuple[str | None, list[int]]
 
 
 @dataclass(frozen=True)
 class ChatPrompt:
     """What a turn processes: `ids`, after the `n_kept` cached positions of checkpoint `after`.
 
-    `segments` are the whole prompt. `n_dropped`: cached positions discarded because the rendered
-    text diverges before them. `rollback_at`: the position (0: none) up to which the next turn's
-    prompt will be the same whatever the answer is.
+    `segments`: the whole prompt. `n_dropped`: cached positions that can't be used. `rollback_at`:
+    up to this position (0: none) the next turn's prompt is the same whatever the answer is.
     """
 
     ids: list[int]
@@ -57,7 +48,7 @@ class ChatPrompt:
 
 
 def _ids(segments: Sequence[Segment]) -> list[int]:
-    return [token for segment in segments for token in segment.ids]
+    return [token for _, ids in segments for token in ids]
 
 
 class Conversation:
@@ -72,7 +63,6 @@ class Conversation:
 
     @property
     def n_tokens(self) -> int:
-        """Positions of the cached prefix."""
         return self._cached.n_tokens if self._cached else 0
 
     def release(self) -> bool:
@@ -84,47 +74,34 @@ class Conversation:
         return True
 
     def prompt(
-        self,
-        template: ChatTemplate,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        reasoning: bool | None = None,
+        self, template: ChatTemplate, messages: Sequence[Message], **options: Any
     ) -> ChatPrompt:
         """The prompt for the next answer; the caller releases its `after`.
 
-        Special tokens come from the template alone: control tokens that a message spells are
-        text (in an answer, <think> and </think> excepted). Raises ChatError.
+        options: `tools` and `reasoning` of ChatTemplate.render. Control tokens that a message
+        spells are text (in an answer, <think> and </think> excepted). Raises ChatError.
         """
-        render: _Render = partial(
-            template.render, tools=tools, reasoning=reasoning, special=self._special
-        )
+        render: _Render = partial(template.render, special=self._special, **options)
         escaped = [self._escaped(message) for message in _checked(messages)]
         text = render(escaped)
         n_same, end, n_kept = self._match(text)
         same = self._segments[:n_same]
         known = _ids(same)
-        new = [Segment(*s) for s in self._tokenizer.segments(text[end:], continues=end > 0)]
+        new: list[Segment] = [*self._tokenizer.segments(text[end:], continues=end > 0)]
         bos_id = self._tokenizer.bos_id
         if not known and self._tokenizer.add_bos and _ids(new)[:1] != [bos_id]:
             assert bos_id is not None
-            new = [Segment("", [bos_id]), *new]
+            new = [("", [bos_id]), *new]
         rollback_at = _position([*same, *new], _n_stable(render, escaped, text))
         return ChatPrompt(
             # The last token of an answer that was cut short has not been processed yet.
-            known[n_kept:] + _ids(new),
-            [*same, *new],
-            self._checkpoint(n_kept),
-            n_kept,
-            self.n_tokens - n_kept,
-            rollback_at if rollback_at > n_kept else 0,
-        )
+            known[n_kept:] + _ids(new), [*same, *new], self._checkpoint(n_kept), n_kept,
+            self.n_tokens - n_kept, rollback_at if rollback_at > n_kept else 0,
+        )  # fmt: skip
 
     def store(self, prompt: ChatPrompt, checkpoint: Checkpoint, text: str, ids: list[int]) -> None:
-        """Make a turn that has ended the cached prefix.
-
-        text, ids: the answer as it was shown, and its tokens. If not all of the prompt was
-        processed, the cached prefix stays as it was before the turn.
-        """
+        """Make a turn that has ended, with the answer as it was shown and its tokens, the cached
+        prefix, if all of its prompt was processed."""
         if checkpoint.n_tokens < len(_ids(prompt.segments)):
             checkpoint.release()
             return
@@ -135,20 +112,18 @@ class Conversation:
         spelled = "".join(map(decoder.push, ids)) + decoder.finish()
         is_whole = spelled.rstrip("\ufffd") == text.rstrip("\ufffd")
         shown = self._escaped({"role": "assistant", "content": text})["content"]
-        self._segments = [*prompt.segments, Segment(shown if is_whole else None, ids)]
+        self._segments = [*prompt.segments, (shown if is_whole else None, ids)]
 
     def _match(self, text: str) -> tuple[int, int, int]:
-        """(segments that `text` starts with, the end of their text, their positions) to reuse.
-
-        At least one token must follow them: its logits are needed.
-        """
+        """(segments that `text` starts with, the end of their text, their positions) to reuse;
+        at least one token must follow them."""
         if self._cached is None:
             return 0, 0, 0
         ends = [0]
-        for segment in self._segments:
-            if segment.text is None or not text.startswith(segment.text, ends[-1]):
+        for known, _ in self._segments:
+            if known is None or not text.startswith(known, ends[-1]):
                 break
-            ends.append(ends[-1] + len(segment.text))
+            ends.append(ends[-1] + len(known))
         if len(ends) == len(self._segments) + 1 and ends[-1] < len(text):
             return len(self._segments), ends[-1], self._cached.n_tokens
         starts = {len(_ids(self._segments[:n])): n for n, end in enumerate(ends) if end < len(text)}
@@ -205,9 +180,9 @@ def _checked(messages: Sequence[Message]) -> Sequence[Message]:
 def _position(segments: Sequence[Segment], n_characters: int) -> int:
     """The last position between two segments within the first `n_characters` of their text."""
     position = end = 0
-    for segment in segments:
-        end += len(segment.text or "")
+    for text, ids in segments:
+        end += len(text or "")
         if end > n_characters:
             break
-        position += len(segment.ids)
+        position += len(ids)
     return position

@@ -50,14 +50,13 @@ class Executable:
 
     def run_timed(self, inputs: Mapping[str, Array], live: Live) -> list[Timing]:
         """A step as `run` makes it, timed: every instruction, and what moves data between them."""
-        timings = [_timing("", "write inputs", lambda: self._write_inputs(inputs))]
+        timings = [_timing("", "write inputs", partial(self._write_inputs, inputs))]
         for split, program in self._programs:
             name = split.backend.name
             if split.copies:
                 timings.append(_timing(name, "copy", partial(self._copy, split)))
-            seconds = program.run_timed(live)
-            for instruction, s in zip(program.instructions, seconds, strict=True):
-                timings.append(Timing(name, instruction, s))
+            timed = zip(program.instructions, program.run_timed(live), strict=True)
+            timings += [Timing(name, instruction, seconds) for instruction, seconds in timed]
         timings.append(_timing("", "read outputs", self._read_outputs))
         return timings
 
@@ -83,7 +82,6 @@ class Executable:
 
     @property
     def stores(self) -> list[StateStore]:
-        """The state store of every backend in use."""
         return [backend.states for backend in self.plan.backends]
 
 

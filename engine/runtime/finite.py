@@ -1,8 +1,4 @@
-"""The finite check: which sequences of a step have NaN or infinity, and where.
-
-It checks the logits of every step. With `--check` it checks every node's outputs, so that the error
-names the first node that is not finite, the sequence and the position.
-"""
+"""The finite check: which sequences of a step have NaN or infinity, and where."""
 
 from __future__ import annotations
 
@@ -33,13 +29,10 @@ class FiniteCheck:
         for tensor, values in zip(node.outputs, outputs, strict=True):
             dim = dim_name(tensor)
             if dim in ("n_tokens", "n_outputs"):
-                self._check(f"{node.name} ({node.op.name})", values, dim == "n_outputs")
+                self.check(f"{node.name} ({node.op.name})", values, dim == "n_outputs")
 
-    def check_logits(self, logits: NDArray[Any]) -> None:
-        """Check logits [n_outputs, n_vocab]."""
-        self._check("the logits", logits, True)
-
-    def _check(self, what: str, values: NDArray[Any], is_output: bool) -> None:
+    def check(self, what: str, values: NDArray[Any], is_output: bool) -> None:
+        """Check rows of values: of the rows with logits if `is_output`, else of all tokens."""
         finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
         bad = np.flatnonzero(~finite)
         rows = self._inputs["output_rows"][bad] if is_output else bad
@@ -50,5 +43,4 @@ class FiniteCheck:
 
 
 def failure(what: str, seq: int, position: int) -> str:
-    """The error message of a sequence."""
     return f"non-finite values in {what}, sequence {seq}, position {position}"

@@ -28,11 +28,7 @@ from engine.sampling.params import SamplingError
 
 
 class StepLoop:
-    """Runs steps on sequence memory; `check`: look at every node's outputs for non-finite values.
-
-    `memory` and `scheduler` are there to be looked at, and `overlap`: the overlapped steps, None
-    where no device samples.
-    """
+    """Runs steps on sequence memory; `check`: check every node's outputs for non-finite values."""
 
     def __init__(
         self, executable: Executable, scheduler: Scheduler, capacity: Capacity, check: bool
@@ -40,10 +36,9 @@ class StepLoop:
         self.scheduler, self.memory = scheduler, scheduler.memory
         self._executable: Executable | None = executable
         self._capacity, self._check = capacity, check
-        sampler = None if check else executable.device_sampler()
         self.overlap: OverlappedSteps | None = None
-        if sampler is not None:
-            self.overlap = OverlappedSteps(sampler, scheduler, self.memory, capacity)
+        if not check and (sampler := executable.device_sampler()):
+            self.overlap = OverlappedSteps(sampler, scheduler, capacity)
 
     @property
     def executable(self) -> Executable:
@@ -63,26 +58,22 @@ class StepLoop:
             self.overlap.cancel()
 
     def run(self, chunks: Sequence[Chunk]) -> tuple[NDArray[np.float32], dict[int, str]]:
-        """Run one batch; see Engine.run."""
         with self._batch(chunks) as batch:
             finite = FiniteCheck(batch, [chunk.seq for chunk in chunks])
             watch = finite.watch if self._check else None
             logits = self.executable.run(batch.inputs, batch.live, watch)["logits"]
-        finite.check_logits(logits)
+        finite.check("the logits", logits, True)
         for i in finite.failures:
             self._wipe(chunks[i].seq)
         return np.asarray(logits, np.float32), finite.failures
 
     def run_timed(self, chunks: Sequence[Chunk]) -> tuple[list[Timing], Live]:
-        """Run one batch as `run` does; see Engine.run_timed."""
         start = time.perf_counter()
         with self._batch(chunks) as batch:
             packing = Timing("", Instruction("pack batch", ()), time.perf_counter() - start)
             timings = [packing, *self.executable.run_timed(batch.inputs, batch.live)]
-        start += sum(t.seconds for t in timings)
-        rest = Instruction("everything else", ())
-        timings.append(Timing("", rest, time.perf_counter() - start))
-        return timings, batch.live
+        rest = time.perf_counter() - start - sum(t.seconds for t in timings)
+        return [*timings, Timing("", Instruction("everything else", ()), rest)], batch.live
 
     @contextmanager
     def _batch(self, chunks: Sequence[Chunk]) -> Iterator[Batch]:
@@ -111,14 +102,12 @@ class StepLoop:
         self.memory.reset(seq)
 
     def step(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
-        """As `run`, but non-finite values raise NonFiniteError."""
         logits, failures = self.run(chunks)
         if failures:
             raise NonFiniteError("; ".join(failures.values()))
         return logits
 
     def prefill(self, seq: int, tokens: Sequence[int], logits: Logits) -> NDArray[np.float32]:
-        """Append tokens to a sequence, chunk by chunk; returns the logits asked for."""
         most = self._capacity.n_outputs if logits is Logits.ALL else self._capacity.n_tokens
         parts = list(cut(self.memory.n_tokens(seq), len(tokens), most))
         out = []
@@ -128,11 +117,9 @@ class StepLoop:
         return np.concatenate(out)
 
     def add(self, request: Request, after: Checkpoint | None = None) -> None:
-        """Queue a request, which continues from a checkpoint if one is given."""
         self.scheduler.add(request, after)
 
     def cancel(self, request: Request) -> None:
-        """End a request now and free its memory."""
         request.finish(FinishReason.CANCELLED, "by its user")
         self.scheduler.remove(request)
 

@@ -1,10 +1,9 @@
 """Overlapped decode steps (asynchronous scheduling): the device runs a step ahead of the host.
 
 While the host handles a step's tokens, the device runs the next step, whose tokens it feeds itself.
-Such a step leaves its sequences' memory as it was: it writes a second state slot of each, and
-positions after their last. So between steps memory looks as if steps ran one by one, and cancelling
-a step undoes it. A request that ends frees its memory at once, even while a row of it still runs:
-the device works in order, so a new owner's writes come after that row's.
+Such a step writes a second state slot of each sequence, and positions after their last: cancelling
+it undoes it. A request that ends frees its memory at once, even while a row of it still runs: the
+device works in order, so a new owner's writes come after that row's.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from engine.backends.base import DeviceSampler, StepHandle
 from engine.graph import Capacity
 from engine.kvcache.pool import MemoryFullError
-from engine.kvcache.sequences import SequenceMemory
 from engine.runtime.batch import Chunk, begin, pack
 from engine.runtime.request import Request
 from engine.runtime.scheduler import Scheduler
@@ -31,31 +29,21 @@ class InFlightStep:
 
     @property
     def unfinished(self) -> list[Request]:
-        """Its requests that have not ended since."""
         return [r for r in self.requests if not r.finish_reason]
 
 
 class OverlappedSteps:
     """Runs the steps in which every running request decodes, if the device can sample for all."""
 
-    def __init__(
-        self,
-        device: DeviceSampler,
-        scheduler: Scheduler,
-        memory: SequenceMemory,
-        capacity: Capacity,
-    ) -> None:
+    def __init__(self, device: DeviceSampler, scheduler: Scheduler, capacity: Capacity) -> None:
         self._device, self._scheduler = device, scheduler
-        self._memory, self._capacity = memory, capacity
+        self._memory, self._capacity = scheduler.memory, capacity
         self._in_flight: InFlightStep | None = None
         self._last_ids_at = 0.0
 
     def step(self) -> list[tuple[Request, int]]:
-        """Launch the next step, then wait for the tokens of the one in flight.
-
-        Returns a token for each request, -1 where logits are not finite. Returns nothing if the
-        next step can't be run here.
-        """
+        """Launch the next step, then wait for the tokens of the one in flight, -1 for non-finite
+        logits; none if it can't run here."""
         step, self._in_flight = self._in_flight, None
         if step is None or not step.unfinished:
             step = self._launch(None)
@@ -75,7 +63,7 @@ class OverlappedSteps:
         """Launch the step after `before`, whose tokens are on the device; None if it can't."""
         start, ahead = time.perf_counter(), int(before is not None)
         requests = [r for r in self._scheduler.decoding() if r.can_continue(ahead)]
-        specs = [spec for r in requests if (spec := r.sample_spec(ahead)) is not None]
+        specs = [spec for r in requests if (spec := r.sampler.sample_spec(ahead)) is not None]
         if not requests or len(specs) < len(requests):
             return None
         rows = {r: i for i, r in enumerate(before.requests)} if before else {}

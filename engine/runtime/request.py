@@ -16,7 +16,6 @@ from engine.kvcache.sequences import Checkpoint
 from engine.runtime.conversation import ChatPrompt
 from engine.sampling.chain import Sampler
 from engine.sampling.params import SamplingParams
-from engine.sampling.spec import SampleSpec
 from engine.text.tokenizer import StreamDecoder
 
 
@@ -31,8 +30,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True)
 class Token:
-    """A generated token and the text it completes: empty in the middle of a character, and while
-    a stop text may have begun."""
+    """A generated token and the text it completes, which may be empty."""
 
     text: str
     token: int
@@ -49,10 +47,7 @@ class Timings:
 
 
 class StopTexts:
-    """Finds stop texts in text that comes in pieces.
-
-    It holds back the end of a text for as long as that could be the start of a stop text.
-    """
+    """Finds stop texts in text that comes in pieces; holds back what may be the start of one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops, self._pending = stops, ""
@@ -80,12 +75,11 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class Request:
-    """A prompt with what was generated for it so far.
+    """A prompt, which comes after `n_past` positions, with what was generated for it so far.
 
-    ids: the prompt, which comes after `n_past` positions. ends: tokens that end the completion.
-    limit: the most positions that it may fill in memory. `rollback_at`: the position in the prompt
-    (0: none) at which a step ends and the state is kept as a rollback point. `on_finish` is called
-    when it ends, with a checkpoint that the callee keeps or releases.
+    ends: tokens that end it. limit: the most positions that it may fill in memory. `rollback_at`:
+    the position in the prompt (0: none) at which a step ends and a rollback point is kept.
+    `on_finish` is called when it ends, with a checkpoint that the callee keeps or releases.
     """
 
     def __init__(
@@ -99,34 +93,27 @@ class Request:
         n_past: int = 0,
     ) -> None:
         self.ids, self.params, self.limit = list(ids), params, limit
-        self._sampler, self._decoder, self._ends = sampler, decoder, ends
+        self.sampler, self._decoder, self._ends = sampler, decoder, ends
         self._stops = StopTexts(params.stop)
         sampler.accept(*self.ids)
         self.seq = -1
         self.rollback_at, self.is_at_rollback = 0, False
         self.on_finish: Callable[[Request, Checkpoint], None] | None = None
         self.n_past, self.n_done = n_past, 0
+        self.prompt_end = n_past + len(self.ids)
         self.tokens: list[int] = []
-        self.text = ""
         self.finish_reason: FinishReason | None = None
-        self.detail = ""
+        self.text = self.detail = ""
         self.ready: deque[Token] = deque()
         self.timings = Timings()
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether part of the prompt has not been processed yet."""
         return self.n_done < len(self.ids)
 
     @property
     def position(self) -> int:
-        """Positions before the unprocessed part of its prompt."""
         return self.n_past + self.n_done
-
-    @property
-    def prompt_end(self) -> int:
-        """The position after its prompt."""
-        return self.n_past + len(self.ids)
 
     @property
     def chunk_limit(self) -> int:
@@ -135,8 +122,7 @@ class Request:
 
     @property
     def needs_slot(self) -> bool:
-        """Whether its rollback point will take a state slot: the point is still to come, or the
-        next step has to write another slot than the one kept."""
+        """Whether its rollback point will take a state slot: with it, or with the step after it."""
         return self.position < self.rollback_at or self.is_at_rollback
 
     def count_step(self, n_tokens: int, seconds: float) -> None:
@@ -154,22 +140,15 @@ class Request:
         """Whether it may have `n_more` tokens without reaching a limit."""
         return not self._limit_at(len(self.tokens) + n_more)
 
-    def sample_spec(self, ahead: int) -> SampleSpec | None:
-        """How a device samples a token for `accept_token`; see Sampler.sample_spec."""
-        return self._sampler.sample_spec(ahead)
-
     def accept_logits(self, logits: NDArray[np.float32]) -> None:
-        """Sample the next token from logits [n_vocab], and end if that token or a limit says so.
-
-        Raises SamplingError if no token can be sampled.
-        """
-        token = self._sampler.sample(logits)
-        self._sampler.accept(token)
+        """Sample the next token from logits [n_vocab]; it may end it. Raises SamplingError."""
+        token = self.sampler.sample(logits)
+        self.sampler.accept(token)
         self._append(token)
 
     def accept_token(self, token: int) -> None:
         """As `accept_logits`, with a token that a device sampled."""
-        self._sampler.accept_sampled(token)
+        self.sampler.accept_sampled(token)
         self._append(token)
 
     def _append(self, token: int) -> None:
@@ -219,24 +198,23 @@ class GenerationError(EngineError):
 class Runner(Protocol):
     """What a completion needs of its engine."""
 
-    def advance(self) -> bool:
-        """Run a step; False if there was nothing to run."""
+    def advance(self) -> bool: ...
 
-    def cancel(self, request: Request) -> None:
-        """End a request and free its memory."""
+    def cancel(self, request: Request) -> None: ...
 
 
 class Completion:
     """An iterator of a completion's tokens, each with `.text` and `.token`.
 
     `next` runs steps until a token is there, and raises GenerationError if the completion ended by
-    an error. `text` and `tokens` are what came so far. When it has ended, `finish_reason` says why
-    (stop, length, cancelled, error), and `detail` says it in words. `close`, or dropping the last
-    reference, cancels it and frees its memory.
+    an error. `text` and `tokens` (without an end-of-generation token) are what came so far,
+    `timings` what its steps took. When it has ended, `finish_reason` says why, and `detail` says it
+    in words. `close`, or dropping the last reference, cancels it and frees its memory.
     """
 
     def __init__(self, engine: Runner, request: Request) -> None:
         self._engine, self._request = engine, request
+        self.tokens, self.timings = request.tokens, request.timings
         self._is_stopping = False
 
     def __iter__(self) -> Completion:
@@ -257,32 +235,18 @@ class Completion:
 
     @property
     def text(self) -> str:
-        """The text so far."""
         return self._request.text
 
     @property
-    def tokens(self) -> list[int]:
-        """The tokens so far, without an end-of-generation token."""
-        return self._request.tokens
-
-    @property
     def finish_reason(self) -> FinishReason | None:
-        """Why it ended; None while it goes on."""
         return self._request.finish_reason
 
     @property
     def detail(self) -> str:
-        """The reason in words."""
         return self._request.detail
 
-    @property
-    def timings(self) -> Timings:
-        """What its steps took."""
-        return self._request.timings
-
     def stop(self) -> None:
-        """Cancel it at the next call of `next`. Unlike `cancel`, a signal handler may call this
-        in the middle of a step: the step is completed, and memory stays whole."""
+        """Cancel it at the next call of `next`; a signal handler may call this within a step."""
         self._is_stopping = True
 
     def cancel(self) -> None:
@@ -296,8 +260,7 @@ class Completion:
 
 
 class ChatCompletion(Completion):
-    """An answer of a chat: a Completion with its `prompt`, which says how many positions of the
-    cached prefix were reused (`n_kept`) and how many were discarded (`n_dropped`)."""
+    """An answer of a chat: a Completion with its `prompt`."""
 
     def __init__(self, engine: Runner, request: Request, prompt: ChatPrompt) -> None:
         super().__init__(engine, request)

@@ -1,9 +1,8 @@
 """Which chunks of which requests run in the next step.
 
-Decode rows come first, then prefill chunks under the token budget. The prompts share the budget
-evenly, so that a short one need not wait for a long one. Chunks end at multiples of 64 positions,
-so that the kernels' own chunks are the same however a prompt is cut. Requests are admitted in order
-of arrival, each when all memory that it may ever need is free; so a running one never runs out.
+Decode rows come first, then prefill chunks, which share the rest of the token budget evenly. Chunks
+end at multiples of 64 positions, so that the kernels' own chunks are the same however a prompt is
+cut. Requests are admitted in order of arrival, each when all memory that it may ever need is free.
 """
 
 from __future__ import annotations
@@ -17,19 +16,15 @@ from engine.kvcache.sequences import Checkpoint, SequenceMemory
 from engine.runtime.batch import BLOCK_POSITIONS, Chunk, Logits
 from engine.runtime.request import FinishReason, Request
 
-CHUNK_MULTIPLE = BLOCK_POSITIONS
-
 
 def cut(n_past: int, n_tokens: int, n_ubatch: int) -> Iterator[slice]:
-    """Cut `n_tokens` that follow `n_past` positions into chunks of at most `n_ubatch`.
-
-    From a limit of 64 up, chunks end at multiples of 64 positions (except the last).
-    """
+    """Cut `n_tokens` that follow `n_past` positions into chunks of at most `n_ubatch`; with 64 or
+    more, all but the last end at multiples of 64 positions."""
     start = 0
     while start < n_tokens:
         end = n_past + start + n_ubatch
-        if n_ubatch >= CHUNK_MULTIPLE:
-            end -= end % CHUNK_MULTIPLE
+        if n_ubatch >= BLOCK_POSITIONS:
+            end -= end % BLOCK_POSITIONS
         stop = min(end - n_past, n_tokens)
         yield slice(start, stop)
         start = stop
@@ -39,10 +34,7 @@ class Scheduler:
     """Requests waiting and running; at most `capacity.n_seqs` run at a time."""
 
     def __init__(
-        self,
-        memory: SequenceMemory,
-        capacity: Capacity,
-        reclaim: Callable[[], bool] = lambda: False,
+        self, memory: SequenceMemory, capacity: Capacity, reclaim: Callable[[], bool]
     ) -> None:
         """`reclaim` frees memory that is cached for later; False if there was none."""
         self.memory, self._capacity, self._reclaim = memory, capacity, reclaim
@@ -109,15 +101,13 @@ class Scheduler:
         return n_blocks <= self.memory.blocks.n_free and n_slots <= self.memory.slots.n_free
 
     def _refuse(self, request: Request) -> None:
-        """End a request that doesn't fit although nothing else runs."""
         n_positions = self.memory.blocks.n_free * self._capacity.block_size
-        n_slots = self.memory.slots.n_free
-        self.memory.free(request.seq)
-        request.finish(
-            FinishReason.ERROR,
+        detail = (
             f"it needs {request.limit} positions and a state slot: {n_positions} positions and "
-            f"{n_slots} slots are free, others are held (by checkpoints, say)",
+            f"{self.memory.slots.n_free} slots are free, others are held (by checkpoints, say)"
         )
+        self.memory.free(request.seq)
+        request.finish(FinishReason.ERROR, detail)
 
     def _unclaimed_slots(self, request: Request) -> int:
         """State slots that it will still take: with its first step, and for a rollback point."""
@@ -133,24 +123,22 @@ class Scheduler:
     def _prefill_chunks(self, budget: int) -> list[tuple[Request, Chunk]]:
         """Chunks of at most `budget` tokens together; prompts take turns of 64 positions."""
         prompts = [r for r in self.running if r.is_prefilling]
-        ends = [r.position for r in prompts]
-        turns = deque(range(len(prompts)))
+        ends = {r: r.position for r in prompts}
+        turns = deque(prompts)
         while turns:
-            i = turns.popleft()
-            end = self._next_end(ends[i], prompts[i].chunk_limit, budget)
-            if end > ends[i]:
-                budget -= end - ends[i]
-                ends[i] = end
-                turns.append(i)
-        return [
-            (r, _chunk(r, end)) for r, end in zip(prompts, ends, strict=True) if end > r.position
-        ]
+            r = turns.popleft()
+            end = self._next_end(ends[r], r.chunk_limit, budget)
+            if end > ends[r]:
+                budget -= end - ends[r]
+                ends[r] = end
+                turns.append(r)
+        return [(r, _chunk(r, end)) for r, end in ends.items() if end > r.position]
 
     def _next_end(self, done: int, last: int, budget: int) -> int:
         """Where a prompt's next turn ends: at a multiple of 64 positions, or at `last`."""
-        if self._capacity.n_tokens < CHUNK_MULTIPLE:
+        if self._capacity.n_tokens < BLOCK_POSITIONS:
             return min(done + 1, last) if budget else done
-        end = min(done - done % CHUNK_MULTIPLE + CHUNK_MULTIPLE, last)
+        end = min(done - done % BLOCK_POSITIONS + BLOCK_POSITIONS, last)
         return end if end - done <= budget else done
 
 

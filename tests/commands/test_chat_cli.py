@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from engine import ChatTemplate, Engine, SamplingParams
-from engine.commands.messages import read_messages
+from engine.commands.chat import read_messages
 from engine.text.template import BUILT_IN
 from tests.commands.test_cli_process import COMMAND, ENV
 from tests.support.chats import QWEN35_STYLE

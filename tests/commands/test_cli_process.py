@@ -51,6 +51,17 @@ def test_a_prompt_from_a_pipe(tiny: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, b"[195, 169, 33]\n", b"")
 
 
+def test_the_package_runs_as_the_command_line_does(tiny: Path) -> None:
+    command = [sys.executable, "-W", "error", "-m", "engine"]
+    for argv in (("tokenize", "-m", str(tiny), "-p", "ab"), ("-n", "x"), ("--help",)):
+        done = subprocess.run(
+            [*command, *argv], check=False, capture_output=True, cwd=ROOT, env=ENV
+        )
+        expected = run(*argv)
+        assert (done.returncode, done.stdout) == (expected.returncode, expected.stdout)
+        assert done.stderr == expected.stderr
+
+
 def test_errors_are_one_line_and_a_status(tiny: Path, tmp_path: Path) -> None:
     for argv, status, words in (
         (("-m", tmp_path / "none", "-p", "a"), 1, b"error: "),

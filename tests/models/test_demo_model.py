@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from cli import main
 from engine import Engine
 from engine.backends import missing
 from engine.bench.perplexity import encode, perplexity
+from engine.commands.main import main
 from engine.engine import DEMO_MODEL
 from tests.support.cuda_devices import DEVICES, MakeDevice, cuda_and_others, engine_on
 from tools.train_demo.answers import GREEDY, n_right, questions

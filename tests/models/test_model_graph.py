@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.commands.report import histogram, layer_kinds
+from engine.commands.graph import histogram, layer_kinds
 from engine.engine import plan_only
 from engine.formats.gguf import GGUFFile
 from engine.graph import Graph, Kind, Tensor, dim_name

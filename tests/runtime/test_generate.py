@@ -12,7 +12,7 @@ import pytest
 
 from engine import Engine, SamplingParams
 from engine.config import ConfigError
-from engine.engine import PromptError
+from engine.engine import PromptError, plan_only
 from engine.runtime.request import Token
 from tests.support.helpers import N_VOCAB, ROW_BY_ROW, STD, assert_all_free, random_ids
 from tools.makevocab import made_vocabulary
@@ -327,7 +327,9 @@ def test_a_closed_engine_refuses(tiny: Path) -> None:
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 512])
 def test_graphs(engine: Engine, n_tokens: int) -> None:
-    fused, decomposed = engine.graph(n_tokens), engine.graph(n_tokens, "decomposed")
+    path = engine.file.path
+    fused = plan_only(path, n_tokens).graph
+    decomposed = plan_only(path, n_tokens, "decomposed").graph
     assert fused.capacity.n_tokens == n_tokens
     ops = [node.op.name for node in fused.nodes]
     assert ops.count("GATED_DELTA_NET") == 3

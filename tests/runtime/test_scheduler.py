@@ -78,7 +78,7 @@ class Harness:
         )
         copy: Any = None
         self.memory = SequenceMemory(n_blocks, self.capacity.n_slots, BLOCK, copy)
-        self.scheduler = Scheduler(self.memory, self.capacity)
+        self.scheduler = Scheduler(self.memory, self.capacity, lambda: False)
         self.requests: list[Fake] = []
         self.admitted: deque[Fake] = deque()
 

@@ -12,7 +12,7 @@ import pytest
 from engine import Engine
 from engine.backends.native import library as cpu_library
 from engine.backends.native.library import ISAS, LibraryError
-from engine.commands import report
+from engine.commands.graph import text as report_text
 from engine.placement.place import PlacementError
 from engine.version import __version__
 from tests.support.helpers import Cli
@@ -142,7 +142,7 @@ def test_a_chunked_delta_net_is_left_to_the_reference(tiny: Path) -> None:
         reason = moved["GATED_DELTA_NET"].reason
         assert reason.startswith("holds its state, reference is first in order after refusals")
         assert CHUNKED in reason
-        text = report.text({1: engine.plan})
+        text = report_text({1: engine.plan})
         assert f"{CHUNKED})" in text
         assert "backend reference    = numpy" in text
         logits = engine.logits([1, 2, 3])
