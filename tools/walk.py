@@ -132,9 +132,10 @@ def walk(op: str, create: Callable[..., Any] | None) -> Walk:
             try:
                 runpy.run_path(str(ROOT / "cli.py"), run_name="__main__")
             except SystemExit as done:
-                assert done.code == 0, errors.getvalue()
+                status = done.code
             finally:
                 sys.setprofile(None)
+    assert status == 0, errors.getvalue()
     return found
 
 

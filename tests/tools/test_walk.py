@@ -36,7 +36,7 @@ def test_the_cpu_kernel_is_reached() -> None:
 def test_the_cuda_kernel_is_reached(make_device: MakeDevice) -> None:
     devices = cuda_and_others(make_device(0))
     files = names(lambda *given: devices, "cuda", ".cu")
-    assert files[0] == "engine/commands/main.py"
+    assert files[0] == "cli.py"
     assert "engine/backends/cuda/lower/gated_delta_net.py" in files
     assert "engine/backends/cuda/program.py" in files
     # Nothing of other ops.
