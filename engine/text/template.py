@@ -68,17 +68,12 @@ class ChatTemplate:
         special tokens by the names that templates use (`bos_token`, …).
         Raises ChatError if the template fails or the sandbox stops it.
         """
-        given: dict[str, Any] = dict(special or {})
+        given: dict[str, Any] = {"messages": messages, "tools": tools, "documents": None}
+        given |= {"add_generation_prompt": add_generation_prompt, **(special or {})}
         if reasoning is not None:
             given["enable_thinking"] = reasoning
         try:
-            return self._template.render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **given,
-            )
+            return self._template.render(given)
         except Exception as error:  # An untrusted program may raise anything.
             said = str(error) if isinstance(error, jinja2.TemplateError) else repr(error)
             raise self._error(said or type(error).__name__) from None
