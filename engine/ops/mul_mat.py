@@ -1,7 +1,6 @@
 """MUL_MAT: one activation times several weights, y_i = x · w_iᵀ.
 
-Weights may differ in type. A backend converts the activation once for all of them. A node of one
-weight may gate its product per token and add something to it:
+Weights may differ in type. A node of one weight may gate its product per token and add to it:
 
     y = add + sigmoid(gate) · (x · wᵀ)
 """

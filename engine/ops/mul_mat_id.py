@@ -4,8 +4,7 @@
     y_i[t, u] = w_i[ids[t, u]] · x[t, u]         x [T, U, in]: a row for each
     y[t] = Σ_u weights[t, u] · (…)               with `weights`: summed in the router's order
 
-The routing is known only when the node runs, so shapes don't depend on it: every expert may get
-every row.
+The routing is known only when the node runs: every expert may get every row.
 """
 
 import math
