@@ -63,10 +63,10 @@ class GGUFFile:
         self.metadata: dict[str, Any] = first.metadata
         self.tensors: dict[str, TensorInfo] = first.tensors
         self._maps = [first.data]
-        self.size = len(first.data)
         n_split = self.integer("split.count", 0)
         if n_split > 1:
             self._join_splits(n_split)
+        self.size = sum(map(len, self._maps))
 
     def _join_splits(self, n_split: int) -> None:
         match = _SPLIT_NAME.match(self.path.name)
@@ -90,7 +90,6 @@ class GGUFFile:
                 raise GGUFError(f"{path}: tensor {min(doubled)} is in another split file too")
             self.tensors.update(part.tensors)
             self._maps.append(part.data)
-            self.size += len(part.data)
         expected = self.integer("split.tensors.count", len(self.tensors))
         if len(self.tensors) != expected:
             raise GGUFError(

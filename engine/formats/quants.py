@@ -1,7 +1,7 @@
 """Element types of tensors: the GGML types that GGUF files store, and how to decode them.
 
-A type is a block of `block_elems` consecutive elements of a row, stored in `block_bytes` bytes;
-plain types have blocks of one. Decoding is done by the `gguf` package, imported when first used.
+A type is a block of `block_elems` consecutive elements of a row, stored in `block_bytes` bytes. The
+`gguf` package decodes; it is imported when first used.
 """
 
 import math

@@ -1,13 +1,9 @@
 """Memory of sequences: KV blocks and state slots, with checkpoints, forks and rollback points.
 
-A recurrent state cannot be cut short, so a sequence can only go back to a state that was kept:
-
-- a checkpoint keeps blocks and state, and outlives its sequence;
-- a rollback point keeps the state at an earlier position of its own sequence;
-- per-token states are those after the last tokens of the last step, kept until the next step.
-
-Keeping moves no data: it adds references to a slot and to blocks. The next step writes another
-slot, and a copy of the partly filled block.
+A recurrent state cannot be cut short, so a sequence can only go back to a state that was kept. A
+checkpoint keeps blocks and state, and outlives its sequence. A rollback point keeps the state at an
+earlier position. Per-token states are those after the last tokens of the last step. Keeping moves
+no data: it adds references. The next step writes another slot, and a copy of the last block.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The slot of one sequence's recurrent state, and the slot that its next step writes.
 
-A step never writes a shared slot (a checkpoint may hold it): it reads that slot and writes another
-one. So restoring and forking neither clear nor copy anything.
+A step never writes a shared slot (a checkpoint may hold it): it reads that and writes another one.
 """
 
 from __future__ import annotations

@@ -112,18 +112,15 @@ def _delta_net_shape(hp: HParams, head_map: str, eps: float) -> DeltaNetShape:
 
 def _attention_shapes(hp: HParams, n_entries: int, n_embd: int, eps: float) -> list[AttentionShape]:
     n_heads = hp.per_layer("attention.head_count", n_entries)
-    n_kv_heads = hp.per_layer("attention.head_count_kv", n_entries)
+    heads = list(zip(n_heads, hp.per_layer("attention.head_count_kv", n_entries), strict=True))
     d_head = hp.integer("attention.key_length", n_embd // max(n_heads))
     if (d_value := hp.integer("attention.value_length", d_head)) != d_head:
         raise hp.fail("attention.value_length", f"attention.key_length = {d_head}", d_value)
-    for heads, kv_heads in zip(n_heads, n_kv_heads, strict=True):
-        hp.divides("attention.head_count_kv", kv_heads, heads)
+    for n, n_kv in heads:
+        hp.divides("attention.head_count_kv", n_kv, n)
     n_rot = hp.integer("rope.dimension_count", d_head)
     if n_rot > d_head or n_rot % 2:
         raise hp.fail("rope.dimension_count", f"an even number up to {d_head}", n_rot)
     hp.refuse_rope_scaling()
     base = hp.number("rope.freq_base", 10000.0)
-    return [
-        AttentionShape(h, kv, d_head, n_rot, base, eps)
-        for h, kv in zip(n_heads, n_kv_heads, strict=True)
-    ]
+    return [AttentionShape(n, n_kv, d_head, n_rot, base, eps) for n, n_kv in heads]

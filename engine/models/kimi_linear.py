@@ -1,8 +1,7 @@
 """Kimi-Linear (`kimi-linear`): Kimi delta attention (KDA) with latent attention (MLA) in between.
 
-MLA layers have no rope. The first layers' feed-forward is dense; then come routed experts, chosen
-by biased sigmoids, and a shared expert without a gate. Follows llama.cpp's files and transformers'
-`kimi_linear`.
+MLA layers have no rope. The first feed-forwards are dense; then come routed experts and a shared
+one without a gate. Follows llama.cpp's files and transformers' `kimi_linear`.
 """
 
 from functools import partial

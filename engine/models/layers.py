@@ -79,16 +79,14 @@ class Builder:
         return self.graph.add(op, self.name(name or op.name.lower()), given, **attrs)
 
     def mul_mat(
-        self,
-        name: str,
-        x: Tensor,
-        *weights: str,
-        gate: Tensor | None = None,
-        add: Tensor | None = None,
+        self, name: str, x: Tensor, *weights: str, **fused: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """A MUL_MAT node `name` of x with `weights`, named without `.weight`; by default `name`."""
+        """A MUL_MAT node `name` of x with `weights`, named without `.weight`; by default `name`.
+
+        `fused`: its operands gate and add.
+        """
         tensors = [self.weight(f"{weight}.weight") for weight in weights or (name,)]
-        return mul_mat(self.graph, self.name(name), x, *tensors, gate=gate, add=add)
+        return mul_mat(self.graph, self.name(name), x, *tensors, **fused)
 
     def norm(self, name: str, x: Tensor, delta: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
         """An ADD_RMS_NORM node `name`, whose weight has its name: (normalised sum, sum)."""

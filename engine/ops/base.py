@@ -64,6 +64,17 @@ def require_contiguous_rows(inputs: Inputs, *operands: str, from_axis: int = 1) 
             expect(tensor.is_contiguous(from_axis), f"operand {operand}", expected, got)
 
 
+def with_stem(inputs: Inputs, stem: str) -> dict[str, Tensor]:
+    """The operands whose names start with `stem`: the times that a repeated one comes."""
+    return {name: t for name, t in inputs.items() if name.startswith(stem)}
+
+
+def numbered(operands: Mapping[str, Any], first: str, second: str) -> list[tuple[str, str]]:
+    """Names of operands that come in pairs: first and second, then first1 and second1, …"""
+    pairs = ((f"{first}{i or ''}", f"{second}{i or ''}") for i in range(len(operands)))
+    return [pair for pair in pairs if pair[0] in operands]
+
+
 def spans(seq_starts: Array) -> Iterator[tuple[int, slice]]:
     """(sequence, its rows) for every sequence of the batch that has rows."""
     for s, (start, stop) in enumerate(pairwise(seq_starts)):

@@ -1,9 +1,7 @@
 """The delta rule as a graph of primitive ops, as engines without the fused op have it.
 
-A graph with a capacity of one token has the recurrence itself. Others have the chunked form, with
-delta-rule chunks of 64 tokens (KDA: 16) unrolled one after another. Sequences are padded with zeros
-to whole chunks: beta = 0 and g = 0 leave the state as it is. Operands and result are those of the
-fused node, without per-token states.
+A graph with a capacity of one token has the recurrence itself, others the chunked form with its
+chunks unrolled. Sequences are padded to whole chunks: beta = 0 and g = 0 leave the state as it is.
 """
 
 import math

@@ -1,7 +1,6 @@
 """MUL_MAT: one activation times several weights, y_i = x · w_iᵀ.
 
-Weights may differ in type. A backend converts the activation once for all of them. A node of one
-weight may gate its product per token and add something to it:
+Weights may differ in type. A node of one weight may gate its product per token and add to it:
 
     y = add + sigmoid(gate) · (x · wᵀ)
 """
@@ -10,16 +9,12 @@ import math
 
 from engine.formats.quants import F32
 from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor, match_shapes
-from engine.ops.base import Array, bytes_moved, expect, require_contiguous_rows, sigmoid
-
-
-def _weights(inputs: Inputs) -> dict[str, Tensor]:
-    return {name: t for name, t in inputs.items() if name.startswith("weight")}
+from engine.ops.base import Array, bytes_moved, expect, require_contiguous_rows, sigmoid, with_stem
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
     dims = match_shapes(inputs, x="T in", gate="T 1")
-    weights = _weights(inputs)
+    weights = with_stem(inputs, "weight")
     fits = len(weights) == 1 or not inputs.keys() & {"gate", "add"}
     expect(fits, "operands gate, add", "one weight", len(weights))
     sizes = [match_shapes(inputs, dims, **{name: "out in"}).out for name in weights]
@@ -41,7 +36,7 @@ def _reference(
 
 def _cost(node: Node, live: Live) -> Cost:
     n_rows = live.shape(node.outputs[0].shape)[0]
-    elems = sum(math.prod(t.shape) for t in _weights(node.inputs).values())
+    elems = sum(math.prod(t.shape) for t in with_stem(node.inputs, "weight").values())
     return Cost(2 * n_rows * elems, bytes_moved(node, live) if n_rows else 0)
 
 

@@ -4,8 +4,7 @@
     y_i[t, u] = w_i[ids[t, u]] · x[t, u]         x [T, U, in]: a row for each
     y[t] = Σ_u weights[t, u] · (…)               with `weights`: summed in the router's order
 
-The routing is known only when the node runs, so shapes don't depend on it: every expert may get
-every row.
+The routing is known only when the node runs: every expert may get every row.
 """
 
 import math
@@ -14,18 +13,14 @@ import numpy as np
 
 from engine.formats.quants import F32, I32
 from engine.graph import Attrs, Cost, Graph, Inputs, Live, Node, Op, Out, Tensor, match_shapes
-from engine.ops.base import Array, expect, live_bytes, require_contiguous_rows
-
-
-def _matrices(inputs: Inputs) -> dict[str, Tensor]:
-    return {name: t for name, t in inputs.items() if name.startswith("matrix")}
+from engine.ops.base import Array, expect, live_bytes, require_contiguous_rows, with_stem
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
     x = "T in" if len(inputs["x"].shape) == 2 else "T U in"
     dims = match_shapes(inputs, x=x, ids="T U", weights="T U")
     sizes = []
-    for name in _matrices(inputs):
+    for name in with_stem(inputs, "matrix"):
         matrix = match_shapes(inputs, dims, **{name: "X out in"})
         dims["X"] = matrix.X
         sizes.append(matrix.out)
@@ -52,7 +47,7 @@ def _reference(
 def _cost(node: Node, live: Live) -> Cost:
     """Reads as many experts as the rows can choose, and at most all."""
     n_rows = live.n_tokens * node.inputs["ids"].shape[1]
-    matrices = _matrices(node.inputs).values()
+    matrices = with_stem(node.inputs, "matrix").values()
     flops = sum(2 * n_rows * math.prod(m.shape[1:]) for m in matrices)
     nbytes = sum(min(m.shape[0], n_rows) * m.nbytes // m.shape[0] for m in matrices)
     others = [t for t in node.inputs.values() if t not in matrices]

@@ -1,7 +1,6 @@
 """Primitive ops that the decomposed delta rule is made of. Only the reference backend runs them.
 
-They cross-check GATED_DELTA_NET, and show in `graph` what one fused node replaces. Arrays have any
-number of axes; binary ops broadcast as numpy does.
+They cross-check GATED_DELTA_NET, and show in `graph` what one fused node replaces.
 """
 
 import math

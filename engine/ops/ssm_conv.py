@@ -7,9 +7,6 @@ batch come from the state: the last K - 1 rows, before SiLU. The channels may co
 (x1 and weight1, …); state and output have them side by side.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
 from engine.formats.quants import F32
@@ -20,6 +17,7 @@ from engine.ops.base import (
     bytes_moved,
     initial_state,
     match_placed,
+    numbered,
     require_contiguous_rows,
     silu,
     spans,
@@ -27,15 +25,9 @@ from engine.ops.base import (
 )
 
 
-def _parts(operands: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Operand names of the parts: x and weight, then x1 and weight1, …"""
-    names = (f"x{i or ''}" for i in range(len(operands)))
-    return [(name, f"weight{name[1:]}") for name in names if name in operands]
-
-
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
     dims, n_channels = match_shapes(inputs, x="T C", weight="C K"), 0
-    for x, taps in _parts(inputs):
+    for x, taps in numbered(inputs, "x", "weight"):
         part = match_shapes(inputs, {"T": dims.T, "K": dims.K}, **{x: "T C", taps: "C K"})
         require_contiguous_rows(inputs, x)
         n_channels += part.C
@@ -46,7 +38,7 @@ def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
 
 def _reference(state: Array, **others: Array) -> tuple[Array]:
     seq_starts, state_src, state_dst, snapshot_dst = (others[name] for name in RECURRENT)
-    parts = _parts(others)
+    parts = numbered(others, "x", "weight")
     x = np.concatenate([others[name] for name, _ in parts], axis=1)
     weight = np.concatenate([others[name] for _, name in parts])
     out = np.empty_like(x)

@@ -5,17 +5,14 @@ A node may take several pairs (the routed experts' and the shared expert's), one
 
 from engine.formats.quants import F32
 from engine.graph import Attrs, Graph, Inputs, Op, Out, Tensor
-from engine.ops.base import Array, elementwise_cost, expect, require_contiguous_rows, silu
+from engine.ops.base import Array, elementwise_cost, expect, numbered, require_contiguous_rows, silu
 
-
-def _pairs(n_operands: int) -> list[tuple[str, str]]:
-    """Operand names: gate, up, then gate1, up1, …"""
-    return [(f"gate{i or ''}", f"up{i or ''}") for i in range(n_operands // 2)]
+_PAIR = ("gate", "up")
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
     outs: list[Out] = []
-    for gate, up in _pairs(len(inputs)):
+    for gate, up in numbered(inputs, *_PAIR):
         shape, other = inputs[gate].shape, inputs[up].shape
         n_tokens = inputs["gate"].shape[0]
         wanted, came = (list(map(int, s)) for s in (shape, other))
@@ -28,15 +25,15 @@ def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
 
 
 def _reference(**operands: Array) -> tuple[Array, ...]:
-    return tuple(silu(operands[gate]) * operands[up] for gate, up in _pairs(len(operands)))
+    return tuple(silu(operands[gate]) * operands[up] for gate, up in numbered(operands, *_PAIR))
 
 
-_PAIR = ("gate", "up")
 SWIGLU = Op("SWIGLU", _PAIR, _infer, _reference, elementwise_cost(5), repeated=_PAIR)
 
 
 def swiglu(graph: Graph, name: str, *pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Pairs (gate, up) of equal shapes [T, …, F] (only F must be without gaps) -> as many."""
-    names = (name for pair in _pairs(2 * len(pairs)) for name in pair)
-    tensors = (t for pair in pairs for t in pair)
-    return graph.add(SWIGLU, name, dict(zip(names, tensors, strict=True)))
+    operands: dict[str, Tensor] = {}
+    for i, (gate, up) in enumerate(pairs):
+        operands |= {f"gate{i or ''}": gate, f"up{i or ''}": up}
+    return graph.add(SWIGLU, name, operands)

@@ -87,10 +87,9 @@ class Sampler:
         return self._uniforms.popleft() if self._uniforms else float(self._context.rng.random())
 
     def sample_spec(self, ahead: int) -> SampleSpec | None:
-        """How a device samples the token that comes `ahead` tokens after the next one.
+        """How a device samples the token `ahead` tokens after the next; None if only `sample` can.
 
-        None if only `sample` can. Call `accept_sampled` for each token that was sampled so. A
-        token has one random number, however often this is called and whoever samples it.
+        `accept_sampled` each token so sampled: it has one random number, whoever samples it.
         """
         if self._spec is None or self._is_greedy:
             return self._spec
@@ -144,10 +143,7 @@ def _check_finite(highest: float) -> None:
 
 
 def sequence_breakers(tokenizer: Tokenizer, texts: Sequence[str]) -> Breakers:
-    """The token sequences that spell one of `texts`, for DRY: head token -> tails.
-
-    A head holds the whole text (its tail is then empty) or ends with the beginning of it.
-    """
+    """The tokens that spell one of `texts`, for DRY: head -> tails; () if it holds all of one."""
     found: dict[int, list[tuple[int, ...]]] = {}
     for text in texts:
         try:

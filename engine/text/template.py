@@ -64,21 +64,15 @@ class ChatTemplate:
         """The text of a conversation, as transformers' apply_chat_template renders it.
 
         messages: each with `role`, `content` and what else the template reads. tools: JSON schemas.
-        reasoning: the template's `enable_thinking` (None: its own default). special: the texts of
-        special tokens by the names that templates use (`bos_token`, …).
-        Raises ChatError if the template fails or the sandbox stops it.
+        reasoning: its `enable_thinking` (None: its own default). special: texts by the names that
+        templates use (`bos_token`, …). Raises ChatError if it fails or the sandbox stops it.
         """
-        given: dict[str, Any] = dict(special or {})
+        given: dict[str, Any] = {"messages": messages, "tools": tools, "documents": None}
+        given |= {"add_generation_prompt": add_generation_prompt, **(special or {})}
         if reasoning is not None:
             given["enable_thinking"] = reasoning
         try:
-            return self._template.render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **given,
-            )
+            return self._template.render(given)
         except Exception as error:  # An untrusted program may raise anything.
             said = str(error) if isinstance(error, jinja2.TemplateError) else repr(error)
             raise self._error(said or type(error).__name__) from None

@@ -98,11 +98,8 @@ _PRE_ALIASES = {
 
 
 class Tokenizer:
-    """The tokenizer of one GGUF file.
-
-    n_vocab: number of tokens. bos_id, eos_id: `add_special` puts them around a text if `add_bos`
-    and `add_eos` are set. eog_ids: the tokens that end a generation.
-    """
+    """The tokenizer of one GGUF file. `add_special` puts bos_id and eos_id around a text if
+    `add_bos` and `add_eos` are set; eog_ids are the tokens that end a generation."""
 
     def __init__(self, file: GGUFFile) -> None:
         """As `from_gguf`, but errors of the metadata may be GGUFError."""
