@@ -10,9 +10,10 @@ from tqdm import tqdm
 
 from engine import backends
 from engine.commands import chat
-from engine.commands.options import Parser, load_engine, read_prompt, read_text, sampling_params
+from engine.commands.options import Parser, given_fields, read_prompt, read_text, sampling_params
 from engine.commands.output import write
 from engine.commands.prompts import PromptLine, read_prompts, result_line
+from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.runtime.request import Completion, FinishReason
@@ -53,7 +54,7 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
     prompts = None if args.prompts is None else read_text(args.prompts).split("\n")
     prompt = read_prompt(parser, args) if prompts is None else ""
     params = sampling_params(args)
-    with load_engine(args) as engine:
+    with Engine.load(args.model, **given_fields(args, EngineConfig)) as engine:
         if prompts is not None:
             return _run_many(engine, prompts, params)
         return _run_one(engine, prompt, params, show_prompt=not args.no_display_prompt)

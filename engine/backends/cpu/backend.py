@@ -156,6 +156,7 @@ class CpuBackend(NativeBackend):
         return self._array(tensor).ctypes.data
 
     def run(self, instructions: Array, live: Live, seconds: Array | None = None) -> None:
+        """Pack the live counts and row tiles, then run some instructions of a program."""
         self._live = live
         n_positions = self.library.constant("max_tile_rows")
         tiles = _row_tiles(live.chunks, n_positions) if self.matrix else []

@@ -64,7 +64,8 @@ _SINGLE = {
     "quantize_rows sum_experts swiglu",
     1024: "sort_by_expert",
 }
-# Source, threads, beginning and ends of the names of its kernels.
+# Source, threads, beginning and ends of the names of its kernels: `delta_net_` with `rows_8` is the
+# kernel delta_net_rows_8 of gated_delta_net.cu.
 _FAMILIES = (
     ("attention", 128, "attention_loose_", "64 128 256 latent"),
     ("attention", 128, "attention_tiles_", "64 128"),

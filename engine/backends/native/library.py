@@ -117,6 +117,7 @@ class Library:
             ("panel_bytes", c_int64, [c_int32, c_int64]),
             ("pack", None, [c_int, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64]),
         ):
+            # `run` is gdn_run of executor.cpp, `_kernel` gdn_kernel, and so on.
             function = getattr(lib, f"gdn_{name.lstrip('_')}")
             function.restype, function.argtypes = result, arguments
             setattr(self, name, function)
