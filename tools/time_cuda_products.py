@@ -126,9 +126,8 @@ class Products:
         """Of one node: the least of several replays."""
         live = Live(n_rows, n_rows, n_rows)
         self._backend.begin(live)
-        steps = range(len(self._program._steps))
-        self._program._launch(steps, live)
-        replay = self._device.capture(lambda: self._program._launch(steps, live))
+        self._program.launch(live)
+        replay = self._device.capture(lambda: self._program.launch(live))
         replay()
         timer = self._device.timer()
         for _ in range(REPEATS):

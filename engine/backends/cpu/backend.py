@@ -15,7 +15,7 @@ import numpy as np
 from engine.backends.base import Array, Limits, Split
 from engine.backends.cpu import limits
 from engine.backends.cpu.fusion import FUSIONS
-from engine.backends.cpu.lower import Lowering, Step
+from engine.backends.cpu.lower import CpuCall, Lowering
 from engine.backends.cpu.weights import CpuWeights
 from engine.backends.native import library as cpu_library
 from engine.backends.native import views
@@ -41,34 +41,34 @@ class CpuProgram(NativeProgram["CpuBackend"]):
         super().__init__(backend, split, fused)
         lowering = Lowering(backend.library, self._readers, backend.matrix)
         self._lower(lowering, FUSIONS, Lowering.add)
-        self._place(lowering.steps, (step.phase for step in lowering.steps))
-        self._lay_out(lowering.steps)
+        self._place(lowering.calls, (call.phase for call in lowering.calls))
+        self._lay_out(lowering.calls)
 
     def _allocate(self, n_bytes: int) -> int:
         self._arena = np.empty(n_bytes + ALIGNMENT, np.uint8)
         return -(-self._arena.ctypes.data // ALIGNMENT) * ALIGNMENT
 
-    def _lay_out(self, steps: Sequence[Step]) -> None:
-        self._views = np.zeros(sum(len(step.operands) for step in steps), VIEW)
-        self._attrs = np.array([x for step in steps for x in step.attrs], np.float64)
-        self._program = np.zeros(len(steps), INSTRUCTION)
+    def _lay_out(self, calls: Sequence[CpuCall]) -> None:
+        self._views = np.zeros(sum(len(call.operands) for call in calls), VIEW)
+        self._attrs = np.array([x for call in calls for x in call.attrs], np.float64)
+        self._program = np.zeros(len(calls), INSTRUCTION)
         n_views = n_attrs = phase = 0
-        for instruction, step in zip(self._program, steps, strict=True):
-            instruction["kernel"] = self._backend.library.kernel_address(step.kernel)
+        for instruction, call in zip(self._program, calls, strict=True):
+            instruction["kernel"] = self._backend.library.kernel_address(call.kernel)
             instruction["views"] = self._views.ctypes.data + n_views * VIEW.itemsize
             instruction["attrs"] = self._attrs.ctypes.data + n_attrs * self._attrs.itemsize
-            instruction["barrier"], phase = step.phase != phase, step.phase
-            for ref in step.operands:
+            instruction["barrier"], phase = call.phase != phase, call.phase
+            for ref in call.operands:
                 record, address = self._views[n_views], self._address(ref)
-                write_operand(record, ref, step.nodes, address, self._backend.weights)
+                write_operand(record, ref, call.nodes, address, self._backend.weights)
                 n_views += 1
-            n_attrs += len(step.attrs)
+            n_attrs += len(call.attrs)
 
     def _run_all(self, live: Live) -> None:
         self._backend.run(self._program, live)
 
-    def _run_node(self, node: Node, steps: range, live: Live) -> None:
-        self._backend.run(self._program[steps.start : steps.stop], live)
+    def _run_node(self, node: Node, calls: range, live: Live) -> None:
+        self._backend.run(self._program[calls.start : calls.stop], live)
 
     def run_timed(self, live: Live) -> Sequence[float]:
         """As `run`; the seconds of each instruction, with a barrier after each."""

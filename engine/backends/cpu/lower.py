@@ -1,4 +1,4 @@
-"""Lowering for the CPU: the nodes of a split become steps, and steps wait for each other in phases.
+"""Lowering for the CPU: nodes become kernel calls, and calls wait for each other in phases.
 
 An instruction waits at a barrier only if it touches what one since the last barrier wrote, or
 writes what one read. Between two barriers is a phase; activations whose phases don't overlap share
@@ -30,7 +30,7 @@ def has_tiles(weight: Tensor) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step(KernelCall):
+class CpuCall(KernelCall):
     """One instruction; the first `n_writes` operands are written."""
 
     n_writes: int
@@ -38,12 +38,12 @@ class Step(KernelCall):
 
 
 class Lowering:
-    """The steps of a split, in order, with their phases. With `matrix`, row tiles are multiplied as
+    """The calls of a split, in order, with their phases. With `matrix`, row tiles are multiplied as
     bfloat16 tiles."""
 
     def __init__(self, library: Library, readers: Readers, matrix: bool = False) -> None:
         self._constant, self._readers, self._matrix = library.constant, readers, matrix
-        self.steps: list[Step] = []
+        self.calls: list[CpuCall] = []
         # Conversions of activations, which all their readers share.
         self._converted: dict[tuple[Any, ...], tuple[Scratch, ...]] = {}
         # Owners of memory that the current phase reads and writes.
@@ -179,7 +179,7 @@ class Lowering:
         attrs: Sequence[float],
         n_writes: int,
     ) -> None:
-        """Append a step, in a new phase if it has to wait for one of the current phase."""
+        """Append a call, in a new phase if it has to wait for one of the current phase."""
         owners = [owner_of(ref) for ref in operands]
         written = {owner for owner in owners[:n_writes] if owner is not None}
         written |= {t for node in nodes for t in node.written if t in owners}
@@ -189,7 +189,7 @@ class Lowering:
             self._read, self._written = set(), set()
         self._read |= read
         self._written |= written
-        self.steps.append(Step(
+        self.calls.append(CpuCall(
             kernel=kernel, nodes=nodes, operands=operands, attrs=attrs, n_writes=n_writes,
             phase=self._phase,
         ))  # fmt: skip

@@ -66,36 +66,36 @@ class Product(KernelCall):
     when: Condition = always
 
 
-Step = Launch | Product
+CudaCall = Launch | Product
 
 
 class Lowering:
-    """Collects the steps of a split, in order; kernels are chosen by `device` and `weights`."""
+    """Collects the calls of a split, in order; kernels are chosen by `device` and `weights`."""
 
     def __init__(self, device: Device, weights: CudaWeights, batch_invariant: bool = False) -> None:
         self.device, self.weights, self.batch_invariant = device, weights, batch_invariant
-        self.steps: list[Step] = []
+        self.calls: list[CudaCall] = []
         self.counters = Zeros((MAX_COUNTERS,), I32)
         self._shared: dict[Any, list[Scratch]] = {}
         self._conditions: list[Condition] = []
 
     @contextmanager
     def only(self, when: Condition) -> Iterator[None]:
-        """Steps that are added within it run only when this holds, too."""
+        """Calls that are added within it run only when this holds, too."""
         self._conditions.append(when)
         yield
         self._conditions.pop()
 
-    def add(self, step: Step) -> None:
+    def add(self, call: CudaCall) -> None:
         if self._conditions:
-            every = (*self._conditions, step.when)
-            step = replace(step, when=lambda live: all(condition(live) for condition in every))
-        self.steps.append(step)
+            every = (*self._conditions, call.when)
+            call = replace(call, when=lambda live: all(condition(live) for condition in every))
+        self.calls.append(call)
 
     def buffers(
         self, key: Any, shapes: Sequence[tuple[Sequence[int], Any]]
     ) -> tuple[list[Scratch], bool]:
-        """The buffers (shape, dtype) of a key, for example a conversion that several steps read;
+        """The buffers (shape, dtype) of a key, for example a conversion that several calls read;
         and whether they are new."""
         is_new = key not in self._shared
         if is_new:

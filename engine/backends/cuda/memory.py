@@ -138,12 +138,12 @@ class MemoryBackend(NativeBackend):
         self._hold_nothing()
 
 
-def prepare(backend: MemoryBackend, step: Launch, args: Any, addresses: Iterable[int]) -> int:
+def prepare(backend: MemoryBackend, call: Launch, args: Any, addresses: Iterable[int]) -> int:
     """Fill in the record `args` of ARGS for a launch; returns its function. addresses: of the
     operands' bases, but of packed weights."""
-    for view, ref, address in zip(args["v"], step.operands, addresses, strict=False):
-        write_operand(view, ref, step.nodes, address, backend.weights)
-    args["attr"][: len(step.attrs)] = step.attrs
+    for view, ref, address in zip(args["v"], call.operands, addresses, strict=False):
+        write_operand(view, ref, call.nodes, address, backend.weights)
+    args["attr"][: len(call.attrs)] = call.attrs
     args["live"] = backend.inputs.live_address
-    _, shared = step.thread_block
-    return backend.device.function(KERNELS[step.kernel].source, step.kernel, shared)
+    _, shared = call.thread_block
+    return backend.device.function(KERNELS[call.kernel].source, call.kernel, shared)

@@ -11,7 +11,7 @@ from engine.backends.base import Array, Split
 from engine.backends.cuda.args import ARGS
 from engine.backends.cuda.device import CudaError, Gemm, Grid, Memory
 from engine.backends.cuda.fusion import FUSIONS
-from engine.backends.cuda.launches import Launch, Lowering, Product, Replays, Step
+from engine.backends.cuda.launches import CudaCall, Launch, Lowering, Product, Replays
 from engine.backends.cuda.lower import lower_node
 from engine.backends.cuda.memory import MemoryBackend, prepare
 from engine.backends.native.buffers import Zeros
@@ -32,25 +32,25 @@ class CudaProgram(NativeProgram[MemoryBackend]):
         self._kept: dict[tuple[int, int, int], Mapping[int, Grid | Gemm]] = {}
         lowering = Lowering(backend.device, backend.weights, backend.batch_invariant)
         self._lower(lowering, () if backend.batch_invariant else FUSIONS, lower_node)
-        self._steps = lowering.steps
+        self._calls = lowering.calls
         self._zeros: dict[Any, Memory] = {}
-        for ref in {ref for step in self._steps for ref in step.operands if isinstance(ref, Zeros)}:
+        for ref in {ref for call in self._calls for ref in call.operands if isinstance(ref, Zeros)}:
             self._zeros[ref] = memory = self._device.allocate(ref.nbytes)
             self._device.fill(memory.address, ref.nbytes, 0)
             self._addresses[ref] = memory.address
-        self._place(self._steps, range(len(self._steps)))
-        self._args = np.zeros(len(self._steps), ARGS)
-        self._functions = list(map(self._prepare, self._args, self._steps))
+        self._place(self._calls, range(len(self._calls)))
+        self._args = np.zeros(len(self._calls), ARGS)
+        self._functions = list(map(self._prepare, self._args, self._calls))
         self.replays = Replays(self._device, self.launch)
 
     def _allocate(self, n_bytes: int) -> int:
         self._arena = self._device.allocate(n_bytes)
         return self._arena.address
 
-    def _prepare(self, args: Any, step: Step) -> int:
-        if isinstance(step, Product):
+    def _prepare(self, args: Any, call: CudaCall) -> int:
+        if isinstance(call, Product):
             return 0
-        return prepare(self._backend, step, args, map(self._address, step.operands))
+        return prepare(self._backend, call, args, map(self._address, call.operands))
 
     def _run_all(self, live: Live) -> None:
         self.replays.run(live)
@@ -58,48 +58,48 @@ class CudaProgram(NativeProgram[MemoryBackend]):
     def _begin(self, live: Live) -> None:
         self._backend.begin(live)
 
-    def _run_node(self, node: Node, steps: range, live: Live) -> None:
-        self._launch(steps, live)
+    def _run_node(self, node: Node, calls: range, live: Live) -> None:
+        self._launch(calls, live)
         try:
             self._device.synchronize()
         except CudaError as error:
             raise CudaError(f"{node}: {error}") from None
 
     def launch(self, live: Live) -> None:
-        """Launch every step that a batch of such counts needs."""
+        """Launch every call that a batch of such counts needs."""
         self._launch(self._chosen(live), live)
 
-    def _launch(self, steps: Iterable[int], live: Live) -> None:
+    def _launch(self, calls: Iterable[int], live: Live) -> None:
         device, base, chosen = self._device, self._args.ctypes.data, self._chosen(live)
-        for i in steps:
-            step, what = self._steps[i], chosen.get(i)
+        for i in calls:
+            call, what = self._calls[i], chosen.get(i)
             if isinstance(what, Gemm):
                 device.gemm(what)
             elif what is not None:
-                assert isinstance(step, Launch)
+                assert isinstance(call, Launch)
                 try:
                     address = base + i * ARGS.itemsize
-                    device.launch(self._functions[i], what, *step.thread_block, address)
+                    device.launch(self._functions[i], what, *call.thread_block, address)
                 except CudaError as error:
-                    raise CudaError(f"{step.nodes[0]} (kernel {step.kernel}): {error}") from None
+                    raise CudaError(f"{call.nodes[0]} (kernel {call.kernel}): {error}") from None
 
     def _chosen(self, live: Live) -> Mapping[int, Grid | Gemm]:
-        """The steps that such counts launch, with their grids; kept, as batches are alike."""
+        """The calls that such counts need, with their grids; kept, as batches are alike."""
         counts = live.n_tokens, live.n_seqs, live.n_outputs
         if counts not in self._kept:
             if len(self._kept) == _MAX_KEPT:
                 self._kept.clear()
-            steps = ((i, step) for i, step in enumerate(self._steps) if step.when(live))
-            whole = ((i, self._sized(step, live)) for i, step in steps)
+            calls = ((i, call) for i, call in enumerate(self._calls) if call.when(live))
+            whole = ((i, self._sized(call, live)) for i, call in calls)
             self._kept[counts] = {i: what for i, what in whole if what is not None}
         return self._kept[counts]
 
-    def _sized(self, step: Step, live: Live) -> Grid | Gemm | None:
-        """The grid or sizes of a step for such counts; None if there is nothing to do."""
-        if isinstance(step, Launch):
-            grid = step.grid(live)
+    def _sized(self, call: CudaCall, live: Live) -> Grid | Gemm | None:
+        """The grid or sizes of a call for such counts; None if there is nothing to do."""
+        if isinstance(call, Launch):
+            grid = call.grid(live)
             return None if 0 in grid else grid
-        out, a, b = step.operands
+        out, a, b = call.operands
         assert out is not None
         assert b is not None
         m, (n, k) = live.shape(out.shape)[0], b.shape[-2:]
@@ -116,7 +116,7 @@ class CudaProgram(NativeProgram[MemoryBackend]):
             self._launch([i], live)
             timer.mark()
         taken = dict(zip(chosen, timer.seconds(), strict=True))
-        return [taken.get(i, 0.0) for i in range(len(self._steps))]
+        return [taken.get(i, 0.0) for i in range(len(self._calls))]
 
     def _output(self, tensor: Tensor, live: Live) -> Array:
         values = np.empty(live.shape(tensor.shape), numpy_dtype(tensor.dtype))

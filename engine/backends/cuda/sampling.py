@@ -71,10 +71,10 @@ class CudaSampler:
         addresses |= {sampled: self._memory[0].address, best: self._memory[1].address}
 
         def prepared(kernel: str, operands: Sequence[Any], grid: Sizes) -> _Prepared:
-            step = Launch(
+            launch = Launch(
                 kernel=kernel, nodes=(), operands=operands, attrs=(n_segments,), grid=grid
             )
-            return _Prepared(backend, step, [addresses[ref] for ref in operands])
+            return _Prepared(backend, launch, [addresses[ref] for ref in operands])
 
         n_fed = threads("feed_tokens")
         self._feed = prepared(
@@ -122,12 +122,12 @@ class CudaStepHandle:
 class _Prepared:
     """A launch with its arguments filled in."""
 
-    def __init__(self, backend: MemoryBackend, step: Launch, addresses: Sequence[int]) -> None:
-        self._device, self._step, self._args = backend.device, step, np.zeros((), ARGS)
-        self._function = prepare(backend, step, self._args, addresses)
+    def __init__(self, backend: MemoryBackend, launch: Launch, addresses: Sequence[int]) -> None:
+        self._device, self._launch, self._args = backend.device, launch, np.zeros((), ARGS)
+        self._function = prepare(backend, launch, self._args, addresses)
 
     def __call__(self, live: Live) -> None:
         address = self._args.ctypes.data
         self._device.launch(
-            self._function, self._step.grid(live), *self._step.thread_block, address
+            self._function, self._launch.grid(live), *self._launch.thread_block, address
         )

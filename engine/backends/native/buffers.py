@@ -67,16 +67,16 @@ def owner_of(ref: Ref) -> Any:
 
 
 def place_buffers(
-    steps: Iterable[tuple[int, Sequence[Node], Sequence[Ref]]],
+    calls: Iterable[tuple[int, Sequence[Node], Sequence[Ref]]],
     arena: Arena,
     elsewhere: Iterable[Any] = (),
 ) -> None:
-    """Place all activations and buffers in an arena, but those that lie `elsewhere`. steps: when
+    """Place all activations and buffers in an arena, but those that lie `elsewhere`. calls: when
     each runs (never falling), its nodes, and its operands."""
     others = set(elsewhere)
     lives: dict[Any, tuple[int, int]] = {}
-    for time, nodes, operands in steps:
-        # A watch reads a node's outputs after the node's last step, even those that no node reads.
+    for time, nodes, operands in calls:
+        # A watch reads a node's outputs after the node's last call, even those that no node reads.
         made = (t for node in nodes for t in node.outputs if t in lives)
         for ref in (*operands, *made):
             owner = owner_of(ref)

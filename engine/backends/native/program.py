@@ -31,9 +31,9 @@ class KernelCall:
 
 
 class Lowering(Protocol):
-    """Nodes become steps, in order."""
+    """Nodes become kernel calls, in order."""
 
-    steps: list[Any]
+    calls: list[Any]
 
 
 H = TypeVar("H", bound=NativeBackend)
@@ -48,7 +48,7 @@ class NativeProgram(ABC, Generic[H]):
     def __init__(self, backend: H, split: Split, fused: bool = True) -> None:
         self._backend, self._split, self._is_fused = backend, split, fused
         self._unfused: NativeProgram[H] | None = None
-        # The steps of each node, or of the first node of a fusion.
+        # The calls of each node, or of the first node of a fusion.
         self._spans: dict[Node, range] = {}
         # Of the buffers and activations that are not outside.
         self._addresses: dict[Any, int] = {}
@@ -62,21 +62,21 @@ class NativeProgram(ABC, Generic[H]):
     def _lower(
         self, lowering: L, fusions: Sequence[Fusion[L]], add: Callable[[L, Node], None]
     ) -> None:
-        """Append all nodes' steps to a lowering: a fusion's, or what `add` does for one node."""
+        """Append all nodes' calls to a lowering: a fusion's, or what `add` does for one node."""
         fusions = fusions if self._is_fused else ()
         for fusion, group in match_fusions(self._split.nodes, self._readers, fusions):
-            first = len(lowering.steps)
+            first = len(lowering.calls)
             if fusion is None:
                 add(lowering, group[0])
             else:
                 fusion.lower(lowering, group)
-            self._spans[group[0]] = range(first, len(lowering.steps))
-        self.instructions = [Instruction(s.kernel, tuple(s.nodes)) for s in lowering.steps]
+            self._spans[group[0]] = range(first, len(lowering.calls))
+        self.instructions = [Instruction(c.kernel, tuple(c.nodes)) for c in lowering.calls]
 
-    def _place(self, steps: Sequence[KernelCall], times: Iterable[int]) -> None:
-        """Allocate one arena for buffers and activations; `times`: when each step runs."""
+    def _place(self, calls: Sequence[KernelCall], times: Iterable[int]) -> None:
+        """Allocate one arena for buffers and activations; `times`: when each call runs."""
         arena = Arena()
-        timed = ((t, s.nodes, s.operands) for t, s in zip(times, steps, strict=True))
+        timed = ((t, c.nodes, c.operands) for t, c in zip(times, calls, strict=True))
         place_buffers(timed, arena, self.outside | self._addresses.keys())
         base = self._allocate(arena.size)
         self._addresses |= {owner: base + offset for owner, offset in arena.offsets.items()}
@@ -99,8 +99,8 @@ class NativeProgram(ABC, Generic[H]):
         if watch is None:
             self._run_all(live)
         else:
-            for node, steps in self._spans.items():
-                self._run_node(node, steps, live)
+            for node, calls in self._spans.items():
+                self._run_node(node, calls, live)
                 watch(node, [self._output(t, live) for t in node.outputs])
 
     @abstractmethod
@@ -109,14 +109,14 @@ class NativeProgram(ABC, Generic[H]):
 
     @abstractmethod
     def _run_all(self, live: Live) -> None:
-        """Run every step."""
+        """Run every call."""
 
     def _begin(self, live: Live) -> None:
         """Bring inputs to where kernels read them."""
 
     @abstractmethod
-    def _run_node(self, node: Node, steps: range, live: Live) -> None:
-        """Run one node's steps and wait for them."""
+    def _run_node(self, node: Node, calls: range, live: Live) -> None:
+        """Run one node's calls and wait for them."""
 
     @abstractmethod
     def _output(self, tensor: Tensor, live: Live) -> Array:
@@ -126,7 +126,7 @@ class NativeProgram(ABC, Generic[H]):
 def write_operand(
     record: Any, ref: Ref, nodes: Sequence[Node], address: int, weights: PanelWeights
 ) -> None:
-    """Fill a zeroed record of VIEW with a step's operand. nodes: the step's. address: of the
+    """Fill a zeroed record of VIEW with a call's operand. nodes: the call's. address: of the
     operand's owner; packed weights know their own."""
     if ref is None:
         return

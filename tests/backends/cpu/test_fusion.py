@@ -144,4 +144,4 @@ def test_every_fusion_has_a_kernel(backend: CpuBackend, rng: np.random.Generator
     assert matched == [*FUSIONS]
     for fusion in matched:
         fusion.lower(lowering, graph.nodes[: len(fusion.pattern)])
-    assert all(backend.library.kernel_address(step.kernel) for step in lowering.steps)
+    assert all(backend.library.kernel_address(call.kernel) for call in lowering.calls)

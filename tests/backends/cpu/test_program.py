@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from engine import Engine
 from engine.backends.cpu.backend import CpuBackend
 from engine.backends.cpu.fusion import FUSIONS
-from engine.backends.cpu.lower import Lowering, Step
+from engine.backends.cpu.lower import CpuCall, Lowering
 from engine.backends.native import library as cpu_library
 from engine.backends.native.buffers import ALIGNMENT, Arena, Scratch, place_buffers
 from engine.backends.native.fusion import Readers, match_fusions
@@ -76,20 +76,20 @@ def lowered(graph: Graph, matrix: bool = False) -> Lowering:
     return lowering
 
 
-def touched(step: Step) -> tuple[set[Any], set[Any]]:
+def touched(call: CpuCall) -> tuple[set[Any], set[Any]]:
     """Memory that an instruction reads and writes, by whom it belongs to."""
-    owners = [r.base if isinstance(r, Tensor) else r for r in step.operands]
-    states = {t for node in step.nodes for t in node.written} & set(owners)
-    written = {o for o in owners[: step.n_writes] if o is not None} | states
-    return {o for o in owners[step.n_writes :] if o is not None} | states, written
+    owners = [r.base if isinstance(r, Tensor) else r for r in call.operands]
+    states = {t for node in call.nodes for t in node.written} & set(owners)
+    written = {o for o in owners[: call.n_writes] if o is not None} | states
+    return {o for o in owners[call.n_writes :] if o is not None} | states, written
 
 
-def check_barriers(steps: list[Step]) -> None:
+def check_barriers(calls: list[CpuCall]) -> None:
     """Of two instructions of a phase, neither touches what the other writes."""
-    phases = [step.phase for step in steps]
+    phases = [call.phase for call in calls]
     assert phases == sorted(phases)
     assert set(phases) == set(range(len(set(phases))))
-    for a, b in combinations(steps, 2):
+    for a, b in combinations(calls, 2):
         if a.phase == b.phase:
             (read_a, written_a), (read_b, written_b) = touched(a), touched(b)
             shared = written_a & (read_b | written_b) | written_b & read_a
@@ -99,13 +99,13 @@ def check_barriers(steps: list[Step]) -> None:
 def check_arena(lowering: Lowering) -> None:
     """Every activation is somewhere, and nothing else is there in any phase in which it is."""
     arena = Arena()
-    place_buffers(((s.phase, s.nodes, s.operands) for s in lowering.steps), arena)
+    place_buffers(((c.phase, c.nodes, c.operands) for c in lowering.calls), arena)
     phases: dict[Any, list[int]] = {}
-    for step in lowering.steps:
-        for ref in step.operands:
+    for call in lowering.calls:
+        for ref in call.operands:
             owner = ref.base if isinstance(ref, Tensor) else ref
             if isinstance(owner, Scratch) or (owner and owner.kind is Kind.ACTIVATION):
-                phases.setdefault(owner, []).append(step.phase)
+                phases.setdefault(owner, []).append(call.phase)
     assert arena.offsets.keys() == phases.keys()
     for a, b in combinations(phases, 2):
         if min(phases[a]) <= max(phases[b]) and min(phases[b]) <= max(phases[a]):
@@ -146,7 +146,7 @@ def test_random_splits(rng: np.random.Generator, n_nodes: int) -> None:
     for _ in range(10):
         graph, _ = random_graph(rng, n_nodes)
         lowering = lowered(graph)
-        check_barriers(lowering.steps)
+        check_barriers(lowering.calls)
         check_arena(lowering)
 
 
@@ -154,16 +154,16 @@ def test_random_splits(rng: np.random.Generator, n_nodes: int) -> None:
 def test_splits_of_models(models: Callable[[str, str], Path], preset: str) -> None:
     with Engine.load(models(preset, "Q8_0"), backend="reference", n_ubatch=64) as engine:
         lowering = lowered(engine.plan.graph)
-    check_barriers(lowering.steps)
+    check_barriers(lowering.calls)
     check_arena(lowering)
     # Independent products and halves of the same node don't wait for each other.
-    assert lowering.steps[-1].phase < len(lowering.steps) - 1
+    assert lowering.calls[-1].phase < len(lowering.calls) - 1
 
 
 def test_an_activation_is_made_int8_once_for_all_products(tiny: Path) -> None:
     with Engine.load(tiny, backend="reference") as engine:
-        steps = lowered(engine.plan.graph).steps
-    made = [s.operands[3] for s in steps if s.kernel == "QUANTIZE_ROWS"]
+        calls = lowered(engine.plan.graph).calls
+    made = [c.operands[3] for c in calls if c.kernel == "QUANTIZE_ROWS"]
     keys = {(t.base, t.offset, t.shape, t.strides) for t in made if isinstance(t, Tensor)}
     assert len(keys) == len(made) > 0
 
@@ -220,6 +220,6 @@ def test_timings_are_of_every_instruction_and_change_nothing(rng: np.random.Gene
     backend.write(first, x)
     want = executable.run({}, live)["last"]
     timings = [t for t in executable.run_timed({}, live) if t.backend]
-    assert len(timings) == len(lowered(graph, backend.matrix).steps)
+    assert len(timings) == len(lowered(graph, backend.matrix).calls)
     assert all(t.seconds >= 0 for t in timings)
     assert backend.read(graph.outputs["last"]).tobytes() == want.tobytes()

@@ -7,7 +7,7 @@ has state, so its StateStore is empty.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -28,12 +28,6 @@ class NoStates:
         pass
 
     def copy(self, dim: str, source: int, target: int) -> None:
-        pass
-
-    def save(self, dim: str, index: int) -> dict[str, Array]:
-        return {}
-
-    def load(self, dim: str, index: int, contents: Mapping[str, Array]) -> None:
         pass
 
 
