@@ -67,7 +67,7 @@ FULL = Sizes(
     copies=100,
 )  # fmt: skip
 QUICK = Sizes(
-    few=((512, 48),), many=((256, 48),), experts=(4, 2, 256, 64),
+    few=((512, 48),), many=((256, 48),), experts=(4, 2, 256, 256),
     few_rows=(1, 2, 20), many_rows=(20,), expert_rows=(1, 8, 70), copies=1,
 )  # fmt: skip
 # Bytes that the L2 cache doesn't hold.

@@ -33,10 +33,13 @@ def test_ops() -> None:
 
 
 def test_products() -> None:
-    _, _, few, many, *experts = lines_of("time_cuda_products.py", "--types", "Q8_0")
-    assert few.split()[:3] == ["Q8_0", "512", "48"]
-    assert "cuBLAS, copy 20:" in many
-    assert [line.split()[:2] for line in experts] == [["Q8_0", "gate"], ["Q8_0", "down"]]
+    # Blocks of Q4_K have 256 weights, those of Q8_0 32.
+    _, _, *lines = lines_of("time_cuda_products.py", "--types", "Q8_0,Q4_K")
+    few, many, experts = lines[:2], lines[2:4], lines[4:]
+    assert [row.split()[:3] for row in few] == [["Q8_0", "512", "48"], ["Q4_K", "512", "48"]]
+    assert all("cuBLAS, copy 20:" in row for row in many)
+    kinds = [["Q8_0", "gate"], ["Q8_0", "down"], ["Q4_K", "gate"], ["Q4_K", "down"]]
+    assert [row.split()[:2] for row in experts] == kinds
 
 
 def test_constants_are_set_by_name() -> None:
