@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 # What pip installs depends on: the kernels are built with it.
-SOURCES := pyproject.toml CMakeLists.txt engine/version.py $(wildcard engine/ops/cpu/* engine/backends/cpu/*.cpp)
+SOURCES := pyproject.toml CMakeLists.txt engine/version.py $(wildcard engine/ops/*.h engine/ops/cpu/* engine/backends/cpu/*.cpp)
 COMPILERS := $(if $(filter default,$(origin CXX)),c++ g++ clang++,$(CXX))
 
 .PHONY: demo test test-cuda test-sanitize lint parity lines clean compiler

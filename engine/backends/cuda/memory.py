@@ -1,20 +1,16 @@
-"""What programs and samplers use of a CudaBackend: its memory, and the arguments of launches."""
+"""The memory of a CudaBackend, which programs and samplers use."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from engine.backends.base import Array
 from engine.backends.cuda.device import Device, Memory
-from engine.backends.cuda.kernels import KERNELS
-from engine.backends.cuda.launches import Launch
 from engine.backends.cuda.weights import CudaWeights
 from engine.backends.native import library as cpu_library
 from engine.backends.native.backend import NativeBackend
-from engine.backends.native.program import write_operand
 from engine.backends.native.views import DIMS
 from engine.formats.quants import numpy_dtype
 from engine.graph import Kind, Live, Tensor, dim_name
@@ -136,14 +132,3 @@ class MemoryBackend(NativeBackend):
     def release(self) -> None:
         self.device.synchronize()
         self._hold_nothing()
-
-
-def prepare(backend: MemoryBackend, call: Launch, args: Any, addresses: Iterable[int]) -> int:
-    """Fill in the record `args` of ARGS for a launch; returns its function. addresses: of the
-    operands' bases, but of packed weights."""
-    for view, ref, address in zip(args["v"], call.operands, addresses, strict=False):
-        write_operand(view, ref, call.nodes, address, backend.weights)
-    args["attr"][: len(call.attrs)] = call.attrs
-    args["live"] = backend.inputs.live_address
-    _, shared = call.thread_block
-    return backend.device.function(KERNELS[call.kernel].source, call.kernel, shared)

@@ -11,11 +11,12 @@ from engine.backends.base import Array, Split
 from engine.backends.cuda.args import ARGS
 from engine.backends.cuda.device import CudaError, Gemm, Grid, Memory
 from engine.backends.cuda.fusion import FUSIONS
+from engine.backends.cuda.kernels import KERNELS
 from engine.backends.cuda.launches import CudaCall, Launch, Lowering, Product, Replays
 from engine.backends.cuda.lower import lower_node
-from engine.backends.cuda.memory import MemoryBackend, prepare
+from engine.backends.cuda.memory import MemoryBackend
 from engine.backends.native.buffers import Zeros
-from engine.backends.native.program import NativeProgram
+from engine.backends.native.program import NativeProgram, write_operand
 from engine.formats.quants import numpy_dtype
 from engine.graph import Live, Node, Tensor
 
@@ -122,3 +123,14 @@ class CudaProgram(NativeProgram[MemoryBackend]):
         values = np.empty(live.shape(tensor.shape), numpy_dtype(tensor.dtype))
         self._device.download(self._address(tensor), values)
         return values
+
+
+def prepare(backend: MemoryBackend, call: Launch, args: Any, addresses: Iterable[int]) -> int:
+    """Fill in the record `args` of ARGS for a launch; returns its function. addresses: of the
+    operands' bases, but of packed weights."""
+    for view, ref, address in zip(args["v"], call.operands, addresses, strict=False):
+        write_operand(view, ref, call.nodes, address, backend.weights)
+    args["attr"][: len(call.attrs)] = call.attrs
+    args["live"] = backend.inputs.live_address
+    _, shared = call.thread_block
+    return backend.device.function(KERNELS[call.kernel].source, call.kernel, shared)

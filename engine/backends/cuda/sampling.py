@@ -19,7 +19,8 @@ from engine.backends.cuda.device import Fetched
 from engine.backends.cuda.kernels import MAX_SEGMENTS, SAMPLE_SPEC_BYTES, SEGMENT, threads
 from engine.backends.cuda.launches import Launch, Replays, Run, Sizes
 from engine.backends.cuda.lower.common import cut
-from engine.backends.cuda.memory import MemoryBackend, prepare
+from engine.backends.cuda.memory import MemoryBackend
+from engine.backends.cuda.program import prepare
 from engine.backends.native.buffers import Scratch
 from engine.formats.quants import I32
 from engine.graph import Dim, Kind, Live, Tensor

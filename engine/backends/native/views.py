@@ -11,7 +11,7 @@ from engine.formats.quants import F16, F32, I32
 from engine.graph import Dim, Tensor
 
 MAX_RANK = 4
-# As Dim and DType in kernel.h.
+# As Dim and DType in engine/ops/view.h.
 DIMS = ("", "n_tokens", "n_seqs", "n_seqs + 1", "n_outputs")
 F32_CODE, F16_CODE, I32_CODE, I8, PACKED, BF16 = range(6)
 DTYPES = {F32: F32_CODE, F16: F16_CODE, I32: I32_CODE}
@@ -22,6 +22,12 @@ VIEW = np.dtype(
     + [(name, "i4") for name in ("rank", "dtype", "dim", "layout")]
 )
 INSTRUCTION = np.dtype([("kernel", "u8"), ("views", "u8"), ("attrs", "u8"), ("barrier", "i8")])
+# What a loaded library has to have, too.
+CONSTANTS = {
+    "sizeof_view": VIEW.itemsize, "sizeof_instruction": INSTRUCTION.itemsize,
+    "F32": F32_CODE, "F16": F16_CODE, "I32": I32_CODE, "I8": I8, "PACKED": PACKED, "BF16": BF16,
+    **{name.upper().replace(" + ", "_"): i for i, name in enumerate(DIMS) if name},
+}  # fmt: skip
 
 
 def write_view(

@@ -8,12 +8,9 @@
 
 #include <cstdint>
 
+#include "../view.h"
+
 namespace gdn {
-
-// The live count that View::dim names; 0: the first axis always has its capacity.
-enum Dim : int32_t { FIXED, N_TOKENS, N_SEQS, N_SEQS_1, N_OUTPUTS, N_DIMS };
-
-enum DType : int32_t { F32, F16, I32, I8, PACKED, BF16 };
 
 constexpr int MAX_RANK = 4;
 

@@ -11,13 +11,9 @@
 #pragma once
 
 #include "primitives.cuh"
+#include "view.h"
 
 namespace gdn {
-
-// Indices of live counts, as in View::dim; FIXED: the first axis always has its capacity.
-enum Dim : int32_t { FIXED, N_TOKENS, N_SEQS, N_SEQS_1, N_OUTPUTS, N_DIMS };
-
-enum DType : int32_t { F32, F16, I32, I8, PACKED, BF16 };
 
 // A row-major array or a strided part of one; strides count elements. A weight in a packed layout
 // has dtype PACKED, its layout's number, and the layout's strides in bytes (see layout.h).
