@@ -1,9 +1,6 @@
-// The codes in a View, the record of an operand, for the CPU's kernels and the GPU's.
+// The codes in a View, the record of an operand, for the CPU's kernels and the GPU's. Who includes
+// it has the integer types: from <cstdint>, or from CUDA's primitives.cuh.
 #pragma once
-
-#ifndef DEVICE  // CUDA's primitives.cuh defines it, and the integer types.
-#include <cstdint>
-#endif
 
 namespace gdn {
 

@@ -293,9 +293,8 @@ DEVICE void run_step(const Args& a) {
 
 }  // namespace gdn::delta
 
-// Grid: (columns / (128 / LANES), value heads, sequences). KERNEL (primitives.cuh) declares
-// delta_net_step_4 and so on, with the argument `a`. Names end in LANES: a head's keys fit into
-// 16 · LANES.
+// Grid: (columns / (128 / LANES), value heads, sequences). KERNEL (primitives.cuh) declares each
+// with the argument `a`. Names end in LANES: a head's keys fit into 16 · LANES.
 #define GATED_DELTA_NET(NAME, LANES, KDA)                                \
     KERNEL(NAME##_step_##LANES) { gdn::delta::run_step<LANES, KDA>(a); } \
     KERNEL(NAME##_rows_##LANES) {                                        \
