@@ -244,9 +244,9 @@ GDN_EXPORT int64_t gdn_constant(const char* name) {
         {"sizeof_view", sizeof(View)}, {"sizeof_instruction", sizeof(Instruction)},
         {"F32", F32}, {"F16", F16}, {"I32", I32}, {"I8", I8}, {"PACKED", PACKED}, {"BF16", BF16},
         {"N_TOKENS", N_TOKENS}, {"N_SEQS", N_SEQS}, {"N_SEQS_1", N_SEQS_1},
-        {"N_OUTPUTS", N_OUTPUTS}, {"panel_rows", PANEL}, {"k_block", K_BLOCK}, {"sum_group", SUM_GROUP},
-        {"tile_side", SIDE}, {"tile_depth", DEPTH}, {"max_tile_rows", MAX_TILE_ROWS},
-        {"max_gathered_columns", MAX_GATHERED_COLUMNS},
+        {"N_OUTPUTS", N_OUTPUTS}, {"panel_rows", PANEL}, {"k_block", K_BLOCK},
+        {"sum_group", SUM_GROUP}, {"tile_side", SIDE}, {"tile_depth", DEPTH},
+        {"max_tile_rows", MAX_TILE_ROWS}, {"max_gathered_columns", MAX_GATHERED_COLUMNS},
         {"partial_head", attention_op::PARTIAL_HEAD}, {"max_head", MAX_HEAD},
         // clang-format on
     };
