@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.backends.cuda.backend import CudaBackend
 from engine.backends.cuda.device import Device
+from engine.backends.cuda.limits import timed
 from engine.backends.cuda.program import CudaProgram
 from engine.formats.quants import F16, numpy_dtype
 from engine.graph import Kind, Live, Op
@@ -121,14 +122,8 @@ def time_op(
 def _seconds(device: Device, executable: Executable, live: Live) -> float:
     ((_, program),) = executable._programs
     assert isinstance(program, CudaProgram)
-    steps = range(len(program.instructions))
-    replay = device.capture(lambda: program._launch(steps, live))
-    replay()
-    timer = device.timer()
-    for _ in range(CALLS):
-        replay()
-        timer.mark()
-    return median(timer.seconds())
+    replay = device.capture(lambda: program.launch(live))
+    return median(timed(device, replay, CALLS))
 
 
 class _NoWeights:

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.backends.base import Split
 from engine.backends.cuda.backend import CudaBackend
 from engine.backends.cuda.device import Device
+from engine.backends.cuda.limits import timed
 from engine.backends.cuda.lower import common, gemv
 from engine.backends.cuda.lower import mul_mat as products
 from engine.backends.cuda.weights import CudaWeights
@@ -128,12 +129,7 @@ class Products:
         self._backend.begin(live)
         self._program.launch(live)
         replay = self._device.capture(lambda: self._program.launch(live))
-        replay()
-        timer = self._device.timer()
-        for _ in range(REPEATS):
-            replay()
-            timer.mark()
-        return min(timer.seconds()) / self._n
+        return min(timed(self._device, replay, REPEATS)) / self._n
 
 
 def few(device: Device, types: Sequence[DType], sizes: Sizes) -> None:

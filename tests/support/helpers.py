@@ -45,7 +45,12 @@ def float64_engine(path: Path, **options: Any) -> Engine:
     Random models amplify rounding: where q·k happens to be almost 0, the norm of the delta net's
     output turns float32 noise into 1e-9 and more of the logits, and comparisons could only be lax.
     """
-    with patch("engine.backends.create", lambda *options: [ReferenceBackend(np.float64)]):
+    return engine_on(ReferenceBackend(np.float64), path, **options)
+
+
+def engine_on(backend: ReferenceBackend, path: Path, **options: Any) -> Engine:
+    """An engine on a numpy backend, which keeps its states in float64."""
+    with patch("engine.backends.create", lambda *options: [backend]):
         engine = Engine.load(path, **options)
     store: Any = engine.plan.backends[0].states
     arrays = store.arrays

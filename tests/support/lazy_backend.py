@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,7 @@ from engine.graph import Live, Tensor
 from engine.sampling import steps
 from engine.sampling.spec import MAX_BANNED, MAX_TOP_K, SampleSpec
 from engine.sampling.steps import Candidates
-from tests.support.helpers import apply_sampler
+from tests.support.helpers import apply_sampler, engine_on
 
 Array = NDArray[Any]
 
@@ -151,13 +150,7 @@ def sampled_token(logits: NDArray[np.float32], spec: SampleSpec) -> int:
 
 def lazy_engine(path: Any, **options: Any) -> Engine:
     """An engine with overlapped decode steps, in float64."""
-    with patch("engine.backends.create", lambda *options: [LazyBackend()]):
-        engine = Engine.load(path, **options)
-    store: Any = engine.plan.backends[0].states
-    arrays = store.arrays
-    for tensor, array in arrays.items():
-        arrays[tensor] = array.astype(np.float64)
-    return engine
+    return engine_on(LazyBackend(), path, **options)
 
 
 def decoder_of(engine: Engine) -> LazySampler:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -21,15 +21,16 @@ def measure(device: Device) -> Limits:
     values = np.random.default_rng(0).integers(0x3C00, 0x3F80, n * n, np.uint16)
     device.upload(memory.address, values)
     product = Gemm(target.address, memory.address, memory.address, n, n, n)
-    copy_s = _fastest(device, lambda: device.copy(target.address, memory.address, size))
-    multiply_s = _fastest(device, lambda: device.gemm(product))
+    copy_s = min(timed(device, lambda: device.copy(target.address, memory.address, size)))
+    multiply_s = min(timed(device, lambda: device.gemm(product)))
     return Limits(2 * size / copy_s, 2 * n**3 / multiply_s, "copied; bfloat16 products, cuBLAS")
 
 
-def _fastest(device: Device, action: Callable[[], object]) -> float:
+def timed(device: Device, action: Callable[[], object], n_times: int = _REPEATS) -> Sequence[float]:
+    """The seconds of each of several calls, after one that does not count."""
     action()
     timer = device.timer()
-    for _ in range(_REPEATS):
+    for _ in range(n_times):
         action()
         timer.mark()
-    return min(timer.seconds())
+    return timer.seconds()
