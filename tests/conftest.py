@@ -129,10 +129,6 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     def run(*argv: object, stdin: bytes | None = b"") -> Result:
         given = Terminal() if stdin is None else io.TextIOWrapper(io.BytesIO(stdin), "utf-8")
         monkeypatch.setattr("sys.stdin", given)
-        try:
-            status: Any = main([str(arg) for arg in argv])
-        except SystemExit as stopped:
-            status = stopped.code
-        return Result(status, *capsys.readouterr())
+        return Result.of(main, argv, capsys)
 
     return run

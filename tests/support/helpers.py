@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from engine import Engine
@@ -164,6 +165,20 @@ class Result(NamedTuple):
     status: int
     out: str
     err: str
+
+    @classmethod
+    def of(
+        cls,
+        main: Callable[[list[str]], Any],
+        argv: Sequence[object],
+        capsys: pytest.CaptureFixture[str],
+    ) -> Result:
+        """Call a command's `main` in this process."""
+        try:
+            status = main([str(arg) for arg in argv])
+        except SystemExit as stopped:
+            status = stopped.code
+        return cls(status, *capsys.readouterr())
 
     def refused(self) -> str:
         """The error message; asserts status 1 and one line on standard error, nothing else."""

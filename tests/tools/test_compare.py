@@ -90,11 +90,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     """run(*argv): compare.py's answer."""
 
     def call(*argv: object) -> Result:
-        try:
-            status: Any = main([str(arg) for arg in argv])
-        except SystemExit as stopped:
-            status = stopped.code
-        return Result(status, *capsys.readouterr())
+        return Result.of(main, argv, capsys)
 
     return call
 
