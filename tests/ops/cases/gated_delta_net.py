@@ -10,6 +10,8 @@ import numpy as np
 from engine.ops.gated_delta_net import HEAD_MAPS
 from tests.support.cases import Case, Operand, Rng, activation, case, recurrent_operands, slots
 
+Array = np.ndarray[Any, Any]
+
 
 def random_operands(
     rng: Rng,
@@ -23,8 +25,7 @@ def random_operands(
 ) -> dict[str, Operand]:
     """Operands at the scales of real models: unit keys, decays around `gate` (0: no decay)."""
     (n_k, n_v), (d_k, d_v), n = heads, sizes, sum(lengths)
-    q, k = rng.normal(size=(2, n, n_k, d_k))
-    q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    q, k, beta = _fair_draw(rng, (n, n_k, d_k), n_v)
     g = gate * rng.uniform(0.2, 2, size=(n, n_v, d_k) if kda else (n, n_v))
     n_slots = (2 + n_snapshots) * len(lengths)
     return {
@@ -32,10 +33,29 @@ def random_operands(
         "k": activation(k),
         "v": activation(rng.normal(size=(n, n_v, d_v))),
         "g": activation(g),
-        "beta": activation(rng.uniform(0, 1, size=(n, n_v))),
+        "beta": activation(beta),
         "state": slots(rng.normal(size=(n_slots, n_v, d_v, d_k))),
         **recurrent_operands(lengths, fresh, n_snapshots),
     }
+
+
+def _fair_draw(rng: Rng, shape: tuple[int, int, int], n_v: int) -> tuple[Array, Array, Array]:
+    """Unit q and k of a shape [n, n_k, d_k], and beta [n, n_v].
+
+    Where the state has decayed, a token's output is beta · (q·k) · v. In a case of few tokens all
+    q·k may nearly cancel; then the rounding of q and k to half precision is large beside them. Such
+    a draw is made again: the mean of beta² · (q·k)² is at least half of what it tends to, which is
+    1 / (3 · d_k).
+    """
+    n, n_k, d_k = shape
+    while True:
+        q, k = rng.normal(size=(2, *shape))
+        q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+        beta = rng.uniform(0, 1, size=(n, n_v))
+        squares, repeats = np.square(np.sum(q * k, axis=-1)), n_v // n_k
+        by_map = np.repeat(squares, repeats, axis=1), np.tile(squares, repeats)
+        if all(np.sum(x * np.square(beta)) >= beta.size / (6 * d_k) for x in by_map):
+            return q, k, beta
 
 
 def cases() -> Iterable[Case]:
