@@ -69,14 +69,15 @@ class Walk:
             self.deepest[moment] = stack
 
     def _moment(self, frames: list[FrameType]) -> str | None:
-        """`compile` or `run` if this call is part of one of the op's program; innermost first."""
+        """`compile` or `run` if this call is part of one of the op's program; innermost first. A
+        sampler launches a program where it doesn't run."""
         for frame in frames:
             first = frame.f_code.co_varnames[:1]
             owner = frame.f_locals.get(first[0]) if first else None
             match frame.f_code.co_name:
                 case "compile" if frame.f_code.co_filename.startswith(BACKENDS):
                     return "compile" if self._is_given_node(frames[0]) else None
-                case "run" if self._has_op(getattr(owner, "instructions", ())):
+                case "run" | "launch" if self._has_op(getattr(owner, "instructions", ())):
                     return "run" if self.is_native(frames[0]) else None
         return None
 
@@ -109,9 +110,9 @@ def _native_call(frame: FrameType) -> bool:
     return frame.f_code is _run_natively.__code__
 
 
-def _run_natively(run: Callable[..., None], *given: Any) -> None:
+def _run_natively(run: Callable[..., int], *given: Any) -> int:
     """In place of the library's function `run`, whose own call a profiler doesn't see."""
-    run(*given)
+    return run(*given)
 
 
 def _launches(frame: FrameType) -> bool:

@@ -30,6 +30,8 @@ from engine.graph import Kind, Live, Node, Tensor
 
 # Head size of ATTENTION, at most.
 _MAX_LATENT = 1024
+# How long a step runs before signals are handled, or until the tasks at hand are done.
+PIECE_SECONDS = 0.05
 # Fewer rows of a sequence are computed one by one, others as row tiles.
 _MIN_TILE_ROWS = 16
 
@@ -103,7 +105,7 @@ class CpuBackend(NativeBackend):
         self.n_threads = n_threads or cpu_library.n_cores()
         threads = "1 thread" if self.n_threads == 1 else f"{self.n_threads} threads"
         self.detail = f"{self.library.isa} kernels, {threads}"
-        self.team = self.library.team_create(self.n_threads)
+        self.team: int | None = self.library.team_create(self.n_threads)
         self.states = ArrayStates()
         self.weights = CpuWeights(self.library, self.n_threads)
         self._fixed: dict[Tensor, Array] = {}
@@ -141,6 +143,9 @@ class CpuBackend(NativeBackend):
         shape = self._live.shape(tensor.shape)
         return self._fixed[tensor].reshape(-1)[: math.prod(shape)].reshape(shape).copy()
 
+    def after_fork(self) -> None:
+        self.team = None  # To free it would be to wait for threads that are not there.
+
     def release(self) -> None:
         self.weights, self.states = CpuWeights(self.library, self.n_threads), ArrayStates()
         self._fixed.clear()
@@ -166,8 +171,11 @@ class CpuBackend(NativeBackend):
 
     def _run(self, instructions: Array, counts: Array, seconds: Array | None = None) -> None:
         times = None if seconds is None else seconds.ctypes.data
-        program, n = instructions.ctypes.data, len(instructions)
-        self.library.run(self.team, program, n, counts.ctypes.data, times)
+        program, n, live = instructions.ctypes.data, len(instructions), counts.ctypes.data
+        at = -1
+        while at < n:
+            # Between two pieces the interpreter handles signals.
+            at = self.library.run(self.team, program, n, live, times, at, PIECE_SECONDS)
 
     def measure_limits(self) -> Limits:
         return limits.measure(self.read_probe)

@@ -2,7 +2,8 @@
 //
 // Threads take tasks of an instruction from a counter. Where the next instruction asks for a
 // barrier, they wait for each other: a waiting thread spins a little, then yields. Between steps
-// they park.
+// they park. A step can be run in pieces: when its time is up, threads take no more tasks and meet
+// at the next barrier; the counters say where to go on.
 
 #include <sched.h>
 
@@ -56,6 +57,8 @@ class FlushDenormals {
 
 constexpr int SPINS_BEFORE_YIELD = 4096;
 constexpr double SECONDS_BEFORE_PARKING = 2e-3;
+// Turns at an instruction's tasks between two looks at the clock.
+constexpr int TURNS_PER_LOOK = 8;
 
 template <typename Done>
 void wait_until(Done done) {
@@ -114,12 +117,21 @@ class Team {
         for (char* s : scratch_) std::free(s);
     }
 
-    // `seconds`: nullptr, or [n]: gets each instruction's time.
-    void run(const Instruction* program, int64_t n, const int64_t* live, double* seconds) {
+    // Begins a program if `first` is -1, else goes on with instruction `first`, for `limit` seconds
+    // or a little longer. Returns the instruction to go on with, n at the end.
+    // `seconds`: nullptr, or [n]: gets each instruction's time, whatever the limit is.
+    int64_t run(const Instruction* program, int64_t n, const int64_t* live, double* seconds,
+                int64_t first, double limit) {
         program_ = program, n_ = n, live_ = live, seconds_ = seconds;
+        first_ = std::max<int64_t>(first, 0);
+        deadline_ = now() + limit;
         step_rows_.set(live);
         if (static_cast<int64_t>(counters_.size()) < n) counters_ = std::vector<Counter>(n);
-        for (int64_t i = 0; i < n; i++) counters_[i].next.store(0, std::memory_order_relaxed);
+        for (int64_t i = 0; first < 0 && i < n; i++)
+            counters_[i].next.store(0, std::memory_order_relaxed);
+        time_is_up_.store(false, std::memory_order_relaxed);
+        all_stop_.store(false, std::memory_order_relaxed);
+        resume_.store(n, std::memory_order_relaxed);
         {
             std::lock_guard<std::mutex> lock(mutex_);
             step_.fetch_add(1);
@@ -127,6 +139,7 @@ class Team {
         if (n_parked_.load() > 0) wake_.notify_all();
         run_program(0);
         barrier();
+        return resume_.load(std::memory_order_relaxed);
     }
 
    private:
@@ -159,16 +172,22 @@ class Team {
         const FlushDenormals flush;
         begin_matrix_products();
         double start = seconds_ ? now() : 0;
-        for (int64_t i = 0; i < n_; i++) {
+        for (int64_t i = first_; i < n_; i++) {
             const Instruction& in = program_[i];
-            if (i > 0 && (in.barrier || seconds_)) barrier();
+            if (i > first_ && (in.barrier || seconds_)) {
+                barrier();
+                if (all_stop_.load(std::memory_order_relaxed)) {
+                    stop_at(i);
+                    break;
+                }
+            }
             if (i > 0 && seconds_ && thread == 0) {
                 const double end = now();
                 seconds_[i - 1] = end - start;
                 start = end;
             }
-            run_tasks(in, counters_[i],
-                      Args{in.views, in.attrs, live_, &step_rows_.rows, scratch_[thread]});
+            const Args args{in.views, in.attrs, live_, &step_rows_.rows, scratch_[thread]};
+            if (!run_tasks(in, counters_[i], args, thread)) stop_at(i);
         }
         if (seconds_ && n_ > 0) {
             barrier();
@@ -177,21 +196,35 @@ class Team {
         end_matrix_products();
     }
 
-    void run_tasks(const Instruction& in, Counter& counter, const Args& args) {
+    // False if there are tasks left: the time is up.
+    bool run_tasks(const Instruction& in, Counter& counter, const Args& args, int thread) {
         const int64_t n = in.kernel->n_tasks(args);
-        // Every thread takes several shares, so that the others do the work of one that is held up.
+        // Every thread takes several turns, so that the others do the work of one that is held up.
         const int64_t grab = n_threads_ == 1 ? n : std::max<int64_t>(1, n / (n_threads_ * 8));
         while (n > 0) {
+            if (time_is_up_.load(std::memory_order_relaxed))
+                return counter.next.load(std::memory_order_relaxed) >= n;
             const int64_t begin = counter.next.fetch_add(grab, std::memory_order_relaxed);
             if (begin >= n) break;
             in.kernel->run(args, begin, std::min(n, begin + grab));
+            if (thread == 0 && ++turns_ % TURNS_PER_LOOK == 0 && !seconds_ && now() > deadline_)
+                time_is_up_.store(true, std::memory_order_relaxed);
         }
+        return true;
+    }
+
+    // Notes that instruction i has to be gone on with.
+    void stop_at(int64_t i) {
+        int64_t earliest = resume_.load(std::memory_order_relaxed);
+        while (i < earliest && !resume_.compare_exchange_weak(earliest, i)) {}
     }
 
     void barrier() {
-        if (n_threads_ == 1) return;
         const uint64_t round = rounds_.load(std::memory_order_relaxed);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) == n_threads_ - 1) {
+        if (n_threads_ == 1 || arrived_.fetch_add(1, std::memory_order_acq_rel) == n_threads_ - 1) {
+            // The last one decides for all whether they go on.
+            if (time_is_up_.load(std::memory_order_relaxed))
+                all_stop_.store(true, std::memory_order_relaxed);
             arrived_.store(0, std::memory_order_relaxed);
             rounds_.store(round + 1, std::memory_order_release);
         } else {
@@ -208,9 +241,17 @@ class Team {
     const int64_t* live_ = nullptr;
     StepRows step_rows_;
     double* seconds_ = nullptr;
+    int64_t first_ = 0;
+    double deadline_ = 0;
     bool stopping_ = false;
     std::mutex mutex_;
     std::condition_variable wake_;
+    // Of thread 0.
+    alignas(64) unsigned turns_ = 0;
+    // Read at every turn, written when a run begins and when its time is up.
+    alignas(64) std::atomic<bool> time_is_up_{false};
+    std::atomic<bool> all_stop_{false};
+    std::atomic<int64_t> resume_{0};
     alignas(64) std::atomic<uint64_t> step_{0};
     std::atomic<int> n_parked_{0};
     alignas(64) std::atomic<int> arrived_{0};
@@ -255,9 +296,10 @@ GDN_EXPORT int64_t gdn_constant(const char* name) {
     return -1;
 }
 
-GDN_EXPORT void gdn_run(void* team, const void* program, int64_t n, const int64_t* live,
-                        double* seconds) {
-    static_cast<Team*>(team)->run(static_cast<const Instruction*>(program), n, live, seconds);
+GDN_EXPORT int64_t gdn_run(void* team, const void* program, int64_t n, const int64_t* live,
+                           double* seconds, int64_t first, double limit) {
+    const auto* instructions = static_cast<const Instruction*>(program);
+    return static_cast<Team*>(team)->run(instructions, n, live, seconds, first, limit);
 }
 
 GDN_EXPORT int32_t gdn_layout_of(int ggml_id) { return layout_of(ggml_id); }

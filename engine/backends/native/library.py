@@ -10,7 +10,7 @@ import functools
 import os
 import platform
 from collections.abc import Callable
-from ctypes import c_char_p, c_int, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -97,7 +97,7 @@ class Library:
     allowed: Callable[[], int]
     team_create: Callable[[int], int]
     team_free: Callable[[int], None]
-    run: Callable[[int, int, int, int, int | None], None]
+    run: Callable[[int | None, int, int, int, int | None, int, float], int]
     layout_of: Callable[[int], int]
     panel_bytes: Callable[[int, int], int]
     pack: Callable[[int, int, int, int, int, int, int], None]
@@ -112,7 +112,7 @@ class Library:
             ("team_free", None, [c_void_p]),
             ("_kernel", c_void_p, [c_char_p]),
             ("_constant", c_int64, [c_char_p]),
-            ("run", None, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p]),
+            ("run", c_int64, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_double]),
             ("layout_of", c_int32, [c_int]),
             ("panel_bytes", c_int64, [c_int32, c_int64]),
             ("pack", None, [c_int, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64]),

@@ -147,3 +147,36 @@ def test_the_reference_computes_the_same(
             assert {b.name for b in engine.plan.backends} == {"cpu"}
             errors = [nmse(engine.logits(ids), w) for ids, w in zip(prompts, want, strict=True)]
         assert np.median(errors) <= limit, f"matrix={matrix}"
+
+
+@pytest.mark.parametrize("check", [False, True], ids=["whole programs", "node by node"])
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_pieces_of_a_step_make_the_step(
+    path: Path,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    check: bool,
+    n_threads: int,
+) -> None:
+    """Every task runs once, also those of a program's first instruction: states are in place."""
+    prompts = [random_ids(rng, n) for n in (40, 3, 21, 64)]
+    results, n_pieces = [], [0, 0]
+    for i, seconds in enumerate((60.0, 0.0)):
+        monkeypatch.setattr("engine.backends.cpu.backend.PIECE_SECONDS", seconds)
+        with engine_on(path, n_parallel=4, n_threads=n_threads, check=check) as engine:
+            backend: Any = engine.plan.backends[0]
+
+            def counted(*given: Any, run: Any = backend.library.run, i: int = i) -> int:
+                n_pieces[i] += 1
+                at: int = run(*given)
+                return at
+
+            with monkeypatch.context() as patched:
+                patched.setattr(backend.library, "run", counted)
+                seqs = [engine.memory.create() for _ in prompts]
+                chunks = [Chunk(seq, ids) for seq, ids in zip(seqs, prompts, strict=True)]
+                rows = [engine.step(chunks)]
+                rows += [engine.step([Chunk(seq, [5]) for seq in seqs]) for _ in range(3)]
+        results.append(np.concatenate(rows))
+    assert same_bits(results[1], results[0])
+    assert n_pieces[1] > n_pieces[0]

@@ -99,8 +99,9 @@ void run(void* team) {
         i.views = reinterpret_cast<uint64_t>(views.data() + i.views);
         i.attrs = reinterpret_cast<uint64_t>(attrs.data() + i.attrs);
     }
-    function<void(void*, const void*, int64_t, const int64_t*, double*)>("gdn_run")(
-        team, program.data(), program.size(), live, nullptr);
+    using Run = int64_t(void*, const void*, int64_t, const int64_t*, double*, int64_t, double);
+    const int64_t n = program.size();
+    if (function<Run>("gdn_run")(team, program.data(), n, live, nullptr, -1, 1e9) != n) std::abort();
     for (const Region& r : regions) {
         check_guard(r.here + r.size, "a region");
         answer(r.here, r.size);
