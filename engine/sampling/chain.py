@@ -5,6 +5,7 @@ token is sampled by probability. With mirostat 2, temperature and mirostat take 
 """
 
 import functools
+import itertools
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -15,8 +16,9 @@ from numpy.typing import NDArray
 
 from engine.sampling import steps
 from engine.sampling.params import SamplingError, SamplingParams
+from engine.sampling.recent import Breakers
 from engine.sampling.spec import MAX_BANNED, MAX_TOP_K, SampleSpec
-from engine.sampling.steps import SAMPLERS, Breakers, Candidates, Context
+from engine.sampling.steps import SAMPLERS, Candidates, Context
 from engine.text.tokenizer import Tokenizer
 
 # Samplers that a device has, in its order; they are fields of SampleSpec.
@@ -42,8 +44,10 @@ class Sampler:
         self._bias = np.fromiter(bias.values(), np.float64, len(bias))
         seed = params.seed if params.seed not in (None, -1) else None
         self._context = Context(np.random.default_rng(seed), breakers or {})
-        # Random numbers given out by `sample_spec` for tokens that have not been accepted yet.
+        # Random numbers given out by `sample_spec` for tokens that have not been accepted yet, and
+        # all that follow: to move some of them is one call, so that no exception can lose any.
         self._uniforms: deque[float] = deque()
+        self._later = iter(self._context.rng.random, None)
         self._mu = 2.0 * p.mirostat_tau
         self._buffer = np.empty(0)
         names = ("temperature",) if p.mirostat else p.samplers
@@ -86,6 +90,11 @@ class Sampler:
     def _uniform(self) -> float:
         return self._uniforms.popleft() if self._uniforms else float(self._context.rng.random())
 
+    @property
+    def is_for_device(self) -> bool:
+        """Whether a device can sample its tokens."""
+        return self._spec is not None
+
     def sample_spec(self, ahead: int) -> SampleSpec | None:
         """How a device samples the token `ahead` tokens after the next; None if only `sample` can.
 
@@ -93,8 +102,8 @@ class Sampler:
         """
         if self._spec is None or self._is_greedy:
             return self._spec
-        while len(self._uniforms) <= ahead:
-            self._uniforms.append(float(self._context.rng.random()))
+        if (n_missing := ahead + 1 - len(self._uniforms)) > 0:
+            self._uniforms.extend(itertools.islice(self._later, n_missing))
         return self._spec._replace(uniform=self._uniforms[ahead])
 
     def accept_sampled(self, token: int) -> None:

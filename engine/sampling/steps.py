@@ -8,17 +8,16 @@ SAMPLERS, and a field of SamplingParams for each parameter.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.sampling.recent import Breakers, Repeats, Window
+
 Floats = NDArray[np.float64]
-# DRY's sequence breakers: head token -> the tails that complete one; () if the token is one alone.
-Breakers = Mapping[int, Sequence[tuple[int, ...]]]
 # top_k looks at the highest logit of each of so many groups first.
 _GROUP = 64
 _FLOAT32_MAX_LOG = 88.7228391
@@ -44,39 +43,35 @@ class Candidates:
             return self
         return self.take(np.argsort(-self.logits, kind="stable"))
 
-    def lowered(self, amounts: Mapping[int, float]) -> Candidates:
-        """With amounts (token -> amount) subtracted from the logits."""
-        logits = self.logits.copy()
-        for i in np.flatnonzero(np.isin(self.ids, list(amounts))):
-            logits[i] -= amounts[int(self.ids[i])]
-        return Candidates(self.ids, logits)
+    def lowered(self, tokens: NDArray[Any], amounts: NDArray[Any]) -> Candidates:
+        """With an amount subtracted from the logit of each token."""
+        table = np.zeros(int(max(self.ids.max(), tokens.max(initial=0))) + 1)
+        table[tokens] = amounts
+        return Candidates(self.ids, self.logits - table[self.ids])
 
 
 @dataclass
 class Context:
     """What samplers read besides parameters: random numbers, DRY's breakers, and the `recent`
-    tokens of prompt and output, oldest first."""
+    tokens of prompt and output, oldest first, with what samplers keep of them."""
 
     rng: np.random.Generator
     breakers: Breakers
     recent: list[int] = field(default_factory=list)
-
-    def window(self, n: int) -> list[int]:
-        """The last n recent tokens; all of them if n is negative."""
-        return self.recent if n < 0 else self.recent[-n:] if n else []
+    window: Window | None = None
+    repeats: Repeats | None = None
 
 
 def penalties(c: Candidates, p: Any, context: Context) -> Candidates:
     """Lower the logits of recent tokens: by a factor, by their count, and by mere presence."""
-    counts = Counter(context.window(p.repeat_last_n))
-    if not counts:
-        return c
-    seen = np.isin(c.ids, list(counts))
-    factor = np.where(c.logits <= 0, p.repeat_penalty, 1 / p.repeat_penalty)
-    scaled = Candidates(c.ids, np.where(seen, c.logits * factor, c.logits))
-    return scaled.lowered(
-        {t: n * p.frequency_penalty + p.presence_penalty for t, n in counts.items()}
-    )
+    if context.window is None:
+        context.window = Window(p.repeat_last_n)
+    counts = context.window.counts(context.recent, int(c.ids.max()) + 1)[c.ids]
+    seen = np.flatnonzero(counts)
+    x, logits = c.logits[seen], c.logits.copy()
+    scaled = x * np.where(x <= 0, p.repeat_penalty, 1 / p.repeat_penalty)
+    logits[seen] = scaled - (counts[seen] * p.frequency_penalty + p.presence_penalty)
+    return Candidates(c.ids, logits)
 
 
 def dry(c: Candidates, p: Any, context: Context) -> Candidates:
@@ -85,54 +80,19 @@ def dry(c: Candidates, p: Any, context: Context) -> Candidates:
     A token that would prolong a repeated run of n tokens loses multiplier · base^(n - allowed).
     A run never reaches back over a breaker.
     """
-    recent, breakers = context.window(p.dry_penalty_last_n), context.breakers
-    allowed, base = p.dry_allowed_length, p.dry_base
-    limit = _repetition_limit(recent, breakers)
-    if len(recent) <= allowed or limit < allowed:
-        return c
-    longest: Counter[int] = Counter()
-    for end, length in enumerate(_suffix_matches(recent)):
-        length = min(length, limit)
-        if length >= allowed:
-            following = recent[end + 1]
-            longest[following] = max(longest[following], length)
+    if context.repeats is None:
+        context.repeats = Repeats(context.breakers)
+    context.repeats.follow(context.recent)
+    tokens, lengths = context.repeats.longest(p.dry_allowed_length, p.dry_penalty_last_n)
+    base, allowed = p.dry_base, p.dry_allowed_length
     # Above this exponent base^n leaves float32's range.
     most = _FLOAT32_MAX_LOG // math.log(base) if base > 1.000001 else math.inf
-    return c.lowered(
-        {
-            token: p.dry_multiplier * base ** min(length - allowed, most)
-            for token, length in longest.items()
-            if () not in breakers.get(token, ())
-        }
-    )
-
-
-def _repetition_limit(recent: Sequence[int], breakers: Breakers) -> int:
-    """The number of tokens after the last breaker."""
-    n = len(recent)
-    for back in range(n):
-        head = n - 1 - back
-        tails = breakers.get(recent[head], ())
-        matching = [len(t) for t in tails if tuple(recent[head + 1 : head + 1 + len(t)]) == t]
-        if matching:
-            return back - max(matching)
-    return n
-
-
-def _suffix_matches(tokens: Sequence[int]) -> list[int]:
-    """For each position but the last: the length of the run ending there that ends `tokens` too."""
-    # The Z algorithm on the reversed sequence; linear time.
-    reverse = list(tokens)[::-1]
-    n, z = len(reverse), [0] * len(reverse)
-    left = right = 0
-    for i in range(1, n):
-        if i < right:
-            z[i] = min(right - i, z[i - left])
-        while i + z[i] < n and reverse[z[i]] == reverse[i + z[i]]:
-            z[i] += 1
-        if i + z[i] > right:
-            left, right = i, i + z[i]
-    return z[:0:-1]
+    amounts = [
+        0.0 if () in context.breakers.get(token, ())
+        else p.dry_multiplier * base ** min(length - allowed, most)
+        for token, length in zip(tokens.tolist(), lengths.tolist(), strict=True)
+    ]  # fmt: skip
+    return c.lowered(tokens, np.array(amounts)) if amounts else c
 
 
 def top_n_sigma(c: Candidates, p: Any, context: Context) -> Candidates:

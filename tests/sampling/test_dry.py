@@ -19,7 +19,8 @@ from engine import Engine, SamplingParams
 from engine.formats.gguf import GGUFFile
 from engine.sampling.chain import Sampler, sequence_breakers
 from engine.sampling.params import SamplingError
-from engine.sampling.steps import Breakers, Candidates
+from engine.sampling.recent import Breakers
+from engine.sampling.steps import Candidates
 from engine.text.tokenizer import Tokenizer
 from tests.support.helpers import apply_sampler
 

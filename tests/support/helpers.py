@@ -24,7 +24,8 @@ from engine.backends.reference import ReferenceBackend
 from engine.formats.quants import BY_GGML_ID
 from engine.graph import Kind, Live, Tensor
 from engine.sampling.params import SamplingParams
-from engine.sampling.steps import SAMPLERS, Breakers, Candidates, Context
+from engine.sampling.recent import Breakers
+from engine.sampling.steps import SAMPLERS, Candidates, Context
 from tools.ggufwrite import TensorSpec, write_gguf
 from tools.makevocab import made_vocabulary, padded_vocabulary
 from tools.presets import PRESETS, metadata, tensors
