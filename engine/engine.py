@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,32 +22,30 @@ from engine.placement import estimate
 from engine.placement.place import Plan
 from engine.placement.rules import Offload, place_where_it_fits
 from engine.runtime.batch import Chunk, Logits
+from engine.runtime.completion import ChatCompletion, Completion
 from engine.runtime.conversation import Conversation
 from engine.runtime.executor import Executable
 from engine.runtime.loop import StepLoop
-from engine.runtime.request import ChatCompletion, Completion, FinishReason, Request
+from engine.runtime.memory import SharedMemory
+from engine.runtime.owner import Owner, Signal
+from engine.runtime.request import FinishReason, Request
+from engine.runtime.requests import Prompt, Requests
 from engine.runtime.scheduler import Scheduler
-from engine.sampling.chain import Sampler, sequence_breakers
-from engine.sampling.params import SamplingError, SamplingParams
+from engine.sampling.params import SamplingParams
 from engine.text.template import ChatTemplate, Message, find_template
 from engine.text.tokenizer import Tokenizer
 
+C = TypeVar("C", bound=Completion)
 # The model that runs where none is named; tools/train_demo made it.
 DEMO_MODEL = Path(__file__).parent / "data" / "demo.gguf"
-
-
-Prompt = str | Sequence[int]  # A text, or token ids.
-
-
-class PromptError(EngineError):
-    """A prompt that can't be run."""
 
 
 class Engine:
     """A loaded model. Make one with `Engine.load`; use it as a context manager, or `close` it.
 
-    `config` has the sizes that suit the backend; `n_ctx`: positions of memory; `capacity`: of one
-    step; `conversation`: what memory holds for the next `chat`; `load_s`: seconds of loading.
+    Any thread may call it. `config` has the sizes that suit the backend; `n_ctx`: positions of
+    memory; `capacity`: of one step; `memory`: what sequences hold; `conversation`: what it holds
+    for the next `chat`; `load_s`: seconds of loading.
     """
 
     def __init__(self, file: GGUFFile, config: EngineConfig) -> None:
@@ -61,13 +58,16 @@ class Engine:
         self._free_before = {b.name: b.free_bytes() or 0 for b in self.plan.backends}
         estimate.check(self.plan)
         executable = Executable(self.plan, self.model.weights)
-        self.memory = SequenceMemory(cap.n_blocks, cap.n_slots, cap.block_size, self._copy_block)
-        self.conversation = Conversation(self.tokenizer)
-        scheduler = Scheduler(self.memory, cap, self.conversation.release)
-        self.loop = StepLoop(executable, scheduler, cap, config.check)
+        memory = SequenceMemory(cap.n_blocks, cap.n_slots, cap.block_size, self._copy_block)
+        owner = Owner()
+        self.memory = SharedMemory(memory, owner)
+        self.conversation = Conversation(self.tokenizer, owner)
+        scheduler = Scheduler(memory, cap, self.conversation.reclaim)
+        self.loop = StepLoop(executable, scheduler, cap, config.check, owner)
+        self._requests = Requests(
+            file, self.tokenizer, self.model.n_vocab, self.n_ctx, config.n_parallel
+        )
         self._template: ChatTemplate | None = None
-        # It looks at the whole vocabulary, so it is called once for each list of texts.
-        self._sequence_breakers = cache(partial(sequence_breakers, self.tokenizer))
 
     @classmethod
     def load(cls, path: str | Path | None = None, **options: Any) -> Engine:
@@ -88,8 +88,18 @@ class Engine:
         engine.load_s = time.perf_counter() - start
         return engine
 
+    def start(self) -> None:
+        """Run the steps in a thread of its own from now on, until `close`.
+
+        Without it, whoever waits for a token runs them. `async for` over a completion calls it.
+        """
+        self.loop.start()
+
     def close(self) -> None:
-        """Free weights and states; nothing can be run after it."""
+        """Wait for the step that runs, end all completions, and free weights and states; nothing
+        can be run after it."""
+        if self.loop.owner.refusal:  # In a forked process all is the parent's.
+            return
         programs = self.loop.close()
         # A backend waits for its launches before their programs are freed.
         for backend in self.plan.backends:
@@ -136,29 +146,34 @@ class Engine:
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits [n_tokens, n_vocab] after each of `ids`, on a fresh sequence."""
-        self._check_prompt(ids)
+        self._requests.check(ids)
         seq = self.memory.create()
         try:
             return self.prefill(seq, ids, Logits.ALL)
         finally:
-            self.memory.free(seq)
+            self.memory.drop(seq)
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Ids of a prompt as llama.cpp makes them: special tokens added and parsed."""
-        return self.tokenizer.encode(prompt, add_special=True, parse_special=True)
+        return self._requests.encode(prompt)
 
     def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, after: Checkpoint | None = None
     ) -> Completion:
-        """Stream a completion: an iterator of tokens with `.text` and `.token`.
+        """Stream a completion: an iterator of tokens with `.text` and `.token`, also asynchronous.
 
         It runs together with whatever else was started and not finished. A str is encoded with
         special tokens added and parsed. With `after`, a checkpoint of `memory`, the prompt goes on
         from there: nothing before it is processed again (nor seen by penalties).
         Raises PromptError for a prompt that is empty, too long or has unknown ids, SamplingError
-        for parameters that don't go together with the model.
+        for parameters that don't go together with the model, CheckpointError for a checkpoint that
+        is not this engine's.
         """
-        return Completion(self, self._submit(prompt, params, after))
+        if after is not None:
+            self.memory.check(after)
+        request = self._requests.make(prompt, params, after.n_tokens if after else 0)
+        request.after = after
+        return self._submitted(Completion(self.loop, request), request)
 
     def chat(
         self,
@@ -181,14 +196,11 @@ class Engine:
         if template is None:
             self._template = template = self._template or find_template(self.file)
         prompt = self.conversation.prompt(template, messages, tools=tools, reasoning=reasoning)
-        try:
-            request = self._submit(prompt.ids, params, prompt.after, prompt.before)
-        finally:
-            if prompt.after:
-                prompt.after.release()
+        request = self._requests.make(prompt.ids, params, prompt.n_kept, prompt.before)
+        request.after, prompt.after = prompt.after, None
         request.rollback_at = prompt.rollback_at
         request.on_finish = lambda r, end: self.conversation.store(prompt, end, r.text, r.tokens)
-        return ChatCompletion(self, request, prompt)
+        return self._submitted(ChatCompletion(self.loop, request, prompt), request)
 
     def generate_batch(
         self,
@@ -202,89 +214,48 @@ class Engine:
         reason `error`. `on_done(index, completion)` is called when one ends.
         """
         each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
-        done = [self._submit_or_fail(prompt, p) for prompt, p in zip(prompts, each, strict=True)]
-        pending = dict(enumerate(done))
+        signal, done = Signal(), list[Completion]()
         try:
-            while pending:
-                for i, completion in list(pending.items()):
-                    if completion.finish_reason:
-                        del pending[i]
-                        on_done(i, completion)
-                if pending:
-                    self.advance()
+            for prompt, own in zip(prompts, each, strict=True):
+                request = self._request_or_error(prompt, own, signal)
+                done.append(self._submitted(Completion(self.loop, request), request))
+            left = {completion.request: i for i, completion in enumerate(done)}
+            while left:
+                self.loop.wait(signal, lambda: bool(signal.ended))
+                if (i := left.pop(signal.ended.popleft(), None)) is not None:
+                    on_done(i, done[i])
         finally:
-            for completion in pending.values():
+            for completion in done:
                 completion.close()
         return done
 
-    def _submit_or_fail(self, prompt: Prompt, params: SamplingParams | None) -> Completion:
-        try:
-            return Completion(self, self._submit(prompt, params))
-        except EngineError as error:
-            ids = [] if isinstance(prompt, str) else prompt
-            request = self._request(ids, SamplingParams(), 0, ())
-            request.finish(FinishReason.ERROR, str(error))
-            return Completion(self, request)
-
-    def _submit(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None,
-        after: Checkpoint | None = None,
-        before: Sequence[int] = (),
+    def _request_or_error(
+        self, prompt: Prompt, params: SamplingParams | None, signal: Signal
     ) -> Request:
-        ids = self.encode_prompt(prompt) if isinstance(prompt, str) else prompt
-        n_past = after.n_tokens if after else 0
-        self._check_prompt(ids, n_past)
-        request = self._request(ids, params or SamplingParams(), n_past, before)
-        if request.params.max_tokens == 0:
-            request.finish(FinishReason.LENGTH, "0 tokens were asked for")
-        else:
-            self.loop.add(request, after)
+        """A request whose news go to `signal`; one that has ended if its prompt can't be run."""
+        try:
+            request = self._requests.make(prompt, params)
+        except EngineError as error:
+            request = self._requests.empty()
+            request.finish(FinishReason.ERROR, str(error), error)
+        request.signal = signal
         return request
 
-    def _request(
-        self, ids: Sequence[int], params: SamplingParams, n_past: int, before: Sequence[int]
-    ) -> Request:
-        params = params.resolved(self.file.metadata)
-        for token in params.logit_bias:
-            if not 0 <= token < self.model.n_vocab:
-                raise SamplingError(f"logit_bias: {self._unknown_id(token)}")
-        ends = self.tokenizer.eog_ids
-        texts = params.dry_sequence_breakers
-        breakers = self._sequence_breakers(texts) if params.dry_multiplier else {}
-        sampler = Sampler(params, ends if params.ignore_eos else (), breakers)
-        # Without a limit of its own, a completion gets its share of the context, as in llama.cpp.
-        end = n_past + len(ids)
-        share = max(self.n_ctx // self.config.n_parallel, end)
-        limit = end + params.max_tokens if params.max_tokens >= 0 else share
-        sampler.accept(*before)
-        decoder = self.tokenizer.stream(at_start=False)
-        return Request(ids, params, sampler, decoder, ends, min(limit, self.n_ctx), n_past)
+    def _submitted(self, completion: C, request: Request) -> C:
+        """The completion of a request, which is queued."""
+        if request.params.max_tokens == 0:
+            request.finish(FinishReason.LENGTH, "0 tokens were asked for")
+        if request.finish_reason:
+            request.after = None
+            request.signal.ended.append(request)
+        else:
+            assert self.loop.executable
+            self.loop.add(request)
+        return completion
 
     def advance(self) -> bool:
         """Run one step of everything that was started; False if there was nothing to do."""
         return self.loop.advance()
-
-    def cancel(self, request: Request) -> None:
-        """End a request now and free its memory."""
-        self.loop.cancel(request)
-
-    def _check_prompt(self, ids: Sequence[int], n_past: int = 0) -> None:
-        if not len(ids):
-            raise PromptError("the prompt is empty: expected at least one token")
-        if n_past + len(ids) > self.n_ctx:
-            before = f" after position {n_past}" if n_past else ""
-            raise PromptError(
-                f"the prompt has {len(ids)} tokens{before}, the context {self.n_ctx}: "
-                "shorten it or raise n_ctx (-c)"
-            )
-        for token in ids:
-            if not 0 <= token < self.model.n_vocab:
-                raise PromptError(self._unknown_id(token))
-
-    def _unknown_id(self, token: int) -> str:
-        return f"token id {token}: expected 0 to {self.model.n_vocab - 1}"
 
 
 def resolved_config(**options: Any) -> EngineConfig:

@@ -178,6 +178,12 @@ class Backend(ABC):
     def measure_limits(self) -> Limits:
         """Measure the peaks of what it runs on; about half a second."""
 
+    def enter_thread(self) -> None:  # noqa: B027
+        """Make this thread the one that calls the backend, in place of another one."""
+
+    def after_fork(self) -> None:  # noqa: B027
+        """In a forked process: threads and devices are the parent's; let them be."""
+
     @abstractmethod
     def release(self) -> None:
         """Free weights and states; nothing can be run after it."""
@@ -209,21 +215,23 @@ class Split:
 class StepHandle(Protocol):
     """A step that was launched."""
 
-    def ids(self) -> list[int]:
-        """Wait for this step only; each row's token, -1 where a logit was not finite."""
+    def wait(self) -> tuple[list[int], NDArray[np.float32]]:
+        """Wait for this step only. Returns each output's token, -1 where a logit was not finite,
+        and the logits [n, n_vocab] of the outputs without a spec."""
 
 
 class DeviceSampler(Protocol):
-    """Runs decode steps, one row of each sequence, that sample on the device. Its steps are in
-    order with all other work of its backend."""
+    """Runs steps, of one row or several of each sequence, that sample on the device. Its steps are
+    in order with all other work of its backend."""
 
     def launch(
         self,
         inputs: Mapping[str, NDArray[np.int32]],
         live: Live,
-        specs: Sequence[SampleSpec],
+        specs: Sequence[SampleSpec | None],
         feed: Sequence[int],
     ) -> StepHandle:
-        """Start a step and return without waiting for it. feed: for each row, the row of the
-        previously launched step whose token it continues with, or -1 for the token in `inputs`.
-        Only the last two handles may be asked for ids."""
+        """Start a step and return without waiting for it. specs: how each output is sampled; None:
+        by the host. feed: for each output, that of the previously launched step whose token its
+        row continues with, or -1 for the token in `inputs`; rows that are fed come first, one for
+        each of their sequences. Only the last two handles may be waited for."""

@@ -148,7 +148,7 @@ def sequences(engine: Engine, n: int, start: Checkpoint | None = None) -> Iterat
         yield seqs
     finally:
         for seq in seqs:
-            engine.memory.free(seq)
+            engine.memory.drop(seq)
 
 
 @contextmanager

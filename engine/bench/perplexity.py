@@ -134,7 +134,7 @@ def _score(engine: Engine, given: Sequence[int], targets: Sequence[int], first: 
             wanted = targets[at.start + skip + 1 : at.stop + 1]
             scores.append(negative_log_likelihood(logits[skip:], wanted))
     finally:
-        engine.memory.free(seq)
+        engine.memory.drop(seq)
     return np.concatenate(scores)
 
 

@@ -15,7 +15,8 @@ from engine.commands.output import write
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.formats.gguf import GGUFFile
-from engine.runtime.request import ChatCompletion, FinishReason
+from engine.runtime.completion import ChatCompletion
+from engine.runtime.request import FinishReason
 from engine.sampling.params import SamplingParams
 from engine.text.template import ChatError, find_template
 

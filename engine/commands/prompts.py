@@ -13,7 +13,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from engine.errors import EngineError
-from engine.runtime.request import Completion, FinishReason
+from engine.runtime.completion import Completion
+from engine.runtime.request import FinishReason
 from engine.sampling.params import SamplingError, SamplingParams
 
 # llama.cpp's server has other names for some fields of SamplingParams.

@@ -16,7 +16,8 @@ from engine.commands.prompts import PromptLine, read_prompts, result_line
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineError
-from engine.runtime.request import Completion, FinishReason
+from engine.runtime.completion import Completion
+from engine.runtime.request import FinishReason
 from engine.sampling.params import SamplingParams
 from engine.text.template import TEMPLATE_KEY
 from engine.version import __version__
@@ -77,7 +78,7 @@ def _run_one(engine: Engine, prompt: str, params: SamplingParams, show_prompt: b
             write("\n")
         raise
     write("\n")
-    print(_timings(engine.load_s, completion), file=sys.stderr)
+    print(_timings(engine.load_s, completion, status == 130), file=sys.stderr)
     ended_at_once = completion.finish_reason is FinishReason.STOP and not completion.text
     if ended_at_once and engine.file.string(TEMPLATE_KEY, ""):
         print("it said nothing: with -cnv, it is asked by its chat template", file=sys.stderr)
@@ -113,7 +114,7 @@ def _run_many(engine: Engine, lines: list[str], params: SamplingParams) -> int:
     return 0 if all_good and len(valid) == len(prompts) else 1
 
 
-def _timings(load_s: float, completion: Completion) -> str:
+def _timings(load_s: float, completion: Completion, is_interrupted: bool) -> str:
     def rate(seconds: float, n: int, unit: str) -> str:
         if not n or not seconds:
             return ""
@@ -127,5 +128,7 @@ def _timings(load_s: float, completion: Completion) -> str:
         ("eval time", t.eval_s, rate(t.eval_s, t.n_eval, "runs  ")),
     )
     lines = [f"{name:>17} = {s * 1e3:10.2f} ms{more}" for name, s, more in rows]
-    reason = completion.finish_reason or "stopped"
-    return "\n".join([*lines, f"{'ended':>17} : {reason} ({completion.detail})"])
+    why = f"{completion.finish_reason} ({completion.detail})"
+    if is_interrupted:  # In a step or between two.
+        why = f"{FinishReason.CANCELLED} (by its user)"
+    return "\n".join([*lines, f"{'ended':>17} : {why}"])

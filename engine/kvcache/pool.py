@@ -1,5 +1,7 @@
 """Numbered resources with reference counts: KV blocks and state slots."""
 
+from collections.abc import Iterable
+
 from engine.errors import EngineError
 
 
@@ -41,6 +43,14 @@ class Pool:
 
     def is_shared(self, index: int) -> bool:
         return self._references[index] > 1
+
+    def recount(self, held: Iterable[int]) -> None:
+        """Make `held`, the indices that somebody refers to (each as often), the only references."""
+        references = [0] * self.size
+        for index in held:
+            references[index] += 1
+        self._references = references
+        self._free = [i for i in range(self.size) if not references[i]][::-1]
 
     def free(self, index: int) -> None:
         """Remove a reference; the index is free when it was the last one."""

@@ -4,14 +4,21 @@ A recurrent state cannot be cut short, so a sequence can only go back to a state
 checkpoint keeps blocks and state, and outlives its sequence. A rollback point keeps the state at an
 earlier position. Per-token states are those after the last tokens of the last step. Keeping moves
 no data: it adds references. The next step writes another slot, and a copy of the last block.
+
+Every reference is in an Allocation of `SequenceMemory`, of a sequence or of a checkpoint. An
+exception may come between any two statements of an operation, so the pools' counts follow from the
+allocations: `recount` makes them right again. An allocation never lists what it may not write.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Protocol
 
+from engine.errors import EngineError
 from engine.kvcache.blocks import BlockTable
 from engine.kvcache.pool import Pool
 from engine.kvcache.slots import StateSlot
@@ -38,6 +45,11 @@ class Allocation:
         points = {n: s.fork() for n, s in self.rollback_points.items() if n <= n_tokens}
         return Allocation(n_tokens, self.table.fork(n_tokens), state.fork(), points)
 
+    @property
+    def states(self) -> list[StateSlot]:
+        """All states that it refers to."""
+        return [self.state, *self.rollback_points.values(), *self.token_states.values()]
+
     def free(self) -> None:
         """Free everything, at once even while a step is in flight."""
         self.state.cancel()
@@ -49,9 +61,9 @@ class Allocation:
 
 
 def _free_all(states: dict[int, StateSlot]) -> None:
-    for state in states.values():
-        state.free()
-    states.clear()
+    # Taken out first: what is freed must not be found.
+    while states:
+        states.popitem()[1].free()
 
 
 @dataclass(frozen=True)
@@ -65,20 +77,52 @@ class Step:
     snapshot_dst: tuple[int, ...] = ()
 
 
-class Checkpoint:
-    """References to a sequence's contents at some position. `release` it when it is not needed."""
+class CheckpointError(EngineError):
+    """A checkpoint that was released, or that is of another engine."""
 
-    def __init__(self, allocation: Allocation) -> None:
-        self._allocation: Allocation | None = allocation
+
+class CheckpointMemory(Protocol):
+    """What a checkpoint needs of the memory that it is in."""
+
+    @property
+    def dropped(self) -> deque[int]: ...
+
+    def n_tokens(self, seq: int) -> int: ...
+
+    def allocation(self, seq: int) -> Allocation: ...
+
+    def checkpoint(self, seq: int, n_tokens: int | None = None) -> Checkpoint: ...
+
+    def free(self, seq: int) -> None: ...
+
+
+class Checkpoint:
+    """References to a sequence's contents at some position: a sequence to which no step appends.
+
+    `release` it when it is not needed, or drop it: then the next call of the engine frees it.
+    """
+
+    def __init__(self, memory: CheckpointMemory, seq: int) -> None:
+        self.memory, self._seq, self._is_released = memory, seq, False
+
+    def __del__(self) -> None:
+        if not self.__dict__.get("_is_released", True):
+            self.memory.dropped.append(self._seq)
+
+    @property
+    def seq(self) -> int:
+        """The sequence that holds the contents. Raises CheckpointError if it was released."""
+        if self._is_released:
+            raise CheckpointError("this checkpoint was released")
+        return self._seq
 
     @property
     def n_tokens(self) -> int:
-        return self.allocation.n_tokens
+        return self.memory.n_tokens(self.seq)
 
     @property
     def allocation(self) -> Allocation:
-        assert self._allocation is not None, "this checkpoint was released"
-        return self._allocation
+        return self.memory.allocation(self.seq)
 
     @property
     def rollback_points(self) -> frozenset[int]:
@@ -87,17 +131,17 @@ class Checkpoint:
 
     def rolled_back(self, n_tokens: int) -> Checkpoint:
         """A new checkpoint of the sequence as it was at one of `rollback_points`."""
-        state = self.allocation.rollback_points[n_tokens]
-        return Checkpoint(self.allocation.at(n_tokens, state))
+        return self.memory.checkpoint(self.seq, n_tokens)
 
     def fork(self) -> Checkpoint:
         """A new checkpoint of the same contents, to be released on its own."""
-        return Checkpoint(self.allocation.fork())
+        return self.memory.checkpoint(self.seq)
 
     def release(self) -> None:
         """Free its references; it can't be used any more."""
-        self.allocation.free()
-        self._allocation = None
+        if not self._is_released:
+            self.memory.free(self._seq)
+            self._is_released = True
 
 
 class SequenceMemory:
@@ -111,24 +155,58 @@ class SequenceMemory:
         self._block_size, self._copy_block = block_size, copy_block
         self._sequences: dict[int, Allocation] = {}
         self._ids = count()
+        # Sequences of checkpoints that nobody has any more: finalizers only note them here.
+        self.dropped: deque[int] = deque()
 
-    def create(self) -> int:
+    def reserve(self) -> int:
+        """The number of a sequence to be created: who holds it before it is made can't lose it."""
+        return next(self._ids)
+
+    def create(self, seq: int | None = None) -> int:
         """A new, empty sequence. Its first step allocates; this doesn't."""
         table = BlockTable(self.blocks, self._block_size)
-        return self._add(Allocation(0, table, StateSlot(self.slots)))
+        return self._add(Allocation(0, table, StateSlot(self.slots)), seq)
 
-    def _add(self, allocation: Allocation) -> int:
-        seq = next(self._ids)
+    def _add(self, allocation: Allocation, seq: int | None) -> int:
+        """Make an allocation that of a sequence, of a new one if it is None."""
+        seq = self.reserve() if seq is None else seq
+        before = self._sequences.get(seq)
         self._sequences[seq] = allocation
+        if before is not None:
+            before.free()
         return seq
 
-    def fork(self, seq: int) -> int:
-        """A new sequence with the same contents. From here on the two are independent."""
-        return self._add(self._sequences[seq].fork())
+    def fork(self, seq: int, into: int | None = None, n_tokens: int | None = None) -> int:
+        """A new sequence with the same contents, or those at a rollback point. From here on the two
+        are independent."""
+        own = self._sequences[seq]
+        if n_tokens is None or n_tokens == own.n_tokens:
+            return self._add(own.fork(), into)
+        return self._add(own.at(n_tokens, own.rollback_points[n_tokens]), into)
 
     def free(self, seq: int) -> None:
-        """Remove a sequence and free its memory; checkpoints of it stay valid."""
-        self._sequences.pop(seq).free()
+        """Remove a sequence, if it is there, and free its memory; checkpoints of it stay valid."""
+        own = self._sequences.pop(seq, None)
+        if own is not None:
+            own.free()
+
+    def free_dropped(self) -> None:
+        """Free the sequences of checkpoints that were dropped."""
+        while self.dropped:
+            self.free(self.dropped[0])
+            self.dropped.popleft()
+
+    def recount(self) -> None:
+        """Make the pools' counts those of the allocations, after an interrupted operation."""
+        every = list(self._sequences.values())
+        self.blocks.recount(block for own in every for block in own.table.blocks)
+        self.slots.recount(slot for own in every for state in own.states for slot in state.slots)
+
+    def allocation(self, seq: int) -> Allocation:
+        return self._sequences[seq]
+
+    def __contains__(self, seq: int) -> bool:
+        return seq in self._sequences
 
     def n_tokens(self, seq: int) -> int:
         return self._sequences[seq].n_tokens
@@ -181,7 +259,7 @@ class SequenceMemory:
 
     def reset(self, seq: int) -> None:
         """Make a sequence empty, after a step that failed and left its state half written."""
-        self._sequences[seq].free()
+        self.create(seq)
 
     def add_rollback_point(self, seq: int, replace: bool = False) -> None:
         """Keep the state here for `truncate`, or raise MemoryFullError; `replace` frees earlier."""
@@ -200,16 +278,15 @@ class SequenceMemory:
         kept = own.rollback_points | own.token_states
         reached = max((n for n in kept if n <= n_tokens), default=0)
         state = kept[reached] if reached else StateSlot(self.slots)
-        self._replace(seq, own.at(reached, state))
+        self._add(own.at(reached, state), seq)
         return reached
 
-    def checkpoint(self, seq: int) -> Checkpoint:
-        return Checkpoint(self._sequences[seq].fork())
+    def checkpoint(self, seq: int, n_tokens: int | None = None) -> Checkpoint:
+        """A checkpoint of a sequence as it is, or as it was at a rollback point."""
+        kept = Checkpoint(self, self.reserve())
+        self.fork(seq, kept.seq, n_tokens)
+        return kept
 
     def restore(self, seq: int, checkpoint: Checkpoint) -> None:
         """Give the sequence the checkpoint's contents; it can be restored again, also elsewhere."""
-        self._replace(seq, checkpoint.allocation.fork())
-
-    def _replace(self, seq: int, allocation: Allocation) -> None:
-        self._sequences[seq].free()
-        self._sequences[seq] = allocation
+        self.fork(checkpoint.seq, seq)

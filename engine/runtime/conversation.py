@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from engine.kvcache.sequences import Checkpoint
+from engine.runtime.owner import Owner
 from engine.text.template import ChatError, ChatTemplate, Message
 from engine.text.tokenizer import Tokenizer
 
@@ -26,12 +27,13 @@ _Render = Callable[[Sequence[Message]], str]
 Segment = tuple[str | None, list[int]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class ChatPrompt:
-    """What a turn processes: `ids`, after the `n_kept` cached positions of checkpoint `after`.
+    """What a turn processes: `ids`, after `n_kept` cached positions.
 
-    `segments`: the whole prompt. `n_dropped`: cached positions that can't be used. `rollback_at`:
-    up to this position (0: none) the next turn's prompt is the same whatever the answer is.
+    `after`: their checkpoint, until a request takes it. `segments`: the whole prompt. `n_dropped`:
+    cached positions that can't be used. `rollback_at`: up to this position (0: none) the next
+    turn's prompt is the same whatever the answer is.
     """
 
     ids: list[int]
@@ -54,8 +56,8 @@ def _ids(segments: Sequence[Segment]) -> list[int]:
 class Conversation:
     """The cached prefix of one conversation: nothing, or a checkpoint with its segments."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, owner: Owner) -> None:
+        self._tokenizer, self._owner = tokenizer, owner
         named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         self._special = {k: tokenizer.text(i) for k, i in named.items() if i is not None}
         self._cached: Checkpoint | None = None
@@ -63,20 +65,24 @@ class Conversation:
 
     @property
     def n_tokens(self) -> int:
-        return self._cached.n_tokens if self._cached else 0
+        return self._owner.call(lambda: self._cached.n_tokens if self._cached else 0)
 
     def release(self) -> bool:
         """Free the cached prefix; False if there was none."""
+        return self._owner.call(self.reclaim)
+
+    def reclaim(self) -> bool:
+        """`release` for the step loop."""
         if self._cached is None:
             return False
-        self._cached.release()
-        self._cached, self._segments = None, []
+        cached, self._cached, self._segments = self._cached, None, []
+        cached.release()
         return True
 
     def prompt(
         self, template: ChatTemplate, messages: Sequence[Message], **options: Any
     ) -> ChatPrompt:
-        """The prompt for the next answer; the caller releases its `after`.
+        """The prompt for the next answer; the caller takes its `after`.
 
         options: `tools` and `reasoning` of ChatTemplate.render. Control tokens that a message
         spells are text (in an answer, <think> and </think> excepted). Raises ChatError.
@@ -84,8 +90,7 @@ class Conversation:
         render: _Render = partial(template.render, special=self._special, **options)
         escaped = [self._escaped(message) for message in _checked(messages)]
         text = render(escaped)
-        n_same, end, n_kept = self._match(text)
-        same = self._segments[:n_same]
+        same, end, n_kept, n_held, after = self._owner.call(partial(self._match, text))
         known = _ids(same)
         new: list[Segment] = [*self._tokenizer.segments(text[end:], continues=end > 0)]
         bos_id = self._tokenizer.bos_id
@@ -95,8 +100,8 @@ class Conversation:
         rollback_at = _position([*same, *new], _n_stable(render, escaped, text))
         return ChatPrompt(
             # The last token of an answer that was cut short has not been processed yet.
-            known[n_kept:] + _ids(new), [*same, *new], self._checkpoint(n_kept), n_kept,
-            self.n_tokens - n_kept, rollback_at if rollback_at > n_kept else 0,
+            known[n_kept:] + _ids(new), [*same, *new], after, n_kept,
+            n_held - n_kept, rollback_at if rollback_at > n_kept else 0,
         )  # fmt: skip
 
     def store(self, prompt: ChatPrompt, checkpoint: Checkpoint, text: str, ids: list[int]) -> None:
@@ -105,38 +110,37 @@ class Conversation:
         if checkpoint.n_tokens < len(_ids(prompt.segments)):
             checkpoint.release()
             return
-        self.release()
-        self._cached = checkpoint
         # A stop text is in the state, but was not shown.
         decoder = self._tokenizer.stream(at_start=False)
         spelled = "".join(map(decoder.push, ids)) + decoder.finish()
         is_whole = spelled.rstrip("\ufffd") == text.rstrip("\ufffd")
         shown = self._escaped({"role": "assistant", "content": text})["content"]
-        self._segments = [*prompt.segments, (shown if is_whole else None, ids)]
+        segments: list[Segment] = [*prompt.segments, (shown if is_whole else None, ids)]
+        before = self._cached
+        self._cached, self._segments = checkpoint, segments
+        if before is not None:
+            before.release()
 
-    def _match(self, text: str) -> tuple[int, int, int]:
-        """(segments that `text` starts with, the end of their text, their positions) to reuse;
-        at least one token must follow them."""
-        if self._cached is None:
-            return 0, 0, 0
+    def _match(self, text: str) -> tuple[list[Segment], int, int, int, Checkpoint | None]:
+        """What to reuse for a text: the segments that it starts with, the end of their text, their
+        positions, of how many that are held, and a checkpoint of them; at least one token must
+        follow them."""
+        cached, segments = self._cached, self._segments
+        if cached is None:
+            return [], 0, 0, 0, None
         ends = [0]
-        for known, _ in self._segments:
+        for known, _ in segments:
             if known is None or not text.startswith(known, ends[-1]):
                 break
             ends.append(ends[-1] + len(known))
-        if len(ends) == len(self._segments) + 1 and ends[-1] < len(text):
-            return len(self._segments), ends[-1], self._cached.n_tokens
-        starts = {len(_ids(self._segments[:n])): n for n, end in enumerate(ends) if end < len(text)}
-        n_kept = max(self._cached.rollback_points & starts.keys(), default=0)
+        n_held = cached.n_tokens
+        if len(ends) == len(segments) + 1 and ends[-1] < len(text):
+            return segments, ends[-1], n_held, n_held, cached.fork()
+        starts = {len(_ids(segments[:n])): n for n, end in enumerate(ends) if end < len(text)}
+        n_kept = max(cached.rollback_points & starts.keys(), default=0)
         n_same = starts[n_kept] if n_kept else 0
-        return n_same, ends[n_same], n_kept
-
-    def _checkpoint(self, n_tokens: int) -> Checkpoint | None:
-        """The cached prefix up to a position that `_match` gave."""
-        if self._cached is None or not n_tokens:
-            return None
-        is_end = n_tokens == self._cached.n_tokens
-        return self._cached.fork() if is_end else self._cached.rolled_back(n_tokens)
+        after = cached.rolled_back(n_kept) if n_kept else None
+        return segments[:n_same], ends[n_same], n_kept, n_held, after
 
     def _escaped(self, message: Message) -> dict[str, Any]:
         is_answer = message["role"] == "assistant"

@@ -1,11 +1,19 @@
 """A placed graph that runs: its inputs are written, its programs run in order, and tensors that
-cross from one backend to another are copied. (The CPU's executor.cpp runs one program.)"""
+cross from one backend to another are copied. (The CPU's executor.cpp runs one program.)
+
+`HostRunner` runs a step at once. `DeviceRunner` launches it and samples on the device, so that the
+next step can be launched before this one's tokens are known.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from engine.backends.base import (
     Array,
@@ -19,6 +27,9 @@ from engine.backends.base import (
 )
 from engine.graph import Kind, Live
 from engine.placement.place import Plan
+from engine.runtime.batch import Batch, Chunk
+from engine.runtime.finite import FiniteCheck, failure
+from engine.runtime.step import Outcome, Outcomes, Step
 
 
 class Executable:
@@ -72,6 +83,16 @@ class Executable:
     def _read_outputs(self) -> dict[str, Array]:
         return {name: backend.read(t) for name, (backend, t) in self._outputs.items()}
 
+    def enter_thread(self) -> None:
+        """Let this thread run the steps from now on, in place of another one."""
+        for backend in self.plan.backends:
+            backend.enter_thread()
+
+    def after_fork(self) -> None:
+        """In a forked process: leave the threads and devices to the parent."""
+        for backend in self.plan.backends:
+            backend.after_fork()
+
     def device_sampler(self) -> DeviceSampler | None:
         """A sampler on the device, if the whole graph is one split of a backend that has one."""
         if len(self._programs) != 1:
@@ -83,6 +104,76 @@ class Executable:
     @property
     def stores(self) -> list[StateStore]:
         return [backend.states for backend in self.plan.backends]
+
+
+class Runner(Protocol):
+    """Runs steps. `overlaps`: whether a step may be launched before the last one's outcomes."""
+
+    overlaps: bool
+
+    def launch(self, batch: Batch, step: Step, before: Step | None) -> Outcomes:
+        """Start a step; `before`: the one in flight, whose tokens it continues with."""
+
+
+class HostRunner:
+    """Runs a step at once, on any backends; `check`: check every node's outputs."""
+
+    overlaps = False
+
+    def __init__(self, executable: Executable, check: bool) -> None:
+        self._executable, self._check = executable, check
+
+    def run(self, batch: Batch, chunks: Sequence[Chunk]) -> tuple[NDArray[np.float32], FiniteCheck]:
+        """The logits [n_outputs, n_vocab] of a batch, and which chunks' values are not finite."""
+        finite = FiniteCheck(batch, [chunk.seq for chunk in chunks])
+        watch = finite.watch if self._check else None
+        logits = self._executable.run(batch.inputs, batch.live, watch)["logits"]
+        finite.check("the logits", logits, True)
+        return np.asarray(logits, np.float32), finite
+
+    def launch(self, batch: Batch, step: Step, before: Step | None) -> Outcomes:
+        logits, finite = self.run(batch, [row.chunk for row in step.rows])
+        failures, values = finite.failures, iter(logits)
+        outcomes = []
+        for i, row in enumerate(step.rows):
+            own = next(values) if row.chunk.n_outputs else None
+            outcomes.append(Outcome(logits=own, failure=failures.get(i, "")))
+        return lambda: outcomes
+
+
+class DeviceRunner:
+    """Launches steps that sample on the device where it can; the host samples the other rows."""
+
+    overlaps = True
+
+    def __init__(self, device: DeviceSampler) -> None:
+        self._device = device
+
+    def launch(self, batch: Batch, step: Step, before: Step | None) -> Outcomes:
+        at = {row.request: i for i, row in enumerate(before.sampled)} if before else {}
+        specs = [row.spec() for row in step.sampled]
+        feed = [at.get(row.request, -1) if row.n_ahead else -1 for row in step.sampled]
+        handle = self._device.launch(batch.inputs, batch.live, specs, feed)
+        positions = batch.inputs["positions"][batch.inputs["output_rows"]].tolist()
+
+        def outcomes() -> list[Outcome]:
+            ids, logits = handle.wait()
+            values = iter(logits)
+            given = [
+                Outcome(logits=next(values)) if spec is None else Outcome(token)
+                for spec, token in zip(specs, ids, strict=True)
+            ]
+            seqs = [row.chunk.seq for row in step.sampled]
+            checked = map(_checked, given, seqs, positions)
+            return [next(checked) if row.chunk.n_outputs else Outcome() for row in step.rows]
+
+        return outcomes
+
+
+def _checked(given: Outcome, seq: int, position: int) -> Outcome:
+    """The outcome, or that its logits were not finite."""
+    is_bad = given.token == -1 if given.logits is None else not np.isfinite(given.logits).all()
+    return Outcome(failure=failure("the logits", seq, position)) if is_bad else given
 
 
 def _timing(backend: str, what: str, action: Callable[[], object]) -> Timing:

@@ -1,73 +1,98 @@
-"""One step: which chunks run, the batch that runs them, and the requests that get its rows.
+"""The step loop: which rows run next, the step that runs them, and the requests that get its rows.
 
-A step packs the scheduler's chunks into one batch, runs it and hands every request its row of
-logits. `Completion` and `Engine.generate_batch` repeat it. Where a device can sample, decode steps
-overlap with the host's work (overlap.py).
+All of it is behind one door (owner.py). A step is a record (step.py). It is in `_step` before it
+touches memory and until its last row is delivered; a step that is launched ahead of its turn is in
+`_ahead`. Whoever enters after an exception settles what is there: rows that were delivered keep
+their token, the others' requests end with the reason `error`, and the step ahead never was.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.base import Instruction, Timing
 from engine.config import ConfigError
+from engine.errors import EngineError
 from engine.graph import Capacity, Live
-from engine.kvcache.sequences import Checkpoint
-from engine.runtime.batch import Batch, Chunk, Logits, begin, check_fits, pack
-from engine.runtime.executor import Executable
-from engine.runtime.finite import FiniteCheck, NonFiniteError, failure
-from engine.runtime.overlap import OverlappedSteps
+from engine.kvcache.pool import MemoryFullError
+from engine.runtime.batch import Batch, BatchError, Chunk, Logits, begin, check_fits, pack
+from engine.runtime.executor import DeviceRunner, Executable, HostRunner, Runner
+from engine.runtime.finite import NonFiniteError
+from engine.runtime.owner import Owner, Signal
 from engine.runtime.request import FinishReason, Request
 from engine.runtime.scheduler import Scheduler, cut
-from engine.sampling.params import SamplingError
+from engine.runtime.step import Outcome, Row, Step
 
 
 class StepLoop:
     """Runs steps on sequence memory; `check`: check every node's outputs for non-finite values."""
 
     def __init__(
-        self, executable: Executable, scheduler: Scheduler, capacity: Capacity, check: bool
+        self,
+        executable: Executable,
+        scheduler: Scheduler,
+        capacity: Capacity,
+        check: bool,
+        owner: Owner,
     ) -> None:
-        self.scheduler, self.memory = scheduler, scheduler.memory
+        self.scheduler, self.memory, self.owner = scheduler, scheduler.memory, owner
         self._executable: Executable | None = executable
-        self._capacity, self._check = capacity, check
-        self.overlap: OverlappedSteps | None = None
-        if not check and (sampler := executable.device_sampler()):
-            self.overlap = OverlappedSteps(sampler, scheduler, capacity)
+        self._capacity = capacity
+        self._host = HostRunner(executable, check)
+        sampler = None if check else executable.device_sampler()
+        self.runner: Runner = DeviceRunner(sampler) if sampler else self._host
+        self._step: Step | None = None
+        self._ahead: Step | None = None
+        self._last_end = 0.0
+        owner.settle, owner.tidy = self._settle, self.memory.free_dropped
+        owner.enter_thread, owner.after_fork = executable.enter_thread, executable.after_fork
 
     @property
     def executable(self) -> Executable:
-        """What runs the steps. Raises ConfigError after `close`."""
+        """What runs the steps. Raises ConfigError after `close`, OwnerError after a fork."""
+        self.owner.refuse()
         if self._executable is None:
             raise ConfigError("the engine is closed")
         return self._executable
 
     def close(self) -> Executable | None:
-        """Cancel the step in flight and give the programs up; no step can be run after it."""
-        self._drop()
-        executable, self._executable, self.overlap = self._executable, None, None
+        """Wait for the step that runs, end all requests, and give the programs up."""
+        executable = self.owner.call(self._close)
+        self.owner.stop_driving()
         return executable
 
-    def _drop(self) -> None:
-        if self.overlap is not None:
-            self.overlap.cancel()
+    def _close(self) -> Executable | None:
+        self._drop_ahead()
+        self._end_all("the engine is closed")
+        executable, self._executable = self._executable, None
+        self.owner.enter_thread = self.owner.after_fork = lambda: None
+        # Runners hold what they run.
+        vars(self).pop("runner", None)
+        vars(self).pop("_host", None)
+        return executable
+
+    # Batches that a user makes.
 
     def run(self, chunks: Sequence[Chunk]) -> tuple[NDArray[np.float32], dict[int, str]]:
+        return self.owner.call(partial(self._run, chunks))
+
+    def _run(self, chunks: Sequence[Chunk]) -> tuple[NDArray[np.float32], dict[int, str]]:
         with self._batch(chunks) as batch:
-            finite = FiniteCheck(batch, [chunk.seq for chunk in chunks])
-            watch = finite.watch if self._check else None
-            logits = self.executable.run(batch.inputs, batch.live, watch)["logits"]
-        finite.check("the logits", logits, True)
+            logits, finite = self._host.run(batch, chunks)
         for i in finite.failures:
             self._wipe(chunks[i].seq)
-        return np.asarray(logits, np.float32), finite.failures
+        return logits, finite.failures
 
     def run_timed(self, chunks: Sequence[Chunk]) -> tuple[list[Timing], Live]:
+        return self.owner.call(partial(self._run_timed, chunks))
+
+    def _run_timed(self, chunks: Sequence[Chunk]) -> tuple[list[Timing], Live]:
         start = time.perf_counter()
         with self._batch(chunks) as batch:
             packing = Timing("", Instruction("pack batch", ()), time.perf_counter() - start)
@@ -75,31 +100,24 @@ class StepLoop:
         rest = time.perf_counter() - start - sum(t.seconds for t in timings)
         return [*timings, Timing("", Instruction("everything else", ()), rest)], batch.live
 
-    @contextmanager
+    @contextlib.contextmanager
     def _batch(self, chunks: Sequence[Chunk]) -> Iterator[Batch]:
-        """The inputs of a step. On an exception the memory of its sequences is reset."""
+        """The inputs of a user's step, which is recorded while its body runs."""
         check_fits(chunks, self._capacity)
-        self._drop()
-        steps = begin(chunks, self.memory)
+        if unknown := [chunk.seq for chunk in chunks if chunk.seq not in self.memory]:
+            raise BatchError(f"sequence {unknown[0]} is not there: it was freed, or never created")
+        assert self.executable
+        self._drop_ahead()
+        self._step = step = Step([Row(chunk) for chunk in chunks])
         try:
-            yield pack(chunks, steps, self._capacity)
-        except BaseException:
-            # States are updated in place: after a step that broke off they are undefined.
-            for chunk in chunks:
-                self.memory.reset(chunk.seq)
+            batch = self._pack(step)
+        except MemoryFullError:
+            self._step = None
             raise
-        for chunk in chunks:
-            self.memory.finish(chunk.seq, len(chunk.tokens))
-
-    def _wipe(self, seq: int) -> None:
-        """Assign zeros to what a sequence alone holds (NaN · 0 is NaN) and empty it."""
-        slots, blocks = self.memory.owned(seq)
-        for store in self.executable.stores:
-            for slot in slots:
-                store.zero("n_slots", slot)
-            for block in blocks:
-                store.zero("n_blocks", block)
-        self.memory.reset(seq)
+        step.is_launched = True
+        yield batch
+        self._finish(step)
+        self._step = None
 
     def step(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
         logits, failures = self.run(chunks)
@@ -109,78 +127,202 @@ class StepLoop:
 
     def prefill(self, seq: int, tokens: Sequence[int], logits: Logits) -> NDArray[np.float32]:
         most = self._capacity.n_outputs if logits is Logits.ALL else self._capacity.n_tokens
-        parts = list(cut(self.memory.n_tokens(seq), len(tokens), most))
+        n_past = self.owner.call(lambda: self.memory.n_tokens(seq))
+        parts = list(cut(n_past, len(tokens), most))
         out = []
         for part in parts:
             wanted = Logits.NONE if logits is Logits.LAST and part != parts[-1] else logits
             out.append(self.step([Chunk(seq, tokens[part], wanted)]))
         return np.concatenate(out)
 
-    def add(self, request: Request, after: Checkpoint | None = None) -> None:
-        self.scheduler.add(request, after)
+    # Requests.
+
+    def add(self, request: Request) -> None:
+        """Queue a request; never waits."""
+        self.owner.note(partial(self.scheduler.add, request))
 
     def cancel(self, request: Request) -> None:
-        request.finish(FinishReason.CANCELLED, "by its user")
+        """End a request now, after the step that runs."""
+        self.owner.note_and_call(partial(self._end, request, request.cancel))
+
+    def cancel_soon(self, request: Request) -> None:
+        """End a request before the next step; never waits."""
+        self.owner.note(partial(self._end, request, request.cancel))
+
+    def _end(self, request: Request, finish: Callable[[], None]) -> None:
+        finish()
         self.scheduler.remove(request)
+
+    def _end_all(self, detail: str, cause: Exception | None = None) -> None:
+        for request in list(self.scheduler.live):
+            self._end(request, partial(request.finish, FinishReason.ERROR, detail, cause))
+
+    def fail(self, error: Exception) -> None:
+        """End all requests with an error of the loop itself, which no step is to blame for."""
+        self.owner.call(partial(self._end_all, f"the step loop failed: {error!r}", error))
+
+    def wait(self, signal: Signal, is_done: Callable[[], bool]) -> None:
+        """Wait until `is_done`, which the `signal` may have news of; run the steps for it."""
+        self.owner.wait(signal, is_done, self._advance)
+
+    async def wait_async(self, signal: Signal, is_done: Callable[[], bool]) -> None:
+        """As `wait`; a thread of its own runs the steps."""
+        if not is_done():
+            self.start()
+        await self.owner.wait_async(signal, is_done)
+
+    def start(self) -> None:
+        """Run steps in a thread of its own from now on, until `close`."""
+        if not self.owner.is_driven:
+            self.owner.call(self._start)
+
+    def _start(self) -> None:
+        assert self.executable
+        if not self.owner.is_driven:
+            self.owner.drive(self)
 
     def advance(self) -> bool:
         """Run one step of the requests that were added; False if there was nothing to do."""
-        if self._advance_overlapped():
-            return True
-        work = self.scheduler.schedule()
-        if not work:
+        return self.owner.call(self._advance)
+
+    def _advance(self) -> bool:
+        assert self.executable
+        try:
+            return self._run_step()
+        except BaseException as error:
+            # Whoever enters next would do it, too; but others may be waiting.
+            is_in_step = self._step is not None
+            self._settle(error)
+            if is_in_step and isinstance(error, Exception):
+                return True  # Its requests have ended with it.
+            raise
+
+    def _run_step(self) -> bool:
+        self._step, self._ahead = self._ahead, None
+        if self._step is None or not self._step.live:
+            self._step = None
+            self._launch(None)
+        step = self._step
+        if step is None or step.outcomes is None:
             return False
-        start = time.perf_counter()
-        with self._ending([request for request, _ in work]):
-            logits, failures = self.run([chunk for _, chunk in work])
-        seconds = time.perf_counter() - start
-        rows = iter(logits)
-        for i, (request, chunk) in enumerate(work):
-            row = next(rows) if chunk.n_outputs else None
-            request.count_step(len(chunk.tokens), seconds)
-            if request.is_at_rollback:
-                self.memory.add_rollback_point(request.seq, replace=True)
-            if i in failures:
-                request.finish(FinishReason.ERROR, failures[i])
-            elif row is not None:
-                try:
-                    request.accept_logits(row)
-                except SamplingError as error:
-                    request.finish(FinishReason.ERROR, str(error))
-            if request.finish_reason:
-                self.scheduler.remove(request)
+        self._finish(step)
+        if self.runner.overlaps:
+            self._launch(step)
+        outcomes = step.outcomes()
+        # A step counts from the tokens before it, or from its launch if nothing ran.
+        start, self._last_end = max(self._last_end, step.start), time.perf_counter()
+        for row, outcome in zip(step.rows, outcomes, strict=True):
+            self._deliver(row, outcome, self._last_end - start)
+            row.is_delivered = True
+        self._step = None
         return True
 
-    def _advance_overlapped(self) -> bool:
-        """As `advance`, by a step whose tokens the device samples; False if it can't be one."""
-        if self.overlap is None:
-            return False
-        with self._ending(r for r in self.scheduler.running if not r.is_prefilling):
-            work = self.overlap.step()
-            for request, token in work:
-                if token >= 0:
-                    request.accept_token(token)
-                else:
-                    position = self.memory.n_tokens(request.seq) - 1
-                    self._wipe(request.seq)
-                    detail = failure("the logits", request.seq, position)
-                    request.finish(FinishReason.ERROR, detail)
-                if request.finish_reason:
-                    self.scheduler.remove(request)
-        return bool(work)
-
-    @contextmanager
-    def _ending(self, requests: Iterable[Request]) -> Iterator[None]:
-        """An exception inside ends these requests."""
+    def _launch(self, before: Step | None) -> None:
+        """Launch the step after `before`, which is in flight, if there is something to run, and
+        memory for a step ahead."""
+        rows = [Row(chunk, request) for request, chunk in self.scheduler.schedule()]
+        if not rows:
+            return
+        step = Step(rows)
+        if before is None:
+            self._step = step
+        else:
+            self._ahead = step
         try:
-            yield
-        except BaseException as error:
-            for request in list(requests):
-                # Its memory may be half written: nothing may continue from it.
-                self.memory.reset(request.seq)
-                if isinstance(error, KeyboardInterrupt):
-                    self.cancel(request)
-                else:
-                    request.finish(FinishReason.ERROR, f"its step broke off: {error!r}")
-                    self.scheduler.remove(request)
-            raise
+            batch = self._pack(step, before)
+        except MemoryFullError:
+            if before is None:
+                raise
+            self._drop_ahead()
+            return
+        step.is_launched = True
+        step.outcomes = self.runner.launch(batch, step, before)
+
+    def _pack(self, step: Step, before: Step | None = None) -> Batch:
+        """Give a recorded step its memory, or none of its rows: MemoryFullError."""
+        for row in step.rows:
+            row.take()
+        chunks = [row.chunk for row in step.rows]
+        spans = begin(chunks, self.memory, preserve_state=before is not None)
+        return pack(chunks, spans, self._capacity)
+
+    def _finish(self, step: Step) -> None:
+        """Count a step's tokens in memory: what comes next is launched behind it."""
+        for row in step.live:
+            self.memory.finish(row.chunk.seq, len(row.chunk.tokens))
+            if row.request is not None and row.request.is_at_rollback:
+                with contextlib.suppress(MemoryFullError):  # Others took the slot promised to it.
+                    self.memory.add_rollback_point(row.chunk.seq, replace=True)
+
+    def _deliver(self, row: Row, outcome: Outcome, seconds: float) -> None:
+        """Give a row to its request. What its own code raises ends the request alone."""
+        request = row.request
+        assert request is not None
+        if request.finish_reason:
+            return
+        request.count_step(len(row.chunk.tokens), seconds, row.is_prompt)
+        request.n_pending -= row.chunk.n_outputs
+        if outcome.failure:
+            self._wipe(request.seq)
+            request.finish(FinishReason.ERROR, outcome.failure)
+        try:
+            if outcome.token is not None:
+                request.accept_token(outcome.token)
+            elif outcome.logits is not None and not outcome.failure:
+                request.accept_logits(outcome.logits)
+        except Exception as error:
+            detail = str(error) if isinstance(error, EngineError) else repr(error)
+            request.finish(FinishReason.ERROR, detail, error)
+        if request.finish_reason:
+            self.scheduler.remove(request)
+        request.signal.notify()
+
+    # After exceptions.
+
+    def _settle(self, error: BaseException | None = None) -> None:
+        """Make everything right after an exception at any place; it may break off, too."""
+        self.memory.recount()
+        self._drop_ahead()
+        if (step := self._step) is not None:
+            reason = f"its step broke off: {error!r}" if error else "its step broke off"
+            for row in step.live:
+                if not row.is_delivered:
+                    self._break_off(row, step, reason, error)
+            self._step = None
+        self.scheduler.rebuild()
+
+    def _break_off(self, row: Row, step: Step, reason: str, error: BaseException | None) -> None:
+        if row.request is not None:
+            row.request.finish(FinishReason.ERROR, reason, error)
+        if not step.is_launched:
+            self.memory.cancel(row.chunk.seq)
+        else:
+            # States are updated in place: after a step that broke off they are undefined.
+            with contextlib.suppress(Exception):  # The device may be what failed.
+                self._zero(row.chunk.seq)
+            self.memory.reset(row.chunk.seq)
+
+    def _drop_ahead(self) -> None:
+        """Undo the step that was launched ahead of its turn: it wrote nothing that is in use."""
+        if self._ahead is not None:
+            for row in self._ahead.live:
+                row.give_back()
+                self.memory.cancel(row.chunk.seq)
+            for row in self._step.rows if self._step else ():
+                if row.request is not None and not row.is_delivered:
+                    row.request.n_pending = row.chunk.n_outputs
+            self.scheduler.take_back()
+        self._ahead = None
+
+    def _wipe(self, seq: int) -> None:
+        """Assign zeros to what a sequence alone holds (NaN · 0 is NaN) and empty it."""
+        self._zero(seq)
+        self.memory.reset(seq)
+
+    def _zero(self, seq: int) -> None:
+        slots, blocks = self.memory.owned(seq)
+        for store in self.executable.stores:
+            for slot in slots:
+                store.zero("n_slots", slot)
+            for block in blocks:
+                store.zero("n_blocks", block)

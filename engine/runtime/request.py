@@ -1,19 +1,18 @@
-"""A request (prompt, tokens so far, why it ended), and the completion that its user sees."""
+"""A request: its prompt, the tokens and the text so far, and why it ended."""
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import EngineError
 from engine.kvcache.sequences import Checkpoint
-from engine.runtime.conversation import ChatPrompt
+from engine.runtime.owner import Signal
 from engine.sampling.chain import Sampler
 from engine.sampling.params import SamplingParams
 from engine.text.tokenizer import StreamDecoder
@@ -77,9 +76,11 @@ def _overlap(text: str, stop: str) -> int:
 class Request:
     """A prompt, which comes after `n_past` positions, with what was generated for it so far.
 
-    ends: tokens that end it. limit: the most positions that it may fill in memory. `rollback_at`:
-    the position in the prompt (0: none) at which a step ends and a rollback point is kept.
-    `on_finish` is called when it ends, with a checkpoint that the callee keeps or releases.
+    ends: tokens that end it. limit: the most positions that it may fill in memory. `after`: the
+    checkpoint that it continues from. `rollback_at`: the position in the prompt (0: none) at which
+    a step ends and a rollback point is kept. `on_finish` is called when it ends, with a checkpoint
+    that the callee keeps or releases. `n_done`: tokens of the prompt that steps have got;
+    `n_pending`: tokens that steps in flight will give it. `cause`: the exception that ended it.
     """
 
     def __init__(
@@ -96,16 +97,32 @@ class Request:
         self.sampler, self._decoder, self._ends = sampler, decoder, ends
         self._stops = StopTexts(params.stop)
         sampler.accept(*self.ids)
-        self.seq = -1
+        self.seq, self.is_admitted = -1, False
+        self.after: Checkpoint | None = None
         self.rollback_at, self.is_at_rollback = 0, False
         self.on_finish: Callable[[Request, Checkpoint], None] | None = None
-        self.n_past, self.n_done = n_past, 0
+        self.n_past, self.n_done, self.n_pending = n_past, 0, 0
         self.prompt_end = n_past + len(self.ids)
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
-        self.text = self.detail = ""
+        self.detail = ""
+        self.cause: BaseException | None = None
         self.ready: deque[Token] = deque()
+        self.signal = Signal()
         self.timings = Timings()
+        # The text in pieces, and what is joined of them: (how many, their text).
+        self._pieces: list[str] = []
+        self._joined = 0, ""
+
+    @property
+    def text(self) -> str:
+        """The text so far; any thread may ask for it."""
+        n, text = self._joined
+        if n < len(self._pieces):
+            new = self._pieces[n:]
+            text += "".join(new)
+            self._joined = n + len(new), text
+        return text
 
     @property
     def is_prefilling(self) -> bool:
@@ -125,20 +142,27 @@ class Request:
         """Whether its rollback point will take a state slot: with it, or with the step after it."""
         return self.position < self.rollback_at or self.is_at_rollback
 
-    def count_step(self, n_tokens: int, seconds: float) -> None:
-        """Note that a step of so many seconds processed its next `n_tokens`."""
+    def take(self, n_tokens: int, n_outputs: int) -> None:
+        """Note that a step has got its next `n_tokens`, and will give `n_outputs` tokens."""
         self.is_at_rollback = self.position < self.rollback_at == self.position + n_tokens
-        if self.is_prefilling:
-            self.n_done += n_tokens
+        self.n_done += n_tokens if self.is_prefilling else 0
+        self.n_pending += n_outputs
+
+    def count_step(self, n_tokens: int, seconds: float, is_prompt: bool) -> None:
+        """Note how long the step that processed `n_tokens` took."""
+        if is_prompt:
             self.timings.n_prompt += n_tokens
             self.timings.prompt_s += seconds
         else:
             self.timings.n_eval += n_tokens
             self.timings.eval_s += seconds
 
-    def can_continue(self, n_more: int) -> bool:
-        """Whether it may have `n_more` tokens without reaching a limit."""
-        return not self._limit_at(len(self.tokens) + n_more)
+    @property
+    def can_decode(self) -> bool:
+        """Whether a step can have its next token: it is known, or a device will feed it."""
+        if not self.n_pending:
+            return True
+        return self.sampler.is_for_device and not self._limit_at(len(self.tokens) + self.n_pending)
 
     def accept_logits(self, logits: NDArray[np.float32]) -> None:
         """Sample the next token from logits [n_vocab]; it may end it. Raises SamplingError."""
@@ -176,10 +200,20 @@ class Request:
         is_full = self.prompt_end + n > self.limit
         return f"the context of {self.limit} positions is full" if is_full else ""
 
-    def finish(self, reason: FinishReason, detail: str = "") -> None:
+    def finish(
+        self, reason: FinishReason, detail: str = "", cause: BaseException | None = None
+    ) -> None:
         """End it; of several calls the first one counts."""
         if self.finish_reason is None:
-            self.finish_reason, self.detail = reason, detail
+            self.detail, self.cause = detail, cause
+            self.finish_reason = reason
+
+    def cancel(self) -> None:
+        """End it for its user; the text that was held back is that of its last tokens."""
+        if self.finish_reason is None:
+            with contextlib.suppress(Exception):  # Stop texts that are none raise whenever asked.
+                self._pieces.append(self._rest())
+            self.finish(FinishReason.CANCELLED, "by its user")
 
     def _rest(self) -> str:
         """The text that decoder and stop texts still hold back."""
@@ -187,81 +221,5 @@ class Request:
         return text if is_stopped else text + self._stops.finish()
 
     def _emit(self, token: int, text: str) -> None:
+        self._pieces.append(text)
         self.ready.append(Token(text, token))
-        self.text += text
-
-
-class GenerationError(EngineError):
-    """A completion that could not go on."""
-
-
-class Runner(Protocol):
-    """What a completion needs of its engine."""
-
-    def advance(self) -> bool: ...
-
-    def cancel(self, request: Request) -> None: ...
-
-
-class Completion:
-    """An iterator of a completion's tokens, each with `.text` and `.token`.
-
-    `next` runs steps until a token is there, and raises GenerationError if the completion ended by
-    an error. `text` and `tokens` (without an end-of-generation token) are what came so far,
-    `timings` what its steps took. When it has ended, `finish_reason` says why, and `detail` says it
-    in words. `close`, or dropping the last reference, cancels it and frees its memory.
-    """
-
-    def __init__(self, engine: Runner, request: Request) -> None:
-        self._engine, self._request = engine, request
-        self.tokens, self.timings = request.tokens, request.timings
-        self._is_stopping = False
-
-    def __iter__(self) -> Completion:
-        return self
-
-    def __next__(self) -> Token:
-        request = self._request
-        while not request.ready:
-            if request.finish_reason is FinishReason.ERROR:
-                raise GenerationError(request.detail)
-            if request.finish_reason:
-                raise StopIteration
-            if self._is_stopping:
-                self.cancel()
-            else:
-                self._engine.advance()
-        return request.ready.popleft()
-
-    @property
-    def text(self) -> str:
-        return self._request.text
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        return self._request.finish_reason
-
-    @property
-    def detail(self) -> str:
-        return self._request.detail
-
-    def stop(self) -> None:
-        """Cancel it at the next call of `next`; a signal handler may call this within a step."""
-        self._is_stopping = True
-
-    def cancel(self) -> None:
-        """End it with the reason `cancelled`, unless it has ended already."""
-        self._engine.cancel(self._request)
-
-    close = cancel
-
-    def __del__(self) -> None:
-        self._engine.cancel(self._request)
-
-
-class ChatCompletion(Completion):
-    """An answer of a chat: a Completion with its `prompt`."""
-
-    def __init__(self, engine: Runner, request: Request, prompt: ChatPrompt) -> None:
-        super().__init__(engine, request)
-        self.prompt = prompt

@@ -7,12 +7,12 @@ cut. Requests are admitted in order of arrival, each when all memory that it may
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from math import ceil
 
 from engine.graph import Capacity
-from engine.kvcache.sequences import Checkpoint, SequenceMemory
+from engine.kvcache.sequences import CheckpointError, SequenceMemory
 from engine.runtime.batch import BLOCK_POSITIONS, Chunk, Logits
 from engine.runtime.request import FinishReason, Request
 
@@ -31,37 +31,81 @@ def cut(n_past: int, n_tokens: int, n_ubatch: int) -> Iterator[slice]:
 
 
 class Scheduler:
-    """Requests waiting and running; at most `capacity.n_seqs` run at a time."""
+    """Requests waiting and running; at most `capacity.n_seqs` run at a time.
+
+    A request is in `live` from the time it is added until all that it held is free; `waiting` and
+    `running` follow from that.
+    """
 
     def __init__(
         self, memory: SequenceMemory, capacity: Capacity, reclaim: Callable[[], bool]
     ) -> None:
         """`reclaim` frees memory that is cached for later; False if there was none."""
         self.memory, self._capacity, self._reclaim = memory, capacity, reclaim
-        self.waiting: deque[Request] = deque()
-        self.running: deque[Request] = deque()
-        self._prefill_turn = False
+        self.live: dict[Request, None] = {}
+        self.waiting: OrderedDict[Request, None] = OrderedDict()
+        self.running: list[Request] = []
+        self._prefill_turn = self._turn_before = False
 
-    def add(self, request: Request, after: Checkpoint | None = None) -> None:
-        """Queue a request, which continues from a checkpoint if there is one."""
-        request.seq = self.memory.create()
-        if after is not None:
-            self.memory.restore(request.seq, after)
-        self.waiting.append(request)
+    def add(self, request: Request) -> None:
+        """Queue a request, unless it has ended; to do it twice changes nothing."""
+        if request in self.live:
+            return
+        if request.finish_reason:
+            self._tell(request)
+            return
+        if request.seq < 0:
+            request.seq = self.memory.reserve()
+        try:
+            if request.after is None:
+                self.memory.create(request.seq)
+            else:
+                self.memory.fork(request.after.seq, request.seq)
+        except (CheckpointError, KeyError) as error:
+            request.finish(FinishReason.ERROR, "its checkpoint was released meanwhile", error)
+            self._tell(request)
+            return
+        self.waiting[request] = None
+        self.live[request] = None
+        request.after = None
 
     def remove(self, request: Request) -> None:
-        """Take a finished request out and free its memory."""
-        for queue in (self.waiting, self.running):
-            if request in queue:
-                queue.remove(request)
-                if request.on_finish is not None:
-                    request.on_finish(request, self.memory.checkpoint(request.seq))
-                self.memory.free(request.seq)
+        """Take a finished request out and free its memory; to do it twice changes nothing."""
+        if request not in self.live:
+            return
+        on_finish, request.on_finish = request.on_finish, None
+        if on_finish is not None:
+            try:
+                on_finish(request, self.memory.checkpoint(request.seq))
+            except Exception as error:
+                self.memory.recount()
+                request.detail += f"; what came after it broke off: {error!r}"
+        self.memory.free(request.seq)
+        self.waiting.pop(request, None)
+        if request in self.running:
+            self.running.remove(request)
+        self._tell(request)
+        del self.live[request]
+
+    def _tell(self, request: Request) -> None:
+        """Tell those who wait that a request has ended; to do it twice changes nothing."""
+        request.after = None
+        request.signal.ended.append(request)
+        request.signal.notify()
+
+    def rebuild(self) -> None:
+        """Make the queues right after an exception at any place: they follow from `live`."""
+        for request in list(self.live):
+            if request.finish_reason:
+                self.remove(request)
+        self.running = [r for r in self.live if r.is_admitted]
+        self.waiting = OrderedDict((r, None) for r in self.live if not r.is_admitted)
 
     def schedule(self) -> list[tuple[Request, Chunk]]:
         """The chunks of the next step, each with its request; none if nothing can run."""
+        self._turn_before = self._prefill_turn
         self._admit()
-        work = [(r, Chunk(r.seq, [r.tokens[-1]])) for r in self.running if not r.is_prefilling]
+        work = [(r, _decode_chunk(r)) for r in self.running if not r.is_prefilling and r.can_decode]
         first = next((r for r in self.running if r.is_prefilling), None)
         prefill = self._prefill_chunks(self._capacity.n_tokens - len(work))
         if work and first and all(r is not first for r, _ in prefill):
@@ -71,27 +115,28 @@ class Scheduler:
                 work, prefill = [], self._prefill_chunks(self._capacity.n_tokens)
         # Prompts that got the fewest tokens come first in the next step.
         n_given = {r: len(chunk.tokens) for r, chunk in prefill}
-        self.running = deque(sorted(self.running, key=lambda r: n_given.get(r, 0)))
+        self.running = sorted(self.running, key=lambda r: n_given.get(r, 0))
         return work + prefill
 
-    def decoding(self) -> list[Request]:
-        """All running requests if each of them decodes; none if a prompt is being processed."""
-        self._admit()
-        return [] if any(r.is_prefilling for r in self.running) else list(self.running)
+    def take_back(self) -> None:
+        """The step that was scheduled last will not run: whose turn it was, it is."""
+        self._prefill_turn = self._turn_before
 
     def _admit(self) -> None:
         """Start waiting requests, in order of arrival, while their memory is free."""
         while self.waiting and len(self.running) < self._capacity.n_seqs:
-            request = self.waiting[0]
+            request = next(iter(self.waiting))
             if self._fits(request):
-                self.running.append(self.waiting.popleft())
+                request.is_admitted = True
+                self.running.append(request)
+                del self.waiting[request]
             elif self.running:
                 return
             elif not self._reclaim():
                 if request.rollback_at:
                     request.rollback_at = 0  # It can run without.
                 else:
-                    self._refuse(self.waiting.popleft())
+                    self._refuse(request)
 
     def _fits(self, request: Request) -> bool:
         """Whether all that it and the running requests may still take is free."""
@@ -106,8 +151,8 @@ class Scheduler:
             f"it needs {request.limit} positions and a state slot: {n_positions} positions and "
             f"{self.memory.slots.n_free} slots are free, others are held (by checkpoints, say)"
         )
-        self.memory.free(request.seq)
         request.finish(FinishReason.ERROR, detail)
+        self.remove(request)
 
     def _unclaimed_slots(self, request: Request) -> int:
         """State slots that it will still take: with its first step, and for a rollback point."""
@@ -140,6 +185,11 @@ class Scheduler:
             return min(done + 1, last) if budget else done
         end = min(done - done % BLOCK_POSITIONS + BLOCK_POSITIONS, last)
         return end if end - done <= budget else done
+
+
+def _decode_chunk(request: Request) -> Chunk:
+    # A token that is still to come is fed by the device.
+    return Chunk(request.seq, request.tokens[-1:] or [0])
 
 
 def _chunk(request: Request, end: int) -> Chunk:

@@ -40,7 +40,7 @@ KEYS = f"{IK_KEYS} {IK_SPEEDS} {OUR_KEYS}".split()
 
 def contents(engine: Engine, seq: int) -> list[dict[str, Any]]:
     """The recurrent state and the KV cache of a sequence, from every store."""
-    span, size = engine.memory._sequences[seq], engine.capacity.block_size
+    span, size = engine.memory.allocation(seq), engine.capacity.block_size
     saved: list[dict[str, Any]] = []
     for store in engine.loop.executable.stores:
         saved.append({} if span.state.slot < 0 else save(store, "n_slots", span.state.slot))
@@ -218,7 +218,7 @@ def test_bytes_are_those_a_sequence_fills(path: Path, rng: Rng) -> None:
     with Engine.load(path, n_ctx=256, n_ubatch=64, n_checkpoints=3) as engine:
         seq = engine.memory.create()
         engine.prefill(seq, [1] * 100)
-        span = engine.memory._sequences[seq]
+        span = engine.memory.allocation(seq)
         (store,) = engine.loop.executable.stores
         state = sum(a.nbytes for a in save(store, "n_slots", span.state.slot).values())
         block = sum(a.nbytes for a in save(store, "n_blocks", span.table.blocks[0]).values())

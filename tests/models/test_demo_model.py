@@ -217,7 +217,7 @@ def test_answers_of_a_chat_on_cuda_devices(make_device: MakeDevice) -> None:
     """Also the emulated one, which takes its time; its steps run ahead of the host."""
     asked = [("What is 27 plus 48?", "75"), ("The cup is blue. What color is the cup?", "blue")]
     with engine_on(DEMO_MODEL, cuda_and_others(make_device(0)), n_ctx=256, n_ubatch=64) as engine:
-        assert engine.loop.overlap is not None
+        assert engine.loop.runner.overlaps
         messages: list[dict[str, str]] = []
         for question, right in asked:
             messages.append({"role": "user", "content": question})

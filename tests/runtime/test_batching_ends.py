@@ -6,6 +6,7 @@ A request that has to wait runs when memory is free; one that never fits is refu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 
 from engine import Engine, SamplingParams
 from engine.kvcache.sequences import Checkpoint
-from engine.runtime.request import Completion, GenerationError
+from engine.runtime.completion import Completion, GenerationError
 from tests.support.helpers import assert_all_free
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
@@ -110,6 +111,24 @@ def test_ends_when_its_user_says_so(company: Engine) -> None:
     # A completion that had ended before keeps its reason.
     other.cancel()
     assert other.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"stop": (5,)}, {"temperature": 1e308, "dynatemp_range": 1e308, "top_k": 1},
+     {"dry_multiplier": 1e308, "dry_base": 1e308}],
+)  # fmt: skip
+def test_what_its_own_code_raises_ends_it_alone(company: Engine, params: dict[str, Any]) -> None:
+    """The others were one token off after it, with the reason `length`."""
+    done, other = company.generate_batch([[1] * 5, [2]], [replace(GREEDY, **params), GREEDY])
+    assert done.finish_reason in ("error", "length")
+    assert (done.finish_reason == "error") == ("dry_base" not in params)
+    assert other.tokens == tokens_alone(company, [2])
+    with pytest.raises(GenerationError) if done.finish_reason == "error" else nullcontext():
+        list(done)
+    # Nor does it stop anybody when it is cancelled before its first token.
+    company.generate([1], replace(GREEDY, **params)).stop()
+    assert company.generate([2], GREEDY).wait().tokens == other.tokens
 
 
 def test_ends_with_an_error_of_its_own(company: Engine) -> None:

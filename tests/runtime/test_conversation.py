@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from engine import ChatTemplate, Engine, SamplingParams
-from engine.engine import PromptError
 from engine.kvcache.sequences import Checkpoint
-from engine.runtime.request import ChatCompletion
+from engine.runtime.completion import ChatCompletion
+from engine.runtime.requests import PromptError
 from engine.text.template import ChatError
 from engine.text.tokenizer import ESCAPE, TokenizerError
 from tests.support.chats import CHATML, QWEN35_STYLE, Messages

@@ -16,6 +16,7 @@ from engine import Engine, SamplingParams
 from engine.config import ConfigError
 from engine.kvcache.pool import MemoryFullError
 from engine.runtime.batch import BatchError, Chunk
+from engine.runtime.completion import GenerationError
 from tests.support.helpers import (
     EXACT,
     assert_all_free,
@@ -214,4 +215,39 @@ def test_a_batch_beyond_the_capacity_holds_nothing(
         chunks = [Chunk(engine.memory.create(), [1] * n) for n in lengths]
         with pytest.raises(BatchError, match="expected at"):
             engine.step(chunks)
+        assert_all_free(engine)
+
+
+def test_a_sequence_that_is_not_there_is_refused(tiny: Path, load: Load) -> None:
+    """And nothing else is: what was there is as it was."""
+    with load(tiny, n_ctx=256, n_parallel=2) as engine:
+        seq, gone = engine.memory.create(), engine.memory.create()
+        engine.memory.free(gone)
+        first = engine.step([Chunk(seq, [1, 2])])
+        for bad in (gone, 99, -1):
+            with pytest.raises(BatchError, match=f"sequence {bad} is not there"):
+                engine.step([Chunk(seq, [3]), Chunk(bad, [3])])
+        with pytest.raises(KeyError):
+            engine.memory.n_tokens(99)
+        assert engine.memory.n_tokens(seq) == 2
+        again = engine.memory.create()
+        assert np.array_equal(engine.step([Chunk(again, [1, 2])]), first)
+        engine.memory.free(seq)
+        engine.memory.free(again)
+        assert_all_free(engine)
+
+
+def test_a_checkpoint_that_goes_before_its_request_begins(tiny: Path, load: Load) -> None:
+    """As another thread may release it between the check and the next step."""
+    with load(tiny, n_ctx=256) as engine:
+        seq = engine.memory.create()
+        engine.step([Chunk(seq, [1, 2])])
+        kept = engine.memory.checkpoint(seq)
+        completion = engine.generate([3], after=kept)
+        engine.memory._memory.free(kept.seq)
+        with pytest.raises(GenerationError, match="its checkpoint was released meanwhile"):
+            next(completion)
+        (other,) = engine.generate_batch([[1]], SamplingParams(max_tokens=2, ignore_eos=True))
+        assert len(other.tokens) == 2
+        engine.memory.free(seq)
         assert_all_free(engine)

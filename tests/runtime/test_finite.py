@@ -18,8 +18,8 @@ from engine import Engine, SamplingParams
 from engine.formats.gguf import GGUFFile
 from engine.formats.quants import dequantize
 from engine.runtime.batch import Chunk, Logits
+from engine.runtime.completion import Completion, GenerationError
 from engine.runtime.finite import NonFiniteError
-from engine.runtime.request import Completion, GenerationError
 from tests.support.helpers import ROW_BY_ROW, STD, assert_all_free, nmse, random_ids
 from tools.synth import write_model
 
@@ -156,8 +156,8 @@ def test_its_states_are_zeros_and_nobody_elses(engine: Engine, rng: Rng) -> None
     memory = engine.memory
     a, b = memory.create(), memory.create()
     engine.step([Chunk(a, ids(rng, 70)), Chunk(b, ids(rng, 70))])
-    slots = {seq: memory._sequences[seq].state.slot for seq in (a, b)}
-    blocks = {seq: list(memory._sequences[seq].table.blocks) for seq in (a, b)}
+    slots = {seq: memory.allocation(seq).state.slot for seq in (a, b)}
+    blocks = {seq: list(memory.allocation(seq).table.blocks) for seq in (a, b)}
     kept = {t: (v[slots[a]].copy(), v[blocks[a]].copy()) for t, v in snapshot(engine, 2)}
     _, failures = engine.run([Chunk(b, [BAD])])
     assert list(failures) == [0]

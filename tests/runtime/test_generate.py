@@ -12,8 +12,10 @@ import pytest
 
 from engine import Engine, SamplingParams
 from engine.config import ConfigError
-from engine.engine import PromptError, plan_only
+from engine.engine import plan_only
+from engine.errors import EngineError
 from engine.runtime.request import Token
+from engine.runtime.requests import PromptError
 from tests.support.helpers import N_VOCAB, ROW_BY_ROW, STD, assert_all_free, random_ids
 from tools.makevocab import made_vocabulary
 from tools.synth import write_model
@@ -319,8 +321,9 @@ def test_a_closed_engine_refuses(tiny: Path) -> None:
     with Engine.load(tiny) as engine:
         tokens = engine.generate(PROMPT, GREEDY)
         next(tokens)
-    for use in (lambda: next(tokens), lambda: engine.logits([1])):
-        with pytest.raises(ConfigError, match="the engine is closed"):
+    uses = (lambda: next(tokens), lambda: engine.logits([1]), lambda: engine.generate([1]))
+    for use in (*uses, engine.advance, engine.start):
+        with pytest.raises(EngineError, match="the engine is closed"):
             use()
     engine.close()  # a second time is no error
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from engine.graph import Capacity
 from engine.kvcache.sequences import SequenceMemory
 from engine.runtime.batch import Chunk, Logits, begin, check_fits
+from engine.runtime.owner import Signal
 from engine.runtime.request import FinishReason
 from engine.runtime.scheduler import Scheduler
 
@@ -38,6 +39,7 @@ class Fake:
         self.on_finish = None
         self.rollback_at = 0
         self.n_waited = 0
+        self.after, self.is_admitted, self.can_decode, self.signal = None, False, True, Signal()
 
     @property
     def is_prefilling(self) -> bool:

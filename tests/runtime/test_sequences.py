@@ -171,7 +171,7 @@ class Walk:
         except MemoryFullError:
             # Contents are as they were; snapshots may have gone.
             for seq, sequence in self.sequences.items():
-                sequence.snapshots &= set(self.memory._sequences[seq].token_states)
+                sequence.snapshots &= set(self.memory.allocation(seq).token_states)
 
     def end(self) -> None:
         for seq in list(self.sequences):

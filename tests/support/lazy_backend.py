@@ -1,6 +1,6 @@
 """A backend that samples as a device does: it runs launched steps in order, as late as possible.
 
-It is the reference backend in float64. A launched step runs when its ids are asked for, or before
+It is the reference backend in float64. A launched step runs when it is waited for, or before
 anything else reads or writes its memory. So an engine that relies on more than the order of work,
 or reads too early, gets wrong numbers.
 """
@@ -49,13 +49,13 @@ class LazyBackend(ReferenceBackend):
 
     def work(self, until: LazyHandle | None = None) -> None:
         """Run everything that was launched, or up to one step."""
-        while self.queue and (until is None or not until.sampled):
+        while self.queue and (until is None or not until.is_done):
             handle, step = self.queue.pop(0)
             # The step's own writes call this too; they must not run the steps after it.
             later, self.queue = self.queue, []
             step()
             self.queue = later
-            assert handle.sampled
+            assert handle.is_done
 
 
 class LazyStates(ArrayStates):
@@ -79,14 +79,16 @@ class LazyStates(ArrayStates):
 
 
 class LazyHandle:
-    """Ids of a step, once they are sampled."""
+    """What a step gave, once it has run."""
 
     def __init__(self, backend: LazyBackend) -> None:
-        self._backend, self.sampled = backend, list[int]()
+        self._backend, self.is_done = backend, False
+        self.sampled: list[int] = []
+        self.logits: list[NDArray[np.float32]] = []
 
-    def ids(self) -> list[int]:
+    def wait(self) -> tuple[list[int], NDArray[np.float32]]:
         self._backend.work(self)
-        return self.sampled
+        return self.sampled, np.array(self.logits)
 
 
 class LazySampler:
@@ -108,10 +110,14 @@ class LazySampler:
         self,
         inputs: Mapping[str, Array],
         live: Live,
-        specs: Sequence[SampleSpec],
+        specs: Sequence[SampleSpec | None],
         feed: Sequence[int],
     ) -> LazyHandle:
-        assert live.n_tokens == live.n_seqs == live.n_outputs == len(specs) == len(feed)
+        assert live.n_outputs == len(specs) == len(feed)
+        # What is fed are the first rows, the only ones of their sequences.
+        n_fed = max((i + 1 for i, source in enumerate(feed) if source >= 0), default=0)
+        assert [length for _, length in live.chunks[:n_fed]] == [1] * n_fed
+        assert inputs["output_rows"][:n_fed].tolist() == list(range(n_fed))
         before, handle = self._last, LazyHandle(self._backend)
         given = {name: values.copy() for name, values in inputs.items()}
         self.feeds.append(list(feed))
@@ -124,9 +130,11 @@ class LazySampler:
                 self._backend.write(t, given[t.name])
             self._program.run(live)
             rows = self._backend.read(self._logits).astype(np.float32)
-            handle.sampled = [
-                sampled_token(row, spec) for row, spec in zip(rows, specs, strict=True)
-            ]
+            for row, spec in zip(rows, specs, strict=True):
+                handle.sampled.append(0 if spec is None else sampled_token(row, spec))
+                if spec is None:
+                    handle.logits.append(row)
+            handle.is_done = True
 
         self._backend.queue.append((handle, step))
         self._last = handle

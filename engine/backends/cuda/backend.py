@@ -62,5 +62,8 @@ class CudaBackend(MemoryBackend):
             return None
         return CudaSampler(self, program.launch, inputs, logits)
 
+    def enter_thread(self) -> None:
+        self.device.enter_thread()
+
     def measure_limits(self) -> Limits:
         return limits.measure(self.device)

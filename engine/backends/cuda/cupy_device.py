@@ -9,7 +9,7 @@ import ctypes
 import re
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -98,9 +98,14 @@ class CupyDevice:
         self._copy_async(values.ctypes.data, address, values.nbytes, to_device=False)
         self.synchronize()
 
-    def fetch(self, address: int, n_bytes: int) -> Fetched:
-        buffer = self._back.next()
-        self._copy_async(buffer.address, address, n_bytes, to_device=False)
+    def fetch(self, spans: Sequence[tuple[int, int]]) -> Fetched:
+        n_bytes = sum(n for _, n in spans)
+        if n_bytes > self._back.size:
+            self._back = StagingRing(self._cupy.cuda, self.wait, 4, 1 << (n_bytes - 1).bit_length())
+        buffer, at = self._back.next(), 0
+        for address, n in spans:
+            self._copy_async(buffer.address + at, address, n, to_device=False)
+            at += n
         buffer.event.record(self.stream)
 
         def values() -> Array:
@@ -129,6 +134,9 @@ class CupyDevice:
             driver.funcSetAttribute(function.ptr, limit, shared_bytes)
             self._allowed[name] = shared_bytes
         return int(function.ptr)
+
+    def enter_thread(self) -> None:
+        self._device.use()
 
     def prepare(self) -> None:
         missing = [n for n in nvrtc.sources() if nvrtc.cached(n, self.target) is None]

@@ -6,7 +6,7 @@ that needs no GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -76,9 +76,10 @@ class Device(Protocol):
     def download(self, address: int, values: Array) -> None:
         """Wait for all work and copy to `values`, which lies without gaps."""
 
-    def fetch(self, address: int, n_bytes: int) -> Fetched:
-        """Copy bytes to the host behind the work so far, without waiting. For few bytes; their
-        values may be read until three more fetches were made."""
+    def fetch(self, spans: Sequence[tuple[int, int]]) -> Fetched:
+        """Copy bytes, spans of (address, number), to the host behind the work so far, without
+        waiting. Their values, one span after the other, may be read until three more fetches were
+        made."""
 
     def fill(self, address: int, n_bytes: int, byte: int) -> None:
         """Set bytes."""
@@ -97,6 +98,9 @@ class Device(Protocol):
 
     def capture(self, launches: Callable[[], None]) -> Replay:
         """Record the launches of a function, without running them."""
+
+    def enter_thread(self) -> None:
+        """Make the device the current one of this thread."""
 
     def prepare(self) -> None:
         """Compile every source that is not yet compiled."""

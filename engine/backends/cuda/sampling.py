@@ -41,8 +41,9 @@ def specs_input(n_rows: int) -> Tensor:
     return Tensor("sample_specs", (Dim(n_rows, "n_outputs"), SPEC.itemsize // 4), I32, Kind.INPUT)
 
 
-def packed_specs(specs: Sequence[SampleSpec], feed: Sequence[int]) -> NDArray[np.int32]:
+def packed_specs(given: Sequence[SampleSpec | None], feed: Sequence[int]) -> NDArray[np.int32]:
     """The values of that input."""
+    specs = [spec or SampleSpec() for spec in given]
     packed = np.zeros(len(specs), SPEC)
     for name in ("temperature", "top_p", "uniform", "top_k"):
         packed[name] = [getattr(spec, name) for spec in specs]
@@ -50,7 +51,7 @@ def packed_specs(specs: Sequence[SampleSpec], feed: Sequence[int]) -> NDArray[np
     packed["feed"], packed["n_banned"] = feed, [len(spec.banned) for spec in specs]
     for row, spec in zip(packed, specs, strict=True):
         row["banned"][: len(spec.banned)] = spec.banned
-    return packed.view(np.int32).reshape(len(specs), -1)
+    return packed.view(np.int32).reshape(len(specs), SPEC.itemsize // 4)
 
 
 class CudaSampler:
@@ -64,6 +65,7 @@ class CudaSampler:
         (tokens,) = (t for t in inputs if t.name == "tokens")
         n_rows, n_segments = int(specs.shape[0]), cut(int(logits.shape[1]), SEGMENT)
         assert n_segments <= MAX_SEGMENTS
+        self._n_vocab, self._logits = int(logits.shape[1]), backend.fixed(logits)
         sampled = Scratch((n_rows,), I32)
         # Two words a key.
         best = Scratch((n_rows, 2 * MAX_SEGMENTS * MAX_TOP_K), I32)
@@ -91,7 +93,7 @@ class CudaSampler:
         self,
         inputs: Mapping[str, NDArray[np.int32]],
         live: Live,
-        specs: Sequence[SampleSpec],
+        specs: Sequence[SampleSpec | None],
         feed: Sequence[int],
     ) -> CudaStepHandle:
         backend = self._backend
@@ -100,13 +102,20 @@ class CudaSampler:
         backend.write(backend.sample_specs, packed_specs(specs, feed))
         backend.begin(live)
         self._replays.run(live)
-        return CudaStepHandle(backend.device.fetch(self._memory[0].address, 4 * len(specs)))
+        row_bytes = 4 * self._n_vocab
+        rows = [self._logits + i * row_bytes for i, spec in enumerate(specs) if spec is None]
+        # At least a word, so that a step without outputs can be waited for, too.
+        spans = [(self._memory[0].address, 4 * max(1, len(specs)))]
+        fetched = backend.device.fetch([*spans, *((address, row_bytes) for address in rows)])
+        return CudaStepHandle(fetched, len(specs), len(rows))
 
     def _run(self, live: Live) -> None:
-        self._feed(live)
+        if live.n_outputs:
+            self._feed(live)
         self._decode(live)
-        self._segments(live)
-        self._rows(live)
+        if live.n_outputs:
+            self._segments(live)
+            self._rows(live)
 
 
 @dataclass(frozen=True)
@@ -114,10 +123,14 @@ class CudaStepHandle:
     """See StepHandle."""
 
     _fetched: Fetched
+    _n_ids: int
+    _n_rows: int
 
-    def ids(self) -> list[int]:
-        ids: list[int] = self._fetched().view(np.int32).tolist()
-        return ids
+    def wait(self) -> tuple[list[int], NDArray[np.float32]]:
+        words = self._fetched().view(np.int32)
+        logits = words[max(1, self._n_ids) :].view(np.float32)
+        shape = self._n_rows, len(logits) // max(1, self._n_rows)
+        return words[: self._n_ids].tolist(), logits.reshape(shape)
 
 
 class _Prepared:

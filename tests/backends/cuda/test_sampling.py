@@ -81,7 +81,7 @@ class Rows:
 
     def draw(self, logits: Logits, draws: list[SampleSpec]) -> list[int]:
         n = len(draws)
-        return self.start(logits, draws, [-1] * n, [0] * n).ids()
+        return self.start(logits, draws, [-1] * n, [0] * n).wait()[0]
 
     def fed(self, n: int) -> list[int]:
         values = np.empty(n, np.int32)
@@ -224,8 +224,8 @@ def test_tokens_are_fed(device: Device) -> None:
     assert rows.fed(3) == [33, 8, 0]
     rows.start(logits[:2], [SampleSpec()] * 2, [1, 0], [0, 0])
     assert rows.fed(2) == [33, 22]
-    assert first.ids() == [11, 22, 33, -1]
-    assert second.ids() == [22, 33, -1]
+    assert first.wait()[0] == [11, 22, 33, -1]
+    assert second.wait()[0] == [22, 33, -1]
 
 
 # Completions.
@@ -257,7 +257,7 @@ def test_completions_are_those_of_the_host_s_draws(
             )
         backends = cuda_and_others(device, batch_invariant=True)
         with engine_on(path, backends, n_ctx=512, n_ubatch=128, n_parallel=3) as engine:
-            assert (engine.loop.overlap is not None) == is_ahead
+            assert engine.loop.runner.overlaps == is_ahead
             runs.append(generate(engine, prompts, each))
     assert runs[0] == runs[1]
 
@@ -269,7 +269,7 @@ def test_checkpoints_while_a_step_runs_ahead(device: Device, models: Models) -> 
         completion = engine.generate([5, 6, 7], GREEDY)
         for _ in range(4):
             next(completion)
-        checkpoint = engine.memory.checkpoint(completion._request.seq)
+        checkpoint = engine.memory.checkpoint(completion.request.seq)
         assert checkpoint.n_tokens == 6
         assert [t.token for t in completion] == whole.tokens[4:]
         rest = replace(GREEDY, max_tokens=6)
@@ -290,7 +290,7 @@ def test_turns_go_on_from_the_tokens_that_came(device: Device, models: Models, s
     """The row that runs on when a turn ends or is stopped leaves nothing in what is held."""
     template, messages = ChatTemplate(source), list[dict[str, str]]()
     with engine_on(models("tiny", "F32"), cuda_and_others(device), n_ctx=1024) as engine:
-        assert engine.loop.overlap is not None
+        assert engine.loop.runner.overlaps
         for turn in range(3):
             messages.append({"role": "user", "content": f"turn {turn}"})
             answer = engine.chat(messages, GREEDY, template=template)

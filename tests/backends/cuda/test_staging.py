@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> CupyDevice:
     made.stream, made._errors = stream, (RuntimeError, RuntimeError)
     made._small, made._large = (StagingRing(Cuda, made.wait, n, s) for n, s in ((3, 64), (2, 256)))
     made._back = StagingRing(Cuda, made.wait, 4, 64)
+    cupy: Any = SimpleNamespace(cuda=Cuda)
+    made._cupy = cupy
 
     def copy(target: int, source: int, n_bytes: int, to_device: bool) -> None:
         stream.work.append((_bytes(target, n_bytes), _bytes(source, n_bytes)))
@@ -112,8 +115,17 @@ def test_what_is_fetched_is_as_it_was(device: CupyDevice) -> None:
     memory, fetched = np.zeros(4, np.int32), []
     for i in range(9):
         device.upload(memory.ctypes.data, np.full(4, i, np.int32))
-        fetched.append(device.fetch(memory.ctypes.data, 16))
+        fetched.append(device.fetch([(memory.ctypes.data, 16)]))
         if i >= 1:
             # The one before is waited for while this one is on its way.
             assert fetched[-2]().view(np.int32).tolist() == [i - 1] * 4
             assert device.stream.n_done < len(device.stream.work)
+
+
+def test_spans_are_fetched_one_after_the_other(device: CupyDevice) -> None:
+    """Also more bytes than before, while an earlier fetch is on its way."""
+    memory = np.arange(100, dtype=np.int32)
+    first = device.fetch([(memory.ctypes.data + 8, 4), (memory.ctypes.data, 8)])
+    second = device.fetch([(memory.ctypes.data + 4, 4), (memory.ctypes.data + 80, 320)])
+    assert first().view(np.int32).tolist() == [2, 0, 1]
+    assert second().view(np.int32).tolist() == [1, *range(20, 100)]

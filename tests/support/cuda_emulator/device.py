@@ -12,7 +12,7 @@ import functools
 import time
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -159,11 +159,12 @@ class EmulatedDevice:
         self._expect_owned(address, values.nbytes)
         ctypes.memmove(values.ctypes.data, address, values.nbytes)
 
-    def fetch(self, address: int, n_bytes: int) -> Fetched:
+    def fetch(self, spans: Sequence[tuple[int, int]]) -> Fetched:
         """Copy from the device."""
         self._refuse_captured("fetch")
-        self._expect_owned(address, n_bytes)
-        values = _at(address, n_bytes).copy()
+        for address, n_bytes in spans:
+            self._expect_owned(address, n_bytes)
+        values = np.concatenate([_at(address, n_bytes) for address, n_bytes in spans])
         return lambda: values
 
     def fill(self, address: int, n_bytes: int, byte: int) -> None:
@@ -248,6 +249,9 @@ class EmulatedDevice:
             work()
         else:
             self._recording.append(work)
+
+    def enter_thread(self) -> None:
+        """Any thread may use it."""
 
     def prepare(self) -> None:
         """Each source is compiled when it is first used."""

@@ -1,0 +1,126 @@
+"""The completion that a user sees of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, Self
+
+from engine.errors import EngineError
+from engine.runtime.conversation import ChatPrompt
+from engine.runtime.owner import Signal
+from engine.runtime.request import FinishReason, Request, Token
+
+
+class GenerationError(EngineError):
+    """A completion that could not go on."""
+
+
+class Loop(Protocol):
+    """What a completion needs of the step loop."""
+
+    def wait(self, signal: Signal, is_done: Callable[[], bool]) -> None: ...
+
+    async def wait_async(self, signal: Signal, is_done: Callable[[], bool]) -> None: ...
+
+    def cancel(self, request: Request) -> None: ...
+
+    def cancel_soon(self, request: Request) -> None: ...
+
+
+class Completion:
+    """An iterator of a completion's tokens, each with `.text` and `.token`; also `async for`.
+
+    `next` waits until a token is there, or runs the steps for it (see Engine.start), and raises
+    GenerationError if the completion ended by an error. `text` and `tokens` (without an
+    end-of-generation token) are what came so far, `timings` what its steps took. When it has ended,
+    `finish_reason` says why, and `detail` says it in words. `close`, or dropping the last
+    reference, cancels it and frees its memory; so does the end of a task that waits in `async for`.
+    """
+
+    def __init__(self, loop: Loop, request: Request) -> None:
+        self._loop, self.request = loop, request
+        self.tokens, self.timings = request.tokens, request.timings
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Token:
+        while True:
+            self._loop.wait(self.request.signal, self._has_news)
+            # Another thread may have taken the token meanwhile.
+            if (token := self._take()) is not None:
+                return token
+            if self.request.finish_reason is not None and not self.request.ready:
+                self._raise_error()
+                raise StopIteration
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Token:
+        try:
+            await self._loop.wait_async(self.request.signal, self._has_news)
+        except BaseException:
+            self.stop()
+            raise
+        if (token := self._take()) is not None:
+            return token
+        self._raise_error()
+        raise StopAsyncIteration
+
+    def wait(self) -> Self:
+        """Wait until it has ended; its tokens can be iterated over afterwards, too."""
+        self._loop.wait(self.request.signal, lambda: self.request.finish_reason is not None)
+        self._raise_error()
+        return self
+
+    def _has_news(self) -> bool:
+        return bool(self.request.ready) or self.request.finish_reason is not None
+
+    def _take(self) -> Token | None:
+        """The next token that is there; None if there is none."""
+        try:
+            return self.request.ready.popleft()
+        except IndexError:
+            return None
+
+    def _raise_error(self) -> None:
+        if self.request.finish_reason is FinishReason.ERROR:
+            raise GenerationError(self.request.detail) from self.request.cause
+
+    @property
+    def text(self) -> str:
+        return self.request.text
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.request.finish_reason
+
+    @property
+    def detail(self) -> str:
+        return self.request.detail
+
+    def stop(self) -> None:
+        """Cancel it when the step that runs has ended; never waits, so that a signal handler or an
+        event loop can call it."""
+        self._loop.cancel_soon(self.request)
+
+    def cancel(self) -> None:
+        """End it with the reason `cancelled`, unless it has ended already."""
+        if self.request.finish_reason is None:
+            self._loop.cancel(self.request)
+
+    close = cancel
+
+    def __del__(self) -> None:
+        request = self.__dict__.get("request")  # None if `__init__` broke off.
+        if request is not None and request.finish_reason is None:
+            self._loop.cancel_soon(request)
+
+
+class ChatCompletion(Completion):
+    """An answer of a chat: a Completion with its `prompt`."""
+
+    def __init__(self, loop: Loop, request: Request, prompt: ChatPrompt) -> None:
+        super().__init__(loop, request)
+        self.prompt = prompt

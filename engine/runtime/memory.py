@@ -1,0 +1,76 @@
+"""The memory of sequences as users have it: every operation goes through the owner's door."""
+
+from __future__ import annotations
+
+from collections import deque
+from functools import partial
+
+from engine.kvcache.pool import Pool
+from engine.kvcache.sequences import Allocation, Checkpoint, CheckpointError, SequenceMemory
+from engine.runtime.owner import Owner
+
+
+class SharedMemory:
+    """SequenceMemory for any thread; what its methods do is documented there."""
+
+    def __init__(self, memory: SequenceMemory, owner: Owner) -> None:
+        self._memory, self._call = memory, owner.call
+
+    @property
+    def dropped(self) -> deque[int]:
+        return self._memory.dropped
+
+    @property
+    def blocks(self) -> Pool:
+        """The KV cache blocks, to be looked at."""
+        return self._call(lambda: self._memory.blocks)
+
+    @property
+    def slots(self) -> Pool:
+        """The state slots, to be looked at."""
+        return self._call(lambda: self._memory.slots)
+
+    def create(self) -> int:
+        return self._call(self._memory.create)
+
+    def fork(self, seq: int) -> int:
+        return self._call(partial(self._memory.fork, seq))
+
+    def free(self, seq: int) -> None:
+        self._call(partial(self._memory.free, seq))
+
+    def drop(self, seq: int) -> None:
+        """Have a sequence freed by the next call; never waits, so that no exception comes first."""
+        self._memory.dropped.append(seq)
+
+    def n_tokens(self, seq: int) -> int:
+        return self._call(partial(self._memory.n_tokens, seq))
+
+    def allocation(self, seq: int) -> Allocation:
+        return self._call(partial(self._memory.allocation, seq))
+
+    def owned(self, seq: int) -> tuple[list[int], list[int]]:
+        return self._call(partial(self._memory.owned, seq))
+
+    def add_rollback_point(self, seq: int, replace: bool = False) -> None:
+        self._call(partial(self._memory.add_rollback_point, seq, replace))
+
+    def truncate(self, seq: int, n_tokens: int) -> int:
+        return self._call(partial(self._memory.truncate, seq, n_tokens))
+
+    def checkpoint(self, seq: int, n_tokens: int | None = None) -> Checkpoint:
+        # Made first: if an exception comes, it is dropped, and what it holds freed.
+        kept = Checkpoint(self, self._memory.reserve())
+        self._call(partial(self._memory.fork, seq, kept.seq, n_tokens))
+        return kept
+
+    def restore(self, seq: int, checkpoint: Checkpoint) -> None:
+        """Raises CheckpointError for a checkpoint that is of another engine or was released."""
+        self.check(checkpoint)
+        self._call(partial(self._memory.restore, seq, checkpoint))
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raise CheckpointError unless a checkpoint is of this memory, and not released."""
+        if checkpoint.memory not in (self, self._memory):
+            raise CheckpointError("expected a checkpoint of this engine, got another one's")
+        assert checkpoint.seq >= 0

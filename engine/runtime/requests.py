@@ -1,0 +1,90 @@
+"""Requests from prompts: what a prompt may be, its limit, its sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache, partial
+
+from engine.errors import EngineError
+from engine.formats.gguf import GGUFFile
+from engine.runtime.request import Request
+from engine.sampling.chain import Sampler, sequence_breakers
+from engine.sampling.params import SamplingError, SamplingParams
+from engine.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]  # A text, or token ids.
+
+# Lists of DRY's breakers whose tokens are kept: to find them takes a look at the whole vocabulary.
+_MAX_BREAKERS = 8
+
+
+class PromptError(EngineError):
+    """A prompt that can't be run."""
+
+
+class Requests:
+    """Makes requests of one model; n_ctx: positions of memory, which n_parallel requests share."""
+
+    def __init__(
+        self, file: GGUFFile, tokenizer: Tokenizer, n_vocab: int, n_ctx: int, n_parallel: int
+    ) -> None:
+        self._metadata, self._tokenizer, self._n_vocab = file.metadata, tokenizer, n_vocab
+        self._n_ctx, self._n_parallel = n_ctx, n_parallel
+        self._breakers = lru_cache(_MAX_BREAKERS)(partial(sequence_breakers, tokenizer))
+
+    def encode(self, prompt: str) -> list[int]:
+        """Ids of a prompt as llama.cpp makes them: special tokens added and parsed."""
+        return self._tokenizer.encode(prompt, add_special=True, parse_special=True)
+
+    def make(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        n_past: int = 0,
+        before: Sequence[int] = (),
+    ) -> Request:
+        """A request for what follows a prompt, which comes after `n_past` positions of memory.
+        before: their tokens, for the penalties. Raises PromptError or SamplingError."""
+        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
+        self.check(ids, n_past)
+        return self._make(ids, params or SamplingParams(), n_past, before)
+
+    def empty(self) -> Request:
+        """A request without a prompt, which can't run."""
+        return self._make((), SamplingParams(), 0, ())
+
+    def _make(
+        self, ids: Sequence[int], params: SamplingParams, n_past: int, before: Sequence[int]
+    ) -> Request:
+        params = params.resolved(self._metadata)
+        for token in params.logit_bias:
+            if not 0 <= token < self._n_vocab:
+                raise SamplingError(f"logit_bias: {self._unknown_id(token)}")
+        ends = self._tokenizer.eog_ids
+        texts = params.dry_sequence_breakers
+        breakers = self._breakers(texts) if params.dry_multiplier else {}
+        sampler = Sampler(params, ends if params.ignore_eos else (), breakers)
+        # Without a limit of its own, a completion gets its share of the context, as in llama.cpp.
+        end = n_past + len(ids)
+        share = max(self._n_ctx // self._n_parallel, end)
+        limit = end + params.max_tokens if params.max_tokens >= 0 else share
+        sampler.accept(*before)
+        decoder = self._tokenizer.stream(at_start=False)
+        return Request(ids, params, sampler, decoder, ends, min(limit, self._n_ctx), n_past)
+
+    def check(self, ids: Sequence[int], n_past: int = 0) -> None:
+        """Raise PromptError for ids that are none, too many, or unknown."""
+        if not len(ids):
+            raise PromptError("the prompt is empty: expected at least one token")
+        if n_past + len(ids) > self._n_ctx:
+            before = f" after position {n_past}" if n_past else ""
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens{before}, the context {self._n_ctx}: "
+                "shorten it or raise n_ctx (-c)"
+            )
+        for token in ids:
+            if not 0 <= token < self._n_vocab:
+                raise PromptError(self._unknown_id(token))
+
+    def _unknown_id(self, token: int) -> str:
+        return f"token id {token}: expected 0 to {self._n_vocab - 1}"
