@@ -30,7 +30,7 @@ import pytest
 from engine import Engine, EngineError, SamplingParams
 from engine.runtime.batch import Chunk
 from engine.runtime.completion import Completion, GenerationError
-from engine.runtime.owner import OwnerError
+from engine.runtime.owner import OwnerError, Signal
 from engine.text.template import BUILT_IN, ChatTemplate
 from tests.support.hash_model import hash_engine
 from tests.support.helpers import ROW_BY_ROW, STD, assert_all_free, failing_at, random_ids
@@ -369,6 +369,80 @@ def test_within_its_own_step_an_engine_can_only_be_told_to_stop(models: Models) 
     assert "expected Completion.stop" in str(met[0])
     assert completion.finish_reason == "cancelled"
     assert_all_free(engine)
+
+
+@pytest.mark.parametrize("is_driven", [False, True])
+def test_waiting_or_closing_within_a_call_is_refused(models: Models, is_driven: bool) -> None:
+    """Nobody could ever answer: this thread holds the lock that the steps need."""
+    engine = hash_engine(models("tiny", "F32"), True, **OPTIONS)
+    if is_driven:
+        engine.start()
+    completion = engine.generate([1], replace(GREEDY, max_tokens=900))
+    call = engine.loop.owner.call
+    for use in (lambda: list(completion), completion.wait, engine.close, engine.advance):
+        with pytest.raises(OwnerError, match="within its own step"):
+            call(use)
+    call(completion.stop)
+    list(completion)
+    assert completion.finish_reason in ("cancelled", "length")
+    engine.close()
+    assert_all_free(engine)
+
+
+def test_two_threads_that_read_one_completion_share_its_tokens(models: Models) -> None:
+    engine = hash_engine(models("tiny", "F32"), True, **OPTIONS)
+    engine.start()
+    with switching_often():
+        for _ in range(20):
+            completion, got = engine.generate([1], replace(GREEDY, max_tokens=60)), list[int]()
+
+            def read(completion: Completion = completion, got: list[int] = got) -> None:
+                got.extend(t.token for t in completion)
+
+            threads = [threading.Thread(target=read) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(20)
+                assert not thread.is_alive()
+            assert sorted(got) == sorted(completion.tokens)
+    engine.close()
+
+
+def test_an_engine_that_closes_while_it_starts_has_no_thread(models: Models) -> None:
+    for _ in range(30):
+        engine = hash_engine(models("tiny", "F32"), True, **OPTIONS)
+        engine.start()
+
+        def start(engine: Engine = engine) -> None:
+            with contextlib.suppress(EngineError):
+                while True:
+                    engine.start()
+
+        thread = threading.Thread(target=start)
+        thread.start()
+        engine.close()
+        thread.join(20)
+        assert not thread.is_alive()
+        assert not engine.loop.owner.is_driven
+
+
+def test_news_that_an_exception_interrupts_are_told_again() -> None:
+    heard: list[str] = []
+
+    def interrupted() -> None:
+        if not heard:
+            heard.append("interrupted")
+            raise KeyboardInterrupt
+        heard.append("told")
+
+    signal_of = Signal()
+    signal_of.add(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        signal_of.notify()
+    signal_of.notify()
+    signal_of.notify()
+    assert heard == ["interrupted", "told"]
 
 
 # Fork.
