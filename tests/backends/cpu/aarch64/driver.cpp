@@ -101,7 +101,8 @@ void run(void* team) {
     }
     using Run = int64_t(void*, const void*, int64_t, const int64_t*, double*, int64_t, double);
     const int64_t n = program.size();
-    if (function<Run>("gdn_run")(team, program.data(), n, live, nullptr, -1, 1e9) != n) std::abort();
+    if (function<Run>("gdn_run")(team, program.data(), n, live, nullptr, -1, 1e9) != n)
+        std::abort();
     for (const Region& r : regions) {
         check_guard(r.here + r.size, "a region");
         answer(r.here, r.size);
