@@ -249,7 +249,7 @@ class Engine:
             request.after = None
             request.signal.ended.append(request)
         else:
-            assert self.loop.executable
+            self.loop.check_usable()
             self.loop.add(request)
         return completion
 

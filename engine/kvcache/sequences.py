@@ -82,7 +82,7 @@ class CheckpointError(EngineError):
 
 
 class CheckpointMemory(Protocol):
-    """What a checkpoint needs of the memory that it is in."""
+    """The memory of sequences, as checkpoints use it."""
 
     @property
     def dropped(self) -> deque[int]: ...

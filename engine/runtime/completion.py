@@ -16,7 +16,7 @@ class GenerationError(EngineError):
 
 
 class Loop(Protocol):
-    """What a completion needs of the step loop."""
+    """The step loop, as completions use it."""
 
     def wait(self, signal: Signal, is_done: Callable[[], bool]) -> None: ...
 
@@ -45,28 +45,25 @@ class Completion:
         return self
 
     def __next__(self) -> Token:
-        while True:
+        token = None
+        while token is None:
             self._loop.wait(self.request.signal, self._has_news)
-            # Another thread may have taken the token meanwhile.
-            if (token := self._take()) is not None:
-                return token
-            if self.request.finish_reason is not None and not self.request.ready:
-                self._raise_error()
-                raise StopIteration
+            token = self._take(StopIteration)
+        return token
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Token:
-        try:
-            await self._loop.wait_async(self.request.signal, self._has_news)
-        except BaseException:
-            self.stop()
-            raise
-        if (token := self._take()) is not None:
-            return token
-        self._raise_error()
-        raise StopAsyncIteration
+        token = None
+        while token is None:
+            try:
+                await self._loop.wait_async(self.request.signal, self._has_news)
+            except BaseException:
+                self.stop()
+                raise
+            token = self._take(StopAsyncIteration)
+        return token
 
     def wait(self) -> Self:
         """Wait until it has ended; its tokens can be iterated over afterwards, too."""
@@ -77,12 +74,18 @@ class Completion:
     def _has_news(self) -> bool:
         return bool(self.request.ready) or self.request.finish_reason is not None
 
-    def _take(self) -> Token | None:
-        """The next token that is there; None if there is none."""
+    def _take(self, end: type[Exception]) -> Token | None:
+        """The next token; None if another reader took it. Raises `end` at the end, and
+        GenerationError after an error."""
+        # Read first: a request that has ended gets no further token.
+        has_ended = self.request.finish_reason is not None
         try:
             return self.request.ready.popleft()
         except IndexError:
-            return None
+            if not has_ended:
+                return None
+        self._raise_error()
+        raise end
 
     def _raise_error(self) -> None:
         if self.request.finish_reason is FinishReason.ERROR:

@@ -29,7 +29,7 @@ Segment = tuple[str | None, list[int]]
 
 @dataclass
 class ChatPrompt:
-    """What a turn processes: `ids`, after `n_kept` cached positions.
+    """The prompt of a turn: a step processes `ids` after `n_kept` cached positions.
 
     `after`: their checkpoint, until a request takes it. `segments`: the whole prompt. `n_dropped`:
     cached positions that can't be used. `rollback_at`: up to this position (0: none) the next
@@ -122,9 +122,9 @@ class Conversation:
             before.release()
 
     def _match(self, text: str) -> tuple[list[Segment], int, int, int, Checkpoint | None]:
-        """What to reuse for a text: the segments that it starts with, the end of their text, their
-        positions, of how many that are held, and a checkpoint of them; at least one token must
-        follow them."""
+        """Find what a text can reuse; at least one token must follow it. Returns the segments that
+        the text starts with, where their text ends, how many positions they have, how many are
+        held, and a checkpoint after them."""
         cached, segments = self._cached, self._segments
         if cached is None:
             return [], 0, 0, 0, None

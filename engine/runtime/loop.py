@@ -55,11 +55,15 @@ class StepLoop:
 
     @property
     def executable(self) -> Executable:
-        """What runs the steps. Raises ConfigError after `close`, OwnerError after a fork."""
+        """The compiled plan. Raises ConfigError after `close`, OwnerError after a fork."""
         self.owner.refuse()
         if self._executable is None:
             raise ConfigError("the engine is closed")
         return self._executable
+
+    def check_usable(self) -> None:
+        """Raise ConfigError after `close`, OwnerError after a fork."""
+        _ = self.executable
 
     def close(self) -> Executable | None:
         """Wait for the step that runs, end all requests, and give the programs up."""
@@ -106,7 +110,7 @@ class StepLoop:
         check_fits(chunks, self._capacity)
         if unknown := [chunk.seq for chunk in chunks if chunk.seq not in self.memory]:
             raise BatchError(f"sequence {unknown[0]} is not there: it was freed, or never created")
-        assert self.executable
+        self.check_usable()
         self._drop_ahead()
         self._step = step = Step([Row(chunk) for chunk in chunks])
         try:
@@ -177,7 +181,7 @@ class StepLoop:
             self.owner.call(self._start)
 
     def _start(self) -> None:
-        assert self.executable
+        self.check_usable()
         if not self.owner.is_driven:
             self.owner.drive(self)
 
@@ -186,11 +190,11 @@ class StepLoop:
         return self.owner.call(self._advance)
 
     def _advance(self) -> bool:
-        assert self.executable
+        self.check_usable()
         try:
             return self._run_step()
         except BaseException as error:
-            # Whoever enters next would do it, too; but others may be waiting.
+            # The next caller would settle as well. Other threads may be waiting: settle now.
             is_in_step = self._step is not None
             self._settle(error)
             if is_in_step and isinstance(error, Exception):

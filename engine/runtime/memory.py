@@ -73,4 +73,4 @@ class SharedMemory:
         """Raise CheckpointError unless a checkpoint is of this memory, and not released."""
         if checkpoint.memory not in (self, self._memory):
             raise CheckpointError("expected a checkpoint of this engine, got another one's")
-        assert checkpoint.seq >= 0
+        _ = checkpoint.seq  # Raises if it was released.

@@ -197,8 +197,7 @@ class Owner:
         """Wait until the thread that runs the steps has ended."""
         stepper, self.stepper = self.stepper, None
         self.work.open()
-        is_started = stepper is not None and stepper.ident is not None
-        if stepper is not None and is_started and stepper is not threading.current_thread():
+        if stepper is not None and stepper.ident not in (None, threading.get_ident()):
             stepper.join()
 
     def leave_parent(self) -> None:
@@ -245,7 +244,7 @@ class Owner:
 
 
 class Steps(Protocol):
-    """What runs steps."""
+    """The step loop, as the thread that drives it uses it."""
 
     owner: Owner
 

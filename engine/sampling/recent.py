@@ -29,7 +29,6 @@ class Window:
         size = max(n_vocab, 1 + max(tokens[self._n_seen :], default=0))
         if size > len(self._counts):
             self._counts = np.pad(self._counts, (0, size - len(self._counts)))
-        # A token that comes and goes since the last time needs no look.
         for i in range(self._n_seen, len(tokens)):
             self._counts[tokens[i]] += 1
             if 0 <= self._n <= i:
@@ -67,8 +66,9 @@ class Repeats:
         lengths = np.array(_suffix_matches(tokens), np.int64)
         self._ends = np.flatnonzero(lengths)
         self._lengths = lengths[self._ends]
-        order = np.argsort(np.array(tokens), kind="stable")
-        values, starts = np.unique(np.array(tokens)[order], return_index=True)
+        ids = np.array(tokens)
+        order = np.argsort(ids, kind="stable")
+        values, starts = np.unique(ids[order], return_index=True)
         self._places = dict(zip(values.tolist(), np.split(order, starts[1:]), strict=True))
 
     def _add(self, token: int) -> None:
@@ -98,9 +98,8 @@ class Repeats:
         n = len(self._tokens)
         start = max(0, n - n_window) if n_window >= 0 else 0
         limit = n - 1 - self._head - self._tail if self._head >= start else n - start
-        nothing = np.zeros(0, np.int64)
         if n - start <= allowed or limit < allowed:
-            return nothing, nothing
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
         ends, lengths = self._ends, self._lengths
         if allowed <= 0:  # Even runs of no tokens.
             ends, lengths = np.arange(start, n - 1), np.zeros(n - 1 - start, np.int64)
@@ -109,9 +108,7 @@ class Repeats:
         lengths = np.minimum(np.minimum(lengths, limit), ends - start + 1)
         kept = (lengths >= allowed) & (ends >= start)
         following: Any = np.frombuffer(self._tokens, np.int64)[ends[kept] + 1]
-        if not len(following):
-            return nothing, nothing
-        best = np.full(int(following.max()) + 1, -1)
+        best = np.full(int(following.max(initial=-1)) + 1, -1)
         np.maximum.at(best, following, lengths[kept])
         tokens = np.flatnonzero(best >= 0)
         return tokens, best[tokens]

@@ -399,7 +399,11 @@ def test_two_threads_that_read_one_completion_share_its_tokens(models: Models) -
             def read(completion: Completion = completion, got: list[int] = got) -> None:
                 got.extend(t.token for t in completion)
 
-            threads = [threading.Thread(target=read) for _ in range(3)]
+            async def read_async(read: Completion = completion, got: list[int] = got) -> None:
+                got += [t.token async for t in read]
+
+            threads = [threading.Thread(target=read) for _ in range(2)]
+            threads.append(threading.Thread(target=asyncio.run, args=(read_async(),)))
             for thread in threads:
                 thread.start()
             for thread in threads:

@@ -246,7 +246,7 @@ class Team {
     bool stopping_ = false;
     std::mutex mutex_;
     std::condition_variable wake_;
-    // Of thread 0.
+    // Thread 0 alone counts its turns.
     alignas(64) unsigned turns_ = 0;
     // Read at every turn, written when a run begins and when its time is up.
     alignas(64) std::atomic<bool> time_is_up_{false};

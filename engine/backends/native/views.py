@@ -22,7 +22,7 @@ VIEW = np.dtype(
     + [(name, "i4") for name in ("rank", "dtype", "dim", "layout")]
 )
 INSTRUCTION = np.dtype([("kernel", "u8"), ("views", "u8"), ("attrs", "u8"), ("barrier", "i8")])
-# What a loaded library has to have, too.
+# Constants that a loaded library must have with the same values.
 CONSTANTS = {
     "sizeof_view": VIEW.itemsize, "sizeof_instruction": INSTRUCTION.itemsize,
     "F32": F32_CODE, "F16": F16_CODE, "I32": I32_CODE, "I8": I8, "PACKED": PACKED, "BF16": BF16,
