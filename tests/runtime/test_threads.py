@@ -91,11 +91,15 @@ class User:
         self.engine, self.oracle = engine, oracle
         self.rng = np.random.default_rng(seed)
         self.done: Counter[str] = Counter()
+        self.left: list[Callable[[], None]] = []
 
     def act(self) -> None:
-        actions = [self.read, self.read, self.batch, self.stop, self.forget, self.checkpoint,
-                   self.own_sequence, self.chat, self.wait, self.cancel_elsewhere]  # fmt: skip
-        action = actions[self.rng.integers(len(actions))]
+        """Do something; everything once before anything again."""
+        if not self.left:
+            self.left = [self.read, self.read, self.batch, self.stop, self.forget, self.checkpoint,
+                         self.own_sequence, self.chat, self.wait,
+                         self.cancel_elsewhere]  # fmt: skip
+        action = self.left.pop(self.rng.integers(len(self.left)))
         action()
         self.done[action.__name__] += 1
 
@@ -185,7 +189,7 @@ def use_at_once(engine: Engine, oracle: Oracle, seconds: float, seed: int) -> Co
 
     def run(user: User) -> None:
         try:
-            while time.monotonic() < end and not met:
+            while not met and (time.monotonic() < end or len(user.done) < 9):
                 user.act()
         except BaseException as error:
             met.append(error)
@@ -299,8 +303,8 @@ def test_closing_waits_for_the_step_and_ends_all(engines: Load) -> None:
 
         def read(engine: Engine = engine, met: list[BaseException] = met) -> None:
             try:
-                for _ in engine.generate([1], replace(GREEDY, max_tokens=900)):
-                    pass
+                while True:
+                    list(engine.generate([1], replace(GREEDY, max_tokens=900)))
             except BaseException as ended:
                 met.append(ended)
 
@@ -320,10 +324,22 @@ def test_closing_waits_for_the_step_and_ends_all(engines: Load) -> None:
 def test_a_step_that_fails_ends_its_completions_in_all_threads(models: Models) -> None:
     engine = Engine.load(models("tiny", "F32"), backend="reference", n_ctx=512, n_parallel=4)
     engine.start()
-    first = [engine.generate([i], replace(GREEDY, max_tokens=100)) for i in range(4)]
-    for completion in first:
-        next(completion)
-    with failing_at(engine, "blk.1.gated_delta_net", RuntimeError):
+    failing = failing_at(engine, "blk.1.gated_delta_net", RuntimeError)
+    with contextlib.ExitStack() as stack:
+
+        def fail() -> bool:
+            """Break it between two steps, unless one has ended already."""
+            if any(c.finish_reason for c in first):
+                return False
+            stack.enter_context(failing)
+            return True
+
+        is_broken = False
+        while not is_broken:
+            first = [engine.generate([i], replace(GREEDY, max_tokens=100)) for i in range(4)]
+            for completion in first:
+                next(completion)
+            is_broken = engine.loop.owner.call(fail)
         for completion in first:
             with pytest.raises(GenerationError, match="broke off") as raised:
                 list(completion)
@@ -352,7 +368,7 @@ def test_within_its_own_step_an_engine_can_only_be_told_to_stop(models: Models) 
 
     def handler(number: int, frame: Any) -> None:
         try:
-            engine.memory.create()
+            engine.memory.free(engine.memory.create())
         except OwnerError as error:
             met.append(error)
             completion.cancel()
@@ -377,14 +393,17 @@ def test_waiting_or_closing_within_a_call_is_refused(models: Models, is_driven: 
     engine = hash_engine(models("tiny", "F32"), True, **OPTIONS)
     if is_driven:
         engine.start()
-    completion = engine.generate([1], replace(GREEDY, max_tokens=900))
-    call = engine.loop.owner.call
-    for use in (lambda: list(completion), completion.wait, engine.close, engine.advance):
-        with pytest.raises(OwnerError, match="within its own step"):
-            call(use)
-    call(completion.stop)
-    list(completion)
-    assert completion.finish_reason in ("cancelled", "length")
+
+    def within() -> Completion:
+        completion = engine.generate([1], replace(GREEDY, max_tokens=900))
+        for use in (lambda: list(completion), completion.wait, engine.close, engine.advance):
+            with pytest.raises(OwnerError, match="within its own step"):
+                use()
+        completion.stop()
+        return completion
+
+    completion = engine.loop.owner.call(within)
+    assert completion.wait().finish_reason == "cancelled"
     engine.close()
     assert_all_free(engine)
 
@@ -454,10 +473,11 @@ def test_news_that_an_exception_interrupts_are_told_again() -> None:
 
 @pytest.mark.parametrize("is_driven", [False, True])
 def test_a_forked_process_gets_an_error(models: Models, is_driven: bool) -> None:
-    engine = Engine.load(models("tiny", "F32"), backend="cpu", n_threads=2, n_ctx=256)
+    engine = Engine.load(models("tiny", "F32"), backend="cpu", n_threads=2, n_ctx=8192)
     if is_driven:
         engine.start()
-    running = engine.generate([1], replace(GREEDY, max_tokens=200))
+    # Long enough that it still runs when the process forks.
+    running = engine.generate([1], replace(GREEDY, max_tokens=8000))
     next(running)
     seq = engine.memory.create()
     kept = engine.memory.checkpoint(seq)
@@ -491,7 +511,8 @@ def test_a_forked_process_gets_an_error(models: Models, is_driven: bool) -> None
     assert status == 0
     assert line.startswith("this process was forked from the one that loaded the engine")
     # The parent goes on.
-    assert len(list(running)) == 199
+    assert len([next(running) for _ in range(199)]) == 199
+    running.cancel()
     kept.release()
     engine.memory.free(seq)
     assert_all_free(engine)
