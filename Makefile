@@ -5,27 +5,31 @@
 PYTHON ?= python3
 VENV := .venv
 # What pip installs depends on: the kernels are built with it.
-SOURCES := pyproject.toml CMakeLists.txt engine/version.py $(wildcard engine/ops/*.h engine/ops/cpu/* engine/backends/cpu/*.cpp)
+SOURCES := pyproject.toml CMakeLists.txt engine/version.py engine/backends/cpu/CMakeLists.txt \
+	$(wildcard engine/ops/*.h engine/ops/cpu/* engine/ops/cpu/fused/* engine/backends/cpu/*.cpp)
 COMPILERS := $(if $(filter default,$(origin CXX)),c++ g++ clang++,$(CXX))
+# The status of a pipe is that of what failed in it.
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 
-.PHONY: demo test test-cuda test-sanitize lint parity lines clean compiler
+.PHONY: demo test test-cuda test-sanitize lint parity lines clean needed
 
 demo: $(VENV)/.run
 	$(VENV)/bin/python cli.py graph
-	$(VENV)/bin/python cli.py --no-display-prompt -p "Question: What can you do?\nAnswer:"
-	$(VENV)/bin/python cli.py -p "Question: What is 27 plus 48?\nAnswer:"
-	$(VENV)/bin/python cli.py -p "Question: Sort these numbers: 42, 7, 95, 19\nAnswer:"
-	$(VENV)/bin/python cli.py -p "Question: Anna went to the kitchen. Anna took the ball. Anna \
+	$(VENV)/bin/python cli.py -no-cnv --no-display-prompt -p "Question: What can you do?\nAnswer:"
+	$(VENV)/bin/python cli.py -no-cnv -p "Question: What is 27 plus 48?\nAnswer:"
+	$(VENV)/bin/python cli.py -no-cnv -p "Question: Sort these numbers: 42, 7, 95, 19\nAnswer:"
+	$(VENV)/bin/python cli.py -no-cnv -p "Question: Anna went to the kitchen. Anna took the ball. Anna \
 	went to the garden. Where is the ball?\nAnswer:"
 
 test: lint
 	$(VENV)/bin/python -m pytest -q -n 2 -m "not timing"
 	$(VENV)/bin/python -m pytest -q -m timing
 
-# Needs a GPU; CUDA=12 for a driver of CUDA 12.
+# Needs a GPU; CUDA=12 for a driver of CUDA 12. An extra of what is installed: pip builds nothing.
 CUDA ?= 13
 test-cuda: $(VENV)/.test
-	$(VENV)/bin/pip install -q ".[cuda$(CUDA)]"
+	$(VENV)/bin/pip install -q --disable-pip-version-check "gdn-engine[cuda$(CUDA)]"
 	$(VENV)/bin/python -m pytest -q -m cuda tests
 
 test-sanitize: $(VENV)/.test
@@ -47,23 +51,36 @@ lines:
 clean:
 	rm -rf build $(VENV) $(VENV)-parity
 
-compiler:
+needed:
+	@$(PYTHON) -c "import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))" 2> /dev/null || \
+	{ echo "error: expected Python 3.11 or later with venv (apt-get install python3-venv)," \
+	"got PYTHON=$(PYTHON): $$($(PYTHON) --version 2>&1 | tail -n 1)" >&2; exit 1; }
 	@for c in $(COMPILERS); do if command -v $$c > /dev/null; then exit 0; fi; done; \
 	echo "error: expected a C++17 compiler ($(COMPILERS)), found none: apt-get install g++" >&2; exit 1
 
+# $(call install,environment,extra). pip's output goes to a log; shown are its errors and what is
+# compiled: in a terminal each file in the same line, elsewhere every tenth.
+STEP = \[[0-9]*$(1)\/[0-9]*\]
+define install
+	@echo "$(1): installing packages, and compiling what is new of the CPU kernels (all of them: two minutes)"
+	@$(PYTHON) -m venv $(1)
+	@if [ -t 1 ]; then echo; over=$$'\e[A\e[K'; step='$(call STEP,)'; else step='$(call STEP,0)'; fi; \
+	$(1)/bin/pip install -v --disable-pip-version-check -e '.$(2)' 2>&1 | tee $(1)/install.log | \
+	sed -un "s/^ *\($$step\) Building.*gdn_cpu_\([a-z0-9]*\)\.dir.*\/\(.*\)\.o$$/$$over\1 \2: \3/p; \
+	/gdn-engine: expected/p; /: error: /p; /^ *ERROR: /p" || \
+	{ echo "error: pip could not install gdn-engine: see $(1)/install.log" >&2; exit 1; }
+endef
+
 # The stamps say which extra an environment has; pip is asked again, and what changed of the kernels
 # built again, only when a source is newer.
-$(VENV)/.run: $(SOURCES) | compiler
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install -q --disable-pip-version-check -e .
+$(VENV)/.run: $(SOURCES) | needed
+	$(call install,$(VENV),)
 	@touch $@
 
-$(VENV)/.test: $(SOURCES) | compiler
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[test]'
+$(VENV)/.test: $(SOURCES) | needed
+	$(call install,$(VENV),[test])
 	@touch $@ $(VENV)/.run
 
-$(VENV)-parity/.parity: $(SOURCES) | compiler
-	$(PYTHON) -m venv $(VENV)-parity
-	$(VENV)-parity/bin/pip install -q --disable-pip-version-check -e '.[parity]'
+$(VENV)-parity/.parity: $(SOURCES) | needed
+	$(call install,$(VENV)-parity,[parity])
 	@touch $@

@@ -9,6 +9,9 @@ Options are named as llama.cpp's. Text goes to standard output, everything else 
 
 import sys
 
+# Nothing above is newer than what an old Python reads.
+if sys.version_info < (3, 11):  # noqa: UP036
+    sys.exit(f"error: expected Python 3.11 or later, got {sys.version.split()[0]}")
 try:
     from engine.commands.main import main
 

@@ -1,4 +1,4 @@
-"""`python -m engine`: the same as `python cli.py`."""
+"""`python -m engine`: the same as `gdn` and `python cli.py`."""
 
 from engine.commands.main import main
 

@@ -129,6 +129,7 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     def run(*argv: object, stdin: bytes | None = b"") -> Result:
         given = Terminal() if stdin is None else io.TextIOWrapper(io.BytesIO(stdin), "utf-8")
         monkeypatch.setattr("sys.stdin", given)
+        monkeypatch.setattr("sys.argv", ["cli.py"])
         return Result.of(main, argv, capsys)
 
     return run

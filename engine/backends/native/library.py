@@ -9,6 +9,7 @@ import ctypes
 import functools
 import os
 import platform
+import sys
 from collections.abc import Callable
 from ctypes import c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
 from importlib.util import find_spec
@@ -25,6 +26,9 @@ ISAS = {
     "avx2": ("avx2", "fma", "f16c"),
     "portable": (),
 }
+
+
+_HERE = Path(__file__).resolve().parents[2]  # The package, with the sources of its kernels.
 
 
 class LibraryError(EngineError):
@@ -49,17 +53,50 @@ def n_cores() -> int:
 
 @functools.cache
 def built() -> dict[str, Path]:
-    """Libraries of this installation by instruction set, best first."""
-    # In an editable installation, sources and libraries lie in different folders.
+    """Libraries by instruction set, best first: this package's, or those of an installed one that
+    it shadows and that has the same sources of kernels."""
+    if found := _libraries(_own_folders()):
+        return found
+    same = (p for p in _shadowed() if _sources(p) == _sources(_HERE))
+    return next((_libraries([p]) for p in same), {})
+
+
+def _own_folders() -> list[Path]:
+    """This package's folders. In an editable installation, sources and libraries lie apart."""
     package = find_spec("engine")
     assert package is not None
-    directories = [Path(p) / "native" for p in package.submodule_search_locations or ()]
+    return [Path(p).resolve() for p in package.submodule_search_locations or ()]
+
+
+def _libraries(folders: list[Path]) -> dict[str, Path]:
     found = {}
     for isa in ISAS:
-        paths = (d / f"libgdn_cpu_{isa}.so" for d in directories)
+        paths = (folder / "native" / f"libgdn_cpu_{isa}.so" for folder in folders)
         if path := next((p for p in paths if p.exists()), None):
             found[isa] = path
     return found
+
+
+def _shadowed() -> list[Path]:
+    """Installed packages with libraries, which Python would import if this one were not first."""
+    folders = (Path(entry).resolve() / "engine" for entry in sys.path)
+    others = [p for p in folders if p not in _own_folders() and (p / "__init__.py").exists()]
+    return [p for p in others if _libraries([p])]
+
+
+def _sources(package: Path) -> dict[Path, bytes]:
+    """The sources of a package's kernels."""
+    files = (p for folder in ("ops", "backends/cpu") for p in (package / folder).rglob("*"))
+    return {p.relative_to(package): p.read_bytes() for p in files if p.suffix in (".h", ".cpp")}
+
+
+def _not_built() -> str:
+    if others := _shadowed():
+        return (
+            f"{_HERE} shadows the installed {others[0]}, whose CPU kernels were built from other "
+            f"sources: run `pip install {_HERE.parent}` again"
+        )
+    return f"the CPU kernels are not built: run `pip install -e {_HERE.parent}`"
 
 
 def usable() -> list[str]:
@@ -79,7 +116,7 @@ def load(isa: str | None = None) -> Library:
     if isa is not None and isa not in ISAS:
         raise LibraryError(f"cpu_isa: expected one of {', '.join(ISAS)}, got {isa}")
     if not built():
-        raise LibraryError("the CPU kernels are not built: expected `pip install .` to build them")
+        raise LibraryError(_not_built())
     # Where the machine can run none, the error names what the last one that is built lacks.
     isa = isa or [*built(), *usable()[:1]][-1]
     if isa not in built():
@@ -95,7 +132,7 @@ class Library:
     """The functions of one library, as engine/backends/cpu/executor.cpp exports them."""
 
     allowed: Callable[[], int]
-    team_create: Callable[[int], int]
+    team_create: Callable[[int], int | None]
     team_free: Callable[[int], None]
     run: Callable[[int | None, int, int, int, int | None, int, float], int]
     layout_of: Callable[[int], int]
