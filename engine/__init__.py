@@ -1,8 +1,20 @@
 """A minimal inference engine for hybrid language models: gated delta nets with full attention."""
 
-from engine.engine import Engine
-from engine.errors import EngineError
-from engine.sampling.params import SamplingParams
-from engine.text.template import ChatTemplate
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["ChatTemplate", "Engine", "EngineError", "SamplingParams"]
+if TYPE_CHECKING:
+    from engine.api import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    """What engine/api.py exports is imported when it is used: the command line has to start where a
+    package is missing, to say so."""
+    # Other names are modules, which Python looks for here first.
+    if not name[:1].isupper() and name not in ("__all__", "__version__"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("engine.api"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *import_module("engine.api").__all__]

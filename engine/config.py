@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from engine import backends
+from engine import backends, checks
 from engine.backends.base import Traits
 from engine.errors import EngineError
 from engine.formats.quants import F16, F32, DType
 from engine.graph import Capacity
 
+_log = logging.getLogger(__name__)
 DEFAULT_CTX = 4096
 # Rows of a step that may need logits: all at once, those of a large vocabulary take gigabytes.
 MAX_OUTPUTS = 512
@@ -21,6 +24,8 @@ _LEAST = {
     "n_ctx": 0, "n_batch": 0, "n_ubatch": 0, "n_parallel": 1, "n_checkpoints": 0,
     "n_snapshots": 0, "n_threads": 1, "n_gpu_layers": 0, "n_cpu_moe": 0,
 }  # fmt: skip
+_MOST = {"n_threads": 4096}  # Each takes memory before it runs.
+_FLAGS = ("strict_backend", "batch_invariant", "check")
 
 
 class ConfigError(EngineError):
@@ -29,7 +34,8 @@ class ConfigError(EngineError):
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Options of an engine; see Engine.load. Raises ConfigError for values out of range."""
+    """Options of an engine; see Engine.load. Raises ConfigError for values that are of another type
+    or out of range."""
 
     backend: str = "auto"
     n_ctx: int | None = None
@@ -47,20 +53,25 @@ class EngineConfig:
     batch_invariant: bool = False
     n_gpu_layers: int | None = None
     n_cpu_moe: int = 0
-    override_tensor: tuple[str, ...] = ()
+    override_tensor: Sequence[str] = ()
     check: bool = False
 
     def __post_init__(self) -> None:
         for name, low in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ConfigError(f"{name}: expected at least {low}, got {value}")
+            value, is_optional = getattr(self, name), getattr(EngineConfig, name) is None
+            if not (value is None and is_optional):
+                most = _MOST.get(name, MAX_CTX)
+                checks.put(self, name, checks.integer(ConfigError, name, value, low, most))
+        for name in _FLAGS:
+            checks.put(self, name, checks.flag(ConfigError, name, getattr(self, name)))
+        if self.cpu_isa is not None:
+            checks.text(ConfigError, "cpu_isa", self.cpu_isa)
+        rules = checks.texts(ConfigError, "override_tensor", self.override_tensor)
+        checks.put(self, "override_tensor", rules)
         types = (None, *CACHE_TYPES)
         choices = (backends.names(), GDN_MODES, types, types)
         for name, known in zip(("backend", "gdn", "type_k", "type_v"), choices, strict=True):
-            if (value := getattr(self, name)) not in known:
-                expected = ", ".join(k for k in known if k)
-                raise ConfigError(f"{name}: expected one of {expected}, got {value}")
+            checks.one_of(ConfigError, name, getattr(self, name), known)
 
     def resolved(self, traits: Traits) -> EngineConfig:
         """The same, where sizes of steps and cache types not set come from a backend's traits."""
@@ -74,11 +85,17 @@ class EngineConfig:
         return CACHE_TYPES[self.type_k], CACHE_TYPES[self.type_v]
 
 
-def context_size(n_ctx: int | None, n_ctx_train: int) -> int:
-    """Positions of memory: n_ctx, with None and 0 as in Engine.load."""
+def context_size(n_ctx: int | None, n_ctx_train: int, n_parallel: int = 1) -> int:
+    """Positions of memory, which n_parallel sequences share: n_ctx, with None and 0 as in
+    Engine.load. Warns where a share is more than the model was trained on."""
     size = min(DEFAULT_CTX, n_ctx_train) if n_ctx is None else n_ctx or n_ctx_train
     if size > MAX_CTX:
         raise ConfigError(f"n_ctx: expected at most {MAX_CTX}, got {size}")
+    if (share := size // n_parallel) > n_ctx_train:
+        _log.warning(
+            "n_ctx (-c): a context of %d tokens, but the model was trained on %d: its text gets "
+            "worse after them", share, n_ctx_train,
+        )  # fmt: skip
     return size
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Never, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine import backends
+from engine import backends, checks
 from engine.backends.base import BackendOptions, Timing
 from engine.config import ConfigError, EngineConfig, capacity_of, context_size
 from engine.errors import EngineError
@@ -29,10 +30,10 @@ from engine.runtime.loop import StepLoop
 from engine.runtime.memory import SharedMemory
 from engine.runtime.owner import Owner, Signal
 from engine.runtime.request import FinishReason, Request
-from engine.runtime.requests import Prompt, Requests
+from engine.runtime.requests import Prompt, PromptError, Requests
 from engine.runtime.scheduler import Scheduler
-from engine.sampling.params import SamplingParams
-from engine.text.template import ChatTemplate, Message, find_template
+from engine.sampling.params import SamplingError, SamplingParams
+from engine.text.template import ChatError, ChatTemplate, Message, find_template
 from engine.text.tokenizer import Tokenizer
 
 C = TypeVar("C", bound=Completion)
@@ -50,9 +51,9 @@ class Engine:
 
     def __init__(self, file: GGUFFile, config: EngineConfig) -> None:
         self.file, self.load_s = file, 0.0
-        self.tokenizer = Tokenizer.from_gguf(file)
         self.model = load_model(file)
-        self.n_ctx = context_size(config.n_ctx, self.model.n_ctx_train)
+        self.tokenizer = Tokenizer.from_gguf(file)
+        self.n_ctx = context_size(config.n_ctx, self.model.n_ctx_train, config.n_parallel)
         self.config, self.plan = _planned(self.model, config, self.n_ctx)
         self.capacity = cap = self.plan.graph.capacity
         self._free_before = {b.name: b.free_bytes() or 0 for b in self.plan.backends}
@@ -70,23 +71,40 @@ class Engine:
         self._template: ChatTemplate | None = None
 
     @classmethod
-    def load(cls, path: str | Path | None = None, **options: Any) -> Engine:
+    def load(  # noqa: PLR0913  (the options of an engine)
+        cls, path: str | PathLike[str] | None = None, *, backend: str = "auto",
+        n_ctx: int | None = None, n_batch: int = 0, n_ubatch: int = 0, n_parallel: int = 1,
+        n_checkpoints: int = 4, n_snapshots: int = 0, n_threads: int | None = None,
+        cpu_isa: str | None = None, type_k: str | None = None, type_v: str | None = None,
+        gdn: str = "auto", strict_backend: bool = False, batch_invariant: bool = False,
+        n_gpu_layers: int | None = None, n_cpu_moe: int = 0, override_tensor: Sequence[str] = (),
+        check: bool = False, **unknown: Never,
+    ) -> Engine:  # fmt: skip
         """Load a GGUF file; with no path, the small model that comes with the engine.
 
-        Options are those of EngineConfig: backend (auto, or the name of one), n_ctx (positions of
-        memory; None: 4096 or what the model was trained on, whichever is less; 0: the latter),
-        n_batch and n_ubatch (most tokens of a step; 0: what suits the backend), n_parallel (most
-        sequences), n_checkpoints, n_threads, cpu_isa (amx, avx512, avx2, portable; None: the best),
-        type_k and type_v (f32, f16), gdn (auto, scan, chunk, decomposed), strict_backend (fail
-        rather than place a node elsewhere), batch_invariant (see BackendOptions), n_gpu_layers,
-        n_cpu_moe and override_tensor (see Offload). Raises EngineError.
+        backend: auto, or the name of one. n_ctx: positions of memory (None: 4096 or what the model
+        was trained on, whichever is less; 0: the latter). n_batch, n_ubatch: most tokens of a step
+        (0: what suits the backend). n_parallel: most sequences at a time. n_checkpoints: states
+        kept beside theirs. n_snapshots: most states kept per token of a step. n_threads: of the CPU
+        (None: all cores). cpu_isa: amx, avx512, avx2, portable (None: the best). type_k, type_v:
+        f32, f16 (None: what suits the backend). gdn: auto, scan, chunk, decomposed.
+        strict_backend: fail rather than place a node elsewhere. batch_invariant: see
+        BackendOptions. n_gpu_layers (None: all), n_cpu_moe, override_tensor: see Offload. check:
+        name the first node with values that are not finite; slow. Raises EngineError.
         """
+        given = {k: v for k, v in locals().items() if k in EngineConfig.__dataclass_fields__}
         start = time.perf_counter()
-        if unknown := options.keys() - EngineConfig.__dataclass_fields__.keys():
-            raise ConfigError(f"unknown option {min(unknown)}")
-        engine = cls(GGUFFile(DEMO_MODEL if path is None else path), EngineConfig(**options))
+        if unknown:
+            name = next(iter(unknown))
+            near = checks.did_you_mean(name, EngineConfig.__dataclass_fields__)
+            raise ConfigError(f"unknown option {name}{near}")
+        engine = cls(GGUFFile(DEMO_MODEL if path is None else path), EngineConfig(**given))
         engine.load_s = time.perf_counter() - start
         return engine
+
+    def __repr__(self) -> str:
+        on = ", ".join(f"{b.name}: {b.detail}" for b in self.plan.backends)
+        return f"<Engine {self.file.path.name} ({on}), n_ctx {self.n_ctx}>"
 
     def start(self) -> None:
         """Run the steps in a thread of its own from now on, until `close`.
@@ -107,6 +125,7 @@ class Engine:
         del programs
 
     def __enter__(self) -> Engine:
+        self.loop.check_usable()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -146,7 +165,7 @@ class Engine:
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits [n_tokens, n_vocab] after each of `ids`, on a fresh sequence."""
-        self._requests.check(ids)
+        ids = self._requests.check(ids)
         seq = self.memory.create()
         try:
             return self.prefill(seq, ids, Logits.ALL)
@@ -164,7 +183,7 @@ class Engine:
 
         It runs together with whatever else was started and not finished. A str is encoded with
         special tokens added and parsed. With `after`, a checkpoint of `memory`, the prompt goes on
-        from there: nothing before it is processed again (nor seen by penalties).
+        from there: nothing before it is processed again (nor seen by penalties and processors).
         Raises PromptError for a prompt that is empty, too long or has unknown ids, SamplingError
         for parameters that don't go together with the model, CheckpointError for a checkpoint that
         is not this engine's.
@@ -193,14 +212,43 @@ class Engine:
         history is processed again (see runtime/conversation.py). Control tokens that a message
         spells are text. Raises ChatError, and as `generate` does.
         """
-        if template is None:
-            self._template = template = self._template or find_template(self.file)
+        template = self._checked_template(template, tools, reasoning)
         prompt = self.conversation.prompt(template, messages, tools=tools, reasoning=reasoning)
         request = self._requests.make(prompt.ids, params, prompt.n_kept, prompt.before)
         request.after, prompt.after = prompt.after, None
         request.rollback_at = prompt.rollback_at
         request.on_finish = lambda r, end: self.conversation.store(prompt, end, r.text, r.tokens)
         return self._submitted(ChatCompletion(self.loop, request, prompt), request)
+
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        reasoning: bool | None = None,
+        template: ChatTemplate | None = None,
+    ) -> list[int]:
+        """Ids of the prompt that `chat` answers, for `generate` and `generate_batch`."""
+        template = self._checked_template(template, tools, reasoning)
+        return self.conversation.encode(template, messages, tools=tools, reasoning=reasoning)
+
+    def _checked_template(
+        self, template: ChatTemplate | None, tools: Any, reasoning: bool | None
+    ) -> ChatTemplate:
+        """The template, or the model's own. Raises ChatError for what doesn't go with it."""
+        if template is None:
+            self._template = template = self._template or find_template(self.file)
+        checks.instance(ChatError, "template", template, ChatTemplate)
+        if tools is not None:
+            for tool in checks.sequence(ChatError, "tools", tools, "JSON schemas"):
+                checks.mapping(ChatError, "tools", tool, "a JSON schema")
+            if "tools" not in template.variables:
+                raise ChatError(f"{template.name} takes no tools: it reads no tools")
+        if reasoning is not None:
+            checks.flag(ChatError, "reasoning", reasoning)
+            if "enable_thinking" not in template.variables:
+                raise ChatError(f"{template.name} takes no reasoning: it reads no enable_thinking")
+        return template
 
     def generate_batch(
         self,
@@ -213,7 +261,15 @@ class Engine:
         Returns the finished completions in order; one whose prompt can't be run ends with the
         reason `error`. `on_done(index, completion)` is called when one ends.
         """
+        prompts = checks.sequence(PromptError, "prompts", prompts, "prompts")
+        if not callable(on_done):
+            checks.refuse(PromptError, "on_done", "a function", on_done)
         each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
+        if len(each) != len(prompts):
+            raise SamplingError(f"params: expected {len(prompts)}, one a prompt, got {len(each)}")
+        for own in each:
+            if own is not None:
+                checks.instance(SamplingError, "params", own, SamplingParams)
         signal, done = Signal(), list[Completion]()
         try:
             for prompt, own in zip(prompts, each, strict=True):
@@ -243,13 +299,13 @@ class Engine:
 
     def _submitted(self, completion: C, request: Request) -> C:
         """The completion of a request, which is queued."""
+        self.loop.check_usable()
         if request.params.max_tokens == 0:
             request.finish(FinishReason.LENGTH, "0 tokens were asked for")
         if request.finish_reason:
             request.after = None
             request.signal.ended.append(request)
         else:
-            self.loop.check_usable()
             self.loop.add(request)
         return completion
 

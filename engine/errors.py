@@ -7,3 +7,7 @@ line prints that line and exits with status 1. Any other exception is a bug of o
 
 class EngineError(Exception):
     """A mistake in the input (file, prompt, option), told in one line."""
+
+
+class NotEnoughMemoryError(EngineError, MemoryError):
+    """Memory, or threads, that the system does not give; the text says what to lower."""

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lowest first; modules of one line may import each other, without cycles. A package's modules
 # have its place.
 ORDER = (
-    {"errors", "version"},
+    {"errors", "version", "checks"},
     {"formats"},
     {"graph"},
     {"ops"},
@@ -32,6 +32,7 @@ ORDER = (
     {"config"},
     {"runtime"},
     {"engine"},
+    {"api"},
     {"bench"},
     {"commands"},
     {"__main__", "cli"},

@@ -10,12 +10,14 @@ import mmap
 import re
 import struct
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine import checks
 from engine.errors import EngineError
 from engine.formats.quants import BY_GGML_ID, WEIGHT_TYPES, DType, names
 
@@ -57,8 +59,8 @@ class GGUFFile:
     Raises GGUFError for anything that is not a readable GGUF file.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.path = Path(checks.path(GGUFError, "model", path))
         first = _Parser(self.path, 0)
         self.metadata: dict[str, Any] = first.metadata
         self.tensors: dict[str, TensorInfo] = first.tensors

@@ -17,6 +17,9 @@ class Pool:
         self._references = [0] * size
         self._free = list(range(size))[::-1]
 
+    def __str__(self) -> str:
+        return f"{self.n_free} of {self.size} {self._what} free"
+
     @property
     def n_free(self) -> int:
         return len(self._free)

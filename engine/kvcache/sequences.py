@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Protocol
 
+from engine import checks
 from engine.errors import EngineError
 from engine.kvcache.blocks import BlockTable
 from engine.kvcache.pool import Pool
@@ -77,6 +78,10 @@ class Step:
     snapshot_dst: tuple[int, ...] = ()
 
 
+class SequenceError(EngineError):
+    """A sequence that is not there."""
+
+
 class CheckpointError(EngineError):
     """A checkpoint that was released, or that is of another engine."""
 
@@ -104,6 +109,10 @@ class Checkpoint:
 
     def __init__(self, memory: CheckpointMemory, seq: int) -> None:
         self.memory, self._seq, self._is_released = memory, seq, False
+
+    def __repr__(self) -> str:
+        what = "released" if self._is_released else f"of sequence {self._seq}"
+        return f"<Checkpoint {what}>"
 
     def __del__(self) -> None:
         if not self.__dict__.get("_is_released", True):
@@ -179,9 +188,13 @@ class SequenceMemory:
     def fork(self, seq: int, into: int | None = None, n_tokens: int | None = None) -> int:
         """A new sequence with the same contents, or those at a rollback point. From here on the two
         are independent."""
-        own = self._sequences[seq]
+        own = self.allocation(seq)
         if n_tokens is None or n_tokens == own.n_tokens:
             return self._add(own.fork(), into)
+        if not checks.is_integer(n_tokens) or n_tokens not in own.rollback_points:
+            points = ", ".join(map(str, own.rollback_points)) or "none"
+            came = checks.shown(n_tokens)
+            raise CheckpointError(f"expected a rollback point ({points}), got position {came}")
         return self._add(own.at(n_tokens, own.rollback_points[n_tokens]), into)
 
     def free(self, seq: int) -> None:
@@ -203,21 +216,25 @@ class SequenceMemory:
         self.slots.recount(slot for own in every for state in own.states for slot in state.slots)
 
     def allocation(self, seq: int) -> Allocation:
+        """What a sequence holds. Raises SequenceError for a sequence that is not there."""
+        if not checks.is_integer(seq) or seq not in self._sequences:
+            came = f"sequence {checks.shown(seq)}"
+            raise SequenceError(f"{came} is not there: it was freed, or never created")
         return self._sequences[seq]
 
     def __contains__(self, seq: int) -> bool:
         return seq in self._sequences
 
     def n_tokens(self, seq: int) -> int:
-        return self._sequences[seq].n_tokens
+        return self.allocation(seq).n_tokens
 
     def missing_slots(self, seq: int) -> int:
         """How many slots its next step allocates, apart from those of per-token states."""
-        return self._sequences[seq].state.missing()
+        return self.allocation(seq).state.missing()
 
     def owned(self, seq: int) -> tuple[list[int], list[int]]:
         """(state slots, blocks) that only this sequence holds."""
-        own = self._sequences[seq]
+        own = self.allocation(seq)
         slots = [s for state in (own.state, *own.token_states.values()) for s in state.slots]
         return (
             [slot for slot in slots if not self.slots.is_shared(slot)],
@@ -233,7 +250,7 @@ class SequenceMemory:
         `preserve_state` the step writes nothing that the sequence holds, so `cancel` is possible
         even after it has run. Raises MemoryFullError; the contents are unchanged then.
         """
-        own = self._sequences[seq]
+        own = self.allocation(seq)
         _free_all(own.token_states)
         n_snapshots = min(n_snapshots, n_new)
         self.slots.require((preserve_state or own.state.missing()) + n_snapshots)
@@ -247,12 +264,12 @@ class SequenceMemory:
 
     def finish(self, seq: int, n_new: int) -> None:
         """Record that the step has run: the sequence has `n_new` more tokens."""
-        own = self._sequences[seq]
+        own = self.allocation(seq)
         own.state.finish()
         own.n_tokens += n_new
 
     def cancel(self, seq: int) -> None:
-        own = self._sequences[seq]
+        own = self.allocation(seq)
         _free_all(own.token_states)
         own.state.cancel()
         own.table.truncate(own.n_tokens)
@@ -263,7 +280,7 @@ class SequenceMemory:
 
     def add_rollback_point(self, seq: int, replace: bool = False) -> None:
         """Keep the state here for `truncate`, or raise MemoryFullError; `replace` frees earlier."""
-        own = self._sequences[seq]
+        own = self.allocation(seq)
         if replace:
             _free_all(own.rollback_points)
         if own.n_tokens and own.n_tokens not in own.rollback_points:
@@ -272,7 +289,8 @@ class SequenceMemory:
 
     def truncate(self, seq: int, n_tokens: int) -> int:
         """Go back to `n_tokens` positions, or to the nearest kept state before; returns where."""
-        own = self._sequences[seq]
+        n_tokens = checks.integer(SequenceError, "n_tokens", n_tokens)
+        own = self.allocation(seq)
         if n_tokens >= own.n_tokens:
             return own.n_tokens
         kept = own.rollback_points | own.token_states

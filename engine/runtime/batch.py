@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine import checks
 from engine.errors import EngineError
 from engine.graph import Capacity, Live
 from engine.kvcache.sequences import SequenceMemory, Step
@@ -20,7 +21,7 @@ BLOCK_POSITIONS = 64
 
 
 class BatchError(EngineError):
-    """A batch larger than the graph's capacity."""
+    """A batch that the graph can't run."""
 
 
 class Logits(Enum):
@@ -53,6 +54,19 @@ class Batch:
 
     inputs: dict[str, NDArray[np.int32]]
     live: Live
+
+
+def checked(chunks: Any, n_vocab: int) -> list[Chunk]:
+    """A user's chunks, with their token ids as lists. Raises BatchError for values of another type
+    and for ids out of the vocabulary."""
+    made = []
+    for chunk in checks.sequence(BatchError, "chunks", chunks, "chunks"):
+        checks.instance(BatchError, "chunks", chunk, Chunk)
+        checks.instance(BatchError, "chunk: logits", chunk.logits, Logits)
+        ids = checks.token_ids(BatchError, "chunk: tokens", chunk.tokens, n_vocab)
+        n = checks.integer(BatchError, "chunk: n_snapshots", chunk.n_snapshots)
+        made.append(Chunk(chunk.seq, ids, chunk.logits, n))
+    return made
 
 
 def check_fits(chunks: Sequence[Chunk], capacity: Capacity) -> None:

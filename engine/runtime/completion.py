@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, Self
 
+from engine import checks
 from engine.errors import EngineError
 from engine.runtime.conversation import ChatPrompt
 from engine.runtime.owner import Signal
@@ -32,7 +33,8 @@ class Completion:
 
     `next` waits until a token is there, or runs the steps for it (see Engine.start), and raises
     GenerationError if the completion ended by an error. `text` and `tokens` (without an
-    end-of-generation token) are what came so far, `timings` what its steps took. When it has ended,
+    end-of-generation token) are what came so far, `logprobs` those of `tokens` if they were asked
+    for, `timings` what its steps took. When it has ended,
     `finish_reason` says why, and `detail` says it in words. `close`, or dropping the last
     reference, cancels it and frees its memory; so does the end of a task that waits in `async for`.
     """
@@ -40,6 +42,7 @@ class Completion:
     def __init__(self, loop: Loop, request: Request) -> None:
         self._loop, self.request = loop, request
         self.tokens, self.timings = request.tokens, request.timings
+        self.logprobs = request.logprobs
 
     def __iter__(self) -> Self:
         return self
@@ -71,6 +74,10 @@ class Completion:
         self._raise_error()
         return self
 
+    def wait_for_token(self) -> None:
+        """Wait until the next token, or the end, can be read."""
+        self._loop.wait(self.request.signal, self._has_news)
+
     def _has_news(self) -> bool:
         return bool(self.request.ready) or self.request.finish_reason is not None
 
@@ -91,9 +98,19 @@ class Completion:
         if self.request.finish_reason is FinishReason.ERROR:
             raise GenerationError(self.request.detail) from self.request.cause
 
+    def __repr__(self) -> str:
+        state = str(self.finish_reason or "not finished")
+        text = checks.shown(self.text)
+        return f"<{type(self).__name__} {state}, {len(self.tokens)} tokens: {text}>"
+
     @property
     def text(self) -> str:
         return self.request.text
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """(tokens of the prompt that steps have taken, all that they have to process)."""
+        return self.request.n_done, len(self.request.ids)
 
     @property
     def finish_reason(self) -> FinishReason | None:

@@ -9,11 +9,14 @@ rollback point before the last answer, or from nothing.
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from engine import checks
 from engine.kvcache.sequences import Checkpoint
 from engine.runtime.owner import Owner
 from engine.text.template import ChatError, ChatTemplate, Message
@@ -63,6 +66,10 @@ class Conversation:
         self._cached: Checkpoint | None = None
         self._segments: list[Segment] = []
 
+    def __repr__(self) -> str:
+        cached = self._cached
+        return f"<Conversation: {cached if cached else 'nothing is cached'}>"
+
     @property
     def n_tokens(self) -> int:
         return self._owner.call(lambda: self._cached.n_tokens if self._cached else 0)
@@ -87,22 +94,41 @@ class Conversation:
         options: `tools` and `reasoning` of ChatTemplate.render. Control tokens that a message
         spells are text (in an answer, <think> and </think> excepted). Raises ChatError.
         """
-        render: _Render = partial(template.render, special=self._special, **options)
-        escaped = [self._escaped(message) for message in _checked(messages)]
+        render, escaped = self._renderer(template, options), self._escaped_all(messages)
         text = render(escaped)
         same, end, n_kept, n_held, after = self._owner.call(partial(self._match, text))
-        known = _ids(same)
-        new: list[Segment] = [*self._tokenizer.segments(text[end:], continues=end > 0)]
-        bos_id = self._tokenizer.bos_id
-        if not known and self._tokenizer.add_bos and _ids(new)[:1] != [bos_id]:
-            assert bos_id is not None
-            new = [("", [bos_id]), *new]
+        known, new = _ids(same), self._new_segments(text, end)
         rollback_at = _position([*same, *new], _n_stable(render, escaped, text))
         return ChatPrompt(
             # The last token of an answer that was cut short has not been processed yet.
             known[n_kept:] + _ids(new), [*same, *new], after, n_kept,
             n_held - n_kept, rollback_at if rollback_at > n_kept else 0,
         )  # fmt: skip
+
+    def encode(
+        self, template: ChatTemplate, messages: Sequence[Message], **options: Any
+    ) -> list[int]:
+        """The whole prompt for the next answer, whatever is held; as `prompt` otherwise."""
+        text = self._renderer(template, options)(self._escaped_all(messages))
+        return _ids(self._new_segments(text, 0))
+
+    def _renderer(self, template: ChatTemplate, options: Mapping[str, Any]) -> _Render:
+        return partial(template.render, special=self._special, **options)
+
+    def _escaped_all(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        try:
+            return [self._escaped(message) for message in _checked(messages)]
+        except RecursionError:
+            raise ChatError("messages: expected values that don't hold themselves") from None
+
+    def _new_segments(self, text: str, begin: int) -> list[Segment]:
+        """The segments of a text from `begin` on; at its start with a BOS if the model adds one."""
+        new: list[Segment] = [*self._tokenizer.segments(text[begin:], continues=begin > 0)]
+        bos_id = self._tokenizer.bos_id
+        if not begin and self._tokenizer.add_bos and _ids(new)[:1] != [bos_id]:
+            assert bos_id is not None
+            new = [("", [bos_id]), *new]
+        return new
 
     def store(self, prompt: ChatPrompt, checkpoint: Checkpoint, text: str, ids: list[int]) -> None:
         """Make a turn that has ended, with the answer as it was shown and its tokens, the cached
@@ -144,6 +170,8 @@ class Conversation:
 
     def _escaped(self, message: Message) -> dict[str, Any]:
         is_answer = message["role"] == "assistant"
+        if message.get("tool_calls"):
+            message = {**message, "tool_calls": _with_objects(message["tool_calls"])}
         return {k: v if k == "role" else self._escape(v, is_answer) for k, v in message.items()}
 
     def _escape(self, value: Any, is_answer: bool) -> Any:
@@ -173,12 +201,36 @@ def _n_stable(render: _Render, messages: Sequence[Message], text: str) -> int:
 
 
 def _checked(messages: Sequence[Message]) -> Sequence[Message]:
-    if not messages:
+    """The messages. Raises ChatError for values of another type."""
+    if not len(checks.sequence(ChatError, "messages", messages, "messages")):
         raise ChatError("the conversation is empty: expected at least one message")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ChatError(f"message {i}: expected a role and a content, got {message!r}")
+            checks.refuse(ChatError, f"message {i}", "a role and a content", message)
+        if "content" not in message and "tool_calls" not in message:
+            checks.refuse(ChatError, f"message {i}", "a content", message)
+        if not isinstance(content := message.get("content"), str | list | tuple | None):
+            checks.refuse(ChatError, f"message {i}: content", "a text, or a list of parts", content)
     return messages
+
+
+def _with_objects(calls: Any) -> Any:
+    """Tool calls whose arguments are objects, as templates read them, where they come as the JSON
+    text that OpenAI's protocol has."""
+    if not isinstance(calls, list | tuple) or not all(isinstance(c, Mapping) for c in calls):
+        checks.refuse(ChatError, "tool_calls", "a list of calls", calls)
+    made = []
+    for call in calls:
+        function = call.get("function", call)
+        arguments = function.get("arguments") if isinstance(function, Mapping) else None
+        if isinstance(arguments, str):
+            # If it is none: the template may take a text, too.
+            with contextlib.suppress(ValueError, RecursionError):
+                if isinstance(parsed := json.loads(arguments), dict):
+                    function = {**function, "arguments": parsed}
+                    call = {**call, "function": function} if "function" in call else function
+        made.append(call)
+    return made
 
 
 def _position(segments: Sequence[Segment], n_characters: int) -> int:

@@ -21,7 +21,7 @@ from engine.config import ConfigError
 from engine.errors import EngineError
 from engine.graph import Capacity, Live
 from engine.kvcache.pool import MemoryFullError
-from engine.runtime.batch import Batch, BatchError, Chunk, Logits, begin, check_fits, pack
+from engine.runtime.batch import Batch, BatchError, Chunk, Logits, begin, check_fits, checked, pack
 from engine.runtime.executor import DeviceRunner, Executable, HostRunner, Runner
 from engine.runtime.finite import NonFiniteError
 from engine.runtime.owner import Owner, Signal
@@ -44,6 +44,7 @@ class StepLoop:
         self.scheduler, self.memory, self.owner = scheduler, scheduler.memory, owner
         self._executable: Executable | None = executable
         self._capacity = capacity
+        self._n_vocab = executable.plan.graph.outputs["logits"].shape[1]
         self._host = HostRunner(executable, check)
         sampler = None if check else executable.device_sampler()
         self.runner: Runner = DeviceRunner(sampler) if sampler else self._host
@@ -83,8 +84,11 @@ class StepLoop:
 
     # Batches that a user makes.
 
+    def _checked(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        return checked(chunks, self._n_vocab)
+
     def run(self, chunks: Sequence[Chunk]) -> tuple[NDArray[np.float32], dict[int, str]]:
-        return self.owner.call(partial(self._run, chunks))
+        return self.owner.call(partial(self._run, self._checked(chunks)))
 
     def _run(self, chunks: Sequence[Chunk]) -> tuple[NDArray[np.float32], dict[int, str]]:
         with self._batch(chunks) as batch:
@@ -98,7 +102,7 @@ class StepLoop:
 
     def _run_timed(self, chunks: Sequence[Chunk]) -> tuple[list[Timing], Live]:
         start = time.perf_counter()
-        with self._batch(chunks) as batch:
+        with self._batch(self._checked(chunks)) as batch:
             packing = Timing("", Instruction("pack batch", ()), time.perf_counter() - start)
             timings = [packing, *self.executable.run_timed(batch.inputs, batch.live)]
         rest = time.perf_counter() - start - sum(t.seconds for t in timings)
@@ -107,10 +111,10 @@ class StepLoop:
     @contextlib.contextmanager
     def _batch(self, chunks: Sequence[Chunk]) -> Iterator[Batch]:
         """The inputs of a user's step, which is recorded while its body runs."""
-        check_fits(chunks, self._capacity)
-        if unknown := [chunk.seq for chunk in chunks if chunk.seq not in self.memory]:
-            raise BatchError(f"sequence {unknown[0]} is not there: it was freed, or never created")
         self.check_usable()
+        for chunk in chunks:
+            self.memory.allocation(chunk.seq)  # Raises SequenceError if it is not there.
+        check_fits(chunks, self._capacity)
         self._drop_ahead()
         self._step = step = Step([Row(chunk) for chunk in chunks])
         try:
@@ -130,6 +134,10 @@ class StepLoop:
         return logits
 
     def prefill(self, seq: int, tokens: Sequence[int], logits: Logits) -> NDArray[np.float32]:
+        (chunk,) = self._checked([Chunk(seq, tokens, logits)])
+        tokens = chunk.tokens
+        if not tokens:
+            raise BatchError("expected at least one token, got none")
         most = self._capacity.n_outputs if logits is Logits.ALL else self._capacity.n_tokens
         n_past = self.owner.call(lambda: self.memory.n_tokens(seq))
         parts = list(cut(n_past, len(tokens), most))

@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections import deque
 from functools import partial
 
+from engine import checks
 from engine.kvcache.pool import Pool
-from engine.kvcache.sequences import Allocation, Checkpoint, CheckpointError, SequenceMemory
+from engine.kvcache.sequences import (
+    Allocation,
+    Checkpoint,
+    CheckpointError,
+    SequenceError,
+    SequenceMemory,
+)
 from engine.runtime.owner import Owner
 
 
@@ -15,6 +22,10 @@ class SharedMemory:
 
     def __init__(self, memory: SequenceMemory, owner: Owner) -> None:
         self._memory, self._call = memory, owner.call
+
+    def __repr__(self) -> str:
+        pools = (self._memory.blocks, self._memory.slots)
+        return f"<SharedMemory: {', '.join(map(str, pools))}>"
 
     @property
     def dropped(self) -> deque[int]:
@@ -37,10 +48,12 @@ class SharedMemory:
         return self._call(partial(self._memory.fork, seq))
 
     def free(self, seq: int) -> None:
+        checks.integer(SequenceError, "seq", seq)
         self._call(partial(self._memory.free, seq))
 
     def drop(self, seq: int) -> None:
         """Have a sequence freed by the next call; never waits, so that no exception comes first."""
+        checks.integer(SequenceError, "seq", seq)
         self._memory.dropped.append(seq)
 
     def n_tokens(self, seq: int) -> int:
@@ -71,6 +84,7 @@ class SharedMemory:
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise CheckpointError unless a checkpoint is of this memory, and not released."""
+        checks.instance(CheckpointError, "checkpoint", checkpoint, Checkpoint)
         if checkpoint.memory not in (self, self._memory):
             raise CheckpointError("expected a checkpoint of this engine, got another one's")
         _ = checkpoint.seq  # Raises if it was released.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from engine.kvcache.sequences import Checkpoint
 from engine.runtime.owner import Signal
 from engine.sampling.chain import Sampler
+from engine.sampling.logprobs import Logprobs, logprobs
 from engine.sampling.params import SamplingParams
 from engine.text.tokenizer import StreamDecoder
 
@@ -29,10 +29,12 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True)
 class Token:
-    """A generated token and the text it completes, which may be empty."""
+    """A generated token and the text it completes, which may be empty; with SamplingParams.logprobs
+    its log probabilities."""
 
     text: str
     token: int
+    logprobs: Logprobs | None = None
 
 
 @dataclass
@@ -104,6 +106,7 @@ class Request:
         self.n_past, self.n_done, self.n_pending = n_past, 0, 0
         self.prompt_end = n_past + len(self.ids)
         self.tokens: list[int] = []
+        self.logprobs: list[Logprobs] = []
         self.finish_reason: FinishReason | None = None
         self.detail = ""
         self.cause: BaseException | None = None
@@ -168,26 +171,28 @@ class Request:
         """Sample the next token from logits [n_vocab]; it may end it. Raises SamplingError."""
         token = self.sampler.sample(logits)
         self.sampler.accept(token)
-        self._append(token)
+        n_top = self.params.logprobs
+        self._append(token, None if n_top is None else logprobs(logits, token, n_top))
 
     def accept_token(self, token: int) -> None:
         """As `accept_logits`, with a token that a device sampled."""
         self.sampler.accept_sampled(token)
         self._append(token)
 
-    def _append(self, token: int) -> None:
+    def _append(self, token: int, found: Logprobs | None = None) -> None:
         if token in self._ends:
             if text := self._rest():
-                self._emit(token, text)
+                self._emit(text, token, found)
             self.finish(FinishReason.STOP, f"end-of-generation token {token}")
             return
         self.tokens.append(token)
+        self.logprobs += [] if found is None else [found]
         text, is_stopped = self._stops.push(self._decoder.push(token))
         limit = "" if is_stopped else self._limit_at(len(self.tokens))
         if limit:
             text += self._rest()
         if text or not is_stopped:
-            self._emit(token, text)
+            self._emit(text, token, found)
         if is_stopped:
             self.finish(FinishReason.STOP, "stop text")
         elif limit:
@@ -203,23 +208,22 @@ class Request:
     def finish(
         self, reason: FinishReason, detail: str = "", cause: BaseException | None = None
     ) -> None:
-        """End it; of several calls the first one counts."""
+        """End it; of several calls the first one counts. Where tokens did not end it, the text that
+        was held back is that of the last ones."""
         if self.finish_reason is None:
+            if reason in (FinishReason.CANCELLED, FinishReason.ERROR):
+                self._pieces.append(self._rest())
             self.detail, self.cause = detail, cause
             self.finish_reason = reason
 
     def cancel(self) -> None:
-        """End it for its user; the text that was held back is that of its last tokens."""
-        if self.finish_reason is None:
-            with contextlib.suppress(Exception):  # Stop texts that are none raise whenever asked.
-                self._pieces.append(self._rest())
-            self.finish(FinishReason.CANCELLED, "by its user")
+        self.finish(FinishReason.CANCELLED, "by its user")
 
     def _rest(self) -> str:
         """The text that decoder and stop texts still hold back."""
         text, is_stopped = self._stops.push(self._decoder.finish())
         return text if is_stopped else text + self._stops.finish()
 
-    def _emit(self, token: int, text: str) -> None:
+    def _emit(self, text: str, token: int, found: Logprobs | None) -> None:
         self._pieces.append(text)
-        self.ready.append(Token(text, token))
+        self.ready.append(Token(text, token, found))

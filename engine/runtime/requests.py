@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 
+from engine import checks
 from engine.errors import EngineError
 from engine.formats.gguf import GGUFFile
 from engine.runtime.request import Request
@@ -34,6 +35,7 @@ class Requests:
 
     def encode(self, prompt: str) -> list[int]:
         """Ids of a prompt as llama.cpp makes them: special tokens added and parsed."""
+        checks.text(PromptError, "prompt", prompt)
         return self._tokenizer.encode(prompt, add_special=True, parse_special=True)
 
     def make(
@@ -45,9 +47,22 @@ class Requests:
     ) -> Request:
         """A request for what follows a prompt, which comes after `n_past` positions of memory.
         before: their tokens, for the penalties. Raises PromptError or SamplingError."""
-        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
-        self.check(ids, n_past)
-        return self._make(ids, params or SamplingParams(), n_past, before)
+        params = SamplingParams() if params is None else params
+        checks.instance(SamplingError, "params", params, SamplingParams)
+        ids = self.check(self._ids(prompt), n_past)
+        return self._make(ids, params, n_past, before)
+
+    def _ids(self, prompt: Prompt) -> Sequence[int]:
+        if isinstance(prompt, str):
+            return self.encode(prompt)
+        first = prompt[0] if isinstance(prompt, list | tuple) and prompt else None
+        expected = "a text or a sequence of token ids"
+        if isinstance(first, str | Mapping):
+            other = (
+                "generate_batch takes several" if isinstance(first, str) else "chat takes messages"
+            )
+            checks.refuse(PromptError, "prompt", f"{expected} ({other})", prompt)
+        return checks.sequence(PromptError, "prompt", prompt, "token ids, or a text")
 
     def empty(self) -> Request:
         """A request without a prompt, which can't run."""
@@ -57,9 +72,7 @@ class Requests:
         self, ids: Sequence[int], params: SamplingParams, n_past: int, before: Sequence[int]
     ) -> Request:
         params = params.resolved(self._metadata)
-        for token in params.logit_bias:
-            if not 0 <= token < self._n_vocab:
-                raise SamplingError(f"logit_bias: {self._unknown_id(token)}")
+        checks.token_ids(SamplingError, "logit_bias", list(params.logit_bias), self._n_vocab)
         ends = self._tokenizer.eog_ids
         texts = params.dry_sequence_breakers
         breakers = self._breakers(texts) if params.dry_multiplier else {}
@@ -72,9 +85,10 @@ class Requests:
         decoder = self._tokenizer.stream(at_start=False)
         return Request(ids, params, sampler, decoder, ends, min(limit, self._n_ctx), n_past)
 
-    def check(self, ids: Sequence[int], n_past: int = 0) -> None:
-        """Raise PromptError for ids that are none, too many, or unknown."""
-        if not len(ids):
+    def check(self, ids: Sequence[int], n_past: int = 0) -> list[int]:
+        """The ids of a prompt. Raises PromptError if they are none, too many, or no tokens."""
+        ids = checks.token_ids(PromptError, "prompt", ids, self._n_vocab)
+        if not ids:
             raise PromptError("the prompt is empty: expected at least one token")
         if n_past + len(ids) > self._n_ctx:
             before = f" after position {n_past}" if n_past else ""
@@ -82,9 +96,4 @@ class Requests:
                 f"the prompt has {len(ids)} tokens{before}, the context {self._n_ctx}: "
                 "shorten it or raise n_ctx (-c)"
             )
-        for token in ids:
-            if not 0 <= token < self._n_vocab:
-                raise PromptError(self._unknown_id(token))
-
-    def _unknown_id(self, token: int) -> str:
-        return f"token id {token}: expected 0 to {self._n_vocab - 1}"
+        return ids

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from math import ceil
 
 from engine.graph import Capacity
-from engine.kvcache.sequences import CheckpointError, SequenceMemory
+from engine.kvcache.sequences import CheckpointError, SequenceError, SequenceMemory
 from engine.runtime.batch import BLOCK_POSITIONS, Chunk, Logits
 from engine.runtime.request import FinishReason, Request
 
@@ -61,7 +61,7 @@ class Scheduler:
                 self.memory.create(request.seq)
             else:
                 self.memory.fork(request.after.seq, request.seq)
-        except (CheckpointError, KeyError) as error:
+        except (CheckpointError, SequenceError) as error:
             request.finish(FinishReason.ERROR, "its checkpoint was released meanwhile", error)
             self._tell(request)
             return

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.sampling import steps
-from engine.sampling.params import SamplingError, SamplingParams
+from engine.sampling.params import LogitsProcessor, SamplingError, SamplingParams
 from engine.sampling.recent import Breakers
 from engine.sampling.spec import MAX_BANNED, MAX_TOP_K, SampleSpec
 from engine.sampling.steps import SAMPLERS, Candidates, Context
@@ -49,6 +49,7 @@ class Sampler:
         self._uniforms: deque[float] = deque()
         self._later = iter(self._context.rng.random, None)
         self._mu = 2.0 * p.mirostat_tau
+        self._processors: Sequence[LogitsProcessor] = p.logits_processors
         self._buffer = np.empty(0)
         names = ("temperature",) if p.mirostat else p.samplers
         self._active = [name for name in names if not SAMPLERS[name].is_off(p)]
@@ -61,6 +62,8 @@ class Sampler:
 
     def sample(self, logits: NDArray[np.float32]) -> int:
         """Sample a token from logits [n_vocab]; SamplingError if no token can be sampled."""
+        for processor in self._processors:
+            logits = _processed(processor, self._context.recent, logits)
         if self._is_greedy:
             allowed = logits.copy()
             allowed[self._biased] = -math.inf
@@ -126,6 +129,8 @@ class Sampler:
     def _device_spec(self) -> SampleSpec | None:
         """The chain as a SampleSpec without its random number; None if a device can't run it."""
         p, banned, active = self._params, tuple(self._biased.tolist()), self._active
+        if p.logits_processors or p.logprobs is not None:
+            return None
         if len(banned) > MAX_BANNED or not self._only_bans() or p.mirostat:
             return None
         if self._is_greedy:
@@ -144,6 +149,21 @@ def _all_ids(n: int) -> NDArray[np.intp]:
     ids = np.arange(n)
     ids.flags.writeable = False
     return ids
+
+
+def _processed(
+    processor: LogitsProcessor, tokens: Sequence[int], logits: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """What a user's function makes of logits. Raises SamplingError if that is no such array."""
+    made = np.asarray(processor(tokens, logits.copy()))
+    if made.shape != logits.shape or made.dtype.kind not in "fiu":
+        came = f"{made.dtype} {list(made.shape)}"
+        expected = f"numbers [{len(logits)}]"
+        raise SamplingError(f"logits_processors: expected {expected} back, got {came}")
+    if np.isnan(made).any():
+        raise SamplingError("logits_processors: expected numbers back, got NaN")
+    with np.errstate(over="ignore"):  # What is infinite then is no logit, and refused.
+        return made.astype(np.float32)
 
 
 def _check_finite(highest: float) -> None:

@@ -17,6 +17,7 @@ from jinja2 import ext, meta, nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from engine import checks
 from engine.errors import EngineError
 from engine.formats.gguf import GGUFFile
 
@@ -43,6 +44,7 @@ class ChatTemplate:
     """A compiled template; `name` is for error texts, `variables` are the names that it reads."""
 
     def __init__(self, source: str, name: str = "chat template") -> None:
+        checks.text(ChatError, name, source)
         self.name = name
         environment = _environment()
         try:
@@ -52,6 +54,9 @@ class ChatTemplate:
             raise self._error(f"line {error.lineno}: {error.message}") from None
         except (jinja2.TemplateError, ArithmeticError, RecursionError) as error:
             raise self._error(str(error)) from None
+
+    def __repr__(self) -> str:
+        return f"<ChatTemplate {self.name}>"
 
     def render(
         self,

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import codecs
 import logging
+import mmap
 import struct
 from collections.abc import Iterable
 from typing import Any
 
+from engine import checks
+from engine.errors import NotEnoughMemoryError
 from engine.formats.gguf import GGUFError, GGUFFile
 from engine.text.vocab import (
     BYTE,
@@ -97,6 +100,10 @@ _PRE_ALIASES = {
 }
 
 
+# Texts from so many characters on are encoded only if there is memory for it.
+_LONG = 1 << 16
+
+
 class Tokenizer:
     """The tokenizer of one GGUF file. `add_special` puts bos_id and eos_id around a text if
     `add_bos` and `add_eos` are set; eog_ids are the tokens that end a generation."""
@@ -105,6 +112,7 @@ class Tokenizer:
         """As `from_gguf`, but errors of the metadata may be GGUFError."""
         self._vocab = vocab = read_vocab(file)
         self.n_vocab = len(vocab.tokens)
+        _check_memory(self.n_vocab)
         self.bos_id, self.eos_id, self.eog_ids = vocab.bos_id, vocab.eos_id, vocab.eog_ids
         self._encoder: _ByteLevelBPE | _SentencePiece
         if vocab.model == "gpt2":
@@ -126,6 +134,7 @@ class Tokenizer:
     @classmethod
     def from_gguf(cls, file: GGUFFile) -> Tokenizer:
         """The tokenizer in the metadata of `file`; TokenizerError if it cannot be used."""
+        checks.instance(TokenizerError, "file", file, GGUFFile)
         try:
             return cls(file)
         except GGUFError as error:
@@ -158,12 +167,14 @@ class Tokenizer:
     def segments(self, text: str, continues: bool = False) -> list[tuple[str, list[int]]]:
         """(text, ids) of `text`, which may have ESCAPEs, cut at its special tokens. The ids are
         `encode`'s with parse_special; a text that `continues` another gets no space before it."""
-        _check_unicode(text.replace(ESCAPE, ""))
+        _check_unicode(checks.text(TokenizerError, "text", text).replace(ESCAPE, ""))
         return self._cut(text, self._specials, continues)
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Control and unknown tokens
         are left out unless `special`. Raises TokenizerError for an id out of range."""
+        if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+            checks.refuse(TokenizerError, "ids", "token ids", ids)
         pieces = [self.token_bytes(token_id, special) for token_id in ids]
         if pieces and self._space_prefix:
             pieces[0] = pieces[0].removeprefix(b" ")
@@ -182,9 +193,13 @@ class Tokenizer:
         return self._vocab.tokens[self._checked(token_id)]
 
     def _checked(self, token_id: int) -> int:
-        if not 0 <= token_id < self.n_vocab:
-            raise TokenizerError(f"token id {token_id}: expected 0 to {self.n_vocab - 1}")
+        if not checks.is_integer(token_id) or not 0 <= token_id < self.n_vocab:
+            came = checks.shown(token_id)
+            raise TokenizerError(f"token id {came}: expected 0 to {self.n_vocab - 1}")
         return token_id
+
+    def __repr__(self) -> str:
+        return f"<Tokenizer {self._vocab.model}: {self.n_vocab} tokens>"
 
     def _cut(
         self, text: str, specials: list[tuple[str, int]], continues: bool = False
@@ -199,6 +214,8 @@ class Tokenizer:
             if isinstance(part, int):
                 found.append((self._vocab.tokens[part], [part]))
             else:
+                if len(part) >= _LONG:
+                    _check_memory(len(part))
                 ids = self._encoder.encode(part.replace(ESCAPE, ""), continues and not found)
                 found.append((part, ids))
         return found
@@ -262,7 +279,21 @@ class _SentencePiece:
         return ids
 
 
+def _check_memory(n: int) -> None:
+    """Raise NotEnoughMemoryError if the packages, which abort the process then, lack memory for a
+    vocabulary of `n` tokens or a text of `n` characters."""
+    # What they were seen to take at most.
+    n_bytes = (8 << 20) + 420 * n
+    try:
+        mmap.mmap(-1, n_bytes).close()
+    except OSError:
+        raise NotEnoughMemoryError(
+            f"out of memory: the tokenizer needs {n_bytes >> 20} MiB"
+        ) from None
+
+
 def _check_unicode(text: str) -> None:
+    checks.text(TokenizerError, "text", text)
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -292,7 +292,7 @@ def snapped(contents: Contents, seq: int, tokens: list[int], n_snapshots: int) -
 
 
 @pytest.mark.parametrize(
-    ("n", "reached"), [(9, 7), (7, 7), (6, 6), (5, 5), (4, 2), (2, 2), (1, 0), (0, 0), (-3, 0)]
+    ("n", "reached"), [(9, 7), (7, 7), (6, 6), (5, 5), (4, 2), (2, 2), (1, 0), (0, 0)]
 )
 def test_truncate_reaches_the_nearest_kept_position(n: int, reached: int) -> None:
     """Kept are a rollback point at 2 and the states after 5, 6 and 7 tokens."""

@@ -188,7 +188,7 @@ def test_ragged_batches_of_a_decomposed_model(scanned: Engine, path: Path, seed:
     prompts = [random_ids(rng, 60), random_ids(rng, 140)]
     cuts = [(0, 37, 38, 60), (0, 90, 139, 140)]
     want = [scanned.logits(ids) for ids in prompts]
-    options = {"gdn": "decomposed", "n_ubatch": 128, "n_parallel": 2}
+    options: dict[str, Any] = {"gdn": "decomposed", "n_ubatch": 128, "n_parallel": 2}
     with Engine.load(path, backend="reference", n_ctx=256, **options) as engine:
         seqs = [engine.memory.create() for _ in prompts]
         for spans in zip(*map(itertools.pairwise, cuts), strict=True):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from engine import Engine, SamplingParams
+from engine import Engine, SamplingError, SamplingParams
 from engine.runtime.completion import Completion
 from engine.runtime.request import Request
 from tests.support.helpers import assert_all_free, float64_engine, nmse, random_ids
@@ -249,7 +249,7 @@ def test_prompts_that_cannot_be_run_do_not_disturb_the_others(
 
 def test_a_wrong_number_of_parameters_starts_nothing(load: Callable[..., Engine]) -> None:
     with load() as engine:
-        with pytest.raises(ValueError, match="shorter"):
+        with pytest.raises(SamplingError, match="params: expected 2, one a prompt, got 1"):
             engine.generate_batch([[1], [2]], [GREEDY])
         gc.collect()
         assert not engine.advance()

@@ -115,7 +115,8 @@ def test_ends_when_its_user_says_so(company: Engine) -> None:
 
 @pytest.mark.parametrize(
     "params",
-    [{"stop": (5,)}, {"temperature": 1e308, "dynatemp_range": 1e308, "top_k": 1},
+    [{"logits_processors": lambda tokens, logits: logits[5:]},
+     {"temperature": 1e308, "dynatemp_range": 1e308, "top_k": 1},
      {"dry_multiplier": 1e308, "dry_base": 1e308}],
 )  # fmt: skip
 def test_what_its_own_code_raises_ends_it_alone(company: Engine, params: dict[str, Any]) -> None:
@@ -129,6 +130,33 @@ def test_what_its_own_code_raises_ends_it_alone(company: Engine, params: dict[st
     # Nor does it stop anybody when it is cancelled before its first token.
     company.generate([1], replace(GREEDY, **params)).stop()
     assert company.generate([2], GREEDY).wait().tokens == other.tokens
+
+
+def test_an_end_from_without_shows_what_was_held_back(company: Engine) -> None:
+    """Text that may begin a stop text is that of the last tokens if nothing follows."""
+    whole = company.generate([2], GREEDY).wait()
+    hold = replace(GREEDY, stop=whole.text[:-1] + "\x00")
+
+    def broken(tokens: Sequence[int], logits: Any) -> Any:
+        return logits if len(tokens) < 4 else 1 / 0
+
+    cancelled = company.generate([2], hold)
+    for _ in range(3):
+        next(cancelled)
+    cancelled.cancel()
+    failed = company.generate([2], replace(hold, logits_processors=broken))
+    with pytest.raises(GenerationError):
+        failed.wait()
+    closed = company.generate([2], hold)
+    next(closed)
+    company.loop.fail(RuntimeError("stopped"))
+    for completion in (cancelled, failed, closed):
+        n = len(completion.tokens)
+        assert n in (1, 3)
+        assert completion.tokens == whole.tokens[:n]
+        decoder = company.tokenizer.stream(at_start=False)
+        spelled = "".join(map(decoder.push, completion.tokens)) + decoder.finish()
+        assert completion.text == spelled
 
 
 def test_ends_with_an_error_of_its_own(company: Engine) -> None:

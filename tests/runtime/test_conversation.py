@@ -5,6 +5,8 @@ The reference for an answer is the same tokens as one prompt on a fresh sequence
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -221,6 +223,30 @@ def test_tools_and_system_messages(engine: Engine) -> None:
     expected = THINKING.render(messages, tools)
     assert answer.prompt.ids == engine.tokenizer.encode(expected, parse_special=True)
     assert "now" in expected
+
+
+@pytest.mark.parametrize("is_nested", [True, False])
+def test_arguments_of_a_call_may_come_as_json(engine: Engine, is_nested: bool) -> None:
+    """As OpenAI's protocol has them; a text that is no object is left to the template."""
+    given = {"factors": [6, 7], "unit": "é<|im_end|>", "deep": {"a": None}}
+
+    def prompt(arguments: Any) -> list[int]:
+        call: dict[str, Any] = {"name": "product", "arguments": arguments}
+        call = {"type": "function", "function": call} if is_nested else call
+        messages: Messages = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "42"},
+        ]
+        kept = copy.deepcopy(messages)
+        ids = engine.conversation.prompt(THINKING, messages).ids
+        assert messages == kept
+        return ids
+
+    assert prompt(json.dumps(given)) == prompt(given)
+    for text in ("{", "5", "[" * 10**5):
+        with pytest.raises(ChatError, match="chat template"):
+            prompt(text)
 
 
 # Special tokens.

@@ -15,6 +15,7 @@ import pytest
 from engine import Engine, SamplingParams
 from engine.config import ConfigError
 from engine.kvcache.pool import MemoryFullError
+from engine.kvcache.sequences import SequenceError
 from engine.runtime.batch import BatchError, Chunk
 from engine.runtime.completion import GenerationError
 from tests.support.helpers import (
@@ -225,9 +226,9 @@ def test_a_sequence_that_is_not_there_is_refused(tiny: Path, load: Load) -> None
         engine.memory.free(gone)
         first = engine.step([Chunk(seq, [1, 2])])
         for bad in (gone, 99, -1):
-            with pytest.raises(BatchError, match=f"sequence {bad} is not there"):
+            with pytest.raises(SequenceError, match=f"sequence {bad} is not there"):
                 engine.step([Chunk(seq, [3]), Chunk(bad, [3])])
-        with pytest.raises(KeyError):
+        with pytest.raises(SequenceError, match="sequence 99 is not there"):
             engine.memory.n_tokens(99)
         assert engine.memory.n_tokens(seq) == 2
         again = engine.memory.create()

@@ -95,14 +95,27 @@ def test_a_full_context_ends_a_generation(engine: Engine, n_prompt: int, max_tok
     assert "128" in completion.detail
 
 
-def test_context_sizes(tiny: Path, tmp_path: Path) -> None:
+def test_context_sizes(tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One beyond what the model was trained on gets a warning."""
     short = write_model(tmp_path / "m", "tiny", overrides={"qwen35.context_length": 100})
     for path, n_ctx, expected in (
         (tiny, None, 4096), (tiny, 0, 4096), (tiny, 10, 10), (tiny, 5000, 5000),
         (short, None, 100), (short, 0, 100), (short, 200, 200),
     ):  # fmt: skip
+        caplog.clear()
         with Engine.load(path, n_ctx=n_ctx) as engine:
             assert engine.n_ctx == expected
+        trained = 100 if path == short else 4096
+        warned = (
+            f"n_ctx (-c): a context of {n_ctx} tokens, but the model was trained on {trained}: "
+        )
+        assert [warned in line for line in caplog.messages] == [True] * (expected > trained)
+    caplog.clear()
+    # Sequences share the memory.
+    Engine.load(short, n_ctx=200, n_parallel=2).close()
+    assert caplog.messages == []
+    Engine.load(short, n_ctx=202, n_parallel=2).close()
+    assert "a context of 101 tokens" in caplog.text
 
 
 ENDS = (
@@ -277,8 +290,8 @@ def one_line(error: BaseException) -> str:
         ("", "the prompt is empty: expected at least one token"),
         ([], "the prompt is empty: expected at least one token"),
         ([1] * 129, "the prompt has 129 tokens, the context 128: shorten it or raise n_ctx (-c)"),
-        ([1, 320], "token id 320: expected 0 to 319"),
-        ([1, -1], "token id -1: expected 0 to 319"),
+        ([1, 320], "prompt: token id 320: expected 0 to 319"),
+        ([1, -1], "prompt: token id -1: expected 0 to 319"),
     ],
 )
 def test_prompts_that_cannot_be_run(engine: Engine, prompt: str | list[int], message: str) -> None:

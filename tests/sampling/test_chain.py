@@ -224,7 +224,7 @@ def test_mirostat_1_is_not_there() -> None:
 
 
 def test_unknown_samplers() -> None:
-    expected = f"samplers: expected any of {', '.join(SAMPLERS)}, got "
+    expected = f"samplers: expected one of {', '.join(SAMPLERS)}, got "
     assert refused(samplers=("top_k", "typical")) == expected + "typical"
     assert refused(samplers=("",)) == expected
 

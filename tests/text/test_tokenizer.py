@@ -20,6 +20,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine import Engine, SamplingParams
+from engine.errors import NotEnoughMemoryError
 from engine.formats.gguf import GGUFFile
 from engine.text.tokenizer import Tokenizer, TokenizerError, pre_tokenizer
 from tools.ggufwrite import write_gguf
@@ -664,3 +666,27 @@ def test_imports_only_what_it_needs(tmp_path: Path, model: str, unused: str) -> 
         f"Tokenizer.from_gguf(GGUFFile({str(path)!r})); sys.exit({unused!r} in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# Memory.
+
+
+def test_a_text_too_long_for_the_memory_is_refused_alone(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The packages would abort the process. Only what goes to them in one piece counts."""
+    long, cut = "ab" * 40_000, "hello<|im_end|>" * 8_000
+    with Engine.load(tiny, n_ctx=128) as engine:
+        want = engine.tokenizer.encode(cut, parse_special=True)
+
+        def refuse(fileno: int, length: int) -> Any:
+            raise OSError(12, "Cannot allocate memory")
+
+        monkeypatch.setattr("engine.text.tokenizer.mmap.mmap", refuse)
+        assert engine.tokenizer.encode(cut, parse_special=True) == want
+        with pytest.raises(NotEnoughMemoryError, match=r"the tokenizer needs \d+ MiB"):
+            engine.tokenizer.encode(long)
+        params = SamplingParams(max_tokens=2, ignore_eos=True)
+        first, failed, last = engine.generate_batch(["a", long, "b"], params)
+        assert [len(c.tokens) for c in (first, failed, last)] == [2, 0, 2]
+        assert "the tokenizer needs" in failed.detail

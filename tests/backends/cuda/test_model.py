@@ -29,7 +29,7 @@ Rng = np.random.Generator
 LIMIT = 1e-5
 # Quantized weights: products round activations, as the CPU's do, and may be as far off.
 SHARE_OF_CPU = 4.0
-OPTIONS = {"n_ctx": 512, "n_ubatch": 128, "n_parallel": 4}
+OPTIONS: dict[str, Any] = {"n_ctx": 512, "n_ubatch": 128, "n_parallel": 4}
 
 
 @pytest.fixture(scope="module", params=DEVICES)
