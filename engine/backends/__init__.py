@@ -65,6 +65,12 @@ def _warn_of_threads(n_threads: int, chosen: list[Registration]) -> None:
         )
 
 
+def unusable() -> list[str]:
+    """A line for all hardware that is here, but that its backend can't use."""
+    lines = [(r.hardware(), missing(r.name)) for r in REGISTRY]
+    return [f"{here} is here but not used: {why}" for here, why in lines if here and why]
+
+
 def describe() -> str:
     """What every backend would run with, the best first."""
     return ", ".join(registration.describe() for registration in REGISTRY)

@@ -193,13 +193,14 @@ class Backend(ABC):
 class Registration:
     """A backend that can be asked for by name. make: creates it, or raises an EngineError that says
     what is missing. missing: why `auto` passes it by, or "". describe: what it would run with, for
-    --version."""
+    --version. hardware: what it runs on, if that is here, or ""; whether or not it can be used."""
 
     name: str
     traits: Traits
     make: Callable[[BackendOptions], Backend]
     missing: Callable[[], str]
     describe: Callable[[], str]
+    hardware: Callable[[], str] = lambda: ""
 
 
 @dataclass

@@ -7,21 +7,19 @@ activations alive at one time in a full step; not the file's mapped pages, which
 from __future__ import annotations
 
 import re
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.backends.base import Backend
-from engine.errors import EngineError
+from engine.errors import NotEnoughMemoryError
 from engine.graph import Graph, Kind, Tensor, dim_name
 from engine.placement.place import Plan
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
-
-
-class NotEnoughMemoryError(EngineError):
-    """A model needs more memory than is left."""
+_STATM = Path("/proc/self/statm")
 
 
 @dataclass(frozen=True)
@@ -123,9 +121,10 @@ def _touched_bytes(tensor: Tensor, graph: Graph) -> int:
 
 
 def available_bytes() -> int | None:
-    """Bytes left on the machine and in the process's control group; None if unknown."""
-    limits = [n for n in (_left_on_machine(), _left_in_cgroup()) if n is not None]
-    return min(limits, default=None)
+    """Bytes left on the machine, in the process's control group and under its own limit; None if
+    unknown."""
+    left = (_left_on_machine(), _left_in_cgroup(), _left_under_limit())
+    return min((n for n in left if n is not None), default=None)
 
 
 def _left_on_machine() -> int | None:
@@ -148,3 +147,14 @@ def _left_in_cgroup() -> int | None:
         return None
     cached = int(stat.get("active_file", 0)) + int(stat.get("inactive_file", 0))
     return max(0, int(limit) - used + cached)
+
+
+def _left_under_limit() -> int | None:
+    """Bytes of address space left under `ulimit -v`."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        n_pages = int(_STATM.read_text().split()[0])
+    except OSError:
+        return None
+    used = n_pages * resource.getpagesize()
+    return None if limit == resource.RLIM_INFINITY else max(0, limit - used)

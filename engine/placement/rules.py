@@ -67,7 +67,8 @@ class Offload:
             return False, f"-ncmoe {min(self.n_cpu_moe, n_layers)}"
         if self.n_gpu_layers is None:
             return None
-        return layer >= n_layers + 1 - self.n_gpu_layers, f"-ngl {self.n_gpu_layers}"
+        n_layers_on_device = min(self.n_gpu_layers, n_layers + 1)
+        return layer > n_layers - n_layers_on_device, f"-ngl {n_layers_on_device}"
 
 
 def _parse(text: str, names: Sequence[str]) -> tuple[str, re.Pattern[str], str]:
@@ -88,6 +89,7 @@ def place_where_it_fits(
 ) -> Plan:
     """The placed graph; without -ngl, with as many layers on the device as it has room for."""
     first, n_layers = backends[0], len(graph.layer_kinds)
+    _warn_of_no_effect(graph, backends, offload)
 
     def placed(n: int | None) -> Plan:
         rules = replace(offload, n_gpu_layers=n).rules(graph, backends)
@@ -101,3 +103,10 @@ def place_where_it_fits(
     n = bisect_left(too_many, True, key=lambda n: not estimate.fits(placed(n), first))
     _log.warning("%s has room for %d of %d layers: -ngl %d", first.name, n, n_layers, n)
     return placed(n)
+
+
+def _warn_of_no_effect(graph: Graph, backends: Sequence[Backend], offload: Offload) -> None:
+    if offload.n_gpu_layers and not any(b.traits.own_memory for b in backends):
+        _log.warning("-ngl is ignored: no GPU is used")
+    if offload.n_cpu_moe and not any(node.op.name == "MUL_MAT_ID" for node in graph.nodes):
+        _log.warning("-ncmoe or -cmoe is ignored: the model has no experts")

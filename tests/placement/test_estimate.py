@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from engine import Engine
+from engine.errors import NotEnoughMemoryError
 from engine.graph import Kind
 from engine.models.weights import Weights
 from engine.placement import estimate as memory_estimate
@@ -104,13 +106,25 @@ def test_the_lesser_of_machine_and_control_group_counts(machine: Callable[..., N
     assert memory_estimate.available_bytes() == 6 * GIB
 
 
+def test_a_limit_of_the_process_counts(
+    machine: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(8 * GIB)
+    (tmp_path / "statm").write_text(f"{GIB // resource.getpagesize()} 5 4 3 0 2 0\n")
+    monkeypatch.setattr(memory_estimate, "_STATM", tmp_path / "statm")
+    for limit, left in ((3 * GIB, 2 * GIB), (GIB - 1, 0), (resource.RLIM_INFINITY, 8 * GIB)):
+        limits = {resource.RLIMIT_AS: (limit, -1)}
+        monkeypatch.setattr(resource, "getrlimit", limits.__getitem__)
+        assert memory_estimate.available_bytes() == left
+
+
 def test_a_model_that_fits_exactly_runs(tiny: Path, machine: Callable[..., None]) -> None:
     with Engine.load(tiny, n_ctx=256) as engine:
         need = memory_estimate.estimate(engine.plan).total
     machine(need + 1023)
     Engine.load(tiny, n_ctx=256).close()
     machine(need - 1024)
-    with pytest.raises(memory_estimate.NotEnoughMemoryError, match="MiB"):
+    with pytest.raises(NotEnoughMemoryError, match="MiB"):
         Engine.load(tiny, n_ctx=256)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from engine.backends.base import Traits
 from engine.config import EngineConfig, capacity_of
+from engine.errors import NotEnoughMemoryError
 from engine.formats.gguf import GGUFFile
 from engine.graph import Graph, Kind
 from engine.models import BuildOptions, load_model
@@ -74,6 +75,12 @@ def test_the_last_layers_go_to_the_gpu_and_the_head_is_one_more(graph: Graph, n:
     assert all(f"-ngl {n}" in p.reason for p in stay)
 
 
+def test_more_layers_than_there_are_is_all_of_them(graph: Graph) -> None:
+    """So `-ngl all` is a large number, which no reason shows."""
+    rules = Offload(n_gpu_layers=1 << 20).rules(graph, [Gpu(), Picky("cpu")])
+    assert {reason for _, reason in rules.values()} == {"-ngl 5"}
+
+
 def test_a_tied_head_goes_to_the_gpu_while_the_table_stays(models: Models) -> None:
     plan, gpu = placed(graph_of(models("tiny", "Q8_0")), Offload(n_gpu_layers=1))
     assert "token_embd" in on_cpu(plan)
@@ -137,5 +144,5 @@ def test_as_many_layers_as_fit(graph: Graph) -> None:
 
 def test_more_layers_than_fit_are_refused_if_they_were_asked_for(graph: Graph) -> None:
     plan, _ = placed(graph, Offload(n_gpu_layers=5), n_bytes=1000)
-    with pytest.raises(memory_estimate.NotEnoughMemoryError, match=r"^not enough memory on cuda: "):
+    with pytest.raises(NotEnoughMemoryError, match=r"^not enough memory on cuda: "):
         memory_estimate.check(plan)

@@ -5,7 +5,7 @@ For tests of the command line: the result of a run.
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,16 +21,15 @@ from engine import Engine
 from engine.backends.cpu.backend import CpuProgram
 from engine.backends.native import library as cpu_library
 from engine.backends.reference import ReferenceBackend
-from engine.formats.quants import BY_GGML_ID
-from engine.graph import Kind, Live, Tensor
+from engine.graph import Live
 from engine.sampling.params import SamplingParams
 from engine.sampling.recent import Breakers
 from engine.sampling.steps import SAMPLERS, Candidates, Context
-from tools.ggufwrite import TensorSpec, write_gguf
-from tools.makevocab import made_vocabulary, padded_vocabulary
-from tools.presets import PRESETS, metadata, tensors
-from tools.synth import tensor_type
+from tools import model_table
+from tools.presets import PRESETS
 
+# The line that says what a run uses.
+SUMMARY = re.compile(r"^.+: .+; context \d+.*; .+ [MG]iB \(weights .+\)( on the device)?\n", re.M)
 # Weights this large make logits of order one, so that a wrong state moves them visibly.
 STD = 0.1
 N_VOCAB = 320
@@ -146,22 +145,17 @@ def failing_at(engine: Engine, node_name: str, error: type[BaseException]) -> It
 
 
 def write_header(path: Path, preset: str) -> Path:
-    """A GGUF of a preset's shapes in Q4_0; all tensors share one hole of a sparse file."""
-    p = replace(PRESETS[preset], n_vocab=HEADER_VOCAB)
-    values = {"general.architecture": p.arch} | metadata(p)
-    values |= padded_vocabulary(made_vocabulary(), HEADER_VOCAB)
-    specs, largest = [], 0
-    for name, shape in tensors(p).items():
-        block = tensor_type(p, name, shape, "Q4_0")
-        specs.append(TensorSpec(name, shape, block.ggml_id, 0, list))
-        largest = max(largest, Tensor(name, shape, BY_GGML_ID[block.ggml_id], Kind.WEIGHT).nbytes)
-    write_gguf(path, values, specs)
-    os.truncate(path, path.stat().st_size + largest)
-    return path
+    """A GGUF of a preset's shapes in Q4_0, without weights; see tools/model_table.py."""
+    return model_table.write_header(path, replace(PRESETS[preset], n_vocab=HEADER_VOCAB), "Q4_0")
+
+
+def without_summary(err: str) -> str:
+    """A command's standard error without the lines of engine/commands/summary.py."""
+    return SUMMARY.sub("", err)
 
 
 class Result(NamedTuple):
-    """The result of a command."""
+    """The result of a command; `err`: its standard error without the summary."""
 
     status: int
     out: str
@@ -179,7 +173,8 @@ class Result(NamedTuple):
             status = main([str(arg) for arg in argv])
         except SystemExit as stopped:
             status = stopped.code
-        return cls(status, *capsys.readouterr())
+        out, err = capsys.readouterr()
+        return cls(status, out, without_summary(err))
 
     def refused(self) -> str:
         """The error message; asserts status 1 and one line on standard error, nothing else."""

@@ -25,6 +25,7 @@ from engine.backends.native.program import NativeProgram, write_operand
 from engine.backends.native.signatures import SIGNATURES
 from engine.backends.native.states import ArrayStates
 from engine.backends.native.views import INSTRUCTION, VIEW, write_view
+from engine.errors import NotEnoughMemoryError
 from engine.formats.quants import numpy_dtype
 from engine.graph import Kind, Live, Node, Tensor
 
@@ -106,6 +107,8 @@ class CpuBackend(NativeBackend):
         threads = "1 thread" if self.n_threads == 1 else f"{self.n_threads} threads"
         self.detail = f"{self.library.isa} kernels, {threads}"
         self.team: int | None = self.library.team_create(self.n_threads)
+        if self.team is None:
+            raise NotEnoughMemoryError(f"{threads} could not be started: lower n_threads (-t)")
         self.states = ArrayStates()
         self.weights = CpuWeights(self.library, self.n_threads)
         self._fixed: dict[Tensor, Array] = {}
@@ -176,6 +179,8 @@ class CpuBackend(NativeBackend):
         while at < n:
             # Between two pieces the interpreter handles signals.
             at = self.library.run(self.team, program, n, live, times, at, PIECE_SECONDS)
+            if at < 0:
+                raise NotEnoughMemoryError("out of memory: a step could not begin")
 
     def measure_limits(self) -> Limits:
         return limits.measure(self.read_probe)

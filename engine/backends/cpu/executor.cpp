@@ -13,7 +13,9 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -101,21 +103,21 @@ struct alignas(64) Counter {
 
 class Team {
    public:
+    // Throws if there is no memory for its threads, or no thread left.
     explicit Team(int n_threads) : n_threads_(n_threads), scratch_(n_threads) {
-        for (auto& s : scratch_) s = static_cast<char*>(std::aligned_alloc(64, SCRATCH_BYTES));
-        for (int i = 1; i < n_threads; i++) workers_.emplace_back([this, i] { work(i); });
+        try {
+            for (auto& s : scratch_) {
+                s = static_cast<char*>(std::aligned_alloc(64, SCRATCH_BYTES));
+                if (!s) throw std::bad_alloc();
+            }
+            for (int i = 1; i < n_threads; i++) workers_.emplace_back([this, i] { work(i); });
+        } catch (...) {
+            end();
+            throw;
+        }
     }
 
-    ~Team() {
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            stopping_ = true;
-            step_.fetch_add(1);
-        }
-        wake_.notify_all();
-        for (auto& w : workers_) w.join();
-        for (char* s : scratch_) std::free(s);
-    }
+    ~Team() { end(); }
 
     // Begins a program if `first` is -1, else goes on with instruction `first`, for `limit` seconds
     // or a little longer. Returns the instruction to go on with, n at the end.
@@ -143,6 +145,17 @@ class Team {
     }
 
    private:
+    void end() {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            stopping_ = true;
+            step_.fetch_add(1);
+        }
+        wake_.notify_all();
+        for (auto& w : workers_) w.join();
+        for (char* s : scratch_) std::free(s);
+    }
+
     void work(int thread) {
         uint64_t seen = 0;
         for (;;) {
@@ -265,7 +278,12 @@ class Team {
 // Whether the operating system lets this process use what the library is built for.
 GDN_EXPORT int gdn_allowed() { return allow_matrix_products(); }
 
-GDN_EXPORT void* gdn_team_create(int n_threads) { return new Team(n_threads); }
+// nullptr if the threads can't be started.
+GDN_EXPORT void* gdn_team_create(int n_threads) {
+    try {
+        return new Team(n_threads);
+    } catch (const std::exception&) { return nullptr; }
+}
 
 GDN_EXPORT void gdn_team_free(void* team) { delete static_cast<Team*>(team); }
 
@@ -296,10 +314,13 @@ GDN_EXPORT int64_t gdn_constant(const char* name) {
     return -1;
 }
 
+// As Team::run; -1 if there is no memory to begin the step.
 GDN_EXPORT int64_t gdn_run(void* team, const void* program, int64_t n, const int64_t* live,
                            double* seconds, int64_t first, double limit) {
     const auto* instructions = static_cast<const Instruction*>(program);
-    return static_cast<Team*>(team)->run(instructions, n, live, seconds, first, limit);
+    try {
+        return static_cast<Team*>(team)->run(instructions, n, live, seconds, first, limit);
+    } catch (const std::bad_alloc&) { return -1; }
 }
 
 GDN_EXPORT int32_t gdn_layout_of(int ggml_id) { return layout_of(ggml_id); }

@@ -9,6 +9,7 @@ import numpy as np
 from engine.backends.base import Array
 from engine.backends.native.library import Library
 from engine.backends.native.panels import PanelWeights
+from engine.errors import NotEnoughMemoryError
 
 # Bytes of weights that are packed ahead of the oldest unfinished one: they keep all threads busy.
 _AHEAD_BYTES = 64 << 20
@@ -43,7 +44,13 @@ class _Memory:
         """An array of bytes whose address is a multiple of 64."""
         size = -(-n_bytes // 64) * 64
         if size > len(self._left):
-            pages = mmap.mmap(-1, max(size, _MAP_BYTES))
+            try:
+                pages = mmap.mmap(-1, max(size, _MAP_BYTES))
+            except OSError:
+                needed = max(size, _MAP_BYTES) >> 20
+                raise NotEnoughMemoryError(
+                    f"out of memory: the next weights need {needed} MiB; take smaller types"
+                ) from None
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 pages.madvise(mmap.MADV_HUGEPAGE)
             self._left = np.frombuffer(pages, np.uint8)

@@ -7,6 +7,7 @@ from functools import cache
 from engine.backends.base import Registration
 from engine.backends.cuda.backend import CudaBackend
 from engine.backends.cuda.cupy_device import CupyDevice, missing
+from engine.backends.cuda.driver import find_gpu
 
 _missing = cache(missing)
 
@@ -21,4 +22,5 @@ REGISTRATION = Registration(
     make=lambda options: CudaBackend(CupyDevice(), options.batch_invariant),
     missing=_missing,
     describe=_describe,
+    hardware=lambda: find_gpu()[0],
 )

@@ -24,7 +24,7 @@ from engine.backends.base import Array
 from engine.backends.cuda import nvrtc
 from engine.backends.cuda.args import ARGS
 from engine.backends.cuda.device import CudaError, Fetched, Gemm, Grid, Memory, Replay, Timer
-from engine.backends.cuda.driver import Launcher
+from engine.backends.cuda.driver import Launcher, find_gpu
 
 MIN_CAPABILITY = (8, 0)
 
@@ -290,12 +290,16 @@ def _cublas() -> ctypes.CDLL:
 
 
 def _cupy(index: int) -> Any:
-    """CuPy; raises CudaError where it is missing, or does not work with the driver."""
+    """CuPy; raises CudaError where it, or a GPU, is missing, or does not work with the driver."""
+    _, why = find_gpu()
+    if why:
+        raise CudaError(f"backend cuda: expected an NVIDIA GPU, got: {why}")
     try:
         import cupy
     except ImportError as error:
         raise CudaError(
-            f"backend cuda: expected CuPy, got: {error}; install the extra cuda12 or cuda13"
+            f"backend cuda: expected CuPy, got: {error}; pip install '.[cuda13]', or cuda12 for a "
+            "driver of CUDA 12"
         ) from None
     runtime = cupy.cuda.runtime
     try:
@@ -329,13 +333,9 @@ def _capability(device: Any) -> tuple[int, int]:
 def missing() -> str:
     """Why no GPU can be used, in one line; an empty string if one can. Asks the driver first:
     importing CuPy takes a second."""
-    count = ctypes.c_int()
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "no NVIDIA driver"
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
-        return "no GPU"
+    _, why = find_gpu()
+    if why:
+        return why
     try:
         _capability(_cupy(0).cuda.Device(0))
     except CudaError as error:

@@ -1,4 +1,4 @@
-"""The driver's launch call with attributes, which CuPy lacks.
+"""The driver without CuPy: the GPU that it finds, and its launch call with attributes.
 
 From compute capability 9.0 on, a kernel may start while the kernel before it still runs
 (programmatic dependent launch); kernels themselves wait for their inputs (primitives.cuh).
@@ -8,10 +8,45 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_int, c_uint, c_void_p
+from typing import Any
 
 # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION of cuda.h, and the first version of the
 # driver whose captured graphs keep it.
 _PROGRAMMATIC, _LEAST_DRIVER = 6, 12030
+
+_NO_DEVICE = 100
+
+
+def find_gpu() -> tuple[str, str]:
+    """The first GPU with the driver's version, and an empty text; or two texts, what there is
+    instead, if anything, and why it is no GPU that can be used."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "", "no NVIDIA driver"
+    count, device, name = c_int(), c_int(), ctypes.create_string_buffer(128)
+    status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    if status not in (0, _NO_DEVICE):
+        return "an NVIDIA driver", f"it finds no GPU: {_error(driver, status)}"
+    if status or not count.value:
+        return "", "no GPU"
+    driver.cuDeviceGet(ctypes.byref(device), 0)
+    driver.cuDeviceGetName(name, len(name), device)
+    version = driver_version(driver)
+    return f"{name.value.decode()} (driver of CUDA {version // 1000}.{version % 1000 // 10})", ""
+
+
+def driver_version(driver: Any) -> int:
+    """The latest CUDA that the driver can run: 12040 is 12.4."""
+    version = c_int()
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    return version.value
+
+
+def _error(driver: Any, status: int) -> str:
+    text = ctypes.c_char_p()
+    driver.cuGetErrorString(status, ctypes.byref(text))
+    return (text.value or f"error {status}".encode()).decode()
 
 
 class _Attribute(ctypes.Structure):
@@ -36,13 +71,11 @@ class Launcher:
 
     def __init__(self, stream: int, overlap: bool) -> None:
         self._driver = ctypes.CDLL("libcuda.so.1")
-        version = c_int()
-        self._driver.cuDriverGetVersion(ctypes.byref(version))
         self._attribute = _Attribute(_PROGRAMMATIC, 0, 1)
         self._config = _Config()
         self._config.stream = stream
         self._config.block[1] = self._config.block[2] = 1
-        if overlap and version.value >= _LEAST_DRIVER:
+        if overlap and driver_version(self._driver) >= _LEAST_DRIVER:
             self._config.attributes = ctypes.addressof(self._attribute)
             self._config.n_attributes = 1
         self._parameters = (c_void_p * 1)()
@@ -59,11 +92,7 @@ class Launcher:
         config.block[0], config.shared = threads, shared
         self._parameters[0] = params
         status = self._launch(self._where[0], function, self._where[1], None)
-        if not status:
-            return ""
-        text = ctypes.c_char_p()
-        self._driver.cuGetErrorString(status, ctypes.byref(text))
-        return (text.value or f"error {status}".encode()).decode()
+        return _error(self._driver, status) if status else ""
 
 
 assert ctypes.sizeof(_Attribute) == 72
