@@ -1,85 +1,158 @@
-"""`cli.py -cnv`: a conversation, with the state kept between turns."""
+"""A conversation in the terminal or through pipes, with the state kept between turns."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import signal
 import sys
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from engine.commands.options import InputError, Parser, load_engine, unescaped
+from engine.commands.options import InputError, Parser, load_engine, read_text, unescaped
 from engine.commands.output import write
+from engine.commands.progress import prompt_bar
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.formats.gguf import GGUFFile
 from engine.runtime.completion import ChatCompletion
 from engine.runtime.request import FinishReason
+from engine.runtime.requests import PromptError
 from engine.sampling.params import SamplingParams
-from engine.text.template import ChatError, find_template
+from engine.text.template import TEMPLATE_KEY, ChatError, ChatTemplate, find_template
 
 _QUOTES = '"""'
 HELP = (
-    '/exit, /reset, /stats; a line that ends in \\ goes on; """ begins and ends a block of lines; '
-    "Ctrl-C stops an answer"
+    '/exit, /reset, /stats, /help; a line that ends in \\ goes on; """ begins and ends a block of '
+    "lines; Ctrl-C stops an answer"
 )
+_ADVICE = "/reset empties the conversation"
+_SWITCH: dict[str, bool | None] = {
+    **dict.fromkeys(("on", "enabled", "true", "1"), True),
+    **dict.fromkeys(("off", "disabled", "false", "0"), False),
+    **dict.fromkeys(("auto", "-1")),
+}
+_ONLY_IN_A_CHAT = ("system_prompt", "system_prompt_file", "single_turn")
+# For the chats in a file of prompts, too.
+_FOR_A_TEMPLATE = ("chat_template", "reasoning")
 
 
 def add_options(p: Parser) -> None:
-    add = p.add_argument_group("chat").add_argument
-    add("-cnv", "--conversation", action="store_true",
-        help="chat: read messages from standard input; -p or -f is the first one")  # fmt: skip
-    add("-sys", "--system-prompt", metavar="TEXT", help="system message")
-    add("--chat-template", metavar="FILE|NAME", help="Jinja template (default: the model's)")
-    add("--reasoning", action=argparse.BooleanOptionalAction,
+    group = p.add_argument_group("chat")
+    add = group.add_argument
+    add("-cnv", "--conversation", action="store_true", default=None,
+        help="chat: read messages from standard input; -p or -f is the first one (the default "
+        "with an option below, and on a terminal if the model has a chat template)")  # fmt: skip
+    add("-no-cnv", "--no-conversation", dest="conversation", action="store_false", default=None,
+        help="complete the prompt as it is")  # fmt: skip
+    add("-st", "--single-turn", action="store_true", default=None, help="end after one answer")
+    system = group.add_mutually_exclusive_group().add_argument
+    system("-sys", "--system-prompt", metavar="TEXT", help="system message")
+    system("-sysf", "--system-prompt-file", metavar="FILE", help="file with it")
+    add("--chat-template", metavar="FILE|NAME|TEXT", help="Jinja template (default: the model's)")
+    add("-rea", "--reasoning", nargs="?", const="on", choices=_SWITCH, metavar="on|off|auto",
         help="let the model think before it answers (the template's enable_thinking)")  # fmt: skip
+    add("--no-reasoning", dest="reasoning", action="store_const", const="off",
+        help="the same as off")  # fmt: skip
 
 
-def check_options(parser: Parser, args: argparse.Namespace) -> None:
+def is_wanted(parser: Parser, args: argparse.Namespace) -> bool:
+    """Whether to chat: as -cnv or -no-cnv says; otherwise with an option of chats, or on a terminal
+    if the model has a template."""
     if args.conversation and args.prompts is not None:
         parser.error("argument -cnv: not allowed with argument --prompts")
-    for name in ("system_prompt", "chat_template", "reasoning"):
-        if getattr(args, name) is not None and not args.conversation:
-            parser.error(f"argument --{name.replace('_', '-')}: expected -cnv too")
+    given = [n for n in (*_ONLY_IN_A_CHAT, *_FOR_A_TEMPLATE) if getattr(args, n) is not None]
+    other = "-no-cnv" if args.conversation is False else "--prompts"
+    for name in given if other == "-no-cnv" else _ONLY_IN_A_CHAT * (args.prompts is not None):
+        if name in given:
+            option = name.replace("_", "-")
+            parser.error(f"argument --{option}: not allowed with argument {other}")
+    if args.conversation is not None or args.prompts is not None:
+        return bool(args.conversation)
+    return bool(given) or (is_terminal() and _has_template(args))
+
+
+def _has_template(args: argparse.Namespace) -> bool:
+    return bool(GGUFFile(args.model).string(TEMPLATE_KEY, ""))
 
 
 def run(args: argparse.Namespace, first: str | None, params: SamplingParams) -> int:
     """Answer `first`, if there is one, then every message until the input ends."""
-    # Before the weights are loaded: a template that can't be used is refused at once.
-    template = find_template(GGUFFile(args.model), args.chat_template)
-    if args.reasoning is not None and "enable_thinking" not in template.variables:
-        option = "--reasoning" if args.reasoning else "--no-reasoning"
-        raise ChatError(f"{template.name} takes no {option}: it reads no enable_thinking")
+    # Before the weights are loaded: what can't be used is refused at once.
+    options = template_options(args) | {"params": params}
+    system = _system_message(args)
     with load_engine(args) as engine:
-        system = args.system_prompt and unescaped(args, args.system_prompt)
-        chat = Chat(engine, system, params=params, reasoning=args.reasoning, template=template)
+        chat = Chat(engine, system, is_interactive() and not args.single_turn, **options)
         if first is not None:
             chat.say(first)
+            if args.single_turn:
+                return 0
         if is_interactive():
             print(HELP, file=sys.stderr)
         for message in read_messages() if sys.stdin is not None else ():
-            if message == "/exit":
+            if message.strip() == "/exit":
                 break
-            if message == "/reset":
-                chat.reset()
-            elif message == "/stats":
-                print(chat.stats(), file=sys.stderr)
-            else:
+            if not chat.follows(message):
                 chat.say(message)
+                if args.single_turn:
+                    break
     return 0
+
+
+def template_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The keywords of Engine.chat about the template. Raises ChatError for what it can't do."""
+    template, reasoning = _template(args), _SWITCH[args.reasoning or "auto"]
+    if reasoning is not None and "enable_thinking" not in template.variables:
+        raise ChatError(
+            f"{template.name} takes no --reasoning {args.reasoning}: it reads no enable_thinking"
+        )
+    return {"template": template, "reasoning": reasoning}
+
+
+def _template(args: argparse.Namespace) -> ChatTemplate:
+    choice = args.chat_template
+    if choice is not None and re.search("{[{%]", choice):
+        return ChatTemplate(choice, "--chat-template")
+    return find_template(GGUFFile(args.model), choice)
+
+
+def _system_message(args: argparse.Namespace) -> str | None:
+    if args.system_prompt_file is not None:
+        return read_text(args.system_prompt_file).removesuffix("\n")
+    return None if args.system_prompt is None else unescaped(args, args.system_prompt)
 
 
 class Chat:
     """The messages so far, and the answers with their timings."""
 
-    def __init__(self, engine: Engine, system: str | None, **options: Any) -> None:
-        """system: text of the system message; options: those of `Engine.chat`."""
-        self._engine, self._options = engine, options
+    def __init__(self, engine: Engine, system: str | None, goes_on: bool, **options: Any) -> None:
+        """system: text of the system message; goes_on: whether the chat goes on after an error;
+        options: those of `Engine.chat`."""
+        self._engine, self._options, self._goes_on = engine, options, goes_on
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self._messages = list(self._system)
         self._answers: list[ChatCompletion] = []
+
+    def follows(self, message: str) -> bool:
+        """Whether a message is a command, which is then followed."""
+        match = re.fullmatch(r"(/[A-Za-z][^\s/]*)( .*)?", message.rstrip())
+        if match is None:
+            return False
+        word = match[1]
+        said = f"unknown command {word}: /help lists them; to send it, begin with a space"
+        if word == "/help":
+            said = HELP
+        elif word == "/stats":
+            said = self.stats()
+        elif word in ("/reset", "/clear"):
+            self.reset()
+            said = "the conversation is empty again" + "; the system message stays" * bool(
+                self._system
+            )
+        print(said, file=sys.stderr)
+        return True
 
     def reset(self) -> None:
         self._messages = list(self._system)
@@ -88,19 +161,25 @@ class Chat:
     def say(self, text: str) -> None:
         """Print the answer to a message, which is taken back without one, and a line about it."""
         asked = [*self._messages, {"role": "user", "content": text}]
-        written = ""
+        n_shown = 0
         try:
             answer = self._engine.chat(asked, **self._options)
             with stopping(answer):
+                with prompt_bar(answer):
+                    answer.wait_for_token()
                 for token in answer:
-                    written = token.text or written
+                    n_shown += len(token.text)
                     write(token.text)
+                # What may have begun a stop text, if it was stopped.
+                write(answer.text[n_shown:])
         except EngineError as error:
-            if written:
+            if n_shown:
                 write("\n")
-            if not is_interactive():
+            if not self._goes_on:
                 raise
-            print("error:", *str(error).splitlines(), file=sys.stderr)
+            is_too_long = isinstance(error, PromptError) and self._messages != self._system
+            advice = f"; {_ADVICE}" * is_too_long
+            print("error:", *(str(error) + advice).splitlines(), file=sys.stderr)
             return
         write("\n")
         if not _is_taken_back(answer):
@@ -113,7 +192,8 @@ class Chat:
         kept = f"after {prompt.n_kept} kept"
         if prompt.n_dropped:
             kept += f", {prompt.n_dropped} dropped: the template changed what they say"
-        end = f"; {answer.finish_reason} ({answer.detail})"
+        advice = f": {_ADVICE}" * answer.detail.endswith("is full")
+        end = f"; {answer.finish_reason} ({answer.detail}{advice})"
         if _is_taken_back(answer):
             end = "; stopped before its first token: the message is taken back"
         elif answer.finish_reason is FinishReason.STOP:
@@ -195,16 +275,23 @@ def is_interactive() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()
 
 
+def is_terminal() -> bool:
+    """Whether a person reads and writes."""
+    return is_interactive() and sys.stdout is not None and sys.stdout.isatty()
+
+
 def _read_line() -> str | None:
     """A line without its end; None at the end of the input. Raises InputError."""
     if not is_interactive():
-        data = sys.stdin.buffer.readline()
         try:
+            data = sys.stdin.buffer.readline()
             line = data.decode()
         except UnicodeDecodeError as error:
             came = f"byte 0x{data[error.start]:02x} in {data[:40]!r}"
             raise InputError(f"standard input: expected UTF-8, got {came}") from None
-    elif sys.stdout.isatty():
+        except OSError as error:
+            raise InputError(f"standard input: {error.strerror or error}") from None
+    elif is_terminal():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (with it, input() edits lines)
         try:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
-import os
 import sys
+import traceback
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-from engine.commands.options import Parser
+from engine.commands.streams import standard_streams
 from engine.errors import EngineError
+
+# Others are imported where they are used, so that `main` can name a package that is missing.
+if TYPE_CHECKING:
+    from engine.commands.options import Parser
 
 COMMANDS = ("graph", "tokenize", "perplexity", "sweep-bench", "plot-bench", "bench",
             "batched-bench", "profile")  # fmt: skip
@@ -18,32 +27,114 @@ COMMANDS = ("graph", "tokenize", "perplexity", "sweep-bench", "plot-bench", "ben
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    name = words.pop(0) if words and words[0] in COMMANDS else ""
+    with standard_streams():
+        try:
+            try:
+                return _run(words)
+            finally:
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            return 130
+        except BrokenPipeError:
+            return 1  # Whoever read our output is gone, and knows.
+        except Exception as error:
+            text = _explained(error)
+            if text is None:
+                raise
+            if {"-v", "--verbose"} & set(words):
+                traceback.print_exc()
+            else:  # A file's name may hold line ends.
+                print("error:", *text.splitlines(), file=sys.stderr)
+            return 1
+
+
+def _run(words: list[str]) -> int:
+    from engine.commands.words import Reader
+
+    command, parser, words = _command(words)
+    reader = Reader(parser, lambda: (made(name)[1] for name in ("", *COMMANDS)))
+    args = parser.parse_args(reader.read(words))
+    for note in reader.notes:
+        print(note, file=sys.stderr)
+    _show_warnings()
+    status: int = command.run(parser, args)
+    return status
+
+
+def _command(words: list[str]) -> tuple[ModuleType, Parser, list[str]]:
+    """The command that the words name, its parser, and the other words; `help` is --help."""
+    from engine import checks
+
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
+    name = words[0] if words and not words[0].startswith("-") else ""
+    if name not in ("", *COMMANDS):
+        hint = checks.did_you_mean(name, COMMANDS) or " (-m names a model)" * name.endswith(".gguf")
+        expected = f"expected one of {', '.join(COMMANDS)}, or options such as -p TEXT"
+        made("")[1].error(f"unknown command {name!r}{hint}: {expected}")
+    return *made(name), words[bool(name) :]
+
+
+def made(name: str) -> tuple[ModuleType, Parser]:
+    """A command's module, and its parser; without a name, of what completes and chats."""
+    from engine.commands.options import Parser
+
     command = importlib.import_module(f"engine.commands.{(name or 'run').replace('-', '_')}")
-    about = command.ABOUT if name else command.ABOUT % ", ".join(f"cli.py {c}" for c in COMMANDS)
-    parser = Parser(prog=f"cli.py {name}".strip(), allow_abbrev=False, description=about)
+    prog = _prog()
+    about = command.ABOUT if name else command.ABOUT % ", ".join(f"{prog} {c}" for c in COMMANDS)
+    parser = Parser(prog=f"{prog} {name}".strip(), allow_abbrev=False, description=about)
     command.add_options(parser)
-    args = parser.parse_args(words)
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    try:
-        status: int = command.run(parser, args)
-        print(end="", flush=True)
-        return status
-    except EngineError as error:
-        if args.verbose:
-            raise
-        # A file's name may hold line ends.
-        print("error:", *str(error).splitlines(), file=sys.stderr)
-        return 1
-    except MemoryError as error:
-        print(f"error: out of memory: {error or 'lower -c or -ub'}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # Whoever read our output is gone; nothing is to be flushed to it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return command, parser
+
+
+def _prog() -> str:
+    """What a user types to get here: `gdn`, `python -m engine` or `cli.py`."""
+    name = Path(sys.argv[0]).name
+    return f"{Path(sys.executable).name} -m engine" if name == "__main__.py" else name
+
+
+def _show_warnings() -> None:
+    """Print warnings in a line, and each once: `graph` places a model several times."""
+    shown = set[str]()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        n_shown = len(shown)
+        shown.add(record.getMessage())
+        return len(shown) > n_shown
+
+    handler = logging.StreamHandler()
+    handler.addFilter(is_new)
+    logging.basicConfig(format="%(levelname)s: %(message)s", handlers=[handler])
+    # It says only that a bar will move less often.
+    warnings.filterwarnings("ignore", "tqdm:disabling monitor")
+
+
+def _explained(error: Exception) -> str | None:
+    """What a user can do something about; None for a bug of ours."""
+    if isinstance(error, EngineError):
+        return str(error)
+    is_thread = isinstance(error, RuntimeError) and "new thread" in str(error)
+    if is_thread or isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM:
+        what = getattr(error, "strerror", None) or str(error)
+        return f"out of memory{what and f': {what}'}; lower -c, -ub, -np or -t"
+    if isinstance(error, OSError):
+        named = f"{error.filename}: " if error.filename else ""
+        return f"{named}{error.strerror or error}"
+    if isinstance(error, ImportError):
+        return _explained_import(error)
+    return None
+
+
+def _explained_import(error: ImportError) -> str | None:
+    while isinstance(error.__cause__, ImportError):
+        error = error.__cause__
+    package = (error.name or "").partition(".")[0]
+    if package == __name__.partition(".")[0]:
+        return None
+    if isinstance(error, ModuleNotFoundError):
+        lacks = f"expected the package {package}, which {sys.executable} does not have"
+        root = Path(__file__).parents[2]
+        python = root / ".venv" / "bin" / "python"
+        is_other = python.exists() and sys.prefix != str(root / ".venv")
+        return f"{lacks}: {f'run {python} {root}/cli.py' if is_other else f'pip install {package}'}"
+    return f"the package {package} can't be imported: {' '.join(str(error).split())}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from engine import backends
+from engine.commands import summary
 from engine.config import EngineConfig
 from engine.engine import DEMO_MODEL, Engine
 from engine.errors import EngineError
@@ -18,6 +19,7 @@ from engine.sampling.params import SamplingParams
 
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "'": "'", '"': '"', "\\": "\\"}
 ALL_LAYERS = 1 << 20  # More than any model has.
+_BUFFERS = {"cpu": "cpu", "cuda": "cuda", "cuda0": "cuda"}  # As `-ot` names them -> the backend.
 # Names; the field of an options class that they set; a conversion of the text or argparse's
 # keywords; help.
 OptionRow = tuple[str, str, Any, str]
@@ -58,15 +60,36 @@ def _paths(text: str) -> list[str]:
     return paths
 
 
+def _layers(text: str) -> int | None:
+    """A number of layers; as in llama.cpp, -1 is auto, and less is all."""
+    try:
+        n = {"auto": -1, "all": -2}.get(text) or int(text)
+    except ValueError:
+        message = f"expected a number of layers, all or auto, got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
+    return None if n == -1 else ALL_LAYERS if n < 0 else n
+
+
+def _overrides(text: str) -> list[str]:
+    """Texts REGEX=BACKEND; a backend may have the name of llama.cpp's buffer on it."""
+    parts = (part.rpartition("=") for part in text.split(","))
+    return ["".join((*regex, _BUFFERS.get(name.lower(), name))) for *regex, name in parts]
+
+
+def _threads(text: str) -> int | None:
+    """As in llama.cpp, a number below 1 is all cores."""
+    return n if (n := int(text)) > 0 else None
+
+
 _PLACEMENT_OPTIONS: list[OptionRow] = [
-    ("-ngl --n-gpu-layers", "n_gpu_layers", at_least(0),
-     "put the last N layers on the GPU; the output head counts as one more (all that fit)"),
+    ("-ngl --n-gpu-layers", "n_gpu_layers", {"type": _layers, "metavar": "N|all|auto"},
+     "put the last N layers on the GPU; the output head counts as one more (auto: all that fit)"),
     ("-ncmoe --n-cpu-moe", "n_cpu_moe", at_least(0),
      "keep the experts of the first N layers on the CPU (0)"),
     ("-cmoe --cpu-moe", "n_cpu_moe", {"action": "store_const", "const": ALL_LAYERS},
      "keep the experts of all layers on the CPU"),
     ("-ot --override-tensor", "override_tensor",
-     {"action": "extend", "type": lambda text: text.split(","), "metavar": "REGEX=cpu|cuda"},
+     {"action": "extend", "type": _overrides, "metavar": "REGEX=cpu|cuda"},
      "run products there whose weight's name matches"),
 ]  # fmt: skip
 _ENGINE_OPTIONS: list[OptionRow] = [
@@ -74,7 +97,7 @@ _ENGINE_OPTIONS: list[OptionRow] = [
      "context in tokens (4096, or the model's if that is less; 0: the model's)"),
     ("-b --batch-size", "n_batch", at_least(1), "most tokens of a batch (2048, or -ub)"),
     ("-ub --ubatch-size", "n_ubatch", at_least(1), "most tokens of a step (512; cuda: 4096)"),
-    ("-t --threads", "n_threads", at_least(1), "CPU threads (all cores)"),
+    ("-t --threads", "n_threads", {"type": _threads, "metavar": "N"}, "CPU threads (all cores)"),
     ("--cpu-isa", "cpu_isa", {"metavar": "NAME"},
      "instruction set of the CPU kernels (the best that this CPU has)"),
     ("-np --parallel", "n_parallel", at_least(1), "sequences that run at the same time (1)"),
@@ -86,8 +109,24 @@ _ENGINE_OPTIONS: list[OptionRow] = [
 ]  # fmt: skip
 
 
+# Other names that llama.cpp has for samplers.
+_SAMPLERS = {
+    "top-k": "top_k", "top-p": "top_p", "nucleus": "top_p", "min-p": "min_p", "temp": "temperature",
+    "typ-p": "typ_p", "typ": "typ_p", "typical": "typ_p", "typical-p": "typ_p",
+    "typical_p": "typ_p", "top-n-sigma": "top_n_sigma",
+}  # fmt: skip
+
+
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(name for name in text.split(";") if name)
+    return tuple(_SAMPLERS.get(name, name) for name in text.split(";") if name)
+
+
+def _most_tokens(text: str) -> int:
+    """As in llama.cpp, -2 is until the context is full, too."""
+    return max(-1, at_least(-2)(text))
+
+
+_most_tokens.__name__ = _threads.__name__ = "integer"
 
 
 def _bias(text: str) -> tuple[int, float]:
@@ -98,7 +137,8 @@ def _bias(text: str) -> tuple[int, float]:
 
 
 _SAMPLING_OPTIONS: list[OptionRow] = [
-    ("-n --predict --n-predict", "max_tokens", at_least(-1), "most tokens (-1: until full)"),
+    ("-n --predict --n-predict", "max_tokens", {"type": _most_tokens, "metavar": "N"},
+     "most tokens (-1: until full)"),
     ("-s --seed", "seed", at_least(-1), "seed (-1: a random one)"),
     ("--temp", "temperature", float, "temperature (0.8; 0: greedy)"),
     ("--dynatemp-range", "dynatemp_range", float, "temperature ± this, by entropy (0)"),
@@ -139,6 +179,19 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
+    def option(self, name: str) -> argparse.Action | None:
+        """The option of this name, if there is one."""
+        return self._option_string_actions.get(name)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all options."""
+        return list(self._option_string_actions)
+
+    @property
+    def has_positionals(self) -> bool:
+        return any(not action.option_strings for action in self._actions)
+
     def number(self, names: str, about: str, low: int = 1, group: Any = None, **how: Any) -> None:
         add = (group or self).add_argument
         add(*names.split(), type=at_least(low), metavar="N", help=about, **how)
@@ -166,10 +219,9 @@ class Parser(argparse.ArgumentParser):
     def common_options(self, many: bool = False) -> None:
         """The model, or with `many` a list of models, and --verbose."""
         how: Any = {"default": str(DEMO_MODEL), "metavar": "FILE"}
-        about = "GGUF file (default: the demo model that comes with the engine)"
         if many:
-            how = {"type": _paths, "action": "extend", "required": True, "metavar": "FILE[,FILE…]"}
-            about = "GGUF file"
+            how = {"type": _paths, "action": "extend", "metavar": "FILE[,FILE…]"}
+        about = "GGUF file (default: the demo model that comes with the engine)"
         self.add_argument("-m", "--model", help=about, **how)
         self.flag("-v --verbose", "more detail; tracebacks of errors")
 
@@ -198,7 +250,9 @@ class Parser(argparse.ArgumentParser):
                 help="complete each line of a file, text or JSON; print JSON lines")  # fmt: skip
         add("-p", "--prompt", metavar="TEXT", help="prompt (default: standard input)")
         add("-f", "--file", metavar="FILE", help="file with the prompt")
-        self.flag("--no-escape", r"don't replace \n, \t, \\ … in -p by the characters they mean")
+        self.add_argument("-e", "--escape", action=argparse.BooleanOptionalAction, default=True,
+            help=r"in -p, -sys, -r and DRY's breakers, replace \n, \t, \\, \x2c … by what they "
+            "mean (yes); -f is taken as it is")  # fmt: skip
 
 
 def given_fields(args: argparse.Namespace, options: type) -> dict[str, Any]:
@@ -209,16 +263,23 @@ def given_fields(args: argparse.Namespace, options: type) -> dict[str, Any]:
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
     given = given_fields(args, SamplingParams)
+    for name in {"stop", "dry_sequence_breakers"} & given.keys():
+        given[name] = tuple(unescaped(args, text) for text in given[name])
     if breakers := given.get("dry_sequence_breakers"):
         given["dry_sequence_breakers"] = tuple(b for b in breakers if b != "none")
     if "logit_bias" in given:
-        given["logit_bias"] = dict(given["logit_bias"])
+        total: dict[int, float] = {}
+        for token, bias in given["logit_bias"]:
+            total[token] = total.get(token, 0.0) + bias
+        given["logit_bias"] = total
     return SamplingParams(**given)
 
 
 def load_engine(args: argparse.Namespace, **options: Any) -> Engine:
     """The engine of --model with the options of the command line; `options` go before them."""
-    return Engine.load(args.model, **(given_fields(args, EngineConfig) | options))
+    engine = Engine.load(args.model, **(given_fields(args, EngineConfig) | options))
+    summary.show(engine)
+    return engine
 
 
 def read_prompt(parser: Parser, args: argparse.Namespace) -> str:
@@ -233,6 +294,8 @@ def read_text(path: str | None) -> str:
     """The text of a file, or of standard input for None or `-`. Raises InputError."""
     is_stdin = path in (None, "-")
     name = "standard input" if is_stdin else path
+    if is_stdin and sys.stdin is None:
+        raise InputError(f"{name}: expected a text, got a closed stream")
     try:
         data = sys.stdin.buffer.read() if is_stdin else Path(str(path)).read_bytes()
         return data.decode()
@@ -245,13 +308,20 @@ def read_text(path: str | None) -> str:
 
 def unescaped(args: argparse.Namespace, text: str) -> str:
     """A text of the command line with its escapes replaced, unless --no-escape."""
-    if args.no_escape:
+    if not args.escape:
         return text
-    return re.sub(r"\\([ntr'\"\\])", lambda match: _ESCAPES[match[1]], text)
+    return re.sub(r"\\([ntr'\"\\])|((?:\\x[0-9a-fA-F]{2})+)", _meant, text)
+
+
+def _meant(escape: re.Match[str]) -> str:
+    """The character of an escape; several `\\x` are the bytes of UTF-8."""
+    if escape[1]:
+        return _ESCAPES[escape[1]]
+    return bytes.fromhex(escape[2].replace(r"\x", "")).decode("utf-8", "replace")
 
 
 def write_text(path: str, text: str) -> None:
     try:
-        Path(path).write_text(text)
+        Path(path).write_text(text, "utf-8")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import deque
-
-from tqdm import tqdm
 
 from engine import backends
-from engine.commands import chat
-from engine.commands.options import Parser, given_fields, read_prompt, read_text, sampling_params
+from engine.commands import chat, prompts, summary
+from engine.commands.options import (
+    Parser,
+    given_fields,
+    load_engine,
+    read_prompt,
+    read_text,
+    sampling_params,
+)
 from engine.commands.output import write
-from engine.commands.prompts import PromptLine, read_prompts, result_line
+from engine.commands.progress import prompt_bar
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineError
@@ -20,16 +24,20 @@ from engine.runtime.completion import Completion
 from engine.runtime.request import FinishReason
 from engine.sampling.params import SamplingParams
 from engine.text.template import TEMPLATE_KEY
-from engine.version import __version__
+from engine.version import __version__, commit
 
-ABOUT = "Complete a prompt, or chat (-cnv). Other commands: %s."
+ABOUT = (
+    "Complete a prompt, or chat: the default on a terminal if the model has a chat template. "
+    "Other commands: %s."
+)
 
 
 class _Version(argparse.Action):
-    """Prints the version and the backends, which are looked for only then."""
+    """Prints the version, its commit and the backends, which are looked for only then."""
 
     def __call__(self, parser: argparse.ArgumentParser, *given: object) -> None:
-        print(f"gdn-engine {__version__}: {backends.describe()}")
+        known = f" ({found})" if (found := commit()) else ""
+        print(f"gdn-engine {__version__}{known}: {backends.describe()}")
         parser.exit()
 
 
@@ -37,7 +45,9 @@ def add_options(p: Parser) -> None:
     p.add_argument("--version", action=_Version, nargs=0, help="print version and backends")
     p.common_options()
     p.prompt_options(many=True)
-    p.flag("--no-display-prompt", "print the completion only")
+    p.epilog = prompts.HELP
+    p.add_argument("--display-prompt", action=argparse.BooleanOptionalAction, default=True,
+        help="print the prompt before its completion (yes)")  # fmt: skip
     chat.add_options(p)
     p.engine_options()
     p.sampling_options()
@@ -47,34 +57,43 @@ def add_options(p: Parser) -> None:
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
     """Stream the completion, chat, or print one line of JSON for each of many prompts."""
-    chat.check_options(parser, args)
-    if args.conversation:
+    if chat.is_wanted(parser, args):
         has_first = args.prompt is not None or args.file is not None
         first = read_prompt(parser, args) if has_first else None
         return chat.run(args, first, sampling_params(args))
-    prompts = None if args.prompts is None else read_text(args.prompts).split("\n")
-    prompt = read_prompt(parser, args) if prompts is None else ""
     params = sampling_params(args)
+    if args.prompts is not None:
+        return _run_many(args, params)
+    prompt = read_prompt(parser, args)
     with Engine.load(args.model, **given_fields(args, EngineConfig)) as engine:
-        if prompts is not None:
-            return _run_many(engine, prompts, params)
-        return _run_one(engine, prompt, params, show_prompt=not args.no_display_prompt)
+        summary.show(engine)
+        return _run_one(engine, prompt, params, show_prompt=args.display_prompt)
+
+
+def _run_many(args: argparse.Namespace, params: SamplingParams) -> int:
+    # Editors of other systems may have begun the file with a byte order mark.
+    lines = read_text(args.prompts).removeprefix("\ufeff").split("\n")
+    options = chat.template_options(args) if args.chat_template or args.reasoning else {}
+    with load_engine(args) as engine:
+        return prompts.run(engine, lines, params, options)
 
 
 def _run_one(engine: Engine, prompt: str, params: SamplingParams, show_prompt: bool) -> int:
     """Stream a completion; Ctrl-C ends it, with status 130."""
     completion = engine.generate(prompt, params)
-    status = 0
+    status, unseen = 0, prompt if show_prompt else ""
     try:
-        if show_prompt:
-            write(prompt)
+        with prompt_bar(completion):
+            completion.wait_for_token()
         for token in completion:
-            write(token.text)
+            write(unseen + token.text)
+            unseen = ""
+        write(unseen)
     except KeyboardInterrupt:
         completion.cancel()
         status = 130
     except EngineError:
-        if completion.text or show_prompt:
+        if completion.text:
             write("\n")
         raise
     write("\n")
@@ -83,35 +102,6 @@ def _run_one(engine: Engine, prompt: str, params: SamplingParams, show_prompt: b
     if ended_at_once and engine.file.string(TEMPLATE_KEY, ""):
         print("it said nothing: with -cnv, it is asked by its chat template", file=sys.stderr)
     return status
-
-
-def _run_many(engine: Engine, lines: list[str], params: SamplingParams) -> int:
-    """Complete every line; results in order of the lines, each as soon as it can be printed."""
-    prompts = list(read_prompts(lines, params))
-    valid = [p for p in prompts if not p.error]
-    results: dict[int, str] = {}
-    waiting = deque(p.number for p in prompts)
-
-    def show(line: PromptLine, completion: Completion | None, error: str) -> None:
-        if error:
-            print(f"error: {error}", file=sys.stderr)
-        results[line.number] = result_line(line, completion)
-        while waiting and waiting[0] in results:
-            print(results.pop(waiting.popleft()), flush=True)
-
-    def done(index: int, completion: Completion) -> None:
-        is_failed = completion.finish_reason is FinishReason.ERROR
-        error = f"line {valid[index].number}: {completion.detail}" if is_failed else ""
-        show(valid[index], completion, error)
-        bar.update()
-
-    for line in prompts:
-        if line.error:
-            show(line, None, line.error)
-    with tqdm(total=len(valid), unit="prompt", disable=None) as bar:
-        finished = engine.generate_batch([p.prompt for p in valid], [p.params for p in valid], done)
-    all_good = all(c.finish_reason is not FinishReason.ERROR for c in finished)
-    return 0 if all_good and len(valid) == len(prompts) else 1
 
 
 def _timings(load_s: float, completion: Completion, is_interrupted: bool) -> str:

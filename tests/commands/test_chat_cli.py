@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from engine import ChatTemplate, Engine, SamplingParams
-from engine.commands.chat import read_messages
+from engine.commands.chat import HELP, read_messages
 from engine.text.template import BUILT_IN
 from tests.commands.test_cli_process import COMMAND, ENV
 from tests.support.chats import QWEN35_STYLE
-from tests.support.helpers import STD, Cli
+from tests.support.helpers import STD, Cli, without_summary
 from tools.synth import write_model
 
 GREEDY = ("-n", 6, "--temp", 0)
@@ -93,20 +93,74 @@ def test_commands(cli: Cli, model: Path) -> None:
     (answer,) = answers(model, "the cat", system="x")
     # The same answer after /reset as at first.
     assert result.out == f"{answer}\n{answer}\n"
-    lines = result.err.splitlines()
-    (_, n_prompt, kept, _, n_new), again = turns("\n".join((lines[0], lines[3])))
+    first, stats_then, said, stats_now, last = result.err.splitlines()
+    (_, n_prompt, kept, _, n_new), again = turns(f"{first}\n{last}")
     assert again == (2, n_prompt, 0, 0, n_new)
     assert kept == 0
+    assert said == "the conversation is empty again; the system message stays"
     stats = r"\[1 turns: {} tokens processed \(.*\); {} generated \(.*\); {} of 4096 positions .*\]"
     held = rf"({n_prompt + n_new - 1}|{n_prompt + n_new})"
-    assert re.fullmatch(stats.format(n_prompt, n_new, held), lines[1])
-    assert re.fullmatch(stats.format(n_prompt, n_new, 0), lines[2])
+    assert re.fullmatch(stats.format(n_prompt, n_new, held), stats_then)
+    assert re.fullmatch(stats.format(n_prompt, n_new, 0), stats_now)
+
+
+def test_words_that_begin_with_a_slash(cli: Cli, model: Path) -> None:
+    """They are commands, but not a path, nor what comes after a space."""
+    asked = b"/help\n/foo bar \n/Reset\n/clear\n/home/x\n /foo bar\n"
+    result = cli("-m", model, "-cnv", *GREEDY, stdin=asked)
+    told, unknown, other, cleared, *more = result.err.splitlines()
+    assert told == HELP
+    assert unknown == "unknown command /foo: /help lists them; to send it, begin with a space"
+    assert other.startswith("unknown command /Reset: ")
+    assert cleared == "the conversation is empty again"
+    assert len(turns("\n".join(more))) == 2
+    assert result.out == "".join(f"{text}\n" for text in answers(model, "/home/x", " /foo bar"))
+
+
+@pytest.mark.parametrize(
+    "option", [("-st",), ("-sys", "Be brief."), ("--chat-template", "chatml")], ids="".join
+)
+def test_an_option_of_chats_makes_it_one(cli: Cli, model: Path, option: tuple[str, ...]) -> None:
+    """Also in a pipe."""
+    run = ("-m", model, "-p", "the cat", *GREEDY, *option)
+    assert cli(*run).out == cli(*run, "-cnv").out
+    assert "[turn 1: " in cli(*run).err
+
+
+def test_one_turn(cli: Cli, model: Path) -> None:
+    (answer,) = answers(model, "the cat")
+    for options, asked in ((("-p", "the cat"), b"more\n"), ((), b"/stats\nthe cat\nmore\n")):
+        result = cli("-m", model, "-cnv", "-st", *options, *GREEDY, stdin=asked)
+        assert (result.status, result.out) == (0, f"{answer}\n")
+    # An error is the end then, also on a terminal.
+    too_long = ("-m", model, "-cnv", "-st", "-c", 20, "-p", "a" * 30)
+    assert cli(*too_long, stdin=None).refused().startswith("the prompt has ")
+
+
+def test_a_system_message_from_a_file(cli: Cli, model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "system"
+    path.write_text("Be\\n brief.\n")
+    result = cli("-m", model, "-cnv", "-sysf", path, "-p", "a", *GREEDY)
+    assert result.out == f"{answers(model, 'a', system='Be' + chr(92) + 'n brief.')[0]}\n"
+    line = cli("-m", tmp_path / "none", "-cnv", "-sysf", tmp_path, "-p", "a").refused()
+    assert line == f"{tmp_path / 'none'}: No such file or directory"
+
+
+def test_a_full_context_names_the_way_out(cli: Cli, model: Path, tmp_path: Path) -> None:
+    """The line of an answer that fills it, and the error about a later message."""
+    full = cli("-m", model, "-cnv", "-c", 40, "-n", -1, "--ignore-eos", "-p", "a")
+    assert full.err.endswith(
+        "(the context of 40 positions is full: /reset empties the conversation)]\n"
+    )
 
 
 def test_templates(cli: Cli, model: Path, tmp_path: Path) -> None:
     template = tmp_path / "t.jinja"
     template.write_text(QWEN35_STYLE, "utf-8")
-    for option, reasoning in ((), None), (("--reasoning",), True), (("--no-reasoning",), False):
+    for option, reasoning in (
+        ((), None), (("-rea", "auto"), None), (("--reasoning",), True), (("-rea", "on"), True),
+        (("--no-reasoning",), False), (("--reasoning", "off"), False),
+    ):  # fmt: skip
         result = cli("-m", model, "-cnv", "--chat-template", template, *option, *GREEDY,
                      stdin=b"the cat\nmore\n")  # fmt: skip
         options: Any = {"template": ChatTemplate(QWEN35_STYLE), "reasoning": reasoning}
@@ -114,6 +168,10 @@ def test_templates(cli: Cli, model: Path, tmp_path: Path) -> None:
         _, (_, _, kept, dropped, _) = turns(result.err)
         assert kept > 0
         assert dropped > 0
+    named = cli("-m", model, "-cnv", "--chat-template-file", template, "-p", "the cat", *GREEDY)
+    text = cli("-m", model, "-cnv", "--chat-template", QWEN35_STYLE, "-p", "the cat", *GREEDY)
+    expected = answers(model, "the cat", template=ChatTemplate(QWEN35_STYLE))
+    assert named.out == text.out == f"{expected[0]}\n"
 
 
 def test_a_model_without_a_template(cli: Cli, model: Path, tiny: Path) -> None:
@@ -166,18 +224,31 @@ def test_messages(monkeypatch: pytest.MonkeyPatch, given: str, expected: list[st
     ("options", "line"),
     [
         (("-cnv", "--prompts", "x"), "argument -cnv: not allowed with argument --prompts"),
-        (("-sys", "x", "-p", "a"), "argument --system-prompt: expected -cnv too"),
-        (("--chat-template", "x"), "argument --chat-template: expected -cnv too"),
-        (("--no-reasoning", "-p", "a"), "argument --reasoning: expected -cnv too"),
+        (("-st", "--prompts", "x"),
+         "argument --single-turn: not allowed with argument --prompts"),
+        (("-sysf", "x", "--prompts", "x"),
+         "argument --system-prompt-file: not allowed with argument --prompts"),
+        (("-cnv", "-no-cnv", "-sys", "x"),
+         "argument --system-prompt: not allowed with argument -no-cnv"),
+        (("-no-cnv", "--chat-template", "x"),
+         "argument --chat-template: not allowed with argument -no-cnv"),
+        (("-no-cnv", "--no-reasoning", "-p", "a"),
+         "argument --reasoning: not allowed with argument -no-cnv"),
+        (("-cnv", "-sys", "x", "-sysf", "x"), "argument -sysf/--system-prompt-file: not allowed "
+         "with argument -sys/--system-prompt"),
         (("-cnv", "-p", "a", "-f", "b"),
          "argument -f/--file: not allowed with argument -p/--prompt"),
-        (("-cnv", "--reasoning=1"), "argument --reasoning/--no-reasoning: ignored explicit argument"
-         " '1'"),
     ],
 )  # fmt: skip
 def test_usage(cli: Cli, model: Path, options: tuple[object, ...], line: str) -> None:
     result = cli("-m", model, *options)
     assert result == (2, "", f"cli.py: {line} (see cli.py --help)\n")
+
+
+def test_reasoning_is_on_off_or_auto(cli: Cli, model: Path) -> None:
+    result = cli("-m", model, "-cnv", "-rea", "2")
+    assert result.status == 2
+    assert result.err.startswith("cli.py: argument -rea/--reasoning: invalid choice: '2' (choose ")
 
 
 def test_templates_that_cannot_be_used(cli: Cli, model: Path, tmp_path: Path) -> None:
@@ -194,7 +265,7 @@ def test_templates_that_cannot_be_used(cli: Cli, model: Path, tmp_path: Path) ->
     unsafe = "{{ messages.__class__.__mro__ }}"
     assert refused(unsafe) == "access to attribute '__class__' of 'list' object is unsafe."
     assert refused("{{ raise_exception('two\nlines') }}") == "two lines"
-    option = "takes no --no-reasoning: it reads no enable_thinking"
+    option = "takes no --reasoning off: it reads no enable_thinking"
     assert refused("a", "--no-reasoning").endswith(option)
     assert refused("") == "the prompt is empty: expected at least one token"
 
@@ -246,14 +317,14 @@ class Running:
         return found
 
     def line(self) -> str:
-        """The next line on standard error."""
+        """The next line on standard error after the summary."""
         assert self.process.stderr is not None
-        found = b""
-        while not found.endswith(b"\n"):
+        text = ""
+        while not text.endswith("\n"):
             part = self.process.stderr.read(1)
-            assert part, found
-            found += part
-        return found.decode().removesuffix("\n")
+            assert part, text
+            text = without_summary(text + part.decode())
+        return text.removesuffix("\n")
 
 
 @pytest.fixture
@@ -319,7 +390,7 @@ def test_the_reader_of_the_answers_leaves(model: Path, start: Callable[..., Runn
     chat.process.stdout.close()
     assert chat.process.wait(30) == 1
     assert chat.process.stderr is not None
-    assert chat.process.stderr.read() == b""
+    assert without_summary(chat.process.stderr.read().decode()) == ""
 
 
 def test_typing(model: Path) -> None:
@@ -348,7 +419,7 @@ def test_typing(model: Path) -> None:
             process.kill()
             os.close(terminal)
     assert process.returncode == 0
-    told, turn = [line for line in err.decode().splitlines() if line]
+    told, turn = [line for line in without_summary(err.decode()).splitlines() if line]
     assert told.startswith("/exit")
     assert turns(turn)[0][1] == len(prompt_ids(model, "the cat"))
 

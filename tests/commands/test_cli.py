@@ -12,9 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from engine import Engine, EngineError, SamplingParams
+from engine.commands.main import made
+from engine.commands.options import sampling_params
 from engine.engine import plan_only
 from engine.formats.gguf import GGUFFile
 from engine.version import __version__
@@ -96,6 +99,54 @@ def test_prompts_from_files_and_standard_input(cli: Cli, tiny: Path, tmp_path: P
 def test_escapes_in_a_prompt(cli: Cli, tiny: Path, given: str, meant: str) -> None:
     assert cli("-m", tiny, "-p", given, "-n", 0).out == meant + "\n"
     assert cli("-m", tiny, "-p", given, "-n", 0, "--no-escape").out == given + "\n"
+
+
+def test_the_last_word_on_escapes_and_on_the_prompt_counts(cli: Cli, tiny: Path) -> None:
+    run = ("-m", tiny, "-p", r"a\nb", "-n", 0)
+    for options, out in (
+        (("-e",), "a\nb\n"), (("--no-escape", "--escape"), "a\nb\n"),
+        (("-e", "--no-escape"), "a\\nb\n"), (("--no-display-prompt",), "\n"),
+        (("--no-display-prompt", "--display-prompt"), "a\nb\n"),
+    ):  # fmt: skip
+        assert cli(*run, *options).out == out
+
+
+def test_escapes_in_texts_of_options() -> None:
+    """-r and --dry-sequence-breaker have them, as in llama.cpp."""
+    words = [r"-r=\n\n", r"-r=\tb", r"--dry-sequence-breaker=\n", "--dry-sequence-breaker=none"]
+    _, parser = made("")
+    params = sampling_params(parser.parse_args(words))
+    assert params.stop == ("\n\n", "\tb")
+    assert params.dry_sequence_breakers == ("\n",)
+    params = sampling_params(parser.parse_args([*words, "--no-escape"]))
+    assert params.stop == (r"\n\n", r"\tb")
+    assert params.dry_sequence_breakers == (r"\n",)
+
+
+def test_numbers_and_names_as_llama_cpp_has_them() -> None:
+    _, parser = made("")
+
+    def given(*words: str) -> dict[str, Any]:
+        return vars(parser.parse_args(words))
+
+    assert [given(f"-t={n}")["n_threads"] for n in (3, 0, -1)] == [3, None, None]
+    assert [given(f"-n={n}")["max_tokens"] for n in (3, 0, -1, -2)] == [3, 0, -1, -1]
+    found = given("--samplers=top-k;temp;nucleus;min_p;typ-p")["samplers"]
+    assert found == ("top_k", "temperature", "top_p", "min_p", "typ_p")
+
+
+def test_escapes_of_bytes() -> None:
+    _, parser = made("")
+    words = [r"-r=\x2c\x0a", r"-r=\xc3\xa9\xff", r"-r=\x4", r"-r=a\tb"]
+    params = sampling_params(parser.parse_args(words))
+    assert params.stop == (",\n", "é\ufffd", r"\x4", "a\tb")
+
+
+def test_biases_of_one_token_add_up() -> None:
+    _, parser = made("")
+    words = ["-l=5+1", "-l=5+1", "-l=6-0.5", "-l=7-inf", "-l=7+3"]
+    params = sampling_params(parser.parse_args(words))
+    assert params.logit_bias == {5: 2.0, 6: -0.5, 7: -np.inf}
 
 
 def test_seeds(cli: Cli, tiny: Path) -> None:
@@ -306,30 +357,6 @@ def test_graph_as_json(cli: Cli, tiny: Path, gdn: str) -> None:
     assert all(node["reason"] for node in nodes)
     assert {"token_embd.weight", "tokens"} == set(nodes[0]["inputs"].values())
     assert {"blk.0.attn_norm", "output"} <= made
-
-
-@pytest.mark.usefixtures("unreadable")
-def test_graph_for_graphviz(cli: Cli, tiny: Path, tmp_path: Path) -> None:
-    nodes = json.loads(cli("graph", "-m", tiny, "--json").out)["nodes"]
-    result = cli("graph", "-m", tiny, "--dot", tmp_path / "g.dot")
-    assert result.status == 0
-    dot = (tmp_path / "g.dot").read_text()
-    assert dot.startswith("digraph {")
-    assert dot.rstrip().endswith("}")
-    names = {node["name"] for node in nodes}
-    assert set(re.findall(r'^  "([^"]+)" \[label=', dot, re.M)) == names
-    edges = re.findall(r'^  "([^"]+)" -> "([^"]+)";$', dot, re.M)
-    assert {name for edge in edges for name in edge} == names
-    # Edges are the inputs of a node that other nodes compute.
-    made = {out["name"]: node["name"] for node in nodes for out in node["outputs"]}
-    expected = {
-        (made[name], node["name"])
-        for node in nodes
-        for name in node["inputs"].values()
-        # An input of the graph and the node that reads it have the same name.
-        if name in made and made[name] != node["name"]
-    }
-    assert set(edges) == expected
 
 
 def sparse_model(path: Path, name: str) -> None:

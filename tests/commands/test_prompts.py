@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine import Engine, SamplingParams
+from engine.commands import prompts
 from engine.commands.prompts import PromptLine, read_prompts
 from tests.support.helpers import Cli, Result
 
@@ -118,16 +120,22 @@ def test_an_objects_options_are_its_own(options: Any, expected: Any) -> None:
         ('{"prompt": "a", "max_tokens": null}', "max_tokens: expected an integer, got None"),
         ('{"prompt": "a", "n_predict": -2}', "max_tokens: expected at least -1, got -2"),
         ('{"prompt": "a", "ignore_eos": "no"}', "ignore_eos: expected true or false, got 'no'"),
-        ('{"prompt": "a", "stop": 5}', "stop: expected a list of texts, got 5"),
-        ('{"prompt": "a", "stop": ["a", 5]}', "stop: expected a list of texts, got ['a', 5]"),
+        ('{"prompt": "a", "stop": 5}', "stop: expected a sequence of texts, got 5"),
+        ('{"prompt": "a", "stop": ["a", 5]}', "stop: expected texts, got 5"),
         ('{"prompt": "a", "stop": ""}', "stop: expected texts that are not empty"),
-        ('{"prompt": "a", "samplers": ["top"]}', "samplers: expected any of "),
-        ('{"prompt": "a", "samplers": null}', "samplers: expected a list of texts, got None"),
-        ('{"prompt": "a", "logit_bias": [[5, 1]]}', "logit_bias: expected an object of "),
-        ('{"prompt": "a", "logit_bias": {"x": 1}}', "logit_bias: expected token ids and "),
-        ('{"prompt": "a", "logit_bias": {"5": null}}', "logit_bias: expected token ids and "),
+        ('{"prompt": "a", "samplers": ["top"]}', "samplers: expected one of "),
+        ('{"prompt": "a", "logits_processors": []}', "unknown option 'logits_processors'"),
+        ('{"messages": [], "prompt": "a"}', 'expected "prompt" with a text or token ids, or "mes'),
+        ('{"tools": [], "prompt": "a"}', "unknown option 'tools'"),
+        ('{"temprature": 1, "prompt": "a"}', "unknown option 'temprature' (did you mean tempe"),
+        ('{"n_predict": 1, "max_tokens": 2, "prompt": "a"}', "a parameter twice, by two names: "),
+        ('{"prompt": "a", "samplers": null}', "samplers: expected a sequence of names, got None"),
+        ('{"prompt": "a", "logit_bias": [[5, 1]]}', "logit_bias: expected a mapping of "),
+        ('{"prompt": "a", "logit_bias": {"x": 1}}', "logit_bias: expected token ids, got 'x'"),
+        ('{"prompt": "a", "logit_bias": {"5": null}}', "logit_bias: expected numbers or -inf, "),
+        ('{"prompt": "a", "logit_bias": {"5": true}}', "logit_bias: expected numbers or -inf, "),
         ('{"prompt": "a", "logit_bias": {"5": NaN}}', "logit_bias: expected numbers or -inf, got"),
-        ('{"prompt": "a", "logit_bias": {"5": 1' + "0" * 400 + "}}", "logit_bias: expected token "),
+        ('{"prompt": "a", "logit_bias": {"5": 1' + "0" * 400 + "}}", "logit_bias: expected num"),
         ('{"prompt": "a", "temp": 1' + "0" * 400 + "}", "temperature: expected a number, got 10"),
         ('{"prompt": "a", "mirostat": 1}', "mirostat: expected 0 or 2, got 1"),
     ],
@@ -136,7 +144,7 @@ def test_a_line_that_cannot_be_used_says_why(line: str, words: str) -> None:
     before, wrong, after = read("a", line, "b")
     assert (before.error, after.error) == ("", "")
     assert wrong.number == 2
-    assert wrong.error.startswith(f"line 2: {words}")
+    assert wrong.error.startswith(words)
     assert wrong.error.isprintable()
 
 
@@ -202,18 +210,96 @@ def test_answers_are_those_of_single_runs_in_order(
     ]
     file.write_text("\n".join(line for line, _, _ in cases) + "\n", "utf-8")
     result = cli("-m", tiny, "--prompts", file, "-np", n_parallel, *GREEDY)
-    assert (result.status, result.err) == (0, "")
+    assert result.status == 0
+    assert totals(result)[:2] == (6, 0)
     wanted = [(i, p, own) for i, (_, p, own) in enumerate(cases, 1) if p is not None]
     for answer, (number, prompt, own) in zip(answers(result), wanted, strict=True):
         head = {"line": number, "prompt": prompt}
         assert answer == head | alone(tiny, prompt, **own)
 
 
+TOTALS = re.compile(
+    r"(\d+) prompts( \((\d+) failed\))?: (\d+) tokens processed, (\d+) generated in \d+\.\d\d s "
+    r"\(\d+\.\d\d tokens/s\)"
+)
+
+
+def totals(result: Result) -> tuple[int, int, int, int]:
+    """Prompts, failures, tokens processed and generated, as the last line tells."""
+    match = TOTALS.fullmatch(result.err.splitlines()[-1])
+    assert match, result.err
+    return int(match[1]), int(match[3] or 0), int(match[4]), int(match[5])
+
+
+def test_chats_are_answered_as_by_chat(cli: Cli, file: Path) -> None:
+    """The demo model has a template; a chat that can't be rendered is the line's own error."""
+    messages = [{"role": "user", "content": "What is 23 times 45?"}]
+    more = [*messages, {"role": "assistant", "content": "1035"}, *messages]
+    bad = [{"role": "user"}]
+    lines = [{"messages": messages}, {"messages": bad}, {"messages": more, "n_predict": 4},
+             {"messages": messages, "tools": 5}]  # fmt: skip
+    file.write_text("\ufeff" + "\n".join(map(json.dumps, lines)), "utf-8")
+    result = cli("--prompts", file, "-np", 2, "--temp", 0)
+    first, second, third, fourth = answers(result)
+    with Engine.load() as engine:
+        for found, asked, params in (
+            (first, messages, SamplingParams(temperature=0)),
+            (third, more, SamplingParams(temperature=0, max_tokens=4)),
+        ):
+            answer = engine.chat(asked, params).wait()
+            engine.conversation.release()
+            assert found["messages"] == asked
+            assert (found["text"], found["tokens"]) == (answer.text, answer.tokens)
+    assert second["error"].startswith("message 0: expected a content, got ")
+    assert fourth["error"] == "tools: expected a sequence of JSON schemas, got 5"
+    assert result.status == 1
+    assert totals(result)[:2] == (4, 2)
+    assert totals(result)[3] == len(first["tokens"]) + 4
+
+
+def test_chats_have_the_template_that_was_chosen(cli: Cli, tiny: Path, file: Path) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    template = "{{ messages[0].content }}{{ '!' if enable_thinking else '?' }}"
+    file.write_text(json.dumps({"messages": messages}) + "\n"
+        + json.dumps({"messages": messages, "reasoning": True}))  # fmt: skip
+    command = ("-m", tiny, "--prompts", file, *GREEDY, "--chat-template", template)
+    for switch, ends in (("on", "!!"), ("off", "?!")):
+        found = answers(cli(*command, "--reasoning", switch))
+        assert [a["text"] for a in found] == [alone(tiny, f"hi{end}")["text"] for end in ends]
+    line = cli("-m", tiny, "--prompts", file, "--chat-template", "chatml", "-rea", "on").refused()
+    assert line.endswith("takes no --reasoning on: it reads no enable_thinking")
+    assert "finish_reason" in prompts.HELP
+    assert prompts.HELP.split()[-3:] == cli("--help").out.split()[-3:]
+
+
+def test_what_a_line_says_comes_back(cli: Cli, tiny: Path, file: Path) -> None:
+    lines = ['{"prompt": "a", "id": ["x", 1]}', '{"prompt": 5, "id": 7}', r'"\ud800"']
+    file.write_text("\n".join(lines))
+    first, wrong, half = answers(cli("-m", tiny, "--prompts", file, *GREEDY))
+    assert first["id"] == ["x", 1]
+    assert wrong["prompt"] == lines[1]
+    assert "id" not in half
+    assert half["prompt"] == "\ud800"
+    assert half["finish_reason"] == "error"
+
+
+def test_log_probabilities_are_in_the_results(cli: Cli, tiny: Path, file: Path) -> None:
+    file.write_text('{"prompt": "a", "n_probs": 2}\nb')
+    first, second = answers(cli("-m", tiny, "--prompts", file, *GREEDY))
+    assert "logprobs" not in second
+    assert len(first["logprobs"]) == len(first["tokens"]) == 6
+    for token, found in zip(first["tokens"], first["logprobs"], strict=True):
+        (_, highest), (_, second_highest) = found["top"]
+        assert second_highest <= highest < 0
+        # The end token is never sampled here, but the model may find it likely.
+        assert dict(found["top"]).get(token, found["logprob"]) == found["logprob"] <= highest
+
+
 def test_prompts_from_standard_input(cli: Cli, tiny: Path, file: Path) -> None:
     text = 'naïve\r\n"b"\r\nlast'
     file.write_bytes(text.encode())
     from_file = cli("-m", tiny, "--prompts", file, *GREEDY)
-    assert cli("-m", tiny, "--prompts", "-", *GREEDY, stdin=text.encode()) == from_file
+    assert cli("-m", tiny, "--prompts", "-", *GREEDY, stdin=text.encode()).out == from_file.out
     assert [a["prompt"] for a in answers(from_file)] == ["naïve", "b", "last"]
 
 
@@ -236,7 +322,8 @@ def test_wrong_lines_are_named_and_the_others_run(cli: Cli, tiny: Path, file: Pa
     assert [a["line"] for a in found if a["finish_reason"] == "error"] == [2, 4, 5, 6, 7]
     assert [bool(a.get("error")) for a in found] == [a["line"] not in (1, 8) for a in found]
     messages = result.err.splitlines()
-    assert len(messages) == 5
+    assert len(messages) == 6
+    assert totals(result)[:2] == (7, 5)
     for number, words in ((2, "expected "), (4, "top_p: expected 0 to 1, got 7"),
                           (5, "token id 999: expected 0 to 319"), (6, "the prompt is empty"),
                           (7, "text cannot be encoded")):  # fmt: skip
@@ -259,7 +346,8 @@ def test_options_of_the_command_line_are_the_default(cli: Cli, tiny: Path, file:
 @pytest.mark.parametrize("content", ["", "\n", "\n  \n\r\n"])
 def test_nothing_to_do(cli: Cli, tiny: Path, file: Path, content: str) -> None:
     file.write_text(content, newline="")
-    assert cli("-m", tiny, "--prompts", file, *GREEDY) == (0, "", "")
+    result = cli("-m", tiny, "--prompts", file, *GREEDY)
+    assert (result.status, result.out, totals(result)) == (0, "", (0, 0, 0, 0))
 
 
 def test_files_that_cannot_be_read(cli: Cli, tiny: Path, file: Path, tmp_path: Path) -> None:
