@@ -17,6 +17,14 @@ from engine.engine import Engine
 from engine.formats.gguf import GGUFFile
 from engine.models import load_model
 
+# Names of llama.cpp's file types, by number; a dash for a number without one. The package gguf has
+# them too, but takes longer to import than a small model to load.
+FILE_TYPES = (  # noqa: SIM905 (a list would be three times as long)
+    "F32 F16 Q4_0 Q4_1 - - - Q8_0 Q5_0 Q5_1 Q2_K Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M "
+    "Q6_K IQ2_XXS IQ2_XS Q2_K_S IQ3_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ3_M IQ2_S IQ2_M IQ4_XS IQ1_M "
+    "BF16 - - - TQ1_0 TQ2_0 MXFP4_MOE NVFP4 Q1_0"
+).split()
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -32,7 +40,11 @@ class ModelFacts:
     def of(cls, path: str) -> ModelFacts:
         """The facts of a file. Raises EngineError for one that the engine can't run."""
         file = GGUFFile(path)
-        n_ctx_train = load_model(file).n_ctx_train
+        return cls.of_file(file, load_model(file).n_ctx_train, path)
+
+    @classmethod
+    def of_file(cls, file: GGUFFile, n_ctx_train: int, path: str = "") -> ModelFacts:
+        """The facts of a file that the engine can run; `path`: as the user wrote it."""
         tensors = file.tensors.values()
         label = file.metadata.get("general.size_label", "")
         words = (file.string("general.architecture"), label, _file_type(file))
@@ -54,12 +66,9 @@ class ModelFacts:
 
 def _file_type(file: GGUFFile) -> str:
     """The name of the file's type; if it names none, of the type that most bytes have."""
-    from gguf import LlamaFileType
-
     number = file.metadata.get("general.file_type")
-    names = {known.value: str(known.name) for known in LlamaFileType}
-    if type(number) is int and number in names:
-        return names[number].removeprefix("MOSTLY_").removeprefix("ALL_")
+    if type(number) is int and 0 <= number < len(FILE_TYPES) and FILE_TYPES[number] != "-":
+        return FILE_TYPES[number]
     nbytes: Counter[str] = Counter()
     for tensor in file.tensors.values():
         nbytes[tensor.dtype.name] += tensor.nbytes
@@ -73,6 +82,13 @@ def cpu_name() -> str:
     except OSError:
         names = []
     return names[0] if names else platform.processor()
+
+
+def machine(engine: Engine) -> str:
+    """The processors that run nodes, such as "NVIDIA H200, sm_90 + Intel(R) Xeon(R)"; an empty
+    string if the system does not say."""
+    names = [b.detail if b.traits.own_memory else cpu_name() for b in engine.plan.backends]
+    return " + ".join(dict.fromkeys(filter(None, names)))
 
 
 def sequence_bytes(engine: Engine, n_tokens: int) -> tuple[int, int]:

@@ -52,8 +52,9 @@ class Case:
 
     @property
     def name(self) -> str:
-        """llama-bench's name of it, such as `pp512 @ d4096`."""
-        name = f"pp{self.n_prompt}" if self.n_prompt else f"tg{self.n_gen}"
+        """llama-bench's name of it, such as `pp512 @ d4096` or `pp512+tg128`."""
+        sizes = {"pp": self.n_prompt, "tg": self.n_gen}
+        name = "+".join(f"{kind}{n}" for kind, n in sizes.items() if n)
         return f"{name} @ d{self.n_depth}" if self.n_depth else name
 
 

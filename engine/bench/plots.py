@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +22,9 @@ COLUMNS = {
 }  # fmt: skip
 SUFFIXES = (".png", ".svg", ".pdf")
 _LABEL_WIDTH = 48
+# Keys of JSON lines, and of the lines `main: key = value, …` above a table, that tell of a run.
+_FACTS = ("model_filename", "model_type", "machine", "n_threads")
+_FACT = re.compile(rf"\b({'|'.join(_FACTS)}) = (.+?)(?=, \w+ = |$)")
 
 
 class PlotError(EngineError):
@@ -33,11 +39,42 @@ class Point(NamedTuple):
     speed_tg: float
 
 
+class Facts(NamedTuple):
+    """What a run measured, in words; what the data does not say is said to be unknown."""
+
+    model: str = "model unknown"
+    machine: str = "machine unknown"
+    threads: str = "threads unknown"
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Facts:
+        """The facts in a row of sweep-bench."""
+        values = ("".join(filter(str.isprintable, str(row.get(key) or ""))) for key in _FACTS)
+        path, kind, machine, n = values
+        model = ", ".join(filter(None, (Path(path).name, kind)))
+        threads = f"{n} thread{'s' * (n != '1')}" if n else ""
+        named = {"model": model, "machine": machine, "threads": threads}
+        return cls(**{name: _cut(text) for name, text in named.items() if text})
+
+
 class Curve(NamedTuple):
-    """The points of one run, and its name in the legend."""
+    """The points of one run, its name in the legend, and its facts."""
 
     label: str
     points: Sequence[Point]
+    facts: Facts = Facts()
+
+
+def parse_facts(text: str) -> Facts:
+    """The facts in the output of sweep-bench; what differs between its rows is unknown."""
+    row: dict[str, str] = {}
+    for line in map(str.strip, text.removeprefix("\ufeff").splitlines()):
+        found = _FACT.findall(line) if line.startswith("main: ") else []
+        if line.startswith("{"):
+            found = [(key, str(value)) for key, value in json.loads(line).items() if value]
+        for key, value in found:
+            row[key] = value if row.get(key, value) == value else ""
+    return Facts.of(row)
 
 
 def parse_points(text: str) -> list[Point]:
@@ -120,19 +157,28 @@ def labels_of(paths: Sequence[str]) -> list[str]:
 
 
 def draw(curves: Sequence[Curve], path: str) -> None:
-    """Draw PP and TG against N_KV side by side, a line for each curve. Raises PlotError."""
-    n_columns = min(len(curves), 3)
+    """Draw PP and TG against N_KV side by side, a line for each curve. Raises PlotError.
+
+    The title has the facts that all curves share, the legend those in which they differ.
+    """
+    shared = [len(set(values)) == 1 for values in zip(*(c.facts for c in curves), strict=True)]
+    # A label with facts may be as wide as the picture.
+    n_columns, size = (min(len(curves), 3), 10) if all(shared) else (1, 8)
     legend_height = 0.25 * math.ceil(len(curves) / n_columns)
-    figure = _figure_class()(figsize=(11, 4.2 + legend_height), dpi=150, layout="constrained")
+    figure = _figure_class()(figsize=(11, 4.5 + legend_height), dpi=150, layout="constrained")
+    title = figure.suptitle(" · ".join(compress(curves[0].facts, shared)), fontsize=11)
+    title.set_parse_math(False)
     left, right = figure.subplots(1, 2)
     lines = _panel(left, "Prompt processing (PP)", curves, "speed_pp")
     _panel(right, "Token generation (TG)", curves, "speed_tg")
     names = map(str, range(len(lines)))
-    legend = figure.legend(lines, names, loc="outside lower center", ncols=n_columns)
+    how = {"loc": "outside lower center", "ncols": n_columns, "fontsize": size}
+    legend = figure.legend(lines, names, **how)
     # Set afterwards: matplotlib hides labels that begin with an underscore, and parses formulas.
-    for text, (label, _) in zip(legend.get_texts(), curves, strict=True):
+    for text, (label, _, facts) in zip(legend.get_texts(), curves, strict=True):
         text.set_parse_math(False)
-        text.set_text(label if len(label) <= _LABEL_WIDTH else f"…{label[1 - _LABEL_WIDTH :]}")
+        own = " · ".join(compress(facts, map(operator.not_, shared)))
+        text.set_text(": ".join(filter(None, (_cut(label), own))))
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing from")
@@ -141,16 +187,20 @@ def draw(curves: Sequence[Curve], path: str) -> None:
         raise PlotError(f"{path}: {error.strerror}") from None
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= _LABEL_WIDTH else f"…{text[1 - _LABEL_WIDTH :]}"
+
+
 def _panel(axes: Any, title: str, curves: Sequence[Curve], field: str) -> list[Any]:
     lines = []
-    for i, (_, points) in enumerate(curves):
+    for i, (_, points, _) in enumerate(curves):
         style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":", "-.")[i // 10 % 4]}
         speeds = [getattr(p, field) for p in points]
         lines += axes.plot([p.n_kv for p in points], speeds, marker="o", markersize=4, **style)
     axes.set_title(title)
     axes.set_xlabel("N_KV (tokens)")
     axes.set_ylabel("tokens/s")
-    highest = max(getattr(p, field) for _, points in curves for p in points)
+    highest = max(getattr(p, field) for _, points, _ in curves for p in points)
     axes.set_ylim(0, 1.08 * highest or 1)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)

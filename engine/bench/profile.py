@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.backends.base import Timing
@@ -46,8 +46,16 @@ class StepProfile:
     plain_seconds: float
 
 
-def profile_step(engine: Engine, n_tokens: int, n_past: int, repeats: int, rng: Rng) -> StepProfile:
-    """Profile a step of random tokens: the one of median duration out of `repeats`."""
+def profile_step(
+    engine: Engine,
+    n_tokens: int,
+    n_past: int,
+    repeats: int,
+    rng: Rng,
+    on_run: Callable[[], object] = lambda: None,
+) -> StepProfile:
+    """Profile a step of random tokens: the one of median duration out of `repeats`, after one to
+    warm up. `on_run` is called when the `n_past` tokens are there, and after every step."""
     if n_past + n_tokens > engine.n_ctx:
         raise BenchError(
             f"{n_tokens} tokens after {n_past}: expected at most the {engine.n_ctx} positions "
@@ -57,16 +65,19 @@ def profile_step(engine: Engine, n_tokens: int, n_past: int, repeats: int, rng: 
     plain: list[float] = []
     past = [random_tokens(engine, n_past, rng)]
     with processed(engine, past) as (_, (start,)), sequences(engine, 1) as (seq,):
+        on_run()
         for _ in range(repeats + 1):
             chunks = [Chunk(seq, random_tokens(engine, n_tokens, rng))]
             engine.memory.restore(seq, start)
             began = time.perf_counter()
             engine.step(chunks)
             plain.append(time.perf_counter() - began)
+            on_run()
             engine.memory.restore(seq, start)
             began = time.perf_counter()
             timings, live = engine.run_timed(chunks)
             timed.append((time.perf_counter() - began, timings, live))
+            on_run()
     seconds, timings, live = sorted(timed[1:], key=lambda t: t[0])[repeats // 2]
     median = statistics.median(plain[1:])
     return StepProfile(entries_of(timings, live), live, n_past, seconds, median)

@@ -9,13 +9,15 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from engine.bench.facts import ModelFacts
+from engine.commands.dot import as_dot
 from engine.commands.options import Parser, given_fields, integers, write_text
+from engine.commands.output import write
 from engine.config import EngineConfig
 from engine.engine import plan_only
 from engine.placement.place import Plan
 
 ABOUT = "Show a model's compute graph: node counts, and which backend runs each node and why."
-_COLORS = ("lightblue", "palegreen", "wheat", "lightpink")
 
 
 def add_options(p: Parser) -> None:
@@ -27,14 +29,24 @@ def add_options(p: Parser) -> None:
     add("--gdn", dest="gdn_form", choices=("fused", "decomposed"), default="fused",
         help="the delta rule as one node, or as primitive ops (fused)")  # fmt: skip
     p.flag("--json", "print JSON")
-    add("--dot", metavar="FILE", help="write the graph for Graphviz")
+    add("--dot", metavar="FILE",
+        help="write the graph for Graphviz; -: to standard output, and no report")  # fmt: skip
+    p.flag("--layers", "with --dot: draw every layer, also those that repeat")
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
+    if args.dot == "-" and args.json:
+        parser.error("argument --dot: expected a file beside --json, got standard output (-)")
+    if args.layers and args.dot is None:
+        parser.error("argument --layers: expected --dot, too")
     options = given_fields(args, EngineConfig)
     plans = {bs: plan_only(args.model, bs, args.gdn_form, **options) for bs in args.bs}
     if args.dot is not None:
-        write_text(args.dot, as_dot(plans[args.bs[0]]))
+        dot = as_dot(plans[args.bs[0]], ModelFacts.of(args.model).type, not args.layers)
+        if args.dot == "-":
+            write(dot)
+            return 0
+        write_text(args.dot, dot)
     print(as_json(plans) if args.json else text(plans, args.verbose))
     return 0
 
@@ -115,16 +127,3 @@ def as_json(plans: Mapping[int, Plan]) -> str:
         "nodes": nodes,
     }
     return json.dumps(document, indent=1)
-
-
-def as_dot(plan: Plan) -> str:
-    """The graph for Graphviz, one color per backend."""
-    colors = {b.name: _COLORS[i % len(_COLORS)] for i, b in enumerate(plan.backends)}
-    lines = ["digraph {", "  node [shape=box, style=filled, fontname=monospace];"]
-    producers = {t: node for node in plan.graph.nodes for t in node.outputs}
-    for node, placement in plan.placements.items():
-        label, color = f"{node.op.name}\\n{node.name}", colors[placement.backend.name]
-        lines.append(f'  "{node.name}" [label="{label}", fillcolor={color}];')
-        sources = dict.fromkeys(producers.get(t.base) for t in node.inputs.values())
-        lines += [f'  "{source.name}" -> "{node.name}";' for source in sources if source]
-    return "\n".join([*lines, "}", ""])

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from engine.bench.plots import Curve, PlotError, check_output, draw, labels_of, parse_points
+from engine.bench.plots import (
+    Curve,
+    PlotError,
+    check_output,
+    draw,
+    labels_of,
+    parse_facts,
+    parse_points,
+)
 from engine.commands.options import InputError, Parser, read_text
 
 ABOUT = "Draw prompt and generation speed against depth, a line for each output of sweep-bench."
@@ -28,6 +36,6 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
 def _curve(label: str, path: str) -> Curve:
     text = read_text(path)
     try:
-        return Curve(label, parse_points(text))
+        return Curve(label, parse_points(text), parse_facts(text))
     except PlotError as error:
         raise InputError(f"{path}: {error}") from None

@@ -8,12 +8,13 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from engine.backends.base import Limits
 from engine.bench.profile import Row, StepProfile, by_layer_kind, by_op, profile_step
 from engine.commands.options import Parser, given_fields, load_engine
 from engine.config import EngineConfig
-from engine.engine import resolved_config
+from engine.engine import Engine, resolved_config
 
 ABOUT = "Time one step by op and by layer kind, and compare with what this machine can do."
 _HEADINGS = ("n", "ms", "share", "MB", "GB/s", "of limit", "GFLOP", "GFLOP/s", "of peak")
@@ -44,14 +45,31 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
     n_batch = max(n_ubatch, options.get("n_batch", 0))
     with load_engine(args, n_ctx=n_ctx, n_ubatch=n_ubatch, n_batch=n_batch) as engine:
         rng = np.random.default_rng(args.seed)
-        profile = profile_step(engine, n_tokens, args.n_depth, repeats, rng)
-        limits = engine.plan.backends[0].measure_limits()
+        profile, limits = _measure(engine, n_tokens, args.n_depth, repeats, rng)
         kinds = by_layer_kind(profile, engine.plan.graph.layer_kinds)
     if args.output == "json":
         print(json.dumps(_document(profile, limits, kinds), indent=1))
     else:
         print(_table(profile, limits, kinds, args.verbose))
     return 0
+
+
+def _measure(
+    engine: Engine, n_tokens: int, n_past: int, repeats: int, rng: np.random.Generator
+) -> tuple[StepProfile, Limits]:
+    """The profile and the machine's limits; a progress bar shows what is being done."""
+    # The context, two steps for the warm-up and for each repetition, and the limits.
+    n_runs = 1 + 2 * (repeats + 1) + 1
+    about = f"{n_past} tokens of context"
+    with tqdm(total=n_runs, desc=about, unit="step", leave=False, disable=None) as bar:
+
+        def on_run() -> None:
+            bar.set_description(f"steps of {n_tokens}", refresh=False)
+            bar.update()
+
+        profile = profile_step(engine, n_tokens, n_past, repeats, rng, on_run)
+        bar.set_description("limits of this machine")
+        return profile, engine.plan.backends[0].measure_limits()
 
 
 def _document(profile: StepProfile, limits: Limits, kinds: list[Row]) -> dict[str, Any]:

@@ -9,9 +9,17 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from engine.bench.facts import backend_names, n_gpu_layers, rss_hwm_mib, sequence_bytes, settings
+from engine.bench.facts import (
+    ModelFacts,
+    backend_names,
+    machine,
+    n_gpu_layers,
+    rss_hwm_mib,
+    sequence_bytes,
+    settings,
+)
 from engine.bench.measure import Measurement, measure_and_extend, sequences
-from engine.bench.plots import COLUMNS, Curve, Point, check_output, draw
+from engine.bench.plots import COLUMNS, Curve, Facts, Point, check_output, draw
 from engine.commands.options import Parser, given_fields, load_engine
 from engine.commands.output import Rows, Table, say
 from engine.config import DEFAULT_CTX, EngineConfig
@@ -55,7 +63,7 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
         rows = _measure(engine, args, n_prompt, n_gen)
     if args.plot is not None:
         points = [Point(*(row[key] for key in Point._fields)) for row in rows]
-        draw([Curve(Path(args.model).stem, points)], args.plot)
+        draw([Curve(Path(args.model).stem, points, Facts.of(rows[0]))], args.plot)
     return 0
 
 
@@ -70,13 +78,15 @@ def context_needed(n_kv_max: int, n_prompt: int, n_gen: int) -> int:
 
 def _measure(
     engine: Engine, args: argparse.Namespace, n_prompt: int, n_gen: int
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
+    """The rows with all keys; prints each as it is measured."""
     shown = settings(engine, args.n_kv_max, flash_attn=1)
     # ik_llama.cpp counts the layers; llama.cpp has -1 for all.
     shown["n_gpu_layers"] = len(engine.plan.graph.layer_kinds) if n_gpu_layers(engine) else 0
+    facts = _facts(engine, args.model)
     if args.output_format != "jsonl":
-        facts = ", ".join(f"{name} = {value}" for name, value in shown.items())
-        say(f"\nmain: {facts}\n")
+        say("\nmain: " + ", ".join(f"{name} = {value}" for name, value in shown.items()))
+        say("".join(f"main: {name} = {value}\n" for name, value in facts.items()))
     rng = np.random.default_rng(args.seed)
     if not args.no_warmup:
         with sequences(engine, 1) as (seq,):
@@ -85,8 +95,9 @@ def _measure(
     with sequences(engine, 1) as (seq,), Rows(args.output_format, _TABLE) as rows:
         for _ in tqdm(depths(args.n_kv_max, n_prompt), unit="row", leave=False, disable=None):
             m = measure_and_extend(engine, seq, n_prompt, n_gen, rng, args.repeats)
-            measured.append(values := _values(m))
-            rows.add(shown | values | _extra(engine, m.case.n_depth), list(values.values()))
+            values = _values(m)
+            measured.append(shown | values | facts | _extra(engine, m.case.n_depth))
+            rows.add(measured[-1], list(values.values()))
     return measured
 
 
@@ -94,6 +105,12 @@ def _values(m: Measurement) -> dict[str, float]:
     """A row under ik_llama.cpp's keys, in the order of its columns."""
     case = m.case
     return {"pp": case.n_prompt, "tg": case.n_gen, "n_kv": case.n_depth, **m.medians()}
+
+
+def _facts(engine: Engine, path: str) -> dict[str, str]:
+    """What was measured, and on what; ik_llama.cpp does not say."""
+    model_type = ModelFacts.of_file(engine.file, engine.model.n_ctx_train).type
+    return {"model_filename": path, "model_type": model_type, "machine": machine(engine)}
 
 
 def _extra(engine: Engine, n_kv: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from engine import Engine
 from engine.bench.facts import ModelFacts
 from engine.bench.measure import BenchError, Case, measure
 from engine.commands.bench import cases_of, warm_up_case
+from engine.engine import DEMO_MODEL
 from engine.errors import EngineError
 from engine.runtime import batch
 from engine.runtime.batch import Chunk
@@ -77,6 +78,11 @@ def bench_json(cli: Cli, *argv: object) -> list[dict[str, Any]]:
     return rows
 
 
+def test_the_demo_model_is_measured_where_none_is_named(cli: Cli) -> None:
+    (row,) = bench_json(cli, "-p", 4, "-n", 0, "-r", 1)
+    assert row["model_filename"] == str(DEMO_MODEL)
+
+
 def test_the_table(tiny: Path, cli: Cli) -> None:
     options = ("-m", tiny, "-p", "8,16", "-n", "3", "-d", "0,20", "-r", 2)
     status, out, err = cli("bench", *options)
@@ -101,6 +107,79 @@ def test_sizes_have_units(tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(ModelFacts, "of", lambda path: facts)
     out = cli("bench", "-m", tiny, "-p", 1, "-n", 0, "-r", 1).out
     assert "|   2.50 GiB |     4.02 B |" in out
+
+
+def test_lists_of_engine_options(tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every combination has an engine of its own, in the order of llama-bench's loops: batch,
+    micro-batch, threads, depth, and then the tests."""
+    loaded: list[tuple[int, ...]] = []
+    load = Engine.load
+
+    def noted(path: str, **options: Any) -> Engine:
+        loaded.append(tuple(options[name] for name in ("n_batch", "n_ubatch", "n_threads")))
+        return load(path, **options)
+
+    monkeypatch.setattr(Engine, "load", noted)
+    sizes = ("-p", 4, "-n", 2, "-d", "0,3", "-r", 1)
+    options = ("-t", "2,1", "-b", 64, "-b", 32, "-ub", "16,8", "-ub", 16)
+    rows = bench_json(cli, "-m", tiny, *sizes, *options)
+    combinations = [(b, ub, t) for b in (64, 32) for ub in (16, 8) for t in (2, 1)]
+    assert loaded == combinations
+    got = [(r["n_batch"], r["n_ubatch"], r["n_threads"], r["n_depth"], r["n_prompt"]) for r in rows]
+    assert got == [(*c, n_depth, n) for c in combinations for n_depth in (0, 3) for n in (4, 0)]
+
+
+@pytest.mark.parametrize(
+    ("options", "columns"),
+    [
+        ((), {}),
+        (("-t", "1,2"), {}),
+        (("-b", 2048, "-ub", 512, "-ctk", "f16"), {}),
+        (("-ub", "64,512"), {"n_ubatch": ["64", "512"]}),
+        (("-b", 64), {"n_batch": ["64"]}),
+        (("-b", "64", "-ub", "8,16", "-ctv", "f32"),
+         {"n_batch": ["64", "64"], "n_ubatch": ["8", "16"], "type_v": ["f32", "f32"]}),
+    ],
+)  # fmt: skip
+def test_columns_of_what_is_not_the_default(
+    tiny: Path, cli: Cli, options: tuple[object, ...], columns: dict[str, list[str]]
+) -> None:
+    options = ("-m", tiny, "-p", 4, "-n", 0, "-r", 1, "--backend", "cpu", *options)
+    status, out, _ = cli("bench", *options)
+    assert status == 0
+    head, rule, *lines = [line.strip("| ").split(" | ") for line in out.splitlines()]
+    assert {len(line) for line in (head, rule, *lines)} == {len(head)}
+    names = [name.strip() for name in head]
+    assert names == ["model", "size", "params", "backend", "threads", *columns, "test", "t/s"]
+    shown = {name: [line[names.index(name)].strip() for line in lines] for name in columns}
+    assert shown == columns
+
+
+@pytest.mark.parametrize("depth", [0, 33])
+def test_a_prompt_and_generation_in_one_test(
+    tiny: Path, cli: Cli, steps: list[Step], depth: int
+) -> None:
+    options = ("-p", 0, "-n", 5, "-pg", "40,3", "-pg", "0,0", "-pg", "7,0", "-d", depth, "-r", 2)
+    rows = bench_json(cli, "-m", tiny, *options, "--no-warmup")
+    assert [(r["n_prompt"], r["n_gen"]) for r in rows] == [(0, 5), (40, 3), (7, 0)]
+    row = rows[1]
+    assert row["samples_ts"] == pytest.approx([43e9 / ns for ns in row["samples_ns"]])
+    both = [(step.past, step.lengths) for step in steps]
+    run = [([depth], [40]), *(([depth + 40 + i], [1]) for i in range(3))]
+    generated = [([depth + i], [1]) for i in range(5)]
+    expected = [*generated * 2, *run * 2, *[([depth], [7])] * 2]
+    assert both == [*([([0], [depth])] if depth else []), *expected]
+    table = cli("bench", "-m", tiny, *options).out
+    name = "pp40+tg3 @ d33" if depth else "pp40+tg3"
+    assert f" | {name:>15} | " in table
+
+
+def test_json_lines(tiny: Path, cli: Cli) -> None:
+    status, out, _ = cli("bench", "-m", tiny, "-p", 4, "-n", 2, "-r", 2, "-o", "jsonl")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert status == 0
+    assert [list(row) for row in rows] == [KEYS] * 2
+    assert [(row["n_prompt"], row["n_gen"]) for row in rows] == [(4, 0), (0, 2)]
 
 
 def test_keys_and_statistics(path: Path, cli: Cli) -> None:
@@ -260,7 +339,7 @@ def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("output", ["md", "json", "csv"])
+@pytest.mark.parametrize("output", ["md", "json", "csv", "jsonl"])
 def test_rows_before_an_interrupt_are_printed(
     tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, output: str
 ) -> None:
@@ -270,7 +349,7 @@ def test_rows_before_an_interrupt_are_printed(
     if output == "json":
         assert [row["n_prompt"] for row in json.loads(out)] == [4]
     else:
-        assert len(out.removeprefix(HEAD).splitlines()) == (1 if output == "md" else 2)
+        assert len(out.removeprefix(HEAD).splitlines()) == (2 if output == "csv" else 1)
 
 
 def test_rows_before_a_model_that_fails_are_printed(
@@ -317,7 +396,14 @@ def test_model_types(tmp_path: Path, overrides: dict[str, Any], expected: str) -
         (("-n", ""), "expected integers and commas between them, got ''"),
         (("-d", "-4"), "expected at least 0, got -4"),
         (("-r", "0"), "expected at least 1, got 0"),
-        (("-o", "xml"), "invalid choice: 'xml'"),
+        (("-o", "sql"), "invalid choice: 'sql' (choose from "),
+        (("-t", "1,0"), "argument -t/--threads: expected at least 1, got 0"),
+        (("-b", "x"), "argument -b/--batch-size: expected integers and commas between them"),
+        (("-ub", "8,"), "argument -ub/--ubatch-size: expected integers and commas between them"),
+        (("-pg", "512"), "argument -pg: expected two integers and a comma, got '512'"),
+        (("-pg", "8,4,2"), "argument -pg: expected two integers and a comma, got '8,4,2'"),
+        (("-pg", "8,-4"), "argument -pg: expected at least 0, got -4"),
+        (("-pg", "0,0", "-p", "0", "-n", "0"), "nothing to measure"),
         (("-m", ","), "expected files and commas between them, got ','"),
     ],
 )

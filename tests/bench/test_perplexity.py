@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from engine import Engine
+from engine.bench import perplexity as perplexity_module
 from engine.bench.perplexity import (
     PerplexityError,
     ScoredChunk,
@@ -21,6 +22,7 @@ from engine.bench.perplexity import (
     negative_log_likelihood,
     perplexity,
 )
+from engine.commands import output
 from tests.support.helpers import STD, Cli, assert_all_free, float64_engine, random_ids
 from tools.synth import write_model
 
@@ -166,32 +168,86 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("options", [(), ("--stride", 20)])
-def test_the_command(cli: Cli, tiny: Path, text: Path, options: tuple[object, ...]) -> None:
-    result = cli("perplexity", "-m", tiny, "-f", text, "-c", 64, *options)
+@pytest.mark.parametrize("n_chunks", [None, -1, 2, 99])
+@pytest.mark.parametrize("stride", [0, 20])
+def test_the_command(
+    cli: Cli,
+    tiny: Path,
+    text: Path,
+    stride: int,
+    n_chunks: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Estimates on one line, as llama-perplexity's: `[1]4.5555,[2]5.1234,`."""
+    options = ("-c", 64, "--stride", stride, *(() if n_chunks is None else ("--chunks", n_chunks)))
+    # How long it will take is said where that is long.
+    monkeypatch.setattr("engine.commands.perplexity.SHORT_S", 0.0)
+    result = cli("perplexity", "-m", tiny, "-f", text, *options)
     assert result.status == 0
     with Engine.load(tiny, n_ctx=128) as engine:
         # The last line's end is dropped.
         ids = encode(engine, text.read_text("utf-8")[:-1])
-        got = list(perplexity(engine, ids, 64, 20 if options else 0))
-    assert len(got) > 3
-    lines = [f"[{i}]{e.ppl:.4f}" for i, e in enumerate(got, 1)]
+        got = list(perplexity(engine, ids, 64, stride))
+    assert 3 < len(got) < 99
+    if n_chunks == 2:
+        got = got[:2]
+    line = "".join(f"[{i}]{e.ppl:.4f}," for i, e in enumerate(got, 1))
     last = f"Final estimate: PPL = {got[-1].ppl:.4f} +/- {got[-1].error:.5f}"
-    assert result.out.splitlines() == [*lines, last]
-    size = 74 if options else 64
+    assert result.out == f"{line}\n{last}\n"
+    size = 74 if stride else 64
     assert re.fullmatch(
+        rf"{len(got)} chunks, the first in \d+\.\d\d s: about \d\d:\d\d for all\n"
         rf"{len(got)} chunks of {size} tokens, {got[-1].n_scored} tokens scored, in .* s "
         r"\(.* tokens per second\)\n",
         result.err,
     )
-    piped = cli("perplexity", "-m", tiny, "-f", "-", "-c", 64, *options, stdin=text.read_bytes())
+    piped = cli("perplexity", "-m", tiny, "-f", "-", *options, stdin=text.read_bytes())
     assert piped.out == result.out
+
+
+def test_estimates_come_one_by_one(
+    cli: Cli, tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is printed before the next text chunk runs; the line ends whatever happens."""
+    shown: list[str] = []
+    score = perplexity_module._score
+
+    def noted(*operands: Any) -> Any:
+        if len(shown) == 3:
+            raise KeyboardInterrupt
+        shown.append("".join(written))
+        return score(*operands)
+
+    written: list[str] = []
+    plain = output.write
+
+    def write(part: str) -> None:
+        written.append(part)
+        plain(part)
+
+    monkeypatch.setattr(perplexity_module, "_score", noted)
+    monkeypatch.setattr("engine.commands.perplexity.write", write)
+    result = cli("perplexity", "-m", tiny, "-f", text, "-c", 64)
+    assert result.status == 130
+    first, second, third = re.findall(r"\[\d\][\d.]+,", result.out)
+    assert shown == ["", first, first + second]
+    assert result.out == f"{first}{second}{third}\n"
+
+
+def test_a_first_chunk_that_fails_prints_nothing(
+    cli: Cli, tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise PerplexityError("broken")
+
+    monkeypatch.setattr(perplexity_module, "_score", fail)
+    assert cli("perplexity", "-m", tiny, "-f", text, "-c", 64).refused() == "broken"
 
 
 def test_the_default_chunk_is_512(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "long").write_text("ab" * 600)
     result = cli("perplexity", "-m", tiny, "-f", tmp_path / "long")
-    assert result.err.startswith("2 chunks of 512 tokens, 510 tokens scored")
+    assert "2 chunks of 512 tokens, 510 tokens scored" in result.err
 
 
 def test_texts_that_cannot_be_measured(cli: Cli, tiny: Path, tmp_path: Path) -> None:
@@ -222,7 +278,10 @@ def test_texts_that_cannot_be_measured(cli: Cli, tiny: Path, tmp_path: Path) -> 
          "argument --stride/--ppl-stride: expected at least 0, got -1"),
         (("-f", "x", "--stride", 513),
          "argument --stride: expected at most the 512 of -c, got 513"),
-        (("-f", "x", "-np", 2), "unrecognized arguments: -np 2"),
+        (("-f", "x", "--chunks", 0),
+         "argument --chunks: expected at least 1, or -1 for all, got 0"),
+        (("-f", "x", "--chunks", -2), "argument --chunks: expected at least -1, got -2"),
+        (("-f", "x", "-np", 2), "-np is no option of this command, but of cli.py"),
     ],
 )  # fmt: skip
 def test_usage(cli: Cli, tiny: Path, options: tuple[object, ...], line: str) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from engine.bench import plots
 from engine.bench.measure import Case, Measurement
-from engine.bench.plots import Curve, PlotError, Point
+from engine.bench.plots import Curve, Facts, PlotError, Point
 from engine.commands.sweep_bench import _TABLE, _values
 from tests.support.helpers import Cli
 
@@ -67,6 +69,70 @@ def test_output_of_sweep_bench_is_read(
     for point, row in zip(points, rows, strict=True):
         expected = tuple(row[key] for key in KEYS)
         assert point == pytest.approx(expected, abs=0.0051 if written is markdown else 0)
+
+
+OURS = {
+    "model_filename": "models/a, b.gguf", "model_type": "qwen35 0.8B Q8_0",
+    "machine": "NVIDIA H200, sm_90 + Xeon", "n_threads": 1,
+}  # fmt: skip
+FACTS = Facts("a, b.gguf, qwen35 0.8B Q8_0", "NVIDIA H200, sm_90 + Xeon", "1 thread")
+MAIN = "".join(f"main: {key} = {value}\n" for key, value in OURS.items())
+
+
+def test_facts_of_a_run() -> None:
+    """What the data does not say is unknown."""
+    unknown = Facts("model unknown", "machine unknown", "threads unknown")
+    assert plots.parse_facts(IK_JSON) == unknown._replace(threads="4 threads")
+    assert plots.parse_facts(IK_TABLE) == unknown
+    head = "main: n_gpu_layers = 0, n_threads = 2, n_threads_batch = 3"
+    table = IK_TABLE.replace("main: ", f"{head}\nmain: ")
+    assert plots.parse_facts(table) == unknown._replace(threads="2 threads")
+    assert plots.parse_facts(MAIN + IK_TABLE) == FACTS
+    assert plots.parse_facts("\ufeff" + json.dumps(OURS) + "\n") == FACTS
+
+
+def test_facts_of_several_runs_in_one_file() -> None:
+    rows = [OURS, OURS | {"n_threads": 2}, OURS]
+    text = "\n".join(map(json.dumps, rows))
+    assert plots.parse_facts(text) == FACTS._replace(threads="threads unknown")
+    assert plots.parse_facts(MAIN + json.dumps(OURS)) == FACTS
+
+
+@pytest.mark.parametrize(
+    "value", [None, "", 0, {}, "\n", [], float("nan"), 1e999, "x\x1b", "y" * 99]
+)
+def test_strange_facts(value: Any) -> None:
+    facts = plots.parse_facts(json.dumps(dict.fromkeys(OURS, value)))
+    for text in facts:
+        assert text.isprintable()
+        assert 0 < len(text) <= 48
+
+
+def drawn(curves: list[Curve], path: Path) -> list[str]:
+    """The texts of a picture: an SVG has them as comments."""
+    plots.draw(curves, str(path))
+    return re.findall("<!-- (.*?) -->", path.read_text())
+
+
+def test_the_title_has_what_curves_share(tmp_path: Path) -> None:
+    points = [Point(0, 1, 1)]
+    first = "a, b.gguf, qwen35 0.8B Q8_0 · NVIDIA H200, sm_90 + Xeon"
+    texts = drawn([Curve("a", points, FACTS)], tmp_path / "1.svg")
+    assert first + " · 1 thread" in texts
+    assert "a" in texts
+    two = [Curve("a", points, FACTS), Curve("b", points, FACTS._replace(threads="2 threads"))]
+    texts = drawn(two, tmp_path / "2.svg")
+    assert {first, "a: 1 thread", "b: 2 threads"} <= {*texts}
+    texts = drawn([two[0], Curve("c", points)], tmp_path / "3.svg")
+    unknown = "c: model unknown · machine unknown · threads unknown"
+    assert {f"a: {first} · 1 thread", unknown} <= {*texts}
+
+
+def test_the_command_reads_facts(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text(MAIN + IK_TABLE)
+    picture = tmp_path / "a.svg"
+    assert cli("plot-bench", tmp_path / "a.md", "-o", picture) == (0, "", "")
+    assert f"<!-- {' · '.join(FACTS)} -->" in picture.read_text()
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 from engine import Engine
 from engine.backends.base import Instruction, Limits, Timing
@@ -146,6 +149,25 @@ def test_the_table(tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Non
         assert share / 100 * total_ms - 0.0005 * total_ms <= ms + 0.001
         assert (mb - 0.005) / (ms + 0.0005) <= rate + 0.005
         assert (rate - 0.005) * (ms - 0.0005) <= mb + 0.005
+
+
+def test_a_terminal_shows_what_is_being_done(
+    tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On standard error only, and nothing where that is no terminal."""
+    options = ("profile", "-m", tiny, "-p", 20, "-d", 10, "-r", 3)
+    assert cli(*options).err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
+    # Every update is shown.
+    monkeypatch.setattr("engine.commands.profile.tqdm", partial(tqdm, mininterval=0, miniters=1))
+    status, out, err = cli(*options)
+    assert (status, out.splitlines()[0][:26]) == (0, "step of 20 tokens after 10")
+    shown = [line for line in err.split("\r") if "%|" in line]
+    assert shown[0].startswith("10 tokens of context:   0%|")
+    steps = [line for line in shown if line.startswith("steps of 20: ")]
+    assert [f"| {n}/10 [" in line for n, line in enumerate(steps, 1)] == [True] * 9
+    assert shown[-1].startswith("limits of this machine:  90%|")
 
 
 def test_what_took_no_time_has_no_rate() -> None:

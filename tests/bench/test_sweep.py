@@ -14,7 +14,7 @@ import pytest
 
 from engine import Engine
 from engine.bench import measure, plots
-from engine.bench.facts import sequence_bytes
+from engine.bench.facts import cpu_name, sequence_bytes
 from engine.bench.measure import BenchError, Case, Measurement, measure_and_extend, sequences
 from engine.commands.sweep_bench import _TABLE, _values, context_needed, depths
 from engine.runtime.batch import Chunk
@@ -34,8 +34,9 @@ LINE = re.compile(
 )
 IK_KEYS = "n_kv_max n_batch n_ubatch flash_attn n_gpu_layers n_threads n_threads_batch pp tg n_kv"
 IK_SPEEDS = "t_pp speed_pp t_tg speed_tg"
+OUR_FACTS = "model_filename model_type machine"
 OUR_KEYS = "backend graph_nodes state_bytes kv_bytes rss_hwm_mib vram_delta_mib"
-KEYS = f"{IK_KEYS} {IK_SPEEDS} {OUR_KEYS}".split()
+KEYS = f"{IK_KEYS} {IK_SPEEDS} {OUR_FACTS} {OUR_KEYS}".split()
 
 
 def contents(engine: Engine, seq: int) -> list[dict[str, Any]]:
@@ -177,7 +178,12 @@ def test_a_table_line() -> None:
 def test_the_table(tiny: Path, cli: Cli, form: tuple[str, ...]) -> None:
     status, out, err = cli("sweep-bench", "-m", tiny, "-c", 70, "-ub", 32, "-b", 64, "-n", 3, *form)
     assert (status, err) == (0, "")
-    empty, header, blank, *table = out.removesuffix("\n").split("\n")
+    empty, header, *facts, blank = out.removesuffix("\n").split("\n")[:-5]
+    table = out.removesuffix("\n").split("\n")[-5:]
+    assert facts == [
+        f"main: model_filename = {tiny}", "main: model_type = qwen35 Q8_0",
+        f"main: machine = {cpu_name()}",
+    ]  # fmt: skip
     assert (empty, blank) == ("", "")
     pattern = re.escape(PREFIX.format(70, 64, 32)) + r"n_threads = (\d+), n_threads_batch = \1"
     assert re.fullmatch(pattern, header)
@@ -208,6 +214,8 @@ def test_json_lines(tiny: Path, cli: Cli) -> None:
         assert (row["n_kv_max"], row["n_batch"], row["n_ubatch"]) == (64, 2048, 32)
         assert (row["pp"], row["tg"], row["flash_attn"], row["n_gpu_layers"]) == (32, 8, 1, 0)
         assert (row["backend"], row["graph_nodes"]) == ("cpu", n_nodes)
+        assert (row["model_filename"], row["model_type"]) == (str(tiny), "qwen35 Q8_0")
+        assert row["machine"] == cpu_name()
         assert (row["vram_delta_mib"], row["rss_hwm_mib"] > 1) == (0.0, True)
     assert [(p.n_kv, p.speed_pp, p.speed_tg) for p in plots.parse_points(out)] == [
         (row["n_kv"], row["speed_pp"], row["speed_tg"]) for row in rows
@@ -259,11 +267,14 @@ def test_rows_are_printed_as_they_are_measured(
     assert [json.loads(line)["n_kv"] for line in out.splitlines()] == [0, 4]
 
 
-def test_the_plot(tiny: Path, cli: Cli, tmp_path: Path) -> None:
-    picture = tmp_path / "a.png"
-    status, out, err = cli("sweep-bench", "-m", tiny, "-c", 8, "-ub", 8, "--plot", picture)
-    assert (status, err, out.count("\n")) == (0, "", 6)
-    assert picture.read_bytes().startswith(b"\x89PNG")
+def test_the_plot(tiny: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.bench.facts.cpu_name", lambda: "A CPU")
+    picture = tmp_path / "a.svg"
+    options = ("-c", 8, "-ub", 8, "-t", 1, "--plot", picture)
+    status, out, err = cli("sweep-bench", "-m", tiny, *options)
+    assert (status, err, out.count("\n")) == (0, "", 9)
+    title = f"{tiny.name}, qwen35 Q8_0 · A CPU · 1 thread"
+    assert f"<!-- {title} -->" in picture.read_text()
 
 
 @pytest.mark.parametrize(
