@@ -287,7 +287,6 @@ def test_the_plot(tiny: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.Monk
         (("-n", 0), "expected at least 1, got 0"),
         (("-b", -1), "expected at least 1, got -1"),
         (("-nrep", 0), "expected at least 1, got 0"),
-        (("-t", 0), "expected at least 1, got 0"),
         (("-c", "x"), "invalid integer value: 'x'"),
         (("--output-format", "csv"), "invalid choice: 'csv'"),
     ],
