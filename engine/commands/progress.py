@@ -6,6 +6,7 @@ import contextlib
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 from tqdm import tqdm
 
@@ -36,6 +37,8 @@ def _watch(completion: Completion, has_come: threading.Event) -> None:
     if has_come.wait(AFTER_S):
         return
     n_done, n_tokens = completion.progress
-    with tqdm(total=n_tokens, initial=n_done, desc="prompt", unit="token", leave=False) as bar:
+    # miniters: else a quick step makes tqdm wait for as many tokens again.
+    how: Any = {"desc": "prompt", "unit": "token", "leave": False, "miniters": 1}
+    with tqdm(total=n_tokens, initial=n_done, **how) as bar:
         while not has_come.wait(EVERY_S):
             bar.update(completion.progress[0] - bar.n)

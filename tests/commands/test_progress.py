@@ -17,15 +17,21 @@ class Terminal(io.StringIO):
 
 
 class Slow:
-    """A completion whose prompt takes three steps."""
+    """A completion whose prompt takes three steps; each ends when the bar has shown it."""
 
-    def __init__(self, step_s: float) -> None:
-        self._step_s, self.progress = step_s, (0, 30)
+    def __init__(self, terminal: io.StringIO | None = None) -> None:
+        self._terminal, self.progress = terminal, (0, 30)
 
     def wait_for_token(self) -> None:
-        while self.progress[0] < 30:
-            self.progress = self.progress[0] + 10, 30
-            time.sleep(self._step_s)
+        for n in (10, 20, 30):
+            self.progress = n, 30
+            self.wait_until_shown(f"| {n}/30 [")
+
+    def wait_until_shown(self, text: str) -> None:
+        end = time.monotonic() + 30
+        while self._terminal and text not in self._terminal.getvalue():
+            assert time.monotonic() < end, self._terminal.getvalue()
+            time.sleep(0.01)
 
 
 def shown(completion: Any, monkeypatch: pytest.MonkeyPatch, stderr: io.StringIO) -> str:
@@ -41,21 +47,19 @@ def test_a_long_prompt_is_shown_and_gone_before_its_first_token(
 ) -> None:
     monkeypatch.setattr(progress, "AFTER_S", 0.1)
     monkeypatch.setattr(progress, "EVERY_S", 0.01)
-    seen = shown(Slow(0.4), monkeypatch, Terminal())
-    # The first look comes within the first step, a later one within the last.
-    assert "prompt:  33%" in seen
-    assert "prompt: 100%" in seen
-    *_, last, end = seen.split("\r")
+    terminal = Terminal()
+    *_, last, end = shown(Slow(terminal), monkeypatch, terminal).split("\r")
     assert (last.strip(), end) == ("", "")
 
 
 def test_a_short_prompt_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert shown(Slow(0.0), monkeypatch, Terminal()) == ""
+    assert shown(Slow(), monkeypatch, Terminal()) == ""
 
 
 def test_nothing_is_shown_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "AFTER_S", 0.0)
-    assert shown(Slow(0.05), monkeypatch, io.StringIO()) == ""
+    monkeypatch.setattr(progress, "_watch", lambda *_: pytest.fail("nobody looks"))
+    assert shown(Slow(), monkeypatch, io.StringIO()) == ""
 
 
 def test_the_bar_goes_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,10 +68,9 @@ def test_the_bar_goes_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Failing(Slow):
         def wait_for_token(self) -> None:
-            time.sleep(0.2)
+            self.wait_until_shown("prompt:   0%")
             raise KeyError
 
     with pytest.raises(KeyError):
-        shown(Failing(0.0), monkeypatch, terminal)
-    assert "prompt:   0%" in terminal.getvalue()
+        shown(Failing(terminal), monkeypatch, terminal)
     assert terminal.getvalue().endswith("\r")
