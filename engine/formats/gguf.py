@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from engine import checks
 from engine.errors import EngineError
+from engine.formats import ollama
 from engine.formats.quants import BY_GGML_ID, WEIGHT_TYPES, DType, names
 
 MAGIC = b"GGUF"
@@ -60,7 +61,9 @@ class GGUFFile:
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
-        self.path = Path(checks.path(GGUFError, "model", path))
+        name = checks.path(GGUFError, "model", path)
+        in_store = name.startswith(ollama.PREFIX)
+        self.path = ollama.find(name.removeprefix(ollama.PREFIX)) if in_store else Path(name)
         first = _Parser(self.path, 0)
         self.metadata: dict[str, Any] = first.metadata
         self.tensors: dict[str, TensorInfo] = first.tensors

@@ -4,6 +4,7 @@ Shapes are compared without their ones, since files differ in where they put the
 tensor is exact for every stored type, so a model has one set of names for every packing of a file.
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,6 +20,9 @@ from engine.models.hparams import ModelError
 # How many tensors of a kind a message names; the others are counted.
 _NAMED = 6
 _LAYER = re.compile(r"blk\.(\d+)\.")
+# Tensors that Ollama's files have beside the model's: vision tower, its projector, MTP layers.
+_NOT_TEXT = ("v.", "mm.", "mtp.")
+_log = logging.getLogger(__name__)
 
 
 class Weights:
@@ -84,7 +88,11 @@ def _check(file: GGUFFile, expected: Mapping[str, Shape], skipped: range) -> Non
             if name in found and _squeezed(found[name].shape) != _squeezed(shape)
         ],
         "unexpected": [
-            name for name in found if name not in expected and _layer_number(name) not in skipped
+            name
+            for name in found
+            if name not in expected
+            and _layer_number(name) not in skipped
+            and not name.startswith(_NOT_TEXT)
         ],
     }
     messages = [
@@ -92,6 +100,8 @@ def _check(file: GGUFFile, expected: Mapping[str, Shape], skipped: range) -> Non
         for kind, names in problems.items()
         if names
     ]
+    if n_other := sum(name.startswith(_NOT_TEXT) for name in found):
+        _log.warning("%s: %d tensors for images and for drafts are skipped", file.path, n_other)
     if messages:
         raise ModelError(f"{file.path}: {'; '.join(messages)}")
 

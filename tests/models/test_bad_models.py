@@ -124,7 +124,7 @@ def test_recurrent_layers(refused: Refused, value: Any) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [None, 4, "abcd", ["a"] * 4, np.ones(3, np.int32), np.ones(5, np.int32), np.ones(4, float)],
+    [None, 4, "abcd", ["a"] * 4, np.ones(2, np.int32), np.ones(5, np.int32), np.ones(4, float)],
     ids=str,
 )
 def test_rope_sections(refused: Refused, value: Any) -> None:
@@ -212,11 +212,11 @@ WRONG_TENSORS: dict[str, tuple[dict[str, Any], str]] = {
             "blk.3.attn_norm.weight": FOUR,
             "blk.1.ssm_dt.bias": np.ones(2),
             "blk.3.attn_output.bias": FOUR,
-            "v.patch_embd.weight": FOUR,
+            "w.patch_embd.weight": FOUR,
         },
         "2 missing tensors: output_norm.weight, blk.2.ssm_a; 2 misshapen tensors: "
         "blk.1.ssm_dt.bias (expected [4], got [2]), blk.3.attn_norm.weight (expected [64], "
-        "got [4]); 2 unexpected tensors: blk.3.attn_output.bias, v.patch_embd.weight",
+        "got [4]); 2 unexpected tensors: blk.3.attn_output.bias, w.patch_embd.weight",
     ),
     "many": (
         {f"blk.0.extra_{i}": FOUR for i in range(10)},

@@ -100,7 +100,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "unknown architecture": {"overrides": {"general.architecture": "qwen4exp"}},
     "block_count is missing": {"overrides": {"qwen35.block_count": None}},
     "rope.dimension_sections: expected 4 integers": {
-        "overrides": {"qwen35.rope.dimension_sections": np.array([11, 11, 10], np.int32)}
+        "overrides": {"qwen35.rope.dimension_sections": None}
     },
     "unexpected tensors: …scale": {
         "arrays": {f"blk.0.ffn_{part}.scale": np.ones(1, np.float32) for part in ("up", "down")}
