@@ -23,6 +23,7 @@ from engine.formats import ollama
 from engine.formats.quants import BY_GGML_ID, WEIGHT_TYPES, DType, names
 
 MAGIC = b"GGUF"
+_CONVERTER = "llama.cpp's convert_hf_to_gguf.py"
 MAX_DIMS = 4
 MAX_NAME = 256
 _U64 = struct.Struct("<Q")
@@ -169,10 +170,11 @@ class _Parser:
         self.pos += nbytes
         return int.from_bytes(self.data[self.pos - nbytes : self.pos], "little")
 
-    def _strings(self, n: int, what: str) -> list[str]:
+    def _strings(self, n: int, what: str) -> list[str | bytes]:
+        """Strings; what is no UTF-8 is its bytes, which no reader of strings takes."""
         self._need(8 * n, what)
         data, pos, size, unpack = self.data, self.pos, len(self.data), _U64.unpack_from
-        out = []
+        out: list[str | bytes] = []
         try:
             for _ in range(n):
                 (length,) = unpack(data, pos)
@@ -181,9 +183,10 @@ class _Parser:
                 if pos > size:
                     self.pos = start
                     self._need(length, f"a string of {what}")
-                out.append(data[start:pos].decode())
-        except UnicodeDecodeError as error:
-            raise self._fail(f"{what}: expected UTF-8, got {error.object[:16]!r}") from None
+                try:
+                    out.append(data[start:pos].decode())
+                except UnicodeDecodeError:
+                    out.append(data[start:pos])
         except struct.error:
             raise self._fail(f"truncated: {what} ends at offset {size}") from None
         self.pos = pos
@@ -192,6 +195,8 @@ class _Parser:
     def _name(self, what: str) -> str:
         """A key or a tensor's name: short and printable, so that every message may quote it."""
         (name,) = self._strings(1, what)
+        if isinstance(name, bytes):
+            raise self._fail(f"{what}: expected UTF-8, got {name[:16]!r}")
         if len(name) > MAX_NAME or not name.isprintable():
             raise self._fail(
                 f"{what}: expected at most {MAX_NAME} printable characters, got {_shown(name)}"
@@ -201,7 +206,10 @@ class _Parser:
     def _header(self) -> tuple[int, int]:
         magic = self.data[:4]
         if magic != MAGIC[: len(magic)]:
-            raise self._fail(f"not a GGUF file: expected magic {MAGIC!r}, got {magic!r}")
+            # A safetensors file begins with the length of its JSON.
+            is_other = self.data[8:9] == b"{" or magic[:2] == b"PK"
+            hint = f"; {_CONVERTER} converts safetensors and PyTorch's files" * is_other
+            raise self._fail(f"not a GGUF file: expected magic {MAGIC!r}, got {magic!r}{hint}")
         self.pos = 4
         version = self._uint(4, "the version")
         if version not in (2, 3):
@@ -303,7 +311,9 @@ def _shown(value: Any) -> str:
 def _map(path: Path) -> mmap.mmap:
     try:
         if path.is_dir():
-            raise GGUFError(f"{path}: expected a GGUF file, got a directory")
+            is_model = any(path.glob("*.safetensors")) or (path / "config.json").exists()
+            hint = f"; {_CONVERTER} converts a model's directory" * is_model
+            raise GGUFError(f"{path}: expected a GGUF file, got a directory{hint}")
         with path.open("rb") as file:
             if file.seek(0, 2) == 0:
                 raise GGUFError(f"{path}: expected a GGUF file, got an empty file")

@@ -368,7 +368,10 @@ def _model_proto(vocab: Vocab) -> bytes:
     """The vocabulary as sentencepiece's ModelProto, in protobuf's wire format."""
     assert vocab.scores is not None
     out = bytearray()
-    for text, kind, score in zip(vocab.tokens, vocab.types, vocab.scores.tolist(), strict=True):
+    unknown = vocab.types.index(UNKNOWN) if UNKNOWN in vocab.types else -1
+    for i, (text, score) in enumerate(zip(vocab.tokens, vocab.scores.tolist(), strict=True)):
+        # The package takes one unknown token; none of them is made by a merge.
+        kind = CONTROL if vocab.types[i] == UNKNOWN and i != unknown else vocab.types[i]
         # As in llama.cpp, all others merge by score: user-defined tokens are cut out before.
         kind = kind if kind in (UNKNOWN, CONTROL, BYTE) else NORMAL
         piece = _field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + _field(3, kind)

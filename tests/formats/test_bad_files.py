@@ -53,6 +53,10 @@ def test_file_within_a_file(refused: Refused, tiny: Path) -> None:
 
 def test_directory(refused: Refused, tmp_path: Path) -> None:
     assert refused(tmp_path) == "expected a GGUF file, got a directory"
+    (tmp_path / "model.safetensors").touch()
+    converter = "llama.cpp's convert_hf_to_gguf.py converts a model's directory"
+    assert refused(tmp_path) == f"expected a GGUF file, got a directory; {converter}"
+    (tmp_path / "model.safetensors").unlink()
 
 
 def test_empty_file(refused: Refused, tmp_path: Path) -> None:
@@ -61,13 +65,17 @@ def test_empty_file(refused: Refused, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"PK\x03\x04 some archive", b"GGML", b"a\n", b"\x89PNG\r\n\x1a\n" * 9, bytes(999)]
-)
+    "content",
+    [b"PK\x03\x04 some archive", b"\x10\0\0\0\0\0\0\0{", b"GGML", b"a\n", b"\x89PNG\r\n\x1a\n" * 9,
+     bytes(999)],
+)  # fmt: skip
 def test_other_formats(refused: Refused, tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "m"
     path.write_bytes(content)
     got = content[:4]
-    assert refused(path) == f"not a GGUF file: expected magic b'GGUF', got {got!r}"
+    line = f"not a GGUF file: expected magic b'GGUF', got {got!r}"
+    hint = "; llama.cpp's convert_hf_to_gguf.py converts safetensors and PyTorch's files"
+    assert refused(path) == line + hint * (content[:2] == b"PK" or content[8:9] == b"{")
 
 
 def header(version: int = 3, n_tensors: int = 0, n_kv: int = 0, order: str = "<") -> bytes:

@@ -15,7 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine import Engine
+from engine.formats.gguf import GGUFFile
+from engine.models import ModelError
 from tests.support.helpers import Cli, Refused
+from tools.ggufwrite import TensorSpec, write_gguf
 from tools.presets import PRESETS
 from tools.synth import write_model
 
@@ -172,6 +176,24 @@ def test_unknown_architectures(refused: Refused, arch: str) -> None:
 @pytest.mark.parametrize("arch", [None, 35, ["qwen35"]])
 def test_an_architecture_that_is_no_text(refused: Refused, arch: Any) -> None:
     assert "metadata general.architecture" in refused({"general.architecture": arch})
+
+
+@pytest.mark.parametrize("kind", ["adapter", "mmproj", "imatrix", 5])
+def test_files_that_are_no_models(refused: Refused, kind: Any) -> None:
+    """Before anything is said about their tensors or tokenizers."""
+    changes = {"general.type": kind, "tokenizer.ggml.model": None, "general.architecture": "clip"}
+    assert refused(changes) == f"expected a model, got general.type {kind!r}"
+
+
+def test_parts_of_models(tmp_path: Path, tiny: Path) -> None:
+    file = GGUFFile(tiny)
+    write_gguf(tmp_path / "vocabulary", file.metadata, [])
+    drafts = [TensorSpec("blk.4.nextn.eh_proj.weight", (1, 4), 0, 16, lambda: [bytes(16)])]
+    write_gguf(tmp_path / "drafts", file.metadata, drafts)
+    for name, what in (("vocabulary", "a vocabulary without tensors"),
+                       ("drafts", "layers for multi-token prediction")):  # fmt: skip
+        with pytest.raises(ModelError, match=f"expected a model, got {what}"):
+            Engine.load(tmp_path / name)
 
 
 FOUR = np.ones(4)

@@ -100,6 +100,16 @@ def with_changes(metadata: dict[str, Any], changes: dict[str, Any]) -> dict[str,
     return {f"tokenizer.ggml.{k}": v for k, v in metadata.items() if v is not None}
 
 
+def test_a_second_unknown_token_changes_nothing(load: Any) -> None:
+    """Phi-3's vocabulary has two; the package takes one."""
+    one, two = load(spm_metadata()), spm_metadata()
+    types = two["tokenizer.ggml.token_type"].copy()
+    types[-1] = UNKNOWN
+    two = load(two | {"tokenizer.ggml.token_type": types})
+    for text in ("", "the cat", "naïve 日本", "<gone>"):
+        assert two.encode(text) == one.encode(text)
+
+
 @pytest.fixture
 def load(tmp_path: Path) -> Any:
     def load_metadata(metadata: dict[str, Any]) -> Tokenizer:
