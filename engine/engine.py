@@ -33,7 +33,7 @@ from engine.runtime.request import FinishReason, Request
 from engine.runtime.requests import Prompt, PromptError, Requests
 from engine.runtime.scheduler import Scheduler
 from engine.sampling.params import SamplingError, SamplingParams
-from engine.text.template import ChatError, ChatTemplate, Message, find_template
+from engine.text.template import TEMPLATE_KEY, ChatError, ChatTemplate, Message, find_template
 from engine.text.tokenizer import Tokenizer
 
 C = TypeVar("C", bound=Completion)
@@ -68,7 +68,7 @@ class Engine:
         self._requests = Requests(
             file, self.tokenizer, self.model.n_vocab, self.n_ctx, config.n_parallel
         )
-        self._template: ChatTemplate | None = None
+        self._templates: dict[str | None, ChatTemplate] = {}
 
     @classmethod
     def load(  # noqa: PLR0913  (the options of an engine)
@@ -237,7 +237,11 @@ class Engine:
     ) -> ChatTemplate:
         """The template, or the model's own. Raises ChatError for what doesn't go with it."""
         if template is None:
-            self._template = template = self._template or find_template(self.file)
+            # As in transformers, a file may have a template of its own for tools.
+            has_own = bool(tools) and f"{TEMPLATE_KEY}.tool_use" in self.file.metadata
+            name = "tool_use" if has_own else None
+            template = self._templates.get(name) or find_template(self.file, name)
+            self._templates[name] = template
         checks.instance(ChatError, "template", template, ChatTemplate)
         if tools is not None:
             for tool in checks.sequence(ChatError, "tools", tools, "JSON schemas"):

@@ -19,7 +19,7 @@ from typing import Any
 from engine import checks
 from engine.kvcache.sequences import Checkpoint
 from engine.runtime.owner import Owner
-from engine.text.template import ChatError, ChatTemplate, Message
+from engine.text.template import ChatError, ChatTemplate, Message, is_text_part
 from engine.text.tokenizer import Tokenizer
 
 _THINKING = ("<think>", "</think>")  # Templates look for these in what a model said.
@@ -211,6 +211,9 @@ def _checked(messages: Sequence[Message]) -> Sequence[Message]:
             checks.refuse(ChatError, f"message {i}", "a content", message)
         if not isinstance(content := message.get("content"), str | list | tuple | None):
             checks.refuse(ChatError, f"message {i}: content", "a text, or a list of parts", content)
+        for part in content if isinstance(content, list | tuple) else ():
+            if not is_text_part(part):
+                checks.refuse(ChatError, f"message {i}: content", "parts of type text", part)
     return messages
 
 

@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +26,7 @@ Message = Mapping[str, Any]
 
 _log = logging.getLogger(__name__)
 TEMPLATE_KEY = "tokenizer.chat_template"
+_PROBE = "\ufdd1"  # No template contains it.
 # Values of `--chat-template NAME` that need no file.
 BUILT_IN = {
     "chatml": (
@@ -72,18 +74,60 @@ class ChatTemplate:
         reasoning: its `enable_thinking` (None: its own default). special: texts by the names that
         templates use (`bos_token`, …). Raises ChatError if it fails or the sandbox stops it.
         """
-        given: dict[str, Any] = {"messages": messages, "tools": tools, "documents": None}
+        # Copies: a template may append to the lists in them.
+        try:
+            given: dict[str, Any] = {"messages": [self._readable(m) for m in messages]}
+            given |= {"tools": _copied(tools), "documents": None}
+        except RecursionError:
+            raise self._error("messages or tools that hold themselves") from None
         given |= {"add_generation_prompt": add_generation_prompt, **(special or {})}
         if reasoning is not None:
             given["enable_thinking"] = reasoning
+        return self._rendered(given)
+
+    def _rendered(self, given: Mapping[str, Any]) -> str:
         try:
             return self._template.render(given)
         except Exception as error:  # An untrusted program may raise anything.
             said = str(error) if isinstance(error, jinja2.TemplateError) else repr(error)
             raise self._error(said or type(error).__name__) from None
 
+    def _readable(self, message: Any) -> Any:
+        """A copy of a message; a content in parts is one text where the template takes none."""
+        made = _copied(message)
+        parts = made.get("content") if isinstance(made, dict) else None
+        if isinstance(parts, list) and all(map(is_text_part, parts)) and not self._takes_parts:
+            made["content"] = "\n".join(part["text"] for part in parts)  # As in llama.cpp.
+        return made
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether it writes the text of a content in parts, and not the list itself."""
+        parts = [{"type": "text", "text": _PROBE}]
+        given = {"messages": [{"role": "user", "content": parts}], "add_generation_prompt": True}
+        try:
+            text = self._rendered(given)
+        except ChatError:
+            return False
+        return _PROBE in text and "'text'" not in text
+
     def _error(self, message: str) -> ChatError:
         return ChatError(f"{self.name}: {' '.join(message.split())}")
+
+
+def is_text_part(part: Any) -> bool:
+    """Whether a part of a content is `{"type": "text", "text": …}`."""
+    return (
+        isinstance(part, Mapping)
+        and part.get("type") == "text"
+        and isinstance(part.get("text"), str)
+    )
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copied(v) for key, v in value.items()}
+    return [_copied(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def find_template(file: GGUFFile, choice: str | None = None) -> ChatTemplate:
@@ -114,8 +158,15 @@ def find_template(file: GGUFFile, choice: str | None = None) -> ChatTemplate:
     return ChatTemplate(source, f"chat template {choice}")
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """As llama.cpp's, it lets templates append to lists, which are copies of a user's."""
+        is_append = isinstance(obj, list) and attr == "append"
+        return is_append or super().is_safe_attribute(obj, attr, value)
+
+
 def _environment() -> jinja2.Environment:
-    environment = ImmutableSandboxedEnvironment(
+    environment = _Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json

@@ -257,7 +257,11 @@ def test_memory(loaded: Engine) -> None:
         ([{"content": "a"}], "message 0: expected a role and a content, got "),
         ([USER, {"role": "user"}], "message 1: expected a content, got "),
         ([{"role": "user", "content": 5}], "message 0: content: expected a text, or a list"),
-        ([{"role": "user", "content": CYCLE}], "messages: expected values that don't hold"),
+        ([{"role": "user", "content": CYCLE}], "message 0: content: expected parts of type text"),
+        (
+            [{"role": "user", "content": [{"type": "image_url"}]}],
+            "message 0: content: expected par",
+        ),
         ([{**USER, "more": CYCLE}], "messages: expected values that don't hold themselves"),
         ([{**USER, "tool_calls": "x"}], "tool_calls: expected a list of calls, got 'x'"),
     ],

@@ -5,6 +5,7 @@ tests/parity/test_chat_template.py compares what they render with transformers.
 
 from __future__ import annotations
 
+import copy
 import logging
 from datetime import datetime
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 
 import pytest
 
+from engine import Engine
 from engine.formats.gguf import GGUFFile
 from engine.text.template import BUILT_IN, ChatError, ChatTemplate, find_template
 from tests.support.chats import CHATML, CHATS, QWEN35_STYLE, TOOLS
 from tools.ggufwrite import write_gguf
+from tools.synth import write_model
 
 USER = [{"role": "user", "content": "a & <b>"}]
 
@@ -97,7 +100,7 @@ def test_templates_that_do_not_parse(source: str, words: str) -> None:
         ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe"),
         ("{{ raise_exception.__globals__['json'] }}", "access to attribute '__globals__'"),
         ("{{ cycler.__init__.__globals__.os.system('true') }}", "access to attribute '__init__'"),
-        ("{{ messages.append(1) }}", "access to attribute 'append' of 'list' object is unsafe"),
+        ("{{ messages.clear() }}", "access to attribute 'clear' of 'list' object is unsafe"),
         ("{{ messages[0].update(role='x') }}", "access to attribute 'update' of 'dict' object"),
         ("{{ '{0.__class__}'.format(1).x.y }}", "'str object' has no attribute 'x'"),
         ("{% include 'x' %}", "TypeError('no loader for this environment"),
@@ -157,3 +160,59 @@ def test_templates_that_cannot_be_found(file: GGUFFile, tmp_path: Path) -> None:
     assert refused(tmp_path / "binary").endswith("expected UTF-8, got byte 0xff at offset 1")
     (tmp_path / "bad").write_text("{% if %}")
     assert "bad: line 1: " in refused(tmp_path / "bad")
+
+
+# Contents in parts, lists that grow.
+
+
+def parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        # Takes texts only: the parts are joined, as in llama.cpp.
+        ("{% for m in messages %}<{{ m.content }}>{% endfor %}", "<a\nb><c>"),
+        ("{% for m in messages %}{{ '<' + m.content + '>' }}{% endfor %}", "<a\nb><c>"),
+        # Takes both.
+        ("{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+         "{% for p in m.content %}[{{ p.text }}]{% endfor %}{% endif %}{% endfor %}", "[a][b]c"),
+    ],
+)  # fmt: skip
+def test_contents_in_parts(source: str, expected: str) -> None:
+    contents: list[Any] = [parts("a", "b"), "c"]
+    messages = [{"role": "user", "content": content} for content in contents]
+    assert ChatTemplate(source).render(messages) == expected
+
+
+def test_a_template_may_append_to_lists_of_its_own() -> None:
+    """Kimi-K2's does; what the caller gave stays as it was."""
+    source = (
+        "{% set seen = [] %}{% for m in messages %}{% set _ = seen.append(m.role) %}"
+        "{% set _ = m.content.append({'type': 'text', 'text': 'x'}) %}{% endfor %}"
+        "{{ seen | join('+') }}{% for p in messages[0].content %}{{ p.text }}{% endfor %}"
+    )
+    messages = [{"role": "user", "content": parts("a")}, {"role": "tool", "content": parts("b")}]
+    kept = copy.deepcopy(messages)
+    for _ in range(2):
+        assert ChatTemplate(source).render(messages) == "user+toolax"
+    assert messages == kept
+
+
+def test_messages_that_hold_themselves() -> None:
+    cycle: list[Any] = []
+    cycle.append(cycle)
+    both: list[Any] = [[{"role": "user", "content": cycle}], cycle]
+    for given in both:
+        with pytest.raises(ChatError, match="hold themselves"):
+            ChatTemplate("{{ messages }}").render(given)
+
+
+def test_a_template_of_its_own_for_tools(tmp_path: Path) -> None:
+    key = "tokenizer.chat_template"
+    both = {key: "plain", f"{key}.tool_use": "{{ tools[0].n }}"}
+    with Engine.load(write_model(tmp_path / "m", "tiny", overrides=both)) as engine:
+        user = [{"role": "user", "content": "a"}]
+        assert engine.encode_chat(user) == engine.tokenizer.encode("plain")
+        assert engine.encode_chat(user, tools=[{"n": "now"}]) == engine.tokenizer.encode("now")
