@@ -54,7 +54,7 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise self._error(f"line {error.lineno}: {error.message}") from None
-        except (jinja2.TemplateError, ArithmeticError, RecursionError) as error:
+        except Exception as error:  # Jinja makes Python of it, which may not compile.
             raise self._error(str(error)) from None
 
     def __repr__(self) -> str:
@@ -112,7 +112,9 @@ class ChatTemplate:
         return _PROBE in text and "'text'" not in text
 
     def _error(self, message: str) -> ChatError:
-        return ChatError(f"{self.name}: {' '.join(message.split())}")
+        """In a line that is safe to print: the template may have written the text."""
+        words = "".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in message[:2000])
+        return ChatError(f"{self.name}: {' '.join(words.split())[:300]}")
 
 
 def is_text_part(part: Any) -> bool:

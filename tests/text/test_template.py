@@ -216,3 +216,28 @@ def test_a_template_of_its_own_for_tools(tmp_path: Path) -> None:
         user = [{"role": "user", "content": "a"}]
         assert engine.encode_chat(user) == engine.tokenizer.encode("plain")
         assert engine.encode_chat(user, tools=[{"n": "now"}]) == engine.tokenizer.encode("now")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% break %}",
+        "{% continue %}",
+        "{% for a in b %}" * 21 + "{% endfor %}" * 21,
+        "{{ " + "(" * 999,
+    ],
+)
+def test_a_template_that_makes_no_program_is_refused(source: str) -> None:
+    with pytest.raises(ChatError, match=r"^chat template: "):
+        ChatTemplate(source)
+
+
+@pytest.mark.parametrize("text", ["\x1b[2Jgone\x07", "a\u202eb", "x" * 10**6])
+def test_what_a_template_raises_is_safe_to_print(text: str) -> None:
+    template = ChatTemplate("{{ raise_exception(messages[0].content) }}")
+    with pytest.raises(ChatError) as raised:
+        template.render([{"role": "user", "content": text}])
+    assert str(raised.value).isprintable()
+    assert len(str(raised.value)) < 350
+    with pytest.raises(ChatError, match=r"chat template: .*digits"):
+        ChatTemplate("{{ 10**5000 }}").render([])
