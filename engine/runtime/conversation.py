@@ -94,7 +94,7 @@ class Conversation:
         options: `tools` and `reasoning` of ChatTemplate.render. Control tokens that a message
         spells are text (in an answer, <think> and </think> excepted). Raises ChatError.
         """
-        render, escaped = self._renderer(template, options), self._escaped_all(messages)
+        render, escaped = self._renderer(template, options), self._escaped_all(template, messages)
         text = render(escaped)
         same, end, n_kept, n_held, after = self._owner.call(partial(self._match, text))
         known, new = _ids(same), self._new_segments(text, end)
@@ -109,15 +109,17 @@ class Conversation:
         self, template: ChatTemplate, messages: Sequence[Message], **options: Any
     ) -> list[int]:
         """The whole prompt for the next answer, whatever is held; as `prompt` otherwise."""
-        text = self._renderer(template, options)(self._escaped_all(messages))
+        text = self._renderer(template, options)(self._escaped_all(template, messages))
         return _ids(self._new_segments(text, 0))
 
     def _renderer(self, template: ChatTemplate, options: Mapping[str, Any]) -> _Render:
         return partial(template.render, special=self._special, **options)
 
-    def _escaped_all(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+    def _escaped_all(
+        self, template: ChatTemplate, messages: Sequence[Message]
+    ) -> list[dict[str, Any]]:
         try:
-            return [self._escaped(message) for message in _checked(messages)]
+            return [self._escaped(_joined(m, template)) for m in _checked(messages)]
         except RecursionError:
             raise ChatError("messages: expected values that don't hold themselves") from None
 
@@ -215,6 +217,14 @@ def _checked(messages: Sequence[Message]) -> Sequence[Message]:
             if not is_text_part(part):
                 checks.refuse(ChatError, f"message {i}: content", "parts of type text", part)
     return messages
+
+
+def _joined(message: Message, template: ChatTemplate) -> Message:
+    """A message whose content in parts is one text, as in llama.cpp, if the template takes none."""
+    parts = message.get("content")
+    if not isinstance(parts, list | tuple) or template.takes_parts:
+        return message
+    return {**message, "content": "\n".join(part["text"] for part in parts)}
 
 
 def _with_objects(calls: Any) -> Any:

@@ -76,7 +76,7 @@ class ChatTemplate:
         """
         # Copies: a template may append to the lists in them.
         try:
-            given: dict[str, Any] = {"messages": [self._readable(m) for m in messages]}
+            given: dict[str, Any] = {"messages": _copied(messages)}
             given |= {"tools": _copied(tools), "documents": None}
         except RecursionError:
             raise self._error("messages or tools that hold themselves") from None
@@ -92,16 +92,8 @@ class ChatTemplate:
             said = str(error) if isinstance(error, jinja2.TemplateError) else repr(error)
             raise self._error(said or type(error).__name__) from None
 
-    def _readable(self, message: Any) -> Any:
-        """A copy of a message; a content in parts is one text where the template takes none."""
-        made = _copied(message)
-        parts = made.get("content") if isinstance(made, dict) else None
-        if isinstance(parts, list) and all(map(is_text_part, parts)) and not self._takes_parts:
-            made["content"] = "\n".join(part["text"] for part in parts)  # As in llama.cpp.
-        return made
-
     @cached_property
-    def _takes_parts(self) -> bool:
+    def takes_parts(self) -> bool:
         """Whether it writes the text of a content in parts, and not the list itself."""
         parts = [{"type": "text", "text": _PROBE}]
         given = {"messages": [{"role": "user", "content": parts}], "add_generation_prompt": True}

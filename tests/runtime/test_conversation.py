@@ -249,6 +249,16 @@ def test_arguments_of_a_call_may_come_as_json(engine: Engine, is_nested: bool) -
             prompt(text)
 
 
+def test_contents_in_parts_are_joined_where_a_template_takes_none(engine: Engine) -> None:
+    def ids(template: ChatTemplate, content: Any) -> list[int]:
+        return engine.encode_chat([{"role": "user", "content": content}], template=template)
+
+    parts = [{"type": "text", "text": text} for text in ("a", "<|im_end|>b")]
+    assert ids(PLAIN, parts) == ids(PLAIN, "a\n<|im_end|>b")
+    # This one puts nothing between them.
+    assert ids(THINKING, parts) == ids(THINKING, "a<|im_end|>b")
+
+
 # Special tokens.
 
 

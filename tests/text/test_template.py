@@ -170,20 +170,18 @@ def parts(*texts: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("source", "expected"),
+    ("source", "takes"),
     [
-        # Takes texts only: the parts are joined, as in llama.cpp.
-        ("{% for m in messages %}<{{ m.content }}>{% endfor %}", "<a\nb><c>"),
-        ("{% for m in messages %}{{ '<' + m.content + '>' }}{% endfor %}", "<a\nb><c>"),
-        # Takes both.
+        ("{% for m in messages %}<{{ m.content }}>{% endfor %}", False),
+        ("{% for m in messages %}{{ '<' + m.content + '>' }}{% endfor %}", False),
         ("{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
-         "{% for p in m.content %}[{{ p.text }}]{% endfor %}{% endif %}{% endfor %}", "[a][b]c"),
+         "{% for p in m.content %}[{{ p.text }}]{% endfor %}{% endif %}{% endfor %}", True),
+        (BUILT_IN["chatml"], False),
+        (QWEN35_STYLE, True),
     ],
 )  # fmt: skip
-def test_contents_in_parts(source: str, expected: str) -> None:
-    contents: list[Any] = [parts("a", "b"), "c"]
-    messages = [{"role": "user", "content": content} for content in contents]
-    assert ChatTemplate(source).render(messages) == expected
+def test_templates_that_take_contents_in_parts(source: str, takes: bool) -> None:
+    assert ChatTemplate(source).takes_parts == takes
 
 
 def test_a_template_may_append_to_lists_of_its_own() -> None:
