@@ -145,7 +145,7 @@ def _attention_shapes(
         if not all(n or is_linear for n, is_linear in zip(counts, linear, strict=False)):
             raise hp.fail(f"attention.{key}", "at least 1 in every layer with attention", 0)
     heads = [(n or 1, n_kv or n or 1) for n, n_kv in heads]
-    d_head = hp.integer("attention.key_length", n_embd // max(n_heads))
+    d_head = hp.integer("attention.key_length", n_embd // max(*n_heads, 1))
     if (d_value := hp.integer("attention.value_length", d_head)) != d_head:
         raise hp.fail("attention.value_length", f"attention.key_length = {d_head}", d_value)
     for n, n_kv in heads:

@@ -87,6 +87,17 @@ def test_other_forms_are_refused(
         Engine.load(path)
 
 
+def test_a_model_without_attention_needs_no_heads(models: Models, tmp_path: Path) -> None:
+    """All layers are linear: no layer says how long a head is."""
+    changes: dict[str, Any] = dict.fromkeys(("attention__key_length", "attention__value_length"))
+    for key in ("attention__head_count", "attention__head_count_kv"):
+        changes[key] = np.zeros(4, np.uint32)
+    path = as_ollama(models("tiny", "F32"), tmp_path / "blob", **changes)
+    # The model in the file has attention in its last layer.
+    with pytest.raises(EngineError, match=r"missing tensors: blk\.3\.attn_qkv\.weight"):
+        Engine.load(path)
+
+
 @pytest.fixture
 def store(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A store with one model, under several names."""
