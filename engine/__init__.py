@@ -8,8 +8,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """What engine/api.py exports is imported when it is used: the command line has to start where a
-    package is missing, to say so."""
+    """Import a name of engine/api.py when somebody uses it. So the command line starts where a
+    package is missing, and names it."""
     # Other names are modules, which Python looks for here first.
     if not name[:1].isupper() and name not in ("__all__", "__version__"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What the package exports: the names of `engine`."""
+"""The names that the package `engine` exports."""
 
 from engine.config import ConfigError
 from engine.engine import Engine

@@ -26,7 +26,7 @@ def shown(value: object) -> str:
     """A value as an error's text shows it: in one line, cut short."""
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # Of a foreign class; a container may hold itself.
+    except Exception:  # The repr of a foreign class may raise anything.
         text = f"a {type(value).__name__}"
     return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 1]}…"
 
@@ -47,7 +47,7 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 def is_integer(value: object) -> bool:
-    """Whether it is an integer, of numpy's kinds too; a truth value is none."""
+    """True for Python's and numpy's integers, not for truth values."""
     return isinstance(value, _INTEGERS) and not isinstance(value, bool)
 
 

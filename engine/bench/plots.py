@@ -40,7 +40,7 @@ class Point(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What a run measured, in words; what the data does not say is said to be unknown."""
+    """The model, machine and threads of a run, in words. A fact that the data lacks is unknown."""
 
     model: str = "model unknown"
     machine: str = "machine unknown"

@@ -59,16 +59,19 @@ def add_options(p: Parser) -> None:
 
 
 def is_wanted(parser: Parser, args: argparse.Namespace) -> bool:
-    """Whether to chat: as -cnv or -no-cnv says; otherwise with an option of chats, or on a terminal
-    if the model has a template."""
+    """Decide between a chat and raw text: as -cnv or -no-cnv says. Otherwise an option of chats
+    makes it a chat, and so does a terminal if the model has a template."""
     if args.conversation and args.prompts is not None:
         parser.error("argument -cnv: not allowed with argument --prompts")
     given = [n for n in (*_ONLY_IN_A_CHAT, *_FOR_A_TEMPLATE) if getattr(args, n) is not None]
-    other = "-no-cnv" if args.conversation is False else "--prompts"
-    for name in given if other == "-no-cnv" else _ONLY_IN_A_CHAT * (args.prompts is not None):
-        if name in given:
-            option = name.replace("_", "-")
-            parser.error(f"argument --{option}: not allowed with argument {other}")
+    other, refused = "", list[str]()
+    if args.conversation is False:
+        other, refused = "-no-cnv", given
+    elif args.prompts is not None:
+        other, refused = "--prompts", [n for n in given if n in _ONLY_IN_A_CHAT]
+    if refused:
+        option = refused[0].replace("_", "-")
+        parser.error(f"argument --{option}: not allowed with argument {other}")
     if args.conversation is not None or args.prompts is not None:
         return bool(args.conversation)
     return bool(given) or (is_terminal() and _has_template(args))

@@ -128,7 +128,11 @@ class StepLoop:
         self._step = None
 
     def step(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
-        logits, failures = self.run(chunks)
+        return self._finite_logits(self._checked(chunks))
+
+    def _finite_logits(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
+        """The logits of chunks that are checked. Raises NonFiniteError."""
+        logits, failures = self.owner.call(partial(self._run, chunks))
         if failures:
             raise NonFiniteError("; ".join(failures.values()))
         return logits
@@ -144,7 +148,7 @@ class StepLoop:
         out = []
         for part in parts:
             wanted = Logits.NONE if logits is Logits.LAST and part != parts[-1] else logits
-            out.append(self.step([Chunk(seq, tokens[part], wanted)]))
+            out.append(self._finite_logits([Chunk(seq, tokens[part], wanted)]))
         return np.concatenate(out)
 
     # Requests.

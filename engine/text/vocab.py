@@ -131,9 +131,9 @@ def strings(file: GGUFFile, key: str) -> list[str]:
     value = _required(file, key)
     if not isinstance(value, list):
         raise metadata_error(file, f"{key}: expected an array of strings")
-    for i, text in enumerate(value):
-        if isinstance(text, bytes):
-            raise metadata_error(file, f"{key}: {i}: expected UTF-8, got {text[:16]!r}")
+    if bytes in map(type, value):
+        i, text = next((i, text) for i, text in enumerate(value) if isinstance(text, bytes))
+        raise metadata_error(file, f"{key}: {i}: expected UTF-8, got {text[:16]!r}")
     return value
 
 
