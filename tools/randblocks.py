@@ -68,6 +68,8 @@ _TYPES = (
     BlockType("TQ2_0", 35, 256, 66, 0.820, d=64, signed=True),
     BlockType("MXFP4", 39, 32, 17, 5.852),
     BlockType("NVFP4", 40, 64, 36, 5.852),
+    BlockType("Q1_0", 41, 128, 18, 1.0, signed=True),
+    BlockType("Q2_0", 42, 64, 18, 1.225, signed=True),
 )
 TYPES: dict[str, BlockType] = {t.name: t for t in _TYPES}
 

@@ -88,6 +88,10 @@ class RandomWeights:
         """A weight's bytes."""
         return self._raw
 
+    def factors(self, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """There are none."""
+        return np.ones(1, np.float32)
+
     def release(self, name: str, begin: int = 0, end: int | None = None) -> None:
         """They are needed again."""
 

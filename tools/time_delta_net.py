@@ -60,6 +60,9 @@ class _NoWeights:
     def raw(self, name: str) -> np.ndarray:
         raise AssertionError(name)
 
+    def factors(self, name: str) -> np.ndarray:
+        raise AssertionError(name)
+
     def release(self, name: str, begin: int = 0, end: int | None = None) -> None:
         raise AssertionError(name)
 

@@ -84,6 +84,9 @@ class WeightSource(Protocol):
     def raw(self, name: str) -> NDArray[np.uint8]:
         """A weight's stored bytes, uint8."""
 
+    def factors(self, name: str) -> NDArray[np.float32]:
+        """What its values are multiplied by: float32 [1], or [X] for each of its X matrices."""
+
     def release(self, name: str, begin: int = 0, end: int | None = None) -> None:
         """Bytes `begin` to `end` (None: to the last) are not needed soon; their memory may go."""
 

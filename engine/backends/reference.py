@@ -53,7 +53,7 @@ class ReferenceBackend(Backend):
     def load_weights(self, nodes: Sequence[Node], source: base.WeightSource) -> None:
         """Remember the bytes: a weight is decoded when a node first needs it."""
         for tensor in _weights_of(nodes):
-            self._weights.add(tensor, source.raw(tensor.name))
+            self._weights.add(tensor, source.raw(tensor.name), source.factors(tensor.name))
 
     def compile(self, split: Split) -> ReferenceProgram:
         return ReferenceProgram(self, split)
@@ -138,18 +138,19 @@ class _WeightCache:
 
     def __init__(self, dtype: np.dtype[Any], limit: int) -> None:
         self._dtype, self.limit = dtype, limit
-        self._raw: dict[Tensor, NDArray[np.uint8]] = {}
+        self._stored: dict[Tensor, tuple[NDArray[np.uint8], NDArray[np.float32]]] = {}
         self._decoded: OrderedDict[Tensor, Array] = OrderedDict()
 
-    def add(self, tensor: Tensor, raw: NDArray[np.uint8]) -> None:
-        self._raw[tensor] = raw
+    def add(self, tensor: Tensor, raw: NDArray[np.uint8], factors: NDArray[np.float32]) -> None:
+        self._stored[tensor] = raw, factors
         self._decoded.pop(tensor, None)
 
     def get(self, tensor: Tensor) -> Array:
         if tensor in self._decoded:
             self._decoded.move_to_end(tensor)
             return self._decoded[tensor]
-        values = dequantize(tensor.dtype, self._raw[tensor], tensor.shape)
+        raw, factors = self._stored[tensor]
+        values = dequantize(tensor.dtype, raw, tensor.shape, factors)
         decoded: Array = values.astype(self._dtype, copy=False)
         self._decoded[tensor] = decoded
         while sum(kept.nbytes for kept in self._decoded.values()) > self.limit:

@@ -1,7 +1,7 @@
 """Element types of tensors: the GGML types that GGUF files store, and how to decode them.
 
 A type is a block of `block_elems` consecutive elements of a row, stored in `block_bytes` bytes. The
-`gguf` package decodes; it is imported when first used.
+`gguf` package, imported when first used, decodes all but Q1_0 and Q2_0.
 """
 
 import math
@@ -44,7 +44,6 @@ F16 = DType("F16", 1, 1, 2)
 BF16 = DType("BF16", 30, 1, 2)
 I32 = DType("I32", 26, 1, 4)
 
-# Every weight type that gguf.quants can decode (its NVFP4 needs no `.scale` tensor of its own).
 _WEIGHT_TYPES = (
     F32,
     F16,
@@ -72,10 +71,14 @@ _WEIGHT_TYPES = (
     DType("TQ2_0", 35, 256, 66),
     DType("MXFP4", 39, 32, 17),
     DType("NVFP4", 40, 64, 36),
+    DType("Q1_0", 41, 128, 18),
+    DType("Q2_0", 42, 64, 18),
 )
 WEIGHT_TYPES: dict[str, DType] = {t.name: t for t in _WEIGHT_TYPES}
 BY_GGML_ID: dict[int, DType] = {t.ggml_id: t for t in _WEIGHT_TYPES}
 
+# Types whose block is a float16, and bits of each element that say how often it counts.
+_MULTIPLES: dict[str, tuple[float, ...]] = {"Q1_0": (-1, 1), "Q2_0": (-1, 0, 1, 2)}
 _NUMPY = {"F32": np.float32, "F16": np.float16, "I32": np.int32}
 
 
@@ -88,16 +91,40 @@ def names(types: Iterable[DType]) -> str:
     return ", ".join(t.name for t in types)
 
 
-def dequantize(dtype: DType, raw: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Decode stored bytes, the rows of a tensor of `shape`, to float32: the values are ggml's."""
+def dequantize(
+    dtype: DType,
+    raw: NDArray[np.uint8],
+    shape: tuple[int, ...],
+    factors: NDArray[np.float32] | None = None,
+) -> NDArray[np.float32]:
+    """Decode stored bytes, the rows of a tensor of `shape`, to float32: the values are ggml's,
+    times the one factor, or times that of each matrix along the first axis."""
+    values = _decoded(dtype, raw, shape)
+    if factors is None or (factors == 1).all():
+        return values
+    return values * factors.reshape(-1, *[1] * (len(shape) - 1))
+
+
+def _decoded(dtype: DType, raw: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.float32]:
     if dtype.is_float:
         return raw.view(_NUMPY[dtype.name]).reshape(shape).astype(np.float32)
+    if dtype.name in _MULTIPLES:
+        return _multiples(dtype, raw).reshape(shape)
     from gguf import GGMLQuantizationType
     from gguf import quants as gguf_quants
 
     rows = raw.reshape(-1, dtype.row_bytes(shape[-1]))
     decoded = gguf_quants.dequantize(rows, GGMLQuantizationType(dtype.ggml_id))
     return np.ascontiguousarray(decoded, dtype=np.float32).reshape(shape)
+
+
+def _multiples(dtype: DType, raw: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Decode blocks of a type of _MULTIPLES: float32 [blocks, block_elems]."""
+    blocks, values = raw.reshape(-1, dtype.block_bytes), _MULTIPLES[dtype.name]
+    scales = blocks[:, :2].copy().view(np.float16).astype(np.float32)
+    n_bits = len(values) // 2
+    bits = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").reshape(len(blocks), -1, n_bits)
+    return scales * np.array(values, np.float32)[bits @ np.array([1, 2][:n_bits])]
 
 
 def quantize_q8_0(values: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -5,6 +5,7 @@ tensor is exact for every stored type, so a model has one set of names for every
 """
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.formats.gguf import GGUFFile, TensorInfo
+from engine.formats.quants import F32, WEIGHT_TYPES
 from engine.graph import Shape
 from engine.models.hparams import ModelError
 
@@ -66,6 +68,14 @@ class Weights:
         table = self._file.raw(source).reshape(-1, info.dtype.row_bytes(info.shape[-1]))
         return table[index].reshape(-1)
 
+    def factors(self, name: str) -> NDArray[np.float32]:
+        """What a tensor's values are multiplied by, float32: [1], or [X] for each of X matrices."""
+        source = self._rows[name][0] if name in self._rows else name
+        scale = source.removesuffix(".weight") + ".scale"
+        if scale not in self._file.tensors:
+            return np.ones(1, np.float32)
+        return self._file.raw(scale).view(np.float32)
+
     def release(self, name: str, begin: int = 0, end: int | None = None) -> None:
         """Release the memory pages of a tensor's bytes begin … end - 1; they can be read again."""
         if name not in self._rows:
@@ -80,17 +90,20 @@ class Weights:
 
 def _check(file: GGUFFile, expected: Mapping[str, Shape], skipped: range) -> None:
     found = file.tensors
+    scales = [name for name in found if _weight_of(name) in expected]
     problems = {
         "missing": [name for name in expected if name not in found],
         "misshapen": [
             f"{name} (expected {list(map(int, shape))}, got {list(found[name].shape)})"
             for name, shape in expected.items()
             if name in found and _squeezed(found[name].shape) != _squeezed(shape)
-        ],
+        ]
+        + [problem for name in scales if (problem := _problem_of_scale(name, found))],
         "unexpected": [
             name
             for name in found
             if name not in expected
+            and name not in scales
             and _layer_number(name) not in skipped
             and not name.startswith(_NOT_TEXT)
         ],
@@ -104,6 +117,26 @@ def _check(file: GGUFFile, expected: Mapping[str, Shape], skipped: range) -> Non
         _log.warning("%s: %d tensors for images and for drafts are skipped", file.path, n_other)
     if messages:
         raise ModelError(f"{file.path}: {'; '.join(messages)}")
+
+
+def _weight_of(name: str) -> str | None:
+    """The weight beside which a tensor may be as its scale. Scales of inputs have no use here,
+    where activations are not rounded to 4 bits."""
+    stem, _, suffix = name.rpartition(".")
+    return f"{stem}.weight" if suffix in ("scale", "input_scale") else None
+
+
+def _problem_of_scale(name: str, found: Mapping[str, TensorInfo]) -> str:
+    """What is wrong with a scale: it multiplies all values of an NVFP4 weight, or of an expert."""
+    scale, weight = found[name], found.get(_weight_of(name) or "")
+    if weight is None:
+        return ""
+    n = weight.shape[0] if len(weight.shape) == 3 else 1
+    is_right = scale.dtype is F32 and math.prod(scale.shape) in (1, n)
+    if is_right and weight.dtype is WEIGHT_TYPES["NVFP4"]:
+        return ""
+    came = f"{scale.dtype} {list(scale.shape)} beside {weight.dtype}"
+    return f"{name} (expected F32 [{n}] beside NVFP4, got {came})"
 
 
 def _squeezed(shape: Shape) -> Shape:

@@ -12,10 +12,10 @@
 //   2      words 4h | 4h+1 << 2 | 4h+2 << 4 | 4h+3 << 6 (128)
 //   1      bit i of a byte is word i's (64)
 //
-// 6 bits are 4 and 2, 5 are 4 and 1, 3 are 2 and 1. A value is scale · (q - ZERO) - min. Scales are
-// float16 per group of GROUP columns in front of a k-block's planes (flat), or 8 bits there times a
-// float16 in front of every 8 k-blocks (super), as K-quants have them. Each GGUF type has a layout
-// that keeps its values exactly; a layout adds at most 3 % to a file's size.
+// 6 bits are 4 and 2, 5 are 4 and 1, 3 are 2 and 1; a single bit counts 2. A value is scale ·
+// (q - ZERO) - min. Scales of GROUP columns lie in front of a k-block's planes, those of a
+// super-block (8 k-blocks, or the last ones) in front of it; `Scale` says what they are. Each GGUF
+// type with a layout keeps its values exactly.
 #pragma once
 
 #ifndef DEVICE  // CUDA's primitives.cuh defines it, and the integer types.
@@ -45,25 +45,45 @@ enum Layout : int32_t {
     L_Q5_K,
     L_Q6_K,
     L_IQ4_XS,
+    L_MXFP4,
+    L_NVFP4,
+    L_Q1_0,
+    L_Q2_0,
     N_LAYOUTS
 };
 
-template <int BITS_, int GROUP_, bool SUPER_, bool MIN_, int ZERO_, bool CODEBOOK_ = false>
+// A group's scale: a float16 (HALVES); 8 bits, signed where there are no mins, times the
+// super-block's float16 (BYTES), as in K-quants; the exponent of a power of two, as a float32 has
+// it (POWERS); an unsigned 8-bit float with 4 bits of exponent, times the super-block's float32,
+// which has the factor of the whole tensor (SMALL_FLOATS).
+enum class Scale { HALVES, BYTES, POWERS, SMALL_FLOATS };
+
+// What a value's bits stand for: a number, or an entry of a table of int8.
+enum class Values { NUMBERS, IQ4, FP4 };
+
+template <int BITS_, int GROUP_, Scale SCALE_, bool MIN_, int ZERO_,
+          Values VALUES_ = Values::NUMBERS>
 struct Format {
     static constexpr int BITS = BITS_, GROUP = GROUP_, ZERO = ZERO_;
-    static constexpr bool IS_SUPER = SUPER_, HAS_MIN = MIN_, CODEBOOK = CODEBOOK_;
+    static constexpr Scale SCALE = SCALE_;
+    static constexpr Values VALUES = VALUES_;
+    static constexpr bool HAS_MIN = MIN_, CODEBOOK = VALUES != Values::NUMBERS;
+    static constexpr bool IS_SUPER = SCALE == Scale::BYTES || SCALE == Scale::SMALL_FLOATS;
     // Values are int8 rather than unsigned.
     static constexpr bool SIGNED = BITS == 8 || CODEBOOK;
+    // Where a value's lowest bit lies in its byte.
+    static constexpr int LOWEST = BITS == 1 ? 1 : 0;
     static constexpr int GROUPS = K_BLOCK / GROUP;
-    static constexpr int SCALE_BYTES = PANEL * GROUPS * (IS_SUPER ? 1 : 2);
+    static constexpr int SCALE_BYTES = PANEL * GROUPS * (SCALE == Scale::HALVES ? 2 : 1);
     static constexpr int HEAD_BYTES = SCALE_BYTES * (HAS_MIN ? 2 : 1);
     static constexpr int K_BLOCK_BYTES = HEAD_BYTES + PANEL * K_BLOCK * BITS / 8;
-    static constexpr int SUPER_HEAD = IS_SUPER ? PANEL * 2 * (HAS_MIN ? 2 : 1) : 0;
+    static constexpr int UNIT_BYTES = SCALE == Scale::SMALL_FLOATS ? 4 : 2;
+    static constexpr int SUPER_HEAD = IS_SUPER ? PANEL * UNIT_BYTES * (HAS_MIN ? 2 : 1) : 0;
     // Of 8 k-blocks, with the head of a super-block if there is one.
     static constexpr int SUPER_BYTES = SUPER_HEAD + SUPER / K_BLOCK * K_BLOCK_BYTES;
 
     DEVICE static int64_t panel_bytes(int64_t n_in) {
-        return IS_SUPER ? n_in / SUPER * SUPER_BYTES : n_in / K_BLOCK * K_BLOCK_BYTES;
+        return (n_in + SUPER - 1) / SUPER * SUPER_HEAD + n_in / K_BLOCK * K_BLOCK_BYTES;
     }
     // Where k-block i begins, and where its super-block does.
     template <typename Index>
@@ -91,21 +111,26 @@ struct Plain {
 // Calls f with the format of a layout.
 template <typename F>
 DEVICE auto with_format(int32_t layout, F f) {
+    using S = Scale;
     switch (layout) {
         case L_F16: return f(Plain<L_F16>{});
         case L_BF16: return f(Plain<L_BF16>{});
-        case L_Q4_0: return f(Format<4, 32, false, false, 8>{});
-        case L_Q4_1: return f(Format<4, 32, false, true, 0>{});
-        case L_Q5_0: return f(Format<5, 32, false, false, 16>{});
-        case L_Q5_1: return f(Format<5, 32, false, true, 0>{});
-        case L_Q8_0: return f(Format<8, 32, false, false, 0>{});
-        case L_IQ4_NL: return f(Format<4, 32, false, false, 0, true>{});
-        case L_Q2_K: return f(Format<2, 16, true, true, 0>{});
-        case L_Q3_K: return f(Format<3, 16, true, false, 4>{});
-        case L_Q4_K: return f(Format<4, 32, true, true, 0>{});
-        case L_Q5_K: return f(Format<5, 32, true, true, 0>{});
-        case L_Q6_K: return f(Format<6, 16, true, false, 32>{});
-        case L_IQ4_XS: return f(Format<4, 32, true, false, 0, true>{});
+        case L_Q4_0: return f(Format<4, 32, S::HALVES, false, 8>{});
+        case L_Q4_1: return f(Format<4, 32, S::HALVES, true, 0>{});
+        case L_Q5_0: return f(Format<5, 32, S::HALVES, false, 16>{});
+        case L_Q5_1: return f(Format<5, 32, S::HALVES, true, 0>{});
+        case L_Q8_0: return f(Format<8, 32, S::HALVES, false, 0>{});
+        case L_IQ4_NL: return f(Format<4, 32, S::HALVES, false, 0, Values::IQ4>{});
+        case L_Q2_K: return f(Format<2, 16, S::BYTES, true, 0>{});
+        case L_Q3_K: return f(Format<3, 16, S::BYTES, false, 4>{});
+        case L_Q4_K: return f(Format<4, 32, S::BYTES, true, 0>{});
+        case L_Q5_K: return f(Format<5, 32, S::BYTES, true, 0>{});
+        case L_Q6_K: return f(Format<6, 16, S::BYTES, false, 32>{});
+        case L_IQ4_XS: return f(Format<4, 32, S::BYTES, false, 0, Values::IQ4>{});
+        case L_MXFP4: return f(Format<4, 32, S::POWERS, false, 0, Values::FP4>{});
+        case L_NVFP4: return f(Format<4, 16, S::SMALL_FLOATS, false, 0, Values::FP4>{});
+        case L_Q1_0: return f(Format<1, 32, S::HALVES, false, 1>{});
+        case L_Q2_0: return f(Format<2, 32, S::HALVES, false, 1>{});
         default: return f(Plain<L_F32>{});
     }
 }

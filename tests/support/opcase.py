@@ -29,6 +29,7 @@ from engine.runtime.executor import Executable
 from tests.ops.cases import CASES
 from tests.ops.cases.gated_delta_net import random_operands
 from tests.support.cases import Case, Operand, integers, live_counts, single_node_graph
+from tests.support.decoding import decode
 from tests.support.naive import NAIVE, routing_scores
 from tests.support.states import load, save
 from tools.randblocks import TYPES, generator, random_blocks
@@ -184,11 +185,10 @@ def _poison(stored: Array, dtype: DType, where: Array) -> None:
 
 def encode(operand: Operand) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """A weight's bytes; random ones for types that the gguf package can't encode."""
-    kind = gguf.GGMLQuantizationType(operand.dtype.ggml_id)
     values = np.ascontiguousarray(operand.values, np.float32)
     try:
-        raw = gguf.quants.quantize(values, kind)
-    except NotImplementedError:
+        raw = gguf.quants.quantize(values, gguf.GGMLQuantizationType[operand.dtype.name])
+    except (KeyError, NotImplementedError):
         block, seed = TYPES[operand.dtype.name], zlib.crc32(values.tobytes())
         n_blocks = values.size // block.elems
         raw = random_blocks(block, n_blocks, float(values.std()), generator(seed))
@@ -205,12 +205,21 @@ def _encoded(op: Op, case: Case, seed: int) -> dict[str, np.ndarray[Any, np.dtyp
 class RawWeights:
     """Stored weights by name, where an engine has a file."""
 
-    def __init__(self, weights: dict[str, np.ndarray[Any, np.dtype[np.uint8]]]) -> None:
+    def __init__(
+        self,
+        weights: dict[str, np.ndarray[Any, np.dtype[np.uint8]]],
+        factors: np.ndarray[Any, np.dtype[np.float32]] | None = None,
+    ) -> None:
         self._weights = weights
+        self._factors = np.ones(1, np.float32) if factors is None else factors
 
     def raw(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """A weight's bytes."""
         return self._weights[name]
+
+    def factors(self, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """The same of all weights."""
+        return self._factors
 
     def release(self, name: str, begin: int = 0, end: int | None = None) -> None:
         """They are asked for once."""
@@ -301,8 +310,7 @@ def _stored_values(operand: Operand, raw: Array | None) -> Array:
         return operand.values
     if raw is not None:
         rows = raw.reshape(*operand.values.shape[:-1], -1)
-        kind = gguf.GGMLQuantizationType(operand.dtype.ggml_id)
-        return gguf.quants.dequantize(rows, kind).astype(np.float64)
+        return decode(operand.dtype.name, rows).astype(np.float64)
     return operand.values.astype(np.float64)
 
 

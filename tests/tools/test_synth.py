@@ -17,6 +17,7 @@ import pytest
 
 from engine.formats.gguf import GGUFFile
 from engine.formats.quants import WEIGHT_TYPES, dequantize
+from tests.support.decoding import decode
 from tools import randblocks, synth
 from tools.makevocab import VocabError, made_vocabulary, padded_vocabulary
 from tools.presets import PRESETS, Preset, metadata, tensors
@@ -113,8 +114,7 @@ def test_blocks_have_the_deviation_asked_for(name: str, std: float) -> None:
     block = TYPES[name]
     n_blocks = max(300_000 // block.elems, 5000)
     raw = random_blocks(block, n_blocks, std, generator(1)).reshape(n_blocks, -1)
-    kind = gguf.GGMLQuantizationType(block.ggml_id)
-    values = gguf.quants.dequantize(raw, kind).astype(np.float64)
+    values = decode(name, raw).astype(np.float64)
     assert values.size == n_blocks * block.elems
     assert np.isfinite(values).all()
     assert abs(values.mean()) < 0.02 * std

@@ -330,6 +330,6 @@ GDN_EXPORT int64_t gdn_panel_bytes(int32_t layout, int64_t n_in) {
 }
 
 GDN_EXPORT void gdn_pack(int ggml_id, const uint8_t* src, int64_t n_rows, int64_t n_in,
-                         uint8_t* dst, int64_t begin, int64_t end) {
-    pack_rows(ggml_id, src, n_rows, n_in, dst, begin, end);
+                         float factor, uint8_t* dst, int64_t begin, int64_t end) {
+    pack_rows(ggml_id, src, n_rows, n_in, factor, dst, begin, end);
 }

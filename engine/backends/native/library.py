@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
-from ctypes import c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -137,7 +137,7 @@ class Library:
     run: Callable[[int | None, int, int, int, int | None, int, float], int]
     layout_of: Callable[[int], int]
     panel_bytes: Callable[[int, int], int]
-    pack: Callable[[int, int, int, int, int, int, int], None]
+    pack: Callable[[int, int, int, int, float, int, int, int], None]
     _kernel: Callable[[bytes], int | None]
     _constant: Callable[[bytes], int]
 
@@ -152,7 +152,11 @@ class Library:
             ("run", c_int64, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_double]),
             ("layout_of", c_int32, [c_int]),
             ("panel_bytes", c_int64, [c_int32, c_int64]),
-            ("pack", None, [c_int, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64]),
+            (
+                "pack",
+                None,
+                [c_int, c_void_p, c_int64, c_int64, c_float, c_void_p, c_int64, c_int64],
+            ),
         ):
             # `run` is gdn_run of executor.cpp, `_kernel` gdn_kernel, and so on.
             function = getattr(lib, f"gdn_{name.lstrip('_')}")

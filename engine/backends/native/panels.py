@@ -48,7 +48,8 @@ class PanelWeights(ABC):
         """Read and convert the weights of some nodes; shows progress when it takes long."""
         packed, plain = used_packed(nodes)
         for tensor in (t for t in plain if t not in self._plain):
-            values = dequantize(tensor.dtype, source.raw(tensor.name), tensor.shape)
+            raw, factors = source.raw(tensor.name), source.factors(tensor.name)
+            values = dequantize(tensor.dtype, raw, tensor.shape, factors)
             self._plain[tensor] = self._keep(values)
         for tensor, data in self._pack_all([t for t in packed if t not in self._packed], source):
             self._packed[tensor] = self._keep(data)
@@ -102,6 +103,7 @@ class PanelWeights(ABC):
         panel, matrix_bytes = self.matrix_bytes(tensor)
         n_panels, n_matrices = matrix_bytes // panel, math.prod(lead)
         row_bytes = tensor.dtype.row_bytes(n_in)
+        factors = np.broadcast_to(source.factors(tensor.name), n_matrices).tolist()
 
         def pack(matrix: int, begin: int, end: int) -> None:
             first = (matrix * n_out + begin * self._rows) * row_bytes
@@ -111,7 +113,10 @@ class PanelWeights(ABC):
                 rows = quantize_q8_0(dequantize(tensor.dtype, rows, (-1, n_in)))
             n_rows = min(end * self._rows, n_out) - begin * self._rows
             address = target.ctypes.data + matrix * matrix_bytes + begin * panel
-            self._lib.pack(dtype.ggml_id, rows.ctypes.data, n_rows, n_in, address, 0, end - begin)
+            self._lib.pack(
+                dtype.ggml_id, rows.ctypes.data, n_rows, n_in, factors[matrix], address,
+                0, end - begin,
+            )  # fmt: skip
             source.release(tensor.name, first, last)
 
         step = max(1, _TASK_BYTES // panel)

@@ -14,7 +14,7 @@ namespace {
 // Positions of values' bits in the mantissas: of a word's bytes 0 and 2, which are shifted together
 // with the next byte's, and of bytes 1 and 3.
 template <typename F>
-constexpr int EVEN = 23 - 8 - (F::SIGNED ? 8 : F::BITS);
+constexpr int EVEN = 23 - 8 - (F::SIGNED ? 8 : F::BITS + F::LOWEST);
 template <typename F>
 constexpr int ODD = EVEN<F> + 8;
 
@@ -25,28 +25,32 @@ constexpr int BIAS = (1 << (23 - AT)) + (F::SIGNED ? 128 : 0);
 // BIAS + a value as float32, of the bits at AT of each lane.
 template <typename F, int AT>
 GDN_INLINE vf mantissa(vi v) {
-    constexpr int SIGN = F::SIGNED ? 128 : 0, MASK = F::SIGNED ? 255 : (1 << F::BITS) - 1;
+    constexpr int SIGN = F::SIGNED ? 128 : 0,
+                  MASK = F::SIGNED ? 255 : ((1 << F::BITS) - 1) << F::LOWEST;
     constexpr int EXPONENT = 127 + 23 - AT;
     return from_bits((v & MASK << AT) ^ (EXPONENT << 23 | SIGN << AT));
 }
 
 // Word I with its bytes' values from bit FIRST_BIT of each byte on; other bits are not cleared.
 template <typename F, int I>
-constexpr int FIRST_BIT = 8 % F::BITS || F::CODEBOOK ? 0 : F::BITS * I % 8;
+constexpr int FIRST_BIT = 8 % F::BITS || F::CODEBOOK ? 0 : F::BITS * I % 8 - F::LOWEST;
 
 template <typename F, int I>
 GDN_INLINE vi rough_word(const uint8_t* planes, int p) {
     constexpr int BITS = F::BITS;
     if constexpr (F::CODEBOOK) return word<F, I>(planes, p);
     planes += p * 4 * W;
-    if constexpr (8 % BITS == 0) return load_as<vi>(planes + I * BITS / 8 * WORD_BYTES);
-    // The larger plane, and above its bits those of the smaller one.
-    constexpr int LOW = BITS >= 4 ? 4 : 2, HIGH = BITS - LOW;
-    const auto* low = planes + I * LOW / 8 * WORD_BYTES;
-    const auto* high = planes + (LOW + I * HIGH / 8) * WORD_BYTES;
-    const vi mask = splat(((1 << HIGH) - 1) * 0x01010101 << LOW);
-    return select_bits(mask, shifted<LOW - I * HIGH % 8>(load_as<vi>(high)),
-                       shifted<-(I * LOW % 8)>(load_as<vi>(low)));
+    if constexpr (8 % BITS == 0) {
+        return load_as<vi>(planes + I * BITS / 8 * WORD_BYTES);
+    } else {
+        // The larger plane, and above its bits those of the smaller one.
+        constexpr int LOW = BITS >= 4 ? 4 : 2, HIGH = BITS - LOW;
+        const auto* low = planes + I * LOW / 8 * WORD_BYTES;
+        const auto* high = planes + (LOW + I * HIGH / 8) * WORD_BYTES;
+        const vi mask = splat(((1 << HIGH) - 1) * 0x01010101 << LOW);
+        return select_bits(mask, shifted<LOW - I * HIGH % 8>(load_as<vi>(high)),
+                           shifted<-(I * LOW % 8)>(load_as<vi>(low)));
+    }
 }
 
 // Group G's words of a k-block: q · scale + offset, two columns a store.

@@ -107,6 +107,56 @@ void iq4_xs(const uint8_t* b, int i, Columns& c) {
     nibbles(b + 8 + 16 * i, c.q);
 }
 
+// FP4 with the exponent of a power of two. The two smallest powers, which are no normal float32,
+// become 0, as kernels take such numbers.
+void mxfp4(const uint8_t* b, int, Columns& c) {
+    c.scale[0] = b[0] < 2 ? 0 : b[0] - 1;
+    nibbles(b + 1, c.q);
+}
+
+// FP4 with an 8-bit float for each 16 columns, of which 0x7f is 0 and the sign does not count.
+void nvfp4(const uint8_t* b, int i, Columns& c) {
+    for (int g = 0; g < 2; g++) {
+        const uint8_t scale = b[2 * i + g] & 0x7f, *qs = b + 4 + 8 * (2 * i + g);
+        c.scale[g] = scale == 0x7f ? 0 : scale;
+        for (int j = 0; j < 16; j++) c.q[16 * g + j] = j < 8 ? qs[j] & 15 : qs[j - 8] >> 4;
+    }
+}
+
+void q1_0(const uint8_t* b, int i, Columns& c) {
+    c.flat[0] = u16(b);
+    const auto bits = load_as<uint32_t>(b + 2 + 4 * i);
+    for (int j = 0; j < K_BLOCK; j++) c.q[j] = bits >> j & 1;
+}
+
+void q2_0(const uint8_t* b, int i, Columns& c) {
+    c.flat[0] = u16(b);
+    for (int j = 0; j < K_BLOCK; j++) c.q[j] = b[2 + 8 * i + j / 4] >> 2 * (j % 4) & 3;
+}
+
+// Digit n, the highest being 0, of a fraction of 256 in base 3.
+uint8_t ternary_digit(uint8_t fraction, int n) {
+    for (; n > 0; n--) fraction = static_cast<uint8_t>(fraction * 3);
+    return static_cast<uint8_t>(fraction * 3 >> 8);
+}
+
+// Five digits a byte: digit n of 32 bytes is columns 32n and so on, then that of 16 bytes; at last
+// four digits of 4 bytes.
+void tq1_0(const uint8_t* b, int i, Columns& c) {
+    c.flat[0] = u16(b + 52);
+    for (int j = 0; j < K_BLOCK; j++) {
+        const int k = i * K_BLOCK + j;
+        c.q[j] = k < 160   ? ternary_digit(b[k % 32], k / 32)
+                 : k < 240 ? ternary_digit(b[32 + k % 16], (k - 160) / 16)
+                           : ternary_digit(b[48 + k % 4], (k - 240) / 4);
+    }
+}
+
+void tq2_0(const uint8_t* b, int i, Columns& c) {
+    c.flat[0] = u16(b + 64);
+    for (int j = 0; j < K_BLOCK; j++) c.q[j] = b[i / 4 * 32 + j] >> 2 * (i % 4) & 3;
+}
+
 // The columns of one k-block of some rows, from the block at an offset in each of them.
 using DecodeRows = void (*)(const uint8_t* const* rows, int n_rows, int64_t offset, int k_block,
                             Columns* c);
@@ -139,6 +189,12 @@ constexpr Source SOURCES[] = {
     {13, L_Q5_K, each_row<q45_k<5>>, 256, 176},
     {14, L_Q6_K, each_row<q6_k>, 256, 210},
     {23, L_IQ4_XS, each_row<iq4_xs>, 256, 136},
+    {39, L_MXFP4, each_row<mxfp4>, 32, 17},
+    {40, L_NVFP4, each_row<nvfp4>, 64, 36},
+    {41, L_Q1_0, each_row<q1_0>, 128, 18},
+    {42, L_Q2_0, each_row<q2_0>, 64, 18},
+    {34, L_Q2_0, each_row<tq1_0>, 256, 54},
+    {35, L_Q2_0, each_row<tq2_0>, 256, 66},
 };
 
 const Source* source_of(int ggml_id) {
@@ -184,21 +240,35 @@ void put_planes(const uint8_t* q, int row, uint8_t* planes) {
 template <typename F>
 void put_scales(const Columns& c, int row, uint8_t* k_block) {
     for (int g = 0; g < F::GROUPS; g++) {
-        uint8_t* scale = k_block + (g * PANEL + row) * (F::IS_SUPER ? 1 : 2);
-        if (F::IS_SUPER) {
-            scale[0] = c.scale[g];
-            if (F::HAS_MIN) scale[F::SCALE_BYTES] = c.min[g];
-        } else {
+        if (F::SCALE == Scale::HALVES) {
+            uint8_t* scale = k_block + (g * PANEL + row) * 2;
             std::memcpy(scale, &c.flat[g], 2);
             if (F::HAS_MIN) std::memcpy(scale + F::SCALE_BYTES, &c.flat_min[g], 2);
+        } else {
+            uint8_t* scale = k_block + g * PANEL + row;
+            scale[0] = c.scale[g];
+            if (F::HAS_MIN) scale[F::SCALE_BYTES] = c.min[g];
         }
     }
+}
+
+// The units of one row, in front of a super-block. Values of FP4 are stored twofold, and their
+// scales 2^-8 times.
+template <typename F>
+void put_units(const Columns& c, float factor, int row, uint8_t* head) {
+    if (F::SCALE == Scale::SMALL_FLOATS) {
+        const float unit = 128.0f * factor;
+        std::memcpy(head + 4 * row, &unit, 4);
+        return;
+    }
+    std::memcpy(head + 2 * row, &c.d, 2);
+    if (F::HAS_MIN) std::memcpy(head + 2 * (PANEL + row), &c.d_min, 2);
 }
 
 // K-block by k-block, so that a panel is written once and in order.
 template <typename F>
 void pack_panel(F, const Source& s, const uint8_t* const* rows, int n_rows, int64_t n_in,
-                uint8_t* panel) {
+                float factor, uint8_t* panel) {
     if (n_rows < PANEL) std::memset(panel, 0, F::panel_bytes(n_in));
     const int per_block = s.block_elems / K_BLOCK;
     Columns c[PANEL];
@@ -210,10 +280,7 @@ void pack_panel(F, const Source& s, const uint8_t* const* rows, int n_rows, int6
         for (int r = 0; r < n_rows; r++) {
             put_scales<F>(c[r], r, k_block);
             put_planes<F>(c[r].q, r, k_block + F::HEAD_BYTES);
-            if (F::IS_SUPER && i % (SUPER / K_BLOCK) == 0) {
-                std::memcpy(head + 2 * r, &c[r].d, 2);
-                if (F::HAS_MIN) std::memcpy(head + 2 * (PANEL + r), &c[r].d_min, 2);
-            }
+            if (F::IS_SUPER && i % (SUPER / K_BLOCK) == 0) put_units<F>(c[r], factor, r, head);
         }
     }
 }
@@ -230,7 +297,7 @@ void interleave(const uint8_t* const* rows, int n_rows, int64_t n, uint8_t* pane
 
 template <Layout L>
 void pack_panel(Plain<L>, const Source&, const uint8_t* const* rows, int n_rows, int64_t n_in,
-                uint8_t* panel) {
+                float, uint8_t* panel) {
     if (L == L_F32) return interleave<uint32_t>(rows, n_rows, n_in, panel);
     if (L == L_F16) return interleave<uint16_t>(rows, n_rows, n_in, panel);
     interleave<uint32_t>(rows, n_rows, n_in / 2, panel);
@@ -265,18 +332,24 @@ void decode(F, const uint8_t* panel, int row, int64_t n_in, float* out) {
         for (int k = 0; k < K_BLOCK; k++) {
             const int at = k / F::GROUP * PANEL + row;
             float scale, min = 0;
-            if (F::IS_SUPER) {
+            if (F::SCALE == Scale::BYTES) {
                 const float s = F::HAS_MIN ? k_block[at] : static_cast<int8_t>(k_block[at]);
                 scale = half_at(head + 2 * row) * s;
                 if (F::HAS_MIN)
                     min = half_at(head + 2 * (PANEL + row)) * k_block[F::SCALE_BYTES + at];
+            } else if (F::SCALE == Scale::SMALL_FLOATS) {
+                const auto half = static_cast<uint16_t>(k_block[at] << 7);
+                scale = half_to_float(half) * load_as<float>(head + 4 * row);
+            } else if (F::SCALE == Scale::POWERS) {
+                const uint32_t bits = static_cast<uint32_t>(k_block[at]) << 23;
+                scale = load_as<float>(&bits);
             } else {
                 scale = half_at(k_block + 2 * at);
                 if (F::HAS_MIN) min = half_at(k_block + F::SCALE_BYTES + 2 * at);
             }
-            int q = stored_value(k_block + F::HEAD_BYTES, F::BITS, row, k);
+            int q = stored_value(k_block + F::HEAD_BYTES, F::BITS, row, k) << F::LOWEST;
             if (F::CODEBOOK)
-                q = IQ4_VALUES[q];
+                q = table_of<F>()[q];
             else if (F::SIGNED)
                 q = static_cast<int8_t>(q);
             out[i * K_BLOCK + k] = scale * static_cast<float>(q - F::ZERO) - min;
@@ -314,8 +387,8 @@ int32_t layout_of(int ggml_id) {
     return s ? s->layout : -1;
 }
 
-void pack_rows(int ggml_id, const uint8_t* src, int64_t n_rows, int64_t n_in, uint8_t* dst,
-               int64_t begin, int64_t end) {
+void pack_rows(int ggml_id, const uint8_t* src, int64_t n_rows, int64_t n_in, float factor,
+               uint8_t* dst, int64_t begin, int64_t end) {
     const Source& s = *source_of(ggml_id);
     const int64_t row_bytes = n_in / s.block_elems * s.block_bytes;
     with_format(s.layout, [&](auto f) {
@@ -323,7 +396,7 @@ void pack_rows(int ggml_id, const uint8_t* src, int64_t n_rows, int64_t n_in, ui
             const uint8_t* rows[PANEL];
             const int n = static_cast<int>(std::min<int64_t>(PANEL, n_rows - p * PANEL));
             for (int r = 0; r < n; r++) rows[r] = src + (p * PANEL + r) * row_bytes;
-            pack_panel(f, s, rows, n, n_in, dst + p * f.panel_bytes(n_in));
+            pack_panel(f, s, rows, n, n_in, factor, dst + p * f.panel_bytes(n_in));
         }
     });
 }

@@ -3,6 +3,8 @@
 
 #include "product.h"
 
+#include <algorithm>
+
 #include "k_block.h"
 
 namespace gdn {
@@ -112,12 +114,11 @@ GDN_INLINE void subtract_mins(const uint8_t* k_block, const Row* rows, int64_t i
     }
 }
 
-// Calls f with (k-block, its number, group) for all groups of a super-block, or of a k-block.
+// Calls f with (k-block, its number, group) for all groups of n k-blocks.
 template <typename F, typename Body>
-GDN_INLINE void for_groups(const uint8_t* block, int64_t first, Body f) {
-    constexpr int N = F::IS_SUPER ? SUPER / K_BLOCK : 1;
+GDN_INLINE void for_groups(const uint8_t* block, int64_t first, int64_t n, Body f) {
     block += F::SUPER_HEAD;
-    for (int r = 0; r < N; r++, block += F::K_BLOCK_BYTES)
+    for (int64_t r = 0; r < n; r++, block += F::K_BLOCK_BYTES)
         for_constants<0, F::GROUPS>(
             [&](auto group) __attribute__((always_inline)) { f(block, first + r, group); });
 }
@@ -131,8 +132,9 @@ inline void panel_product(F, const uint8_t* panel, int64_t n_in, const Row* rows
     constexpr int64_t BYTES = F::IS_SUPER ? F::SUPER_BYTES : F::K_BLOCK_BYTES;
     vf acc[NT][PARTS] = {};
     for (int64_t i = 0; i < n_in / K_BLOCK; i += N, panel += BYTES) {
+        const int64_t n = F::SCALE == Scale::SMALL_FLOATS ? std::min(N, n_in / K_BLOCK - i) : N;
         vf scaled[NT][PARTS] = {}, mins[NT][PARTS] = {};
-        for_groups<F>(panel, i,
+        for_groups<F>(panel, i, n,
                       [&](const uint8_t* k_block, int64_t r, auto group)
                           __attribute__((always_inline)) {
                               if (group == 0)
@@ -142,7 +144,7 @@ inline void panel_product(F, const uint8_t* panel, int64_t n_in, const Row* rows
                           });
         if constexpr (F::HAS_MIN)
             for_groups<F>(
-                panel, i,
+                panel, i, n,
                 [&](const uint8_t* k_block, int64_t r, auto group) __attribute__((always_inline)) {
                     subtract_mins<F, group, NT>(k_block, rows, r, F::IS_SUPER ? mins : acc);
                 });

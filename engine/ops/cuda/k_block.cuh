@@ -16,15 +16,19 @@ DEVICE T load_words(const uint8_t* p) {
     return load_stream(reinterpret_cast<const T*>(p));
 }
 
-// The codebook of IQ4, four int8 a word; a nibble counts from the lowest byte of the first.
+// The codebook of IQ4 and twice that of FP4 (E2M1), four int8 a word; a nibble counts from the
+// lowest byte of the first.
 constexpr uint32_t IQ4_WORDS[4] = {0xbfad9881, 0xf6eaddcf, 0x26190d01, 0x71594535};
+constexpr uint32_t FP4_WORDS[4] = {0x03020100, 0x0c080604, 0xfdfeff00, 0xf4f8fafc};
 
 // The codebook's values for the 4 nibbles in the lower half of a word.
+template <Values VALUES>
 DEVICE uint32_t look_up(uint32_t nibbles) {
+    constexpr const uint32_t (&WORDS_OF)[4] = VALUES == Values::FP4 ? FP4_WORDS : IQ4_WORDS;
     const uint32_t low = nibbles & 0x7777, high = nibbles >> 3 & 0x1111;
     const uint32_t mask = permute_bytes(0x0000ff00, 0, high);
-    const uint32_t a = permute_bytes(IQ4_WORDS[0], IQ4_WORDS[1], low);
-    const uint32_t b = permute_bytes(IQ4_WORDS[2], IQ4_WORDS[3], low);
+    const uint32_t a = permute_bytes(WORDS_OF[0], WORDS_OF[1], low);
+    const uint32_t b = permute_bytes(WORDS_OF[2], WORDS_OF[3], low);
     return (b & mask) | (a & ~mask);
 }
 
@@ -77,7 +81,8 @@ struct Piece {
             a[i] = a[i + 2] = 0;
             if (F::CODEBOOK) {
                 // Nibbles of the two words alternate.
-                const uint32_t low = look_up(planes[i] & 0xffff), high = look_up(planes[i] >> 16);
+                const uint32_t low = look_up<F::VALUES>(planes[i] & 0xffff);
+                const uint32_t high = look_up<F::VALUES>(planes[i] >> 16);
                 a[i] = permute_bytes(low, high, 0x6420);
                 a[i + 2] = permute_bytes(low, high, 0x7531);
                 continue;
@@ -93,17 +98,20 @@ struct Piece {
             }
             if (BIT) {
                 const uint32_t v = planes[BITS + i] >> 2 * c;
-                a[i] |= (v & 0x01010101) << (NIBBLE + PAIR);
-                a[i + 2] |= (v >> 1 & 0x01010101) << (NIBBLE + PAIR);
+                a[i] |= (v & 0x01010101) << (NIBBLE + PAIR + F::LOWEST);
+                a[i + 2] |= (v >> 1 & 0x01010101) << (NIBBLE + PAIR + F::LOWEST);
             }
         }
     }
 
     // Number `at` of the scales and mins: (min · GROUPS + group) · 2 + row / 8.
     DEVICE float number(int at) const {
-        if (!F::IS_SUPER)
+        if (F::SCALE == Scale::HALVES)
             return half_to_float(static_cast<uint16_t>(head[at / 2] >> 16 * (at % 2)));
         const uint32_t byte = head[at / 4] >> 8 * (at % 4) & 0xff;
+        if (F::SCALE == Scale::POWERS) return float_of(byte << 23);
+        // 2^-8 times: as float16, whose exponent has one bit more and counts 8 less.
+        if (F::SCALE == Scale::SMALL_FLOATS) return half_to_float(static_cast<uint16_t>(byte << 7));
         return static_cast<float>(F::HAS_MIN ? static_cast<int32_t>(byte)
                                              : static_cast<int32_t>(static_cast<int8_t>(byte)));
     }
@@ -161,7 +169,7 @@ struct Super {
     // As they are stored.
     DEVICE static void fetch(const uint8_t* block, int lane, uint32_t (&raw)[2]) {
         if (!F::IS_SUPER) return;
-        constexpr int N = F::HAS_MIN ? 2 : 1;
+        constexpr int N = F::SUPER_HEAD / 32;
         const auto* at = reinterpret_cast<const uint32_t*>(block) + lane / 4 * N;
         for (int i = 0; i < N; i++) raw[i] = at[i];
     }
@@ -169,8 +177,10 @@ struct Super {
     DEVICE explicit Super(const uint32_t (&raw)[2]) {
         for (int i = 0; i < 2; i++) {
             scale[i] = min[i] = 1.0f;
-            if (F::IS_SUPER) scale[i] = half_to_float(static_cast<uint16_t>(raw[0] >> 16 * i));
-            if (F::IS_SUPER && F::HAS_MIN)
+            if (F::SCALE == Scale::SMALL_FLOATS) scale[i] = float_of(raw[i]);
+            if (F::SCALE == Scale::BYTES)
+                scale[i] = half_to_float(static_cast<uint16_t>(raw[0] >> 16 * i));
+            if (F::SCALE == Scale::BYTES && F::HAS_MIN)
                 min[i] = half_to_float(static_cast<uint16_t>(raw[1] >> 16 * i));
         }
     }

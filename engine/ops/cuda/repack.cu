@@ -45,15 +45,18 @@ DEVICE void reorder(F, uint8_t* panel, int i) {
     if (at < N_WORDS) word = words[word_source<F>(at)];
     __syncthreads();
     if (at < N_WORDS) words[at] = word;
-    if (F::IS_SUPER) {
-        reorder_head<F>(k_block, F::HEAD_BYTES);
-        auto* block = reinterpret_cast<uint16_t*>(const_cast<uint8_t*>(F::super_block(panel, i)));
-        // A super-block's scale and min per row are ordered like those of one group.
-        using One = Format<8, K_BLOCK, true, F::HAS_MIN, 0>;
-        if (i % BATCH == 0) reorder_head<One>(block, F::SUPER_HEAD / 2);
-    } else {
+    if (F::SCALE == Scale::HALVES)
         reorder_head<F>(reinterpret_cast<uint16_t*>(k_block), F::HEAD_BYTES / 2);
-    }
+    else
+        reorder_head<F>(k_block, F::HEAD_BYTES);
+    if (!F::IS_SUPER || i % BATCH != 0) return;
+    uint8_t* block = const_cast<uint8_t*>(F::super_block(panel, i));
+    // A super-block's scale and min per row are ordered like those of one group.
+    using One = Format<8, K_BLOCK, Scale::BYTES, F::HAS_MIN, 0>;
+    if (F::UNIT_BYTES == 4)
+        reorder_head<One>(reinterpret_cast<uint32_t*>(block), F::SUPER_HEAD / 4);
+    else
+        reorder_head<One>(reinterpret_cast<uint16_t*>(block), F::SUPER_HEAD / 2);
 }
 
 template <Layout L>

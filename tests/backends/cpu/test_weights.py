@@ -30,10 +30,7 @@ from tools.randblocks import TYPES, random_blocks
 Array = np.ndarray[Any, Any]
 ISAS = cpu_library.usable()
 # They have no layout of their own and are rounded to Q8_0 when they are loaded.
-ROUNDED = {
-    "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ3_S", "IQ2_S", "IQ1_M", "TQ1_0", "TQ2_0", "MXFP4",
-    "NVFP4",
-}  # fmt: skip
+ROUNDED = {"IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ3_S", "IQ2_S", "IQ1_M"}
 # Half a step of 1/127 of the largest of 32, and the step itself rounded to float16, which moves up
 # to 127 steps by 2^-11 of themselves.
 ROUNDING_BOUND = 1 / 254 + 2**-11
@@ -69,7 +66,7 @@ def backend(request: pytest.FixtureRequest) -> CpuBackend:
 
 def columns_of(dtype: DType) -> int:
     """An odd number, or an odd number of blocks or tiles."""
-    return {1: 77 if dtype is F32 else 160, 32: 96, 64: 192, 256: 768}[dtype.block_elems]
+    return {1: 77 if dtype is F32 else 160, 32: 96, 64: 320, 128: 384, 256: 768}[dtype.block_elems]
 
 
 def random_weight(dtype: DType, *lead: int, rng: np.random.Generator, std: float = 0.5) -> Array:
@@ -91,9 +88,15 @@ def activation(name: str, *shape: int, dtype: DType = F32) -> Tensor:
     return Tensor(name, (Dim(CAPACITY, "n_tokens"), *shape), dtype, Kind.ACTIVATION)
 
 
-def run(backend: CpuBackend, graph: Graph, outputs: tuple[Tensor, ...], raw: Array) -> Executable:
+def run(
+    backend: CpuBackend,
+    graph: Graph,
+    outputs: tuple[Tensor, ...],
+    raw: Array,
+    factors: Array | None = None,
+) -> Executable:
     graph.outputs = {f"out{i}": t for i, t in enumerate(outputs)}
-    return Executable(place(graph, [backend], strict=True), RawWeights({"w": raw}))
+    return Executable(place(graph, [backend], strict=True), RawWeights({"w": raw}, factors))
 
 
 def rounded(x: Array, steps: int = 127) -> Array:
@@ -241,6 +244,36 @@ def test_products_with_experts(
 
         check.add(live, executable.run({}, live)["out0"], values, product)
     check.end()
+
+
+def test_factors_of_matrices(backend: CpuBackend, rng: np.random.Generator) -> None:
+    """Of a table, whose values are exact; and of each expert, in rows one by one and in tiles."""
+    dtype = WEIGHT_TYPES["NVFP4"]
+    n_in, lead = columns_of(dtype), (N_EXPERTS, N_OUT)
+    factors = rng.uniform(1e-4, 3, N_EXPERTS).astype(np.float32)
+    raw = random_weight(dtype, *lead, rng=rng)
+    weight = kept(dtype, raw, *lead).astype(np.float64) * factors[:, np.newaxis, np.newaxis]
+    graph = Graph(Capacity(CAPACITY))
+    table = graph.weight("w", (N_OUT, n_in), dtype)
+    (out,) = graph.add(GET_ROWS, "rows", {"table": table, "ids": graph.input("ids", (5,))})
+    got = run(backend, graph, (out,), raw[: raw.size // N_EXPERTS], factors[:1])
+    rows = got.run({"ids": np.arange(5, dtype=np.int32)}, Live(5, 1, 1))["out0"]
+    np.testing.assert_allclose(rows, weight[0, :5], rtol=3e-7)
+
+    graph, x, ids = (
+        Graph(Capacity(CAPACITY)),
+        activation("x", n_in),
+        activation("ids", 1, dtype=I32),
+    )
+    outputs = mul_mat_id(graph, "product", x, ids, graph.weight("w", (*lead, n_in), dtype))
+    executable = run(backend, graph, outputs, raw, factors)
+    for n in N_TOKENS:
+        values, live = random_rows(rng, n, n_in), Live(n, 1, 1, chunks=CHUNKS.get(n, ()))
+        chosen = rng.integers(0, N_EXPERTS, (n, 1)).astype(np.int32)
+        backend.write(x, values)
+        backend.write(ids, chosen)
+        want = np.einsum("ti,toi->to", rounded(values), weight[chosen[:, 0]])
+        assert_close(executable.run({}, live)["out0"][:, 0], want, EXACT_LIMIT, f"{n} rows")
 
 
 @pytest.mark.parametrize("dtype", [t for t in WEIGHT_TYPES.values() if t.block_elems > 1], ids=str)

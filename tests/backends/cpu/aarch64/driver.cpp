@@ -63,8 +63,9 @@ void pack() {
     int64_t id = word(), n_rows = word(), n_in = word(), n_panels = word(), size = word();
     std::vector<uint8_t> rows(size), panels(word() + GUARD_BYTES, GUARD);
     get(rows.data(), rows.size());
-    function<void(int, const uint8_t*, int64_t, int64_t, uint8_t*, int64_t, int64_t)>("gdn_pack")(
-        static_cast<int>(id), rows.data(), n_rows, n_in, panels.data(), 0, n_panels);
+    function<void(int, const uint8_t*, int64_t, int64_t, float, uint8_t*, int64_t, int64_t)>(
+        "gdn_pack")(static_cast<int>(id), rows.data(), n_rows, n_in, 1.0f, panels.data(), 0,
+                    n_panels);
     check_guard(panels.data() + panels.size() - GUARD_BYTES, "the panels");
     answer(panels.data(), panels.size() - GUARD_BYTES);
 }
