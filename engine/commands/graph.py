@@ -57,7 +57,20 @@ def summary(plans: Mapping[int, Plan]) -> list[str]:
     splits = ", ".join(f"{len(p.splits)} (with bs={bs})" for bs, p in plans.items())
     used = {b.name: b.detail for p in plans.values() for b in p.backends}
     rows = [f"backend {name:<12} = {detail}" for name, detail in used.items()]
-    return [f"graph nodes  = {nodes}", f"graph splits = {splits}", *rows]
+    stored, kept = weights(next(iter(plans.values())))
+    types = ", ".join(f"{name} {n / 2**20:.1f}" for name, n in stored.items())
+    where = "; ".join(f"on {name} {n / 2**20:.1f}" for name, n in kept.items())
+    weight = f"weights, MiB = in the file {sum(stored.values()) / 2**20:.1f} ({types}); {where}"
+    return [f"graph nodes  = {nodes}", f"graph splits = {splits}", weight, *rows]
+
+
+def weights(plan: Plan) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of the weights: in the file by type, and as each backend keeps them."""
+    stored: Counter[str] = Counter()
+    for tensor in plan.graph.weights.values():
+        stored[tensor.dtype.name] += tensor.nbytes
+    kept = {b.name: b.weight_bytes(plan.nodes_of(b)) for b in plan.backends}
+    return dict(stored.most_common()), kept
 
 
 def histogram(plan: Plan) -> list[tuple[str, int]]:
@@ -122,6 +135,7 @@ def as_json(plans: Mapping[int, Plan]) -> str:
     document: dict[str, Any] = {
         "graph_nodes": {str(bs): len(p.graph.nodes) for bs, p in plans.items()},
         "graph_splits": {str(bs): len(p.splits) for bs, p in plans.items()},
+        "weight_bytes": dict(zip(("file", "memory"), weights(plan), strict=True)),
         "ops": dict(histogram(plan)),
         "layer_kinds": {kind: {"layers": n, "nodes": per} for kind, n, per in layer_kinds(plan)},
         "nodes": nodes,

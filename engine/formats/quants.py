@@ -124,7 +124,8 @@ def _multiples(dtype: DType, raw: NDArray[np.uint8]) -> NDArray[np.float32]:
     scales = blocks[:, :2].copy().view(np.float16).astype(np.float32)
     n_bits = len(values) // 2
     bits = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").reshape(len(blocks), -1, n_bits)
-    return scales * np.array(values, np.float32)[bits @ np.array([1, 2][:n_bits])]
+    numbers = np.array(values, np.float32)[bits @ np.array([1, 2][:n_bits])]
+    return np.asarray(scales * numbers, np.float32)
 
 
 def quantize_q8_0(values: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -58,7 +58,8 @@ enum Layout : int32_t {
 // which has the factor of the whole tensor (SMALL_FLOATS).
 enum class Scale { HALVES, BYTES, POWERS, SMALL_FLOATS };
 
-// What a value's bits stand for: a number, or an entry of a table of int8.
+// What a value's bits stand for: a number, or an entry of a table. That of IQ4 has int8; that of FP4
+// (E2M1) has its values twofold, from the smallest on: 12 is zero.
 enum class Values { NUMBERS, IQ4, FP4 };
 
 template <int BITS_, int GROUP_, Scale SCALE_, bool MIN_, int ZERO_,
@@ -70,9 +71,10 @@ struct Format {
     static constexpr bool HAS_MIN = MIN_, CODEBOOK = VALUES != Values::NUMBERS;
     static constexpr bool IS_SUPER = SCALE == Scale::BYTES || SCALE == Scale::SMALL_FLOATS;
     // Values are int8 rather than unsigned.
-    static constexpr bool SIGNED = BITS == 8 || CODEBOOK;
-    // Where a value's lowest bit lies in its byte.
+    static constexpr bool SIGNED = BITS == 8 || VALUES == Values::IQ4;
+    // Where a value's lowest bit lies in its byte, and the bits of a value from there on.
     static constexpr int LOWEST = BITS == 1 ? 1 : 0;
+    static constexpr int WIDTH = SIGNED ? 8 : VALUES == Values::FP4 ? 5 : BITS;
     static constexpr int GROUPS = K_BLOCK / GROUP;
     static constexpr int SCALE_BYTES = PANEL * GROUPS * (SCALE == Scale::HALVES ? 2 : 1);
     static constexpr int HEAD_BYTES = SCALE_BYTES * (HAS_MIN ? 2 : 1);
@@ -127,8 +129,8 @@ DEVICE auto with_format(int32_t layout, F f) {
         case L_Q5_K: return f(Format<5, 32, S::BYTES, true, 0>{});
         case L_Q6_K: return f(Format<6, 16, S::BYTES, false, 32>{});
         case L_IQ4_XS: return f(Format<4, 32, S::BYTES, false, 0, Values::IQ4>{});
-        case L_MXFP4: return f(Format<4, 32, S::POWERS, false, 0, Values::FP4>{});
-        case L_NVFP4: return f(Format<4, 16, S::SMALL_FLOATS, false, 0, Values::FP4>{});
+        case L_MXFP4: return f(Format<4, 32, S::POWERS, false, 12, Values::FP4>{});
+        case L_NVFP4: return f(Format<4, 16, S::SMALL_FLOATS, false, 12, Values::FP4>{});
         case L_Q1_0: return f(Format<1, 32, S::HALVES, false, 1>{});
         case L_Q2_0: return f(Format<2, 32, S::HALVES, false, 1>{});
         default: return f(Plain<L_F32>{});

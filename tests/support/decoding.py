@@ -20,7 +20,7 @@ def decode(name: str, rows: Array) -> Array:
     return values.reshape(*rows.shape[:-1], -1)
 
 
-def _block(block: Array, n_elems: int, n_bits: int) -> list[float]:
+def _block(block: Array, n_elems: int, n_bits: int) -> list[Any]:
     """A float16 d; then bits, the least significant first: -d or d, or (q - 1) · d."""
     d = np.float32(block[:2].copy().view(np.float16)[0])
     bits = int.from_bytes(block[2:].tobytes(), "little")

@@ -14,7 +14,7 @@ namespace {
 // Positions of values' bits in the mantissas: of a word's bytes 0 and 2, which are shifted together
 // with the next byte's, and of bytes 1 and 3.
 template <typename F>
-constexpr int EVEN = 23 - 8 - (F::SIGNED ? 8 : F::BITS + F::LOWEST);
+constexpr int EVEN = 23 - 8 - F::LOWEST - F::WIDTH;
 template <typename F>
 constexpr int ODD = EVEN<F> + 8;
 
@@ -25,8 +25,7 @@ constexpr int BIAS = (1 << (23 - AT)) + (F::SIGNED ? 128 : 0);
 // BIAS + a value as float32, of the bits at AT of each lane.
 template <typename F, int AT>
 GDN_INLINE vf mantissa(vi v) {
-    constexpr int SIGN = F::SIGNED ? 128 : 0,
-                  MASK = F::SIGNED ? 255 : ((1 << F::BITS) - 1) << F::LOWEST;
+    constexpr int SIGN = F::SIGNED ? 128 : 0, MASK = ((1 << F::WIDTH) - 1) << F::LOWEST;
     constexpr int EXPONENT = 127 + 23 - AT;
     return from_bits((v & MASK << AT) ^ (EXPONENT << 23 | SIGN << AT));
 }

@@ -13,8 +13,8 @@ constexpr int PARTS = PANEL / W;
 
 constexpr int8_t IQ4_VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                    1,    13,   25,  38,  53,  69,  89,  113};
-// Twice the values of FP4 (E2M1), whose highest bit is the sign.
-constexpr int8_t FP4_VALUES[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+// The highest bit of FP4 is the sign.
+constexpr int8_t FP4_VALUES[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
 template <typename F>
 constexpr const int8_t* table_of() {

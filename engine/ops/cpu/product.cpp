@@ -39,7 +39,7 @@ GDN_INLINE void dot_words(const uint8_t* planes, const int8_t* const* x, vi (*do
     for (int t = 0; t < NT; t++) dot[t][0] = reinterpret_cast<vi>(sums[t]);
 #elif defined(__AVX2__)
     // The sum of so many words' products fits into 16 bits.
-    constexpr int CHAIN = F::SIGNED ? 1 : F::BITS <= 4 ? 8 : F::BITS == 5 ? 4 : 2;
+    constexpr int CHAIN = F::SIGNED ? 1 : F::WIDTH <= 4 ? 8 : F::WIDTH == 5 ? 4 : 2;
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i pairs[NT][PARTS], sums[NT][PARTS] = {};
     for_constants<FIRST, LAST>([&](auto i) __attribute__((always_inline)) {

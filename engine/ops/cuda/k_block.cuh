@@ -16,10 +16,9 @@ DEVICE T load_words(const uint8_t* p) {
     return load_stream(reinterpret_cast<const T*>(p));
 }
 
-// The codebook of IQ4 and twice that of FP4 (E2M1), four int8 a word; a nibble counts from the
-// lowest byte of the first.
+// The tables of layout.h, four bytes a word; a nibble counts from the lowest byte of the first.
 constexpr uint32_t IQ4_WORDS[4] = {0xbfad9881, 0xf6eaddcf, 0x26190d01, 0x71594535};
-constexpr uint32_t FP4_WORDS[4] = {0x03020100, 0x0c080604, 0xfdfeff00, 0xf4f8fafc};
+constexpr uint32_t FP4_WORDS[4] = {0x0f0e0d0c, 0x18141210, 0x090a0b0c, 0x00040608};
 
 // The codebook's values for the 4 nibbles in the lower half of a word.
 template <Values VALUES>

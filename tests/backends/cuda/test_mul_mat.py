@@ -60,7 +60,11 @@ OF_EXPERTS = Ways(SINGLE_TOKENS, experts.TILE_TOKENS)
 # A single row is rounded to so many steps; a part of 1,000 lies within float32's error of a tie.
 STEPS, ROW_LIMIT = 127 * 128, 1e-9
 every_type = pytest.mark.parametrize("dtype", WEIGHT_TYPES.values(), ids=str)
-SOME = [F32, BF16, *(WEIGHT_TYPES[name] for name in ("Q8_0", "Q4_K", "Q6_K", "IQ4_XS"))]
+SOME = [
+    F32,
+    BF16,
+    *(WEIGHT_TYPES[name] for name in ("Q8_0", "Q4_K", "Q6_K", "IQ4_XS", "NVFP4", "Q1_0")),
+]
 some_types = pytest.mark.parametrize("dtype", SOME, ids=str)
 
 
@@ -102,7 +106,7 @@ def executable(
 def columns(dtype: DType, n_batches: int = 0) -> int:
     """An odd number of blocks, or of columns where the type allows; with `n_batches`, more than so
     many batches of 256 columns."""
-    n = {1: 77 if dtype is F32 else 160, 32: 96, 64: 192, 256: 768}[dtype.block_elems]
+    n = {1: 77 if dtype is F32 else 160, 32: 96, 64: 320, 128: 384, 256: 768}[dtype.block_elems]
     return 256 * n_batches + n
 
 
