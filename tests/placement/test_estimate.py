@@ -131,10 +131,10 @@ def test_a_model_that_fits_exactly_runs(tiny: Path, machine: Callable[..., None]
 def test_types_that_are_rounded_are_told_once(
     models: Models, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with Engine.load(models("tiny-untied", "MXFP4"), n_ctx=256) as engine:
+    with Engine.load(models("tiny-untied", "IQ1_M"), n_ctx=256) as engine:
         assert engine.logits([1, 2, 3]).shape[0] == 3
         (backend,) = engine.plan.backends
         assert memory_estimate.estimate(engine.plan).weights == kept_bytes(backend)
     (line,) = [r.getMessage() for r in caplog.records]
-    words = r"MXFP4 is kept as Q8_0: \d+ tensors, [\d.]+ MiB in the file, [\d.]+ MiB in memory"
+    words = r"IQ1_M is kept as Q8_0: \d+ tensors, [\d.]+ MiB in the file, [\d.]+ MiB in memory"
     assert re.fullmatch(words, line), line

@@ -102,9 +102,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "rope.dimension_sections: expected 4 integers": {
         "overrides": {"qwen35.rope.dimension_sections": None}
     },
-    "unexpected tensors: …scale": {
-        "arrays": {f"blk.0.ffn_{part}.scale": np.ones(1, np.float32) for part in ("up", "down")}
-    },
     "rope.scaling.type: expected none": {"overrides": {"qwen35.rope.scaling.type": "yarn"}},
     "open the first one": {"overrides": {"split.count": np.uint16(2), "split.no": np.uint16(1)}},
     "not a GGUF file": {},
