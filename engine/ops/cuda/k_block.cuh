@@ -1,6 +1,7 @@
 // How a warp reads k-blocks of packed weights.
 //
-// repack.cu has put a k-block's words into the order of fragments of tensor cores. Lane 4g + c of a
+// repack.cu has put a k-block's words into the order of fragments of tensor cores, and nibbles of
+// tables into that of their columns. Lane 4g + c of a
 // warp holds columns 8c … 8c+7 (words 2c and 2c+1) of rows g and g + 8: its piece. It reads its
 // words of a plane, and its scales, in one access each. A pair is all columns of rows g and g + 8;
 // 8 lanes read 128 contiguous bytes of a pair at a time.
@@ -20,15 +21,25 @@ DEVICE T load_words(const uint8_t* p) {
 constexpr uint32_t IQ4_WORDS[4] = {0xbfad9881, 0xf6eaddcf, 0x26190d01, 0x71594535};
 constexpr uint32_t FP4_WORDS[4] = {0x0f0e0d0c, 0x18141210, 0x090a0b0c, 0x00040608};
 
-// The codebook's values for the 4 nibbles in the lower half of a word.
+// The table's values for 8 nibbles, which count from the lowest: 4 in each word.
 template <Values VALUES>
-DEVICE uint32_t look_up(uint32_t nibbles) {
-    constexpr const uint32_t (&WORDS_OF)[4] = VALUES == Values::FP4 ? FP4_WORDS : IQ4_WORDS;
-    const uint32_t low = nibbles & 0x7777, high = nibbles >> 3 & 0x1111;
-    const uint32_t mask = permute_bytes(0x0000ff00, 0, high);
-    const uint32_t a = permute_bytes(WORDS_OF[0], WORDS_OF[1], low);
-    const uint32_t b = permute_bytes(WORDS_OF[2], WORDS_OF[3], low);
-    return (b & mask) | (a & ~mask);
+DEVICE void look_up(uint32_t nibbles, uint32_t (&words)[2]) {
+    constexpr bool IS_FP4 = VALUES == Values::FP4;
+    constexpr const uint32_t (&T)[4] = IS_FP4 ? FP4_WORDS : IQ4_WORDS;
+    const uint32_t other = nibbles ^ 0x88888888, low = nibbles & 0x77777777;
+    const uint32_t high = nibbles >> 3 & 0x11111111;
+    for (int i = 0; i < 2; i++) {
+        const int at = 16 * i;
+        if (IS_FP4) {
+            // Where the highest bit is set the byte is 0, since no byte of the table has its own.
+            words[i] = permute_or_fill(T[0], T[1], nibbles >> at) |
+                       permute_or_fill(T[2], T[3], other >> at);
+        } else {
+            const uint32_t mask = permute_bytes(0x0000ff00, 0, high >> at);
+            words[i] = (permute_bytes(T[2], T[3], low >> at) & mask) |
+                       (permute_bytes(T[0], T[1], low >> at) & ~mask);
+        }
+    }
 }
 
 template <typename F>
@@ -79,11 +90,9 @@ struct Piece {
             }
             a[i] = a[i + 2] = 0;
             if (F::CODEBOOK) {
-                // Nibbles of the two words alternate.
-                const uint32_t low = look_up<F::VALUES>(planes[i] & 0xffff);
-                const uint32_t high = look_up<F::VALUES>(planes[i] >> 16);
-                a[i] = permute_bytes(low, high, 0x6420);
-                a[i + 2] = permute_bytes(low, high, 0x7531);
+                uint32_t both[2];
+                look_up<F::VALUES>(planes[i], both);
+                a[i] = both[0], a[i + 2] = both[1];
                 continue;
             }
             if (NIBBLE) {

@@ -25,6 +25,17 @@ DEVICE int word_source(int at) {
     return base + i / 2 + 8 * (i % 2);
 }
 
+// The nibbles of the lower halves of bytes, and above them those of the upper halves.
+DEVICE uint32_t apart(uint32_t word) {
+    uint32_t half[2];
+    for (int i = 0; i < 2; i++) {
+        uint32_t v = word >> 4 * i & 0x0f0f0f0f;
+        v = (v | v >> 4) & 0x00ff00ff;
+        half[i] = (v | v >> 8) & 0xffff;
+    }
+    return half[0] | half[1] << 16;
+}
+
 // Reorders the n halves or bytes of a head; called by all threads of the block.
 template <typename F, typename T>
 DEVICE void reorder_head(T* head, int n) {
@@ -44,7 +55,7 @@ DEVICE void reorder(F, uint8_t* panel, int i) {
     const int at = threadIdx.x;
     if (at < N_WORDS) word = words[word_source<F>(at)];
     __syncthreads();
-    if (at < N_WORDS) words[at] = word;
+    if (at < N_WORDS) words[at] = F::CODEBOOK ? apart(word) : word;
     if (F::SCALE == Scale::HALVES)
         reorder_head<F>(reinterpret_cast<uint16_t*>(k_block), F::HEAD_BYTES / 2);
     else

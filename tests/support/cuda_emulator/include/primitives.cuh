@@ -128,6 +128,16 @@ DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
     return out;
 }
 
+DEVICE uint32_t permute_or_fill(uint32_t a, uint32_t b, uint32_t selector) {
+    const uint32_t chosen = permute_bytes(a, b, selector);
+    uint32_t out = 0;
+    for (int i = 0; i < 4; i++) {
+        const uint32_t byte = chosen >> 8 * i & 0xff;
+        out |= (selector >> 4 * i & 8 ? byte >> 7 ? 0xffu : 0u : byte) << 8 * i;
+    }
+    return out;
+}
+
 DEVICE float half_to_float(uint16_t h) {
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = h >> 10 & 31;
     const uint32_t fraction = h & 1023;
