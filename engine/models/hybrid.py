@@ -16,6 +16,7 @@ from engine.models.delta_net import DeltaNetShape, delta_net
 from engine.models.hparams import HParams, shown
 from engine.models.layers import Layer
 from engine.models.moe import moe_ffn, moe_shapes
+from engine.ops.qk_norm_rope import RopeScaling
 
 
 class Hybrid(Model):
@@ -155,4 +156,4 @@ def _attention_shapes(
         raise hp.fail("rope.dimension_count", f"an even number up to {d_head}", n_rot)
     hp.refuse_rope_scaling()
     base = hp.number("rope.freq_base", 10000.0)
-    return [AttentionShape(n, n_kv, d_head, n_rot, base, eps) for n, n_kv in heads]
+    return [AttentionShape(n, n_kv, d_head, n_rot, base, RopeScaling(), eps) for n, n_kv in heads]
