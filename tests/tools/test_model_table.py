@@ -105,7 +105,9 @@ REFUSED: dict[str, dict[str, Any]] = {
     "unexpected tensors: …scale": {
         "arrays": {f"blk.0.ffn_{part}.scale": np.ones(1, np.float32) for part in ("up", "down")}
     },
-    "rope.scaling.type: expected none": {"overrides": {"qwen35.rope.scaling.type": "yarn"}},
+    "rope.scaling.type: expected none, linear or yarn": {
+        "overrides": {"qwen35.rope.scaling.type": "longrope"}
+    },
     "open the first one": {"overrides": {"split.count": np.uint16(2), "split.no": np.uint16(1)}},
     "not a GGUF file": {},
 }
