@@ -49,6 +49,7 @@ SHARED_BY_MODELS = {
     "hybrid",
     "layers",
     "moe",
+    "rope",
     "weights",
 }
 

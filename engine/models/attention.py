@@ -7,7 +7,7 @@ from engine.models.layers import Builder
 from engine.ops.attention import ATTENTION
 from engine.ops.mla_cache import MLA_CACHE
 from engine.ops.mul_mat_heads import MUL_MAT_HEADS
-from engine.ops.qk_norm_rope import QK_NORM_ROPE
+from engine.ops.qk_norm_rope import QK_NORM_ROPE, RopeScaling
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class AttentionShape:
     d_head: int
     n_rot: int
     rope_base: float
+    rope_scaling: RopeScaling
     eps: float
 
     @property
@@ -38,8 +39,8 @@ def gated_attention(b: Builder, x: Tensor, shape: AttentionShape) -> Tensor:
     placed = {name: b.cache(name, s.n_kv_heads, s.d_head) for name in ("k_cache", "v_cache")}
     placed |= b.paged
     norms = {name: b.weight(f"attn_{name}.weight") for name in ("q_norm", "k_norm")}
-    attrs = {"eps": s.eps, "n_rot": s.n_rot, "rope_base": s.rope_base}
-    (q,) = b.add(QK_NORM_ROPE, q=q, k=k, v=v, **norms, **placed, **attrs)
+    rope = {"n_rot": s.n_rot, "rope_base": s.rope_base, "rope_scaling": s.rope_scaling}
+    (q,) = b.add(QK_NORM_ROPE, q=q, k=k, v=v, **norms, **placed, **rope, eps=s.eps)
     (o,) = b.add(ATTENTION, q=q, gate=gate, **placed, scale=s.d_head**-0.5)
     return b.mul_mat("attn_output", o.flatten(1))[0]
 

@@ -41,11 +41,13 @@ class HParams:
             raise self.fail(key, f"at least {minimum}", value)
         return value
 
-    def number(self, key: str, default: float | None = None) -> float:
-        """A positive number."""
+    def number(self, key: str, default: float | None = None, minimum: float | None = None) -> float:
+        """A number of at least `minimum`; without it, a positive one."""
         value = self.file.number(f"{self.arch}.{key}", default)
-        if value <= 0:
+        if minimum is None and value <= 0:
             raise self.fail(key, "a positive number", value)
+        if minimum is not None and value < minimum:
+            raise self.fail(key, f"at least {minimum:g}", value)
         return value
 
     def n_layers(self) -> tuple[int, int]:
@@ -98,15 +100,3 @@ class HParams:
     def divides(self, key: str, divisor: int, number: int) -> None:
         if number % divisor:
             raise self.fail(key, f"a divisor of {number}", divisor)
-
-    def refuse_rope_scaling(self) -> None:
-        """Raise if the file asks for rope scaling, which is not implemented."""
-        kind = self.file.string(f"{self.arch}.rope.scaling.type", "")
-        if kind not in ("", "none"):
-            expected = "none (scaling is not implemented)"
-            raise self.fail("rope.scaling.type", expected, shown(kind))
-        for key in ("rope.scaling.factor", "rope.scale_linear"):
-            # Without a type, a factor means linear scaling; 0 means none.
-            factor = self.file.number(f"{self.arch}.{key}", 1.0)
-            if not kind and factor not in (0, 1):
-                raise self.fail(key, "1 (scaling is not implemented)", factor)

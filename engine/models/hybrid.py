@@ -16,6 +16,7 @@ from engine.models.delta_net import DeltaNetShape, delta_net
 from engine.models.hparams import HParams, shown
 from engine.models.layers import Layer
 from engine.models.moe import moe_ffn, moe_shapes
+from engine.models.rope import read_rope
 
 
 class Hybrid(Model):
@@ -153,6 +154,5 @@ def _attention_shapes(
     n_rot = hp.integer("rope.dimension_count", d_head)
     if n_rot > d_head or n_rot % 2:
         raise hp.fail("rope.dimension_count", f"an even number up to {d_head}", n_rot)
-    hp.refuse_rope_scaling()
-    base = hp.number("rope.freq_base", 10000.0)
-    return [AttentionShape(n, n_kv, d_head, n_rot, base, eps) for n, n_kv in heads]
+    rope = read_rope(hp, n_rot)
+    return [AttentionShape(n, n_kv, d_head, n_rot, *rope, eps) for n, n_kv in heads]

@@ -1,7 +1,8 @@
 """Kimi-Linear (`kimi-linear`): Kimi delta attention (KDA) with latent attention (MLA) in between.
 
-MLA layers have no rope. The first feed-forwards are dense; then come routed experts and a shared
-one without a gate. Follows llama.cpp's files and transformers' `kimi_linear`.
+MLA layers have no rope: like llama.cpp, the engine does not read a file's base and scaling of it.
+The first feed-forwards are dense; then come routed experts and a shared one without a gate. Follows
+llama.cpp's files and transformers' `kimi_linear`.
 """
 
 from functools import partial
@@ -44,7 +45,6 @@ class KimiLinear(Model):
         self._n_dense = hp.integer("leading_dense_block_count", 0, minimum=0)
         self._n_ff = hp.integer("feed_forward_length", 0 if not self._n_dense else None, minimum=0)
         self._moe = _experts(hp) if self._n_dense < self.n_layers else None
-        hp.refuse_rope_scaling()
 
     def _delta_net(self, i: int) -> DeltaNetShape:
         n, d = self._n_heads[i], self._d_head

@@ -4,11 +4,13 @@ q [T, H, D] (its heads may be strided), k, v [T, Hkv, D], q_norm, k_norm [D], k_
 [n_blocks, Hkv, block_size, D], PAGED -> the rotated q.
 
 Rotation in NeoX halves: for i < n_rot / 2 the pair (i, i + n_rot / 2) turns by
-position · base^(-2i / n_rot); the rest of the head passes through. Text has the same position on
-every axis of Qwen3.5's interleaved M-RoPE, which is therefore this (as transformers computes it).
+position · base^(-2i / n_rot), scaled as RopeScaling says; the rest of the head passes through. Text
+has the same position on every axis of Qwen3.5's interleaved M-RoPE, which is therefore this (as
+transformers computes it).
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,6 +29,20 @@ from engine.ops.base import (
 )
 
 
+class RopeScaling(NamedTuple):
+    """How a model reads positions beyond those of its training; the defaults change nothing.
+
+    The speed of pair i is multiplied by first + (last - first) · clamp((i - low) / span, 0, 1), its
+    cos and sin by `magnitude`.
+    """
+
+    first: float = 1.0
+    last: float = 1.0
+    low: float = 0.0
+    span: float = 1.0
+    magnitude: float = 1.0
+
+
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
     patterns = {"q": "T H D", "k": "T Hkv D", "v": "T Hkv D", "q_norm": "D", "k_norm": "D"}
     patterns |= {"k_cache": "N Hkv B D", "v_cache": "N Hkv B D"}
@@ -38,22 +54,27 @@ def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
     return [((dims.T, dims.H, dims.D), F32)]
 
 
-def rotate(x: Array, positions: Array, n_rot: int, base: float) -> Array:
+def rotate(x: Array, positions: Array, n_rot: int, base: float, scaling: RopeScaling) -> Array:
     """Rotary embedding of x [T, H, D] at positions [T]."""
-    half = n_rot // 2
+    s, half = scaling, n_rot // 2
+    i = np.arange(half)
+    scales = s.first + (s.last - s.first) * np.clip((i - s.low) / s.span, 0, 1)
+    speeds = base ** (-2.0 * i / max(n_rot, 1)) * scales
     # Angles in float64: in float32 a position in the thousands already loses half its digits.
-    angles = positions[:, np.newaxis] * base ** (-2.0 * np.arange(half) / max(n_rot, 1))
-    cos, sin = (f(angles)[:, np.newaxis].astype(x.dtype) for f in (np.cos, np.sin))
+    angles = positions[:, np.newaxis] * speeds
+    cos, sin = ((f(angles) * s.magnitude)[:, np.newaxis].astype(x.dtype) for f in (np.cos, np.sin))
     first, second = x[..., :half], x[..., half:n_rot]
     turned = [first * cos - second * sin, second * cos + first * sin, x[..., n_rot:]]
     return np.concatenate(turned, axis=-1)
 
 
-def _reference(*, eps: float, n_rot: int, rope_base: float, **operands: Array) -> tuple[Array]:
+def _reference(
+    *, eps: float, n_rot: int, rope_base: float, rope_scaling: RopeScaling, **operands: Array
+) -> tuple[Array]:
     positions, made = operands["positions"], []
     for name in ("q", "k"):
         normed = rms_norm(operands[name], eps) * operands[f"{name}_norm"]
-        made.append(rotate(normed, positions, n_rot, rope_base))
+        made.append(rotate(normed, positions, n_rot, rope_base, rope_scaling))
     q, k = made
     write_rows(operands["k_cache"], k, operands)
     write_rows(operands["v_cache"], operands["v"], operands)
@@ -72,6 +93,6 @@ QK_NORM_ROPE = Op(
     _infer,
     _reference,
     _cost,
-    attrs=("eps", "n_rot", "rope_base"),
+    attrs=("eps", "n_rot", "rope_base", "rope_scaling"),
     writes=("k_cache", "v_cache"),
 )

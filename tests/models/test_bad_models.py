@@ -101,7 +101,7 @@ def test_both_counts_of_layers_absurd(refused: Refused) -> None:
 @pytest.mark.parametrize("key", NUMBERS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.0, -1.0])
 def test_numbers_that_are_none(refused: Refused, key: str, value: float) -> None:
-    assert f"{A}{key}: expected a " in refused({A + key: value})
+    assert f"{A}{key}: expected a" in refused({A + key: value})
 
 
 @pytest.mark.parametrize(
@@ -140,15 +140,11 @@ def test_rope_sections(refused: Refused, value: Any) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"rope.scaling.type": "yarn"}, "rope.scaling.type: expected none"),
         ({"rope.scaling.type": "linear\n", "rope.scaling.factor": 4.0}, "rope.scaling.type: exp"),
         ({"rope.scaling.type": "x" * 10_000}, "rope.scaling.type: expected none"),
         ({"rope.scaling.type": 1}, "rope.scaling.type: expected a string"),
         ({"rope.scaling.type": ["yarn", "linear"]}, "rope.scaling.type: expected a string"),
         ({"rope.scaling.type": np.arange(2000)}, "rope.scaling.type: expected a string"),
-        # As in llama.cpp, a factor without a type means linear scaling.
-        ({"rope.scaling.factor": 4.0}, "rope.scaling.factor: expected 1"),
-        ({"rope.scale_linear": 4.0}, "rope.scale_linear: expected 1"),
         ({"rope.dimension_count": 34}, "rope.dimension_count: expected an even number up to 32"),
         ({"rope.dimension_count": 15}, "rope.dimension_count: expected an even number up to 32"),
         ({"attention.value_length": 16}, "attention.value_length: expected attention.key_length"),

@@ -79,8 +79,8 @@ def weights(path: Path, *names: str) -> list[NDArray[np.float32]]:
         {"attention.head_count_kv": np.full(4, 2, np.int32)},
         {"attention.value_length": None},
         {"nextn_predict_layers": 0},
-        {"rope.scaling.type": "none"},
         {"rope.scaling.type": "none", "rope.scaling.factor": 4.0},
+        {"rope.scaling.type": "yarn", "rope.scaling.factor": 1.0},
         {"rope.dimension_sections": np.array([3, 3, 2, 0], np.int32)},
         {"rope.dimension_sections": np.array([11, 11, 10, 0], np.uint64)},
         {"block_count": np.int64(4), "embedding_length": np.uint8(64)},
@@ -102,6 +102,7 @@ def test_other_ways_to_say_the_same(
 @pytest.mark.parametrize(
     ("key", "value"),
     [
+        ("rope.scaling.factor", 4.0),
         ("rope.freq_base", 1e4),
         ("rope.dimension_count", 32),
         ("attention.layer_norm_rms_epsilon", 1e-2),

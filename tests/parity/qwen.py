@@ -9,6 +9,7 @@ must have them, and they reach every rotated pair: llama.cpp leaves the others u
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,42 @@ TWO_OF_EIGHT = Routing(8, 2)
 
 
 @dataclass(frozen=True)
+class Scaling:
+    """Of the rope; kind `linear` has no more than a factor.
+
+    GGUF's attn_factor multiplies YaRN's own, transformers' attention_factor replaces it.
+    """
+
+    kind: str
+    factor: float
+    n_orig: int = 512
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attn_factor: float = 1.0
+
+    def metadata(self) -> dict[str, Any]:
+        yarn = {
+            "original_context_length": self.n_orig,
+            "yarn_beta_fast": self.beta_fast,
+            "yarn_beta_slow": self.beta_slow,
+            "attn_factor": self.attn_factor,
+        }
+        both = {"type": self.kind, "factor": self.factor}
+        keys = both | (yarn if self.kind == "yarn" else {})
+        return {f"rope.scaling.{key}": value for key, value in keys.items()}
+
+    def config(self) -> dict[str, Any]:
+        yarn = {
+            "original_max_position_embeddings": self.n_orig,
+            "beta_fast": self.beta_fast,
+            "beta_slow": self.beta_slow,
+            "attention_factor": self.attn_factor * (1 + 0.1 * math.log(self.factor)),
+        }
+        both = {"rope_type": self.kind, "factor": self.factor}
+        return both | (yarn if self.kind == "yarn" else {})
+
+
+@dataclass(frozen=True)
 class HybridCase:
     """Sizes and switches of one model; the methods are common.Case's.
 
@@ -53,6 +90,7 @@ class HybridCase:
     head_dim: int = 16
     n_rot: int = 16
     rope_base: float = 1e4
+    scaling: Scaling | None = None
     k_head_dim: int = 16
     v_head_dim: int = 16
     conv_kernel: int = 4
@@ -206,7 +244,7 @@ def hybrid_metadata(c: HybridCase) -> dict[str, Any]:
     }
     if c.layers is not None:
         metadata["attention.recurrent_layers"] = np.array([kind == LINEAR for kind in c.layers])
-    return metadata
+    return metadata | (c.scaling.metadata() if c.scaling else {})
 
 
 def moe_metadata(c: MoECase) -> dict[str, Any]:
@@ -288,6 +326,7 @@ def hybrid_config(c: HybridCase, **rope: Any) -> dict[str, Any]:
             "rope_type": "default",
             "rope_theta": c.rope_base,
             "partial_rotary_factor": c.n_rot / c.head_dim,
+            **(c.scaling.config() if c.scaling else {}),
             **rope,
         },
         "attn_implementation": "eager",

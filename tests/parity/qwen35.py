@@ -14,6 +14,7 @@ from tests.parity.qwen import (
     FULL,
     LINEAR,
     HybridCase,
+    Scaling,
     hybrid_config,
     hybrid_metadata,
     linear_parameters,
@@ -74,5 +75,10 @@ CASES = (
     # llama.cpp demands equal head sizes, transformers doesn't.
     Case("unequal-dims", 4, 8, n_heads=6, n_kv_heads=2, interval=2, eps=1e-5, conv_kernel=2,
          k_head_dim=32, v_head_dim=16, n_vocab=128),
+    # Of the 16 pairs, 2 keep their speed, 8 have a quarter of it, and those between a mix.
+    Case("yarn", 2, 4, n_heads=4, n_kv_heads=2, interval=2, head_dim=32, n_rot=32,
+         sections=(6, 5, 5), scaling=Scaling("yarn", 4.0)),
+    Case("linear", 2, 4, n_heads=3, n_kv_heads=3, interval=2, head_dim=32, n_rot=16,
+         scaling=Scaling("linear", 8.0)),
 )
 # fmt: on

@@ -17,6 +17,7 @@ from tests.parity.qwen import (
     FULL,
     LINEAR,
     MoECase,
+    Scaling,
     hybrid_config,
     hybrid_metadata,
     linear_inner_parameters,
@@ -88,5 +89,7 @@ CASES = (
     # Layers that no interval describes, and head sizes that llama.cpp doesn't take.
     Case("ratio3-unequal-dims", 4, 12, n_heads=4, n_kv_heads=2, conv_kernel=3, ssm_in=True,
          k_head_dim=32, v_head_dim=16, fused_qkv=True, layers=(LINEAR, FULL, LINEAR)),
+    Case("yarn", 2, 4, n_heads=4, n_kv_heads=1, interval=2, n_rot=16, scaling=Scaling(
+         "yarn", 2.5, beta_fast=8.0, beta_slow=0.5, attn_factor=1.25)),
 )
 # fmt: on

@@ -238,11 +238,14 @@ def gated_delta_net(
     return [out], {"state": after}
 
 
-def _turn(row: Array, position: int, n_rot: int, base: float) -> Array:
+def _turn(row: Array, position: int, n_rot: int, base: float, scaling: tuple[float, ...]) -> Array:
+    first, last, low, span, magnitude = scaling
     turned, half = row.copy(), n_rot // 2
     for i in range(half):
-        angle = position * base ** (-2 * i / n_rot)
-        pair = complex(row[i], row[i + half]) * complex(math.cos(angle), math.sin(angle))
+        part = 0 if i < low else 1 if i > low + span else (i - low) / span
+        angle = position * base ** (-2 * i / n_rot) * (first * (1 - part) + last * part)
+        turn = complex(magnitude * math.cos(angle), magnitude * math.sin(angle))
+        pair = complex(row[i], row[i + half]) * turn
         turned[i], turned[i + half] = pair.real, pair.imag
     return turned
 
@@ -262,7 +265,9 @@ def qk_norm_rope(
     eps: float,
     n_rot: int,
     rope_base: float,
+    rope_scaling: tuple[float, ...],
 ) -> Result:
+    rope = n_rot, rope_base, rope_scaling
     out, k_after, v_after = _unwritten(*q.shape), k_cache.copy(), v_cache.copy()
     block_size = k_cache.shape[2]
     for s, rows in _sequences(seq_starts):
@@ -270,9 +275,9 @@ def qk_norm_rope(
             p = int(positions[t])
             block, row = block_tables[s, p // block_size], p % block_size
             for h in range(q.shape[1]):
-                out[t, h] = _turn(_rms(q[t, h], eps) * q_norm, p, n_rot, rope_base)
+                out[t, h] = _turn(_rms(q[t, h], eps) * q_norm, p, *rope)
             for h in range(k.shape[1]):
-                k_after[block, h, row] = _turn(_rms(k[t, h], eps) * k_norm, p, n_rot, rope_base)
+                k_after[block, h, row] = _turn(_rms(k[t, h], eps) * k_norm, p, *rope)
                 v_after[block, h, row] = v[t, h]
     return [out], {"k_cache": k_after, "v_cache": v_after}
 

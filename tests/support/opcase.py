@@ -24,6 +24,7 @@ from numpy.lib.stride_tricks import as_strided
 from engine.formats.quants import F32, I32, DType, numpy_dtype
 from engine.graph import Graph, Kind, Op, Tensor
 from engine.ops import OPS
+from engine.ops.qk_norm_rope import RopeScaling
 from engine.placement.place import place
 from engine.runtime.executor import Executable
 from tests.ops.cases import CASES
@@ -357,16 +358,20 @@ def _bits(values: Array) -> bytes:
 def every_case() -> list[OpCase]:
     """All cases of all ops, and some that no op lists."""
     listed = [OpCase(op, case) for op in OPS.values() for case in CASES[op.name]()]
-    far = Case(
-        "positions up to 262143", _far_positions, {"eps": 1e-6, "n_rot": 16, "rope_base": 1e7}
-    )
+    far = []
+    # 1 / 3 is no float32.
+    yarn = RopeScaling(1, 1 / 3, 1, 3, 1.1)
+    for kind, s in (("", RopeScaling()), (" linear", RopeScaling(1 / 3, 1 / 3)), (" yarn", yarn)):
+        attrs = {"eps": 1e-6, "n_rot": 16, "rope_base": 1e7, "rope_scaling": s}
+        case = Case(f"positions up to 262143{kind}", _far_positions, attrs)
+        far.append(OpCase(OPS["QK_NORM_ROPE"], case))
     mixed = []
     for algorithm, limit in (("scan", OpCase.limit), ("chunk", MIXED_GATES_LIMIT)):
         for kda in (False, True):
             attrs = {"head_map": "grouped", "scale": 0.2, "algorithm": algorithm}
             case = Case(f"mixed gates {algorithm} kda={kda}", partial(_mixed_gates, kda=kda), attrs)
             mixed.append(OpCase(OPS["GATED_DELTA_NET"], case, limit))
-    return [*listed, OpCase(OPS["QK_NORM_ROPE"], far), *mixed]
+    return [*listed, *far, *mixed]
 
 
 def largest_case(op: Op) -> Case:

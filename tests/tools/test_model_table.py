@@ -102,7 +102,9 @@ REFUSED: dict[str, dict[str, Any]] = {
     "rope.dimension_sections: expected 4 integers": {
         "overrides": {"qwen35.rope.dimension_sections": None}
     },
-    "rope.scaling.type: expected none": {"overrides": {"qwen35.rope.scaling.type": "yarn"}},
+    "rope.scaling.type: expected none, linear or yarn": {
+        "overrides": {"qwen35.rope.scaling.type": "longrope"}
+    },
     "open the first one": {"overrides": {"split.count": np.uint16(2), "split.no": np.uint16(1)}},
     "not a GGUF file": {},
 }

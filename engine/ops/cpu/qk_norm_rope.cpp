@@ -3,6 +3,7 @@
 // Angles count quarter turns in double: the nearest whole number picks the quadrant, and the rest
 // is small enough for short series. A call costs one power, and a row no library function.
 
+#include <algorithm>
 #include <cmath>
 
 #include "kernels.h"
@@ -11,9 +12,9 @@
 namespace gdn {
 namespace {
 
-// Attributes: eps, n_rot, rope_base.
+// Attributes: eps, n_rot, rope_base, and those of RopeScaling.
 enum { OUT, Q, K, V, Q_NORM, K_NORM, K_CACHE, V_CACHE, POSITIONS, SEQ_STARTS, BLOCK_TABLES };
-enum { EPS, N_ROT, ROPE_BASE };
+enum { EPS, N_ROT, ROPE_BASE, FIRST, LAST, LOW, SPAN, MAGNITUDE };
 
 constexpr double HALF_PI = 1.57079632679489661923;
 
@@ -21,13 +22,18 @@ struct Rotation {
     int64_t half;   // Pairs that turn.
     double* speed;  // Quarter turns a position.
     float *cos, *sin;
+    float magnitude;  // Of cos and sin.
 };
 
 // base^(-2i / n_rot) as powers of one ratio: the error grows with i, but the angles shrink faster.
-void set_speeds(const Rotation& r, double base) {
-    const double ratio = std::pow(base, -1.0 / static_cast<double>(r.half));
+void set_speeds(const Rotation& r, const double* attr) {
+    const double ratio = std::pow(attr[ROPE_BASE], -1.0 / static_cast<double>(r.half));
+    const double first = attr[FIRST], change = attr[LAST] - first;
     double speed = 1.0 / HALF_PI;
-    for (int64_t i = 0; i < r.half; i++, speed *= ratio) r.speed[i] = speed;
+    for (int64_t i = 0; i < r.half; i++, speed *= ratio) {
+        const double ramp = (static_cast<double>(i) - attr[LOW]) / attr[SPAN];
+        r.speed[i] = speed * (first + change * std::min(std::max(ramp, 0.0), 1.0));
+    }
 }
 
 // Taylor series up to an error of 1e-11, for |x| ≤ pi / 4.
@@ -56,8 +62,8 @@ void set_angles(const Rotation& r, int32_t position) {
         const double turns = r.speed[i] * position;
         const int32_t quadrant = static_cast<int32_t>(turns + 0.5);
         const double x = (turns - quadrant) * HALF_PI;
-        const float s = static_cast<float>(sin_near_zero(x));
-        const float c = static_cast<float>(cos_near_zero(x));
+        const float s = static_cast<float>(sin_near_zero(x)) * r.magnitude;
+        const float c = static_cast<float>(cos_near_zero(x)) * r.magnitude;
         const float sine = quadrant & 1 ? c : s, cosine = quadrant & 1 ? s : c;
         r.sin[i] = quadrant & 2 ? -sine : sine;
         r.cos[i] = (quadrant + 1) & 2 ? -cosine : cosine;
@@ -100,8 +106,9 @@ void run(const Args& a, int64_t begin, int64_t end) {
     const int64_t half = static_cast<int64_t>(a.attr[N_ROT]) / 2;
     double* speed = reinterpret_cast<double*>(a.scratch);
     float* floats = reinterpret_cast<float*>(speed + half);
-    const Rotation r = {half, speed, floats, floats + half};
-    if (half > 0) set_speeds(r, a.attr[ROPE_BASE]);
+    const float magnitude = static_cast<float>(a.attr[MAGNITUDE]);
+    const Rotation r = {half, speed, floats, floats + half, magnitude};
+    if (half > 0) set_speeds(r, a.attr);
     for (int64_t t = begin; t < end; t++) run_row(a, t, r, floats + 2 * half);
 }
 

@@ -9,8 +9,9 @@
 namespace gdn {
 
 enum { OUT, Q, K, V, Q_NORM, K_NORM, K_CACHE, V_CACHE, POSITIONS, SEQ_STARTS, BLOCK_TABLES };
-// base^(-2 / n_rot), a pair's speed over that of the one before, comes as a sum of two floats.
-enum { EPS, N_ROT, RATIO, RATIO_REST };
+// RATIO is base^(-2 / n_rot), a pair's speed over that of the one before; the others are those of
+// RopeScaling. RATIO, FIRST and LAST come as sums of two floats.
+enum { EPS, N_ROT, LOW, SPAN, MAGNITUDE, RATIO, FIRST = RATIO + 2, LAST = FIRST + 2 };
 
 constexpr int MAX_PAIRS = ROPE_MAX_ROT / 2;
 constexpr double QUARTER_TURNS = 0.63661977236758134308;  // In a radian.
@@ -26,6 +27,20 @@ DEVICE double power(double ratio, int n) {
     for (; n; n >>= 1, ratio *= ratio)
         if (n & 1) result *= ratio;
     return result;
+}
+
+DEVICE double two_floats(const float* parts) { return static_cast<double>(parts[0]) + parts[1]; }
+
+// Of pair i, in quarter turns a position.
+DEVICE double speed_of(const Args& a, int i) {
+    const double first = two_floats(a.attr + FIRST), change = two_floats(a.attr + LAST) - first;
+    double scale = first;
+    // A division of doubles is slow, and few models need it.
+    if (change != 0.0) {
+        const double ramp = (i - static_cast<double>(a.attr[LOW])) / a.attr[SPAN];
+        scale += change * fmin(fmax(ramp, 0.0), 1.0);
+    }
+    return power(two_floats(a.attr + RATIO), i) * QUARTER_TURNS * scale;
 }
 
 // Taylor series for |x| ≤ pi / 4, exact to float.
@@ -46,11 +61,11 @@ DEVICE float cos_near_zero(float x) {
     return fmaf(c, y, 1.0f);
 }
 
-DEVICE void set_angle(Angles& angles, int i, double ratio, int32_t position) {
-    const double turns = power(ratio, i) * QUARTER_TURNS * position;
+DEVICE void set_angle(Angles& angles, const Args& a, int i, int32_t position) {
+    const double turns = speed_of(a, i) * position;
     const int32_t quadrant = static_cast<int32_t>(turns + 0.5);
     const float x = static_cast<float>(turns - quadrant) * HALF_PI;
-    const float s = sin_near_zero(x), c = cos_near_zero(x);
+    const float s = sin_near_zero(x) * a.attr[MAGNITUDE], c = cos_near_zero(x) * a.attr[MAGNITUDE];
     const float sine = quadrant & 1 ? c : s, cosine = quadrant & 1 ? s : c;
     angles.sin[i] = quadrant & 2 ? -sine : sine;
     angles.cos[i] = (quadrant + 1) & 2 ? -cosine : cosine;
@@ -89,9 +104,8 @@ KERNEL(qk_norm_rope) {
     float sum = 0.0f;
 #pragma unroll 8
     for (int c = lane; c < size; c += 32) sum = fmaf(x[c], x[c], sum);
-    const double ratio = static_cast<double>(a.attr[RATIO]) + a.attr[RATIO_REST];
     for (int pair = threadIdx.x; pair < half; pair += blockDim.x)
-        set_angle(angles, pair, ratio, position);
+        set_angle(angles, a, pair, position);
     const float mean = warp_sum(sum) / static_cast<float>(size);
     const float scale = rsqrt_of(mean + a.attr[EPS]);
     __syncthreads();

@@ -1,10 +1,11 @@
-"""Cases of QK_NORM_ROPE."""
+"""Cases of QK_NORM_ROPE; some are scaled as by a factor of 4, linear or YaRN."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from engine.formats.quants import F16, F32, DType
+from engine.ops.qk_norm_rope import RopeScaling
 from tests.support.cases import Case, Operand, Rng, activation, blocks, case, paged_operands, weight
 
 
@@ -27,11 +28,18 @@ def cases() -> Iterable[Case]:
             **paged,
         }
 
-    for heads, size, lengths, types, n_rot in (
-        ((2, 1), 16, [1], (F32, F32), 8),
-        ((4, 2), 64, [3, 1, 40], (F16, F16), 64),
-        ((8, 2), 256, [5], (F32, F16), 64),
-        ((3, 3), 24, [2, 2], (F16, F32), 0),
+    plain, linear = RopeScaling(), RopeScaling(0.25, 0.25)
+    yarn, step = RopeScaling(1, 0.25, 5, 21, 1.14), RopeScaling(0.8, 0.25, 2, 0.001, 0.9)
+    for heads, size, lengths, types, n_rot, scaling in (
+        ((2, 1), 16, [1], (F32, F32), 8, plain),
+        ((4, 2), 64, [3, 1, 40], (F16, F16), 64, plain),
+        ((8, 2), 256, [5], (F32, F16), 64, plain),
+        ((3, 3), 24, [2, 2], (F16, F32), 0, plain),
+        ((4, 2), 64, [3, 1, 40], (F32, F32), 64, yarn),
+        ((8, 2), 256, [5], (F32, F16), 64, yarn),
+        ((3, 3), 24, [2, 2], (F32, F32), 8, step),
+        ((2, 1), 16, [7], (F32, F32), 16, linear),
+        ((3, 3), 24, [2, 2], (F16, F32), 0, yarn),
     ):
-        attrs = {"eps": 1e-6, "n_rot": n_rot, "rope_base": 1e6}
+        attrs = {"eps": 1e-6, "n_rot": n_rot, "rope_base": 1e6, "rope_scaling": scaling}
         yield case(make, attrs, heads=heads, size=size, lengths=lengths, types=types)

@@ -71,11 +71,14 @@ def _rope_grid(node: Node, live: Live) -> Grid:
 
 
 def _rope_attrs(node: Node) -> list[float]:
-    """eps, n_rot, and base^(-2 / n_rot) in two floats: one has too few digits for far positions."""
-    n_rot = node.attrs["n_rot"]
-    ratio = float(node.attrs["rope_base"]) ** (-2 / max(n_rot, 1))
-    high = float(np.float32(ratio))
-    return [node.attrs["eps"], n_rot, high, ratio - high]
+    """In the kernel's order. What speeds depend on comes in two floats: one has too few digits for
+    far positions."""
+    n_rot, s = node.attrs["n_rot"], node.attrs["rope_scaling"]
+    attrs = [node.attrs["eps"], n_rot, s.low, s.span, s.magnitude]
+    for x in (float(node.attrs["rope_base"]) ** (-2 / max(n_rot, 1)), s.first, s.last):
+        high = float(np.float32(x))
+        attrs += [high, x - high]
+    return attrs
 
 
 def _conv_grid(node: Node, live: Live) -> Grid:
