@@ -137,13 +137,14 @@ class _WeightCache:
     """Stored weights by tensor, decoded on demand; least recently used ones are dropped first."""
 
     def __init__(self, dtype: np.dtype[Any], limit: int) -> None:
-        self._dtype, self.limit = dtype, limit
+        self._dtype, self.limit, self._bytes = dtype, limit, 0
         self._raw: dict[Tensor, NDArray[np.uint8]] = {}
         self._decoded: OrderedDict[Tensor, Array] = OrderedDict()
 
     def add(self, tensor: Tensor, raw: NDArray[np.uint8]) -> None:
         self._raw[tensor] = raw
-        self._decoded.pop(tensor, None)
+        if (old := self._decoded.pop(tensor, None)) is not None:
+            self._bytes -= old.nbytes
 
     def get(self, tensor: Tensor) -> Array:
         if tensor in self._decoded:
@@ -152,8 +153,10 @@ class _WeightCache:
         values = dequantize(tensor.dtype, self._raw[tensor], tensor.shape)
         decoded: Array = values.astype(self._dtype, copy=False)
         self._decoded[tensor] = decoded
-        while sum(kept.nbytes for kept in self._decoded.values()) > self.limit:
-            self._decoded.popitem(last=False)
+        self._bytes += decoded.nbytes
+        while self._bytes > self.limit:
+            _, dropped = self._decoded.popitem(last=False)
+            self._bytes -= dropped.nbytes
         return decoded
 
 

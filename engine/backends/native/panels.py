@@ -80,10 +80,11 @@ class PanelWeights(ABC):
             ThreadPoolExecutor(self._n_threads) as pool,
         ):  # fmt: skip
             pending: deque[tuple[Tensor, Array, list[Future[None]]]] = deque()
+            ahead = 0
             for tensor in tensors:
                 data = self._allocate(self.packed_bytes(tensor))
                 pending.append((tensor, data, self._pack(tensor, source, data, pool)))
-                ahead = sum(len(data) for _, data, _ in pending)
+                ahead += len(data)
                 while pending and (tensor is tensors[-1] or ahead > self._ahead_bytes):
                     ready, data, tasks = pending.popleft()
                     for task in tasks:
