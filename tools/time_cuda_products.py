@@ -84,12 +84,11 @@ class RandomWeights:
         n_bytes = n_elems // dtype.block_elems * dtype.block_bytes
         self._raw = np.resize(some, n_bytes)
 
-    def raw(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def raw(
+        self, name: str, begin: int = 0, end: int | None = None
+    ) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """A weight's bytes."""
-        return self._raw
-
-    def release(self, name: str, begin: int = 0, end: int | None = None) -> None:
-        """They are needed again."""
+        return self._raw[begin:end]
 
 
 class Products:

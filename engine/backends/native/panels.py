@@ -96,10 +96,10 @@ class PanelWeights(ABC):
     def _pack(
         self, tensor: Tensor, source: WeightSource, target: Array, pool: ThreadPoolExecutor
     ) -> list[Future[None]]:
-        """Start the tasks that pack a weight into `target`, uint8. Each releases the file's pages
-        that it has read, so that a large weight is never in memory twice."""
+        """Start the tasks that pack a weight into `target`, uint8. Each reads its own rows, so that
+        a large weight is never in memory twice."""
         *lead, n_out, n_in = tensor.shape
-        raw, dtype = source.raw(tensor.name), self.stored_as(tensor.dtype)
+        dtype = self.stored_as(tensor.dtype)
         panel, matrix_bytes = self.matrix_bytes(tensor)
         n_panels, n_matrices = matrix_bytes // panel, math.prod(lead)
         row_bytes = tensor.dtype.row_bytes(n_in)
@@ -107,13 +107,12 @@ class PanelWeights(ABC):
         def pack(matrix: int, begin: int, end: int) -> None:
             first = (matrix * n_out + begin * self._rows) * row_bytes
             last = (matrix * n_out + min(end * self._rows, n_out)) * row_bytes
-            rows = raw[first:last]
+            rows = source.raw(tensor.name, first, last)
             if dtype is not tensor.dtype:
                 rows = quantize_q8_0(dequantize(tensor.dtype, rows, (-1, n_in)))
             n_rows = min(end * self._rows, n_out) - begin * self._rows
             address = target.ctypes.data + matrix * matrix_bytes + begin * panel
             self._lib.pack(dtype.ggml_id, rows.ctypes.data, n_rows, n_in, address, 0, end - begin)
-            source.release(tensor.name, first, last)
 
         step = max(1, _TASK_BYTES // panel)
         tasks = itertools.product(range(n_matrices), range(0, n_panels, step))
