@@ -5,11 +5,12 @@ Used by tools/synth.py and the tests; needs only numpy. Version 3, little-endian
 
 from __future__ import annotations
 
+import os
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -23,7 +24,7 @@ _NUMPY_KINDS = {
 @dataclass(frozen=True)
 class TensorSpec:
     """A tensor to write: row-major shape, GGML type number, size, and what supplies the bytes, as
-    bytes, memory views or arrays."""
+    bytes, memory views or arrays; an integer is a hole of so many bytes, which reads as zeros."""
 
     name: str
     shape: tuple[int, ...]
@@ -57,11 +58,12 @@ def write_gguf(path: str | Path, metadata: dict[str, Any], tensors: list[TensorS
         for t in tensors:
             start = file.tell()
             for piece in t.data():
-                file.write(piece)
+                file.seek(piece, os.SEEK_CUR) if isinstance(piece, int) else file.write(piece)
             written = file.tell() - start
             if written != t.nbytes:
                 raise ValueError(f"{t.name}: expected {t.nbytes} bytes of data, got {written}")
             _pad(file, alignment)
+        file.truncate()  # Where the last hole ends.
 
 
 def split_path(path: str | Path, i: int, n: int) -> Path:
@@ -120,8 +122,9 @@ def _value(value: Any) -> bytes:
         return struct.pack("<I", _NUMPY_KINDS[value.dtype.name]) + value.tobytes()
     if isinstance(value, str):
         return struct.pack("<I", 8) + _string(value)
-    if isinstance(value, list):
-        return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(_string, value))
+    if isinstance(value, Sized):
+        texts = map(_string, cast(Iterable[str], value))
+        return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(texts)
     if isinstance(value, bool):
         return struct.pack("<IB", 7, value)
     if isinstance(value, int):

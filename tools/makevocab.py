@@ -48,14 +48,14 @@ def made_vocabulary() -> dict[str, Any]:
 
 def copied_vocabulary(path: str | Path) -> dict[str, Any]:
     """All `tokenizer.` keys of another GGUF."""
-    from engine.formats.gguf import GGUFError, GGUFFile
+    from engine.formats.gguf import GGUFError, GGUFFile, Strings
 
     try:
         source = GGUFFile(path).metadata
     except GGUFError as error:
         raise VocabError(str(error)) from None
     vocabulary = {k: v for k, v in source.items() if k.startswith("tokenizer.")}
-    if not isinstance(vocabulary.get("tokenizer.ggml.tokens"), list):
+    if not isinstance(vocabulary.get("tokenizer.ggml.tokens"), Strings):
         raise VocabError(f"{path}: expected a vocabulary, got no tokenizer.ggml.tokens")
     return vocabulary
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -66,22 +65,23 @@ class Need:
 
 
 def write_header(path: Path, p: Preset, dtype: str) -> Path:
-    """A GGUF of a preset's shapes in a type or mix; all tensors share one hole of a sparse file."""
+    """A GGUF of a preset's shapes in a type or mix; each tensor is a hole of a sparse file."""
     values = {"general.architecture": p.arch} | metadata(p)
     values |= padded_vocabulary(made_vocabulary(), p.n_vocab)
-    ids = {name: tensor_type(p, name, s, dtype).ggml_id for name, s in tensors(p).items()}
-    specs = [TensorSpec(name, s, ids[name], 0, list) for name, s in tensors(p).items()]
-    write_gguf(path, values, specs)
-    os.truncate(path, path.stat().st_size + max(tensor_bytes(p, dtype)))
+    write_gguf(path, values, [_hole(p, dtype, *tensor) for tensor in tensors(p).items()])
     return path
+
+
+def _hole(p: Preset, dtype: str, name: str, shape: tuple[int, ...]) -> TensorSpec:
+    block = tensor_type(p, name, shape, dtype)
+    n_bytes = math.prod(shape) // block.elems * block.nbytes
+    return TensorSpec(name, shape, block.ggml_id, n_bytes, lambda: [n_bytes])
 
 
 def tensor_bytes(p: Preset, dtype: str) -> Iterator[int]:
     """Bytes of each tensor in a file of type or mix `dtype`, with the padding behind it."""
-    for name, shape in tensors(p).items():
-        block = tensor_type(p, name, shape, dtype)
-        n_bytes = math.prod(shape) // block.elems * block.nbytes
-        yield -(-n_bytes // ALIGNMENT) * ALIGNMENT
+    for tensor in tensors(p).items():
+        yield -(-_hole(p, dtype, *tensor).nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def need_of(model: Model, backend: str) -> Need:

@@ -127,13 +127,10 @@ def _seconds(device: Device, executable: Executable, live: Live) -> float:
 
 
 class _NoWeights:
-    def raw(self, name: str) -> Any:
-        raise AssertionError(name)
-
     def factors(self, name: str) -> Any:
         raise AssertionError(name)
 
-    def release(self, name: str, begin: int = 0, end: int | None = None) -> None:
+    def raw(self, name: str, begin: int = 0, end: int | None = None) -> Any:
         raise AssertionError(name)
 
 

@@ -84,16 +84,15 @@ class RandomWeights:
         n_bytes = n_elems // dtype.block_elems * dtype.block_bytes
         self._raw = np.resize(some, n_bytes)
 
-    def raw(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def raw(
+        self, name: str, begin: int = 0, end: int | None = None
+    ) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """A weight's bytes."""
-        return self._raw
+        return self._raw[begin:end]
 
     def factors(self, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
         """There are none."""
         return np.ones(1, np.float32)
-
-    def release(self, name: str, begin: int = 0, end: int | None = None) -> None:
-        """They are needed again."""
 
 
 class Products:

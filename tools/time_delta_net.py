@@ -57,13 +57,10 @@ class Call:
 
 
 class _NoWeights:
-    def raw(self, name: str) -> np.ndarray:
-        raise AssertionError(name)
-
     def factors(self, name: str) -> np.ndarray:
         raise AssertionError(name)
 
-    def release(self, name: str, begin: int = 0, end: int | None = None) -> None:
+    def raw(self, name: str, begin: int = 0, end: int | None = None) -> np.ndarray:
         raise AssertionError(name)
 
 

@@ -81,14 +81,12 @@ class StateStore(Protocol):
 class WeightSource(Protocol):
     """Where weights come from: a GGUFFile, or whatever a test makes up."""
 
-    def raw(self, name: str) -> NDArray[np.uint8]:
-        """A weight's stored bytes, uint8."""
+    def raw(self, name: str, begin: int = 0, end: int | None = None) -> NDArray[np.uint8]:
+        """Bytes `begin` to `end` (None: to the last) of a weight as stored, uint8: whole rows.
+        Threads may call it at the same time."""
 
     def factors(self, name: str) -> NDArray[np.float32]:
         """What its values are multiplied by: float32 [1], or [X] for each of its X matrices."""
-
-    def release(self, name: str, begin: int = 0, end: int | None = None) -> None:
-        """Bytes `begin` to `end` (None: to the last) are not needed soon; their memory may go."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
-from numpy.typing import NDArray
 
 from engine.backends import base
 from engine.backends.base import Array, Backend, Instruction, Limits, Split, Support
@@ -51,9 +50,9 @@ class ReferenceBackend(Backend):
         return min(decoded, self._weights.limit)
 
     def load_weights(self, nodes: Sequence[Node], source: base.WeightSource) -> None:
-        """Remember the bytes: a weight is decoded when a node first needs it."""
+        """Remember the source: a weight is read and decoded when a node needs it."""
         for tensor in _weights_of(nodes):
-            self._weights.add(tensor, source.raw(tensor.name), source.factors(tensor.name))
+            self._weights.add(tensor, source)
 
     def compile(self, split: Split) -> ReferenceProgram:
         return ReferenceProgram(self, split)
@@ -134,27 +133,31 @@ class ReferenceProgram:
 
 
 class _WeightCache:
-    """Stored weights by tensor, decoded on demand; least recently used ones are dropped first."""
+    """Weights by tensor, read and decoded on demand; least recently used ones are dropped first."""
 
     def __init__(self, dtype: np.dtype[Any], limit: int) -> None:
-        self._dtype, self.limit = dtype, limit
-        self._stored: dict[Tensor, tuple[NDArray[np.uint8], NDArray[np.float32]]] = {}
+        self._dtype, self.limit, self._bytes = dtype, limit, 0
+        self._sources: dict[Tensor, base.WeightSource] = {}
         self._decoded: OrderedDict[Tensor, Array] = OrderedDict()
 
-    def add(self, tensor: Tensor, raw: NDArray[np.uint8], factors: NDArray[np.float32]) -> None:
-        self._stored[tensor] = raw, factors
-        self._decoded.pop(tensor, None)
+    def add(self, tensor: Tensor, source: base.WeightSource) -> None:
+        self._sources[tensor] = source
+        if (old := self._decoded.pop(tensor, None)) is not None:
+            self._bytes -= old.nbytes
 
     def get(self, tensor: Tensor) -> Array:
         if tensor in self._decoded:
             self._decoded.move_to_end(tensor)
             return self._decoded[tensor]
-        raw, factors = self._stored[tensor]
+        source = self._sources[tensor]
+        raw, factors = source.raw(tensor.name), source.factors(tensor.name)
         values = dequantize(tensor.dtype, raw, tensor.shape, factors)
         decoded: Array = values.astype(self._dtype, copy=False)
         self._decoded[tensor] = decoded
-        while sum(kept.nbytes for kept in self._decoded.values()) > self.limit:
-            self._decoded.popitem(last=False)
+        self._bytes += decoded.nbytes
+        while self._bytes > self.limit:
+            _, dropped = self._decoded.popitem(last=False)
+            self._bytes -= dropped.nbytes
         return decoded
 
 

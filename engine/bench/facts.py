@@ -49,7 +49,7 @@ class ModelFacts:
         label = file.metadata.get("general.size_label", "")
         words = (file.string("general.architecture"), label, _file_type(file))
         # Without characters of the file that would break a table.
-        kind = " ".join(filter(None, (re.sub(r"[^\w.+-]", "", str(word)) for word in words)))
+        kind = " ".join(filter(None, (re.sub(r"[^\w.+-]", "", str(word)[:64]) for word in words)))
         n_params = sum(math.prod(t.shape) for t in tensors)
         return cls(path, kind, sum(t.nbytes for t in tensors), n_params, n_ctx_train)
 

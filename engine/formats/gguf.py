@@ -1,15 +1,16 @@
 """Reader of GGUF files: metadata and tensor table, with the tensor data left on disk.
 
-The file is mapped: a tensor's bytes are read when a backend uses them. Files are untrusted: every
-count, length and offset is checked against the file's size before it is used. Versions 2 and 3,
-little-endian; split files (`-00001-of-0000N.gguf`) are joined. Format: ggml's docs/gguf.md.
+A tensor's bytes are read when a backend asks for them. Files are untrusted: every count, length and
+offset is checked against the file's size before it is used. Versions 2 and 3, little-endian; split
+files (`-00001-of-0000N.gguf`) are joined. Format: ggml's docs/gguf.md.
 """
 
 import math
-import mmap
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,16 @@ from numpy.typing import NDArray
 from engine import checks
 from engine.errors import EngineError
 from engine.formats import ollama
+from engine.formats.files import File
 from engine.formats.quants import BY_GGML_ID, WEIGHT_TYPES, DType, names
 
 MAGIC = b"GGUF"
 _CONVERTER = "llama.cpp's convert_hf_to_gguf.py"
 MAX_DIMS = 4
-MAX_NAME = 256
+# The longest names, so that a message may quote several: of tensors as in ggml.
+MAX_KEY, MAX_NAME = 256, 63
+# Bytes of the header that are read at a time.
+_CHUNK = 1 << 20
 _U64 = struct.Struct("<Q")
 _STRING, _ARRAY = 8, 9
 # numpy's types by the format's value type number.
@@ -52,10 +57,32 @@ class TensorInfo:
     file_index: int = 0
 
 
+class Strings:
+    """Texts as the file stores them, each decoded when it is asked for: a text in memory takes up
+    to nine times what it takes in the file. What is no UTF-8 is its bytes."""
+
+    def __init__(self, data: bytes, n: int) -> None:
+        self._data, self._n = data, n
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __iter__(self) -> Iterator[str | bytes]:
+        data, end, unpack = self._data, 0, _U64.unpack_from
+        for _ in range(self._n):
+            begin = end + 8
+            end = begin + unpack(data, end)[0]
+            text = data[begin:end]
+            try:
+                yield text.decode()
+            except UnicodeDecodeError:
+                yield text
+
+
 class GGUFFile:
     """A GGUF file (or the set of files that it is split into).
 
-    `metadata`: key -> bool, int, float, str, list of str, or a 1-D numpy array.
+    `metadata`: key -> bool, int, float, str, Strings, or a 1-D numpy array.
     `tensors`: name -> TensorInfo, in file order. `integer`, `number` (finite), `string` and
     `boolean` read a value of the metadata; without `default` a missing key is an error.
     Raises GGUFError for anything that is not a readable GGUF file.
@@ -68,11 +95,11 @@ class GGUFFile:
         first = _Parser(self.path, 0)
         self.metadata: dict[str, Any] = first.metadata
         self.tensors: dict[str, TensorInfo] = first.tensors
-        self._maps = [first.data]
+        self._files = [first.file]
         n_split = self.integer("split.count", 0)
         if n_split > 1:
             self._join_splits(n_split)
-        self.size = sum(map(len, self._maps))
+        self.size = sum(file.size for file in self._files)
 
     def _join_splits(self, n_split: int) -> None:
         match = _SPLIT_NAME.match(self.path.name)
@@ -91,11 +118,11 @@ class GGUFFile:
             for key, expected in (("split.no", i), ("split.count", n_split)):
                 came = part.metadata.get(key)
                 if not isinstance(came, int) or came != expected:
-                    raise GGUFError(f"{path}: expected {key} = {expected}, got {_shown(came)}")
+                    raise GGUFError(f"{path}: expected {key} = {expected}, got {shown(came)}")
             if doubled := self.tensors.keys() & part.tensors.keys():
                 raise GGUFError(f"{path}: tensor {min(doubled)} is in another split file too")
             self.tensors.update(part.tensors)
-            self._maps.append(part.data)
+            self._files.append(part.file)
         expected = self.integer("split.tensors.count", len(self.tensors))
         if len(self.tensors) != expected:
             raise GGUFError(
@@ -103,20 +130,15 @@ class GGUFFile:
                 f"got {len(self.tensors)}"
             )
 
-    def raw(self, name: str) -> NDArray[np.uint8]:
-        """The stored bytes of a tensor, uint8 [nbytes], mapped (read-only, nothing is copied)."""
-        info = self.tensors[name]
-        data = self._maps[info.file_index]
-        return np.frombuffer(data, np.uint8, count=info.nbytes, offset=info.offset)
+    def raw(self, name: str, begin: int = 0, end: int | None = None) -> NDArray[np.uint8]:
+        """Bytes `begin` to `end` (None: to the last) of a tensor as stored, uint8, read now.
 
-    def release(self, name: str, begin: int = 0, end: int | None = None) -> None:
-        """Release the memory pages of a tensor's bytes begin … end - 1; they can be read again."""
+        Raises GGUFError if the file was cut or changed since it was opened.
+        """
         info = self.tensors[name]
-        start = -(-(info.offset + begin) // mmap.PAGESIZE) * mmap.PAGESIZE
-        stop = info.offset + (info.nbytes if end is None else end)
-        length = (stop - start) // mmap.PAGESIZE * mmap.PAGESIZE
-        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
-            self._maps[info.file_index].madvise(mmap.MADV_DONTNEED, start, length)
+        end = info.nbytes if end is None else end
+        file = self._files[info.file_index]
+        return file.read(info.offset + begin, info.offset + end, f"tensor {name}")
 
     def integer(self, key: str, default: int | None = None) -> int:
         return int(self._value(key, default, "an integer", int))
@@ -142,15 +164,17 @@ class GGUFFile:
         return value
 
     def _unfit(self, key: str, expected: str, value: Any) -> GGUFError:
-        return GGUFError(f"{self.path}: metadata {key}: expected {expected}, got {_shown(value)}")
+        return GGUFError(f"{self.path}: metadata {key}: expected {expected}, got {shown(value)}")
 
 
 class _Parser:
-    """One pass over one file's header; afterwards `metadata`, `tensors` and `data` are set."""
+    """One pass over one file's header; afterwards `metadata`, `tensors` and `file` are set."""
 
     def __init__(self, path: Path, file_index: int) -> None:
         self.path, self.file_index = path, file_index
-        self.data, self.pos = _map(path), 0
+        self.file = _open(path)
+        # The beginning of the file, as far as it was needed.
+        self._data, self.pos = bytearray(), 0
         n_tensors, n_kv = self._header()
         self.metadata = self._metadata(n_kv)
         self.tensors = self._tensor_table(n_tensors)
@@ -158,56 +182,67 @@ class _Parser:
     def _fail(self, message: str) -> GGUFError:
         return GGUFError(f"{self.path}: {message}")
 
-    def _need(self, nbytes: int, what: str) -> None:
-        left = len(self.data) - self.pos
+    def _need(self, nbytes: int, what: str) -> int:
+        """Have `nbytes` more bytes of the file at hand; returns how many there are in all."""
+        end, left = self.pos + nbytes, self.file.size - self.pos
         if nbytes > left:
             raise self._fail(
                 f"truncated: {what} needs {nbytes} bytes at offset {self.pos}, {left} are left"
             )
+        if end > (n_read := len(self._data)):
+            more = min(max(end, n_read + _CHUNK), self.file.size)
+            self._data.extend(self.file.read(n_read, more, what).data)
+        return len(self._data)
 
     def _uint(self, nbytes: int, what: str) -> int:
         self._need(nbytes, what)
         self.pos += nbytes
-        return int.from_bytes(self.data[self.pos - nbytes : self.pos], "little")
+        return int.from_bytes(self._data[self.pos - nbytes : self.pos], "little")
 
-    def _strings(self, n: int, what: str) -> list[str | bytes]:
-        """Strings; what is no UTF-8 is its bytes, which no reader of strings takes."""
-        self._need(8 * n, what)
-        data, pos, size, unpack = self.data, self.pos, len(self.data), _U64.unpack_from
-        out: list[str | bytes] = []
+    def _string(self, what: str) -> str | bytes:
+        """A string; its bytes if they are no UTF-8, which no reader of strings takes."""
+        length = self._uint(8, what)
+        self._need(length, f"a string of {what}")
+        self.pos += length
+        text = bytes(self._data[self.pos - length : self.pos])
         try:
-            for _ in range(n):
-                (length,) = unpack(data, pos)
-                start = pos + 8
-                pos = start + length
-                if pos > size:
-                    self.pos = start
-                    self._need(length, f"a string of {what}")
-                try:
-                    out.append(data[start:pos].decode())
-                except UnicodeDecodeError:
-                    out.append(data[start:pos])
-        except struct.error:
-            raise self._fail(f"truncated: {what} ends at offset {size}") from None
-        self.pos = pos
-        return out
+            return text.decode()
+        except UnicodeDecodeError:
+            return text
 
-    def _name(self, what: str) -> str:
+    def _strings(self, n: int, what: str) -> "Strings":
+        self._need(8 * n, what)
+        begin = end = self.pos
+        data, unpack, n_read = self._data, _U64.unpack_from, len(self._data)
+        for _ in range(n):
+            if end + 8 > n_read:
+                self.pos = end
+                n_read = self._need(8, what)
+            (length,) = unpack(data, end)
+            end += 8 + length
+            if end > n_read:
+                self.pos = end - length
+                n_read = self._need(length, f"a string of {what}")
+        self.pos = end
+        return Strings(bytes(memoryview(data)[begin:end]), n)
+
+    def _name(self, what: str, longest: int) -> str:
         """A key or a tensor's name: short and printable, so that every message may quote it."""
-        (name,) = self._strings(1, what)
+        name = self._string(what)
         if isinstance(name, bytes):
             raise self._fail(f"{what}: expected UTF-8, got {name[:16]!r}")
-        if len(name) > MAX_NAME or not name.isprintable():
+        if len(name) > longest or not name.isprintable():
             raise self._fail(
-                f"{what}: expected at most {MAX_NAME} printable characters, got {_shown(name)}"
+                f"{what}: expected at most {longest} printable characters, got {shown(name)}"
             )
         return name
 
     def _header(self) -> tuple[int, int]:
-        magic = self.data[:4]
+        self._need(min(9, self.file.size), "the header")
+        magic = bytes(self._data[:4])
         if magic != MAGIC[: len(magic)]:
             # A safetensors file begins with the length of its JSON.
-            is_other = self.data[8:9] == b"{" or magic[:2] == b"PK"
+            is_other = self._data[8:9] == b"{" or magic[:2] == b"PK"
             hint = f"; {_CONVERTER} converts safetensors and PyTorch's files" * is_other
             raise self._fail(f"not a GGUF file: expected magic {MAGIC!r}, got {magic!r}{hint}")
         self.pos = 4
@@ -217,7 +252,7 @@ class _Parser:
                 raise self._fail("a big-endian GGUF file; only little-endian ones can be read")
             raise self._fail(f"GGUF version {version}; expected 2 or 3")
         n_tensors, n_kv = self._uint(8, "the tensor count"), self._uint(8, "the metadata count")
-        left = len(self.data) - self.pos
+        left = self.file.size - self.pos
         for n, each, what in (
             (n_tensors, _MIN_TENSOR_BYTES, "tensors"),
             (n_kv, _MIN_KV_BYTES, "metadata entries"),
@@ -229,7 +264,7 @@ class _Parser:
     def _metadata(self, n_kv: int) -> dict[str, Any]:
         metadata: dict[str, Any] = {}
         for i in range(n_kv):
-            key = self._name(f"the key of metadata entry {i}")
+            key = self._name(f"the key of metadata entry {i}", MAX_KEY)
             if key in metadata:
                 raise self._fail(f"metadata key {key} appears twice")
             metadata[key] = self._metadata_value(self._uint(4, key), key)
@@ -237,7 +272,7 @@ class _Parser:
 
     def _metadata_value(self, kind: int, key: str) -> Any:
         if kind == _STRING:
-            return self._strings(1, key)[0]
+            return self._string(key)
         if kind != _ARRAY:
             return self._numbers(kind, 1, key)[0].item()
         kind, n = self._uint(4, key), self._uint(8, key)
@@ -248,7 +283,7 @@ class _Parser:
             raise self._fail(f"metadata {key}: unknown value type {kind}")
         dtype = np.dtype(_SCALARS[kind])
         self._need(n * dtype.itemsize, f"metadata {key}")
-        values = np.frombuffer(self.data, dtype, count=n, offset=self.pos).copy()
+        values = np.frombuffer(self._data, dtype, count=n, offset=self.pos).copy()
         if dtype.kind == "b":
             values = values.view(np.uint8) != 0
         self.pos += n * dtype.itemsize
@@ -258,7 +293,7 @@ class _Parser:
         alignment = self.metadata.get("general.alignment", 32)
         is_power = type(alignment) is int and alignment > 0 and not alignment & (alignment - 1)
         if not is_power:
-            came = _shown(alignment)
+            came = shown(alignment)
             raise self._fail(f"general.alignment: expected a power of two, got {came}")
         entries = [self._tensor_entry(i) for i in range(n_tensors)]
         base = -(-self.pos // alignment) * alignment
@@ -269,16 +304,26 @@ class _Parser:
             nbytes = dtype.nbytes(shape)
             if offset % alignment:
                 raise self._fail(f"tensor {name}: offset {offset} is no multiple of {alignment}")
-            if base + offset + nbytes > len(self.data):
+            if base + offset + nbytes > self.file.size:
                 raise self._fail(
                     f"truncated: tensor {name} needs {nbytes} bytes at offset {base + offset}, "
-                    f"the file has {len(self.data)}"
+                    f"the file has {self.file.size}"
                 )
             tensors[name] = TensorInfo(name, shape, dtype, base + offset, nbytes, self.file_index)
+        self._check_apart(tensors)
         return tensors
 
+    def _check_apart(self, tensors: dict[str, TensorInfo]) -> None:
+        """Tensors that share bytes would let a small file take much memory; ggml has none."""
+        for a, b in pairwise(sorted(tensors.values(), key=lambda t: t.offset)):
+            if b.offset < (end := a.offset + a.nbytes):
+                raise self._fail(
+                    f"tensor {b.name} overlaps tensor {a.name}: expected an offset in the file of "
+                    f"at least {end}, got {b.offset}"
+                )
+
     def _tensor_entry(self, i: int) -> tuple[str, tuple[int, ...], DType, int]:
-        name = self._name(f"the name of tensor {i}")
+        name = self._name(f"the name of tensor {i}", MAX_NAME)
         what = f"tensor {name}"
         n_dims = self._uint(4, what)
         if not 1 <= n_dims <= MAX_DIMS:
@@ -300,25 +345,21 @@ class _Parser:
         return name, shape, dtype, self._uint(8, what)
 
 
-def _shown(value: Any) -> str:
-    """A metadata value for a message: short, and on one line whatever the file holds."""
-    if isinstance(value, list | np.ndarray):
-        return f"an array of {len(value)}"
-    text = repr(value)
-    return text if len(text) <= 64 else f"{text[:61]}..."
+def shown(value: Any) -> str:
+    """A metadata value as an error's text shows it: short, and in one line."""
+    if isinstance(value, Strings):
+        return f"an array of {len(value)} strings"
+    if isinstance(value, np.ndarray):
+        return f"an array of {len(value)} {value.dtype}"
+    return "nothing" if value is None else checks.shown(value)
 
 
-def _map(path: Path) -> mmap.mmap:
-    try:
-        if path.is_dir():
-            is_model = any(path.glob("*.safetensors")) or (path / "config.json").exists()
-            hint = f"; {_CONVERTER} converts a model's directory" * is_model
-            raise GGUFError(f"{path}: expected a GGUF file, got a directory{hint}")
-        with path.open("rb") as file:
-            if file.seek(0, 2) == 0:
-                raise GGUFError(f"{path}: expected a GGUF file, got an empty file")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise GGUFError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:  # an embedded NUL in the name
-        raise GGUFError(f"{path!s}: {error}") from None
+def _open(path: Path) -> File:
+    if path.is_dir():
+        is_model = any(path.glob("*.safetensors")) or (path / "config.json").exists()
+        hint = f"; {_CONVERTER} converts a model's directory" * is_model
+        raise GGUFError(f"{path}: expected a GGUF file, got a directory{hint}")
+    file = File(GGUFError, path, "a GGUF file")
+    if file.size == 0:
+        raise GGUFError(f"{path}: expected a GGUF file, got an empty file")
+    return file

@@ -1,8 +1,8 @@
 """Architectures by the name that a GGUF file gives."""
 
-from engine.formats.gguf import GGUFFile
+from engine.formats.gguf import GGUFFile, shown
 from engine.models.base import Model
-from engine.models.hparams import ModelError, shown
+from engine.models.hparams import ModelError
 from engine.models.kimi_linear import KimiLinear
 from engine.models.layers import BuildOptions
 from engine.models.qwen3next import Qwen3Next
@@ -24,7 +24,7 @@ def load_model(file: GGUFFile) -> Model:
     arch = file.string("general.architecture")
     if arch not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise ModelError(f"{file.path}: unknown architecture {arch!r}; known are {known}")
+        raise ModelError(f"{file.path}: unknown architecture {shown(arch)}; known are {known}")
     if not file.tensors:
         raise ModelError(f"{file.path}: expected a model, got a vocabulary without tensors")
     if "token_embd.weight" not in file.tensors and any(".nextn." in t for t in file.tensors):

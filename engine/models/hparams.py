@@ -9,20 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import EngineError
-from engine.formats.gguf import GGUFFile
+from engine.formats.gguf import GGUFFile, Strings, shown
 
 
 class ModelError(EngineError):
     """The file's hyper-parameters or tensors are not those of its architecture."""
-
-
-def shown(value: Any) -> str:
-    """A metadata value for a message, short and on one line."""
-    if value is None:
-        return "nothing"
-    if isinstance(value, np.ndarray):
-        return f"{len(value)} of {value.dtype}"
-    return f"{len(value)} strings" if isinstance(value, list) else repr(value)[:64]
 
 
 class HParams:
@@ -62,7 +53,7 @@ class HParams:
 
     def n_vocab(self) -> int:
         tokens = self.file.metadata.get("tokenizer.ggml.tokens")
-        if not isinstance(tokens, list):
+        if not isinstance(tokens, Strings):
             raise ModelError(
                 f"{self.file.path}: tokenizer.ggml.tokens: expected strings, got {shown(tokens)}"
             )

@@ -9,11 +9,12 @@ from functools import partial
 
 import numpy as np
 
+from engine.formats.gguf import shown
 from engine.graph import Shape
 from engine.models.attention import AttentionShape, gated_attention
 from engine.models.base import Model
 from engine.models.delta_net import DeltaNetShape, delta_net
-from engine.models.hparams import HParams, shown
+from engine.models.hparams import HParams
 from engine.models.layers import Layer
 from engine.models.moe import moe_ffn, moe_shapes
 from engine.models.rope import read_rope
@@ -79,7 +80,7 @@ class Hybrid(Model):
             self._split_qkv(i, self.attention[i].widths)
         elif self._dt(i) == "ssm_dt":
             prefix, shape = f"blk.{i}", (self.delta_net.n_v_heads,)
-            self.weights.take_rows(f"{prefix}.ssm_dt.bias", f"{prefix}.ssm_dt", slice(0, 1), shape)
+            self.weights.take_rows(f"{prefix}.ssm_dt.bias", f"{prefix}.ssm_dt", range(1), shape)
 
     def _layer(self, i: int) -> tuple[str, Layer, Layer]:
         if self.linear[i]:

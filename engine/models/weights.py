@@ -36,7 +36,7 @@ class Weights:
     def __init__(self, file: GGUFFile, expected: Mapping[str, Shape], skipped: range) -> None:
         self._file = file
         # Tensors made of rows: the file's tensor, and which rows of it.
-        self._rows: dict[str, tuple[str, slice | NDArray[Any]]] = {}
+        self._rows: dict[str, tuple[str, range | NDArray[Any]]] = {}
         _check(file, expected, skipped)
         self.tensors: dict[str, TensorInfo] = {
             name: replace(file.tensors[name], shape=shape) for name, shape in expected.items()
@@ -46,8 +46,8 @@ class Weights:
         """Give a tensor another shape with rows of the same length."""
         self.tensors[name] = replace(self.tensors[name], shape=shape)
 
-    def take_rows(self, name: str, source: str, index: slice | NDArray[Any], shape: Shape) -> None:
-        """Make a tensor of rows of another one; a slice of them costs no memory."""
+    def take_rows(self, name: str, source: str, index: range | NDArray[Any], shape: Shape) -> None:
+        """Make a tensor of rows of another one; a range of them costs no memory."""
         info = self.tensors[source]
         nbytes = info.dtype.nbytes(shape)
         self.tensors[name] = replace(info, name=name, shape=shape, nbytes=nbytes)
@@ -57,16 +57,20 @@ class Weights:
         """Make tensors of consecutive rows of another one; `parts`: name -> rows."""
         start, width = 0, self.tensors[source].shape[-1]
         for name, n in parts.items():
-            self.take_rows(name, source, slice(start, start + n), (n, width))
+            self.take_rows(name, source, range(start, start + n), (n, width))
             start += n
 
-    def raw(self, name: str) -> NDArray[np.uint8]:
-        """A tensor's stored bytes, uint8 [nbytes]."""
+    def raw(self, name: str, begin: int = 0, end: int | None = None) -> NDArray[np.uint8]:
+        """Bytes `begin` to `end` (None: to the last) of a tensor as stored, uint8: whole rows."""
         if name not in self._rows:
-            return self._file.raw(name)
+            return self._file.raw(name, begin, end)
         (source, index), info = self._rows[name], self.tensors[name]
-        table = self._file.raw(source).reshape(-1, info.dtype.row_bytes(info.shape[-1]))
-        return table[index].reshape(-1)
+        size = info.dtype.row_bytes(info.shape[-1])
+        rows = np.asarray(index[begin // size : None if end is None else end // size])
+        # Each run of rows that follow each other in the file is one read.
+        runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
+        parts = [self._file.raw(source, size * r[0], size * (r[-1] + 1)) for r in runs]
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def factors(self, name: str) -> NDArray[np.float32]:
         """What a tensor's values are multiplied by, float32: [1], or [X] for each of X matrices."""
@@ -75,17 +79,6 @@ class Weights:
         if scale not in self._file.tensors:
             return np.ones(1, np.float32)
         return self._file.raw(scale).view(np.float32)
-
-    def release(self, name: str, begin: int = 0, end: int | None = None) -> None:
-        """Release the memory pages of a tensor's bytes begin … end - 1; they can be read again."""
-        if name not in self._rows:
-            return self._file.release(name, begin, end)
-        (source, index), info = self._rows[name], self.tensors[name]
-        if not isinstance(index, slice):
-            return self._file.release(source)
-        first = index.start * info.dtype.row_bytes(info.shape[-1])
-        stop = first + (info.nbytes if end is None else end)
-        return self._file.release(source, first + begin, stop)
 
 
 def _check(file: GGUFFile, expected: Mapping[str, Shape], skipped: range) -> None:

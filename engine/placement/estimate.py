@@ -1,7 +1,7 @@
 """Memory that a placed graph will touch, compared with the memory that is left.
 
 Counted: weights as backends keep them, states and KV cache at capacity, and the largest sum of
-activations alive at one time in a full step; not the file's mapped pages, which can be dropped.
+activations alive at one time in a full step.
 """
 
 from __future__ import annotations

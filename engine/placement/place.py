@@ -153,16 +153,13 @@ def _operands(node: Node, kind: Kind) -> list[Tensor]:
 
 def _groups(graph: Graph) -> list[list[Node]]:
     """Nodes that hold state; those that share a state tensor are one group."""
-    groups: list[tuple[set[Tensor], list[Node]]] = []
+    group_of: dict[Tensor, list[Node]] = {}
     for node in graph.nodes:
-        states = set(_operands(node, Kind.STATE))
-        if not states:
-            continue
-        joined = [g for g in groups if g[0] & states]
-        groups = [g for g in groups if not g[0] & states]
-        nodes = [n for g in joined for n in g[1]] + [node]
-        groups.append((states.union(*(g[0] for g in joined)), nodes))
-    return [nodes for _, nodes in groups]
+        found = (group_of.get(t, []) for t in _operands(node, Kind.STATE))
+        joined = dict.fromkeys(n for nodes in found for n in nodes)
+        group = [*joined, node]
+        group_of |= dict.fromkeys((t for n in group for t in _operands(n, Kind.STATE)), group)
+    return list({id(group): group for group in group_of.values()}.values())
 
 
 def _splits(graph: Graph, placements: Mapping[Node, Placement]) -> list[Split]:

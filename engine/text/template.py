@@ -20,12 +20,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine import checks
 from engine.errors import EngineError
+from engine.formats.files import not_regular
 from engine.formats.gguf import GGUFFile
 
 Message = Mapping[str, Any]
 
 _log = logging.getLogger(__name__)
 TEMPLATE_KEY = "tokenizer.chat_template"
+# Of the templates in a file, so many are named where another one is asked for.
+_NAMED = 8
 _PROBE = "\ufdd1"  # No template contains it.
 # Values of `--chat-template NAME` that need no file.
 BUILT_IN = {
@@ -138,15 +141,18 @@ def find_template(file: GGUFFile, choice: str | None = None) -> ChatTemplate:
     if source := BUILT_IN.get(choice, "") or file.string(f"{TEMPLATE_KEY}.{choice}", ""):
         return ChatTemplate(source, f"chat template {choice}")
     try:
+        if kind := not_regular(Path(choice)):
+            raise ValueError(f"it is {kind}")
         source = Path(choice).read_bytes().decode()
     except UnicodeDecodeError as error:
         came = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
         raise ChatError(f"chat template {choice}: expected UTF-8, got {came}") from None
     except (OSError, ValueError) as error:
         prefix = f"{TEMPLATE_KEY}."
-        in_file = [k.removeprefix(prefix) for k in file.metadata if k.startswith(prefix)]
+        in_file = [k.removeprefix(prefix)[:64] for k in file.metadata if k.startswith(prefix)]
+        known = ", ".join([*BUILT_IN, *in_file[:_NAMED]])
         raise ChatError(
-            f"chat template {choice}: expected a file or one of {', '.join([*BUILT_IN, *in_file])} "
+            f"chat template {choice}: expected a file or one of {known} "
             f"({getattr(error, 'strerror', None) or error})"
         ) from None
     return ChatTemplate(source, f"chat template {choice}")

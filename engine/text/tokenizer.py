@@ -17,7 +17,7 @@ from typing import Any
 
 from engine import checks
 from engine.errors import NotEnoughMemoryError
-from engine.formats.gguf import GGUFError, GGUFFile
+from engine.formats.gguf import GGUFError, GGUFFile, shown
 from engine.text.vocab import (
     BYTE,
     BYTE_OF,
@@ -269,7 +269,7 @@ class _SentencePiece:
             self._processor = SentencePieceProcessor(model_proto=_model_proto(vocab))
         except RuntimeError as error:
             raise TokenizerError(
-                f"{file.path}: sentencepiece refuses the vocabulary: {_one_line(error)}"
+                f"{file.path}: sentencepiece refuses the vocabulary: {_one_line(error)[:200]}"
             ) from None
 
     def encode(self, text: str, continues: bool) -> list[int]:
@@ -331,7 +331,7 @@ def _pre_name(file: GGUFFile) -> str:
     pre = _PRE_ALIASES.get(name, name)
     if pre not in _PRE:
         raise TokenizerError(
-            f"{file.path}: unknown pre-tokenizer {name!r}; known are "
+            f"{file.path}: unknown pre-tokenizer {shown(name)}; known are "
             f"{', '.join([*_PRE, *_PRE_ALIASES])}"
         )
     return pre
@@ -360,7 +360,7 @@ def _bpe(file: GGUFFile, vocab: Vocab, ignore_merges: bool) -> Any:
         for merge, pair in zip(merges, pairs, strict=True):
             if any(token not in vocab.ids for token in (*pair, "".join(pair))):
                 expected = "expected two tokens that make a third"
-                raise metadata_error(file, f"merges: {expected}, got {merge!r}") from None
+                raise metadata_error(file, f"merges: {expected}, got {shown(merge)}") from None
         raise
 
 

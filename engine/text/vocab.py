@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import EngineError
-from engine.formats.gguf import GGUFFile
+from engine.formats.gguf import GGUFFile, Strings, shown
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 SPACE = "\u2581"  # SentencePiece's character for a space
@@ -95,7 +95,7 @@ def read_vocab(file: GGUFFile) -> Vocab:
     model = file.string(_KEY + "model")
     if model not in MODELS:
         raise TokenizerError(
-            f"{file.path}: unknown tokenizer model {model!r}; known are {', '.join(MODELS)}"
+            f"{file.path}: unknown tokenizer model {shown(model)}; known are {', '.join(MODELS)}"
         )
     tokens = [text or f"[EMPTY_{i}]" for i, text in enumerate(strings(file, "tokens"))]
     if not tokens:
@@ -129,19 +129,20 @@ def _required(file: GGUFFile, key: str) -> Any:
 
 def strings(file: GGUFFile, key: str) -> list[str]:
     value = _required(file, key)
-    if not isinstance(value, list):
-        raise metadata_error(file, f"{key}: expected an array of strings")
-    if bytes in map(type, value):
-        i, text = next((i, text) for i, text in enumerate(value) if isinstance(text, bytes))
-        raise metadata_error(file, f"{key}: {i}: expected UTF-8, got {text[:16]!r}")
-    return value
+    if not isinstance(value, Strings):
+        raise metadata_error(file, f"{key}: expected an array of strings, got {shown(value)}")
+    texts: list[Any] = list(value)
+    if bytes in map(type, texts):
+        i, text = next((i, text) for i, text in enumerate(texts) if isinstance(text, bytes))
+        raise metadata_error(file, f"{key}: {i}: expected UTF-8, got {shown(text)}")
+    return texts
 
 
 def _doubled(file: GGUFFile, tokens: list[str]) -> TokenizerError:
     first: dict[str, int] = {}
     i = next(i for i, text in enumerate(tokens) if first.setdefault(text, i) != i)
     return metadata_error(
-        file, f"tokens: {tokens[i]!r} appears twice, as {first[tokens[i]]} and {i}"
+        file, f"tokens: {shown(tokens[i])} appears twice, as {first[tokens[i]]} and {i}"
     )
 
 
@@ -174,7 +175,7 @@ def _types(file: GGUFFile, tokens: list[str], required: bool) -> NDArray[np.int6
     for i in np.flatnonzero(kinds == BYTE):
         if not _BYTE_TEXT.fullmatch(tokens[i]):
             expected = f"byte token {i}: expected a text like <0x0A>"
-            raise metadata_error(file, f"tokens: {expected}, got {tokens[i]!r}")
+            raise metadata_error(file, f"tokens: {expected}, got {shown(tokens[i])}")
     return kinds
 
 
@@ -197,8 +198,8 @@ def _bos_eos(file: GGUFFile, model: str, tokens: list[str]) -> tuple[int | None,
     bos, eos = (i if i < len(tokens) else None for i in _DEFAULT_BOS_EOS[model])
     if eos_id is None and eos is not None:
         _log.warning(
-            "%s: metadata %seos_token_id is missing: token %d, %r, ends the text",
-            file.path, _KEY, eos, tokens[eos],
+            "%s: metadata %seos_token_id is missing: token %d, %s, ends the text",
+            file.path, _KEY, eos, shown(tokens[eos]),
         )  # fmt: skip
     return bos if bos_id is None else bos_id, eos if eos_id is None else eos_id
 

@@ -301,7 +301,7 @@ def test_tokenize_of_nothing(cli: Cli, tiny: Path) -> None:
 def unreadable(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on, reading tensor data fails."""
 
-    def raw(self: GGUFFile, name: str) -> None:
+    def raw(self: GGUFFile, name: str, *part: int) -> None:
         raise AssertionError(f"{name} was read")
 
     monkeypatch.setattr(GGUFFile, "raw", raw)

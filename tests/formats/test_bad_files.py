@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from engine import Engine, EngineError
+from engine.commands.main import main
 from engine.formats.gguf import GGUFFile
 from tests.support.helpers import Cli
 from tools.synth import write_model
@@ -216,3 +217,64 @@ def test_strange_metadata(tmp_path: Path, rng: Rng) -> None:
         write_model(path, "tiny", "Q8_0", overrides=overrides)
         n_loaded += loads(path)
     assert 0 < n_loaded < 200
+
+
+# What a file may be named, or hold, that a message quotes.
+LONG = {"letters": "x" * 10**6, "escapes": "\x1b[31m\n" * 200_000}
+QUOTED = [
+    "architecture", "type", "tokenizer", "pre-tokenizer", "token twice", "merge", "eos token",
+    "byte token", "scaling", "number", "size", "template's error", "template's tag", "key",
+    "templates", "tensor",
+]  # fmt: skip
+
+
+def changes(what: str, text: str, tokens: list[str]) -> dict[str, Any]:
+    """Metadata that makes a message quote `text`."""
+    ggml, n = "tokenizer.ggml.", len(tokens)
+    token = [*tokens[:11], text, *tokens[12:]]
+    byte = {"model": "llama", "token_type": np.full(n, 6, np.int32), "scores": np.ones(n, "f4")}
+    values: dict[str, dict[str, Any]] = {
+        "architecture": {"general.architecture": text},
+        "type": {"general.type": text},
+        "tokenizer": {f"{ggml}model": text},
+        "pre-tokenizer": {f"{ggml}pre": text},
+        "token twice": {f"{ggml}tokens": [*token[:-1], text]},
+        "merge": {f"{ggml}merges": [text]},
+        "eos token": {f"{ggml}tokens": token, f"{ggml}eos_token_id": None, f"{ggml}merges": []},
+        "byte token": {f"{ggml}tokens": [text, *tokens[1:]]}
+        | {ggml + key: value for key, value in byte.items()},
+        "scaling": {"qwen35.rope.scaling.type": text},
+        "number": {"qwen35.embedding_length": text},
+        "size": {"general.size_label": text},
+        "template's error": {"tokenizer.chat_template": "{{ raise_exception(%r) }}" % text},  # noqa: UP031
+        "template's tag": {"tokenizer.chat_template": "{% " + text},
+        "key": {text: 1},
+        "templates": {f"tokenizer.chat_template.{i:0200}": "x" for i in range(999)},
+        "tensor": {},
+    }
+    return values[what]
+
+
+@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
+@pytest.mark.parametrize("what", QUOTED)
+def test_what_is_said_of_a_file_is_short(
+    tiny: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    what: str,
+    text: str,
+) -> None:
+    tokens = list(GGUFFile(tiny).metadata["tokenizer.ggml.tokens"])
+    arrays = {text: np.zeros(3)} if what == "tensor" else None
+    path = tmp_path / "m"
+    write_model(path, "tiny", "Q8_0", overrides=changes(what, text, tokens), arrays=arrays)
+    chosen = ["--chat-template", "none"] * (what == "templates")
+    status = main(["-m", str(path), "-cnv", "-st", "-p", "a", "-n", "1", *chosen])
+    said = "\n".join([*caplog.messages, capsys.readouterr().err])
+    assert status == (0 if what in ("eos token", "size") else 1)
+    assert len(said) < 1000
+    for line in said.splitlines():
+        assert line.isprintable()
+    quoted = "0" * 64 if what == "templates" else "xxx" if text.startswith("x") else "31m"
+    assert quoted in said or "unexpected char '\\x1b'" in said

@@ -118,9 +118,11 @@ def test_metadata_of_every_type_is_what_the_gguf_package_reads(tmp_path: Path) -
         if isinstance(value, np.ndarray):
             assert ours[key].dtype == value.dtype
             np.testing.assert_array_equal(ours[key], value)
+        elif isinstance(value, list):
+            assert (list(ours[key]), len(ours[key])) == (value, len(value))
         else:
             assert ours[key] == value
-            assert type(ours[key]) in (bool, int, float, str, list)
+            assert type(ours[key]) in (bool, int, float, str)
     assert (ours["int"], ours["negative"], ours["float"], ours["yes"]) == (7, -7, 0.25, True)
 
 
@@ -136,7 +138,7 @@ def test_tensors_are_what_the_gguf_package_reads(tmp_path: Path, alignment: int)
         assert info.dtype.ggml_id == int(their.tensor_type)
         assert (info.offset, info.nbytes) == (their.data_offset, their.n_bytes)
         assert ours.raw(spec.name).tobytes() == their.data.tobytes() == b"".join(spec.data())
-        assert not ours.raw(spec.name).flags.writeable
+        assert ours.raw(spec.name, 1, 9).tobytes() == b"".join(spec.data())[1:9]
 
 
 def test_file_of_the_gguf_package_is_read(tmp_path: Path) -> None:
@@ -159,7 +161,7 @@ def test_file_of_the_gguf_package_is_read(tmp_path: Path) -> None:
     assert file.string("general.architecture") == "qwen35"
     assert file.integer("qwen35.block_count") == 4
     assert file.number("qwen35.attention.layer_norm_rms_epsilon") == 0.5
-    assert file.metadata["tokenizer.ggml.tokens"] == ["a", "ß"]
+    assert list(file.metadata["tokenizer.ggml.tokens"]) == ["a", "ß"]
     assert file.metadata["qwen35.rope.dimension_sections"].tolist() == [11, 11, 10, 0]
     assert file.metadata["flags"].tolist() == [True, False]
     assert (file.raw("x").view(np.float32).reshape(3, 4) == x).all()
@@ -205,7 +207,7 @@ def test_typed_getters_check_the_type(tmp_path: Path) -> None:
             with pytest.raises(GGUFError, match=f"{path}: metadata {key}: expected .*, got") as e:
                 get(key)
             assert str(e.value).isprintable()
-            assert len(str(e.value)) < len(str(path)) + 120
+            assert len(str(e.value)) < len(str(path)) + 130
         with pytest.raises(GGUFError, match=f"{path}: metadata none is missing"):
             get("none")
 
@@ -242,7 +244,7 @@ def test_broken_splits_are_refused(tmp_path: Path) -> None:
     )
     assert "tensor a is in another split file too" in doubled
     unrelated = broken_split(tmp_path, lambda paths: write_gguf(paths[1], {}, []))
-    assert "expected split.no = 1, got None" in unrelated
+    assert "expected split.no = 1, got nothing" in unrelated
     array = broken_split(tmp_path, lambda p: write_gguf(p[1], {"split.no": np.arange(2)}, []))
     assert "expected split.no = 1, got an array of 2" in array
     fewer = broken_split(
@@ -279,7 +281,7 @@ def test_unreadable_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     small_file(tmp_path / "m.gguf")
     # Root may read every file, so permissions alone would not do.
     error = PermissionError(errno.EACCES, "Permission denied")
-    monkeypatch.setattr(Path, "open", Mock(side_effect=error))
+    monkeypatch.setattr("os.open", Mock(side_effect=error))
     assert "Permission denied" in refused(tmp_path / "m.gguf")
 
 
@@ -361,7 +363,8 @@ def test_names_that_spoil_a_message_are_refused(tmp_path: Path, name: str) -> No
     path, encoded = tmp_path / "m.gguf", name.encode()
     for contents in (raw_file(entry(encoded)), raw_file(kvs=(kv(encoded, 0, b"1"),))):
         message = refused(path, contents)
-        assert "expected at most 256 printable characters, got '" in message
+        longest = 63 if "tensor" in message else 256
+        assert f"expected at most {longest} printable characters, got '" in message
         assert message.isprintable()
 
 
@@ -402,7 +405,7 @@ def test_real_vocabulary_is_read_quickly() -> None:
     start = time.process_time()
     file = GGUFFile(VOCAB)
     seconds = time.process_time() - start
-    tokens = file.metadata["tokenizer.ggml.tokens"]
+    tokens = list(file.metadata["tokenizer.ggml.tokens"])
     assert (len(tokens), tokens[0], len(file.tensors)) == (151936, "!", 0)
     assert len(file.metadata["tokenizer.ggml.merges"]) == 151387
     assert seconds < 3
@@ -421,6 +424,6 @@ def test_a_string_that_is_not_utf8_spoils_itself_alone(tmp_path: Path) -> None:
     )
     file = GGUFFile(path)
     assert file.string("good") == "x"
-    assert file.metadata["l"] == ["a", b"\xff"]
+    assert list(file.metadata["l"]) == ["a", b"\xff"]
     with pytest.raises(GGUFError, match=r"metadata bad: expected a string, got b'\\x80'"):
         file.string("bad")

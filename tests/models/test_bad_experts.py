@@ -164,7 +164,9 @@ def test_an_unknown_gating(refused_keys: Refused, value: Any) -> None:
 def test_kinds_of_fewer_or_more_layers(refused_keys: Refused, value: list[int]) -> None:
     kinds = np.array(value, np.int32)
     line = refused_keys("tiny-kimi", {"attention.head_count_kv": kinds})
-    assert line == f"attention.head_count_kv: expected 5 integers, got {len(value)} of int32"
+    assert (
+        line == f"attention.head_count_kv: expected 5 integers, got an array of {len(value)} int32"
+    )
 
 
 def test_kinds_of_layers_that_are_no_counts(refused_keys: Refused) -> None:

@@ -40,7 +40,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
 
 @pytest.fixture
 def unread(monkeypatch: pytest.MonkeyPatch) -> None:
-    def raw(self: Weights, name: str) -> None:
+    def raw(self: Weights, name: str, *part: int) -> None:
         raise AssertionError(f"{name} was read")
 
     monkeypatch.setattr(Weights, "raw", raw)

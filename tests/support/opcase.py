@@ -214,17 +214,15 @@ class RawWeights:
         self._weights = weights
         self._factors = np.ones(1, np.float32) if factors is None else factors
 
-    def raw(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def raw(
+        self, name: str, begin: int = 0, end: int | None = None
+    ) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """A weight's bytes."""
-        return self._weights[name]
+        return self._weights[name][begin:end]
 
     def factors(self, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The same of all weights."""
         return self._factors
-
-    def release(self, name: str, begin: int = 0, end: int | None = None) -> None:
-        """They are asked for once."""
-        self._weights[name] = np.zeros(0, np.uint8)
 
 
 def run_case(

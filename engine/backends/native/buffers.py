@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from bisect import insort
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,13 +25,15 @@ class Arena:
     def plan(self, buffers: Sequence[tuple[Any, int, int, int]]) -> None:
         """Place buffers (key, bytes, first and last instruction), each where no other is alive. The
         largest are placed first, each at the lowest offset that is free for its whole life."""
-        placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last
+        # (offset, end) of the placed ones that are alive at each instruction: most live briefly.
+        alive: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for key, nbytes, first, last in sorted(buffers, key=lambda b: -b[1]):
-            size, offset = -(-nbytes // ALIGNMENT) * ALIGNMENT, 0
-            for start, end, since, until in placed:
-                if since <= last and first <= until and start < offset + size and end > offset:
+            size, offset, life = -(-nbytes // ALIGNMENT) * ALIGNMENT, 0, range(first, last + 1)
+            for start, end in sorted({placed for time in life for placed in alive[time]}):
+                if start < offset + size and end > offset:
                     offset = end
-            insort(placed, (offset, offset + size, first, last))
+            for time in life:
+                alive[time].append((offset, offset + size))
             self.offsets[key] = offset
             self.size = max(self.size, offset + size)
 

@@ -81,10 +81,11 @@ class PanelWeights(ABC):
             ThreadPoolExecutor(self._n_threads) as pool,
         ):  # fmt: skip
             pending: deque[tuple[Tensor, Array, list[Future[None]]]] = deque()
+            ahead = 0
             for tensor in tensors:
                 data = self._allocate(self.packed_bytes(tensor))
                 pending.append((tensor, data, self._pack(tensor, source, data, pool)))
-                ahead = sum(len(data) for _, data, _ in pending)
+                ahead += len(data)
                 while pending and (tensor is tensors[-1] or ahead > self._ahead_bytes):
                     ready, data, tasks = pending.popleft()
                     for task in tasks:
@@ -96,10 +97,10 @@ class PanelWeights(ABC):
     def _pack(
         self, tensor: Tensor, source: WeightSource, target: Array, pool: ThreadPoolExecutor
     ) -> list[Future[None]]:
-        """Start the tasks that pack a weight into `target`, uint8. Each releases the file's pages
-        that it has read, so that a large weight is never in memory twice."""
+        """Start the tasks that pack a weight into `target`, uint8. Each reads its own rows, so that
+        a large weight is never in memory twice."""
         *lead, n_out, n_in = tensor.shape
-        raw, dtype = source.raw(tensor.name), self.stored_as(tensor.dtype)
+        dtype = self.stored_as(tensor.dtype)
         panel, matrix_bytes = self.matrix_bytes(tensor)
         n_panels, n_matrices = matrix_bytes // panel, math.prod(lead)
         row_bytes = tensor.dtype.row_bytes(n_in)
@@ -108,7 +109,7 @@ class PanelWeights(ABC):
         def pack(matrix: int, begin: int, end: int) -> None:
             first = (matrix * n_out + begin * self._rows) * row_bytes
             last = (matrix * n_out + min(end * self._rows, n_out)) * row_bytes
-            rows = raw[first:last]
+            rows = source.raw(tensor.name, first, last)
             if dtype is not tensor.dtype:
                 rows = quantize_q8_0(dequantize(tensor.dtype, rows, (-1, n_in)))
             n_rows = min(end * self._rows, n_out) - begin * self._rows
@@ -117,7 +118,6 @@ class PanelWeights(ABC):
                 dtype.ggml_id, rows.ctypes.data, n_rows, n_in, factors[matrix], address,
                 0, end - begin,
             )  # fmt: skip
-            source.release(tensor.name, first, last)
 
         step = max(1, _TASK_BYTES // panel)
         tasks = itertools.product(range(n_matrices), range(0, n_panels, step))

@@ -58,6 +58,22 @@ def test_buffers_alive_together_do_not_overlap(wanted: Buffers) -> None:
     assert arena.size <= sum(-(-n // ALIGNMENT) * ALIGNMENT for _, n, _, _ in wanted)
 
 
+@given(buffers)
+@settings(max_examples=200, deadline=None)
+def test_buffers_lie_at_the_lowest_offset_that_is_free(wanted: Buffers) -> None:
+    """The definition, tried offset by offset: the largest first, those of one size in order."""
+    arena, placed = Arena(), dict[Hashable, tuple[int, int]]()
+    arena.plan(wanted)
+    for key, n, first, last in sorted(wanted, key=lambda b: b[1], reverse=True):
+        size = -(-n // ALIGNMENT) * ALIGNMENT
+        others = [placed[k] for k, _, f, u in wanted if k in placed and f <= last and first <= u]
+        offset = 0
+        while any(offset < end and begin < offset + size for begin, end in others):
+            offset += ALIGNMENT
+        placed[key] = offset, offset + size
+        assert arena.offsets[key] == offset
+
+
 def test_buffers_that_follow_each_other_share_memory() -> None:
     arena = Arena()
     arena.plan([("a", 100, 0, 1), ("b", 128, 2, 3), ("c", 64, 1, 2), ("d", 10, 4, 4)])

@@ -53,7 +53,6 @@ class ToyBackend(Backend):
     def load_weights(self, nodes: Sequence[Node], source: WeightSource) -> None:
         for t in _weights(nodes):
             self._values[t] = dequantize(t.dtype, source.raw(t.name), t.shape)
-            source.release(t.name)
             self.loaded.append(t.name)
 
     def compile(self, split: Split) -> ToyProgram:

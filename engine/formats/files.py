@@ -1,0 +1,78 @@
+"""A file that is read at any offset, and that must not change meanwhile.
+
+It is never mapped: to touch a map behind the end of a file that was cut kills the process.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import weakref
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.errors import EngineError, NotEnoughMemoryError
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def not_regular(path: Path) -> str:
+    """What a path is if it is no regular file, such as "a FIFO", else an empty string.
+
+    To open a FIFO waits for its writer, and devices may never end. Raises OSError.
+    """
+    return _KINDS.get(stat.S_IFMT(path.stat().st_mode), "")
+
+
+class File:
+    """A regular file that is open for reading, from any thread; `size`: its bytes.
+
+    `what` describes it for errors, whose class is `error`; NotEnoughMemoryError is the other one.
+    """
+
+    def __init__(self, error: type[EngineError], path: Path, what: str) -> None:
+        self._error, self._path = error, path
+        try:
+            if kind := not_regular(path):
+                raise error(f"{path}: expected {what}, got {kind}")
+            self._number = os.open(path, os.O_RDONLY)
+        except (OSError, ValueError) as failed:  # ValueError: the name holds a NUL.
+            raise self._refusal(failed) from None
+        weakref.finalize(self, os.close, self._number)
+        self._opened = os.fstat(self._number)
+        self.size = self._opened.st_size
+
+    def read(self, begin: int, end: int, what: str) -> NDArray[np.uint8]:
+        """Bytes `begin` to `end`, uint8, of `what`; an error if the file was cut or changed."""
+        try:
+            data, n_read = np.empty(end - begin, np.uint8), 0
+            while n_read < len(data):
+                n = os.preadv(self._number, [data.data[n_read:]], begin + n_read)
+                if n == 0:
+                    break
+                n_read += n
+            now = os.fstat(self._number)
+        except OSError as failed:
+            raise self._refusal(failed) from None
+        except MemoryError:
+            needed = (end - begin) / 2**20
+            raise NotEnoughMemoryError(
+                f"{self._path}: out of memory: {what} needs {needed:.1f} MiB"
+            ) from None
+        if n_read < len(data):
+            lacks = f"{what} needs {len(data)} bytes at offset {begin}, the file has {now.st_size}"
+            raise self._error(f"{self._path}: cut while it was read: {lacks}")
+        if (now.st_size, now.st_mtime_ns) != (self.size, self._opened.st_mtime_ns):
+            raise self._error(f"{self._path}: changed while it was read: load it again")
+        return data
+
+    def _refusal(self, failed: OSError | ValueError) -> EngineError:
+        return self._error(f"{self._path}: {getattr(failed, 'strerror', None) or failed}")
