@@ -5,6 +5,7 @@ count, length and offset is checked against the file's size before it is used. V
 little-endian; split files (`-00001-of-0000N.gguf`) are joined. Format: ggml's docs/gguf.md.
 """
 
+import errno
 import math
 import mmap
 import re
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine import checks
-from engine.errors import EngineError
+from engine.errors import EngineError, NotEnoughMemoryError
 from engine.formats import ollama
 from engine.formats.quants import BY_GGML_ID, WEIGHT_TYPES, DType, names
 
@@ -319,6 +320,11 @@ def _map(path: Path) -> mmap.mmap:
                 raise GGUFError(f"{path}: expected a GGUF file, got an empty file")
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise NotEnoughMemoryError(
+                f"{path}: expected {path.stat().st_size / 2**20:.1f} MiB of address space for the "
+                "file, and the system refused them: raise ulimit -v"
+            ) from None
         raise GGUFError(f"{path}: {error.strerror or error}") from None
     except ValueError as error:  # an embedded NUL in the name
         raise GGUFError(f"{path!s}: {error}") from None
