@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import logging
+import mmap
 import os
 import sys
 import traceback
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 COMMANDS = ("graph", "tokenize", "perplexity", "sweep-bench", "plot-bench", "bench",
             "batched-bench", "profile")  # fmt: skip
+# Of memory; who can't get them has none.
+_SPARE_BYTES = 8 << 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,7 +123,8 @@ def _explained(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, RuntimeError) and "new thread" in str(error):
         return str(thread_refused("one more thread", error))
-    if isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM:
+    is_memory = isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM
+    if is_memory or (not isinstance(error, ImportError | OSError) and _memory_is_out()):
         what = getattr(error, "strerror", None) or str(error)
         return f"out of memory{what and f': {what}'}; lower -c, -ub, -np or -t"
     if isinstance(error, OSError):
@@ -129,6 +133,15 @@ def _explained(error: Exception) -> str | None:
     if isinstance(error, ImportError):
         return _explained_import(error)
     return None
+
+
+def _memory_is_out() -> bool:
+    """Python and packages that lack memory raise errors of any kind."""
+    try:
+        mmap.mmap(-1, _SPARE_BYTES).close()
+    except OSError:
+        return True
+    return False
 
 
 def _explained_import(error: ImportError) -> str | None:

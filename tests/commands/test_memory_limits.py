@@ -21,7 +21,7 @@ from engine.backends.cpu.backend import CpuBackend
 from engine.errors import NotEnoughMemoryError
 from tests.commands.test_cli_process import ENV, ROOT
 from tests.support.cuda_emulator.build import compiler
-from tests.support.helpers import without_summary
+from tests.support.helpers import Cli, without_summary
 
 # Prints [status, standard error] for every limit: in MiB beyond what is taken after the imports,
 # or of threads if the library of LIMITED_THREADS is there.
@@ -142,6 +142,20 @@ def test_a_thread_that_runs_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
             with pytest.raises(NotEnoughMemoryError, match="expected a thread that runs the steps"):
                 engine.start()
         assert len(engine.generate("a", SamplingParams(max_tokens=1)).wait().tokens) == 1
+
+
+def test_any_error_without_memory(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
+    """CPython's compiler was seen to raise a ValueError."""
+
+    def fail(*arguments: object) -> None:
+        raise ValueError("field 'target' is required for NamedExpr")
+
+    monkeypatch.setattr("engine.commands.tokenize.run", fail)
+    with pytest.raises(ValueError, match="NamedExpr"):
+        cli("tokenize", "-p", "a")
+    monkeypatch.setattr("engine.commands.main._SPARE_BYTES", 1 << 60)
+    line = cli("tokenize", "-p", "a").refused()
+    assert line.startswith("out of memory: field 'target' is required for NamedExpr; lower")
 
 
 def test_a_step_that_cannot_begin(monkeypatch: pytest.MonkeyPatch) -> None:
