@@ -5,16 +5,17 @@ from __future__ import annotations
 import errno
 import importlib
 import logging
+import mmap
+import os
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from engine.commands.streams import standard_streams
-from engine.errors import EngineError
+from engine.errors import EngineError, thread_refused
 
 # Others are imported where they are used, so that `main` can name a package that is missing.
 if TYPE_CHECKING:
@@ -22,11 +23,16 @@ if TYPE_CHECKING:
 
 COMMANDS = ("graph", "tokenize", "perplexity", "sweep-bench", "plot-bench", "bench",
             "batched-bench", "profile")  # fmt: skip
+# Of memory; who can't get them has none.
+_SPARE_BYTES = 8 << 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    # Before numpy is imported, whose threads would take 40 MiB of address space each, and end the
+    # process where the system refuses one.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     with standard_streams():
         try:
             try:
@@ -49,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    from tqdm import tqdm
+
     from engine.commands.words import Reader
 
     command, parser, words = _command(words)
@@ -57,6 +65,8 @@ def _run(words: list[str]) -> int:
     for note in reader.notes:
         print(note, file=sys.stderr)
     _show_warnings()
+    # Its thread would only redraw bars that stand still.
+    tqdm.monitor_interval = 0
     status: int = command.run(parser, args)
     return status
 
@@ -105,16 +115,16 @@ def _show_warnings() -> None:
     handler = logging.StreamHandler()
     handler.addFilter(is_new)
     logging.basicConfig(format="%(levelname)s: %(message)s", handlers=[handler])
-    # It says only that a bar will move less often.
-    warnings.filterwarnings("ignore", "tqdm:disabling monitor")
 
 
 def _explained(error: Exception) -> str | None:
     """What a user can do something about; None for a bug of ours."""
     if isinstance(error, EngineError):
         return str(error)
-    is_thread = isinstance(error, RuntimeError) and "new thread" in str(error)
-    if is_thread or isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM:
+    if isinstance(error, RuntimeError) and "new thread" in str(error):
+        return str(thread_refused("one more thread", error))
+    is_memory = isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM
+    if is_memory or (not isinstance(error, ImportError | OSError) and _memory_is_out()):
         what = getattr(error, "strerror", None) or str(error)
         return f"out of memory{what and f': {what}'}; lower -c, -ub, -np or -t"
     if isinstance(error, OSError):
@@ -123,6 +133,15 @@ def _explained(error: Exception) -> str | None:
     if isinstance(error, ImportError):
         return _explained_import(error)
     return None
+
+
+def _memory_is_out() -> bool:
+    """Python and packages that lack memory raise errors of any kind."""
+    try:
+        mmap.mmap(-1, _SPARE_BYTES).close()
+    except OSError:
+        return True
+    return False
 
 
 def _explained_import(error: ImportError) -> str | None:

@@ -7,7 +7,8 @@ and sin. Keys, defaults and formulas are llama.cpp's.
 
 import math
 
-from engine.models.hparams import HParams, shown
+from engine.formats.gguf import shown
+from engine.models.hparams import HParams
 from engine.ops.qk_norm_rope import RopeScaling
 
 _PREFIX = "rope.scaling."

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import logging
 import re
+import signal
+import threading
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from engine.backends.base import Backend
 from engine.errors import EngineError
@@ -20,6 +24,8 @@ from engine.placement import estimate
 from engine.placement.place import Plan, Rules, place
 
 _log = logging.getLogger(__name__)
+# Of all names of a model's weights, which takes milliseconds.
+_SEARCH_SECONDS = 1.0
 _LAYER = re.compile(r"blk\.(\d+)\.")
 
 
@@ -38,24 +44,20 @@ class Offload:
 
     def rules(self, graph: Graph, backends: Sequence[Backend]) -> Rules:
         """(backend, reason) of the nodes that a rule places. Raises OffloadError."""
-        names = [b.name for b in backends]
-        patterns = [_parse(text, names) for text in self.overrides]
+        used = [b.name for b in backends]
         device = next((b.name for b in backends if b.traits.own_memory), None)
         host = next((b.name for b in backends if not b.traits.own_memory), None)
-        matched: set[str] = set()
         rules: dict[Node, tuple[str, str]] = {}
+        names = tuple(dict.fromkeys(name for node in graph.nodes for name in _weights(node)))
+        patterns = [(text, *_parse(text, used)) for text in self.overrides]
+        overrides = [(text, to, _matched(text, pattern, names)) for text, pattern, to in patterns]
         for node in graph.nodes:
-            weights = [t.name for t in node.inputs.values() if t.kind is Kind.WEIGHT]
-            for text, pattern, backend in patterns:
-                if found := [name for name in weights if pattern.search(name)]:
-                    matched.add(text)
+            for text, backend, matched in overrides:
+                if found := [name for name in _weights(node) if name in matched]:
                     rules.setdefault(node, (backend, f"--override-tensor {text} ({found[0]})"))
             if device and host and (rule := self._by_layer(node, graph)):
                 on_device, reason = rule
                 rules.setdefault(node, (device if on_device else host, reason))
-        for text in self.overrides:
-            if text not in matched:
-                raise OffloadError(f"--override-tensor {text}: matches no weight of the model")
         return rules
 
     def _by_layer(self, node: Node, graph: Graph) -> tuple[bool, str] | None:
@@ -71,7 +73,11 @@ class Offload:
         return layer > n_layers - n_layers_on_device, f"-ngl {n_layers_on_device}"
 
 
-def _parse(text: str, names: Sequence[str]) -> tuple[str, re.Pattern[str], str]:
+def _weights(node: Node) -> list[str]:
+    return [t.name for t in node.inputs.values() if t.kind is Kind.WEIGHT]
+
+
+def _parse(text: str, names: Sequence[str]) -> tuple[re.Pattern[str], str]:
     expression, _, backend = text.rpartition("=")
     if not expression or backend not in names:
         used = ", ".join(names)
@@ -79,9 +85,42 @@ def _parse(text: str, names: Sequence[str]) -> tuple[str, re.Pattern[str], str]:
             f"--override-tensor: expected REGEX=BACKEND with one of {used} (in use), got {text!r}"
         )
     try:
-        return text, re.compile(expression), backend
-    except re.error as error:
+        return re.compile(expression), backend
+    except (re.error, OverflowError, RecursionError) as error:
         raise OffloadError(f"--override-tensor {text}: no regular expression: {error}") from None
+
+
+@lru_cache(64)
+def _matched(text: str, pattern: re.Pattern[str], names: tuple[str, ...]) -> frozenset[str]:
+    """The names that the expression of an override is found in."""
+    with _time_limit(f"--override-tensor {text}"):
+        found = frozenset(filter(pattern.search, names))
+    if not found:
+        raise OffloadError(f"--override-tensor {text}: matches no weight of the model")
+    return found
+
+
+@contextmanager
+def _time_limit(what: str) -> Iterator[None]:
+    """Raise OffloadError after _SEARCH_SECONDS. A search holds Python's lock, so only a signal ends
+    it; outside of the main thread, which alone has signals, there is no limit."""
+
+    def stop(*_: object) -> None:
+        raise OffloadError(
+            f"{what}: expected a regular expression that is searched in the weights' names within "
+            f"{_SEARCH_SECONDS:g} s; repeat nothing that itself repeats, as (a+)+ does"
+        )
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, _SEARCH_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def place_where_it_fits(

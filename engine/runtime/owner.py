@@ -22,7 +22,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol, TypeVar
 
-from engine.errors import EngineError
+from engine.errors import EngineError, starting_threads
 
 T = TypeVar("T")
 # How long a thread that waits for another one's step believes that it still runs.
@@ -191,7 +191,8 @@ class Owner:
         )
         weakref.finalize(loop, self.work.open)
         self.stepper = stepper
-        stepper.start()
+        with starting_threads("a thread that runs the steps"):
+            stepper.start()
 
     def stop_driving(self) -> None:
         """Wait until the thread that runs the steps has ended."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 
 from engine import checks
 from engine.errors import EngineError
 from engine.formats.gguf import GGUFFile
 from engine.runtime.request import Request
-from engine.sampling.chain import Sampler, sequence_breakers
+from engine.sampling.breakers import BreakerSearch
+from engine.sampling.chain import Sampler
 from engine.sampling.params import SamplingError, SamplingParams
 from engine.text.tokenizer import Tokenizer
 
@@ -31,7 +32,7 @@ class Requests:
     ) -> None:
         self._metadata, self._tokenizer, self._n_vocab = file.metadata, tokenizer, n_vocab
         self._n_ctx, self._n_parallel = n_ctx, n_parallel
-        self._breakers = lru_cache(_MAX_BREAKERS)(partial(sequence_breakers, tokenizer))
+        self._breakers = lru_cache(_MAX_BREAKERS)(BreakerSearch(tokenizer).find)
 
     def encode(self, prompt: str) -> list[int]:
         """Ids of a prompt as llama.cpp makes them: special tokens added and parsed."""

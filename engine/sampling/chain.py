@@ -19,14 +19,11 @@ from engine.sampling.params import LogitsProcessor, SamplingError, SamplingParam
 from engine.sampling.recent import Breakers
 from engine.sampling.spec import MAX_BANNED, MAX_TOP_K, SampleSpec
 from engine.sampling.steps import SAMPLERS, Candidates, Context
-from engine.text.tokenizer import Tokenizer
 
 # Samplers that a device has, in its order; they are fields of SampleSpec.
 _DEVICE_SAMPLERS = ("top_k", "top_p", "min_p", "temperature")
 # Temperatures that a device gets: no logit leaves float32's range.
 _DEVICE_TEMPERATURES = (2**-10, 2**10)
-# A breaker's tail is cut to this many tokens, as in llama.cpp.
-_MAX_TAIL = 20
 
 
 class Sampler:
@@ -169,25 +166,3 @@ def _processed(
 def _check_finite(highest: float) -> None:
     if not math.isfinite(highest):
         raise SamplingError(f"logits: expected a finite number as the highest, got {highest}")
-
-
-def sequence_breakers(tokenizer: Tokenizer, texts: Sequence[str]) -> Breakers:
-    """The tokens that spell one of `texts`, for DRY: head -> tails; () if it holds all of one."""
-    found: dict[int, list[tuple[int, ...]]] = {}
-    for text in texts:
-        try:
-            data = text.encode()
-        except UnicodeEncodeError:
-            raise SamplingError(f"dry_sequence_breakers: {text!r} cannot be encoded") from None
-        tails = {
-            n: tuple(tokenizer.encode(data[n:].decode("utf-8", "replace"))[:_MAX_TAIL])
-            for n in range(1, len(data))
-        }
-        for token in range(tokenizer.n_vocab):
-            piece = tokenizer.token_bytes(token, special=True)
-            ends = [tail for n, tail in tails.items() if piece.endswith(data[:n])]
-            if data in piece:
-                ends = [()]
-            if ends:
-                found.setdefault(token, []).extend(ends)
-    return found

@@ -6,7 +6,7 @@ Both classes are given all tokens each time, and look at those that are new.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 # DRY's sequence breakers: head token -> the tails that complete one; () if the token is one alone.
-Breakers = Mapping[int, Sequence[tuple[int, ...]]]
+Breakers = Mapping[int, Collection[tuple[int, ...]]]
 
 
 class Window:

@@ -76,7 +76,8 @@ _PRE: dict[str, tuple[str, ...]] = {
         r"[\r\n]",
         rf"\s?[{_DEEPSEEK_LETTERS}]+",
         "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
-        r"\s+$",
+        # As \s+$, but a run of spaces that no end follows is looked at once, not from each space.
+        r"(?<!\s)\s++$",
         "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
         r"\p{N}+",
     ),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ from engine.graph import Graph, Kind
 from engine.models import BuildOptions, load_model
 from engine.placement import estimate as memory_estimate
 from engine.placement.place import Plan
-from engine.placement.rules import Offload, place_where_it_fits
+from engine.placement.rules import Offload, OffloadError, place_where_it_fits
 from tests.support.picky import Picky
 
 Models = Callable[[str, str], Path]
@@ -120,6 +123,33 @@ def test_an_expression_counts_more_than_the_number_of_layers(graph: Graph) -> No
 def test_the_first_expression_that_is_found_counts(graph: Graph) -> None:
     rules = Offload(overrides=("ffn=cuda", "ffn_down=cpu")).rules(graph, [Gpu(), Picky("cpu")])
     assert {backend for backend, _ in rules.values()} == {"cuda"}
+
+
+@pytest.mark.parametrize("expression", ["(.|..)*!", "(.*)*!", ".*" * 40 + "!"])
+def test_an_expression_that_takes_long_is_refused(graph: Graph, expression: str) -> None:
+    """It would take from minutes to longer than the universe's age."""
+    before, start = signal.getsignal(signal.SIGALRM), time.perf_counter()
+    offload = Offload(overrides=(f"{expression}=cpu",))
+    with pytest.raises(OffloadError, match=r"expected a regular expression that is searched in"):
+        offload.rules(graph, [Gpu(), Picky("cpu")])
+    assert time.perf_counter() - start < 20
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+@pytest.mark.parametrize("expression", ["(", "a{99999999999999999999}", "(" * 5000 + ")" * 5000])
+def test_an_expression_that_is_none(graph: Graph, expression: str) -> None:
+    with pytest.raises(OffloadError, match="no regular expression"):
+        Offload(overrides=(f"{expression}=cpu",)).rules(graph, [Gpu(), Picky("cpu")])
+
+
+def test_expressions_of_another_thread(graph: Graph) -> None:
+    """Python handles signals in the main thread only."""
+    offload, backends = Offload(overrides=("ffn_down=cpu",)), [Gpu(), Picky("cpu")]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(offload.rules, graph, backends).result() == offload.rules(
+            graph, backends
+        )
 
 
 def test_strict_placement_takes_rules_for_no_fallback(graph: Graph) -> None:

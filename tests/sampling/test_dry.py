@@ -6,9 +6,11 @@ describes it; breakers are found in the bytes that tokens stand for.
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,7 +19,8 @@ from hypothesis import strategies as st
 
 from engine import Engine, SamplingParams
 from engine.formats.gguf import GGUFFile
-from engine.sampling.chain import Sampler, sequence_breakers
+from engine.sampling.breakers import BreakerSearch
+from engine.sampling.chain import Sampler
 from engine.sampling.params import SamplingError
 from engine.sampling.recent import Breakers
 from engine.sampling.steps import Candidates
@@ -184,27 +187,79 @@ def naive_breakers(tokenizer: Tokenizer, text: str) -> dict[int, set[tuple[int, 
 
 @pytest.mark.parametrize("text", ["\n", ":", '"', "*", "the", " th", "e t", "hello", "\n\n", "aaa"])
 def test_breakers_are_found_in_tokens(tokenizer: Tokenizer, text: str) -> None:
-    got = {t: set(tails) for t, tails in sequence_breakers(tokenizer, [text]).items()}
+    got = {t: set(tails) for t, tails in BreakerSearch(tokenizer).find([text]).items()}
     assert got == naive_breakers(tokenizer, text)
     assert got
 
 
 def test_several_breakers_are_found_together(tokenizer: Tokenizer) -> None:
-    both = sequence_breakers(tokenizer, ["the", "\n"])
-    for text in ("the", "\n"):
-        for token, tails in naive_breakers(tokenizer, text).items():
-            assert tails <= set(both[token])
-    assert sequence_breakers(tokenizer, []) == {}
+    search = BreakerSearch(tokenizer)
+    for texts in (
+        ["the", "\n"],
+        ["the", "he", "e", "that", "hello", " a"],
+        ["aa", "aaa", "aab"],
+        [],
+    ):
+        expected: dict[int, set[tuple[int, ...]]] = {}
+        for text in texts:
+            for token, tails in naive_breakers(tokenizer, text).items():
+                expected.setdefault(token, set()).update(tails)
+        assert {token: set(tails) for token, tails in search.find(texts).items()} == expected
 
 
 def test_long_tails_are_cut(tokenizer: Tokenizer) -> None:
-    found = sequence_breakers(tokenizer, ["q" + "zxvj" * 20])
+    found = BreakerSearch(tokenizer).find(["q" + "zxvj" * 20])
     assert max(len(tail) for tails in found.values() for tail in tails) == 20
+
+
+class Pieces:
+    """A tokenizer whose tokens are given."""
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        self.pieces, self.n_vocab = pieces, len(pieces)
+
+    def token_bytes(self, token: int, special: bool) -> bytes:
+        return self.pieces[token]
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+
+def test_tokens_that_are_no_text() -> None:
+    """The byte that ends tokens in the search, alone and inside of one."""
+    pieces = [b"\xff", b"a\xff", b"a\xffb", b"", b"xa", b"\xffab", b"b"]
+    found = BreakerSearch(cast(Tokenizer, Pieces(pieces))).find(["ab"])
+    assert found == {4: ((98,),), 5: ((),)}
+
+
+def test_breakers_of_a_large_vocabulary_take_no_seconds(rng: np.random.Generator) -> None:
+    """0.5 s; token by token it was a second for each breaker, and a minute for a long one."""
+    letters = np.frombuffer(b" etaoinshr", np.uint8)
+    text, lengths = rng.choice(letters, 3_000_000).tobytes(), rng.integers(1, 12, 248_320)
+    pieces = [text[end - n : end] for n, end in zip(lengths, np.cumsum(lengths), strict=True)]
+    search = BreakerSearch(cast(Tokenizer, Pieces(pieces)))
+    texts = [rng.choice(letters, 40).tobytes().decode() for _ in range(128)]
+    start = time.process_time()
+    found = search.find(texts)
+    assert time.process_time() - start < 5
+    assert len(found) > 100_000
+    with pytest.raises(SamplingError, match="expected at most 128 texts, got 129"):
+        search.find([*texts, "a"])
+
+
+def test_a_long_breaker_is_cut(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    """To 40 bytes, as in llama.cpp, and to whole characters."""
+    search = BreakerSearch(tokenizer)
+    assert search.find(["é" * 5000]) == search.find(["é" * 20])
+    assert search.find(["a" + "é" * 20]) == search.find(["a" + "é" * 19])
+    cut = r"dry_sequence_breakers: '\S+ is cut to 40 bytes"
+    assert len(caplog.messages) == 2
+    assert all(re.fullmatch(cut, message) for message in caplog.messages)
 
 
 def test_a_breaker_that_is_no_text(tokenizer: Tokenizer) -> None:
     with pytest.raises(SamplingError, match=r"dry_sequence_breakers: .* cannot be encoded"):
-        sequence_breakers(tokenizer, ["\ud800"])
+        BreakerSearch(tokenizer).find(["\ud800"])
 
 
 def test_a_breaker_ends_a_repetition_in_a_model(tiny: Path) -> None:

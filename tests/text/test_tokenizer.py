@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -19,10 +20,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Sequence, Split
 
 from engine import Engine, SamplingParams
 from engine.errors import NotEnoughMemoryError
 from engine.formats.gguf import GGUFFile
+from engine.text import tokenizer as tokenizer_module
 from engine.text.tokenizer import Tokenizer, TokenizerError, pre_tokenizer
 from tools.ggufwrite import write_gguf
 
@@ -259,6 +263,30 @@ def test_pretokenize_loses_nothing(pre: str, text: str) -> None:
     pieces = pretokenize(pre, text)
     assert "".join(pieces) == text
     assert all(pieces)
+
+
+# A character of each class, a longer unit, and what may follow.
+@pytest.mark.parametrize(
+    "unit", [*" \t\u00a0\u3000\n\r1aAé!'\u4e2d\u0301\u05d0", " \n", "a1", "'s"]
+)
+@pytest.mark.parametrize("pre", PRE_NAMES)
+def test_pretokenize_takes_linear_time(pre: str, unit: str) -> None:
+    split = pre_tokenizer(pre).pre_tokenize_str
+    for end in ("1", "a", ""):
+        # 10 ms; a regex that looks at each space's followers takes 5 s.
+        start = time.process_time()
+        split(unit * (20_000 // len(unit)) + end)
+        assert time.process_time() - start < 1.5, end
+
+
+@given(text=st.text(st.sampled_from(" \t\n\r\f\u00a0\u0085\u2028\u30001a中。.é"), max_size=20))
+@BOTH
+def test_deepseek_splits_at_the_last_spaces(text: str) -> None:
+    r"""As llama.cpp's regex, which is \s+$, does."""
+    splits = [Split(Regex(regex), "isolated") for regex in tokenizer_module._PRE["deepseek-llm"]]
+    ours = Sequence(splits).pre_tokenize_str(text)
+    splits[3] = Split(Regex(r"\s+$"), "isolated")
+    assert ours == Sequence(splits).pre_tokenize_str(text)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ Results do not depend on the number of threads, nor a sequence's on what else is
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
+import os
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -25,7 +27,7 @@ from engine.backends.native.program import NativeProgram, write_operand
 from engine.backends.native.signatures import SIGNATURES
 from engine.backends.native.states import ArrayStates
 from engine.backends.native.views import INSTRUCTION, VIEW, write_view
-from engine.errors import NotEnoughMemoryError
+from engine.errors import NotEnoughMemoryError, thread_refused
 from engine.formats.quants import numpy_dtype
 from engine.graph import Kind, Live, Node, Tensor
 
@@ -108,7 +110,7 @@ class CpuBackend(NativeBackend):
         self.detail = f"{self.library.isa} kernels, {threads}"
         self.team: int | None = self.library.team_create(self.n_threads)
         if self.team is None:
-            raise NotEnoughMemoryError(f"{threads} could not be started: lower n_threads (-t)")
+            raise thread_refused(threads, os.strerror(ctypes.get_errno()))
         self.states = ArrayStates()
         self.weights = CpuWeights(self.library, self.n_threads)
         self._fixed: dict[Tensor, Array] = {}

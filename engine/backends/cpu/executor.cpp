@@ -5,10 +5,12 @@
 // they park. A step can be run in pieces: when its time is up, threads take no more tasks and meet
 // at the next barrier; the counters say where to go on.
 
+#include <pthread.h>
 #include <sched.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
@@ -16,7 +18,7 @@
 #include <exception>
 #include <mutex>
 #include <new>
-#include <thread>
+#include <system_error>
 #include <vector>
 
 #include "../../ops/cpu/attention.h"
@@ -61,6 +63,9 @@ constexpr int SPINS_BEFORE_YIELD = 4096;
 constexpr double SECONDS_BEFORE_PARKING = 2e-3;
 // Turns at an instruction's tasks between two looks at the clock.
 constexpr int TURNS_PER_LOOK = 8;
+// Of a thread, in bytes: kernels need less than 7 KiB of it. The usual 8 MiB would be taken from the
+// address space that `ulimit -v` grants.
+constexpr size_t STACK_BYTES = 512 << 10;
 
 template <typename Done>
 void wait_until(Done done) {
@@ -103,14 +108,16 @@ struct alignas(64) Counter {
 
 class Team {
    public:
-    // Throws if there is no memory for its threads, or no thread left.
+    // Throws std::bad_alloc if there is no memory for its threads, std::system_error if there is
+    // no thread left.
     explicit Team(int n_threads) : n_threads_(n_threads), scratch_(n_threads) {
         try {
             for (auto& s : scratch_) {
                 s = static_cast<char*>(std::aligned_alloc(64, SCRATCH_BYTES));
                 if (!s) throw std::bad_alloc();
             }
-            for (int i = 1; i < n_threads; i++) workers_.emplace_back([this, i] { work(i); });
+            workers_.reserve(n_threads);
+            for (int i = 1; i < n_threads; i++) start(i);
         } catch (...) {
             end();
             throw;
@@ -145,6 +152,34 @@ class Team {
     }
 
    private:
+    struct Worker {
+        Team* team;
+        int number;
+        pthread_t thread;
+    };
+
+    // No std::thread: its stack has no size to choose, and to free its closure, a thread reserves
+    // 64 MiB of address space for allocations of its own.
+    void start(int number) {
+        workers_.push_back({this, number, {}});
+        pthread_attr_t attributes;
+        int error = pthread_attr_init(&attributes);
+        if (error == 0) {
+            pthread_attr_setstacksize(&attributes, STACK_BYTES);
+            error = pthread_create(&workers_.back().thread, &attributes, begin, &workers_.back());
+            pthread_attr_destroy(&attributes);
+        }
+        if (error == 0) return;
+        workers_.pop_back();
+        throw std::system_error(error, std::generic_category());
+    }
+
+    static void* begin(void* worker) {
+        const auto* self = static_cast<Worker*>(worker);
+        self->team->work(self->number);
+        return nullptr;
+    }
+
     void end() {
         {
             std::lock_guard<std::mutex> lock(mutex_);
@@ -152,7 +187,7 @@ class Team {
             step_.fetch_add(1);
         }
         wake_.notify_all();
-        for (auto& w : workers_) w.join();
+        for (auto& w : workers_) pthread_join(w.thread, nullptr);
         for (char* s : scratch_) std::free(s);
     }
 
@@ -247,7 +282,7 @@ class Team {
 
     const int n_threads_;
     std::vector<char*> scratch_;
-    std::vector<std::thread> workers_;
+    std::vector<Worker> workers_;  // Never moved: each thread has its own's address.
     std::vector<Counter> counters_;
     const Instruction* program_ = nullptr;
     int64_t n_ = 0;
@@ -273,16 +308,25 @@ class Team {
 
 }  // namespace
 
+// What f returns. No exception leaves the C interface: on one, `failed`, and errno says why.
+template <typename F, typename T>
+T guarded(F f, T failed) {
+    try {
+        return f();
+    } catch (const std::system_error& error) {
+        errno = error.code().value();
+    } catch (const std::exception&) { errno = ENOMEM; }
+    return failed;
+}
+
 #define GDN_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Whether the operating system lets this process use what the library is built for.
 GDN_EXPORT int gdn_allowed() { return allow_matrix_products(); }
 
-// nullptr if the threads can't be started.
+// nullptr if the threads can't be started; errno says why.
 GDN_EXPORT void* gdn_team_create(int n_threads) {
-    try {
-        return new Team(n_threads);
-    } catch (const std::exception&) { return nullptr; }
+    return guarded([=] { return new Team(n_threads); }, static_cast<Team*>(nullptr));
 }
 
 GDN_EXPORT void gdn_team_free(void* team) { delete static_cast<Team*>(team); }
@@ -314,13 +358,13 @@ GDN_EXPORT int64_t gdn_constant(const char* name) {
     return -1;
 }
 
-// As Team::run; -1 if there is no memory to begin the step.
+// As Team::run; -1 if there is no memory to begin the step, with errno.
 GDN_EXPORT int64_t gdn_run(void* team, const void* program, int64_t n, const int64_t* live,
                            double* seconds, int64_t first, double limit) {
     const auto* instructions = static_cast<const Instruction*>(program);
-    try {
-        return static_cast<Team*>(team)->run(instructions, n, live, seconds, first, limit);
-    } catch (const std::bad_alloc&) { return -1; }
+    return guarded(
+        [=] { return static_cast<Team*>(team)->run(instructions, n, live, seconds, first, limit); },
+        int64_t{-1});
 }
 
 GDN_EXPORT int32_t gdn_layout_of(int ggml_id) { return layout_of(ggml_id); }

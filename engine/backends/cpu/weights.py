@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 
 import numpy as np
 
-from engine.backends.base import Array
+from engine.backends.base import Array, WeightSource
 from engine.backends.native.library import Library
 from engine.backends.native.panels import PanelWeights
 from engine.errors import NotEnoughMemoryError
+from engine.graph import Node
 
 # Bytes of weights that are packed ahead of the oldest unfinished one: they keep all threads busy.
 _AHEAD_BYTES = 64 << 20
@@ -22,6 +24,10 @@ class CpuWeights(PanelWeights):
     def __init__(self, library: Library, n_threads: int) -> None:
         super().__init__(library, n_threads, _AHEAD_BYTES)
         self._memory = _Memory()
+
+    def load(self, nodes: Sequence[Node], source: WeightSource) -> None:
+        self._memory.n_expected = self.bytes_of(nodes)
+        super().load(nodes, source)
 
     def _allocate(self, n_bytes: int) -> Array:
         return self._memory.take(n_bytes)
@@ -39,20 +45,23 @@ class _Memory:
 
     def __init__(self) -> None:
         self._left = np.empty(0, np.uint8)
+        self.n_expected = 0  # Bytes that will still be taken.
 
     def take(self, n_bytes: int) -> Array:
         """An array of bytes whose address is a multiple of 64."""
         size = -(-n_bytes // 64) * 64
         if size > len(self._left):
+            n_map = max(size, min(self.n_expected, _MAP_BYTES))
             try:
-                pages = mmap.mmap(-1, max(size, _MAP_BYTES))
+                pages = mmap.mmap(-1, n_map)
             except OSError:
-                needed = max(size, _MAP_BYTES) >> 20
                 raise NotEnoughMemoryError(
-                    f"out of memory: the next weights need {needed} MiB; take smaller types"
+                    f"out of memory: the next weights need {n_map / 2**20:.1f} MiB; "
+                    "take smaller types"
                 ) from None
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 pages.madvise(mmap.MADV_HUGEPAGE)
             self._left = np.frombuffer(pages, np.uint8)
+        self.n_expected -= size
         taken, self._left = self._left[:n_bytes], self._left[size:]
         return taken

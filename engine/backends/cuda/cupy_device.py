@@ -25,6 +25,7 @@ from engine.backends.cuda import nvrtc
 from engine.backends.cuda.args import ARGS
 from engine.backends.cuda.device import CudaError, Fetched, Gemm, Grid, Memory, Replay, Timer
 from engine.backends.cuda.driver import Launcher, find_gpu
+from engine.errors import starting_threads
 
 MIN_CAPABILITY = (8, 0)
 
@@ -142,7 +143,7 @@ class CupyDevice:
         missing = [n for n in nvrtc.sources() if nvrtc.cached(n, self.target) is None]
         if not missing:
             return
-        with ThreadPoolExecutor() as pool:
+        with starting_threads("threads that compile kernels"), ThreadPoolExecutor() as pool:
             done = pool.map(lambda n: nvrtc.compile_and_keep(n, self.target), missing)
             title = f"compiling CUDA kernels for {self.target}, once"
             list(tqdm(done, total=len(missing), desc=title, leave=False, disable=None))

@@ -129,7 +129,8 @@ def load(isa: str | None = None) -> Library:
 
 
 class Library:
-    """The functions of one library, as engine/backends/cpu/executor.cpp exports them."""
+    """The functions of one library, as engine/backends/cpu/executor.cpp exports them. Where
+    `team_create` returns None and `run` -1, ctypes.get_errno() says why."""
 
     allowed: Callable[[], int]
     team_create: Callable[[int], int | None]
@@ -142,7 +143,7 @@ class Library:
     _constant: Callable[[bytes], int]
 
     def __init__(self, isa: str, path: Path) -> None:
-        self.isa, lib = isa, ctypes.CDLL(str(path))
+        self.isa, lib = isa, ctypes.CDLL(str(path), use_errno=True)
         for name, result, arguments in (
             ("allowed", c_int, []),
             ("team_create", c_void_p, [c_int]),

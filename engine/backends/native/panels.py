@@ -23,6 +23,7 @@ from engine.backends.base import Array, WeightSource
 from engine.backends.native.library import Library
 from engine.backends.native.signatures import used_packed
 from engine.backends.native.views import PACKED, write_view
+from engine.errors import starting_threads
 from engine.formats.quants import WEIGHT_TYPES, DType, dequantize, quantize_q8_0
 from engine.graph import Node, Tensor
 
@@ -30,6 +31,8 @@ _log = logging.getLogger(__name__)
 _Q8_0 = WEIGHT_TYPES["Q8_0"]
 # Bytes that one task packs: enough to be worth a call, and small enough to share among threads.
 _TASK_BYTES = 1 << 20
+# Bytes of weights that repay a further thread, and its 72 MiB of address space.
+_THREAD_BYTES = 16 << 20
 _SECONDS_BEFORE_BAR = 1
 
 
@@ -75,10 +78,13 @@ class PanelWeights(ABC):
     ) -> Iterator[tuple[Tensor, Array]]:
         """Pack weights and yield each when it is done."""
         self._warn_of_rounding(tensors)
+        n_bytes = sum(t.nbytes for t in tensors)
+        n_threads = min(self._n_threads, n_bytes // _THREAD_BYTES + 1)
         with (
-            tqdm(total=sum(t.nbytes for t in tensors), unit="B", unit_scale=True, leave=False,
+            tqdm(total=n_bytes, unit="B", unit_scale=True, leave=False,
                  desc="loading weights", disable=None, delay=_SECONDS_BEFORE_BAR) as bar,
-            ThreadPoolExecutor(self._n_threads) as pool,
+            starting_threads("threads that pack weights"),
+            ThreadPoolExecutor(n_threads) as pool,
         ):  # fmt: skip
             pending: deque[tuple[Tensor, Array, list[Future[None]]]] = deque()
             ahead = 0

@@ -132,8 +132,8 @@ void load_queries(const Args& a, const Work& w) {
     const int64_t part = w.sizes.depth * TILE_SIZE;
     for (int64_t h = 0; h < w.n_heads; h++)
         for (int64_t r = 0; r < w.row_tiles * SIDE; r++) {
-            const bool exists = r < w.n_rows;
-            const float* x = exists ? a.v[Q].row(w.first_row + r, w.first_head + h) : nullptr;
+            const bool exists = r < w.n_rows;  // Of another row, no value is read.
+            const float* x = a.v[Q].row(w.first_row + (exists ? r : 0), w.first_head + h);
             bf16* y = w.q + (h * MAX_TILE_ROWS + r) / SIDE * 2 * part + r % SIDE * DEPTH;
             for (int64_t d = 0; d < w.sizes.depth * DEPTH; d += 2 * W) {
                 const Pairs q = split_some(x + d, exists ? w.sizes.size - d : 0, scale);
