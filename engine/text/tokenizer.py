@@ -103,6 +103,9 @@ _PRE_ALIASES = {
 
 # Texts from so many characters on are encoded only if there is memory for it.
 _LONG = 1 << 16
+# Bytes of memory that the packages were seen to take at most, for a token of a vocabulary and for a
+# byte of a text (a digit: rare characters take less, though each makes several tokens).
+_TOKEN_COST, _BYTE_COST = 640, 420
 
 
 class Tokenizer:
@@ -113,7 +116,7 @@ class Tokenizer:
         """As `from_gguf`, but errors of the metadata may be GGUFError."""
         self._vocab = vocab = read_vocab(file)
         self.n_vocab = len(vocab.tokens)
-        _check_memory(self.n_vocab)
+        _check_memory(_TOKEN_COST * self.n_vocab)
         self.bos_id, self.eos_id, self.eog_ids = vocab.bos_id, vocab.eos_id, vocab.eog_ids
         self._encoder: _ByteLevelBPE | _SentencePiece
         if vocab.model == "gpt2":
@@ -215,9 +218,10 @@ class Tokenizer:
             if isinstance(part, int):
                 found.append((self._vocab.tokens[part], [part]))
             else:
-                if len(part) >= _LONG:
-                    _check_memory(len(part))
-                ids = self._encoder.encode(part.replace(ESCAPE, ""), continues and not found)
+                plain = part.replace(ESCAPE, "")
+                if len(plain) >= _LONG:
+                    _check_memory(_BYTE_COST * len(plain.encode()))
+                ids = self._encoder.encode(plain, continues and not found)
                 found.append((part, ids))
         return found
 
@@ -280,11 +284,9 @@ class _SentencePiece:
         return ids
 
 
-def _check_memory(n: int) -> None:
-    """Raise NotEnoughMemoryError if the packages, which abort the process then, lack memory for a
-    vocabulary of `n` tokens or a text of `n` characters."""
-    # What they were seen to take at most.
-    n_bytes = (8 << 20) + 420 * n
+def _check_memory(n_bytes: int) -> None:
+    """Raise NotEnoughMemoryError if the packages, which abort the process then, lack `n_bytes`."""
+    n_bytes += 8 << 20
     try:
         mmap.mmap(-1, n_bytes).close()
     except OSError:

@@ -728,3 +728,20 @@ def test_a_text_too_long_for_the_memory_is_refused_alone(
         first, failed, last = engine.generate_batch(["a", long, "b"], params)
         assert [len(c.tokens) for c in (first, failed, last)] == [2, 0, 2]
         assert "the tokenizer needs" in failed.detail
+
+
+@pytest.mark.parametrize("n_mib", [128, 256, 384])
+def test_a_text_of_rare_characters_counts_by_its_bytes(tmp_path: Path, n_mib: int) -> None:
+    """Each of these digits takes a kilobyte, more than the package can have here."""
+    write_gguf(tmp_path / "made.gguf", bpe_metadata(), [])
+    code = (
+        "import resource, sys; from engine.formats.gguf import GGUFFile; "
+        "from engine.text.tokenizer import NotEnoughMemoryError, Tokenizer\n"
+        f"tokenizer = Tokenizer.from_gguf(GGUFFile({str(tmp_path / 'made.gguf')!r}))\n"
+        "n_pages = int(open('/proc/self/statm').read().split()[0])\n"
+        f"limit = n_pages * resource.getpagesize() + ({n_mib} << 20)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+        "try: tokenizer.encode('\\U0001d7ce' * 400_000)\n"
+        "except NotEnoughMemoryError: sys.exit(3)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 3
