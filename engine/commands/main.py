@@ -55,8 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    from tqdm import tqdm
-
     from engine.commands.words import Reader
 
     command, parser, words = _command(words)
@@ -65,6 +63,8 @@ def _run(words: list[str]) -> int:
     for note in reader.notes:
         print(note, file=sys.stderr)
     _show_warnings()
+    from tqdm import tqdm
+
     # Its thread would only redraw bars that stand still.
     tqdm.monitor_interval = 0
     status: int = command.run(parser, args)
