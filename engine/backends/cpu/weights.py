@@ -53,7 +53,8 @@ class _Memory:
         if size > len(self._left):
             n_map = max(size, min(self.n_expected, _MAP_BYTES))
             try:
-                pages = mmap.mmap(-1, n_map)
+                # A shared map, as by default, has no huge pages.
+                pages = mmap.mmap(-1, n_map, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             except OSError:
                 raise NotEnoughMemoryError(
                     f"out of memory: the next weights need {n_map / 2**20:.1f} MiB; "
