@@ -1,27 +1,22 @@
 """Chat templates: from messages to the text that a model was trained to continue.
 
-A template is a Jinja program in the model's file, so it is untrusted. It runs in jinja2's sandbox
-with the environment of transformers' `apply_chat_template`: trimmed blocks, `tojson` that leaves
-HTML alone, `raise_exception`, `strftime_now`, loop controls, the tag `generation`.
+A template is a Jinja program in the model's file, so it is untrusted. It runs in a process of its
+own, within limits.
 """
 
-import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-from jinja2 import ext, meta, nodes
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+import numpy as np
 
 from engine import checks
 from engine.errors import EngineError
 from engine.formats.files import not_regular
 from engine.formats.gguf import GGUFFile
+from engine.text import jinja_process
 
 Message = Mapping[str, Any]
 
@@ -30,6 +25,7 @@ TEMPLATE_KEY = "tokenizer.chat_template"
 # Of the templates in a file, so many are named where another one is asked for.
 _NAMED = 8
 _PROBE = "\ufdd1"  # No template contains it.
+_ATOMS = frozenset({str, int, float, bool, type(None)})
 # Values of `--chat-template NAME` that need no file.
 BUILT_IN = {
     "chatml": (
@@ -51,13 +47,10 @@ class ChatTemplate:
     def __init__(self, source: str, name: str = "chat template") -> None:
         checks.text(ChatError, name, source)
         self.name = name
-        environment = _environment()
+        self._source = source
         try:
-            self.variables = meta.find_undeclared_variables(environment.parse(source))
-            self._template = environment.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise self._error(f"line {error.lineno}: {error.message}") from None
-        except Exception as error:  # Jinja makes Python of it, which may not compile.
+            self.variables = set(jinja_process.run(source).split())
+        except jinja_process.JinjaError as error:
             raise self._error(str(error)) from None
 
     def __repr__(self) -> str:
@@ -75,14 +68,9 @@ class ChatTemplate:
 
         messages: each with `role`, `content` and what else the template reads. tools: JSON schemas.
         reasoning: its `enable_thinking` (None: its own default). special: texts by the names that
-        templates use (`bos_token`, …). Raises ChatError if it fails or the sandbox stops it.
+        templates use (`bos_token`, …). Raises ChatError if it fails or takes too much.
         """
-        # Copies: a template may append to the lists in them.
-        try:
-            given: dict[str, Any] = {"messages": _copied(messages)}
-            given |= {"tools": _copied(tools), "documents": None}
-        except RecursionError:
-            raise self._error("messages or tools that hold themselves") from None
+        given: dict[str, Any] = {"messages": messages, "tools": tools, "documents": None}
         given |= {"add_generation_prompt": add_generation_prompt, **(special or {})}
         if reasoning is not None:
             given["enable_thinking"] = reasoning
@@ -90,10 +78,11 @@ class ChatTemplate:
 
     def _rendered(self, given: Mapping[str, Any]) -> str:
         try:
-            return self._template.render(given)
-        except Exception as error:  # An untrusted program may raise anything.
-            said = str(error) if isinstance(error, jinja2.TemplateError) else repr(error)
-            raise self._error(said or type(error).__name__) from None
+            return jinja_process.run(self._source, _plain(given))
+        except RecursionError:
+            raise self._error("messages or tools that hold themselves") from None
+        except jinja_process.JinjaError as error:
+            raise self._error(str(error)) from None
 
     @cached_property
     def takes_parts(self) -> bool:
@@ -121,10 +110,26 @@ def is_text_part(part: Any) -> bool:
     )
 
 
-def _copied(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    """A value as one that another process can read: in types of JSON, no subclasses of them."""
+    if type(value) in _ATOMS:
+        return value
     if isinstance(value, Mapping):
-        return {key: _copied(v) for key, v in value.items()}
-    return [_copied(v) for v in value] if isinstance(value, list | tuple) else value
+        return {_atom(key): _plain(v) for key, v in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray):
+        return [_plain(v) for v in value]
+    return _atom(value)
+
+
+def _atom(value: Any) -> Any:
+    value = value.item() if isinstance(value, np.generic) else value
+    if type(value) in _ATOMS:
+        return value
+    if not isinstance(value, str | int | float):
+        checks.refuse(ChatError, "messages or tools", "texts, numbers, lists and mappings", value)
+    if isinstance(value, str):
+        return str.__str__(value)  # Of an enumeration, too, its text and not its name.
+    return int(value) if isinstance(value, int) else float(value)
 
 
 def find_template(file: GGUFFile, choice: str | None = None) -> ChatTemplate:
@@ -156,51 +161,3 @@ def find_template(file: GGUFFile, choice: str | None = None) -> ChatTemplate:
             f"({getattr(error, 'strerror', None) or error})"
         ) from None
     return ChatTemplate(source, f"chat template {choice}")
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """As llama.cpp's, it lets templates append to lists, which are copies of a user's."""
-        is_append = isinstance(obj, list) and attr == "append"
-        return is_append or super().is_safe_attribute(obj, attr, value)
-
-
-def _environment() -> jinja2.Environment:
-    environment = _Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
-
-
-class _GenerationTag(ext.Extension):
-    """`{% generation %}` marks a model's own text, for training; it renders as its body."""
-
-    tags = {"generation"}  # noqa: RUF012  (jinja2's own type)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        # A call block, as in transformers: variables set inside are not visible outside.
-        return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
-
-    def _body(self, caller: Callable[[], str]) -> str:
-        return caller()
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)

@@ -55,7 +55,8 @@ def refusal(package: str) -> str:
     [
         ("numpy", "-p a"),
         ("numpy", "--help"),
-        ("jinja2", "graph"),
+        ("jinja2", "-st -p a"),
+        ("markupsafe", "-st -p a"),
         ("tqdm", "bench -m MODEL"),
         ("tokenizers", "-m MODEL -p a"),
         ("sentencepiece", "tokenize -m VOCABULARY -p a"),
