@@ -124,7 +124,8 @@ def _explained(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and "new thread" in str(error):
         return str(thread_refused("one more thread", error))
     is_memory = isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM
-    if is_memory or (not isinstance(error, ImportError | OSError) and _memory_is_out()):
+    is_plain = isinstance(error, OSError | ModuleNotFoundError)
+    if is_memory or (not is_plain and _memory_is_out()):
         what = getattr(error, "strerror", None) or str(error)
         return f"out of memory{what and f': {what}'}; lower -c, -ub, -np or -t"
     if isinstance(error, OSError):

@@ -222,8 +222,9 @@ class Parser(argparse.ArgumentParser):
         if many:
             how = {"type": _paths, "action": "extend", "metavar": "FILE[,FILE…]"}
         about = (
-            "GGUF file (default: the demo model that comes with the engine). Weights take the "
-            "memory that they take in the file; IQ1 to IQ3 take that of Q8_0, 2.5 to 5 times"
+            "GGUF file (default: the demo model that comes with the engine). Weights take about "
+            "the memory of the file (TQ1_0 and Q1_0: up to half more); IQ1 to IQ3 take that of "
+            "Q8_0, 2.5 to 5.4 times their file"
         )
         self.add_argument("-m", "--model", help=about, **how)
         self.flag("-v --verbose", "more detail; tracebacks of errors")

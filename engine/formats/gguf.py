@@ -45,7 +45,7 @@ class GGUFError(EngineError):
     """The file is not a GGUF that this engine can read."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """A tensor's row-major `shape`, its type, and where its bytes are in file `file_index`."""
 
@@ -204,13 +204,13 @@ class _Parser:
         length = self._uint(8, what)
         self._need(length, f"a string of {what}")
         self.pos += length
-        text = bytes(self._data[self.pos - length : self.pos])
-        try:
-            return text.decode()
-        except UnicodeDecodeError:
-            return text
+        with memoryview(self._data) as data, data[self.pos - length : self.pos] as text:
+            try:
+                return str(text, "utf-8")
+            except UnicodeDecodeError:
+                return bytes(text)
 
-    def _strings(self, n: int, what: str) -> "Strings":
+    def _strings(self, n: int, what: str) -> Strings:
         self._need(8 * n, what)
         begin = end = self.pos
         data, unpack, n_read = self._data, _U64.unpack_from, len(self._data)

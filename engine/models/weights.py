@@ -83,15 +83,15 @@ class Weights:
 
 def _check(file: GGUFFile, expected: Mapping[str, Shape], skipped: range) -> None:
     found = file.tensors
-    scales = [name for name in found if _weight_of(name) in expected]
+    scales = {name: shape for name in found if (shape := expected.get(_weight_of(name)))}
     problems = {
         "missing": [name for name in expected if name not in found],
         "misshapen": [
             f"{name} (expected {list(map(int, shape))}, got {list(found[name].shape)})"
             for name, shape in expected.items()
             if name in found and _squeezed(found[name].shape) != _squeezed(shape)
-        ]
-        + [problem for name in scales if (problem := _problem_of_scale(name, found))],
+        ],
+        "unknown": [p for name, shape in scales.items() if (p := _unknown(name, shape, found))],
         "unexpected": [
             name
             for name in found
@@ -112,19 +112,19 @@ def _check(file: GGUFFile, expected: Mapping[str, Shape], skipped: range) -> Non
         raise ModelError(f"{file.path}: {'; '.join(messages)}")
 
 
-def _weight_of(name: str) -> str | None:
-    """The weight beside which a tensor may be as its scale. Scales of inputs have no use here,
-    where activations are not rounded to 4 bits."""
+def _weight_of(name: str) -> str:
+    """The weight beside which a tensor may be as its scale; empty if it is none."""
     stem, _, suffix = name.rpartition(".")
-    return f"{stem}.weight" if suffix in ("scale", "input_scale") else None
+    return f"{stem}.weight" if suffix in ("scale", "input_scale") else ""
 
 
-def _problem_of_scale(name: str, found: Mapping[str, TensorInfo]) -> str:
-    """What is wrong with a scale: it multiplies all values of an NVFP4 weight, or of an expert."""
-    scale, weight = found[name], found.get(_weight_of(name) or "")
-    if weight is None:
+def _unknown(name: str, shape: Shape, found: Mapping[str, TensorInfo]) -> str:
+    """What is wrong with a scale: it multiplies all values of an NVFP4 weight of this shape, or
+    those of each expert. Scales of inputs have no use here: activations keep more than 4 bits."""
+    scale, weight = found[name], found.get(_weight_of(name))
+    if weight is None or name.endswith(".input_scale"):
         return ""
-    n = weight.shape[0] if len(weight.shape) == 3 else 1
+    n = shape[0] if len(shape) == 3 else 1
     is_right = scale.dtype is F32 and math.prod(scale.shape) in (1, n)
     if is_right and weight.dtype is WEIGHT_TYPES["NVFP4"]:
         return ""

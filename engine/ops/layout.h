@@ -12,8 +12,8 @@
 //   2      words 4h | 4h+1 << 2 | 4h+2 << 4 | 4h+3 << 6 (128)
 //   1      bit i of a byte is word i's (64)
 //
-// 6 bits are 4 and 2, 5 are 4 and 1, 3 are 2 and 1; a single bit counts 2. A value is scale ·
-// (q - ZERO) - min. Scales of GROUP columns lie in front of a k-block's planes, those of a
+// 6 bits are 4 and 2, 5 are 4 and 1, 3 are 2 and 1. Q1_0's single bit is read as bit 1 of its byte:
+// 0 or 2. A value is scale · (q - ZERO) - min. Scales of GROUP columns lie in front of a k-block's planes, those of a
 // super-block (8 k-blocks, or the last ones) in front of it; `Scale` says what they are. Each GGUF
 // type with a layout keeps its values exactly.
 #pragma once

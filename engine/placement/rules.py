@@ -49,8 +49,9 @@ class Offload:
         host = next((b.name for b in backends if not b.traits.own_memory), None)
         rules: dict[Node, tuple[str, str]] = {}
         names = tuple(dict.fromkeys(name for node in graph.nodes for name in _weights(node)))
-        patterns = [(text, *_parse(text, used)) for text in self.overrides]
-        overrides = [(text, to, _matched(text, pattern, names)) for text, pattern, to in patterns]
+        parsed = [(text, *_parse(text, used)) for text in self.overrides]
+        with _time_limit(self.overrides):
+            overrides = [(text, to, _matched(text, sought, names)) for text, sought, to in parsed]
         for node in graph.nodes:
             for text, backend, matched in overrides:
                 if found := [name for name in _weights(node) if name in matched]:
@@ -77,38 +78,37 @@ def _weights(node: Node) -> list[str]:
     return [t.name for t in node.inputs.values() if t.kind is Kind.WEIGHT]
 
 
-def _parse(text: str, names: Sequence[str]) -> tuple[re.Pattern[str], str]:
+def _parse(text: str, names: Sequence[str]) -> tuple[str, str]:
     expression, _, backend = text.rpartition("=")
     if not expression or backend not in names:
         used = ", ".join(names)
         raise OffloadError(
             f"--override-tensor: expected REGEX=BACKEND with one of {used} (in use), got {text!r}"
         )
-    try:
-        return re.compile(expression), backend
-    except (re.error, OverflowError, RecursionError) as error:
-        raise OffloadError(f"--override-tensor {text}: no regular expression: {error}") from None
+    return expression, backend
 
 
 @lru_cache(64)
-def _matched(text: str, pattern: re.Pattern[str], names: tuple[str, ...]) -> frozenset[str]:
+def _matched(text: str, expression: str, names: tuple[str, ...]) -> frozenset[str]:
     """The names that the expression of an override is found in."""
-    with _time_limit(f"--override-tensor {text}"):
-        found = frozenset(filter(pattern.search, names))
+    try:
+        found = frozenset(filter(re.compile(expression).search, names))
+    except (re.error, OverflowError, RecursionError) as error:
+        raise OffloadError(f"--override-tensor {text}: no regular expression: {error}") from None
     if not found:
         raise OffloadError(f"--override-tensor {text}: matches no weight of the model")
     return found
 
 
 @contextmanager
-def _time_limit(what: str) -> Iterator[None]:
+def _time_limit(texts: Sequence[str]) -> Iterator[None]:
     """Raise OffloadError after _SEARCH_SECONDS. A search holds Python's lock, so only a signal ends
     it; outside of the main thread, which alone has signals, there is no limit."""
 
     def stop(*_: object) -> None:
         raise OffloadError(
-            f"{what}: expected a regular expression that is searched in the weights' names within "
-            f"{_SEARCH_SECONDS:g} s; repeat nothing that itself repeats, as (a+)+ does"
+            f"--override-tensor {', '.join(texts)}: expected what is searched in the weights' "
+            f"names within {_SEARCH_SECONDS:g} s; repeat nothing that itself repeats, as (a+)+ does"
         )
 
     if threading.current_thread() is not threading.main_thread():

@@ -114,7 +114,8 @@ def _bytes_of(text: str) -> bytes:
     try:
         data = text.encode()
     except UnicodeEncodeError:
-        raise SamplingError(f"dry_sequence_breakers: {text!r} cannot be encoded") from None
+        shown = checks.shown(text)
+        raise SamplingError(f"dry_sequence_breakers: {shown} cannot be encoded") from None
     if len(data) > _MAX_BYTES:
         shown = checks.shown(text)
         _log.warning("dry_sequence_breakers: %s is cut to %d bytes", shown, _MAX_BYTES)

@@ -84,8 +84,13 @@ class _Process:
         if status == -signal.SIGPROF:
             raise JinjaError(f"expected at most {seconds:.0f} seconds of work, and it took more")
         if status == errno.ENOMEM:
-            raise JinjaError(f"expected at most {memory >> 20} MiB of memory, and it took more")
-        raise JinjaError(f"the process that runs it ended with status {status}")
+            raise JinjaError(
+                f"expected at most {memory >> 20} MiB of memory (or what ulimit -v leaves), and it "
+                "took more"
+            )
+        # Who ignores SIGCHLD is told 0.
+        how = f"ended with status {status}" if status else "ended, as at its limits"
+        raise JinjaError(f"the process that runs it {how}")
 
     def _start(self) -> None:
         folders = [Path(__file__).parent, *map(_folder, ("jinja2", "markupsafe"))]

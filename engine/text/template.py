@@ -14,7 +14,6 @@ import numpy as np
 
 from engine import checks
 from engine.errors import EngineError
-from engine.formats.files import not_regular
 from engine.formats.gguf import GGUFFile
 from engine.text import jinja_process
 
@@ -146,8 +145,6 @@ def find_template(file: GGUFFile, choice: str | None = None) -> ChatTemplate:
     if source := BUILT_IN.get(choice, "") or file.string(f"{TEMPLATE_KEY}.{choice}", ""):
         return ChatTemplate(source, f"chat template {choice}")
     try:
-        if kind := not_regular(Path(choice)):
-            raise ValueError(f"it is {kind}")
         source = Path(choice).read_bytes().decode()
     except UnicodeDecodeError as error:
         came = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"

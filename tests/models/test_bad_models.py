@@ -215,7 +215,7 @@ WRONG_TENSORS: dict[str, tuple[dict[str, Any], str]] = {
     "a bias": ({"blk.3.attn_q.bias": FOUR}, "1 unexpected tensor: blk.3.attn_q.bias"),
     "a scale": (
         {"blk.0.ffn_up.scale": FOUR},
-        "1 misshapen tensor: blk.0.ffn_up.scale (expected F32 [1] beside NVFP4, got F32 [4] "
+        "1 unknown tensor: blk.0.ffn_up.scale (expected F32 [1] beside NVFP4, got F32 [4] "
         "beside Q8_0)",
     ),
     "rope factors": ({"rope_freqs.weight": FOUR}, "1 unexpected tensor: rope_freqs.weight"),

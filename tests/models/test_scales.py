@@ -54,7 +54,7 @@ def scaled(
             factors = rng.uniform(0.25, 3, n).astype(np.float32)
             stem = name.removesuffix(".weight")
             tensors[f"{stem}.scale"] = as_f32(factors)
-            tensors[f"{stem}.input_scale"] = as_f32(np.full(n, 7.0))
+            tensors[f"{stem}.input_scale"] = as_f32(np.full(n + 1, 7.0))
             values = decode("NVFP4", t.rows).astype(np.float64)
             plain[name] = as_f32(values * factors.reshape(-1, *[1] * (len(t.shape) - 1)))
     assert len(tensors) > len(plain) + 8
@@ -82,6 +82,27 @@ def test_a_scale_multiplies_its_weight(
     ids = random_ids(rng, 70)
     with float64_engine(path) as ours, float64_engine(plain) as expected:
         assert nmse(ours.logits(ids), expected.logits(ids)) < FLOAT_LIMIT
+
+
+def test_a_weight_may_have_ones_in_its_shape(
+    models: Models, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """What it is in the model says how many factors it has."""
+    source = models("tiny-untied", "NVFP4")
+    path, plain = scaled(source, tmp_path, rng)
+    tensors = read_tensors(path)
+    t = tensors["blk.0.ffn_up.weight"]
+    tensors["blk.0.ffn_up.weight"] = Stored(t.dtype, t.n_columns, t.rows[:, np.newaxis])
+    write_tensors(path, GGUFFile(source).metadata, tensors)
+    ids = random_ids(rng, 5)
+    with Engine.load(path) as engine, float64_engine(path) as ours:
+        assert np.isfinite(engine.logits(ids)).all()
+        with float64_engine(plain) as expected:
+            assert nmse(ours.logits(ids), expected.logits(ids)) < FLOAT_LIMIT
+    tensors["blk.0.ffn_up.scale"] = as_f32(np.ones(len(t.rows)))
+    write_tensors(path, GGUFFile(source).metadata, tensors)
+    with pytest.raises(EngineError, match=r"ffn_up.scale \(expected F32 \[1\] beside NVFP4, got"):
+        Engine.load(path)
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def test_an_expression_that_takes_long_is_refused(graph: Graph, expression: str)
     """It would take from minutes to longer than the universe's age."""
     before, start = signal.getsignal(signal.SIGALRM), time.perf_counter()
     offload = Offload(overrides=(f"{expression}=cpu",))
-    with pytest.raises(OffloadError, match=r"expected a regular expression that is searched in"):
+    with pytest.raises(OffloadError, match=r"expected what is searched in"):
         offload.rules(graph, [Gpu(), Picky("cpu")])
     assert time.perf_counter() - start < 20
     assert signal.getsignal(signal.SIGALRM) is before

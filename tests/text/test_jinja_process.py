@@ -192,7 +192,7 @@ def test_a_fork_does_not_keep_the_process_of_its_parent() -> None:
         child, forked = map(int, parent.stdout.readline().split())
         parent.wait()
         try:
-            wait_until(lambda: not is_running(child), 1)
+            wait_until(lambda: not is_running(child))
         finally:
             os.kill(forked, signal.SIGKILL)
 
@@ -203,7 +203,7 @@ def test_none_is_left_when_its_parent_ends() -> None:
     killed = "ChatTemplate(ECHO); print(pid(), flush=True); os.kill(os.getpid(), 9)"
     done = script(killed)
     assert done.returncode == -signal.SIGKILL
-    wait_until(lambda: not is_running(int(done.stdout)), 1)
+    wait_until(lambda: not is_running(int(done.stdout)))
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-"])
@@ -233,12 +233,13 @@ def test_signals_that_the_parent_ignores_or_blocks() -> None:
         print(error)
     template = ChatTemplate(ECHO)
     os.kill(pid(), signal.SIGKILL)
-    time.sleep(0.2)
+    while os.path.exists(f"/proc/{pid()}"):
+        time.sleep(0.01)
     print(template.render(USER))
     """
     ended, text = script(code).stdout.splitlines()
     # Whoever ignores SIGCHLD is not told how a child ended.
-    assert ended == "chat template: the process that runs it ended with status 0"
+    assert ended == "chat template: the process that runs it ended, as at its limits"
     assert text == "<a>"
 
 

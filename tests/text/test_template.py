@@ -154,7 +154,7 @@ def test_templates_that_cannot_be_found(file: GGUFFile, tmp_path: Path) -> None:
 
     expected = "expected a file or one of chatml, tool_use (No such file or directory)"
     assert refused("nothing") == f"chat template nothing: {expected}"
-    assert refused(tmp_path).endswith("(it is a directory)")
+    assert refused(tmp_path).endswith("(Is a directory)")
     assert "(embedded null byte)" in refused("a\0b")
     (tmp_path / "binary").write_bytes(b"a\xff")
     assert refused(tmp_path / "binary").endswith("expected UTF-8, got byte 0xff at offset 1")

@@ -27,6 +27,8 @@ Rng = np.random.Generator
 # Attention of prompts is in float16 products, through all layers of models whose random weights
 # magnify rounding; a wrong mask, slot or weight gives 1e-2 and more.
 LIMIT = 1e-5
+# Where a choice of experts turned round: seen up to 7e-4.
+FLIPPED_LIMIT = 0.05
 # Quantized weights: products round activations, as the CPU's do, and may be as far off.
 SHARE_OF_CPU = 4.0
 OPTIONS: dict[str, Any] = {"n_ctx": 512, "n_ubatch": 128, "n_parallel": 4}
@@ -119,7 +121,9 @@ def test_models_on_both_sides_are_right(
     with engine_on(path, cuda_and_others(device, REFUSALS[refused]), **options) as engine:
         is_split = any(REFUSALS[refused](node) for node in engine.plan.graph.nodes)
         assert ({b.name for b in engine.plan.backends} == {"cuda", "cpu"}) == is_split
-        assert np.median([worst(walk(engine, ids), e) for ids, e in expected]) <= LIMIT
+        errors = [worst(walk(engine, ids), e) for ids, e in expected]
+        assert np.median(errors) <= LIMIT
+        assert max(errors) <= FLIPPED_LIMIT
 
 
 @pytest.mark.parametrize("preset", ["tiny", "tiny-moe", "tiny-kimi"])
