@@ -21,19 +21,19 @@ DEVICE T load_words(const uint8_t* p) {
 constexpr uint32_t IQ4_WORDS[4] = {0xbfad9881, 0xf6eaddcf, 0x26190d01, 0x71594535};
 constexpr uint32_t FP4_WORDS[4] = {0x0f0e0d0c, 0x18141210, 0x090a0b0c, 0x00040608};
 
-// The table's values for 8 nibbles, which count from the lowest: 4 in each word.
+// Part `part` of the table's values for 8 nibbles, which count from the lowest: 4 in each word. Of
+// FP4, part 0 has values of the table's first half and 0 in place of the others, part 1 the reverse.
 template <Values VALUES>
-DEVICE void look_up(uint32_t nibbles, uint32_t (&words)[2]) {
+DEVICE void look_up(uint32_t nibbles, int part, uint32_t (&words)[2]) {
     constexpr bool IS_FP4 = VALUES == Values::FP4;
     constexpr const uint32_t (&T)[4] = IS_FP4 ? FP4_WORDS : IQ4_WORDS;
-    const uint32_t other = nibbles ^ 0x88888888, low = nibbles & 0x77777777;
-    const uint32_t high = nibbles >> 3 & 0x11111111;
+    const uint32_t low = nibbles & 0x77777777, high = nibbles >> 3 & 0x11111111;
+    if (part == 1) nibbles ^= 0x88888888;
     for (int i = 0; i < 2; i++) {
         const int at = 16 * i;
         if (IS_FP4) {
-            // Where the highest bit is set the byte is 0, since no byte of the table has its own.
-            words[i] = permute_or_fill(T[0], T[1], nibbles >> at) |
-                       permute_or_fill(T[2], T[3], other >> at);
+            // Where a nibble's highest bit is set the byte is 0: none in the table has its own.
+            words[i] = permute_or_fill(T[2 * part], T[2 * part + 1], nibbles >> at);
         } else {
             const uint32_t mask = permute_bytes(0x0000ff00, 0, high >> at);
             words[i] = (permute_bytes(T[2], T[3], low >> at) & mask) |
@@ -81,8 +81,18 @@ struct Piece {
     }
 
     // Word 2c of rows g and g + 8, then word 2c + 1 of both: signed bytes; where the format has a
-    // ZERO, bytes of at least 0.
+    // ZERO, bytes of at least 0. They are the sum of PARTS parts, which a product may add up.
+    static constexpr int PARTS = F::VALUES == Values::FP4 ? 2 : 1;
+
     DEVICE void words(int c, uint32_t (&a)[4]) const {
+        part(0, c, a);
+        if (PARTS == 1) return;
+        uint32_t more[4];
+        part(1, c, more);
+        for (int i = 0; i < 4; i++) a[i] |= more[i];
+    }
+
+    DEVICE void part(int number, int c, uint32_t (&a)[4]) const {
         for (int i = 0; i < 2; i++) {
             if (IS_BYTES) {
                 a[i] = planes[i], a[i + 2] = planes[i + 2];
@@ -91,7 +101,7 @@ struct Piece {
             a[i] = a[i + 2] = 0;
             if (F::CODEBOOK) {
                 uint32_t both[2];
-                look_up<F::VALUES>(planes[i], both);
+                look_up<F::VALUES>(planes[i], number, both);
                 a[i] = both[0], a[i + 2] = both[1];
                 continue;
             }

@@ -163,9 +163,12 @@ DEVICE void multiply_batch(const uint8_t* k_blocks, int count, const RowBatch& x
 #pragma unroll
             for (int k = 0; k < PIECES; k++) {
                 const int piece = group * PIECES + k, word = piece % 2 * 2;
-                uint32_t words[4];
-                pair.piece(piece).words(piece, words);
-                multiply_int8(d, words, b[piece / 2].w[word], b[piece / 2].w[word + 1]);
+#pragma unroll
+                for (int part = 0; part < Piece<F>::PARTS; part++) {
+                    uint32_t words[4];
+                    pair.piece(piece).part(part, piece, words);
+                    multiply_int8(d, words, b[piece / 2].w[word], b[piece / 2].w[word + 1]);
+                }
             }
             const int32_t sum =
                 F::GROUPS == 2 ? k_block.sum[group] : k_block.sum[0] + k_block.sum[1];
