@@ -332,9 +332,9 @@ def test_what_comes_from_it_is_bounded() -> None:
         reply.pack(False, 1) + b"\xff",
     ):
         ours, theirs = socket.socketpair()
-        with ours, theirs:
+        # Its own socket stays open: where that is closed, it ends, and another one answers.
+        with ours, theirs, jinja_process._process.socket:
             theirs.sendall(sent)
-            jinja_process._process.socket.close()
             jinja_process._process.socket = ours
             with pytest.raises(ChatError, match=r"bytes of text|ended with status"):
                 template.render(chat("a"))
