@@ -41,6 +41,7 @@ from tests.support.cases import (
     single_node_graph,
     slots,
 )
+from tests.support.opcase import RawWeights
 from tools.cuda_device import add_device_options, device_of
 
 Operands = dict[str, Operand]
@@ -106,7 +107,7 @@ def time_op(
         own = {n: graph.state(f"{n}.{i}", tensors[n].shape, tensors[n].dtype) for n in states}
         graph.outputs = {"out": graph.add(op, f"layer.{i}", tensors | own, **attrs)[0]}
     backend = CudaBackend(device)
-    executable = Executable(place(graph, [backend], strict=True), _NoWeights())
+    executable = Executable(place(graph, [backend], strict=True), RawWeights({}))
     for name, operand in operands.items():
         if operand.kind is Kind.ACTIVATION:
             backend.write(tensors[name], operand.values.astype(np.float32))
@@ -124,14 +125,6 @@ def _seconds(device: Device, executable: Executable, live: Live) -> float:
     assert isinstance(program, CudaProgram)
     replay = device.capture(lambda: program.launch(live))
     return median(timed(device, replay, CALLS))
-
-
-class _NoWeights:
-    def factors(self, name: str) -> Any:
-        raise AssertionError(name)
-
-    def raw(self, name: str, begin: int = 0, end: int | None = None) -> Any:
-        raise AssertionError(name)
 
 
 def delta_operands(n_tokens: int, n_seqs: int, n_heads: int, kda: bool) -> Operands:

@@ -26,6 +26,7 @@ from engine.placement.place import place
 from engine.runtime.executor import Executable
 from tests.ops.cases.gated_delta_net import random_operands
 from tests.support.cases import Case, single_node_graph
+from tests.support.opcase import RawWeights
 
 OP, SIZE, SECONDS = OPS["GATED_DELTA_NET"], 128, 0.25
 
@@ -41,7 +42,7 @@ class Call:
         attrs = {"head_map": "tiled", "scale": SIZE**-0.5, "algorithm": algorithm}
         case = Case("timed", lambda _: operands, attrs)
         graph, tensors = single_node_graph(OP, case, operands)
-        self._executable = Executable(place(graph, [self._backend], strict=True), _NoWeights())
+        self._executable = Executable(place(graph, [self._backend], strict=True), RawWeights({}))
         for name, operand in operands.items():
             if operand.kind is Kind.ACTIVATION:
                 self._backend.write(tensors[name], operand.values)
@@ -54,14 +55,6 @@ class Call:
         """How long the kernel takes."""
         timings = self._executable.run_timed(self._inputs, self._live)
         return sum(t.seconds for t in timings if t.backend)
-
-
-class _NoWeights:
-    def factors(self, name: str) -> np.ndarray:
-        raise AssertionError(name)
-
-    def raw(self, name: str, begin: int = 0, end: int | None = None) -> np.ndarray:
-        raise AssertionError(name)
 
 
 def compare(n: int, n_heads: int, kda: bool, n_threads: int) -> tuple[float, float]:

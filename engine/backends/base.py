@@ -86,7 +86,7 @@ class WeightSource(Protocol):
         Threads may call it at the same time."""
 
     def factors(self, name: str) -> NDArray[np.float32]:
-        """What its values are multiplied by: float32 [1], or [X] for each of its X matrices."""
+        """The factors of its values: float32 [1], or [X] for a weight of X matrices."""
 
 
 @dataclass(frozen=True)

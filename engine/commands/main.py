@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 COMMANDS = ("graph", "tokenize", "perplexity", "sweep-bench", "plot-bench", "bench",
             "batched-bench", "profile")  # fmt: skip
-# Of memory; who can't get them has none.
+# A process that can't get so many bytes has no memory left.
 _SPARE_BYTES = 8 << 20
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from engine.errors import EngineError, NotEnoughMemoryError
 
+# What is refused: a path that names no regular file.
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a FIFO",
@@ -22,14 +23,6 @@ _KINDS = {
     stat.S_IFBLK: "a block device",
     stat.S_IFSOCK: "a socket",
 }
-
-
-def not_regular(path: Path) -> str:
-    """What a path is if it is no regular file, such as "a FIFO", else an empty string.
-
-    To open a FIFO waits for its writer, and devices may never end. Raises OSError.
-    """
-    return _KINDS.get(stat.S_IFMT(path.stat().st_mode), "")
 
 
 class File:
@@ -41,7 +34,8 @@ class File:
     def __init__(self, error: type[EngineError], path: Path, what: str) -> None:
         self._error, self._path = error, path
         try:
-            if kind := not_regular(path):
+            # To open a FIFO waits for its writer, and devices may never end.
+            if kind := _KINDS.get(stat.S_IFMT(path.stat().st_mode)):
                 raise error(f"{path}: expected {what}, got {kind}")
             self._number = os.open(path, os.O_RDONLY)
         except (OSError, ValueError) as failed:  # ValueError: the name holds a NUL.

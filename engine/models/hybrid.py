@@ -139,7 +139,7 @@ def _check_sections(hp: HParams) -> None:
 def _attention_shapes(
     hp: HParams, n_entries: int, linear: list[bool], n_embd: int, eps: float
 ) -> list[AttentionShape]:
-    """Of all layers; those that are linear may have no heads in the file, and don't use theirs."""
+    """The shapes of all layers. A linear layer does not use its own, so a file may give it none."""
     n_heads = hp.per_layer("attention.head_count", n_entries, minimum=0)
     n_kv_heads = hp.per_layer("attention.head_count_kv", n_entries, minimum=0)
     heads = list(zip(n_heads, n_kv_heads, strict=True))[: len(linear)]

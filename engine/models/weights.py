@@ -73,7 +73,7 @@ class Weights:
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def factors(self, name: str) -> NDArray[np.float32]:
-        """What a tensor's values are multiplied by, float32: [1], or [X] for each of X matrices."""
+        """The factors of a tensor's values: float32 [1], or [X] for a tensor of X matrices."""
         source = self._rows[name][0] if name in self._rows else name
         scale = source.removesuffix(".weight") + ".scale"
         if scale not in self._file.tensors:
@@ -119,8 +119,9 @@ def _weight_of(name: str) -> str:
 
 
 def _unknown(name: str, shape: Shape, found: Mapping[str, TensorInfo]) -> str:
-    """What is wrong with a scale: it multiplies all values of an NVFP4 weight of this shape, or
-    those of each expert. Scales of inputs have no use here: activations keep more than 4 bits."""
+    """Say what is wrong with a scale; empty if nothing is. A right one multiplies all values of an
+    NVFP4 weight of this shape, or those of each expert. The engine has no use for scales of inputs,
+    since its activations keep more than 4 bits."""
     scale, weight = found[name], found.get(_weight_of(name))
     if weight is None or name.endswith(".input_scale"):
         return ""

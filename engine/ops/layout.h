@@ -13,9 +13,9 @@
 //   1      bit i of a byte is word i's (64)
 //
 // 6 bits are 4 and 2, 5 are 4 and 1, 3 are 2 and 1. Q1_0's single bit is read as bit 1 of its byte:
-// 0 or 2. A value is scale · (q - ZERO) - min. Scales of GROUP columns lie in front of a k-block's planes, those of a
-// super-block (8 k-blocks, or the last ones) in front of it; `Scale` says what they are. Each GGUF
-// type with a layout keeps its values exactly.
+// 0 or 2. A value is scale · (q - ZERO) - min. Scales of GROUP columns lie in front of a k-block's
+// planes, those of a super-block (8 k-blocks, or the last ones) in front of it; `Scale` says what
+// they are. Each GGUF type with a layout keeps its values exactly.
 #pragma once
 
 #ifndef DEVICE  // CUDA's primitives.cuh defines it, and the integer types.

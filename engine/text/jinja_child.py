@@ -3,8 +3,8 @@
 The environment is that of transformers' `apply_chat_template`: trimmed blocks, `tojson` that
 leaves HTML alone, `raise_exception`, `strftime_now`, loop controls, the tag `generation`. Nothing
 of the engine is imported, so that the process starts soon. A request comes on standard input: a
-header (REQUEST), and `marshal` bytes of a source and of variables, or None. Standard output gets
-a header (REPLY), and UTF-8.
+header, and `marshal` bytes of a source and of variables, or None. Standard output gets a header,
+and UTF-8.
 """
 
 import errno
@@ -26,12 +26,11 @@ from jinja2 import ext, meta, nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-REQUEST = struct.Struct("=QdQ")  # Bytes that follow, seconds of work, bytes of memory.
-REPLY = struct.Struct("=?Q")  # Whether it is an error, bytes that follow.
 
-
-def main() -> None:
-    """Answer requests until the other end is closed."""
+def main(request_format: str, reply_format: str) -> None:
+    """Answer requests until the other end is closed; formats: of the headers, as jinja_process.py
+    describes them."""
+    request, reply = struct.Struct(request_format), struct.Struct(reply_format)
     # The parent may ignore or block signals, which its children inherit.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -40,18 +39,18 @@ def main() -> None:
     with open("/proc/self/statm") as file:
         taken = int(file.read().split()[0]) * resource.getpagesize()
     gc.freeze()
-    while header := sys.stdin.buffer.read(REQUEST.size):
-        n_bytes, seconds, memory = REQUEST.unpack(header)
+    while header := sys.stdin.buffer.read(request.size):
+        n_bytes, seconds, memory = request.unpack(header)
         # No limit is -1, and the largest number here.
         resource.setrlimit(resource.RLIMIT_AS, (min(taken + memory, soft % 2**63), hard))
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
-            failed, reply = _answer(*marshal.loads(sys.stdin.buffer.read(n_bytes)))
+            failed, text = _answer(*marshal.loads(sys.stdin.buffer.read(n_bytes)))
         except MemoryError:
             os._exit(errno.ENOMEM)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.buffer.write(REPLY.pack(failed, len(reply)))
-        sys.stdout.buffer.write(reply)
+        sys.stdout.buffer.write(reply.pack(failed, len(text)))
+        sys.stdout.buffer.write(text)
         sys.stdout.buffer.flush()
         # Jinja's contexts are in cycles, and may hold a long chat.
         gc.collect()

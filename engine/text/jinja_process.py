@@ -22,8 +22,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_START = "import sys; sys.path += sys.argv[1:]; import jinja_child; jinja_child.main()"
-_REQUEST, _REPLY = struct.Struct("=QdQ"), struct.Struct("=?Q")  # As in jinja_child.
+_START = (
+    "import sys; sys.path += sys.argv[3:]; import jinja_child; jinja_child.main(*sys.argv[1:3])"
+)
+# The headers: bytes that follow, seconds of work, bytes of memory; whether it is an error, bytes
+# that follow.
+_REQUEST, _REPLY = struct.Struct("=QdQ"), struct.Struct("=?Q")
 # A short chat takes 0.1 ms; one of very short messages takes 0.3 seconds a MiB.
 _SECONDS, _SECONDS_PER_MIB = 2.0, 2.0
 # A text with one emoji takes four bytes a character, and a template makes some copies.
@@ -95,7 +99,8 @@ class _Process:
     def _start(self) -> None:
         folders = [Path(__file__).parent, *map(_folder, ("jinja2", "markupsafe"))]
         # Isolated and without site-packages: nothing in a folder can replace a standard module.
-        command = [sys.executable or "", "-I", "-S", "-c", _START, *map(str, folders)]
+        start = [_START, _REQUEST.format, _REPLY.format, *map(str, folders)]
+        command = [sys.executable or "", "-I", "-S", "-c", *start]
         try:
             ours, theirs = socket.socketpair()
             with ours, theirs:

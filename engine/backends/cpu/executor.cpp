@@ -63,7 +63,7 @@ constexpr int SPINS_BEFORE_YIELD = 4096;
 constexpr double SECONDS_BEFORE_PARKING = 2e-3;
 // Turns at an instruction's tasks between two looks at the clock.
 constexpr int TURNS_PER_LOOK = 8;
-// Of a thread, in bytes: kernels need less than 7 KiB of it. The usual 8 MiB would be taken from the
+// A thread's stack: kernels need less than 7 KiB of it. A stack of the usual 8 MiB would use up the
 // address space that `ulimit -v` grants.
 constexpr size_t STACK_BYTES = 512 << 10;
 
@@ -308,7 +308,8 @@ class Team {
 
 }  // namespace
 
-// What f returns. No exception leaves the C interface: on one, `failed`, and errno says why.
+// Calls f and returns its result. No exception leaves the C interface: if f throws one, this returns
+// `failed`, and errno says why.
 template <typename F, typename T>
 T guarded(F f, T failed) {
     try {
