@@ -4,9 +4,6 @@ Whatever raises an `EngineError` says in one line what was expected and what cam
 line prints that line and exits with status 1. Any other exception is a bug of ours.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 
 class EngineError(Exception):
     """A mistake in the input (file, prompt, option), told in one line."""
@@ -22,14 +19,3 @@ def thread_refused(expected: str, reason: object) -> NotEnoughMemoryError:
         f"expected {expected}, and the system refused one ({reason}): "
         "lower -t (n_threads), or raise ulimit -u or -v"
     )
-
-
-@contextmanager
-def starting_threads(expected: str) -> Iterator[None]:
-    """Within it, a thread of Python's that can't be started raises `thread_refused`."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "new thread" not in str(error):
-            raise
-        raise thread_refused(expected, error) from None

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lowest first; modules of one line may import each other, without cycles. A package's modules
 # have its place.
 ORDER = (
-    {"errors", "version", "checks"},
+    {"errors", "version", "checks", "threads"},
     {"formats"},
     {"graph"},
     {"ops"},

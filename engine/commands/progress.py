@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from engine import threads
 from engine.runtime.completion import Completion
 
 AFTER_S, EVERY_S = 1.0, 0.1
@@ -24,7 +25,7 @@ def prompt_bar(completion: Completion) -> Iterator[None]:
     watcher = threading.Thread(target=_watch, args=(completion, has_come), daemon=True)
     is_shown = sys.stderr is not None and sys.stderr.isatty()
     if is_shown:
-        watcher.start()
+        threads.start(watcher, "a thread that shows the progress")
     try:
         yield
     finally:

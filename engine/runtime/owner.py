@@ -22,7 +22,8 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol, TypeVar
 
-from engine.errors import EngineError, starting_threads
+from engine import threads
+from engine.errors import EngineError
 
 T = TypeVar("T")
 # How long a thread that waits for another one's step believes that it still runs.
@@ -191,8 +192,7 @@ class Owner:
         )
         weakref.finalize(loop, self.work.open)
         self.stepper = stepper
-        with starting_threads("a thread that runs the steps"):
-            stepper.start()
+        threads.start(stepper, "a thread that runs the steps")
 
     def stop_driving(self) -> None:
         """Wait until the thread that runs the steps has ended."""

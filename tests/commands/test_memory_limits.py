@@ -53,6 +53,25 @@ for limit in limits.split(","):
         err.seek(0)
         print(json.dumps([status, err.read().decode()]), flush=True)
 """
+# Prints the statuses (-14: it hangs) of starting threads at limits 8 KiB apart.
+THREADS = """
+import os, re, resource, signal
+from pathlib import Path
+from engine.errors import NotEnoughMemoryError
+from engine.threads import pool
+taken = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
+for limit in range(8 << 20, 13 << 20, 8 << 10):
+    if not (child := os.fork()):
+        resource.setrlimit(resource.RLIMIT_AS, (taken + limit, taken + limit))
+        signal.alarm(5)
+        try:
+            with pool("a thread", 1) as threads:
+                assert threads.submit(int, "1").result() == 1
+        except NotEnoughMemoryError:
+            os._exit(1)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
 LIMITED_THREADS = """
 #include <cerrno>
 #include <dlfcn.h>
@@ -104,6 +123,21 @@ def test_every_limit_gives_one_line(
             assert "error" not in err, (limit, err)
     assert results[-1][0] == 0
     assert any(status for status, _ in results)
+
+
+def test_a_thread_without_memory_for_its_first_calls() -> None:
+    """`Thread.start` waits for ever for one."""
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=ENV,
+        check=True,
+    )
+    statuses = list(map(int, done.stdout.split()))
+    assert (statuses[0], statuses[-1]) == (1, 0)
+    assert statuses == sorted(statuses, reverse=True)
 
 
 @pytest.fixture(scope="module")

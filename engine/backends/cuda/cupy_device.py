@@ -6,11 +6,11 @@ Copies from and to the host go through pinned memory, so that the host can go on
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from engine import threads
 from engine.backends.base import Array
 from engine.backends.cuda import nvrtc
 from engine.backends.cuda.args import ARGS
 from engine.backends.cuda.device import CudaError, Fetched, Gemm, Grid, Memory, Replay, Timer
 from engine.backends.cuda.driver import Launcher, find_gpu
-from engine.errors import starting_threads
 
 MIN_CAPABILITY = (8, 0)
 
@@ -143,7 +143,8 @@ class CupyDevice:
         missing = [n for n in nvrtc.sources() if nvrtc.cached(n, self.target) is None]
         if not missing:
             return
-        with starting_threads("threads that compile kernels"), ThreadPoolExecutor() as pool:
+        n_threads = min(len(missing), os.cpu_count() or 1)
+        with threads.pool("threads that compile kernels", n_threads) as pool:
             done = pool.map(lambda n: nvrtc.compile_and_keep(n, self.target), missing)
             title = f"compiling CUDA kernels for {self.target}, once"
             list(tqdm(done, total=len(missing), desc=title, leave=False, disable=None))

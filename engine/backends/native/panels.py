@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from engine import threads
 from engine.backends.base import Array, WeightSource
 from engine.backends.native.library import Library
 from engine.backends.native.signatures import used_packed
 from engine.backends.native.views import PACKED, write_view
-from engine.errors import starting_threads
 from engine.formats.quants import WEIGHT_TYPES, DType, dequantize, quantize_q8_0
 from engine.graph import Node, Tensor
 
@@ -83,8 +83,7 @@ class PanelWeights(ABC):
         with (
             tqdm(total=n_bytes, unit="B", unit_scale=True, leave=False,
                  desc="loading weights", disable=None, delay=_SECONDS_BEFORE_BAR) as bar,
-            starting_threads("threads that pack weights"),
-            ThreadPoolExecutor(n_threads) as pool,
+            threads.pool("threads that pack weights", n_threads) as pool,
         ):  # fmt: skip
             pending: deque[tuple[Tensor, Array, list[Future[None]]]] = deque()
             ahead = 0
