@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import mmap
+import errno
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from engine.errors import thread_refused
+from engine.errors import has_memory, thread_refused
 
 _STACK_BYTES = 8 << 20  # The C library's, unless `ulimit -s` says otherwise.
 _FIRST_CALLS_BYTES = 4 << 20  # Two arenas of Python's small objects, and as much again.
@@ -38,11 +39,10 @@ def pool(expected: str, n_threads: int) -> Iterator[ThreadPoolExecutor]:
 def _starting(expected: str) -> Iterator[None]:
     """`Thread.start` waits for the thread to say that it runs: for ever, if that one finds no
     memory to say so. What it takes has to be there before."""
+    if not has_memory(_STACK_BYTES + _FIRST_CALLS_BYTES):
+        raise thread_refused(expected, os.strerror(errno.ENOMEM))
     try:
-        mmap.mmap(-1, _STACK_BYTES + _FIRST_CALLS_BYTES).close()
         yield
-    except OSError as error:
-        raise thread_refused(expected, error.strerror) from None
     except RuntimeError as error:
         if "new thread" not in str(error):
             raise

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import importlib
 import logging
-import mmap
 import os
 import sys
 import traceback
@@ -15,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from engine.commands.streams import standard_streams
-from engine.errors import EngineError, thread_refused
+from engine.errors import EngineError, has_memory, thread_refused
 
 # Others are imported where they are used, so that `main` can name a package that is missing.
 if TYPE_CHECKING:
@@ -125,7 +124,7 @@ def _explained(error: Exception) -> str | None:
         return str(thread_refused("one more thread", error))
     is_memory = isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM
     is_plain = isinstance(error, OSError | ModuleNotFoundError)
-    if is_memory or (not is_plain and _memory_is_out()):
+    if is_memory or (not is_plain and not has_memory(_SPARE_BYTES)):
         what = getattr(error, "strerror", None) or str(error)
         return f"out of memory{what and f': {what}'}; lower -c, -ub, -np or -t"
     if isinstance(error, OSError):
@@ -134,15 +133,6 @@ def _explained(error: Exception) -> str | None:
     if isinstance(error, ImportError):
         return _explained_import(error)
     return None
-
-
-def _memory_is_out() -> bool:
-    """Python and packages that lack memory raise errors of any kind."""
-    try:
-        mmap.mmap(-1, _SPARE_BYTES).close()
-    except OSError:
-        return True
-    return False
 
 
 def _explained_import(error: ImportError) -> str | None:

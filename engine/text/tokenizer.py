@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import codecs
 import logging
-import mmap
 import struct
 from collections.abc import Iterable
 from typing import Any
 
 from engine import checks
-from engine.errors import NotEnoughMemoryError
+from engine.errors import NotEnoughMemoryError, has_memory
 from engine.formats.gguf import GGUFError, GGUFFile, shown
 from engine.text.vocab import (
     BYTE,
@@ -287,12 +286,8 @@ class _SentencePiece:
 def _check_memory(n_bytes: int) -> None:
     """Raise NotEnoughMemoryError if the packages, which abort the process then, lack `n_bytes`."""
     n_bytes += 8 << 20
-    try:
-        mmap.mmap(-1, n_bytes).close()
-    except OSError:
-        raise NotEnoughMemoryError(
-            f"out of memory: the tokenizer needs {n_bytes >> 20} MiB"
-        ) from None
+    if not has_memory(n_bytes):
+        raise NotEnoughMemoryError(f"out of memory: the tokenizer needs {n_bytes >> 20} MiB")
 
 
 def _check_unicode(text: str) -> None:

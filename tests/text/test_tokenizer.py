@@ -720,7 +720,7 @@ def test_a_text_too_long_for_the_memory_is_refused_alone(
         def refuse(fileno: int, length: int) -> Any:
             raise OSError(12, "Cannot allocate memory")
 
-        monkeypatch.setattr("engine.text.tokenizer.mmap.mmap", refuse)
+        monkeypatch.setattr("engine.errors.mmap.mmap", refuse)
         assert engine.tokenizer.encode(cut, parse_special=True) == want
         with pytest.raises(NotEnoughMemoryError, match=r"the tokenizer needs \d+ MiB"):
             engine.tokenizer.encode(long)
