@@ -68,7 +68,7 @@ class _Process:
         memory = _MEMORY + _MEMORY_PER_BYTE * len(request)
         n_text = _TEXT + _TEXT_PER_BYTE * len(request)
         with self._lock:
-            if self.child is None or self.child.poll() is not None:
+            if self.child is None or _reaped(self.child, os.WNOHANG) is not None:
                 self.end()
                 self._start()
             try:
@@ -106,13 +106,14 @@ class _Process:
             with ours, theirs:
                 theirs.settimeout(None)
                 # In a session of its own: Ctrl-C is for the parent.
-                self.child = subprocess.Popen(
+                child = subprocess.Popen(
                     command, stdin=theirs.fileno(), stdout=theirs.fileno(),
                     stderr=subprocess.DEVNULL, start_new_session=True,
                 )  # fmt: skip
                 # Above 2: libraries write to standard error where it is closed.
                 self.socket = socket.socket(fileno=fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, 3))
                 self.socket.settimeout(None)
+                self.child = child
         except OSError as error:
             why = error.strerror or error
             raise JinjaError(f"the process that runs it can't be started: {why}") from None
@@ -133,7 +134,7 @@ class _Process:
             return 0
         child.kill()
         self.socket.close()
-        return child.wait()
+        return _reaped(child) or 0
 
     def leave_parent(self) -> None:
         """In a forked process: the child is the parent's, and a thread of it may have the lock."""
@@ -142,6 +143,19 @@ class _Process:
             self.socket.close()
             self.child.returncode = 0  # So that nobody here waits for it.
             self.child = None
+
+
+def _reaped(child: subprocess.Popen[bytes], options: int = 0) -> int | None:
+    """As Popen.wait and poll, whose lock an interrupt can leave taken: then wait never returns."""
+    if child.returncode is None:
+        try:
+            process, status = os.waitpid(child.pid, options)
+        except ChildProcessError:  # Who ignores SIGCHLD is told nothing.
+            child.returncode = 0
+        else:
+            if process:
+                child.returncode = os.waitstatus_to_exitcode(status)
+    return child.returncode
 
 
 def _folder(package: str) -> Path:

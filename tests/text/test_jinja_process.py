@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import linecache
 import os
 import resource
 import signal
@@ -18,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from enum import Enum, IntEnum, StrEnum
 from pathlib import Path
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -113,6 +115,50 @@ def test_many_threads_get_their_own_texts() -> None:
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(renders, range(8)))
+
+
+class InterruptAtLine:
+    """A KeyboardInterrupt at the n-th line that runs in the module or in subprocess."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.n_seen = n, 0
+
+    def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
+        code = frame.f_code
+        if code.co_filename not in (jinja_process.__file__, subprocess.__file__):
+            return None
+        if code.co_name in ("__init__", "_execute_child", "_get_handles"):
+            return None  # Many lines, and what they have started is left to itself.
+        # No signal's handler runs where `with` ends and `try` begins: a lock would stay taken.
+        source = linecache.getline(code.co_filename, frame.f_lineno).strip()
+        if event == "line" and not source.startswith(("with ", "try:")):
+            self.n_seen += 1
+            if self.n_seen == self.n:
+                raise KeyboardInterrupt
+        return self
+
+
+# A process whose start was interrupted ends by itself: Python warns that nobody waited for it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_at_any_line_leaves_no_lock_taken() -> None:
+    """Also in subprocess, whose poll can leave a lock taken that its wait needs."""
+    template = ChatTemplate(ECHO)
+    with ThreadPoolExecutor(1) as pool:
+        for n in itertools.count(1):
+            killed = pid()  # So that the lines of an end and of a start run, too.
+            os.kill(killed, signal.SIGKILL)
+            os.waitid(os.P_PID, killed, os.WEXITED | os.WNOWAIT)
+            interrupt = InterruptAtLine(n)
+            with contextlib.suppress(KeyboardInterrupt):
+                sys.settrace(interrupt)
+                try:
+                    template.render(chat("a"))
+                finally:
+                    sys.settrace(None)
+            assert pool.submit(template.render, chat("b")).result(timeout=60) == "<b>", n
+            if interrupt.n_seen < n:
+                break
+    assert n > 40
 
 
 @contextlib.contextmanager
