@@ -7,7 +7,7 @@ from engine.formats.gguf import GGUFError
 from engine.kvcache.pool import MemoryFullError
 from engine.kvcache.sequences import Checkpoint, CheckpointError, SequenceError
 from engine.runtime.batch import BatchError, Chunk, Logits
-from engine.runtime.completion import ChatCompletion, Completion, GenerationError
+from engine.runtime.completion import Completion, GenerationError
 from engine.runtime.finite import NonFiniteError
 from engine.runtime.owner import OwnerError
 from engine.runtime.request import FinishReason, Timings, Token
@@ -19,7 +19,7 @@ from engine.text.tokenizer import Tokenizer, TokenizerError
 from engine.version import __version__
 
 __all__ = [
-    "BatchError", "ChatCompletion", "ChatError", "ChatTemplate", "Checkpoint", "CheckpointError",
+    "BatchError", "ChatError", "ChatTemplate", "Checkpoint", "CheckpointError",
     "Chunk", "Completion", "ConfigError", "Engine", "EngineError", "FinishReason", "GGUFError",
     "GenerationError", "Logits", "LogitsProcessor", "Logprobs", "MemoryFullError", "Message",
     "NonFiniteError", "OwnerError", "PromptError", "SamplingError", "SamplingParams",

@@ -21,11 +21,11 @@ MAX_CTX = 2**31 - 1  # Positions are int32.
 CACHE_TYPES: dict[str | None, DType] = {"f32": F32, "f16": F16}
 GDN_MODES = ("auto", "scan", "chunk", "decomposed")
 _LEAST = {
-    "n_ctx": 0, "n_batch": 0, "n_ubatch": 0, "n_parallel": 1, "n_checkpoints": 0,
+    "n_ctx": 0, "n_batch": 0, "n_ubatch": 0, "n_parallel": 1, "n_checkpoints": 0, "cache_ram": -1,
     "n_snapshots": 0, "n_threads": 1, "n_gpu_layers": 0, "n_cpu_moe": 0,
 }  # fmt: skip
 _MOST = {"n_threads": 4096}  # Each takes memory before it runs.
-_FLAGS = ("strict_backend", "batch_invariant", "check")
+_FLAGS = ("cache_prompt", "strict_backend", "batch_invariant", "check")
 
 
 class ConfigError(EngineError):
@@ -43,6 +43,8 @@ class EngineConfig:
     n_ubatch: int = 0
     n_parallel: int = 1
     n_checkpoints: int = 4
+    cache_ram: int | None = None
+    cache_prompt: bool = True
     n_snapshots: int = 0
     n_threads: int | None = None
     cpu_isa: str | None = None

@@ -17,17 +17,20 @@ from engine.config import ConfigError, EngineConfig, capacity_of, context_size
 from engine.errors import EngineError
 from engine.formats.gguf import GGUFFile
 from engine.graph import Live
+from engine.kvcache.cache import PrefixCache
 from engine.kvcache.sequences import Checkpoint, SequenceMemory
+from engine.kvcache.tier import HostTier, Mover
 from engine.models import BuildOptions, Model, load_model
 from engine.placement import estimate
+from engine.placement.cache import cache_room
 from engine.placement.place import Plan
 from engine.placement.rules import Offload, place_where_it_fits
 from engine.runtime.batch import Chunk, Logits
-from engine.runtime.completion import ChatCompletion, Completion
-from engine.runtime.conversation import Conversation
+from engine.runtime.chats import Chats
+from engine.runtime.completion import Completion
 from engine.runtime.executor import Executable
 from engine.runtime.loop import StepLoop
-from engine.runtime.memory import SharedMemory
+from engine.runtime.memory import SharedCache, SharedMemory
 from engine.runtime.owner import Owner, Signal
 from engine.runtime.request import FinishReason, Request
 from engine.runtime.requests import Prompt, PromptError, Requests
@@ -45,8 +48,8 @@ class Engine:
     """A loaded model. Make one with `Engine.load`; use it as a context manager, or `close` it.
 
     Any thread may call it. `config` has the sizes that suit the backend; `n_ctx`: positions of
-    memory; `capacity`: of one step; `memory`: what sequences hold; `conversation`: what it holds
-    for the next `chat`; `load_s`: seconds of loading.
+    memory; `capacity`: of one step; `memory`: what sequences hold; `cache`: what is kept of prompts
+    and answers for those that begin like them; `load_s`: seconds of loading.
     """
 
     def __init__(self, file: GGUFFile, config: EngineConfig) -> None:
@@ -58,15 +61,25 @@ class Engine:
         self.capacity = cap = self.plan.graph.capacity
         self._free_before = {b.name: b.free_bytes() or 0 for b in self.plan.backends}
         estimate.check(self.plan)
-        executable = Executable(self.plan, self.model.weights)
-        memory = SequenceMemory(cap.n_blocks, cap.n_slots, cap.block_size, self._copy_block)
-        owner = Owner()
-        self.memory = SharedMemory(memory, owner)
-        self.conversation = Conversation(self.tokenizer, owner)
-        scheduler = Scheduler(memory, cap, self.conversation.reclaim)
+        room = cache_room(self.plan, config.cache_ram)
+        extra = {"n_slots": room.n_states, "n_blocks": room.n_blocks}
+        executable = Executable(self.plan, self.model.weights, extra)
+        n_blocks, n_slots = cap.n_blocks + room.n_blocks, cap.n_slots + room.n_states
+        memory = SequenceMemory(n_blocks, n_slots, cap.block_size, self._copy_block)
+        movers = [s for s in executable.stores if isinstance(s, Mover)]
+        tier = HostTier(movers[0], memory, room.budget) if room.has_tier else None
+        cache, owner = PrefixCache(memory, room, self._give_back, tier), Owner()
+        self.memory, self.cache = SharedMemory(memory, owner), SharedCache(cache, owner)
+        scheduler = Scheduler(memory, cap, cache)
         self.loop = StepLoop(executable, scheduler, cap, config.check, owner)
+        self._chats = Chats(self.tokenizer, self.cache.match_text)
         self._requests = Requests(
-            file, self.tokenizer, self.model.n_vocab, self.n_ctx, config.n_parallel
+            file,
+            self.tokenizer,
+            self.model.n_vocab,
+            self.n_ctx,
+            config.n_parallel,
+            self.cache.match_text,
         )
         self._templates: dict[str | None, ChatTemplate] = {}
 
@@ -74,7 +87,8 @@ class Engine:
     def load(  # noqa: PLR0913  (the options of an engine)
         cls, path: str | PathLike[str] | None = None, *, backend: str = "auto",
         n_ctx: int | None = None, n_batch: int = 0, n_ubatch: int = 0, n_parallel: int = 1,
-        n_checkpoints: int = 4, n_snapshots: int = 0, n_threads: int | None = None,
+        n_checkpoints: int = 4, cache_ram: int | None = None, cache_prompt: bool = True,
+        n_snapshots: int = 0, n_threads: int | None = None,
         cpu_isa: str | None = None, type_k: str | None = None, type_v: str | None = None,
         gdn: str = "auto", strict_backend: bool = False, batch_invariant: bool = False,
         n_gpu_layers: int | None = None, n_cpu_moe: int = 0, override_tensor: Sequence[str] = (),
@@ -85,12 +99,15 @@ class Engine:
         backend: auto, or the name of one. n_ctx: positions of memory (None: 4096 or what the model
         was trained on, whichever is less; 0: the latter). n_batch, n_ubatch: most tokens of a step
         (0: what suits the backend). n_parallel: most sequences at a time. n_checkpoints: states
-        kept beside theirs. n_snapshots: most states kept per token of a step. n_threads: of the CPU
-        (None: all cores). cpu_isa: amx, avx512, avx2, portable (None: the best). type_k, type_v:
-        f32, f16 (None: what suits the backend). gdn: auto, scan, chunk, decomposed.
-        strict_backend: fail rather than place a node elsewhere. batch_invariant: see
-        BackendOptions. n_gpu_layers (None: all), n_cpu_moe, override_tensor: see Offload. check:
-        name the first node with values that are not finite; slow. Raises EngineError.
+        that users keep. cache_ram: MiB for what prompts and answers leave to later ones (None: a
+        quarter of what is free after loading, 512 MiB to 8 GiB; 0: nothing; -1: all of it).
+        cache_prompt: whether requests use it, unless they say. n_snapshots: most states kept per
+        token of a step. n_threads: of the CPU (None: all cores). cpu_isa: amx, avx512, avx2,
+        portable (None: the best). type_k, type_v: f32, f16 (None: what suits the backend). gdn:
+        auto, scan, chunk, decomposed. strict_backend: fail rather than place a node elsewhere.
+        batch_invariant: see BackendOptions. n_gpu_layers (None: all), n_cpu_moe, override_tensor:
+        see Offload. check: name the first node with values that are not finite; slow. Raises
+        EngineError.
         """
         given = {k: v for k, v in locals().items() if k in EngineConfig.__dataclass_fields__}
         start = time.perf_counter()
@@ -136,6 +153,21 @@ class Engine:
         used = (b for b in self.plan.backends if b.traits.own_memory)
         return sum(max(0, self._free_before[b.name] - (b.free_bytes() or 0)) for b in used)
 
+    def _give_back(self, dim: str, indices: list[int]) -> None:
+        for store in self.loop.executable.stores:
+            store.give_back(dim, indices)
+
+    def _unused(self, cache_prompt: bool | None, after: Checkpoint | None = None) -> str:
+        """Why a request doesn't use the cache; empty if it does."""
+        if cache_prompt is not None:
+            checks.flag(PromptError, "cache_prompt", cache_prompt)
+        if after is not None:
+            return "it continues a checkpoint"
+        is_used = self.config.cache_prompt if cache_prompt is None else cache_prompt
+        if not is_used:
+            return "cache_prompt is off"
+        return "" if self.cache.budget else "the cache is off: no cache_ram"
+
     def _copy_block(self, source: int, target: int) -> None:
         for store in self.loop.executable.stores:
             store.copy("n_blocks", source, target)
@@ -177,20 +209,28 @@ class Engine:
         return self._requests.encode(prompt)
 
     def generate(
-        self, prompt: Prompt, params: SamplingParams | None = None, after: Checkpoint | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        after: Checkpoint | None = None,
+        *,
+        cache_prompt: bool | None = None,
     ) -> Completion:
         """Stream a completion: an iterator of tokens with `.text` and `.token`, also asynchronous.
 
         It runs together with whatever else was started and not finished. A str is encoded with
         special tokens added and parsed. With `after`, a checkpoint of `memory`, the prompt goes on
         from there: nothing before it is processed again (nor seen by penalties and processors).
+        What a prompt begins with is not processed again, either, if an earlier one left it to the
+        cache: see the completion's `reuse`. With cache_prompt False nothing is reused or left.
         Raises PromptError for a prompt that is empty, too long or has unknown ids, SamplingError
         for parameters that don't go together with the model, CheckpointError for a checkpoint that
         is not this engine's.
         """
         if after is not None:
             self.memory.check(after)
-        request = self._requests.make(prompt, params, after.n_tokens if after else 0)
+        unused, n_past = self._unused(cache_prompt, after), after.n_tokens if after else 0
+        request = self._requests.make(prompt, params, unused, n_past)
         request.after = after
         return self._submitted(Completion(self.loop, request), request)
 
@@ -202,23 +242,23 @@ class Engine:
         tools: Sequence[Mapping[str, Any]] | None = None,
         reasoning: bool | None = None,
         template: ChatTemplate | None = None,
-    ) -> ChatCompletion:
+        cache_prompt: bool | None = None,
+    ) -> Completion:
         """Stream the answer to a conversation, as `generate` streams a completion.
 
         messages: each a dict with `role` (system, user, assistant, tool) and `content`; tools: JSON
         schemas; reasoning: whether to think, for templates that take it (`enable_thinking`);
-        template: None for the model's own. The state after the last answer is kept: where the
-        messages go on from it, with the answer's `text` as the assistant's content, nothing of the
-        history is processed again (see runtime/conversation.py). Control tokens that a message
+        template: None for the model's own. States are kept in the cache: where messages go on from
+        an answer, with its `text` as the assistant's content, nothing of the history is processed
+        again (see runtime/chats.py); cache_prompt: as of `generate`. Control tokens that a message
         spells are text. Raises ChatError, and as `generate` does.
         """
         template = self._checked_template(template, tools, reasoning)
-        prompt = self.conversation.prompt(template, messages, tools=tools, reasoning=reasoning)
-        request = self._requests.make(prompt.ids, params, prompt.n_kept, prompt.before)
-        request.after, prompt.after = prompt.after, None
-        request.rollback_at = prompt.rollback_at
-        request.on_finish = lambda r, end: self.conversation.store(prompt, end, r.text, r.tokens)
-        return self._submitted(ChatCompletion(self.loop, request, prompt), request)
+        options = {"tools": tools, "reasoning": reasoning}
+        unused = self._unused(cache_prompt)
+        source = self._chats.prompt(template, messages, bool(unused), **options)
+        request = self._requests.make(source, params, unused)
+        return self._submitted(Completion(self.loop, request), request)
 
     def encode_chat(
         self,
@@ -230,7 +270,7 @@ class Engine:
     ) -> list[int]:
         """Ids of the prompt that `chat` answers, for `generate` and `generate_batch`."""
         template = self._checked_template(template, tools, reasoning)
-        return self.conversation.encode(template, messages, tools=tools, reasoning=reasoning)
+        return self._chats.encode(template, messages, tools=tools, reasoning=reasoning)
 
     def _checked_template(
         self, template: ChatTemplate | None, tools: Any, reasoning: bool | None
@@ -259,12 +299,16 @@ class Engine:
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         on_done: Callable[[int, Completion], None] = lambda i, completion: None,
+        *,
+        cache_prompt: bool | None = None,
     ) -> list[Completion]:
         """Complete many prompts, `n_parallel` at a time; params: one for all, or one for each.
 
         Returns the finished completions in order; one whose prompt can't be run ends with the
-        reason `error`. `on_done(index, completion)` is called when one ends.
+        reason `error`. `on_done(index, completion)` is called when one ends. cache_prompt: as of
+        `generate`.
         """
+        unused = self._unused(cache_prompt)
         prompts = checks.sequence(PromptError, "prompts", prompts, "prompts")
         if not callable(on_done):
             checks.refuse(PromptError, "on_done", "a function", on_done)
@@ -277,7 +321,7 @@ class Engine:
         signal, done = Signal(), list[Completion]()
         try:
             for prompt, own in zip(prompts, each, strict=True):
-                request = self._request_or_error(prompt, own, signal)
+                request = self._request_or_error(prompt, own, unused, signal)
                 done.append(self._submitted(Completion(self.loop, request), request))
             left = {completion.request: i for i, completion in enumerate(done)}
             while left:
@@ -290,11 +334,11 @@ class Engine:
         return done
 
     def _request_or_error(
-        self, prompt: Prompt, params: SamplingParams | None, signal: Signal
+        self, prompt: Prompt, params: SamplingParams | None, unused: str, signal: Signal
     ) -> Request:
         """A request whose news go to `signal`; one that has ended if its prompt can't be run."""
         try:
-            request = self._requests.make(prompt, params)
+            request = self._requests.make(prompt, params, unused)
         except EngineError as error:
             request = self._requests.empty()
             request.finish(FinishReason.ERROR, str(error), error)

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 50, 400
 # Of engine/ and cli.py; lines of code are those without blank lines, comments and docstrings.
-MAX_LINES, MAX_CODE_LINES = 17_440, 12_120
+MAX_LINES, MAX_CODE_LINES = 18_900, 13_140
 KERNEL_SUFFIXES = {".h", ".cpp", ".cuh", ".cu"}
 
 

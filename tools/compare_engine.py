@@ -42,7 +42,7 @@ class EngineRunner:
         n_batch = max(n_ubatch, 2048)
         self.engine = Engine.load(
             model, backend=backend, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=n_ubatch,
-            n_threads=n_threads,
+            n_threads=n_threads, cache_ram=0,
         )  # fmt: skip
         return self._facts()
 

@@ -1,12 +1,12 @@
-"""A worker process of compare.py: runs one engine and answers requests as JSON lines.
+"""A worker process of compare.py and reuse.py: runs one engine, answers requests as JSON lines.
 
-    PYTHON tools/compare_worker.py engine | peer
+    PYTHON tools/compare_worker.py engine | peer | reuse
 
 A line on standard input is a request `{"do": METHOD, …}`; a line on standard output is its answer,
 `{"ok": {…}}` or `{"error": TEXT}`. The first answer may be `{"missing": TEXT}`: a module that this
-Python lacks. Output of libraries goes to standard error. As `peer` it runs in the peer's
-environment and imports no module of the engine. It is killed when its parent ends, also while it is
-stopped.
+Python lacks. Output of libraries goes to standard error. As `peer` and `reuse` it runs in the
+peer's environment and imports no module of the engine. It is killed when its parent ends, also
+while it is stopped.
 """
 
 from __future__ import annotations
@@ -54,6 +54,10 @@ def _runner(kind: str) -> Any:
         from tools.compare_peer import PeerRunner
 
         return PeerRunner()
+    if kind == "reuse":
+        from tools.reuse_peer import ReusePeer
+
+        return ReusePeer()
     from tools.compare_engine import EngineRunner
 
     return EngineRunner()

@@ -68,7 +68,7 @@ class Program(Protocol):
 class StateStore(Protocol):
     """One backend's part of the sequences' memory; `dim` is "n_slots" or "n_blocks"."""
 
-    def allocate(self, states: Sequence[Tensor]) -> None:
+    def allocate(self, states: Sequence[Tensor], extra: Mapping[str, int]) -> None:
         """See Backend.allocate_states."""
 
     def zero(self, dim: str, index: int) -> None:
@@ -76,6 +76,10 @@ class StateStore(Protocol):
 
     def copy(self, dim: str, source: int, target: int) -> None:
         """Copy a slot or block of every layer."""
+
+    def give_back(self, dim: str, indices: Sequence[int]) -> None:
+        """Return the memory of slots or blocks, in rising order, to the system if it takes it;
+        their contents are arbitrary until written again."""
 
 
 class WeightSource(Protocol):
@@ -150,9 +154,10 @@ class Backend(ABC):
     def load_weights(self, nodes: Sequence[Node], source: WeightSource) -> None:
         """Load the weights that its nodes read, in the form in which their kernels read them."""
 
-    def allocate_states(self, states: Sequence[Tensor]) -> None:
-        """Allocate the states of its nodes; contents are arbitrary until written."""
-        self.states.allocate(states)
+    def allocate_states(self, states: Sequence[Tensor], extra: Mapping[str, int]) -> None:
+        """Allocate the states of its nodes, with so many slots and blocks, by dim, beyond those of
+        their shapes; contents are arbitrary until written."""
+        self.states.allocate(states, extra)
 
     def declare_inputs(self, inputs: Sequence[Tensor]) -> None:  # noqa: B027
         """The INPUTs of all its nodes, before programs are compiled."""

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from engine.bench.facts import ModelFacts, settings
 from engine.bench.measure import BenchError, Case, Measurement, measure
-from engine.commands.options import Parser, given_fields, load_engine
+from engine.commands.options import CACHE, Parser, given_fields, load_engine
 from engine.commands.output import Rows, Table
 from engine.config import EngineConfig
 from engine.engine import resolved_config
@@ -34,7 +34,7 @@ def add_options(p: Parser) -> None:
     p.flag("--no-warmup", "no short unmeasured run before each row")
     p.seed()
     p.choice("--output-format", "format of the results", "md", "jsonl")
-    p.engine_options("n_parallel")
+    p.engine_options("n_parallel", *CACHE)
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
@@ -80,4 +80,4 @@ def _engine_options(args: argparse.Namespace, cases: list[Case]) -> dict[str, An
         raise BenchError(f"-npl {n_seqs}: expected at most the {n_ubatch} tokens of a step (-ub)")
     n_ctx = given.get("n_ctx", max(case.n_kv for case in cases))
     # A checkpoint for each sequence reserves the blocks that it fills after a shared prompt.
-    return {"n_parallel": n_seqs, "n_checkpoints": n_seqs, "n_ctx": n_ctx}
+    return {"cache_ram": 0, "n_parallel": n_seqs, "n_checkpoints": n_seqs, "n_ctx": n_ctx}

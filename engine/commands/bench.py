@@ -14,7 +14,7 @@ from tqdm import tqdm
 from engine.bench.facts import ModelFacts, backend_names, cpu_name, n_gpu_layers, n_threads
 from engine.bench.measure import Case, Measurement, mean_and_deviation, measure
 from engine.commands import summary
-from engine.commands.options import Parser, given_fields, integers
+from engine.commands.options import CACHE, Parser, given_fields, integers
 from engine.commands.output import Rows, Table
 from engine.config import EngineConfig
 from engine.engine import DEMO_MODEL, Engine, resolved_config
@@ -45,7 +45,7 @@ def add_options(p: Parser) -> None:
     p.flag("--no-warmup", "no unmeasured run before each test")
     p.seed()
     p.choice("-o --output", "format of the results", "md", "csv", "json", "jsonl")
-    p.engine_options("n_parallel", *_LISTS)
+    p.engine_options("n_parallel", *CACHE, *_LISTS)
 
 
 def _pair(text: str) -> tuple[int, int]:
@@ -67,7 +67,9 @@ def cases_of(
 def engines_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The options of every engine, in llama-bench's order; a value given twice counts once."""
     # One checkpoint at the depth, and with -pg one at the end of the prompt.
-    common = {"n_checkpoints": 2 if args.pg else 1} | given_fields(args, EngineConfig)
+    common = {"cache_ram": 0, "n_checkpoints": 2 if args.pg else 1} | given_fields(
+        args, EngineConfig
+    )
     lists = {field: getattr(args, name) for field, name in _LISTS.items()}
     given = {field: dict.fromkeys(values) for field, values in lists.items() if values}
     return [common | dict(zip(given, values, strict=True)) for values in product(*given.values())]

@@ -14,10 +14,11 @@ from typing import Any
 from engine.commands.options import InputError, Parser, load_engine, read_text, unescaped
 from engine.commands.output import write
 from engine.commands.progress import prompt_bar
+from engine.commands.summary import cache_line
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.formats.gguf import GGUFFile
-from engine.runtime.completion import ChatCompletion
+from engine.runtime.completion import Completion
 from engine.runtime.request import FinishReason
 from engine.runtime.requests import PromptError
 from engine.sampling.params import SamplingParams
@@ -135,8 +136,8 @@ class Chat:
         options: those of `Engine.chat`."""
         self._engine, self._options, self._goes_on = engine, options, goes_on
         self._system = [] if system is None else [{"role": "system", "content": system}]
-        self._messages = list(self._system)
-        self._answers: list[ChatCompletion] = []
+        self._messages, self._n_held = list(self._system), 0
+        self._answers: list[Completion] = []
 
     def follows(self, message: str) -> bool:
         """Whether a message is a command, which is then followed."""
@@ -158,8 +159,7 @@ class Chat:
         return True
 
     def reset(self) -> None:
-        self._messages = list(self._system)
-        self._engine.conversation.release()
+        self._messages, self._n_held = list(self._system), 0
 
     def say(self, text: str) -> None:
         """Print the answer to a message, which is taken back without one, and a line about it."""
@@ -188,13 +188,11 @@ class Chat:
         if not _is_taken_back(answer):
             self._messages = [*asked, {"role": "assistant", "content": answer.text}]
         self._answers.append(answer)
+        self._n_held = answer.reuse.n_prompt + len(answer.tokens)
         print(self._line(answer), file=sys.stderr)
 
-    def _line(self, answer: ChatCompletion) -> str:
-        t, prompt = answer.timings, answer.prompt
-        kept = f"after {prompt.n_kept} kept"
-        if prompt.n_dropped:
-            kept += f", {prompt.n_dropped} dropped: the template changed what they say"
+    def _line(self, answer: Completion) -> str:
+        t = answer.timings
         advice = f": {_ADVICE}" * answer.detail.endswith("is full")
         end = f"; {answer.finish_reason} ({answer.detail}{advice})"
         if _is_taken_back(answer):
@@ -203,7 +201,7 @@ class Chat:
             end = ""
         return (
             f"[turn {len(self._answers)}: {t.n_prompt} tokens processed"
-            f"{_rate(t.n_prompt, t.prompt_s)}; {kept}; "
+            f"{_rate(t.n_prompt, t.prompt_s)}; {answer.reuse}; "
             f"{len(answer.tokens)} generated{_rate(t.n_eval, t.eval_s)}{end}]"
         )
 
@@ -215,12 +213,12 @@ class Chat:
             f"[{len(timings)} turns: {n_prompt} tokens processed"
             f"{_rate(n_prompt, sum(t.prompt_s for t in timings))}; {n_generated} generated"
             f"{_rate(n_generated, sum(t.eval_s for t in timings))}; "
-            f"{self._engine.conversation.n_tokens} of {self._engine.n_ctx} positions of the "
-            "context held]"
+            f"{self._n_held} of {self._engine.n_ctx} positions of the context used; "
+            f"{cache_line(self._engine)}]"
         )
 
 
-def _is_taken_back(answer: ChatCompletion) -> bool:
+def _is_taken_back(answer: Completion) -> bool:
     return answer.finish_reason is FinishReason.CANCELLED and not answer.tokens
 
 
@@ -229,7 +227,7 @@ def _rate(n: int, seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def stopping(answer: ChatCompletion) -> Iterator[None]:
+def stopping(answer: Completion) -> Iterator[None]:
     """Within it, Ctrl-C stops the answer after its step; a second one interrupts as usual."""
 
     def stop(number: int, frame: FrameType | None) -> None:

@@ -101,6 +101,13 @@ _ENGINE_OPTIONS: list[OptionRow] = [
     ("--cpu-isa", "cpu_isa", {"metavar": "NAME"},
      "instruction set of the CPU kernels (the best that this CPU has)"),
     ("-np --parallel", "n_parallel", at_least(1), "sequences that run at the same time (1)"),
+    ("-cram --cache-ram", "cache_ram", at_least(-1),
+     "MiB for what prompts leave to later ones (a quarter of what is free, at most 8192; 0: off, "
+     "-1: all that is free)"),
+    ("--no-cache-prompt", "cache_prompt", {"action": "store_false"},
+     "process every prompt from its start"),
+    ("--cache-prompt", "cache_prompt", {"action": "store_true"},
+     "reuse what earlier prompts left (on)"),
     ("-ctk --cache-type-k", "type_k", {"choices": ("f32", "f16")}, "type of the K cache"),
     ("-ctv --cache-type-v", "type_v", {"choices": ("f32", "f16")}, "type of the V cache"),
     ("--batch-invariant", "batch_invariant", {"action": "store_true"},
@@ -109,6 +116,7 @@ _ENGINE_OPTIONS: list[OptionRow] = [
 ]  # fmt: skip
 
 
+CACHE = ("cache_ram", "cache_prompt")  # Fields of options that only prompts have.
 # Other names that llama.cpp has for samplers.
 _SAMPLERS = {
     "top-k": "top_k", "top-p": "top_p", "nucleus": "top_p", "min-p": "min_p", "temp": "temperature",

@@ -11,7 +11,7 @@ from itertools import islice
 from tqdm import tqdm
 
 from engine.bench.perplexity import MIN_CTX, Estimate, chunks, encode, perplexity, window
-from engine.commands.options import InputError, Parser, load_engine, read_text
+from engine.commands.options import CACHE, InputError, Parser, load_engine, read_text
 from engine.commands.output import write
 
 DEFAULT_CTX = 512
@@ -31,7 +31,7 @@ def add_options(p: Parser) -> None:
     p.number("--chunks", "score at most N text chunks (-1: all)", low=-1, default=-1)
     p.number("--stride --ppl-stride", "score overlapping windows of -c + N/2 tokens, each "
         "N tokens further, in their last N tokens (0: off)", low=0, default=0)  # fmt: skip
-    p.engine_options("n_ctx", "n_parallel")
+    p.engine_options("n_ctx", "n_parallel", *CACHE)
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
@@ -41,7 +41,7 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
     if args.chunks == 0:
         parser.error("argument --chunks: expected at least 1, or -1 for all, got 0")
     text, size = _text_of(args.file), window(n_ctx, stride)
-    with load_engine(args, n_ctx=size) as engine:
+    with load_engine(args, n_ctx=size, cache_ram=0) as engine:
         ids = encode(engine, text)
         n_chunks = len(chunks(len(ids), n_ctx, stride))
         if args.chunks > 0:

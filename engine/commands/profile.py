@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from engine.backends.base import Limits
 from engine.bench.profile import Row, StepProfile, by_layer_kind, by_op, profile_step
-from engine.commands.options import Parser, given_fields, load_engine
+from engine.commands.options import CACHE, Parser, given_fields, load_engine
 from engine.config import EngineConfig
 from engine.engine import Engine, resolved_config
 
@@ -31,7 +31,7 @@ def add_options(p: Parser) -> None:
     p.number("-r --repetitions", "with -p: show the median of N steps (3)", default=3)
     p.seed()
     p.choice("-o --output", "format of the result", "table", "json")
-    p.engine_options("n_parallel")
+    p.engine_options("n_parallel", *CACHE)
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
@@ -43,7 +43,7 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
         parser.error(f"argument -p: expected at most the {n_ubatch} tokens of a step (-ub)")
     n_ctx = options.get("n_ctx", args.n_depth + n_tokens)
     n_batch = max(n_ubatch, options.get("n_batch", 0))
-    with load_engine(args, n_ctx=n_ctx, n_ubatch=n_ubatch, n_batch=n_batch) as engine:
+    with load_engine(args, n_ctx=n_ctx, n_ubatch=n_ubatch, n_batch=n_batch, cache_ram=0) as engine:
         rng = np.random.default_rng(args.seed)
         profile, limits = _measure(engine, n_tokens, args.n_depth, repeats, rng)
         kinds = by_layer_kind(profile, engine.plan.graph.layer_kinds)

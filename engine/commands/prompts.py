@@ -20,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from engine import checks
+from engine.commands.summary import cache_line
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.runtime.completion import Completion
@@ -112,12 +113,13 @@ def _value(key: str, value: Any) -> Any:
 
 
 def run(
-    engine: Engine, lines: Sequence[str], params: SamplingParams, chat: Mapping[str, Any]
-) -> int:
+    engine: Engine, lines: Sequence[str], params: SamplingParams, chat: Mapping[str, Any],
+    verbose: bool = False,
+) -> int:  # fmt: skip
     """Complete every line; results in order of the lines, each as soon as it can be printed.
 
-    chat: keywords of Engine.encode_chat for lines with messages. Returns the exit status: 1 if a
-    line could not be completed.
+    chat: keywords of Engine.encode_chat for lines with messages. verbose: say what each line reused
+    of earlier ones. Returns the exit status: 1 if a line could not be completed.
     """
     prompts = [_encoded(engine, line, chat) for line in read_prompts(lines, params)]
     valid = [p for p in prompts if not p.error]
@@ -134,6 +136,8 @@ def run(
     def done(index: int, completion: Completion) -> None:
         is_failed = completion.finish_reason is FinishReason.ERROR
         show(valid[index], completion, completion.detail if is_failed else "")
+        if verbose and not is_failed:
+            bar.write(f"line {valid[index].number}: {completion.reuse}", sys.stderr)
         bar.update()
 
     for line in prompts:
@@ -145,6 +149,8 @@ def run(
     good = [c for c in finished if c.finish_reason is not FinishReason.ERROR]
     n_bad = len(prompts) - len(good)
     print(_totals(finished, len(prompts), n_bad, time.perf_counter() - start), file=sys.stderr)
+    if verbose:
+        print(cache_line(engine), file=sys.stderr)
     return 1 if n_bad else 0
 
 

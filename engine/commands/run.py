@@ -67,7 +67,7 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
     prompt = read_prompt(parser, args)
     with Engine.load(args.model, **given_fields(args, EngineConfig)) as engine:
         summary.show(engine)
-        return _run_one(engine, prompt, params, show_prompt=args.display_prompt)
+        return _run_one(engine, prompt, params, args)
 
 
 def _run_many(args: argparse.Namespace, params: SamplingParams) -> int:
@@ -75,13 +75,13 @@ def _run_many(args: argparse.Namespace, params: SamplingParams) -> int:
     lines = read_text(args.prompts).removeprefix("\ufeff").split("\n")
     options = chat.template_options(args) if args.chat_template or args.reasoning else {}
     with load_engine(args) as engine:
-        return prompts.run(engine, lines, params, options)
+        return prompts.run(engine, lines, params, options, verbose=args.verbose)
 
 
-def _run_one(engine: Engine, prompt: str, params: SamplingParams, show_prompt: bool) -> int:
+def _run_one(engine: Engine, prompt: str, params: SamplingParams, args: argparse.Namespace) -> int:
     """Stream a completion; Ctrl-C ends it, with status 130."""
     completion = engine.generate(prompt, params)
-    status, unseen = 0, prompt if show_prompt else ""
+    status, unseen = 0, prompt if args.display_prompt else ""
     try:
         with prompt_bar(completion):
             completion.wait_for_token()
@@ -98,6 +98,9 @@ def _run_one(engine: Engine, prompt: str, params: SamplingParams, show_prompt: b
         raise
     write("\n")
     print(_timings(engine.load_s, completion, status == 130), file=sys.stderr)
+    if args.verbose:
+        print(f"{'prompt':>17} : {completion.reuse}", file=sys.stderr)
+        print(summary.cache_line(engine), file=sys.stderr)
     ended_at_once = completion.finish_reason is FinishReason.STOP and not completion.text
     if ended_at_once and engine.file.string(TEMPLATE_KEY, ""):
         print("it said nothing: with -cnv, it is asked by its chat template", file=sys.stderr)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from engine import backends
 from engine.bench.facts import ModelFacts
 from engine.engine import Engine
+from engine.kvcache.policy import BLOCK
 from engine.placement.estimate import Estimate, estimate
 
 
@@ -19,6 +20,25 @@ def show(engine: Engine) -> None:
             print(line, file=sys.stderr)
 
 
+def cache_line(engine: Engine) -> str:
+    """What the prefix cache holds and did."""
+    if not _has_cache(engine):
+        return "prefix cache off"
+    cache, room, counts, mib = engine.cache, engine.cache.room, engine.cache.counts, 2**20
+    states = cache.n_states * room.state_bytes / mib
+    tokens = cache.n_tokens // BLOCK * room.block_bytes / mib
+    return (
+        f"prefix cache: {cache.n_bytes / mib:.1f} of {cache.budget / mib:.1f} MiB "
+        f"(states: {cache.n_states}, {states:.1f} MiB; "
+        f"tokens: {cache.n_tokens}, {tokens:.1f} MiB); "
+        f"reused {counts.n_reused} of {counts.n_tokens} tokens; states given up: {counts.n_evicted}"
+    )
+
+
+def _has_cache(engine: Engine) -> bool:
+    return bool(engine.cache.budget) and engine.config.cache_prompt
+
+
 def _summary(engine: Engine) -> str:
     facts = ModelFacts.of_file(engine.file, engine.model.n_ctx_train)
     model = f"{engine.file.path.name}: {facts.type}"
@@ -26,7 +46,12 @@ def _summary(engine: Engine) -> str:
         model += f", {facts.n_params / 1e6:.1f}M parameters"
     used = " + ".join(f"{b.name} ({b.detail})" for b in engine.plan.backends)
     context, n = f"context {engine.n_ctx}", engine.config.n_parallel
-    return "; ".join([model, used, context + f" for {n} sequences" * (n > 1), *_memory(engine)])
+    parts = [model, used, context + f" for {n} sequences" * (n > 1), *_memory(engine)]
+    size = "off"
+    if _has_cache(engine):
+        room = engine.cache.room
+        size = f"up to {room.budget / 2**20:.0f} MiB, {room.most_in_a_prompt} states in a prompt"
+    return "; ".join([*parts, f"prefix cache {size}"])
 
 
 def _memory(engine: Engine) -> Iterator[str]:

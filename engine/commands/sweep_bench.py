@@ -20,7 +20,7 @@ from engine.bench.facts import (
 )
 from engine.bench.measure import Measurement, measure_and_extend, sequences
 from engine.bench.plots import COLUMNS, Curve, Facts, Point, check_output, draw
-from engine.commands.options import Parser, given_fields, load_engine
+from engine.commands.options import CACHE, Parser, given_fields, load_engine
 from engine.commands.output import Rows, Table, say
 from engine.config import DEFAULT_CTX, EngineConfig
 from engine.engine import Engine, resolved_config
@@ -45,7 +45,7 @@ def add_options(p: Parser) -> None:
     p.seed()
     p.choice("--output-format", "md and table are the same", "md", "table", "jsonl")
     p.add_argument("--plot", metavar="FILE.png", help="also draw the rows (.png, .svg, .pdf)")
-    p.engine_options("n_ctx", "n_parallel")
+    p.engine_options("n_ctx", "n_parallel", *CACHE)
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
@@ -57,7 +57,7 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
     if args.plot is not None:
         check_output(args.plot)
     with load_engine(
-        args, n_checkpoints=1, n_ctx=context_needed(args.n_kv_max, n_prompt, n_gen),
+        args, cache_ram=0, n_checkpoints=1, n_ctx=context_needed(args.n_kv_max, n_prompt, n_gen),
         n_ubatch=n_prompt, n_batch=given.get("n_batch", max(n_prompt, 2048)),
     ) as engine:  # fmt: skip
         rows = _measure(engine, args, n_prompt, n_gen)

@@ -176,6 +176,15 @@ class SequenceMemory:
         table = BlockTable(self.blocks, self._block_size)
         return self._add(Allocation(0, table, StateSlot(self.slots)), seq)
 
+    def adopt(self, seq: int, n_tokens: int) -> Allocation:
+        """A sequence with blocks and a slot for `n_tokens` positions, which the caller fills.
+        Raises MemoryFullError."""
+        own = self.allocation(self.create(seq))
+        own.table.extend(0, n_tokens, self._copy_block)
+        own.state.slot = self.slots.allocate()
+        own.n_tokens = n_tokens
+        return own
+
     def _add(self, allocation: Allocation, seq: int | None) -> int:
         """Make an allocation that of a sequence, of a new one if it is None."""
         seq = self.reserve() if seq is None else seq

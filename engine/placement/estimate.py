@@ -51,7 +51,7 @@ def estimate(plan: Plan, backends: Sequence[Backend] | None = None) -> Estimate:
 
 def check(plan: Plan) -> None:
     """Raise NotEnoughMemoryError if a plan needs more than is left."""
-    for where, backends, available in _memories(plan):
+    for where, backends, available in memories(plan):
         need = estimate(plan, backends)
         if available is not None and need.total > available:
             raise _refusal(where, need, available)
@@ -63,7 +63,7 @@ def fits(plan: Plan, backend: Backend) -> bool:
     return available is None or estimate(plan, [backend]).total <= available
 
 
-def _memories(plan: Plan) -> Sequence[tuple[str, list[Backend], int | None]]:
+def memories(plan: Plan) -> Sequence[tuple[str, list[Backend], int | None]]:
     """(name, backends, bytes left) of the machine's memory and of each backend's own."""
     own = [(b, b.free_bytes()) for b in plan.backends]
     machine = [b for b, n in own if n is None]

@@ -7,9 +7,9 @@ from typing import Protocol, Self
 
 from engine import checks
 from engine.errors import EngineError
-from engine.runtime.conversation import ChatPrompt
 from engine.runtime.owner import Signal
 from engine.runtime.request import FinishReason, Request, Token
+from engine.runtime.reuse import Reuse
 
 
 class GenerationError(EngineError):
@@ -34,7 +34,7 @@ class Completion:
     `next` waits until a token is there, or runs the steps for it (see Engine.start), and raises
     GenerationError if the completion ended by an error. `text` and `tokens` (without an
     end-of-generation token) are what came so far, `logprobs` those of `tokens` if they were asked
-    for, `timings` what its steps took. When it has ended,
+    for, `timings` what its steps took, `reuse` what they need not process. When it has ended,
     `finish_reason` says why, and `detail` says it in words. `close`, or dropping the last
     reference, cancels it and frees its memory; so does the end of a task that waits in `async for`.
     """
@@ -110,7 +110,13 @@ class Completion:
     @property
     def progress(self) -> tuple[int, int]:
         """(tokens of the prompt that steps have taken, all that they have to process)."""
-        return self.request.n_done, len(self.request.ids)
+        n_reused = self.request.reuse.n_reused
+        return self.request.n_done - n_reused, len(self.request.ids) - n_reused
+
+    @property
+    def reuse(self) -> Reuse:
+        """What of the prompt was known when it began, and why not more."""
+        return self.request.reuse
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -136,11 +142,3 @@ class Completion:
         request = self.__dict__.get("request")  # None if `__init__` broke off.
         if request is not None and request.finish_reason is None:
             self._loop.cancel_soon(request)
-
-
-class ChatCompletion(Completion):
-    """An answer of a chat: a Completion with its `prompt`."""
-
-    def __init__(self, loop: Loop, request: Request, prompt: ChatPrompt) -> None:
-        super().__init__(loop, request)
-        self.prompt = prompt

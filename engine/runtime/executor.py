@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -35,10 +36,13 @@ from engine.runtime.step import Outcome, Outcomes, Step
 class Executable:
     """A plan with its programs compiled, weights loaded and states allocated."""
 
-    def __init__(self, plan: Plan, source: WeightSource) -> None:
+    def __init__(
+        self, plan: Plan, source: WeightSource, extra: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
+        """extra: slots and blocks, by dim, beyond those of the plan."""
         self.plan = plan
         for backend in plan.backends:
-            backend.allocate_states(plan.tensors_of(backend, Kind.STATE))
+            backend.allocate_states(plan.tensors_of(backend, Kind.STATE), extra)
             backend.declare_inputs(plan.tensors_of(backend, Kind.INPUT))
             # Last: a backend may keep copies of weights in part of the memory that is left.
             backend.load_weights(plan.nodes_of(backend), source)

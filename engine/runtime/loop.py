@@ -48,6 +48,7 @@ class StepLoop:
         self._host = HostRunner(executable, check)
         sampler = None if check else executable.device_sampler()
         self.runner: Runner = DeviceRunner(sampler) if sampler else self._host
+        scheduler.keeps_logits = not self.runner.overlaps
         self._step: Step | None = None
         self._ahead: Step | None = None
         self._last_end = 0.0
@@ -236,7 +237,8 @@ class StepLoop:
     def _launch(self, before: Step | None) -> None:
         """Launch the step after `before`, which is in flight, if there is something to run, and
         memory for a step ahead."""
-        rows = [Row(chunk, request) for request, chunk in self.scheduler.schedule()]
+        scheduled = self.scheduler.schedule()
+        rows = [Row(chunk, request) for request, chunk in scheduled]
         if not rows:
             return
         step = Step(rows)
@@ -244,6 +246,12 @@ class StepLoop:
             self._step = step
         else:
             self._ahead = step
+        if not rows[0].chunk.tokens:  # The logits of their last tokens are known.
+            known = [Outcome(logits=request.logits) for request, _ in scheduled]
+            for row in rows:
+                row.take()
+            step.outcomes = lambda: known
+            return
         try:
             batch = self._pack(step, before)
         except MemoryFullError:
@@ -259,16 +267,19 @@ class StepLoop:
         for row in step.rows:
             row.take()
         chunks = [row.chunk for row in step.rows]
-        spans = begin(chunks, self.memory, preserve_state=before is not None)
-        return pack(chunks, spans, self._capacity)
+        while True:
+            try:
+                spans = begin(chunks, self.memory, preserve_state=before is not None)
+                return pack(chunks, spans, self._capacity)
+            except MemoryFullError:
+                if not self.scheduler.cache.evict_one():
+                    raise
 
     def _finish(self, step: Step) -> None:
         """Count a step's tokens in memory: what comes next is launched behind it."""
         for row in step.live:
-            self.memory.finish(row.chunk.seq, len(row.chunk.tokens))
-            if row.request is not None and row.request.is_at_rollback:
-                with contextlib.suppress(MemoryFullError):  # Others took the slot promised to it.
-                    self.memory.add_rollback_point(row.chunk.seq, replace=True)
+            if row.chunk.tokens:
+                self.memory.finish(row.chunk.seq, len(row.chunk.tokens))
 
     def _deliver(self, row: Row, outcome: Outcome, seconds: float) -> None:
         """Give a row to its request. What its own code raises ends the request alone."""
@@ -280,7 +291,10 @@ class StepLoop:
         request.n_pending -= row.chunk.n_outputs
         if outcome.failure:
             self._wipe(request.seq)
+            self.scheduler.disown(request, self._zero)
             request.finish(FinishReason.ERROR, outcome.failure)
+        elif row.is_prompt:
+            self.scheduler.keep(request, outcome.logits)
         try:
             if outcome.token is not None:
                 request.accept_token(outcome.token)
@@ -298,6 +312,7 @@ class StepLoop:
     def _settle(self, error: BaseException | None = None) -> None:
         """Make everything right after an exception at any place; it may break off, too."""
         self.memory.recount()
+        self.scheduler.cache.settle()
         self._drop_ahead()
         if (step := self._step) is not None:
             reason = f"its step broke off: {error!r}" if error else "its step broke off"

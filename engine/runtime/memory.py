@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 from engine import checks
+from engine.kvcache.cache import PrefixCache
+from engine.kvcache.entries import Counts, Text
 from engine.kvcache.pool import Pool
 from engine.kvcache.sequences import (
     Allocation,
@@ -15,6 +19,55 @@ from engine.kvcache.sequences import (
     SequenceMemory,
 )
 from engine.runtime.owner import Owner
+
+_N_TRIES = 8  # To look into the cache between changes, before it waits for its turn.
+
+
+class SharedCache:
+    """PrefixCache for any thread."""
+
+    def __init__(self, cache: PrefixCache, owner: Owner) -> None:
+        self._cache, self._call = cache, owner.call
+        self.room, self.budget = cache.room, cache.room.budget
+
+    def __repr__(self) -> str:
+        cache = self._cache
+        return f"<SharedCache: {cache.n_states} states, {cache.n_bytes} of {self.budget} bytes>"
+
+    @property
+    def n_states(self) -> int:
+        """States that are kept."""
+        return self._call(lambda: self._cache.n_states)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens whose keys and values are kept, in whole blocks."""
+        return self._call(lambda: self._cache.n_tokens)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all that is kept: at most `budget`."""
+        return self._call(lambda: self._cache.n_bytes)
+
+    @property
+    def counts(self) -> Counts:
+        """What happened since loading."""
+        return self._call(lambda: replace(self._cache.counts))
+
+    def clear(self) -> None:
+        """Give up all that is kept."""
+        self._call(self._cache.clear)
+
+    def match_text(self, key: str) -> tuple[int, Text | None]:
+        """It need not wait for a step: what was found while nothing changed is right."""
+        cache = self._cache
+        for _ in range(_N_TRIES):
+            before = cache.n_changes
+            with suppress(Exception):  # Of trees that change meanwhile.
+                found = cache.match_text(key)
+                if before == cache.n_changes and before % 2 == 0:
+                    return found
+        return self._call(partial(cache.match_text, key))
 
 
 class SharedMemory:

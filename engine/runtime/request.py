@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.kvcache.entries import Entry
+from engine.kvcache.policy import Kind
+from engine.kvcache.prefix import Node
 from engine.kvcache.sequences import Checkpoint
 from engine.runtime.owner import Signal
+from engine.runtime.reuse import Reuse, Source
 from engine.sampling.chain import Sampler
 from engine.sampling.logprobs import Logprobs, logprobs
 from engine.sampling.params import SamplingParams
@@ -79,10 +83,13 @@ class Request:
     """A prompt, which comes after `n_past` positions, with what was generated for it so far.
 
     ends: tokens that end it. limit: the most positions that it may fill in memory. `after`: the
-    checkpoint that it continues from. `rollback_at`: the position in the prompt (0: none) at which
-    a step ends and a rollback point is kept. `on_finish` is called when it ends, with a checkpoint
-    that the callee keeps or releases. `n_done`: tokens of the prompt that steps have got;
-    `n_pending`: tokens that steps in flight will give it. `cause`: the exception that ended it.
+    checkpoint that it continues from. `source`: the prompt as it was given, until what the request
+    leaves is in the prefix cache; None for one that has nothing to do with it. `stops`: positions
+    in the prompt at which a step ends, and what kind of state is kept there. `packed`: its ids as
+    the cache has them. `n_done`: tokens of the prompt that memory has, or steps have got; `reuse`:
+    those that it had. `n_pending`: tokens that steps in flight will give it. `logits`: of the
+    prompt's last token, if the cache has them and all of it. `entries`: what it left in the cache.
+    `cause`: the exception that ended it.
     """
 
     def __init__(
@@ -101,8 +108,12 @@ class Request:
         sampler.accept(*self.ids)
         self.seq, self.is_admitted = -1, False
         self.after: Checkpoint | None = None
-        self.rollback_at, self.is_at_rollback = 0, False
-        self.on_finish: Callable[[Request, Checkpoint], None] | None = None
+        self.source: Source | None = None
+        self.stops: dict[int, Kind] = {}
+        self.packed = b""
+        self.reuse = Reuse(len(self.ids), reason="it has not begun")
+        self.logits: NDArray[np.float32] | None = None
+        self.entries: list[Node[Entry]] = []
         self.n_past, self.n_done, self.n_pending = n_past, 0, 0
         self.prompt_end = n_past + len(self.ids)
         self.tokens: list[int] = []
@@ -136,18 +147,23 @@ class Request:
         return self.n_past + self.n_done
 
     @property
-    def chunk_limit(self) -> int:
-        """The position at which its next chunk has to end at the latest."""
-        return self.rollback_at if self.position < self.rollback_at else self.prompt_end
+    def n_read(self) -> int:
+        """Tokens of the prompt whose steps have ended; their states are kept."""
+        return self.reuse.n_reused + self.timings.n_prompt
 
     @property
-    def needs_slot(self) -> bool:
-        """Whether its rollback point will take a state slot: with it, or with the step after it."""
-        return self.position < self.rollback_at or self.is_at_rollback
+    def chunk_limit(self) -> int:
+        """The position at which its next chunk has to end at the latest."""
+        ahead = (at for at in self.stops if self.position < at < self.prompt_end)
+        return min(ahead, default=self.prompt_end)
+
+    @property
+    def has_run(self) -> bool:
+        """Whether a step has got tokens of it."""
+        return self.n_done > self.reuse.n_reused
 
     def take(self, n_tokens: int, n_outputs: int) -> None:
         """Note that a step has got its next `n_tokens`, and will give `n_outputs` tokens."""
-        self.is_at_rollback = self.position < self.rollback_at == self.position + n_tokens
         self.n_done += n_tokens if self.is_prefilling else 0
         self.n_pending += n_outputs
 

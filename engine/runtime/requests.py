@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 from engine import checks
 from engine.errors import EngineError
 from engine.formats.gguf import GGUFFile
+from engine.kvcache.entries import Text
+from engine.kvcache.prefix import packed, unpacked
 from engine.runtime.request import Request
+from engine.runtime.reuse import Answer, Reuse, Source
 from engine.sampling.breakers import BreakerSearch
 from engine.sampling.chain import Sampler
 from engine.sampling.params import SamplingError, SamplingParams
-from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer import ESCAPE, Tokenizer
 
 Prompt = str | Sequence[int]  # A text, or token ids.
+FindText = Callable[[str], tuple[int, Text | None]]  # PrefixCache.match_text.
+# Characters on both sides of a place, to see whether tokens end there: so many, up to where words
+# begin, but no more than the second number.
+_WINDOW, _MOST_AROUND = 64, 4096
+# No token has a word's end and the space after it, or a line's end and what follows it.
+_WORD = re.compile(r"(?<=\S)(?= )|(?<=\n)(?=\S)")
+_KIND = "text:"  # Before a prompt's text in the cache, where chats have theirs.
 
 # Lists of DRY's breakers whose tokens are kept: to find them takes a look at the whole vocabulary.
 _MAX_BREAKERS = 8
@@ -28,10 +39,11 @@ class Requests:
     """Makes requests of one model; n_ctx: positions of memory, which n_parallel requests share."""
 
     def __init__(
-        self, file: GGUFFile, tokenizer: Tokenizer, n_vocab: int, n_ctx: int, n_parallel: int
-    ) -> None:
+        self, file: GGUFFile, tokenizer: Tokenizer, n_vocab: int, n_ctx: int, n_parallel: int,
+        find: FindText,
+    ) -> None:  # fmt: skip
         self._metadata, self._tokenizer, self._n_vocab = file.metadata, tokenizer, n_vocab
-        self._n_ctx, self._n_parallel = n_ctx, n_parallel
+        self._n_ctx, self._n_parallel, self._find = n_ctx, n_parallel, find
         self._breakers = lru_cache(_MAX_BREAKERS)(BreakerSearch(tokenizer).find)
 
     def encode(self, prompt: str) -> list[int]:
@@ -40,22 +52,68 @@ class Requests:
         return self._tokenizer.encode(prompt, add_special=True, parse_special=True)
 
     def make(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        n_past: int = 0,
-        before: Sequence[int] = (),
+        self, prompt: Prompt | Source, params: SamplingParams | None, unused: str, n_past: int = 0
     ) -> Request:
         """A request for what follows a prompt, which comes after `n_past` positions of memory.
-        before: their tokens, for the penalties. Raises PromptError or SamplingError."""
+        unused: why the cache is not used; empty if it is. Raises PromptError or SamplingError."""
         params = SamplingParams() if params is None else params
         checks.instance(SamplingError, "params", params, SamplingParams)
-        ids = self.check(self._ids(prompt), n_past)
-        return self._make(ids, params, n_past, before)
+        source = self._source(prompt, bool(unused))
+        if not isinstance(prompt, str | Source):
+            source.ids = checks.token_ids(PromptError, "prompt", source.ids, self._n_vocab)
+        self._check_length(source.ids, n_past)
+        request = self._make(source.ids, params, n_past)
+        request.stops = source.marks
+        if unused:
+            request.reuse = Reuse(len(source.ids), reason=unused)
+        else:
+            request.source, request.packed = source, packed(source.ids)
+        return request
 
-    def _ids(self, prompt: Prompt) -> Sequence[int]:
+    def _source(self, prompt: Prompt | Source, is_new: bool) -> Source:
+        if isinstance(prompt, Source):
+            return prompt
         if isinstance(prompt, str):
-            return self.encode(prompt)
+            return self._text_source(prompt, is_new)
+        return Source(list(self._ids(prompt)))
+
+    def _text_source(self, text: str, is_new: bool) -> Source:
+        """A text's ids. Those of the longest text that is known and that it starts with are taken
+        from there, if it may be cut after it."""
+        if self._tokenizer.add_eos:  # What follows a text would follow its end token.
+            return Source(self.encode(text))
+        is_new |= ESCAPE in text  # `encode` refuses it.
+        end, known = (0, None) if is_new else self._find(_KIND + text)
+        end -= len(_KIND)
+        if known is None or not self._is_cut(text, end):
+            ids = self.encode(text)
+        else:
+            ids = unpacked(known.ids) + self._following(text[end:])
+        return Source(ids, _KIND + text, answer=self._answer)
+
+    def _is_cut(self, text: str, at: int) -> bool:
+        """Whether what is before and after character `at` of a text has its own tokens in it, to
+        judge by the words around; False where they are too long."""
+        first, last = max(0, at - _MOST_AROUND), min(len(text), at + _MOST_AROUND)
+        words = (m.start() for m in _WORD.finditer(text, first, max(0, at - _WINDOW)))
+        begin = max(words, default=first)
+        following = (m.start() for m in _WORD.finditer(text, min(at + _WINDOW, last), last))
+        end = next(following, last)
+        if begin == first > 0 or end == last < len(text):
+            return False
+        around = self.encode(text[begin:end])
+        return around == self.encode(text[begin:at]) + self._following(text[at:end])
+
+    def _following(self, text: str) -> list[int]:
+        """Ids of a text that goes on with another."""
+        segments = self._tokenizer.segments(text, continues=True)
+        return [token for _, ids in segments for token in ids]
+
+    def _answer(self, answer: Answer) -> str | None:
+        """The text of what was generated, if its tokens have no other one."""
+        return answer.text if spelled(self._tokenizer, answer) == answer.text else None
+
+    def _ids(self, prompt: Sequence[int]) -> Sequence[int]:
         first = prompt[0] if isinstance(prompt, list | tuple) and prompt else None
         expected = "a text or a sequence of token ids"
         if isinstance(first, str | Mapping):
@@ -67,11 +125,9 @@ class Requests:
 
     def empty(self) -> Request:
         """A request without a prompt, which can't run."""
-        return self._make((), SamplingParams(), 0, ())
+        return self._make((), SamplingParams(), 0)
 
-    def _make(
-        self, ids: Sequence[int], params: SamplingParams, n_past: int, before: Sequence[int]
-    ) -> Request:
+    def _make(self, ids: Sequence[int], params: SamplingParams, n_past: int) -> Request:
         params = params.resolved(self._metadata)
         checks.token_ids(SamplingError, "logit_bias", list(params.logit_bias), self._n_vocab)
         ends = self._tokenizer.eog_ids
@@ -82,13 +138,16 @@ class Requests:
         end = n_past + len(ids)
         share = max(self._n_ctx // self._n_parallel, end)
         limit = end + params.max_tokens if params.max_tokens >= 0 else share
-        sampler.accept(*before)
         decoder = self._tokenizer.stream(at_start=False)
         return Request(ids, params, sampler, decoder, ends, min(limit, self._n_ctx), n_past)
 
     def check(self, ids: Sequence[int], n_past: int = 0) -> list[int]:
         """The ids of a prompt. Raises PromptError if they are none, too many, or no tokens."""
         ids = checks.token_ids(PromptError, "prompt", ids, self._n_vocab)
+        self._check_length(ids, n_past)
+        return ids
+
+    def _check_length(self, ids: Sequence[int], n_past: int) -> None:
         if not ids:
             raise PromptError("the prompt is empty: expected at least one token")
         if n_past + len(ids) > self._n_ctx:
@@ -97,4 +156,9 @@ class Requests:
                 f"the prompt has {len(ids)} tokens{before}, the context {self._n_ctx}: "
                 "shorten it or raise n_ctx (-c)"
             )
-        return ids
+
+
+def spelled(tokenizer: Tokenizer, answer: Answer) -> str:
+    """The text of all tokens of an answer."""
+    decoder = tokenizer.stream(at_start=False)
+    return "".join(map(decoder.push, answer.tokens)) + decoder.finish()

@@ -9,12 +9,21 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
+from itertools import islice
 from math import ceil
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engine.graph import Capacity
+from engine.kvcache.cache import PrefixCache
+from engine.kvcache.entries import Entry, Found
+from engine.kvcache.policy import Kind, positions
+from engine.kvcache.prefix import ID_BYTES, Node, n_common, packed
 from engine.kvcache.sequences import CheckpointError, SequenceError, SequenceMemory
 from engine.runtime.batch import BLOCK_POSITIONS, Chunk, Logits
 from engine.runtime.request import FinishReason, Request
+from engine.runtime.reuse import Reuse, Source
 
 
 def cut(n_past: int, n_tokens: int, n_ubatch: int) -> Iterator[slice]:
@@ -30,6 +39,11 @@ def cut(n_past: int, n_tokens: int, n_ubatch: int) -> Iterator[slice]:
         start = stop
 
 
+# Waiting requests that are looked at in every step, beyond those that could run: some wait for the
+# state of a prompt that runs, and those behind them need not.
+_MOST_BEHIND = 16
+
+
 class Scheduler:
     """Requests waiting and running; at most `capacity.n_seqs` run at a time.
 
@@ -37,11 +51,10 @@ class Scheduler:
     `running` follow from that.
     """
 
-    def __init__(
-        self, memory: SequenceMemory, capacity: Capacity, reclaim: Callable[[], bool]
-    ) -> None:
-        """`reclaim` frees memory that is cached for later; False if there was none."""
-        self.memory, self._capacity, self._reclaim = memory, capacity, reclaim
+    def __init__(self, memory: SequenceMemory, capacity: Capacity, cache: PrefixCache) -> None:
+        """`keeps_logits`: whether the host gets the logits of every prompt's last token."""
+        self.memory, self.cache, self._capacity = memory, cache, capacity
+        self.keeps_logits = True
         self.live: dict[Request, None] = {}
         self.waiting: OrderedDict[Request, None] = OrderedDict()
         self.running: list[Request] = []
@@ -56,6 +69,8 @@ class Scheduler:
             return
         if request.seq < 0:
             request.seq = self.memory.reserve()
+        if request.source is not None:
+            request.stops = self._stops(request) | request.stops
         try:
             if request.after is None:
                 self.memory.create(request.seq)
@@ -69,18 +84,30 @@ class Scheduler:
         self.live[request] = None
         request.after = None
 
+    def _stops(self, request: Request) -> dict[int, Kind]:
+        """Positions at which states of a prompt are kept, whatever it says."""
+        n = len(request.ids)
+        stops = positions(n, self.cache.room.most_in_a_prompt)
+        if not self.keeps_logits and (last := (n - 1) // BLOCK_POSITIONS * BLOCK_POSITIONS):
+            stops[last] = Kind.PROMPT
+        return stops
+
     def remove(self, request: Request) -> None:
         """Take a finished request out and free its memory; to do it twice changes nothing."""
         if request not in self.live:
             return
-        on_finish, request.on_finish = request.on_finish, None
-        if on_finish is not None:
+        source, request.source = request.source, None
+        if request.finish_reason is FinishReason.ERROR:
+            self.disown(request)
+        elif source is not None:
             try:
-                on_finish(request, self.memory.checkpoint(request.seq))
+                self._leave(request, source)
             except Exception as error:
                 self.memory.recount()
+                self.cache.settle()
                 request.detail += f"; what came after it broke off: {error!r}"
         self.memory.free(request.seq)
+        self.cache.tidy()
         self.waiting.pop(request, None)
         if request in self.running:
             self.running.remove(request)
@@ -105,6 +132,8 @@ class Scheduler:
         """The chunks of the next step, each with its request; none if nothing can run."""
         self._turn_before = self._prefill_turn
         self._admit()
+        if known := [r for r in self.running if r.logits is not None and not r.tokens]:
+            return [(r, Chunk(r.seq, ())) for r in known]
         work = [(r, _decode_chunk(r)) for r in self.running if not r.is_prefilling and r.can_decode]
         first = next((r for r in self.running if r.is_prefilling), None)
         prefill = self._prefill_chunks(self._capacity.n_tokens - len(work))
@@ -123,27 +152,140 @@ class Scheduler:
         self._prefill_turn = self._turn_before
 
     def _admit(self) -> None:
-        """Start waiting requests, in order of arrival, while their memory is free."""
-        while self.waiting and len(self.running) < self._capacity.n_seqs:
-            request = next(iter(self.waiting))
-            if self._fits(request):
-                request.is_admitted = True
-                self.running.append(request)
-                del self.waiting[request]
-            elif self.running:
+        """Start waiting requests, in order of arrival, while their memory is free. One that begins
+        like a prompt that runs waits for the state that this one will leave."""
+        for request in list(islice(self.waiting, self._capacity.n_seqs + _MOST_BEHIND)):
+            if len(self.running) == self._capacity.n_seqs:
                 return
-            elif not self._reclaim():
-                if request.rollback_at:
-                    request.rollback_at = 0  # It can run without.
-                else:
+            found = self._found(request)
+            if self._is_coming(request, found.n_kept):
+                continue
+            if not self._fits(request, found):
+                if self.running:
+                    return
+                found = Found()
+                if not self._fits(request, found):
                     self._refuse(request)
+                    continue
+                if request.source is not None:
+                    request.source.reason = "what was known gave way to it: it needs the room"
+            self._start(request, found)
+            self.running.append(request)
+            del self.waiting[request]
 
-    def _fits(self, request: Request) -> bool:
-        """Whether all that it and the running requests may still take is free."""
-        everything = [*self.running, request]
-        n_blocks = sum(map(self._unclaimed_blocks, everything))
-        n_slots = sum(map(self._unclaimed_slots, everything))
-        return n_blocks <= self.memory.blocks.n_free and n_slots <= self.memory.slots.n_free
+    def _found(self, request: Request) -> Found:
+        """What the cache has of a prompt; of all of it only with the logits of its last token."""
+        if request.source is None:
+            return Found()
+        n = len(request.ids)
+        found = self.cache.match(request.packed, n)
+        has_all = found.node is not None and found.node.end == n
+        if has_all and (not self.keeps_logits or found.logits is None):
+            found = self.cache.match(request.packed, n - 1)
+        return found
+
+    def _is_coming(self, request: Request, n_kept: int) -> bool:
+        """Whether a prompt that runs will leave a state that makes a difference to a request."""
+        if request.source is None:
+            return False
+        for other in self.running:
+            if other.source is not None and other.n_read < len(other.ids):
+                longest = len(request.ids) - (not self.keeps_logits)
+                n = min(n_common(other.packed, request.packed), longest)
+                last = n - n % BLOCK_POSITIONS
+                if last > other.position:
+                    other.stops.setdefault(last, Kind.LEFT)
+                ends = *other.stops, other.prompt_end if self.keeps_logits else 0
+                # Also what a step in flight will leave.
+                coming = max((at for at in ends if other.n_read < at <= n), default=0)
+                if coming >= n_kept + BLOCK_POSITIONS:
+                    return True
+        return False
+
+    def _start(self, request: Request, found: Found) -> None:
+        """Give a request what it reuses. It may be done anew after an exception."""
+        source, n_prompt = request.source, len(request.ids)
+        if source is not None:
+            entry = self.cache.use(found, request.seq)
+            if entry is None:
+                self.memory.create(request.seq)
+            request.n_done = found.n_kept
+            request.logits = entry.logits if entry and found.n_kept == n_prompt else None
+            reason = source.reason or self._why_not_shared(request, found.n_known)
+            request.reuse = Reuse(n_prompt, found.n_kept, found.n_known, reason)
+            # Where it leaves a known path, the next may leave it, too.
+            left = found.n_known - found.n_known % BLOCK_POSITIONS
+            if found.n_kept < left < n_prompt:
+                request.stops.setdefault(left, Kind.LEFT)
+            self.cache.counts.add(n_prompt, found.n_kept)
+        request.is_admitted = True
+
+    def _why_not_shared(self, request: Request, n_known: int) -> str:
+        """Why it does not wait for a prompt that runs and begins like it, if one does."""
+        others = (r.packed for r in self.running if r.source is not None and r.is_prefilling)
+        n = max((n_common(packed, request.packed) for packed in others), default=0)
+        if n <= n_known:
+            return ""
+        return f"a prompt that runs has its first {n}, too: to wait for it would save less than 64"
+
+    def keep(self, request: Request, logits: NDArray[np.float32] | None) -> None:
+        """Keep the state after a chunk of a prompt, if it is wanted; `logits` [n_vocab] are those
+        of the chunk's last token."""
+        if request.source is None or not self.cache.room.budget:
+            return
+        n = self.memory.n_tokens(request.seq)
+        kind = request.stops.get(n)
+        if n == request.prompt_end and self.keeps_logits:
+            kind = Kind.PROMPT
+        if kind is not None:
+            node = self.cache.keep(request.packed[: ID_BYTES * n], request.seq, kind, logits)
+            request.entries += [] if node is None else [node]
+
+    def disown(self, request: Request, zero: Callable[[int], None] | None = None) -> None:
+        """Take out of the cache what a request left that ended by an error: it may be wrong. If its
+        values were not finite, what it began with goes, too, and `zero(seq)` assigns zeros to what
+        a sequence alone holds."""
+        while request.entries:
+            self._forget(request.entries[-1], zero)
+            request.entries.pop()
+        while zero is not None and (node := self.cache.match(request.packed).node) is not None:
+            self._forget(node, zero)
+
+    def _forget(self, node: Node[Entry], zero: Callable[[int], None] | None) -> None:
+        if zero is not None and node.kept is not None and node.kept.seq in self.memory:
+            zero(node.kept.seq)
+        self.cache.forget(node)
+
+    def _leave(self, request: Request, source: Source) -> None:
+        """Keep the state of a request that has ended, and the texts that lead to it."""
+        ids, n = request.packed + packed(request.tokens), self.memory.n_tokens(request.seq)
+        is_whole = n >= request.prompt_end
+        kind = Kind.ANSWER if is_whole and request.tokens else Kind.PROMPT
+        self.cache.keep(ids[: ID_BYTES * n], request.seq, kind)
+        for n_characters, n_ids in (ends := (source.first_end, source.turn_end)):
+            if 0 < n_ids <= n:
+                begin = ids[: ID_BYTES * n_ids]
+                self.cache.name(source.key[:n_characters], begin, ends)
+        if source.key and is_whole:
+            self.cache.name(source.key, request.packed, ends)
+            # An answer without text must not be found where its prompt comes again.
+            if answer := source.answer(request):
+                self.cache.name(source.key + answer, ids, ends)
+
+    def _fits(self, request: Request, found: Found) -> bool:
+        """Whether all that it and the running requests may still take is free, or is the cache's,
+        which then gives it up."""
+        n_shared = request.n_past + found.n_shared
+        n_blocks = self._n_blocks(request.limit) - n_shared // self._capacity.block_size
+        n_blocks += sum(map(self._unclaimed_blocks, self.running))
+        n_slots = 1 + sum(map(self._unclaimed_slots, self.running))
+        blocks, slots = self.memory.blocks, self.memory.slots
+        return self.cache.make_room(
+            lambda: n_blocks <= blocks.n_free and n_slots <= slots.n_free, found.node
+        )
+
+    def _n_blocks(self, n_positions: int) -> int:
+        return ceil(n_positions / self._capacity.block_size)
 
     def _refuse(self, request: Request) -> None:
         n_positions = self.memory.blocks.n_free * self._capacity.block_size
@@ -155,15 +297,14 @@ class Scheduler:
         self.remove(request)
 
     def _unclaimed_slots(self, request: Request) -> int:
-        """State slots that it will still take: with its first step, and for a rollback point."""
-        first = 0 if request.n_done else self.memory.missing_slots(request.seq)
-        return first + request.needs_slot
+        """State slots that it will still take: one, with its first step."""
+        return 0 if request.has_run else self.memory.missing_slots(request.seq)
 
     def _unclaimed_blocks(self, request: Request) -> int:
         """Blocks that it may still take; a shared, partly filled one counts, as it is copied."""
-        size, n_past = self._capacity.block_size, self.memory.n_tokens(request.seq)
-        n_own = ceil(n_past / size) if request.n_done else request.n_past // size
-        return ceil(request.limit / size) - n_own
+        n_past, size = self.memory.n_tokens(request.seq), self._capacity.block_size
+        n_own = self._n_blocks(n_past) if request.has_run else n_past // size
+        return self._n_blocks(request.limit) - n_own
 
     def _prefill_chunks(self, budget: int) -> list[tuple[Request, Chunk]]:
         """Chunks of at most `budget` tokens together; prompts take turns of 64 positions."""

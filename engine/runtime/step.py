@@ -39,7 +39,7 @@ class Row:
         """Note in the request that a step has its chunk."""
         if (request := self.request) is not None:
             self.n_ahead, self.is_prompt = request.n_pending, request.is_prefilling
-            self._before = request.n_done, request.is_at_rollback
+            self._before = request.n_done
             self.is_taken = True
             request.take(len(self.chunk.tokens), self.chunk.n_outputs)
 
@@ -47,7 +47,7 @@ class Row:
         """Undo `take`, whether it was done or broke off; the step before has none of its tokens
         left to give."""
         if self.is_taken and self.request is not None:
-            self.request.n_done, self.request.is_at_rollback = self._before
+            self.request.n_done = self._before
             self.request.n_pending = 0
 
     def spec(self) -> SampleSpec | None:

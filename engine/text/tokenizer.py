@@ -173,6 +173,11 @@ class Tokenizer:
         _check_unicode(checks.text(TokenizerError, "text", text).replace(ESCAPE, ""))
         return self._cut(text, self._specials, continues)
 
+    def has_special_across(self, text: str, at: int) -> bool:
+        """Whether a special token begins before character `at` of a text and ends after it."""
+        sizes = ((special, len(special) - 1) for special, _ in self._specials)
+        return any(s in text[max(0, at - n) : max(0, at + n)] for s, n in sizes)
+
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Control and unknown tokens
         are left out unless `special`. Raises TokenizerError for an id out of range."""

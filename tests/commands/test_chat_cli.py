@@ -26,8 +26,9 @@ from tools.synth import write_model
 
 GREEDY = ("-n", 6, "--temp", 0)
 TURN = re.compile(
-    r"\[turn (\d+): (\d+) tokens processed \(.* tokens/s\); after (\d+) kept"
-    r"(?:, (\d+) dropped: the template changed what they say)?; (\d+) generated.*\]"
+    r"\[turn (\d+): (\d+) tokens processed(?: \(.* tokens/s\))?; reused (\d+) of (\d+) tokens"
+    r"(?: \((?:nothing known begins like it|the rest is new|diverged at (\d+), .*)\))?"
+    r"; (\d+) generated.*\]"
 )
 
 
@@ -54,7 +55,7 @@ def answers(path: Path, *messages: str, system: str | None = None, **options: An
 
 
 def turns(err: str) -> list[tuple[int, ...]]:
-    """(turn, processed, kept, dropped, generated) of the lines on standard error."""
+    """(turn, processed, reused, of the prompt, diverged at or 0, generated) of each line."""
     matches = [TURN.fullmatch(line) for line in err.splitlines()]
     assert all(matches), err
     return [tuple(int(n or 0) for n in match.groups()) for match in matches if match]
@@ -65,9 +66,10 @@ def test_a_chat(cli: Cli, model: Path) -> None:
     assert result.status == 0
     first, second = answers(model, "the cat", "and the hat é")
     assert result.out == f"{first}\n{second}\n"
-    (_, n_first, kept, _, n), (turn, _, kept_then, dropped, _) = turns(result.err)
-    assert (kept, turn, dropped) == (0, 2, 0)
-    assert n_first + n - 1 <= kept_then <= n_first + n
+    (_, n_first, reused, _, _, n), (turn, more, reused_then, all_then, left, _) = turns(result.err)
+    assert (reused, turn, left) == (0, 2, 0)
+    assert n_first + n - 1 <= reused_then <= n_first + n
+    assert more + reused_then == all_then
 
 
 def test_the_first_message_is_the_prompt(cli: Cli, model: Path, tmp_path: Path) -> None:
@@ -94,14 +96,24 @@ def test_commands(cli: Cli, model: Path) -> None:
     # The same answer after /reset as at first.
     assert result.out == f"{answer}\n{answer}\n"
     first, stats_then, said, stats_now, last = result.err.splitlines()
-    (_, n_prompt, kept, _, n_new), again = turns(f"{first}\n{last}")
-    assert again == (2, n_prompt, 0, 0, n_new)
-    assert kept == 0
+    (_, n_prompt, *_, n_new), again = turns(f"{first}\n{last}")
+    assert first.split("; ")[1] == (
+        f"reused 0 of {n_prompt} tokens (nothing known begins like it)"
+    )  # fmt: skip
+    # What was said before is known, though the conversation is another one.
+    assert again == (2, 0, n_prompt, n_prompt, 0, n_new)
     assert said == "the conversation is empty again; the system message stays"
-    stats = r"\[1 turns: {} tokens processed \(.*\); {} generated \(.*\); {} of 4096 positions .*\]"
-    held = rf"({n_prompt + n_new - 1}|{n_prompt + n_new})"
-    assert re.fullmatch(stats.format(n_prompt, n_new, held), stats_then)
-    assert re.fullmatch(stats.format(n_prompt, n_new, 0), stats_now)
+    stats = (
+        rf"\[1 turns: {n_prompt} tokens processed \(.*\); {n_new} generated \(.*\); "
+        rf"{{}} of 4096 positions of the context used; prefix cache: \d+\.\d of \d+\.\d MiB "
+        rf"\(states: (\d+), \d+\.\d MiB; tokens: (\d+), \d+\.\d MiB\); "
+        rf"reused 0 of {n_prompt} tokens; states given up: 0\]"
+    )
+    held = re.fullmatch(stats.format(n_prompt + n_new), stats_then)
+    assert held
+    assert int(held[1]) >= 2
+    assert n_prompt + n_new - int(held[2]) in (0, 1)  # The last token is in no state yet.
+    assert re.fullmatch(stats.format(0), stats_now)
 
 
 def test_words_that_begin_with_a_slash(cli: Cli, model: Path) -> None:
@@ -165,9 +177,9 @@ def test_templates(cli: Cli, model: Path, tmp_path: Path) -> None:
                      stdin=b"the cat\nmore\n")  # fmt: skip
         options: Any = {"template": ChatTemplate(QWEN35_STYLE), "reasoning": reasoning}
         assert result.out == "".join(f"{t}\n" for t in answers(model, "the cat", "more", **options))
-        _, (_, _, kept, dropped, _) = turns(result.err)
-        assert kept > 0
-        assert dropped > 0
+        # The template drops thinking: a state from before it is the nearest.
+        _, (_, processed, reused, n_prompt, left, _) = turns(result.err)
+        assert 0 < reused < left < n_prompt == processed + reused
     named = cli("-m", model, "-cnv", "--chat-template-file", template, "-p", "the cat", *GREEDY)
     text = cli("-m", model, "-cnv", "--chat-template", QWEN35_STYLE, "-p", "the cat", *GREEDY)
     expected = answers(model, "the cat", template=ChatTemplate(QWEN35_STYLE))
@@ -350,20 +362,20 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(
     model: Path, start: Callable[..., Running]
 ) -> None:
     chat = start("-m", model, "-c", 4096)
-    kept_before = 0
+    n_before = 0
     for turn in (1, 2):
         chat.say(f"question {turn}\n")
         chat.read(30)
         chat.process.send_signal(signal.SIGINT)
         line = chat.line()
         assert line.endswith("; cancelled (by its user)]")
-        ((number, processed, kept, dropped, generated),) = turns(line)
+        ((number, processed, reused, n_prompt, left, generated),) = turns(line)
         # The text before the interrupt is history; none of it is processed again.
-        assert (number, dropped) == (turn, 0)
+        assert (number, left) == (turn, 0)
         assert generated > 5
-        assert kept >= kept_before
+        assert reused >= n_before
         assert processed < 40
-        kept_before = kept + processed + generated - 2
+        n_before = n_prompt + generated - 2
     chat.say("/stats\n/exit\n")
     assert chat.line().startswith("[2 turns: ")
     out, err = chat.process.communicate(timeout=30)
@@ -426,4 +438,4 @@ def test_typing(model: Path) -> None:
 
 def prompt_ids(path: Path, message: str) -> list[int]:
     with Engine.load(path) as engine:
-        return engine.chat([{"role": "user", "content": message}]).prompt.ids
+        return engine.encode_chat([{"role": "user", "content": message}])

@@ -75,6 +75,30 @@ def test_timings_of_nothing(cli: Cli, tiny: Path, n: int) -> None:
         assert result.out == "Once\n"
 
 
+CACHE = (
+    r"prefix cache: \d+\.\d of \d+\.\d MiB \(states: \d+, \d+\.\d MiB; tokens: \d+, \d+\.\d MiB\); "
+    r"reused 0 of {} tokens; states given up: 0"
+)
+
+
+@pytest.mark.parametrize(
+    ("option", "why"),
+    [
+        ((), "nothing known begins like it"),
+        (("--no-cache-prompt",), "cache_prompt is off"),
+        (("--cache-ram", 0), "the cache is off: no cache_ram"),
+    ],
+    ids=str,
+)
+def test_verbose_says_what_was_reused(
+    cli: Cli, tiny: Path, option: tuple[object, ...], why: str
+) -> None:
+    n = len(Engine.load(tiny).encode_prompt("Once"))
+    *_, prompt, cache = cli("-m", tiny, "-p", "Once", "-n", 2, "-v", *option).err.splitlines()
+    assert prompt.strip() == f"prompt : reused 0 of {n} tokens ({why})"
+    assert re.fullmatch("prefix cache off" if option else CACHE.format(n), cache)
+
+
 def test_prompts_from_files_and_standard_input(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     text = 'naïve "日本"\\n\n two \n\n'
     expected = cli("-m", tiny, "--no-escape", "-p", text[:-1], "-n", 4, *GREEDY)

@@ -200,7 +200,7 @@ def test_names_with_line_ends_stay_on_one_line(cli: Cli, tmp_path: Path) -> None
 
 
 def test_out_of_memory(cli: Cli, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def allocate(self: object, states: object) -> None:
+    def allocate(self: object, states: object, extra: object) -> None:
         raise MemoryError("Unable to allocate 9 GiB")
 
     monkeypatch.setattr("engine.backends.native.states.ArrayStates.allocate", allocate)

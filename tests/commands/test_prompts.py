@@ -231,6 +231,24 @@ def totals(result: Result) -> tuple[int, int, int, int]:
     return int(match[1]), int(match[3] or 0), int(match[4]), int(match[5])
 
 
+def test_verbose_says_what_each_line_reused(cli: Cli, tiny: Path, file: Path) -> None:
+    """But one that failed."""
+    ids = list(range(100))
+    wanted: list[list[int]] = [ids, [], [*ids, 5], ids]
+    file.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in wanted))
+    result = cli("-m", tiny, "--prompts", file, *GREEDY, "-v")
+    error, *lines, total, cache = result.err.splitlines()
+    assert error == "error: line 2: the prompt is empty: expected at least one token"
+    assert lines == [
+        "line 1: reused 0 of 100 tokens (nothing known begins like it)",
+        "line 3: reused 100 of 101 tokens (the rest is new)",
+        "line 4: reused 100 of 100 tokens",
+    ]
+    assert TOTALS.fullmatch(total)
+    assert "; reused 200 of 301 tokens; " in cache
+    assert totals(cli("-m", tiny, "--prompts", file, *GREEDY))[2] == 101
+
+
 def test_chats_are_answered_as_by_chat(cli: Cli, file: Path) -> None:
     """The demo model has a template; a chat that can't be rendered is the line's own error."""
     messages = [{"role": "user", "content": "What is 23 times 45?"}]
@@ -246,8 +264,7 @@ def test_chats_are_answered_as_by_chat(cli: Cli, file: Path) -> None:
             (first, messages, SamplingParams(temperature=0)),
             (third, more, SamplingParams(temperature=0, max_tokens=4)),
         ):
-            answer = engine.chat(asked, params).wait()
-            engine.conversation.release()
+            answer = engine.chat(asked, params, cache_prompt=False).wait()
             assert found["messages"] == asked
             assert (found["text"], found["tokens"]) == (answer.text, answer.tokens)
     assert second["error"].startswith("message 0: expected a content, got ")

@@ -58,10 +58,12 @@ def test_every_command_that_loads_a_model_says_what_it_uses(
     lines: Callable[..., list[str]], tiny: Path, argv: tuple[object, ...]
 ) -> None:
     line, *rest = lines(*argv, "-m", tiny, "-t", 2, "--cpu-isa", "portable")
+    size = r"up to \d+ MiB, 16 states in a prompt" if argv[0] in ("-p", "-cnv") else "off"
     expected = (
         r"tiny-Q8_0\.gguf: qwen35 Q8_0, 0\.3M parameters; cpu \(portable kernels, 2 threads\)"
     )
-    assert re.fullmatch(rf"{expected}; context \d+( for 2 sequences)?; {SIZES}", line)
+    context = r"context \d+( for 2 sequences)?"
+    assert re.fullmatch(rf"{expected}; {context}; {SIZES}; prefix cache {size}", line)
     assert not [other for other in rest if "; context " in other]
 
 
@@ -76,7 +78,8 @@ def test_the_sizes_are_those_of_the_arrays(lines: Callable[..., list[str]], tiny
     line = lines("-m", tiny, "-p", "a", "-n", 1, "-c", 4096, "-np", 3)[0]
     assert "; context 4096 for 3 sequences; " in line
     total, unit, weights, states, cache, buffers = re.search(SIZES, line).groups()  # type: ignore
-    with Engine.load(tiny, n_ctx=4096, n_parallel=3) as engine:
+    # The prefix cache has a size of its own in the line.
+    with Engine.load(tiny, n_ctx=4096, n_parallel=3, cache_ram=0) as engine:
         (backend,) = engine.plan.backends
         store: Any = backend.states
         held: Any = backend
@@ -108,7 +111,7 @@ def test_a_device(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
         summary.show(engine)
         taken = engine.device_bytes()
     line = capsys.readouterr().err
-    found = re.search(rf"; cuda \((.*)\); context 64; {SIZES} on the device\n$", line)
+    found = re.search(rf"; cuda \((.*)\); context 64; {SIZES} on the device; prefix .*\n$", line)
     assert found
     assert found[1] == device.detail
     assert float(found[2]) == pytest.approx(taken / 2**20, abs=0.051)

@@ -290,7 +290,7 @@ def test_a_chat_of_three_turns_with_tools(engine: Engine) -> None:
     ]
     third = engine.chat(messages, params, tools=TOOLS).wait()
     assert third.finish_reason == "length"
-    assert third.prompt.n_kept > 0
+    assert third.reuse.n_reused > 0
     text = transformers_tokenizer().apply_chat_template(
         messages, tools=TOOLS, tokenize=False, add_generation_prompt=True,
         chat_template=chat_template(MODELS[1]),

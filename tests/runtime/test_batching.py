@@ -47,7 +47,7 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> Logged:
 
 @pytest.fixture(scope="module")
 def alone(models: Callable[[str, str], Path]) -> Engine:
-    return float64_engine(models("tiny", "F32"), n_ctx=N_CTX)
+    return float64_engine(models("tiny", "F32"), n_ctx=N_CTX, cache_ram=0)
 
 
 @pytest.fixture

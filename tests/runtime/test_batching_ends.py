@@ -198,7 +198,7 @@ def held_by_a_checkpoint(engine: Engine, n: int) -> Checkpoint:
 def test_what_a_checkpoint_holds_is_waited_for(load: Callable[..., Engine]) -> None:
     """There are 4 + 2 + 1 blocks of 64; the checkpoint holds 4, the first request may take 2."""
     whole = SamplingParams(temperature=0, max_tokens=186, ignore_eos=True)
-    with load(n_ctx=256, n_parallel=2, n_checkpoints=1) as engine:
+    with load(n_ctx=256, n_parallel=2, n_checkpoints=1, cache_ram=0) as engine:
         checkpoint = held_by_a_checkpoint(engine, 200)
         first = engine.generate([1], replace(whole, max_tokens=100))
         second = engine.generate([2] * 70, whole)
@@ -216,7 +216,7 @@ def test_what_a_checkpoint_holds_is_waited_for(load: Callable[..., Engine]) -> N
 
 def test_what_can_never_fit_is_refused_with_the_sizes(load: Callable[..., Engine]) -> None:
     params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
-    with load(n_ctx=256, n_parallel=2, n_checkpoints=1) as engine:
+    with load(n_ctx=256, n_parallel=2, n_checkpoints=1, cache_ram=0) as engine:
         checkpoint = held_by_a_checkpoint(engine, 200)
         small, large = engine.generate_batch([[1], [2] * 200], params)
         assert small.finish_reason == "length"
@@ -234,11 +234,61 @@ def test_slots_that_checkpoints_hold_are_promised_to_nobody(
     load: Callable[..., Engine], n_held: int
 ) -> None:
     """With more checkpoints than n_checkpoints, fewer requests run at once, and none fails."""
-    with load(n_parallel=3, n_checkpoints=0) as engine:
+    with load(n_parallel=3, n_checkpoints=0, cache_ram=0) as engine:
         held = [held_by_a_checkpoint(engine, 5) for _ in range(n_held)]
         done = engine.generate_batch([[1], [2], [3], [4]], GREEDY)
         reasons = {c.finish_reason for c in done}
         assert reasons == ({"length"} if n_held < 3 else {"error"})
+        for checkpoint in held:
+            checkpoint.release()
+        assert_all_free(engine)
+
+
+def fill_cache(engine: Engine, rng: np.random.Generator) -> None:
+    """Let it keep states until it has to give some up."""
+    while not engine.cache.counts.n_evicted:
+        prompt = rng.integers(0, 320, 100).tolist()
+        engine.generate(prompt, replace(GREEDY, max_tokens=1)).wait()
+    assert engine.cache.n_states > 10
+
+
+def test_what_the_cache_holds_is_not_waited_for(
+    load: Callable[..., Engine], rng: np.random.Generator
+) -> None:
+    """As if nothing had run: checkpoints hold all but the cache's slots and blocks."""
+    whole = SamplingParams(temperature=0, max_tokens=186, ignore_eos=True)
+    with load(n_ctx=256, n_parallel=2, n_checkpoints=1, cache_ram=1) as engine:
+        held = [held_by_a_checkpoint(engine, 5) for _ in range(4)]
+        fill_cache(engine, rng)
+        prompts = [rng.integers(0, 320, 70).tolist() for _ in range(2)]
+        both = [engine.generate(prompt, whole) for prompt in prompts]
+        engine.advance()
+        assert [len(c.tokens) for c in both] == [1, 1]
+        for completion in both:
+            assert len(list(completion)) == 186
+        del both
+        for checkpoint in held:
+            checkpoint.release()
+        assert_all_free(engine)
+
+
+def test_what_the_cache_holds_is_no_reason_to_refuse(
+    load: Callable[..., Engine], rng: np.random.Generator
+) -> None:
+    """What checkpoints hold is one: they first hold all that the cache doesn't, then all."""
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    with load(n_ctx=256, n_checkpoints=0, cache_ram=1) as engine:
+        fill_cache(engine, rng)
+        memory, held = engine.memory, list[Checkpoint]()
+        while memory.slots.n_free and memory.blocks.n_free:
+            held.append(held_by_a_checkpoint(engine, 1))
+        done = engine.generate(rng.integers(0, 320, 190).tolist(), params).wait()
+        assert done.finish_reason == "length"
+        while memory.slots.n_free or engine.cache.n_states:
+            held.append(held_by_a_checkpoint(engine, 1))
+        (refused,) = engine.generate_batch([[2]], params)
+        assert refused.finish_reason == "error"
+        assert "0 slots are free, others are held (by checkpoints, say)" in refused.detail
         for checkpoint in held:
             checkpoint.release()
         assert_all_free(engine)

@@ -373,7 +373,7 @@ def test_reprs_are_one_short_line(loaded: Engine) -> None:
     assert repr(SamplingParams(top_k=5, stop="x")) == "SamplingParams(top_k=5, stop=('x',))"
     assert repr(SamplingParams()) == "SamplingParams()"
     kept = loaded.memory.checkpoint(loaded.memory.create())
-    for thing in (loaded, loaded.memory, loaded.tokenizer, loaded.conversation, CHATML, kept):
+    for thing in (loaded, loaded.memory, loaded.tokenizer, loaded.cache, CHATML, kept):
         assert " at 0x" not in repr(thing)
         assert repr(thing).count("\n") == 0
     assert loaded.file.path.name in repr(loaded)

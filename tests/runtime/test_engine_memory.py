@@ -148,7 +148,7 @@ def counts(engine: Engine) -> tuple[int, int]:
 
 def test_no_free_slot_leaves_everything(tiny: Path, load: Load, alone: Engine, rng: Rng) -> None:
     ids = random_ids(rng, 10)
-    with load(tiny, n_ctx=256, n_parallel=1, n_checkpoints=1) as engine:
+    with load(tiny, n_ctx=256, n_parallel=1, n_checkpoints=1, cache_ram=0) as engine:
         a, b, c = (engine.memory.create() for _ in range(3))
         engine.step([Chunk(a, ids)])
         engine.step([Chunk(b, ids[:5])])
@@ -163,7 +163,7 @@ def test_no_free_slot_leaves_everything(tiny: Path, load: Load, alone: Engine, r
 
 def test_no_free_block_leaves_everything(tiny: Path, load: Load, alone: Engine, rng: Rng) -> None:
     ids = random_ids(rng, 64)
-    with load(tiny, n_ctx=64, n_parallel=2, n_checkpoints=0) as engine:
+    with load(tiny, n_ctx=64, n_parallel=2, n_checkpoints=0, cache_ram=0) as engine:
         a, b = engine.memory.create(), engine.memory.create()
         engine.step([Chunk(a, ids), Chunk(b, ids[:5])])
         before = counts(engine)
@@ -183,7 +183,7 @@ def test_no_free_block_leaves_what_a_checkpoint_shares(
     tiny: Path, load: Load, alone: Engine, rng: Rng
 ) -> None:
     ids = random_ids(rng, 70)
-    with load(tiny, n_ctx=64, n_parallel=2, n_checkpoints=1) as engine:
+    with load(tiny, n_ctx=64, n_parallel=2, n_checkpoints=1, cache_ram=0) as engine:
         memory = engine.memory
         a, b = memory.create(), memory.create()
         engine.step([Chunk(a, ids), Chunk(b, ids[:5])])
@@ -197,6 +197,32 @@ def test_no_free_block_leaves_what_a_checkpoint_shares(
         assert_same(engine.step([Chunk(a, [3])]), alone.logits([*ids, 3])[-1:])
         memory.free(a)
         memory.free(b)
+        assert_all_free(engine)
+
+
+@pytest.mark.parametrize("n_tokens", [10, 200])
+def test_a_users_steps_take_what_the_cache_holds(
+    tiny: Path, load: Load, alone: Engine, rng: Rng, n_tokens: int
+) -> None:
+    """Nothing is free but what it gives up; after that the step is refused, as without a cache."""
+    prompt, one = random_ids(rng, n_tokens), SamplingParams(max_tokens=1)
+    with load(tiny, n_ctx=256, cache_ram=1) as engine:
+        memory = engine.memory
+        answers = [engine.generate([i] * 200, one).wait() for i in (1, 2)]
+        assert engine.cache.n_states == len(answers)
+        seqs = list[int]()
+        for _ in range(min(memory.slots.size, memory.blocks.size // -(-n_tokens // 64))):
+            seqs.append(memory.create())
+            engine.step([Chunk(seqs[-1], prompt)])
+        seqs.append(memory.create())
+        with pytest.raises(MemoryFullError, match="out of "):
+            engine.step([Chunk(seqs[-1], prompt)])
+        assert engine.cache.n_states == 0
+        for seq in seqs[:2]:
+            got = engine.step([Chunk(seq, [3])])
+            assert_same(got, alone.logits([*prompt, 3])[-1:])
+        for seq in seqs:
+            memory.free(seq)
         assert_all_free(engine)
 
 

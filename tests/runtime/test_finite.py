@@ -112,6 +112,27 @@ def test_a_sequence_that_goes_wrong_ends_alone(engine: Engine, sane: Engine, rng
         assert completion.tokens == tokens_of(sane, prompt)
 
 
+def test_states_on_the_way_of_a_prompt_that_goes_wrong_are_forgotten(
+    engine: Engine, sane: Engine, rng: Rng
+) -> None:
+    """A state of its prompt is kept at 256, before any logit shows what is wrong."""
+    begin = ids(rng, 400)
+    bad = [*begin[:100], BAD, *begin[101:]]
+    for _ in range(2):
+        (failed,) = engine.generate_batch([bad], GREEDY)
+        assert failed.finish_reason == "error"
+        assert (engine.cache.n_states, failed.reuse.n_reused) == (0, 0)
+    assert all(np.isfinite(a).all() for a in states(engine).values())
+    assert tokens_of(engine, begin) == tokens_of(sane, begin)
+    # What a prompt began with may be what is wrong, and goes, too; what is not on its way stays.
+    n_states = engine.cache.n_states
+    (failed,) = engine.generate_batch([[*begin, BAD]], GREEDY)
+    assert failed.finish_reason == "error"
+    assert failed.reuse.n_reused == 400
+    assert 0 < engine.cache.n_states < n_states
+    assert tokens_of(engine, begin) == tokens_of(sane, begin)
+
+
 def test_the_others_logits_are_those_of_a_batch_without_it(engine: Engine, rng: Rng) -> None:
     good, bad = ids(rng, 40), [BAD]
     with_it, without = list[Any](), list[Any]()

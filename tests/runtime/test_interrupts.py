@@ -2,7 +2,8 @@
 
 An exception is raised at lines of the engine while several requests run, on both kinds of steps:
 an error, a KeyboardInterrupt, and one that a signal's handler raises at random times. Whatever ends
-with `stop` or `length` must be what the request gives alone, and all memory must be free after it.
+with `stop` or `length` must be what the request gives alone, and all memory must be free after it,
+but what the prefix cache holds, which must add up. Prompts begin alike, so that they share it.
 `python -m tests.runtime.test_interrupts` tries every line event instead of some.
 """
 
@@ -43,6 +44,7 @@ ELSEWHERE = (
     "/backends/",
     "/text/",
     "/sampling/params",
+    "/checks",
 )
 GREEDY = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
 DRAWN = replace(GREEDY, temperature=1.5, seed=3, stop=("e",))
@@ -53,8 +55,17 @@ PROMPTS = [
     ([6, 7], DRAWN),
     ([8] * 3, HOST),
     ([9], replace(GREEDY, max_tokens=9)),
+    ([5] * 70, HOST),
+    ([5] * 66 + [1], GREEDY),
 ]
 MESSAGES = [{"role": "user", "content": "hello"}]
+# Another answer than the model's: the history is tokenized alike, whatever is known of it.
+NEXT_MESSAGES = [
+    *MESSAGES,
+    {"role": "assistant", "content": "hi"},
+    {"role": "user", "content": "go on"},
+]
+PRESET = "tiny-next"  # Its states are so large that the cache has room for eight.
 KINDS = {"steps one by one": False, "overlapped steps": True}
 
 
@@ -117,11 +128,12 @@ class Scenario:
     def __init__(self, path: Path, overlaps: bool) -> None:
         # An overlapped step takes a slot of its own; the reference backend has none for it.
         self.engine = hash_engine(path, overlaps, n_ctx=512, n_ubatch=64, n_parallel=3)
-        alone = hash_engine(path, False, n_ctx=512, n_ubatch=64)
+        alone = hash_engine(path, False, n_ctx=512, n_ubatch=64, cache_ram=0)
         self.expected = [self._outcome(c) for p, s in PROMPTS for c in alone.generate_batch([p], s)]
-        answer = alone.chat(MESSAGES, GREEDY, template=CHATML)
-        list(answer)
-        self.expected.append(self._outcome(answer))
+        for messages in (MESSAGES, NEXT_MESSAGES):
+            answer = alone.chat(messages, GREEDY, template=CHATML)
+            list(answer)
+            self.expected.append(self._outcome(answer))
 
     @staticmethod
     def _outcome(completion: Completion) -> tuple[Any, ...]:
@@ -142,6 +154,10 @@ class Scenario:
         for i, completion in started:
             # One is cancelled after two tokens, unless an exception comes before.
             self._read(completion, errors, 2 if i == 1 else 99)
+        with contextlib.suppress(*errors, ChatError):
+            answer = self.engine.chat(NEXT_MESSAGES, GREEDY, template=CHATML)
+            started.append((len(starts), answer))
+            self._read(answer, errors, 99)
         return started
 
     @staticmethod
@@ -173,7 +189,6 @@ class Scenario:
 
     def check_memory(self) -> None:
         gc.collect()
-        self.engine.conversation.release()
         assert not self.engine.advance()
         assert_all_free(self.engine)
 
@@ -182,7 +197,7 @@ class Scenario:
 def scenario(
     models: Callable[[str, str], Path], request: pytest.FixtureRequest
 ) -> Iterator[Scenario]:
-    made = Scenario(models("tiny", "F32"), KINDS[request.param])
+    made = Scenario(models(PRESET, "F32"), KINDS[request.param])
     # What is there need not be looked at by every collection.
     gc.collect()
     gc.freeze()
@@ -207,22 +222,25 @@ def inject(scenario: Scenario, error: type[BaseException], at: int) -> Counter[s
 
 
 def line_events(scenario: Scenario) -> list[tuple[CodeType, int]]:
-    tracer = Tracer()
+    tracer, before = Tracer(), scenario.engine.cache.counts
     with tracer.watching():
         scenario.run(())
+    counts = scenario.engine.cache.counts
+    assert counts.n_reused > before.n_reused + 64
+    assert counts.n_evicted > before.n_evicted
     scenario.check_memory()
     return tracer.visits
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("error", [InjectedError, KeyboardInterrupt])
-def test_at_every_line(scenario: Scenario, error: type[BaseException], rng: Any) -> None:
-    """At one of the visits of every line."""
+def test_at_every_line(scenario: Scenario, rng: Any) -> None:
+    """At one of the visits of every line, an error or an interrupt."""
     visits: dict[tuple[CodeType, int], list[int]] = defaultdict(list)
     for i, place in enumerate(line_events(scenario)):
         visits[place].append(i)
     reasons: Counter[str] = Counter()
     for events in visits.values():
+        error = rng.choice([InjectedError, KeyboardInterrupt])
         reasons += inject(scenario, error, int(rng.choice(events)))
     assert len(visits) > 250
     assert reasons["length"] > reasons["error"] > 0
@@ -261,7 +279,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2000, help="of a signal at a random time")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        path = write_model(Path(directory) / "tiny.gguf", "tiny", "F32", std=STD)
+        path = write_model(Path(directory) / "model.gguf", PRESET, "F32", std=STD)
         for kind, overlaps in KINDS.items():
             made = Scenario(path, overlaps)
             gc.collect()

@@ -45,8 +45,8 @@ NODE = "blk.1.gated_delta_net"
 
 @pytest.fixture(scope="module")
 def alone(models: Callable[[str, str], Path]) -> Engine:
-    """One step after the other, one completion after the other."""
-    return float64_engine(models("tiny", "F32"), n_ctx=512)
+    """One step after the other, one completion after the other, each from its start."""
+    return float64_engine(models("tiny", "F32"), n_ctx=512, cache_ram=0)
 
 
 @pytest.fixture
@@ -87,9 +87,10 @@ def test_the_tokens_are_those_of_steps_one_by_one(
     engine, prompt = load(), random_ids(rng, 70)
     (completion,) = engine.generate_batch([prompt], params)
     assert outcome(completion) == expected(alone, prompt, params)
-    # All but the prompt's step are launched ahead; alone, a request of the host's has none ahead.
+    # All but the prompt's steps are launched ahead; alone, a request of the host's has none ahead.
     assert n_ahead(engine) == (0 if params is HOST else 11)
-    assert len(decoder_of(engine).feeds) == 12
+    # The prompt is cut at 64, where its state is kept.
+    assert len(decoder_of(engine).feeds) == 13
 
 
 def test_the_next_step_is_launched_before_the_tokens_are_waited_for(
@@ -136,7 +137,8 @@ def test_it_ends_at_a_full_context(load: Load, n_prompt: int) -> None:
     (done,) = engine.generate_batch([[5] * n_prompt], replace(GREEDY, max_tokens=-1))
     assert len(done.tokens) == 128 - n_prompt + 1
     assert done.timings.n_prompt + done.timings.n_eval == 128
-    assert len(decoder_of(engine).feeds) == 128 - n_prompt + 1
+    # A long prompt is cut at 64, where its state is kept.
+    assert len(decoder_of(engine).feeds) == 128 - n_prompt + 1 + (n_prompt > 64)
 
 
 def test_a_request_of_the_hosts_stops_nobody(load: Load, alone: Engine) -> None:
@@ -256,12 +258,8 @@ def test_a_checkpoint_of_what_ends_beside_others(load: Load, alone: Engine) -> N
 
 
 def test_without_slots_to_spare_nothing_runs_ahead(load: Load, alone: Engine) -> None:
-    engine = load(n_parallel=2, n_checkpoints=0)
-    held = []
-    for token in (1, 2):
-        seq = engine.memory.create()
-        engine.step([Chunk(seq, [token])])
-        held.append(seq)
+    engine = load(n_parallel=2, n_checkpoints=0, cache_ram=0)
+    held = hold_slots(engine, 2)
     done = engine.generate_batch([[1], [2]], GREEDY)
     assert [c.tokens for c in done] == [expected(alone, [i], GREEDY)[0] for i in (1, 2)]
     assert n_ahead(engine) == 0
@@ -270,9 +268,32 @@ def test_without_slots_to_spare_nothing_runs_ahead(load: Load, alone: Engine) ->
         engine.memory.free(seq)
 
 
+def hold_slots(engine: Engine, n: int) -> list[int]:
+    """Sequences of a user that hold a slot each."""
+    held = [engine.memory.create() for _ in range(n)]
+    for seq in held:
+        engine.step([Chunk(seq, [1])])
+    return held
+
+
+def test_what_runs_ahead_takes_the_slots_of_the_cache(load: Load, alone: Engine) -> None:
+    """Four are left, of which the cache has some."""
+    engine = load(n_ctx=8192, n_parallel=2, n_checkpoints=0, cache_ram=1)
+    held = hold_slots(engine, engine.memory.slots.size - 4)
+    for prompts in ([[1], [2]], [[3], [4]], [[5], [6]]):
+        engine.generate_batch(prompts, GREEDY)
+    n_kept, n_before = engine.cache.n_states, n_ahead(engine)
+    assert n_kept > 0
+    done = engine.generate_batch([[7], [8]], GREEDY)
+    assert [c.tokens for c in done] == [expected(alone, [i], GREEDY)[0] for i in (7, 8)]
+    assert n_ahead(engine) == n_before + 11
+    for seq in held:
+        engine.memory.free(seq)
+
+
 def test_what_runs_ahead_takes_no_room_from_others(load: Load, alone: Engine) -> None:
     """A user's sequence takes the last slot while a step is in flight."""
-    engine = load(n_parallel=1, n_checkpoints=0)
+    engine = load(n_parallel=1, n_checkpoints=0, cache_ram=0)
     completion = engine.generate([1], GREEDY)
     for _ in range(3):
         next(completion)
@@ -286,28 +307,27 @@ def test_what_runs_ahead_takes_no_room_from_others(load: Load, alone: Engine) ->
     engine.memory.free(seq)
 
 
-# Chats (test_chat.py runs on both kinds of steps).
+# Chats (test_chats.py runs on both kinds of steps).
 
 CHATML = ChatTemplate(BUILT_IN["chatml"])
 
 
 def test_turns_run_ahead_and_go_on_from_each_other(load: Load, alone: Engine) -> None:
-    engine, messages = load(), list[dict[str, str]]()
+    engine, messages, n_held = load(), list[dict[str, str]](), 0
     for turn in range(4):
         messages.append({"role": "user", "content": f"turn {turn}"})
         answer = engine.chat(messages, GREEDY, template=CHATML)
-        prompt = answer.prompt
-        assert (prompt.n_kept > 0, prompt.n_dropped) == (turn > 0, 0)
         list(answer)
-        want = expected(alone, [*prompt.before, *prompt.ids], GREEDY)
-        assert answer.tokens == want[0]
+        # All but the last token of the answer before.
+        assert answer.reuse.n_known == answer.reuse.n_reused == n_held
+        n_held = answer.reuse.n_prompt + len(answer.tokens) - 1
+        assert answer.tokens == expected(alone, answer.request.ids, GREEDY)[0]
         messages.append({"role": "assistant", "content": answer.text})
         assert n_ahead(engine) == 11 * (turn + 1)
-    engine.conversation.release()
 
 
 def test_turns_beside_completions(load: Load, alone: Engine) -> None:
-    """A rollback point is taken, a turn ends, another begins, with others' rows in flight."""
+    """States are kept, a turn ends, another begins, with others' rows in flight."""
     engine, messages = load(n_parallel=3, n_ubatch=16), list[dict[str, str]]()
     others = [engine.generate([i], replace(GREEDY, max_tokens=90)) for i in (1, 2)]
     for turn in range(4):
@@ -317,29 +337,27 @@ def test_turns_beside_completions(load: Load, alone: Engine) -> None:
             next(others[turn % 2])
             if i == turn:
                 answer.stop()
-        want = expected(
-            alone, [*answer.prompt.before, *answer.prompt.ids], replace(DRAWN, seed=turn)
-        )
+        want = expected(alone, answer.request.ids, replace(DRAWN, seed=turn))
         assert answer.tokens == want[0][: turn + 1]
-        assert (answer.prompt.n_kept > 0, answer.prompt.n_dropped) == (turn > 0, 0)
+        assert (answer.reuse.n_reused > 0) == (turn > 0)
+        assert answer.timings.n_prompt == answer.reuse.n_prompt - answer.reuse.n_reused
         messages.append({"role": "assistant", "content": answer.text})
     for i, other in zip((1, 2), others, strict=True):
         list(other)
         assert other.tokens == expected(alone, [i], replace(GREEDY, max_tokens=90))[0]
     assert n_ahead(engine)
-    engine.conversation.release()
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_turn_whose_step_breaks_off_keeps_nothing(
     load: Load, alone: Engine, error: type[BaseException]
 ) -> None:
-    """Its state may be half written; the cached prefix from before the turn stays."""
+    """Its state may be half written; what the cache has from before the turn stays."""
     engine = load()
     messages = [{"role": "user", "content": "one"}]
     first = engine.chat(messages, GREEDY, template=CHATML)
     list(first)
-    n_held = engine.conversation.n_tokens
+    n_held, n_states = first.reuse.n_prompt + len(first.tokens) - 1, engine.cache.n_states
     messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "two"}]
     broken = engine.chat(messages, GREEDY, template=CHATML)
     for _ in range(4):
@@ -348,13 +366,11 @@ def test_a_turn_whose_step_breaks_off_keeps_nothing(
     with failing_at(engine, NODE, error), pytest.raises(raised):
         list(broken)
     engine.plan.backends[0].queue.clear()  # type: ignore[attr-defined]
-    assert engine.conversation.n_tokens == n_held
+    assert engine.cache.n_states == n_states
     again = engine.chat(messages, GREEDY, template=CHATML)
     list(again)
-    assert again.prompt.n_kept == n_held
-    ids = [*again.prompt.before, *again.prompt.ids]
-    assert again.tokens == expected(alone, ids, GREEDY)[0]
-    engine.conversation.release()
+    assert again.reuse.n_reused == n_held
+    assert again.tokens == expected(alone, again.request.ids, GREEDY)[0]
 
 
 # What goes wrong.

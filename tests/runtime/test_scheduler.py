@@ -15,10 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.graph import Capacity
+from engine.kvcache.cache import PrefixCache
+from engine.kvcache.entries import Room
+from engine.kvcache.policy import Kind
+from engine.kvcache.prefix import packed
 from engine.kvcache.sequences import SequenceMemory
 from engine.runtime.batch import Chunk, Logits, begin, check_fits
 from engine.runtime.owner import Signal
 from engine.runtime.request import FinishReason
+from engine.runtime.reuse import Reuse
 from engine.runtime.scheduler import Scheduler
 
 BLOCK = Capacity.block_size
@@ -36,9 +41,10 @@ class Fake:
         self.seq, self.n_done, self.n_past = -1, 0, 0
         self.finish_reason: FinishReason | None = None
         self.detail = ""
-        self.on_finish = None
-        self.rollback_at = 0
-        self.n_waited = 0
+        # It has nothing to do with the prefix cache.
+        self.source = self.logits = None
+        self.entries = list[Any]()
+        self.reuse = Reuse(n_prompt)
         self.after, self.is_admitted, self.can_decode, self.signal = None, False, True, Signal()
 
     @property
@@ -55,7 +61,9 @@ class Fake:
 
     chunk_limit = prompt_end
 
-    needs_slot = False
+    @property
+    def has_run(self) -> bool:
+        return self.n_done > 0
 
     def finish(self, reason: FinishReason, detail: str = "") -> None:
         self.finish_reason, self.detail = reason, detail
@@ -66,10 +74,22 @@ class Fake:
             self.finish(FinishReason.LENGTH)
 
 
-class Harness:
-    """Runs the scheduler's steps, and checks each."""
+# A cache that never gives up anything by itself.
+GREEDY_ROOM = Room(2**60, n_states=2**30, n_blocks=2**30)
 
-    def __init__(self, n_tokens: int, n_seqs: int, n_blocks: int = 10_000, n_slots: int = 0):
+
+class Harness:
+    """Runs the scheduler's steps, and checks each. With a `room` the cache keeps what every request
+    had in memory when it left."""
+
+    def __init__(
+        self,
+        n_tokens: int,
+        n_seqs: int,
+        n_blocks: int = 10_000,
+        n_slots: int = 0,
+        room: Room = Room(),  # noqa: B008  (it is frozen)
+    ):
         self.n_seqs = min(n_seqs, n_tokens)
         self.capacity = Capacity(
             n_tokens=n_tokens,
@@ -80,7 +100,7 @@ class Harness:
         )
         copy: Any = None
         self.memory = SequenceMemory(n_blocks, self.capacity.n_slots, BLOCK, copy)
-        self.scheduler = Scheduler(self.memory, self.capacity, lambda: False)
+        self.scheduler = Scheduler(self.memory, self.capacity, PrefixCache(self.memory, room))
         self.requests: list[Fake] = []
         self.admitted: deque[Fake] = deque()
 
@@ -133,12 +153,18 @@ class Harness:
             self.leave(request)
 
     def leave(self, request: Any) -> None:
+        if request.seq in self.memory:
+            # Never two with the same tokens.
+            n = self.memory.n_tokens(request.seq)
+            ids = [self.requests.index(request), *range(n)][:n]
+            self.scheduler.cache.keep(packed(ids), request.seq, Kind.ANSWER)
         self.scheduler.remove(request)
 
     def run(self, most: int = 10_000) -> int:
         """Steps until nothing is left."""
         for n in range(most):
             if not self.step():
+                self.scheduler.cache.clear()
                 assert all(r.finish_reason for r in self.requests)
                 assert self.memory.blocks.n_free == self.memory.blocks.size
                 assert self.memory.slots.n_free == self.memory.slots.size
@@ -343,6 +369,28 @@ def test_what_never_fits_is_refused_and_the_next_runs() -> None:
     harness.run()
 
 
+def test_what_the_cache_holds_is_neither_waited_for_nor_a_reason_to_refuse() -> None:
+    """It holds all of the memory whenever nothing runs."""
+    harness = Harness(512, 2, n_blocks=3, room=GREEDY_ROOM)
+    for _ in range(3):
+        harness.add(64, 1)
+    while harness.step():
+        pass
+    memory, cache = harness.memory, harness.scheduler.cache
+    assert (memory.blocks.n_free, memory.slots.n_free, cache.n_states) == (1, 0, 2)
+    whole = harness.add(150, 42)
+    assert harness.step() == {whole: 150}
+    assert cache.n_states == 0
+    while harness.step():
+        pass
+    # Nothing is free but a slot: the cache has it all again.
+    assert (memory.blocks.n_free, memory.slots.n_free, cache.n_states) == (0, 1, 1)
+    a, b = harness.add(10, 20), harness.add(70, 20)
+    assert harness.step() == {a: 10, b: 70}
+    harness.run()
+    assert {r.finish_reason for r in harness.requests} == {"length"}
+
+
 def test_removing_what_waits_or_was_removed() -> None:
     harness = Harness(512, 1)
     a, b = harness.add(5), harness.add(5)
@@ -372,13 +420,16 @@ loads = st.lists(
     st.sampled_from([1, 3, 10, 63, 64, 65, 80, 128, 512]),
     st.sampled_from([1, 2, 3, 8]),
     st.integers(7, 20),
+    st.sampled_from([Room(), GREEDY_ROOM]),
     st.randoms(use_true_random=False),
 )
 def test_every_request_ends_and_memory_is_never_short(
-    load: list[tuple[int, int, int]], n_tokens: int, n_seqs: int, n_blocks: int, random: Any
-) -> None:
-    """Requests come after pauses, some leave; no block or slot is ever missing."""
-    harness = Harness(n_tokens, n_seqs, n_blocks)
+    load: list[tuple[int, int, int]], n_tokens: int, n_seqs: int, n_blocks: int, room: Room,
+    random: Any,
+) -> None:  # fmt: skip
+    """Requests come after pauses, some leave; no block or slot is ever missing, nor waited for
+    because the cache holds it."""
+    harness = Harness(n_tokens, n_seqs, n_blocks, room=room)
     # Alone, a request takes this many steps; each may have to wait for all the others.
     bound = 0
     for pause, n_prompt, n_new in load:

@@ -1,9 +1,10 @@
 """Threads and tasks that use one engine at once: every completion is what its request gives alone.
 
-Threads start, read, stop, cancel and forget completions, run batches and chats, take checkpoints
-and process sequences of their own, with the engine's own thread running the steps and without. The
-standard is an engine that one thread used before. `python -m tests.runtime.test_threads` does it on
-every architecture for minutes.
+Threads start, read, stop, cancel and forget completions, run batches and chats, take checkpoints,
+process sequences of their own and clear the prefix cache, with the engine's own thread running the
+steps and without. Prompts begin alike, and the cache is too small for all that they leave. The
+standard is an engine without a cache, which one thread used before. `python -m
+tests.runtime.test_threads` does it on every architecture for minutes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,8 @@ import numpy as np
 import pytest
 
 from engine import Engine, EngineError, SamplingParams
+from engine.kvcache.policy import Kind
+from engine.kvcache.prefix import packed
 from engine.runtime.batch import Chunk
 from engine.runtime.completion import Completion, GenerationError
 from engine.runtime.owner import OwnerError, Signal
@@ -36,13 +41,13 @@ from tests.support.hash_model import hash_engine
 from tests.support.helpers import ROW_BY_ROW, STD, assert_all_free, failing_at, random_ids
 from tools.synth import write_model
 
-Load = Callable[[], Engine]
+Load = Callable[..., Engine]
 Models = Callable[[str, str], Path]
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 DRAWN = replace(GREEDY, temperature=1.5, seed=3)
 HOST = replace(DRAWN, repeat_penalty=1.3, max_tokens=5)
 CHATML = ChatTemplate(BUILT_IN["chatml"])
-N_THREADS = 8
+N_THREADS, N_ACTIONS = 8, 10
 
 
 class Oracle:
@@ -50,6 +55,7 @@ class Oracle:
 
     def __init__(self, engine: Engine, rng: np.random.Generator) -> None:
         self.work: list[tuple[list[int], SamplingParams]] = []
+        shared = random_ids(rng, 130)
         for params in (
             GREEDY,
             DRAWN,
@@ -57,7 +63,10 @@ class Oracle:
             replace(GREEDY, stop=("e", "a")),
             replace(DRAWN, seed=9),
         ):
-            self.work += [(random_ids(rng, int(rng.choice([1, 3, 70]))), params) for _ in range(4)]
+            self.work += [(random_ids(rng, int(rng.choice([1, 3, 70]))), params) for _ in range(3)]
+            # They begin alike, up to a multiple of 64 or not.
+            n = int(rng.choice([10, 64, 100, 128, 130]))
+            self.work.append((shared[:n] + random_ids(rng, int(rng.integers(3))), params))
         self.want = [self.outcome(c) for p, s in self.work for c in engine.generate_batch([p], s)]
         self.logits = [engine.logits(ids) for ids, _ in self.work]
         self.chats = [[{"role": "user", "content": f"question {i}"}] for i in range(3)]
@@ -66,7 +75,7 @@ class Oracle:
             answer = engine.chat(messages, GREEDY, template=CHATML)
             list(answer)
             self.answers.append(self.outcome(answer))
-            engine.conversation.release()
+        assert engine.cache.n_bytes == 0
 
     @staticmethod
     def outcome(completion: Completion) -> tuple[Any, ...]:
@@ -97,8 +106,8 @@ class User:
         """Do something; everything once before anything again."""
         if not self.left:
             self.left = [self.read, self.read, self.batch, self.stop, self.forget, self.checkpoint,
-                         self.own_sequence, self.chat, self.wait,
-                         self.cancel_elsewhere]  # fmt: skip
+                         self.own_sequence, self.chat, self.wait, self.cancel_elsewhere,
+                         self.look_at_cache]  # fmt: skip
         action = self.left.pop(self.rng.integers(len(self.left)))
         action()
         self.done[action.__name__] += 1
@@ -175,6 +184,13 @@ class User:
         ids, want = self.oracle.work[i][0], self.oracle.logits[i]
         assert np.array_equal(self.engine.logits(ids), want)
 
+    def look_at_cache(self) -> None:
+        cache = self.engine.cache
+        assert cache.n_bytes <= cache.budget
+        assert cache.counts.n_reused <= cache.counts.n_tokens
+        if self.rng.integers(4) == 0:
+            cache.clear()
+
     def chat(self) -> None:
         i = int(self.rng.integers(len(self.oracle.chats)))
         answer = self.engine.chat(self.oracle.chats[i], GREEDY, template=CHATML)
@@ -189,7 +205,7 @@ def use_at_once(engine: Engine, oracle: Oracle, seconds: float, seed: int) -> Co
 
     def run(user: User) -> None:
         try:
-            while not met and (time.monotonic() < end or len(user.done) < 9):
+            while not met and (time.monotonic() < end or len(user.done) < N_ACTIONS):
                 user.act()
         except BaseException as error:
             met.append(error)
@@ -203,10 +219,12 @@ def use_at_once(engine: Engine, oracle: Oracle, seconds: float, seed: int) -> Co
     if met:
         raise met[0]
     gc.collect()
-    engine.conversation.release()
     if not engine.loop.owner.is_driven:
         while engine.advance():
             pass
+    counts = engine.cache.counts
+    assert counts.n_reused > 0
+    assert counts.n_evicted > 0
     assert_all_free(engine)
     return sum((user.done for user in users), Counter())
 
@@ -230,13 +248,13 @@ def engines(request: pytest.FixtureRequest, models: Models) -> Iterator[Load]:
     """Loads the same engine again and again."""
     path, made = models("tiny", "F32"), list[Engine]()
 
-    def load() -> Engine:
+    def load(**more: Any) -> Engine:
+        options = {**OPTIONS, "n_checkpoints": 20, "cache_ram": 1, **more}
         if request.param == "cpu":
-            options = {**OPTIONS, **ROW_BY_ROW, "n_checkpoints": 20}
+            options |= ROW_BY_ROW
             made.append(Engine.load(path, backend="cpu", n_threads=2, **options))
         else:
-            overlaps = request.param == "overlapped steps"
-            made.append(hash_engine(path, overlaps, n_checkpoints=20, **OPTIONS))
+            made.append(hash_engine(path, request.param == "overlapped steps", **options))
         return made[-1]
 
     yield load
@@ -246,20 +264,20 @@ def engines(request: pytest.FixtureRequest, models: Models) -> Iterator[Load]:
 
 @pytest.mark.parametrize("is_driven", [False, True], ids=["by callers", "by a thread"])
 def test_threads(engines: Load, rng: np.random.Generator, is_driven: bool) -> None:
-    oracle, engine = Oracle(engines(), rng), engines()
+    oracle, engine = Oracle(engines(cache_ram=0), rng), engines()
     if is_driven:
         engine.start()
     with switching_often():
         done = use_at_once(engine, oracle, 2.5, int(rng.integers(2**31)))
-    assert len(done) == 9, done
+    assert len(done) == N_ACTIONS, done
 
 
 def test_tasks(engines: Load, rng: np.random.Generator) -> None:
     """Tasks of an event loop, some of which are cancelled, beside a thread."""
-    oracle, engine = Oracle(engines(), rng), engines()
+    oracle, engine = Oracle(engines(cache_ram=0), rng), engines()
     asyncio.run(tasks(engine, oracle, rng, 150))
     gc.collect()
-    engine.conversation.release()
+    assert engine.cache.counts.n_reused > 0
     assert_all_free(engine)
 
 
@@ -524,7 +542,8 @@ def test_a_forked_process_gets_an_error(models: Models, is_driven: bool) -> None
 
 def test_ctrl_c_does_not_wait_for_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of 4,000 tokens of the demo model, which takes most of a second."""
-    with Engine.load(backend="cpu", n_ctx=8192, n_ubatch=4096, n_threads=2) as engine:
+    options: dict[str, Any] = {"n_ctx": 8192, "n_ubatch": 4096, "cache_prompt": False}
+    with Engine.load(backend="cpu", n_threads=2, **options) as engine:
         ids = (np.arange(4000) % 250 + 3).tolist()
         start = time.perf_counter()
         want = engine.logits(ids[:10])
@@ -568,9 +587,9 @@ def main() -> None:
             path = write_model(Path(directory) / f"{preset}.gguf", preset, "F32", std=STD)
             options: dict[str, Any] = {**OPTIONS, **ROW_BY_ROW, "n_threads": 2}
             options |= {"backend": "cpu", "n_checkpoints": 20}
-            oracle = Oracle(Engine.load(path, **options), rng)
+            oracle = Oracle(Engine.load(path, **options, cache_ram=0), rng)
             for is_driven in (False, True):
-                with Engine.load(path, **options) as engine:
+                with Engine.load(path, **options, cache_ram=1) as engine:
                     if is_driven:
                         engine.start()
                     share = args.seconds / len(presets) / 2
@@ -582,3 +601,67 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def test_a_text_is_looked_up_while_a_step_runs(tiny: Path) -> None:
+    """Else every prompt that is a text, and every chat, waits for the end of a step."""
+    with Engine.load(tiny, backend="reference", n_ctx=256, cache_ram=4) as engine:
+        engine.generate("Once upon a time", SamplingParams(max_tokens=1)).wait()
+        expected = engine.cache.match_text("text:Once upon a time, there")
+        assert expected[0] == len("text:Once upon a time")
+        runs, ends = threading.Event(), threading.Event()
+
+        def step() -> None:
+            runs.set()
+            assert ends.wait(60)
+
+        with ThreadPoolExecutor(2) as pool:
+            stepping = pool.submit(engine.loop.owner.call, step)
+            assert runs.wait(60)
+            found = pool.submit(engine.cache.match_text, "text:Once upon a time, there")
+            try:
+                assert found.result(timeout=30) == expected
+            finally:
+                ends.set()
+            stepping.result()
+
+
+def test_texts_are_right_while_the_cache_changes(tiny: Path, rng: np.random.Generator) -> None:
+    """A text gives its own ids or none, whatever threads keep and give up meanwhile."""
+    with Engine.load(tiny, backend="reference", n_ctx=256, cache_ram=1) as engine:
+        cache, is_over = engine.loop.scheduler.cache, threading.Event()
+        texts = ["".join(map(chr, rng.integers(97, 99, n))) for n in rng.integers(1, 30, 60)]
+        # A text's ids are those of its characters.
+        ids = [packed([ord(c) for c in text]) for text in texts]
+        seq = engine.memory.create()
+        engine.prefill(seq, [1])
+
+        def change() -> None:
+            local = np.random.default_rng(1)
+            while not is_over.is_set():
+                i = int(local.integers(len(texts)))
+                for action in (
+                    partial(cache.keep, ids[i], seq, Kind.ANSWER),
+                    partial(cache.name, texts[i], ids[i], ()),
+                ):
+                    engine.loop.owner.call(action)
+                if local.random() < 0.02:
+                    engine.cache.clear()
+
+        with ThreadPoolExecutor(1) as pool:
+            changing = pool.submit(change)
+            try:
+                n_found, end = 0, time.monotonic() + 1.5
+                while time.monotonic() < end:
+                    text = texts[int(rng.integers(len(texts)))]
+                    n, found = engine.cache.match_text(text)
+                    if found is not None:
+                        assert found.ids == packed([ord(c) for c in text[:n]])
+                        n_found += 1
+            finally:
+                is_over.set()
+            changing.result()
+        engine.memory.free(seq)
+        engine.cache.clear()
+        assert n_found > 100
+        assert_all_free(engine)

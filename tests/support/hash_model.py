@@ -2,7 +2,8 @@
 
 A sequence's state is a hash of its tokens, its KV blocks hold the tokens themselves, and logits
 follow from both. So a token too few or too many, a state or a block of somebody else's, or one that
-was freed too early, gives other tokens from there on. Launched steps run as late as they may.
+was freed too early, gives other tokens from there on. Launched steps run as late as they may. What
+is given back to the system is overwritten.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ _MASK = 2**61 - 1
 class HashExecutable:
     """In place of an Executable. `overlaps`: whether it samples as a device does."""
 
-    def __init__(self, plan: Any, source: Any, overlaps: bool) -> None:
+    def __init__(self, plan: Any, extra: Mapping[str, int], overlaps: bool) -> None:
         self.plan, self._overlaps, self.queue = plan, overlaps, list[HashStep]()
         capacity = plan.graph.capacity
+        n_slots = capacity.n_slots + extra["n_slots"]
+        n_blocks = capacity.n_blocks + extra["n_blocks"]
         self._n_vocab = int(plan.graph.outputs["logits"].shape[1])
         # What nobody has written is found in nobody's history.
-        self._states = [-1] * capacity.n_slots
-        self._blocks = [[-(10**9)] * capacity.block_size for _ in range(capacity.n_blocks)]
+        self._states = [-1] * n_slots
+        self._blocks = [[-(10**9)] * capacity.block_size for _ in range(n_blocks)]
         self._last: HashStep | None = None
 
     @property
@@ -50,6 +53,13 @@ class HashExecutable:
         self.work()
         assert dim == "n_blocks"
         self._blocks[target] = list(self._blocks[source])
+
+    def give_back(self, dim: str, indices: Sequence[int]) -> None:
+        for index in indices:
+            if dim == "n_slots":
+                self._states[index] = -1
+            else:
+                self._blocks[index] = [-(10**9)] * len(self._blocks[index])
 
     def run(self, inputs: Mapping[str, Any], live: Live, watch: Any = None) -> dict[str, Any]:
         self.work()
@@ -141,11 +151,14 @@ class HashStep:
 
 
 def hash_engine(path: Path, overlaps: bool, **options: Any) -> Engine:
-    """An engine whose steps a HashExecutable runs; the file gives vocabulary and sizes."""
+    """An engine whose steps a HashExecutable runs; the file gives vocabulary and sizes. Its prefix
+    cache has 1 MiB, some dozens of states, so that some are given up."""
 
-    def make(plan: Any, source: Any) -> HashExecutable:
-        return HashExecutable(plan, source, overlaps)
+    def make(plan: Any, source: Any, extra: Mapping[str, int]) -> HashExecutable:
+        return HashExecutable(plan, extra, overlaps)
 
     made: Callable[..., Any] = make
     with patch("engine.engine.Executable", made):
-        return Engine.load(path, backend="reference", **{"n_checkpoints": 4, **options})
+        return Engine.load(
+            path, backend="reference", **{"n_checkpoints": 4, "cache_ram": 1, **options}
+        )

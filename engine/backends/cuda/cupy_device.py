@@ -76,6 +76,13 @@ class CupyDevice:
             ) from None
         return _CupyMemory(memory, int(memory.ptr), n_bytes)
 
+    def allocate_host(self, n_bytes: int) -> Memory:
+        try:
+            memory = self._cupy.cuda.alloc_pinned_memory(n_bytes)
+        except self._errors as error:
+            raise CudaError(f"{n_bytes >> 20} MiB of pinned memory: {error}") from None
+        return _CupyMemory(memory, int(memory.ptr), n_bytes)
+
     def upload(self, address: int, values: Array) -> None:
         """Through pinned memory: waits only until `values` are copied there."""
         data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)

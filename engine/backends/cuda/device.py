@@ -70,6 +70,10 @@ class Device(Protocol):
     def allocate(self, n_bytes: int) -> Memory:
         """Memory aligned to 256 bytes, of arbitrary contents; raises CudaError if there is none."""
 
+    def allocate_host(self, n_bytes: int) -> Memory:
+        """Pinned memory of the host, which kernels can read and write at its address; raises
+        CudaError if there is none."""
+
     def upload(self, address: int, values: Array) -> None:
         """Copy to the device; `values` may be changed when this returns."""
 

@@ -60,8 +60,8 @@ _SINGLE = {
     1: "delay",
     32: "router",
     128: "get_rows_packed mla_cache repack round_rows ssm_conv",
-    256: "add_rms_norm expand finish_product gdn_gate get_rows mul_mat_id_rows qk_norm_rope "
-    "quantize_rows sum_experts swiglu",
+    256: "add_rms_norm copy_pieces expand finish_product gdn_gate get_rows mul_mat_id_rows "
+    "qk_norm_rope quantize_rows sum_experts swiglu",
     1024: "sort_by_expert",
 }
 # Source, threads, beginning and ends of the names of its kernels: `delta_net_` with `rows_8` is the

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from engine.backends.base import Array
+from engine.backends.cuda.args import ARGS
 from engine.backends.cuda.device import Device, Memory
+from engine.backends.cuda.kernels import threads
 from engine.backends.cuda.weights import CudaWeights
 from engine.backends.native import library as cpu_library
 from engine.backends.native.backend import NativeBackend
-from engine.backends.native.views import DIMS
+from engine.backends.native.views import DIMS, write_view
 from engine.formats.quants import numpy_dtype
 from engine.graph import Kind, Live, Tensor, dim_name
 
 _LIVE_BYTES = 256
+_PIECE_BYTES = 32 << 10  # That a thread block copies.
 
 
 class DeviceStates:
@@ -24,12 +27,16 @@ class DeviceStates:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._memory: dict[Tensor, Memory] = {}
+        self._list: Memory | None = None
+        self._known_parts: dict[str, Array] = {}
 
-    def allocate(self, states: Sequence[Tensor]) -> None:
+    def allocate(self, states: Sequence[Tensor], extra: Mapping[str, int]) -> None:
         """Allocate states, as zeros."""
         for t in states:
-            self._memory[t] = self._device.allocate(t.nbytes)
-            self._device.fill(self._memory[t].address, t.nbytes, 0)
+            n_rows = int(t.shape[0])
+            n_bytes = t.nbytes // n_rows * (n_rows + extra.get(dim_name(t), 0))
+            self._memory[t] = self._device.allocate(n_bytes)
+            self._device.fill(self._memory[t].address, n_bytes, 0)
 
     def address(self, tensor: Tensor) -> int:
         return self._memory[tensor].address
@@ -46,6 +53,51 @@ class DeviceStates:
     def copy(self, dim: str, source: int, target: int) -> None:
         for address, n in self._of(dim):
             self._device.copy(address + target * n, address + source * n, n)
+
+    def row_bytes(self, dim: str) -> int:
+        return sum(n for _, n in self._of(dim))
+
+    def allocate_host(self, n_bytes: int) -> Memory:
+        return self._device.allocate_host(n_bytes)
+
+    def move(self, rows: Sequence[tuple[str, int, int]], to_host: bool) -> None:
+        pieces = np.concatenate([self._pieces(dim, rows) for dim in ("n_slots", "n_blocks")])
+        if not to_host:
+            pieces[:, [0, 1]] = pieces[:, [1, 0]]
+        if self._list is None or self._list.nbytes < pieces.nbytes:
+            self._list = self._device.allocate(2 * pieces.nbytes)
+        self._device.upload(self._list.address, pieces)
+        args = np.zeros((), ARGS)
+        write_view(args["v"][0], self._list.address, pieces.shape, (3, 1), 0)
+        function = self._device.function("copy_pieces", "copy_pieces")
+        n_threads = threads("copy_pieces")
+        self._device.launch(function, (len(pieces), 1, 1), n_threads, 0, args.ctypes.data)
+
+    def _pieces(self, dim: str, rows: Sequence[tuple[str, int, int]]) -> Array:
+        """[n, 3] uint64: (address on the host, the device's, bytes) of the rows' parts."""
+        index, host = np.array([r[1:] for r in rows if r[0] == dim], np.uint64).reshape(-1, 2).T
+        at, first, stride, n_bytes = self._parts(dim)
+        pieces = np.empty((len(index), len(at), 3), np.uint64)
+        pieces[..., 0] = host[:, None] + at
+        pieces[..., 1] = index[:, None] * stride + first
+        pieces[..., 2] = n_bytes
+        return pieces.reshape(-1, 3)
+
+    def _parts(self, dim: str) -> Array:
+        """[4, n] uint64, of the parts of a row on the host: where they begin there, where that of
+        row 0 begins on the device, bytes from one row to the next there, bytes."""
+        if dim not in self._known_parts:
+            parts, at = [], 0
+            for address, n_row in self._of(dim):
+                for begin in range(0, n_row, _PIECE_BYTES):
+                    n = min(_PIECE_BYTES, n_row - begin)
+                    parts.append((at + begin, address + begin, n_row, n))
+                at += n_row
+            self._known_parts[dim] = np.array(parts, np.uint64).reshape(-1, 4).T
+        return self._known_parts[dim]
+
+    def give_back(self, dim: str, indices: Sequence[int]) -> None:
+        """Nothing: the device's memory is taken at once."""
 
 
 class InputRegion:

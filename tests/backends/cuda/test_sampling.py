@@ -20,6 +20,7 @@ from engine.backends.cuda.weights import CudaWeights
 from engine.backends.native import library
 from engine.formats.quants import F32, I32
 from engine.graph import Dim, Kind, Live, Tensor
+from engine.kvcache.prefix import packed
 from engine.runtime.batch import Chunk
 from engine.sampling.spec import MAX_BANNED, MAX_TOP_K, SampleSpec
 from engine.sampling.steps import Candidates
@@ -282,13 +283,13 @@ def test_checkpoints_while_a_step_runs_ahead(device: Device, models: Models) -> 
         assert_all_free(engine)
 
 
-# Chats: the turns of test_chat.py, on a device.
+# Chats: the turns of test_chats.py, on a device.
 
 
 @pytest.mark.parametrize("source", [CHATML, QWEN35_STYLE], ids=["chatml", "thinking"])
 def test_turns_go_on_from_the_tokens_that_came(device: Device, models: Models, source: str) -> None:
-    """The row that runs on when a turn ends or is stopped leaves nothing in what is held."""
-    template, messages = ChatTemplate(source), list[dict[str, str]]()
+    """The row that runs on when a turn ends or is stopped leaves nothing in what is kept."""
+    template, messages, n_held = ChatTemplate(source), list[dict[str, str]](), 0
     with engine_on(models("tiny", "F32"), cuda_and_others(device), n_ctx=1024) as engine:
         assert engine.loop.runner.overlaps
         for turn in range(3):
@@ -298,18 +299,21 @@ def test_turns_go_on_from_the_tokens_that_came(device: Device, models: Models, s
                 if i == 5 and turn == 1:
                     answer.stop()
             messages.append({"role": "assistant", "content": answer.text})
-            ids = [*answer.prompt.before, *answer.prompt.ids, *answer.tokens]
-            assert (answer.prompt.n_kept > 0) == (turn > 0)
-            assert (answer.prompt.n_dropped > 0) == (turn > 0 and source == QWEN35_STYLE)
+            ids = [*answer.request.ids, *answer.tokens]
+            # Without its thinking, an answer is not what the state has read.
+            if turn > 0 and source == QWEN35_STYLE:
+                assert 0 < answer.reuse.n_reused < n_held
+            else:
+                assert answer.reuse.n_reused == answer.reuse.n_known == n_held
+            n_held = len(ids) - 1
             assert len(answer.tokens) == (6 if turn == 1 else 10)
             # What comes next after all but the last token, which no step has read.
-            held = engine.conversation._cached
-            assert held is not None
-            assert held.n_tokens == len(ids) - 1
-            seq = engine.memory.create()
-            engine.memory.restore(seq, held)
+            node = engine.cache._cache.match(packed(ids), len(ids)).node
+            assert node is not None
+            assert node.kept is not None
+            assert node.end == n_held
+            seq = engine.memory.fork(node.kept.seq)
             after_turn = engine.step([Chunk(seq, ids[-1:])])
             engine.memory.free(seq)
             assert nmse(after_turn, engine.logits(ids)[-1:]) < 1e-5
-        engine.conversation.release()
         assert_all_free(engine)

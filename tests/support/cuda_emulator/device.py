@@ -136,6 +136,10 @@ class EmulatedDevice:
         self._memory[memory.address] = weakref.ref(memory)
         return memory
 
+    def allocate_host(self, n_bytes: int) -> EmulatedMemory:
+        """All memory is the host's."""
+        return self.allocate(n_bytes)
+
     def _free(self, memory: EmulatedMemory) -> None:
         self._n_free += memory.nbytes
         self._memory.pop(memory.address, None)

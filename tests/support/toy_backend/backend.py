@@ -7,7 +7,7 @@ has state, so its StateStore is empty.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -21,13 +21,16 @@ from tests.support.toy_backend.program import KERNELS, ToyProgram
 class NoStates:
     """A StateStore without a tensor."""
 
-    def allocate(self, states: Sequence[Tensor]) -> None:
+    def allocate(self, states: Sequence[Tensor], extra: Mapping[str, int]) -> None:
         assert not states, states
 
     def zero(self, dim: str, index: int) -> None:
         pass
 
     def copy(self, dim: str, source: int, target: int) -> None:
+        pass
+
+    def give_back(self, dim: str, indices: Sequence[int]) -> None:
         pass
 
 

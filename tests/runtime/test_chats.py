@@ -1,6 +1,6 @@
-"""Conversations: which tokens a turn processes, what memory keeps, and that it changes no answer.
+"""Chats: which tokens a turn processes, what the cache keeps, and that it changes no answer.
 
-The reference for an answer is the same tokens as one prompt on a fresh sequence of another engine.
+The reference for an answer is the same tokens as one prompt of another engine, without a cache.
 """
 
 from __future__ import annotations
@@ -16,75 +16,46 @@ import numpy as np
 import pytest
 
 from engine import ChatTemplate, Engine, SamplingParams
-from engine.kvcache.sequences import Checkpoint
-from engine.runtime.completion import ChatCompletion
+from engine.kvcache.policy import Kind
 from engine.runtime.requests import PromptError
 from engine.text.template import ChatError
 from engine.text.tokenizer import ESCAPE, TokenizerError
 from tests.support.chats import CHATML, QWEN35_STYLE, Messages
-from tests.support.helpers import N_VOCAB, STD, assert_all_free, failing_at, float64_engine, nmse
+from tests.support.helpers import N_VOCAB, STD, assert_all_free, failing_at, float64_engine
 from tests.support.lazy_backend import lazy_engine
-from tests.support.states import save
+from tests.support.talk import (
+    CACHE_RAM,
+    GREEDY,
+    Talk,
+    assert_cache_right,
+    assert_right,
+    forced,
+    kept_ends,
+    marks,
+    processed,
+)  # fmt: skip
 from tests.text.test_tokenizer import spm_metadata
 from tools.makevocab import made_vocabulary, padded_vocabulary
 from tools.synth import write_model
 
-GREEDY = SamplingParams(temperature=0, max_tokens=8)
 PLAIN, THINKING = ChatTemplate(CHATML), ChatTemplate(QWEN35_STYLE)
 # Trims what it is given, as many do.
 TRIMMING = ChatTemplate(CHATML.replace("message.content", "message.content | trim"))
+CAT: Messages = [{"role": "user", "content": "the cat"}]
 
 
 @pytest.fixture(scope="module")
 def fresh(tiny: Path) -> Engine:
     """The engine that answers prompts from their start."""
-    return float64_engine(tiny, n_ctx=1024)
+    return float64_engine(tiny, n_ctx=1024, cache_ram=0)
 
 
 @pytest.fixture(params=[float64_engine, lazy_engine])
 def engine(tiny: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
     """With synchronous decode steps, and with overlapped ones."""
-    with request.param(tiny, n_ctx=1024) as engine:
+    with request.param(tiny, n_ctx=1024, cache_ram=CACHE_RAM) as engine:
         yield engine
-        engine.conversation.release()
         assert_all_free(engine)
-
-
-class Talk:
-    """A conversation with an engine; every answer is compared with the fresh engine's."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        fresh: Engine,
-        template: ChatTemplate,
-        params: SamplingParams = GREEDY,
-        **options: Any,
-    ) -> None:
-        self.engine, self.fresh, self.params = engine, fresh, params
-        self.template, self.options = template, options
-        self.messages: Messages = []
-
-    def ask(self, text: str) -> ChatCompletion:
-        self.messages.append({"role": "user", "content": text})
-        held = self.engine.conversation.n_tokens
-        answer = self.answer(self.messages)
-        self.messages.append({"role": "assistant", "content": answer.text})
-        prompt = answer.prompt
-        assert prompt.n_kept + prompt.n_dropped == held
-        assert answer.timings.n_prompt == len(prompt.ids)
-        return answer
-
-    def answer(self, messages: Messages) -> ChatCompletion:
-        answer = self.engine.chat(messages, self.params, template=self.template, **self.options)
-        for _ in answer:
-            pass
-        ids = [*answer.prompt.before, *answer.prompt.ids]
-        expected = self.fresh.generate(ids, self.params)
-        for _ in expected:
-            pass
-        assert expected.tokens == answer.tokens
-        return answer
 
 
 def special_ids(engine: Engine, ids: list[int]) -> list[int]:
@@ -96,22 +67,21 @@ def test_a_turn_processes_only_its_own_tokens(engine: Engine, fresh: Engine) -> 
     """Ten turns process no more tokens than counted from the texts alone."""
     talk = Talk(engine, fresh, PLAIN)
     encode = engine.tokenizer.encode
-    n_held = 0
+    held: list[int] = []
+    n_unread = 0
     for turn in range(10):
         question = f"{turn}: the cat"
         own = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
         if turn:
             own = "<|im_end|>\n" + own
-        unprocessed = n_held - engine.conversation.n_tokens
-        answer = talk.ask(question)
-        expected = encode(own, parse_special=True)
-        assert answer.prompt.ids[unprocessed:] == expected
-        assert answer.prompt.n_dropped == 0
-        n_held += len(expected) + len(answer.tokens)
         # The last token of an answer that was cut short is processed in the next turn.
-        assert unprocessed in (0, 1)
-        assert n_held - engine.conversation.n_tokens == int(answer.finish_reason == "length")
-    assert n_held > 200
+        answer = talk.ask(question)
+        assert answer.reuse.n_reused == len(held) - n_unread
+        held += encode(own, parse_special=True)
+        assert answer.request.ids == held
+        held += answer.tokens
+        n_unread = int(answer.finish_reason == "length")
+    assert len(held) > 200
 
 
 def test_thinking_that_is_left_out_is_all_that_is_processed_again(
@@ -119,20 +89,16 @@ def test_thinking_that_is_left_out_is_all_that_is_processed_again(
 ) -> None:
     talk = Talk(engine, fresh, THINKING)
     first = talk.ask("the cat")
-    assert first.prompt.n_kept == first.prompt.n_dropped == 0
+    assert first.reuse.n_reused == 0
     for turn in range(3):
-        before = engine.conversation.n_tokens
         answer = talk.ask(f"more {turn}")
-        # The kept prefix ends with the last special token before the answer's thinking.
+        # What is reused ends with the last special token before the answer's thinking.
         text = THINKING.render(talk.messages[:-3], add_generation_prompt=False) + "<|im_start|>"
         kept = engine.tokenizer.encode(text, parse_special=True)
-        assert answer.prompt.n_kept == len(kept) < before
-        text = THINKING.render(talk.messages[:-1])
-        everything = engine.tokenizer.encode(text, parse_special=True)
-        assert answer.prompt.before + answer.prompt.ids == everything
-        assert answer.prompt.n_dropped == before - len(kept) < 40
-        # There is at most one rollback point.
-        assert engine.memory.slots.n_free == engine.memory.slots.size - 2
+        assert answer.reuse.n_reused == len(kept)
+        everything = engine.tokenizer.encode(THINKING.render(talk.messages[:-1]), False, True)
+        assert answer.request.ids == everything
+        assert len(processed(answer)) < 60
 
 
 def test_a_mark_lies_just_before_the_thinking(tmp_path: Path) -> None:
@@ -140,56 +106,54 @@ def test_a_mark_lies_just_before_the_thinking(tmp_path: Path) -> None:
     path = special_model(tmp_path, "<think>", "</think>", kind=4)
     with Engine.load(path, n_ctx=64) as engine:
         for reasoning, n_thinking in ((True, 2), (False, 6)):
-            prompt = engine.conversation.prompt(
-                THINKING, [{"role": "user", "content": "a"}], reasoning=reasoning
-            )
-            assert len(prompt.ids) - prompt.rollback_at == n_thinking
-        prompt = engine.conversation.prompt(PLAIN, [{"role": "user", "content": "a"}])
-        assert len(prompt.ids) == prompt.rollback_at
+            messages = [{"role": "user", "content": "a"}]
+            asked = engine.chat(messages, template=THINKING, reasoning=reasoning)
+            assert marks(asked, Kind.TURN) == [len(asked.request.ids) - n_thinking]
+        asked = engine.chat(messages, template=PLAIN)
+        assert marks(asked, Kind.TURN) == [len(asked.request.ids)]
 
 
-def test_without_reasoning_nothing_else_is_dropped(engine: Engine, fresh: Engine) -> None:
+def test_without_reasoning_nothing_else_is_processed_again(engine: Engine, fresh: Engine) -> None:
     talk = Talk(engine, fresh, THINKING, reasoning=False)
-    talk.ask("the cat")
+    first = talk.ask("the cat")
     answer = talk.ask("more")
     opening = engine.tokenizer.encode("assistant\n<think>\n\n</think>\n\n")
-    assert 0 < answer.prompt.n_dropped <= len(opening) + GREEDY.max_tokens
+    assert answer.reuse.n_reused == len(first.request.ids) - len(opening)
 
 
 def test_an_answer_that_the_template_trims(engine: Engine, fresh: Engine) -> None:
     spaces = dict.fromkeys((32, 10), 100.0)
     params = SamplingParams(temperature=0, max_tokens=4, logit_bias=spaces)
     talk = Talk(engine, fresh, TRIMMING, params)
-    answer = talk.ask("the cat")
-    assert answer.text.strip() == ""
+    first = talk.ask("the cat")
+    assert first.text
+    assert first.text.strip() == ""
     answer = talk.ask("more")
-    assert answer.prompt.n_dropped == 3
-    assert answer.prompt.n_kept > 10
+    assert answer.reuse.n_reused == len(first.request.ids)
 
 
 @pytest.mark.parametrize("change", [0, 2])
 def test_a_history_that_was_changed(engine: Engine, fresh: Engine, change: int) -> None:
     talk = Talk(engine, fresh, PLAIN)
-    talk.ask("the cat")
+    first = talk.ask("the cat")
     talk.ask("and the dog")
     talk.messages[change]["content"] += "!"
-    n_held = engine.conversation.n_tokens
-    answer = talk.ask("more")
-    assert (answer.prompt.n_kept, answer.prompt.n_dropped) == (0, n_held)
+    n_unread = first.finish_reason == "length"
+    n_held = len(first.request.ids) + len(first.tokens) - n_unread
+    assert talk.ask("more").reuse.n_reused == (n_held if change else 0)
 
 
 def test_an_answer_that_was_changed(engine: Engine, fresh: Engine) -> None:
     talk = Talk(engine, fresh, PLAIN)
     talk.ask("the cat")
-    n_prompt = len(talk.ask("and the dog").prompt.segments)
-    assert n_prompt
+    n_before = len(talk.ask("and the dog").request.ids)
     talk.messages[-1]["content"] = "another answer"
     answer = talk.ask("more")
-    assert answer.prompt.n_kept > 20
+    assert answer.reuse.n_reused == n_before
     text = PLAIN.render(talk.messages[:-1])
     tail = "another answer<|im_end|>\n<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\n"
     assert text.endswith(tail)
-    assert answer.prompt.ids == engine.tokenizer.encode(tail, parse_special=True)
+    assert processed(answer) == engine.tokenizer.encode(tail, parse_special=True)
 
 
 @pytest.mark.parametrize("template", [PLAIN, THINKING])
@@ -197,15 +161,21 @@ def test_the_same_messages_again(engine: Engine, fresh: Engine, template: ChatTe
     talk = Talk(engine, fresh, template)
     first = talk.ask("the cat")
     again = talk.answer(talk.messages[:1])
-    assert again.tokens == first.tokens
-    assert (again.prompt.n_kept > 0) == (template is THINKING)
+    assert (again.tokens, again.request.ids) == (first.tokens, first.request.ids)
+    if engine.loop.scheduler.keeps_logits:
+        assert (processed(again), again.timings.n_prompt) == ([], 0)
+        n = len(again.request.ids)
+        assert str(again.reuse) == f"reused {n} of {n} tokens"
+    else:
+        assert 0 < len(processed(again)) <= 64
 
 
 def test_another_conversation(engine: Engine, fresh: Engine) -> None:
     Talk(engine, fresh, PLAIN).ask("the cat")
     answer = Talk(engine, fresh, PLAIN).ask("a dog")
-    assert answer.prompt.n_kept == 0
-    assert answer.prompt.n_dropped > 0
+    assert answer.reuse.n_reused == 0
+    # The first is still there.
+    assert Talk(engine, fresh, PLAIN).ask("the cat").reuse.n_known > 15
 
 
 def test_penalties_see_the_history(engine: Engine, fresh: Engine) -> None:
@@ -213,7 +183,7 @@ def test_penalties_see_the_history(engine: Engine, fresh: Engine) -> None:
     talk = Talk(engine, fresh, PLAIN, params)
     for _ in range(3):
         answer = talk.ask("the cat and the hat")
-    assert answer.prompt.n_kept > 50
+    assert answer.reuse.n_reused > 50
 
 
 def test_tools_and_system_messages(engine: Engine) -> None:
@@ -221,7 +191,7 @@ def test_tools_and_system_messages(engine: Engine) -> None:
     tools = [{"name": "now"}]
     answer = engine.chat(messages, GREEDY, tools=tools, template=THINKING)
     expected = THINKING.render(messages, tools)
-    assert answer.prompt.ids == engine.tokenizer.encode(expected, parse_special=True)
+    assert answer.request.ids == engine.tokenizer.encode(expected, parse_special=True)
     assert "now" in expected
 
 
@@ -239,8 +209,9 @@ def test_arguments_of_a_call_may_come_as_json(engine: Engine, is_nested: bool) -
             {"role": "tool", "content": "42"},
         ]
         kept = copy.deepcopy(messages)
-        ids = engine.conversation.prompt(THINKING, messages).ids
+        ids = engine.encode_chat(messages, template=THINKING)
         assert messages == kept
+        assert engine.chat(messages, template=THINKING).request.ids == ids
         return ids
 
     assert prompt(json.dumps(given)) == prompt(given)
@@ -271,29 +242,29 @@ def test_control_tokens_in_a_message_are_text(engine: Engine, text: str) -> None
     start, end = (tokenizer.encode(t, parse_special=True) for t in ("<|im_start|>", "<|im_end|>"))
     middle = tokenizer.encode(f"user\n{text}")
     rest = tokenizer.encode("\n<|im_start|>assistant\n", parse_special=True)
-    assert answer.prompt.ids == [*start, *middle, *end, *rest]
-    decoded = tokenizer.decode(answer.prompt.ids, special=True)
+    assert answer.request.ids == [*start, *middle, *end, *rest]
+    decoded = tokenizer.decode(answer.request.ids, special=True)
     assert decoded == PLAIN.render([{"role": "user", "content": text}])
 
 
-def test_control_tokens_in_answers_and_calls_are_text(engine: Engine, fresh: Engine) -> None:
+def test_control_tokens_in_answers_and_calls_are_text(engine: Engine) -> None:
     messages: Messages = [
         {"role": "user", "content": [{"type": "text", "text": "<|im_end|>"}]},
         {"role": "assistant", "content": "<|im_start|>", "tool_calls": [
             {"name": "<|im_end|>", "arguments": {"<|im_end|>": "<|endoftext|>"}}]},
         {"role": "tool", "content": "<|im_end|>"},
     ]  # fmt: skip
-    prompt = engine.conversation.prompt(THINKING, messages)
+    ids = engine.chat(messages, GREEDY, template=THINKING).request.ids
     plain: Messages = [{"role": m["role"], "content": "x"} for m in messages]
-    expected = engine.conversation.prompt(THINKING, plain)
-    assert special_ids(engine, prompt.ids) == special_ids(engine, expected.ids)
-    assert engine.tokenizer.decode(prompt.ids, special=True) == THINKING.render(messages)
+    expected = engine.encode_chat(plain, template=THINKING)
+    assert special_ids(engine, ids) == special_ids(engine, expected)
+    assert engine.tokenizer.decode(ids, special=True) == THINKING.render(messages)
 
 
 def test_a_conversation_goes_on_over_spelled_control_tokens(engine: Engine, fresh: Engine) -> None:
     talk = Talk(engine, fresh, PLAIN)
-    talk.ask("a <|im_end|> b")
-    assert talk.ask("<|im_start|>").prompt.n_dropped == 0
+    first = talk.ask("a <|im_end|> b")
+    assert talk.ask("<|im_start|>").reuse.n_reused >= len(first.request.ids) + 7
 
 
 def test_thinking_tokens_in_an_answer_are_the_templates(tmp_path: Path) -> None:
@@ -302,11 +273,11 @@ def test_thinking_tokens_in_an_answer_are_the_templates(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "a</think>b"},
                 {"role": "assistant", "content": "<think>why</think>so<|im_end|>"},
                 {"role": "user", "content": "c"}]  # fmt: skip
-    text = engine.tokenizer.decode(engine.conversation.prompt(THINKING, messages).ids, True)
+    text = engine.tokenizer.decode(engine.encode_chat(messages, template=THINKING), True)
     assert "why" not in text
     assert "assistant\nso<|im_end|><|im_end|>" in text
     assert "user\na</think>b<|im_end|>" in text
-    ids = engine.conversation.prompt(THINKING, messages[:1]).ids
+    ids = engine.encode_chat(messages[:1], template=THINKING)
     end_of_thinking = engine.tokenizer.encode("</think>", parse_special=True)
     assert len(end_of_thinking) == 1
     assert end_of_thinking[0] not in ids
@@ -337,24 +308,23 @@ def test_one_bos_where_the_model_adds_one(tmp_path: Path, source: str) -> None:
         template, messages = ChatTemplate(source), [{"role": "user", "content": "a"}]
         bos = engine.tokenizer.bos_id
         answer = engine.chat(messages, GREEDY, template=template)
-        assert answer.prompt.ids[0] == bos
-        assert answer.prompt.ids.count(bos) == 1
-        for _ in answer:
-            pass
+        assert answer.request.ids[0] == bos
+        assert answer.request.ids.count(bos) == 1
+        answer.wait()
         messages += [{"role": "assistant", "content": answer.text}, *messages]
         if source == CHATML:
             later = engine.chat(messages, GREEDY, template=template)
-            assert bos not in later.prompt.ids
-            assert later.prompt.n_kept > 0
+            assert later.request.ids[0] == bos
+            assert later.request.ids.count(bos) == 1
+            assert later.wait().reuse.n_reused > len(answer.request.ids)
 
 
 # How turns end.
 
 
 def test_a_stopped_answer_stays_in_the_history(engine: Engine, fresh: Engine) -> None:
-    messages: Messages = [{"role": "user", "content": "the cat"}]
     endless = SamplingParams(temperature=0, ignore_eos=True)
-    answer = engine.chat(messages, endless, template=PLAIN)
+    answer = engine.chat(CAT, endless, template=PLAIN)
     for token in answer:
         last = token.token
         if len(answer.tokens) == 7:
@@ -362,37 +332,38 @@ def test_a_stopped_answer_stays_in_the_history(engine: Engine, fresh: Engine) ->
     assert answer.finish_reason == "cancelled"
     assert (len(answer.tokens), answer.tokens[-1]) == (7, last)
     talk = Talk(engine, fresh, PLAIN)
-    talk.messages = [*messages, {"role": "assistant", "content": answer.text}]
+    talk.messages = [*CAT, {"role": "assistant", "content": answer.text}]
     following = talk.ask("more")
-    assert following.prompt.n_dropped == 0
-    assert following.prompt.n_kept == len(answer.prompt.ids) + 6
-    assert following.prompt.ids[0] == answer.tokens[-1]
+    assert following.reuse.n_reused == len(answer.request.ids) + 6
+    assert processed(following)[0] == last
 
 
-def test_a_turn_that_is_stopped_before_its_answer_changes_nothing(
+def test_a_turn_that_is_stopped_before_its_answer_leaves_what_it_did(
     tiny: Path, fresh: Engine
 ) -> None:
-    engine = float64_engine(tiny, n_ctx=1024, n_ubatch=8)
-    talk = Talk(engine, fresh, PLAIN)
-    talk.ask("the cat")
-    n_held = engine.conversation.n_tokens
-    answer = engine.chat(
-        [*talk.messages, {"role": "user", "content": "x" * 100}], GREEDY, template=PLAIN
-    )
-    assert engine.advance()
-    answer.stop()
-    assert list(answer) == []
-    assert answer.finish_reason == "cancelled"
-    assert 0 < answer.timings.n_prompt < 100
-    assert engine.conversation.n_tokens == n_held
-    following = talk.ask("more")
-    assert (following.prompt.n_kept, following.prompt.n_dropped) == (n_held, 0)
+    with float64_engine(tiny, n_ctx=1024, n_ubatch=8, cache_ram=CACHE_RAM) as engine:
+        talk = Talk(engine, fresh, PLAIN)
+        first = talk.ask("the cat")
+        n_held = len(first.request.ids) + len(first.tokens) - (first.finish_reason == "length")
+        asked = [*talk.messages, {"role": "user", "content": "x" * 100}]
+        answer = engine.chat(asked, GREEDY, template=PLAIN)
+        for _ in range(3):
+            assert engine.advance()
+        answer.stop()
+        assert list(answer) == []
+        assert answer.finish_reason == "cancelled"
+        assert answer.timings.n_prompt == 24
+        assert talk.answer(asked).reuse.n_reused == n_held + 24
+        # Another turn goes on from the answer.
+        assert talk.ask("more").reuse.n_reused == n_held
+        assert_cache_right(engine, fresh)
+        assert_all_free(engine)
 
 
 def test_a_step_that_breaks_off_changes_nothing(engine: Engine, fresh: Engine) -> None:
     talk = Talk(engine, fresh, PLAIN)
-    talk.ask("the cat")
-    n_held = engine.conversation.n_tokens
+    first = talk.ask("the cat")
+    n_held = len(first.request.ids) + len(first.tokens) - (first.finish_reason == "length")
     asked = [*talk.messages, {"role": "user", "content": "more"}]
     answer = engine.chat(asked, GREEDY, template=PLAIN)
     next(answer)
@@ -401,8 +372,9 @@ def test_a_step_that_breaks_off_changes_nothing(engine: Engine, fresh: Engine) -
         pytest.raises(KeyboardInterrupt),
     ):
         list(answer)
-    assert engine.conversation.n_tokens == n_held
-    assert talk.ask("more").prompt.n_kept == n_held
+    assert answer.finish_reason == "error"
+    assert max(assert_cache_right(engine, fresh)) == n_held
+    assert talk.ask("more").reuse.n_reused == n_held
 
 
 def test_a_stop_text_is_no_part_of_the_history(engine: Engine, fresh: Engine) -> None:
@@ -411,151 +383,139 @@ def test_a_stop_text_is_no_part_of_the_history(engine: Engine, fresh: Engine) ->
     talk = Talk(engine, fresh, PLAIN, SamplingParams(temperature=0, max_tokens=12, stop=(stop,)))
     answer = talk.ask("the cat")
     assert answer.detail == "stop text"
-    n_prompt = len(answer.prompt.ids)
     # The state has read the stop text, so the next turn can't continue from it.
     following = talk.ask("more")
-    assert following.prompt.n_kept == n_prompt
+    assert following.reuse.n_reused == len(answer.request.ids)
     assert stop not in talk.messages[1]["content"]
 
 
 def test_invisible_tokens_stay(engine: Engine, fresh: Engine) -> None:
     """A control token in the middle of an answer is not shown, but the state has read it."""
     start = engine.tokenizer.encode("<|im_start|>", parse_special=True)[0]
-    talk = Talk(engine, fresh, PLAIN, SamplingParams(temperature=0, max_tokens=3,
-                                                     logit_bias={start: 1000.0}))  # fmt: skip
-    assert talk.ask("the cat").text == ""
-    assert talk.messages[-1]["content"] == ""
-    assert talk.ask("more").prompt.n_dropped == 0
+    n, tokens = len(engine.encode_chat(CAT, template=PLAIN)), [97, start, 98]
+    first = engine.chat(CAT, forced(tokens, n), template=PLAIN).wait()
+    assert (first.text, first.tokens) == ("ab", tokens)
+    talk = Talk(engine, fresh, PLAIN)
+    talk.messages = [*CAT, {"role": "assistant", "content": "ab"}]
+    following = talk.ask("more")
+    assert following.reuse.n_reused == n + 2
+    assert following.request.ids[n : n + 3] == tokens
 
 
-# Memory.
+@pytest.mark.parametrize("content", ["", "<b>"])
+def test_an_answer_that_ends_like_the_beginning_of_a_control_token(
+    engine: Engine, fresh: Engine, content: str
+) -> None:
+    """What the template puts after the prompt begins with the same character. Only the prompt
+    is continued: its control token stays one token."""
+    n = len(engine.encode_chat(CAT, template=PLAIN))
+    first = engine.chat(CAT, forced(engine.tokenizer.encode("<"), n), template=PLAIN).wait()
+    assert first.text == "<"
+    talk = Talk(engine, fresh, PLAIN)
+    talk.messages = [*CAT, {"role": "assistant", "content": content}]
+    following = talk.ask("more")
+    assert following.request.ids == engine.encode_chat(talk.messages[:-1], template=PLAIN)
+    assert following.reuse.n_reused == n
 
 
-def states(engine: Engine, checkpoint: Checkpoint) -> dict[int, dict[str, Any]]:
-    """Contents of a checkpoint's slots, by position: its own, and those of its marks."""
-    slots = {n: state.slot for n, state in checkpoint.allocation.rollback_points.items()}
-    slots[checkpoint.n_tokens] = checkpoint.allocation.state.slot
-    store = engine.plan.backends[0].states
-    return {n: save(store, "n_slots", slot) for n, slot in slots.items()}
+def test_an_answer_without_text_is_no_part_of_its_prompt(engine: Engine, fresh: Engine) -> None:
+    """The same prompt again has the ids that it had."""
+    start = engine.tokenizer.encode("<|im_start|>", parse_special=True)[0]
+    ids = engine.encode_chat(CAT, template=PLAIN)
+    params = replace(GREEDY, max_tokens=3, logit_bias={start: 1000.0})
+    for _ in range(2):
+        answer = engine.chat(CAT, params, template=PLAIN).wait()
+        assert (answer.text, answer.tokens) == ("", [start] * 3)
+        assert answer.request.ids == ids
+        assert_right(answer, fresh)
 
 
-def assert_holds(engine: Engine, fresh: Engine, answer: ChatCompletion, n_tokens: int) -> None:
-    """The cached prefix is the state after so many tokens, and that at the rollback point."""
-    ids = [*answer.prompt.before, *answer.prompt.ids, *answer.tokens]
-    held = engine.conversation._cached
-    assert held is not None
-    found = states(engine, held)
-    assert found.keys() == {n_tokens, answer.prompt.rollback_at} - {0}
-    for n, got in found.items():
-        seq = fresh.memory.create()
-        fresh.prefill(seq, ids[:n])
-        checkpoint = fresh.memory.checkpoint(seq)
-        expected = states(fresh, checkpoint)[n]
-        assert max(nmse(got[name], expected[name]) for name in expected) < 1e-18
-        checkpoint.release()
-        fresh.memory.free(seq)
+# What is kept.
 
 
 @pytest.mark.parametrize("template", [PLAIN, THINKING])
 @pytest.mark.parametrize("n", range(6))
-def test_what_is_held_where_an_answer_is_stopped(
+def test_what_is_kept_where_an_answer_is_stopped(
     engine: Engine, fresh: Engine, template: ChatTemplate, n: int
 ) -> None:
-    """Stopped after any token by stop(), cancel(), a limit or a stop text: the cached prefix has
-    all tokens but the last one, which no step has read."""
-    messages: Messages = [{"role": "user", "content": "the cat"}]
+    """Stopped after any token by stop(), cancel(), a limit or a stop text: the deepest state has
+    read all tokens but the last one, which no step has got."""
     endless = SamplingParams(temperature=0, ignore_eos=True)
-    text = engine.tokenizer.decode(fresh_answer(fresh, template, messages)[n : n + 1])
+    ids = engine.encode_chat(CAT, template=template)
+    tokens = fresh.generate(ids, replace(endless, max_tokens=6)).wait().tokens
+    text = engine.tokenizer.decode(tokens[n : n + 1])
     limits = [endless, endless, replace(endless, max_tokens=n + 1), replace(endless, stop=(text,))]
     for how, params in enumerate(limits):
-        engine.conversation.release()
-        answer = engine.chat(messages, params, template=template)
+        engine.cache.clear()
+        answer = engine.chat(CAT, params, template=template)
         for _ in answer:
             if how < 2 and len(answer.tokens) == n + 1:
                 [answer.stop, answer.cancel][how]()
         assert len(answer.tokens) <= n + 1
-        assert_holds(engine, fresh, answer, len(answer.prompt.ids) + len(answer.tokens) - 1)
+        kept = assert_cache_right(engine, fresh)
+        assert kept[-1] == len(ids) + len(answer.tokens) - 1
+        assert set(marks(answer, Kind.TURN)) <= set(kept)
 
 
-def fresh_answer(fresh: Engine, template: ChatTemplate, messages: Messages) -> list[int]:
-    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=6)
-    ids = fresh.conversation.prompt(template, messages).ids
-    return [token.token for token in fresh.generate(ids, params)]
-
-
-def test_what_is_held_where_an_answer_ends_by_itself(engine: Engine, fresh: Engine) -> None:
+def test_what_is_kept_where_an_answer_ends_by_itself(engine: Engine, fresh: Engine) -> None:
     """All tokens that came were read; the one that ended it was not."""
     params = SamplingParams(temperature=100, top_k=128, top_p=1, min_p=0, max_tokens=70)
     reasons = set()
     for seed in range(6):
-        engine.conversation.release()
-        messages: Messages = [{"role": "user", "content": "the cat"}]
-        answer = engine.chat(messages, replace(params, seed=seed), template=THINKING)
-        list(answer)
+        engine.cache.clear()
+        answer = engine.chat(CAT, replace(params, seed=seed), template=THINKING).wait()
         reasons.add(answer.finish_reason)
         unread = answer.finish_reason == "length"
-        n_tokens = len(answer.prompt.ids) + len(answer.tokens) - unread
-        assert_holds(engine, fresh, answer, n_tokens)
+        n_tokens = len(answer.request.ids) + len(answer.tokens) - unread
+        assert assert_cache_right(engine, fresh)[-1] == n_tokens
     assert "stop" in reasons
 
 
-def test_others_get_the_memory_that_is_held(tiny: Path) -> None:
-    with Engine.load(tiny, n_ctx=256, n_checkpoints=1) as engine:
-        list(engine.chat([{"role": "user", "content": "the cat " * 20}], GREEDY, template=PLAIN))
-        assert engine.conversation.n_tokens > 64
-        # The cached prefix has both state slots, so it is released.
-        completion = engine.generate([1] * 250, SamplingParams(max_tokens=3, ignore_eos=True))
-        assert len(list(completion)) == 3
-        assert engine.conversation.n_tokens == 0
-        assert_all_free(engine)
-
-
-def test_others_leave_it_where_there_is_room(engine: Engine, fresh: Engine) -> None:
+def test_others_leave_it(engine: Engine, fresh: Engine) -> None:
     talk = Talk(engine, fresh, PLAIN)
-    talk.ask("the cat")
-    list(engine.generate("Once upon", GREEDY))
-    assert talk.ask("more").prompt.n_kept > 0
+    first = talk.ask("the cat")
+    engine.generate([1] * 900, GREEDY).wait()
+    assert talk.ask("more").reuse.n_reused > len(first.request.ids)
 
 
 @pytest.mark.parametrize("n_checkpoints", [0, 1, 2, 3])
-def test_few_state_slots(tiny: Path, fresh: Engine, n_checkpoints: int) -> None:
-    """A turn gives up rollback points, then the cached prefix, before it is refused."""
-    with float64_engine(tiny, n_ctx=512, n_checkpoints=n_checkpoints) as engine:
+@pytest.mark.parametrize("cache_ram", [0, 1])
+def test_few_state_slots(tiny: Path, fresh: Engine, n_checkpoints: int, cache_ram: int) -> None:
+    options = {"n_checkpoints": n_checkpoints, "cache_ram": cache_ram}
+    with float64_engine(tiny, n_ctx=512, **options) as engine:
         talk = Talk(engine, fresh, THINKING)
         for turn in range(3):
-            talk.ask(f"turn {turn}")
-        engine.conversation.release()
+            answer = talk.ask(f"turn {turn}")
+        assert (answer.reuse.n_reused > 0) == (cache_ram > 0)
         assert_all_free(engine)
 
 
-def test_marks_of_many_conversations_at_once(tiny: Path, fresh: Engine) -> None:
-    with float64_engine(tiny, n_ctx=1024, n_parallel=3, n_checkpoints=2, n_ubatch=16) as engine:
-        answers = [
-            engine.chat([{"role": "user", "content": "abc " * n}], GREEDY, template=THINKING)
-            for n in (3, 20, 8, 1, 12)
+def test_many_conversations_at_once(tiny: Path, fresh: Engine) -> None:
+    options: dict[str, Any] = {"n_parallel": 3, "n_checkpoints": 2, "n_ubatch": 16}
+    with float64_engine(tiny, n_ctx=1024, cache_ram=CACHE_RAM, **options) as engine:
+        chats: list[Messages] = [
+            [{"role": "user", "content": "abc " * n}] for n in (3, 20, 8, 1, 12)
         ]
-        for answer in answers:
-            assert len(list(answer)) == len(answer.tokens)
-            expected = fresh.generate(answer.prompt.ids, GREEDY)
-            assert [token.token for token in expected] == answer.tokens
-        # The turn that ends last is cached.
-        assert engine.conversation.n_tokens > 0
-        engine.conversation.release()
+        for turn in range(3):
+            answers = [engine.chat(chat, GREEDY, template=THINKING) for chat in chats]
+            for chat, answer in zip(chats, answers, strict=True):
+                assert_right(answer.wait(), fresh)
+                assert len(processed(answer)) < 60 or not turn
+                chat += [{"role": "assistant", "content": answer.text},
+                         {"role": "user", "content": "more"}]  # fmt: skip
+        assert_cache_right(engine, fresh)
         assert_all_free(engine)
 
 
 def test_a_full_context(tiny: Path) -> None:
-    with Engine.load(tiny, n_ctx=64) as engine:
-        messages: Messages = [{"role": "user", "content": "the cat"}]
-        answer = engine.chat(messages, SamplingParams(ignore_eos=True), template=PLAIN)
-        list(answer)
+    with Engine.load(tiny, n_ctx=64, cache_ram=CACHE_RAM) as engine:
+        answer = engine.chat(CAT, SamplingParams(ignore_eos=True), template=PLAIN).wait()
         assert answer.finish_reason == "length"
-        messages += [{"role": "assistant", "content": answer.text}, *messages]
-        with pytest.raises(PromptError, match=r"tokens after position \d+, the context 64"):
+        messages = [*CAT, {"role": "assistant", "content": answer.text}, *CAT]
+        with pytest.raises(PromptError, match=r"the prompt has \d+ tokens, the context 64: "):
             engine.chat(messages, GREEDY, template=PLAIN)
-        # It is still cached, and releasing it frees everything.
-        assert engine.conversation.n_tokens > 60
-        engine.conversation.release()
+        # It is still kept.
+        assert max(kept_ends(engine)) == 64
         assert_all_free(engine)
 
 
@@ -578,14 +538,14 @@ def test_messages_that_cannot_be_used(engine: Engine, messages: Any, words: str)
     assert str(error.value).startswith(words)
 
 
-def test_text_that_has_no_tokens_holds_nothing(engine: Engine, fresh: Engine) -> None:
-    """An error in the middle of a turn's prompt frees the checkpoint it continued from."""
+def test_text_that_has_no_tokens_changes_nothing(engine: Engine, fresh: Engine) -> None:
     talk = Talk(engine, fresh, PLAIN)
-    talk.ask("the cat")
+    first = talk.ask("the cat")
     asked = [*talk.messages, {"role": "user", "content": "more"}]
     broken = ChatTemplate(CHATML + "{{ '\\ud800' if messages | length > 1 }}")
     with pytest.raises(TokenizerError, match="lone surrogate"):
         engine.chat(asked, GREEDY, template=broken)
+    assert talk.ask("more").reuse.n_reused > len(first.request.ids)
 
 
 def test_the_models_own_template(tmp_path: Path) -> None:
@@ -593,25 +553,26 @@ def test_the_models_own_template(tmp_path: Path) -> None:
     path = write_model(tmp_path / "m.gguf", "tiny", "Q8_0", std=STD, overrides=overrides)
     with Engine.load(path, n_ctx=64) as engine:
         answer = engine.chat([{"role": "user", "content": "abc"}], GREEDY)
-        assert answer.prompt.ids == engine.tokenizer.encode("abc:")
+        assert answer.request.ids == engine.tokenizer.encode("abc:")
 
 
 def test_a_template_that_refuses_the_next_turn(engine: Engine) -> None:
-    """A template that refuses the next turn means no rollback point, and no error."""
+    """It means no state for the next turn, and no error."""
     once = "{% if messages | length > 1 %}{{ raise_exception('once') }}{% endif %}"
     template = ChatTemplate(once + "{{ messages[0].content }}:")
     answer = engine.chat([{"role": "user", "content": "abc"}], GREEDY, template=template)
-    assert answer.prompt.rollback_at == 0
+    assert marks(answer, Kind.TURN) == []
+    assert answer.wait().text
 
 
 def test_templates_without_special_tokens(engine: Engine, fresh: Engine) -> None:
     source = ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
               "{% if add_generation_prompt %}assistant: {% endif %}")  # fmt: skip
     talk = Talk(engine, fresh, ChatTemplate(source))
-    talk.ask("the cat")
+    first = talk.ask("the cat")
     answer = talk.ask("more")
-    assert answer.prompt.n_dropped == 0
-    assert answer.prompt.ids[-5:] == engine.tokenizer.encode("assistant: ")[-5:]
+    assert answer.reuse.n_reused >= len(first.request.ids) + len(first.tokens) - 1
+    assert answer.request.ids[-5:] == engine.tokenizer.encode("assistant: ")[-5:]
 
 
 def test_sentencepiece_texts_go_on_without_a_space(tmp_path: Path) -> None:
@@ -620,14 +581,15 @@ def test_sentencepiece_texts_go_on_without_a_space(tmp_path: Path) -> None:
     vocabulary |= {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
     path = write_model(tmp_path / "spm.gguf", "tiny", overrides=vocabulary)
     spm = Engine.load(path, n_ctx=64)
-    source = "{% for m in messages %}{{ m.content }}|{% endfor %}"
-    template = ChatTemplate(source)
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}|{% endfor %}")
     messages: Messages = [{"role": "user", "content": "ab"}]
     answer = spm.chat(messages, SamplingParams(temperature=0, max_tokens=4), template=template)
-    list(answer)
+    answer.wait()
     messages += [{"role": "assistant", "content": answer.text}, {"role": "user", "content": "b"}]
-    following = spm.chat(messages, GREEDY, template=template)
-    assert following.prompt.n_dropped == 0
-    text = spm.tokenizer.decode(following.prompt.ids[1:], special=True)
-    assert text.endswith("|b|")
-    assert not spm.tokenizer.text(following.prompt.ids[1]).startswith("▁")
+    following = spm.chat(messages, GREEDY, template=template).wait()
+    n_before = len(answer.request.ids) + len(answer.tokens)
+    assert following.reuse.n_reused >= n_before - 1
+    assert following.request.ids[:n_before] == answer.request.ids + answer.tokens
+    new = following.request.ids[n_before:]
+    assert spm.tokenizer.decode([0, *new], special=True).endswith("|b|")
+    assert not spm.tokenizer.text(new[0]).startswith("▁")

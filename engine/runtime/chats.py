@@ -1,24 +1,25 @@
-"""A conversation: its messages as tokens, and how much of them memory holds already.
+"""Prompts of chats: messages as a text, and the tokens of what of it is not known yet.
 
-For every turn the template renders all messages anew. Memory holds the prefix that the last turn
-left: segments, each a text with its tokens; an answer is one segment. If the new text starts with
-the texts of all segments, only what follows is processed. If not (most templates remove the
-thinking of earlier answers), a recurrent state can't be cut short: the turn continues from the
-rollback point before the last answer, or from nothing.
+For every turn the template renders all messages anew. The prefix cache knows the texts of prompts
+and answers that ran, and the ids that a state has read for each; only what follows the longest one
+is tokenized. So an answer whose tokens are not what the tokenizer makes of its text stays whole.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from engine import checks
-from engine.kvcache.sequences import Checkpoint
-from engine.runtime.owner import Owner
+from engine.kvcache.entries import Text
+from engine.kvcache.policy import Kind
+from engine.kvcache.prefix import characters, n_common, unpacked
+from engine.runtime.requests import FindText, spelled
+from engine.runtime.reuse import Answer, Source
 from engine.text.template import ChatError, ChatTemplate, Message, is_text_part
 from engine.text.tokenizer import Tokenizer
 
@@ -26,91 +27,102 @@ _THINKING = ("<think>", "</think>")  # Templates look for these in what a model 
 # An answer that no template contains or changes; it shows what the template puts around answers.
 _PROBE = "\ufdd0"
 _Render = Callable[[Sequence[Message]], str]
-# A text and its tokens; text None: the tokens decode to another text than was shown.
-Segment = tuple[str | None, list[int]]
-
-
-@dataclass
-class ChatPrompt:
-    """The prompt of a turn: a step processes `ids` after `n_kept` cached positions.
-
-    `after`: their checkpoint, until a request takes it. `segments`: the whole prompt. `n_dropped`:
-    cached positions that can't be used. `rollback_at`: up to this position (0: none) the next
-    turn's prompt is the same whatever the answer is.
-    """
-
-    ids: list[int]
-    segments: list[Segment]
-    after: Checkpoint | None
-    n_kept: int
-    n_dropped: int
-    rollback_at: int
-
-    @property
-    def before(self) -> list[int]:
-        """The tokens at the positions that are kept."""
-        return _ids(self.segments)[: self.n_kept]
+Segment = tuple[str, list[int]]  # A text and its tokens.
+# Before a rendered text in the cache: other texts are tokenized otherwise.
+_KIND = "chat:"
+_N_LAST = 8  # Prompts whose messages are compared, where less of a text is known than should be.
+# Tokens. The end of a shorter first message costs more, in a step of its own, than it saves.
+_LEAST_FIRST = 16
 
 
 def _ids(segments: Sequence[Segment]) -> list[int]:
     return [token for _, ids in segments for token in ids]
 
 
-class Conversation:
-    """The cached prefix of one conversation: nothing, or a checkpoint with its segments."""
+class Chats:
+    """Makes prompts of messages. `find(key)`: what of a text is known (PrefixCache.match_text)."""
 
-    def __init__(self, tokenizer: Tokenizer, owner: Owner) -> None:
-        self._tokenizer, self._owner = tokenizer, owner
+    def __init__(self, tokenizer: Tokenizer, find: FindText) -> None:
+        self._tokenizer, self._find = tokenizer, find
         named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         self._special = {k: tokenizer.text(i) for k, i in named.items() if i is not None}
-        self._cached: Checkpoint | None = None
-        self._segments: list[Segment] = []
-
-    def __repr__(self) -> str:
-        cached = self._cached
-        return f"<Conversation: {cached if cached else 'nothing is cached'}>"
-
-    @property
-    def n_tokens(self) -> int:
-        return self._owner.call(lambda: self._cached.n_tokens if self._cached else 0)
-
-    def release(self) -> bool:
-        """Free the cached prefix; False if there was none."""
-        return self._owner.call(self.reclaim)
-
-    def reclaim(self) -> bool:
-        """`release` for the step loop."""
-        if self._cached is None:
-            return False
-        cached, self._cached, self._segments = self._cached, None, []
-        cached.release()
-        return True
+        # (messages, options, text, how much of it was sure to stay) of the last prompts.
+        self._last: deque[tuple[Any, Any, str, int]] = deque(maxlen=_N_LAST)
 
     def prompt(
-        self, template: ChatTemplate, messages: Sequence[Message], **options: Any
-    ) -> ChatPrompt:
-        """The prompt for the next answer; the caller takes its `after`.
+        self, template: ChatTemplate, messages: Sequence[Message], is_new: bool, **options: Any
+    ) -> Source:
+        """The prompt for the next answer; is_new: nothing of it may be known.
 
         options: `tools` and `reasoning` of ChatTemplate.render. Control tokens that a message
         spells are text (in an answer, <think> and </think> excepted). Raises ChatError.
         """
         render, escaped = self._renderer(template, options), self._escaped_all(template, messages)
         text = render(escaped)
-        same, end, n_kept, n_held, after = self._owner.call(partial(self._match, text))
-        known, new = _ids(same), self._new_segments(text, end)
-        rollback_at = _position([*same, *new], _n_stable(render, escaped, text))
-        return ChatPrompt(
-            # The last token of an answer that was cut short has not been processed yet.
-            known[n_kept:] + _ids(new), [*same, *new], after, n_kept,
-            n_held - n_kept, rollback_at if rollback_at > n_kept else 0,
-        )  # fmt: skip
+        end, known = (0, None) if is_new else self._known(text)
+        before = [] if known is None else unpacked(known.ids)
+        new = self._new_segments(text, end)
+        source = Source(before + _ids(new), _KIND + text, answer=self._answer)
+        ends = known.ends if known else (self._first_end(render, escaped, text, new), (0, 0))
+        source.first_end, turn_end = ends
+        sure = _n_stable(render, escaped, text)
+        if sure > end:
+            n, n_ids = _position(new, sure - end)
+            source.turn_end = len(_KIND) + end + n, len(before) + n_ids
+        elif turn_end[0] <= len(_KIND) + sure:  # That of the prompt whose text is known.
+            source.turn_end = turn_end
+        source.marks = {source.turn_end[1]: Kind.TURN, source.first_end[1]: Kind.FIRST}
+        if not is_new:
+            source.reason = self._note(render, escaped, (template, options), (text, sure), end)
+        return source
+
+    def _known(self, text: str) -> tuple[int, Text | None]:
+        """The longest known text that a text starts with, if no special token lies across its end:
+        an answer may end like the beginning of one."""
+        end, known = self._find(_KIND + text)
+        while self._tokenizer.has_special_across(text, end - len(_KIND)):
+            end, known = self._find(_KIND + text[: end - len(_KIND) - 1])
+        return max(0, end - len(_KIND)), known
 
     def encode(
         self, template: ChatTemplate, messages: Sequence[Message], **options: Any
     ) -> list[int]:
-        """The whole prompt for the next answer, whatever is held; as `prompt` otherwise."""
+        """The ids of the prompt for the next answer, whatever is known; as `prompt` otherwise."""
         text = self._renderer(template, options)(self._escaped_all(template, messages))
         return _ids(self._new_segments(text, 0))
+
+    def _first_end(
+        self, render: _Render, messages: Sequence[Message], text: str, new: Sequence[Segment]
+    ) -> tuple[int, int]:
+        """Where the first message (system and tools) ends: characters of the key, and ids."""
+        first = messages[:1] if messages[0]["role"] == "system" else []
+        probe = {"role": "user", "content": _PROBE}
+        try:
+            n = n_common(characters(text), characters(render([*first, probe])))
+        except ChatError:  # The template wants another order.
+            return 0, 0
+        n, n_ids = _position(new, n)
+        return (len(_KIND) + n, n_ids) if n_ids >= _LEAST_FIRST else (0, 0)
+
+    def _note(
+        self, render: _Render, messages: Sequence[Message], options: Any, text: tuple[str, int],
+        n_known: int,
+    ) -> str:  # fmt: skip
+        """Note a prompt's text, and how much of it is sure to stay; why a text that should be known
+        is not, if the template is to blame."""
+        reason = ""
+        for earlier, earlier_options, before, n_sure in list(self._last):
+            if options != earlier_options or messages[: len(earlier)] != earlier:
+                continue
+            is_other = n_known < n_sure and not text[0].startswith(before[:n_sure])
+            # With a counter, or a clock that moves between two renderings, little is sure.
+            if not n_known:
+                is_less = messages != earlier and 2 * n_sure < len(before)
+                is_other |= is_less or render(earlier) != before
+            if is_other:
+                reason = "the template renders the same messages differently each time"
+        self._last.append((messages, options, *text))
+        return reason
 
     def _renderer(self, template: ChatTemplate, options: Mapping[str, Any]) -> _Render:
         return partial(template.render, special=self._special, **options)
@@ -132,43 +144,13 @@ class Conversation:
             new = [("", [bos_id]), *new]
         return new
 
-    def store(self, prompt: ChatPrompt, checkpoint: Checkpoint, text: str, ids: list[int]) -> None:
-        """Make a turn that has ended, with the answer as it was shown and its tokens, the cached
-        prefix, if all of its prompt was processed."""
-        if checkpoint.n_tokens < len(_ids(prompt.segments)):
-            checkpoint.release()
-            return
+    def _answer(self, answer: Answer) -> str | None:
+        """The text of an answer in the next prompt; None if its tokens have another one."""
         # A stop text is in the state, but was not shown.
-        decoder = self._tokenizer.stream(at_start=False)
-        spelled = "".join(map(decoder.push, ids)) + decoder.finish()
-        is_whole = spelled.rstrip("\ufffd") == text.rstrip("\ufffd")
-        shown = self._escaped({"role": "assistant", "content": text})["content"]
-        segments: list[Segment] = [*prompt.segments, (shown if is_whole else None, ids)]
-        before = self._cached
-        self._cached, self._segments = checkpoint, segments
-        if before is not None:
-            before.release()
-
-    def _match(self, text: str) -> tuple[list[Segment], int, int, int, Checkpoint | None]:
-        """Find what a text can reuse; at least one token must follow it. Returns the segments that
-        the text starts with, where their text ends, how many positions they have, how many are
-        held, and a checkpoint after them."""
-        cached, segments = self._cached, self._segments
-        if cached is None:
-            return [], 0, 0, 0, None
-        ends = [0]
-        for known, _ in segments:
-            if known is None or not text.startswith(known, ends[-1]):
-                break
-            ends.append(ends[-1] + len(known))
-        n_held = cached.n_tokens
-        if len(ends) == len(segments) + 1 and ends[-1] < len(text):
-            return segments, ends[-1], n_held, n_held, cached.fork()
-        starts = {len(_ids(segments[:n])): n for n, end in enumerate(ends) if end < len(text)}
-        n_kept = max(cached.rollback_points & starts.keys(), default=0)
-        n_same = starts[n_kept] if n_kept else 0
-        after = cached.rolled_back(n_kept) if n_kept else None
-        return segments[:n_same], ends[n_same], n_kept, n_held, after
+        if spelled(self._tokenizer, answer).rstrip("\ufffd") != answer.text.rstrip("\ufffd"):
+            return None
+        content: str = self._escaped({"role": "assistant", "content": answer.text})["content"]
+        return content
 
     def _escaped(self, message: Message) -> dict[str, Any]:
         is_answer = message["role"] == "assistant"
@@ -198,8 +180,7 @@ def _n_stable(render: _Render, messages: Sequence[Message], text: str) -> int:
         later = render([*messages, *following])
     except ChatError:  # The template allows no further turn.
         return 0
-    pairs = zip(text, later, strict=False)
-    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(text), len(later)))
+    return n_common(characters(text), characters(later))
 
 
 def _checked(messages: Sequence[Message]) -> Sequence[Message]:
@@ -246,12 +227,13 @@ def _with_objects(calls: Any) -> Any:
     return made
 
 
-def _position(segments: Sequence[Segment], n_characters: int) -> int:
-    """The last position between two segments within the first `n_characters` of their text."""
-    position = end = 0
+def _position(segments: Sequence[Segment], n_characters: int) -> tuple[int, int]:
+    """The last place between two segments within the first `n_characters` of their text: so many
+    characters, and ids."""
+    n_ids = end = 0
     for text, ids in segments:
-        end += len(text or "")
-        if end > n_characters:
+        if end + len(text) > n_characters:
             break
-        position += len(ids)
-    return position
+        end += len(text)
+        n_ids += len(ids)
+    return end, n_ids

@@ -1,0 +1,138 @@
+"""Bits: what continues from a kept state has those of the same pieces without a cache.
+
+Pieces are what a prompt is cut into. On the CPU's vector kernels a row does not depend on its
+piece, so a prompt has the same bits wherever it is cut. numpy's matrix products depend on how many
+rows they have: on the reference backend, cuts change the last bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from engine import Engine, SamplingParams
+from engine.backends.native import library as cpu_library
+from engine.runtime.batch import Chunk
+from tests.support.helpers import N_VOCAB, nmse, random_ids
+from tests.support.talk import CACHE_RAM
+
+Logits = NDArray[np.float32]
+Rng = np.random.Generator
+N_NEW = 4
+BACKENDS = [*({"cpu_isa": isa, "backend": "cpu"} for isa in cpu_library.usable()),
+            {"backend": "reference"}]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=BACKENDS, ids=lambda options: "-".join(options.values()))
+def loaded(path: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """Each of the tiny models on each backend."""
+    options: dict[str, Any] = {"n_ctx": 1024, "n_ubatch": 512, "cache_ram": CACHE_RAM}
+    with Engine.load(path, **options, **request.param) as engine:
+        yield engine
+
+
+@pytest.fixture
+def engine(loaded: Engine) -> Engine:
+    """One that knows nothing."""
+    loaded.cache.clear()
+    return loaded
+
+
+def is_row_by_row(engine: Engine) -> bool:
+    """Whether a row has the same bits in every piece; matrix units round tiles of rows."""
+    return engine.config.backend == "cpu" and engine.config.cpu_isa != "amx"
+
+
+def run(engine: Engine, pieces: Sequence[Sequence[int]]) -> list[Logits]:
+    """The logits [n_vocab] after the last N_NEW pieces, on a sequence of its own."""
+    seq = engine.memory.create()
+    rows = [engine.step([Chunk(seq, piece)])[0].copy() for piece in pieces]
+    engine.memory.free(seq)
+    return rows[-N_NEW:]
+
+
+def answer(engine: Engine, ids: Sequence[int], n_reused: int) -> tuple[list[Logits], list[int]]:
+    """The logits of each token of an answer, and its tokens."""
+    rows: list[Logits] = []
+
+    def noting(before: Sequence[int], logits: Logits) -> Logits:
+        rows.append(logits.copy())
+        return logits
+
+    params = SamplingParams(
+        temperature=0, max_tokens=N_NEW, ignore_eos=True, logits_processors=noting
+    )
+    done = engine.generate(ids, params).wait()
+    assert done.reuse.n_reused == n_reused
+    return rows, done.tokens
+
+
+def assert_bits(got: Sequence[Logits], expected: Sequence[Logits]) -> None:
+    for one, other in zip(got, expected, strict=True):
+        assert (one == other).all(), nmse(one, other)
+
+
+def test_a_piece_continues_with_the_bits_of_the_same_pieces(engine: Engine, rng: Rng) -> None:
+    """From a prompt's state, from its logits, and from an answer's state."""
+    ids = random_ids(rng, 240)
+    for n in (64, int(rng.integers(1, 240))):
+        engine.cache.clear()
+        first, tokens = answer(engine, ids[:n], 0)
+        single = [[token] for token in tokens]
+        assert_bits(first, run(engine, [ids[:n], *single[:-1]]))
+        # The prompt again: its last logits are known.
+        assert_bits(answer(engine, ids[:n], n)[0], first)
+        # Another one from its end.
+        other = [*ids[:n], (tokens[0] + 1) % N_VOCAB, *ids[n:]]
+        rows, said = answer(engine, other, n)
+        assert_bits(rows, run(engine, [ids[:n], other[n:], *([t] for t in said[:-1])]))
+        # The answer goes on: its last token is in no state.
+        later = [*ids[:n], *tokens, *ids[n:]]
+        n_held = n + N_NEW - 1
+        rows, said = answer(engine, later, n_held)
+        pieces = [ids[:n], *single[:-1], later[n_held:], *([t] for t in said[:-1])]
+        assert_bits(rows, run(engine, pieces))
+
+
+def test_a_long_prompt_continues_with_the_bits_of_its_pieces(engine: Engine, rng: Rng) -> None:
+    """From a state on the way, at 256; a prompt of 400 is cut there whatever is known."""
+    ids = random_ids(rng, 400)
+    other = [*ids[:300], (ids[300] + 1) % N_VOCAB, *ids[301:]]
+    expected, tokens = answer(engine, other, 0)
+    assert_bits(expected, run(engine, [other[:256], other[256:], *([t] for t in tokens[:-1])]))
+    engine.cache.clear()
+    answer(engine, ids, 0)
+    assert_bits(answer(engine, other, 256)[0], expected)
+
+
+def test_cuts_elsewhere_change_no_bit_where_rows_are_alone(engine: Engine, rng: Rng) -> None:
+    """At any position, and in steps of one row; elsewhere the difference is float32's."""
+    ids = random_ids(rng, 200)
+    (expected,) = run(engine, [ids])
+    at = sorted(rng.choice(np.arange(1, 200), 3, replace=False).tolist())
+    cuts: list[list[int]] = [[64], [64, 128], at, list(range(150, 200))]
+    for cut in cuts:
+        pieces = [ids[i:j] for i, j in zip([0, *cut], [*cut, 200], strict=True)]
+        got = run(engine, pieces)[-1]
+        assert nmse(got, expected) < 1e-8
+        if is_row_by_row(engine):
+            assert_bits([got], [expected])
+
+
+def test_what_was_found_changes_no_bit_where_rows_are_alone(engine: Engine, rng: Rng) -> None:
+    """An answer after any history is that of a run from nothing in one piece."""
+    ids = random_ids(rng, 200)
+    (expected,) = run(engine, [ids])
+    held = 0
+    for n in sorted(rng.choice(np.arange(1, 200), 4, replace=False).tolist()):
+        answer(engine, ids[:n], held)
+        held = n
+    got = answer(engine, ids, held)[0][0]
+    assert nmse(got, expected) < 1e-8
+    if is_row_by_row(engine):
+        assert_bits([got], [expected])
