@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
 
 from engine import backends, checks
 from engine.backends.base import Traits
@@ -22,7 +23,7 @@ CACHE_TYPES: dict[str | None, DType] = {"f32": F32, "f16": F16}
 GDN_MODES = ("auto", "scan", "chunk", "decomposed")
 _LEAST = {
     "n_ctx": 0, "n_batch": 0, "n_ubatch": 0, "n_parallel": 1, "n_checkpoints": 0, "cache_ram": -1,
-    "n_snapshots": 0, "n_threads": 1, "n_gpu_layers": 0, "n_cpu_moe": 0,
+    "cache_disk": 0, "n_snapshots": 0, "n_threads": 1, "n_gpu_layers": 0, "n_cpu_moe": 0,
 }  # fmt: skip
 _MOST = {"n_threads": 4096}  # Each takes memory before it runs.
 _FLAGS = ("cache_prompt", "strict_backend", "batch_invariant", "check")
@@ -44,6 +45,8 @@ class EngineConfig:
     n_parallel: int = 1
     n_checkpoints: int = 4
     cache_ram: int | None = None
+    cache_dir: str | PathLike[str] | None = None
+    cache_disk: int | None = None
     cache_prompt: bool = True
     n_snapshots: int = 0
     n_threads: int | None = None
@@ -66,6 +69,10 @@ class EngineConfig:
                 checks.put(self, name, checks.integer(ConfigError, name, value, low, most))
         for name in _FLAGS:
             checks.put(self, name, checks.flag(ConfigError, name, getattr(self, name)))
+        if self.cache_dir is not None:
+            checks.put(self, "cache_dir", checks.path(ConfigError, "cache_dir", self.cache_dir))
+        elif self.cache_disk is not None:
+            raise ConfigError("cache_disk (--cache-disk): expected cache_dir (--cache-dir), too")
         if self.cpu_isa is not None:
             checks.text(ConfigError, "cpu_isa", self.cpu_isa)
         rules = checks.texts(ConfigError, "override_tensor", self.override_tensor)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from operator import itemgetter
 from os import PathLike
 from pathlib import Path
 from typing import Any, Never, TypeVar
@@ -11,32 +13,37 @@ from typing import Any, Never, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from engine import backends, checks
-from engine.backends.base import BackendOptions, Timing
-from engine.config import ConfigError, EngineConfig, capacity_of, context_size
+from engine import checks
+from engine.backends.base import Timing
+from engine.config import ConfigError, EngineConfig, context_size
 from engine.errors import EngineError
+from engine.formats.fingerprint import fingerprint
 from engine.formats.gguf import GGUFFile
 from engine.graph import Live
 from engine.kvcache.cache import PrefixCache
+from engine.kvcache.entries import Text
 from engine.kvcache.sequences import Checkpoint, SequenceMemory
 from engine.kvcache.tier import HostTier, Mover
-from engine.models import BuildOptions, Model, load_model
+from engine.models import load_model
 from engine.placement import estimate
 from engine.placement.cache import cache_room
-from engine.placement.place import Plan
-from engine.placement.rules import Offload, place_where_it_fits
+from engine.planning import planned
+from engine.runtime import sessions
 from engine.runtime.batch import Chunk, Logits
 from engine.runtime.chats import Chats
 from engine.runtime.completion import Completion
+from engine.runtime.disk import DiskCache
 from engine.runtime.executor import Executable
+from engine.runtime.files import StateFiles
 from engine.runtime.loop import StepLoop
 from engine.runtime.memory import SharedCache, SharedMemory
 from engine.runtime.owner import Owner, Signal
 from engine.runtime.request import FinishReason, Request
 from engine.runtime.requests import Prompt, PromptError, Requests
 from engine.runtime.scheduler import Scheduler
+from engine.runtime.sessions import Session
 from engine.sampling.params import SamplingError, SamplingParams
-from engine.text.template import TEMPLATE_KEY, ChatError, ChatTemplate, Message, find_template
+from engine.text.template import ChatTemplate, Message
 from engine.text.tokenizer import Tokenizer
 
 C = TypeVar("C", bound=Completion)
@@ -57,7 +64,7 @@ class Engine:
         self.model = load_model(file)
         self.tokenizer = Tokenizer.from_gguf(file)
         self.n_ctx = context_size(config.n_ctx, self.model.n_ctx_train, config.n_parallel)
-        self.config, self.plan = _planned(self.model, config, self.n_ctx)
+        self.config, self.plan = planned(self.model, config, self.n_ctx)
         self.capacity = cap = self.plan.graph.capacity
         self._free_before = {b.name: b.free_bytes() or 0 for b in self.plan.backends}
         estimate.check(self.plan)
@@ -68,11 +75,11 @@ class Engine:
         memory = SequenceMemory(n_blocks, n_slots, cap.block_size, self._copy_block)
         movers = [s for s in executable.stores if isinstance(s, Mover)]
         tier = HostTier(movers[0], memory, room.budget) if room.has_tier else None
-        cache, owner = PrefixCache(memory, room, self._give_back, tier), Owner()
-        self.memory, self.cache = SharedMemory(memory, owner), SharedCache(cache, owner)
-        scheduler = Scheduler(memory, cap, cache)
+        prefixes, owner = PrefixCache(memory, room, self._give_back, tier), Owner()
+        self.memory, self.cache = SharedMemory(memory, owner), SharedCache(prefixes, owner)
+        scheduler = Scheduler(memory, cap, prefixes)
         self.loop = StepLoop(executable, scheduler, cap, config.check, owner)
-        self._chats = Chats(self.tokenizer, self.cache.match_text)
+        self._chats = Chats(file, self.tokenizer, self._find_text)
         self._requests = Requests(
             file,
             self.tokenizer,
@@ -81,13 +88,18 @@ class Engine:
             config.n_parallel,
             self.cache.match_text,
         )
-        self._templates: dict[str | None, ChatTemplate] = {}
+        self._files = StateFiles(self.loop, self.memory, cache(partial(fingerprint, file)))
+        self._disk: DiskCache | None = None
+        if config.cache_dir is not None:
+            self._disk = DiskCache(Path(config.cache_dir), config.cache_disk, self._files)
+            prefixes.on_leave, scheduler.disk = self._disk.keep, self._disk
 
     @classmethod
     def load(  # noqa: PLR0913  (the options of an engine)
         cls, path: str | PathLike[str] | None = None, *, backend: str = "auto",
         n_ctx: int | None = None, n_batch: int = 0, n_ubatch: int = 0, n_parallel: int = 1,
         n_checkpoints: int = 4, cache_ram: int | None = None, cache_prompt: bool = True,
+        cache_dir: str | PathLike[str] | None = None, cache_disk: int | None = None,
         n_snapshots: int = 0, n_threads: int | None = None,
         cpu_isa: str | None = None, type_k: str | None = None, type_v: str | None = None,
         gdn: str = "auto", strict_backend: bool = False, batch_invariant: bool = False,
@@ -101,13 +113,14 @@ class Engine:
         (0: what suits the backend). n_parallel: most sequences at a time. n_checkpoints: states
         that users keep. cache_ram: MiB for what prompts and answers leave to later ones (None: a
         quarter of what is free after loading, 512 MiB to 8 GiB; 0: nothing; -1: all of it).
-        cache_prompt: whether requests use it, unless they say. n_snapshots: most states kept per
-        token of a step. n_threads: of the CPU (None: all cores). cpu_isa: amx, avx512, avx2,
-        portable (None: the best). type_k, type_v: f32, f16 (None: what suits the backend). gdn:
-        auto, scan, chunk, decomposed. strict_backend: fail rather than place a node elsewhere.
-        batch_invariant: see BackendOptions. n_gpu_layers (None: all), n_cpu_moe, override_tensor:
-        see Offload. check: name the first node with values that are not finite; slow. Raises
-        EngineError.
+        cache_dir: where long prefixes go that leave it, at most cache_disk MiB (None: a quarter of
+        what is free there, at most 16 GiB). cache_prompt: whether requests use all that, unless
+        they say. n_snapshots: most states kept per token of a step. n_threads: of the CPU (None:
+        all cores). cpu_isa: amx, avx512, avx2, portable (None: the best). type_k, type_v: f32, f16
+        (None: what suits the backend). gdn: auto, scan, chunk, decomposed. strict_backend: fail
+        rather than place a node elsewhere. batch_invariant: see BackendOptions. n_gpu_layers (None:
+        all), n_cpu_moe, override_tensor: see Offload. check: name the first node with values that
+        are not finite; slow. Raises EngineError.
         """
         given = {k: v for k, v in locals().items() if k in EngineConfig.__dataclass_fields__}
         start = time.perf_counter()
@@ -135,11 +148,16 @@ class Engine:
         can be run after it."""
         if self.loop.owner.refusal:  # In a forked process all is the parent's.
             return
-        programs = self.loop.close()
-        # A backend waits for its launches before their programs are freed.
-        for backend in self.plan.backends:
-            backend.release()
-        del programs
+        disk, self._disk = self._disk, None
+        try:
+            if disk is not None:
+                disk.close()
+        finally:  # Also if its user does not wait for it.
+            programs = self.loop.close()
+            # A backend waits for its launches before their programs are freed.
+            for backend in self.plan.backends:
+                backend.release()
+            del programs
 
     def __enter__(self) -> Engine:
         self.loop.check_usable()
@@ -152,6 +170,11 @@ class Engine:
         """Bytes of devices' own memory taken since loading began."""
         used = (b for b in self.plan.backends if b.traits.own_memory)
         return sum(max(0, self._free_before[b.name] - (b.free_bytes() or 0)) for b in used)
+
+    def _find_text(self, key: str) -> tuple[int, Text | None]:
+        found = self.cache.match_text(key)
+        disk = self._disk
+        return found if disk is None else max(found, disk.match_text(key), key=itemgetter(0))
 
     def _give_back(self, dim: str, indices: list[int]) -> None:
         for store in self.loop.executable.stores:
@@ -253,11 +276,35 @@ class Engine:
         again (see runtime/chats.py); cache_prompt: as of `generate`. Control tokens that a message
         spells are text. Raises ChatError, and as `generate` does.
         """
-        template = self._checked_template(template, tools, reasoning)
+        template = self._chats.checked(template, tools, reasoning)
         options = {"tools": tools, "reasoning": reasoning}
         unused = self._unused(cache_prompt)
         source = self._chats.prompt(template, messages, bool(unused), **options)
         request = self._requests.make(source, params, unused)
+        return self._submitted(Completion(self.loop, request), request)
+
+    def save(self, completion: Completion, path: str | PathLike[str], data: Any = None) -> int:
+        """Write what the cache has of a completion to a file, for `restore`; returns its bytes.
+
+        The completion may run, or have ended: then its state must still be in the cache. `data`:
+        what JSON has. What was there is whole until the new file is. Raises StoreError.
+        """
+        return sessions.save(self._files, self.loop, completion, path, data)
+
+    def restore(self, path: str | PathLike[str]) -> Session:
+        """Read a file that `save` wrote into the cache, so that prompts that begin like it process
+        only the rest; `resume` goes on with its completion. No token is processed. Raises
+        StoreError for a file that is not whole, and for one of another model or cache type."""
+        return sessions.restore(self._files, path)
+
+    def resume(self, session: Session, params: SamplingParams | None = None) -> Completion:
+        """Stream what comes after a session's tokens, as if its completion had never ended.
+
+        params: None for those of the completion: max_tokens is what was left of it, if it had not
+        ended, and else as many again. With others, random numbers go on, unless they have another
+        seed. Functions (logits_processors) are not in files: give params with them.
+        """
+        request = self._requests.resume(session, params, self._unused(None))
         return self._submitted(Completion(self.loop, request), request)
 
     def encode_chat(
@@ -269,30 +316,8 @@ class Engine:
         template: ChatTemplate | None = None,
     ) -> list[int]:
         """Ids of the prompt that `chat` answers, for `generate` and `generate_batch`."""
-        template = self._checked_template(template, tools, reasoning)
+        template = self._chats.checked(template, tools, reasoning)
         return self._chats.encode(template, messages, tools=tools, reasoning=reasoning)
-
-    def _checked_template(
-        self, template: ChatTemplate | None, tools: Any, reasoning: bool | None
-    ) -> ChatTemplate:
-        """The template, or the model's own. Raises ChatError for what doesn't go with it."""
-        if template is None:
-            # As in transformers, a file may have a template of its own for tools.
-            has_own = bool(tools) and f"{TEMPLATE_KEY}.tool_use" in self.file.metadata
-            name = "tool_use" if has_own else None
-            template = self._templates.get(name) or find_template(self.file, name)
-            self._templates[name] = template
-        checks.instance(ChatError, "template", template, ChatTemplate)
-        if tools is not None:
-            for tool in checks.sequence(ChatError, "tools", tools, "JSON schemas"):
-                checks.mapping(ChatError, "tools", tool, "a JSON schema")
-            if "tools" not in template.variables:
-                raise ChatError(f"{template.name} takes no tools: it reads no tools")
-        if reasoning is not None:
-            checks.flag(ChatError, "reasoning", reasoning)
-            if "enable_thinking" not in template.variables:
-                raise ChatError(f"{template.name} takes no reasoning: it reads no enable_thinking")
-        return template
 
     def generate_batch(
         self,
@@ -360,29 +385,3 @@ class Engine:
     def advance(self) -> bool:
         """Run one step of everything that was started; False if there was nothing to do."""
         return self.loop.advance()
-
-
-def resolved_config(**options: Any) -> EngineConfig:
-    """The config of an engine with these options, with the sizes that suit its backend."""
-    config = EngineConfig(**options)
-    return config.resolved(backends.traits(config.backend))
-
-
-def plan_only(path: str | Path, n_tokens: int, gdn: str = "fused", **options: Any) -> Plan:
-    """The placed graph of a file for batches of `n_tokens`, from its header; options: as `load`."""
-    options |= {"gdn": "auto" if gdn == "fused" else gdn}
-    config = EngineConfig(**options, n_ubatch=n_tokens, n_batch=n_tokens)
-    model = load_model(GGUFFile(path))
-    return _planned(model, config, context_size(None, model.n_ctx_train))[1]
-
-
-def _planned(model: Model, config: EngineConfig, n_ctx: int) -> tuple[EngineConfig, Plan]:
-    """The config with what suits the backend, and the placed graph."""
-    options = BackendOptions(config.n_threads, config.cpu_isa, config.batch_invariant)
-    available = backends.create(config.backend, options)
-    traits = available[0].traits
-    config = config.resolved(traits)
-    capacity = capacity_of(config, n_ctx, traits)
-    graph = model.build(BuildOptions(capacity, *config.cache_types(), config.gdn))
-    rules = Offload(config.n_gpu_layers, config.n_cpu_moe, config.override_tensor)
-    return config, place_where_it_fits(graph, available, rules, config.strict_backend)

@@ -31,6 +31,7 @@ ORDER = (
     {"placement"},
     {"config"},
     {"runtime"},
+    {"planning"},
     {"engine"},
     {"api"},
     {"bench"},

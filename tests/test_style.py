@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 50, 400
 # Of engine/ and cli.py; lines of code are those without blank lines, comments and docstrings.
-MAX_LINES, MAX_CODE_LINES = 18_900, 13_140
+MAX_LINES, MAX_CODE_LINES = 20_250, 14_130
 KERNEL_SUFFIXES = {".h", ".cpp", ".cuh", ".cu"}
 
 

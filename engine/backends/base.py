@@ -77,6 +77,12 @@ class StateStore(Protocol):
     def copy(self, dim: str, source: int, target: int) -> None:
         """Copy a slot or block of every layer."""
 
+    def read(self, tensor: Tensor, indices: Sequence[int], buffer: Array) -> Array:
+        """Copies of slots or blocks of one state: [len(indices), ...], in a buffer of uint8."""
+
+    def write(self, tensor: Tensor, indices: Sequence[int], values: Array) -> None:
+        """Set slots or blocks of one state."""
+
     def give_back(self, dim: str, indices: Sequence[int]) -> None:
         """Return the memory of slots or blocks, in rising order, to the system if it takes it;
         their contents are arbitrary until written again."""

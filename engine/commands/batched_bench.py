@@ -15,7 +15,7 @@ from engine.bench.measure import BenchError, Case, Measurement, measure
 from engine.commands.options import CACHE, Parser, given_fields, load_engine
 from engine.commands.output import Rows, Table
 from engine.config import EngineConfig
-from engine.engine import resolved_config
+from engine.planning import resolved_config
 
 ABOUT = "Measure prompts and generation of several sequences at once, as llama-batched-bench does."
 _TABLE = Table({

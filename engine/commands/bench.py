@@ -17,7 +17,8 @@ from engine.commands import summary
 from engine.commands.options import CACHE, Parser, given_fields, integers
 from engine.commands.output import Rows, Table
 from engine.config import EngineConfig
-from engine.engine import DEMO_MODEL, Engine, resolved_config
+from engine.engine import DEMO_MODEL, Engine
+from engine.planning import resolved_config
 from engine.version import __version__, commit
 
 ABOUT = "Measure tokens per second of prompts and of generation, as llama-bench does."

@@ -14,6 +14,7 @@ from typing import Any
 from engine.commands.options import InputError, Parser, load_engine, read_text, unescaped
 from engine.commands.output import write
 from engine.commands.progress import prompt_bar
+from engine.commands.session import SessionFile
 from engine.commands.summary import cache_line
 from engine.engine import Engine
 from engine.errors import EngineError
@@ -86,9 +87,9 @@ def run(args: argparse.Namespace, first: str | None, params: SamplingParams) -> 
     """Answer `first`, if there is one, then every message until the input ends."""
     # Before the weights are loaded: what can't be used is refused at once.
     options = template_options(args) | {"params": params}
-    system = _system_message(args)
+    system, file = _system_message(args), SessionFile(args)
     with load_engine(args) as engine:
-        chat = Chat(engine, system, is_interactive() and not args.single_turn, **options)
+        chat = Chat(engine, system, file, is_interactive() and not args.single_turn, **options)
         if first is not None:
             chat.say(first)
             if args.single_turn:
@@ -131,12 +132,15 @@ def _system_message(args: argparse.Namespace) -> str | None:
 class Chat:
     """The messages so far, and the answers with their timings."""
 
-    def __init__(self, engine: Engine, system: str | None, goes_on: bool, **options: Any) -> None:
+    def __init__(
+        self, engine: Engine, system: str | None, file: SessionFile, goes_on: bool, **options: Any
+    ) -> None:
         """system: text of the system message; goes_on: whether the chat goes on after an error;
         options: those of `Engine.chat`."""
         self._engine, self._options, self._goes_on = engine, options, goes_on
         self._system = [] if system is None else [{"role": "system", "content": system}]
-        self._messages, self._n_held = list(self._system), 0
+        self._file, self._n_held = file, 0
+        self._messages = file.messages(engine, list(self._system))
         self._answers: list[Completion] = []
 
     def follows(self, message: str) -> bool:
@@ -187,6 +191,7 @@ class Chat:
         write("\n")
         if not _is_taken_back(answer):
             self._messages = [*asked, {"role": "assistant", "content": answer.text}]
+            self._file.save(self._engine, answer, self._messages)
         self._answers.append(answer)
         self._n_held = answer.reuse.n_prompt + len(answer.tokens)
         print(self._line(answer), file=sys.stderr)

@@ -14,8 +14,8 @@ from engine.commands.dot import as_dot
 from engine.commands.options import Parser, given_fields, integers, write_text
 from engine.commands.output import write
 from engine.config import EngineConfig
-from engine.engine import plan_only
 from engine.placement.place import Plan
+from engine.planning import plan_only
 
 ABOUT = "Show a model's compute graph: node counts, and which backend runs each node and why."
 

@@ -104,6 +104,10 @@ _ENGINE_OPTIONS: list[OptionRow] = [
     ("-cram --cache-ram", "cache_ram", at_least(-1),
      "MiB for what prompts leave to later ones (a quarter of what is free, at most 8192; 0: off, "
      "-1: all that is free)"),
+    ("--cache-dir", "cache_dir", {"metavar": "DIR"},
+     "directory for long prefixes that leave memory; processes may share it"),
+    ("--cache-disk", "cache_disk", at_least(0),
+     "MiB for that directory (a quarter of what is free there, at most 16384)"),
     ("--no-cache-prompt", "cache_prompt", {"action": "store_false"},
      "process every prompt from its start"),
     ("--cache-prompt", "cache_prompt", {"action": "store_true"},
@@ -116,7 +120,12 @@ _ENGINE_OPTIONS: list[OptionRow] = [
 ]  # fmt: skip
 
 
-CACHE = ("cache_ram", "cache_prompt")  # Fields of options that only prompts have.
+CACHE = (
+    "cache_ram",
+    "cache_dir",
+    "cache_disk",
+    "cache_prompt",
+)  # Fields of options that only prompts have.
 # Other names that llama.cpp has for samplers.
 _SAMPLERS = {
     "top-k": "top_k", "top-p": "top_p", "nucleus": "top_p", "min-p": "min_p", "temp": "temperature",

@@ -14,7 +14,8 @@ from engine.backends.base import Limits
 from engine.bench.profile import Row, StepProfile, by_layer_kind, by_op, profile_step
 from engine.commands.options import CACHE, Parser, given_fields, load_engine
 from engine.config import EngineConfig
-from engine.engine import Engine, resolved_config
+from engine.engine import Engine
+from engine.planning import resolved_config
 
 ABOUT = "Time one step by op and by layer kind, and compare with what this machine can do."
 _HEADINGS = ("n", "ms", "share", "MB", "GB/s", "of limit", "GFLOP", "GFLOP/s", "of peak")

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from engine import backends
-from engine.commands import chat, prompts, summary
+from engine.commands import chat, prompts, session, summary
 from engine.commands.options import (
     Parser,
     given_fields,
@@ -49,6 +49,7 @@ def add_options(p: Parser) -> None:
     p.add_argument("--display-prompt", action=argparse.BooleanOptionalAction, default=True,
         help="print the prompt before its completion (yes)")  # fmt: skip
     chat.add_options(p)
+    session.add_options(p)
     p.engine_options()
     p.sampling_options()
     check = "name the first node with values that are not finite; slow"
@@ -63,11 +64,18 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
         return chat.run(args, first, sampling_params(args))
     params = sampling_params(args)
     if args.prompts is not None:
+        if args.session is not None:
+            parser.error("argument --session: not allowed with argument --prompts")
         return _run_many(args, params)
-    prompt = read_prompt(parser, args)
+    file = session.SessionFile(args)
+    goes_on = file.is_there and args.prompt is None and args.file is None
+    prompt = "" if goes_on else read_prompt(parser, args)
     with Engine.load(args.model, **given_fields(args, EngineConfig)) as engine:
         summary.show(engine)
-        return _run_one(engine, prompt, params, args)
+        completion = session.start(engine, file.restore(engine), prompt, params, args)
+        status = _show(engine, completion, prompt, args)
+        file.save(engine, completion)
+    return status
 
 
 def _run_many(args: argparse.Namespace, params: SamplingParams) -> int:
@@ -78,9 +86,8 @@ def _run_many(args: argparse.Namespace, params: SamplingParams) -> int:
         return prompts.run(engine, lines, params, options, verbose=args.verbose)
 
 
-def _run_one(engine: Engine, prompt: str, params: SamplingParams, args: argparse.Namespace) -> int:
+def _show(engine: Engine, completion: Completion, prompt: str, args: argparse.Namespace) -> int:
     """Stream a completion; Ctrl-C ends it, with status 130."""
-    completion = engine.generate(prompt, params)
     status, unseen = 0, prompt if args.display_prompt else ""
     try:
         with prompt_bar(completion):

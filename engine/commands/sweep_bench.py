@@ -23,7 +23,8 @@ from engine.bench.plots import COLUMNS, Curve, Facts, Point, check_output, draw
 from engine.commands.options import CACHE, Parser, given_fields, load_engine
 from engine.commands.output import Rows, Table, say
 from engine.config import DEFAULT_CTX, EngineConfig
-from engine.engine import Engine, resolved_config
+from engine.engine import Engine
+from engine.planning import resolved_config
 
 ABOUT = (
     "Measure generation (TG) and then a prompt of -ub tokens (PP) after every -ub tokens of "

@@ -18,7 +18,7 @@ from operator import itemgetter
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.kvcache.entries import Counts, Entry, Found, Name, Room, Text, entry_of, name_of
+from engine.kvcache.entries import Counts, Ends, Entry, Found, Name, Room, Text, entry_of, name_of
 from engine.kvcache.policy import BLOCK, CONVERSATION, PRIOR, Kind, worth
 from engine.kvcache.prefix import ID_BYTES, Node, PrefixTree, characters
 from engine.kvcache.sequences import SequenceMemory
@@ -52,6 +52,8 @@ class PrefixCache:
         self._floor = 0.0
         # Those that go next, with their worth.
         self._next: deque[tuple[float, Node[Entry]]] = deque()
+        # Called with what is given up over the budget, or for want of room on the host.
+        self.on_leave: Callable[[Node[Entry]], None] = lambda node: None
         self.n_changes = 0  # Odd while something changes; see SharedCache.match_text.
 
     @property
@@ -70,6 +72,10 @@ class PrefixCache:
         kept = kept if self.tier is None else self.tier.n_bytes
         return kept + 4 * self._n_logits + self._entries.n_bytes + self._texts.n_bytes
 
+    def ranked(self) -> list[Node[Entry]]:
+        """All entries, those that are worth least first."""
+        return [node for _, node in self._ranked(self._nodes, None)]
+
     def match(self, ids: bytes, longest: int | None = None) -> Found:
         """What it has of a prompt of which at most `longest` ids may be reused."""
         match = self._entries.match(ids, longest)
@@ -83,11 +89,9 @@ class PrefixCache:
         name = name_of(node)
         return node.end, Text(name.node.path + name.rest, name.ends)
 
-    def use(self, found: Found, seq: int) -> Entry | None:
-        """Give a sequence the contents of what was found."""
-        if found.node is None or found.node.kept is None:
-            return None
-        entry = found.node.kept
+    def fork(self, node: Node[Entry], seq: int) -> Entry:
+        """Give a sequence the contents of an entry."""
+        entry = entry_of(node)
         with self._changing():
             if entry.seq in self._seqs:
                 self.memory.fork(entry.seq, seq)
@@ -95,6 +99,29 @@ class PrefixCache:
                 self.tier.load(entry.stored, seq)
                 self._hold(entry, seq)
                 self._shrink(self._is_crowded, on_device=True)
+        return entry
+
+    def ids_of(self, node: Node[Entry]) -> bytes:
+        """Those of an entry, and what its newest text has beyond: the last token of an answer is in
+        no state yet."""
+        texts = entry_of(node).texts
+        return node.path + (name_of(texts[-1]).rest if texts else b"")
+
+    def texts_of(self, node: Node[Entry], ids: bytes) -> list[tuple[str, int, Ends]]:
+        """(text, how many of `ids` it has, ends) of the texts that lead to an entry."""
+        found = []
+        for text in entry_of(node).texts:
+            own = node.path + (name := name_of(text)).rest
+            if ids.startswith(own):
+                key = text.path.decode("utf-32-le", "surrogatepass")
+                found.append((key, len(own) // ID_BYTES, name.ends))
+        return found
+
+    def use(self, found: Found, seq: int) -> Entry | None:
+        """Give a sequence the contents of what was found."""
+        if found.node is None or found.node.kept is None:
+            return None
+        entry = self.fork(found.node, seq)
         entry.n_uses += 1
         entry.floor = self._floor
         # Below a first message there are other conversations.
@@ -128,7 +155,7 @@ class PrefixCache:
             self._shrink(self._is_over)
         return node if node.kept is entry else None
 
-    def name(self, key: str, ids: bytes, ends: tuple[tuple[int, int], ...]) -> None:
+    def name(self, key: str, ids: bytes, ends: Ends) -> None:
         """Let a text be found, while a state on the way of its ids is kept; see Text."""
         node = self._entries.match(ids).node
         if node is None:
@@ -148,7 +175,7 @@ class PrefixCache:
         """Have entries, except one, give up memory until there is room; whether there is."""
         if not has_room():
             with self._changing():
-                self._shrink(lambda: not has_room(), spared, on_device=True)
+                self._shrink(lambda: not has_room(), spared, on_device=True, is_urgent=True)
         return has_room()
 
     def evict_one(self) -> bool:
@@ -197,6 +224,9 @@ class PrefixCache:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
+        if self.n_changes % 2:  # It is part of another change.
+            yield
+            return
         self.n_changes += 1
         yield
         self.n_changes += 1
@@ -211,7 +241,7 @@ class PrefixCache:
 
     def _shrink(
         self, goes_on: Callable[[], bool], spared: Node[Entry] | None = None,
-        on_device: bool = False,
+        on_device: bool = False, is_urgent: bool = False,
     ) -> None:  # fmt: skip
         """Give up what is worth least while it `goes_on`; on_device: what memory holds of entries,
         which a tier may then store."""
@@ -232,6 +262,8 @@ class PrefixCache:
             if on_device and self._is_stored(node, spared):
                 self._drop(entry)
             else:
+                if not is_urgent:
+                    self.on_leave(node)
                 self._give_up(node, least)
 
     def _ranked(
@@ -255,6 +287,7 @@ class PrefixCache:
             for least, other in self._ranked(there, spared):
                 if least > worth or tier.has_room(own):
                     break
+                self.on_leave(other)
                 self._give_up(other, least)
             entry.stored = tier.store(own)
         return entry.stored is not None

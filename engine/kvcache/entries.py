@@ -11,6 +11,8 @@ from engine.kvcache.policy import Kind, most_in_a_prompt
 from engine.kvcache.prefix import Node
 from engine.kvcache.tier import Stored
 
+Ends = tuple[tuple[int, int], ...]  # (characters, ids) of places in a text.
+
 
 @dataclass(frozen=True)
 class Room:
@@ -53,7 +55,7 @@ class Name:
 
     node: Node[Entry]
     rest: bytes
-    ends: tuple[tuple[int, int], ...]
+    ends: Ends
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Text:
     while others read it: the ids are a copy."""
 
     ids: bytes
-    ends: tuple[tuple[int, int], ...]
+    ends: Ends
 
 
 @dataclass(frozen=True)

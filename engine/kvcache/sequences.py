@@ -176,11 +176,14 @@ class SequenceMemory:
         table = BlockTable(self.blocks, self._block_size)
         return self._add(Allocation(0, table, StateSlot(self.slots)), seq)
 
-    def adopt(self, seq: int, n_tokens: int) -> Allocation:
-        """A sequence with blocks and a slot for `n_tokens` positions, which the caller fills.
-        Raises MemoryFullError."""
+    def adopt(self, seq: int, n_tokens: int, beside: int | None = None) -> Allocation:
+        """A sequence with blocks and a slot for `n_tokens` positions, which the caller fills; the
+        blocks are those of a sequence `beside` it, if there is one. Raises MemoryFullError."""
         own = self.allocation(self.create(seq))
-        own.table.extend(0, n_tokens, self._copy_block)
+        if beside is None:
+            own.table.extend(0, n_tokens, self._copy_block)
+        else:
+            own.table = self.allocation(beside).table.fork(n_tokens)
         own.state.slot = self.slots.allocate()
         own.n_tokens = n_tokens
         return own

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from engine.errors import EngineError
+from engine.graph import Tensor
 from engine.kvcache.policy import BLOCK
 from engine.kvcache.pool import Pool
 from engine.kvcache.sequences import Allocation, SequenceMemory
@@ -31,6 +32,9 @@ class Mover(Protocol):
 
     def allocate_host(self, n_bytes: int) -> Any:
         """Pinned memory of the host with an `address`, freed with its last reference."""
+
+    def rows(self, dim: str, addresses: Sequence[int]) -> dict[Tensor, Any]:
+        """Slots or blocks on the host, of each state: [n, ...], copied when all work is done."""
 
     def move(self, rows: Sequence[tuple[str, int, int]], to_host: bool) -> None:
         """Copy slots and blocks, each (dim, index, address on the host), behind the work so far,
@@ -153,6 +157,14 @@ class HostTier:
             rows.append(("n_blocks", block, self._blocks.address(twin, self._take)))
         self._mover.move(rows, to_host=False)
         self._pair(own, stored)
+
+    def read(self, stored: Stored, with_blocks: bool) -> dict[Tensor, Any]:
+        """Copies of what was stored: rows of each state."""
+        found = self._mover.rows("n_slots", [self._slots.address(stored.slot, self._take)])
+        if with_blocks:
+            blocks = [self._blocks.address(block, self._take) for block in stored.blocks]
+            found |= self._mover.rows("n_blocks", blocks)
+        return found
 
     def free(self, stored: Stored) -> None:
         """Give up what was stored."""

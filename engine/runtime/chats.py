@@ -15,12 +15,20 @@ from functools import partial
 from typing import Any
 
 from engine import checks
+from engine.formats.gguf import GGUFFile
 from engine.kvcache.entries import Text
 from engine.kvcache.policy import Kind
 from engine.kvcache.prefix import characters, n_common, unpacked
 from engine.runtime.requests import FindText, spelled
 from engine.runtime.reuse import Answer, Source
-from engine.text.template import ChatError, ChatTemplate, Message, is_text_part
+from engine.text.template import (
+    TEMPLATE_KEY,
+    ChatError,
+    ChatTemplate,
+    Message,
+    find_template,
+    is_text_part,
+)
 from engine.text.tokenizer import Tokenizer
 
 _THINKING = ("<think>", "</think>")  # Templates look for these in what a model said.
@@ -42,12 +50,35 @@ def _ids(segments: Sequence[Segment]) -> list[int]:
 class Chats:
     """Makes prompts of messages. `find(key)`: what of a text is known (PrefixCache.match_text)."""
 
-    def __init__(self, tokenizer: Tokenizer, find: FindText) -> None:
-        self._tokenizer, self._find = tokenizer, find
+    def __init__(self, file: GGUFFile, tokenizer: Tokenizer, find: FindText) -> None:
+        self._file, self._tokenizer, self._find = file, tokenizer, find
+        self._templates: dict[str | None, ChatTemplate] = {}
         named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         self._special = {k: tokenizer.text(i) for k, i in named.items() if i is not None}
         # (messages, options, text, how much of it was sure to stay) of the last prompts.
         self._last: deque[tuple[Any, Any, str, int]] = deque(maxlen=_N_LAST)
+
+    def checked(
+        self, template: ChatTemplate | None, tools: Any, reasoning: bool | None
+    ) -> ChatTemplate:
+        """The template, or the model's own. Raises ChatError for what doesn't go with it."""
+        if template is None:
+            # As in transformers, a file may have a template of its own for tools.
+            has_own = bool(tools) and f"{TEMPLATE_KEY}.tool_use" in self._file.metadata
+            name = "tool_use" if has_own else None
+            template = self._templates.get(name) or find_template(self._file, name)
+            self._templates[name] = template
+        checks.instance(ChatError, "template", template, ChatTemplate)
+        if tools is not None:
+            for tool in checks.sequence(ChatError, "tools", tools, "JSON schemas"):
+                checks.mapping(ChatError, "tools", tool, "a JSON schema")
+            if "tools" not in template.variables:
+                raise ChatError(f"{template.name} takes no tools: it reads no tools")
+        if reasoning is not None:
+            checks.flag(ChatError, "reasoning", reasoning)
+            if "enable_thinking" not in template.variables:
+                raise ChatError(f"{template.name} takes no reasoning: it reads no enable_thinking")
+        return template
 
     def prompt(
         self, template: ChatTemplate, messages: Sequence[Message], is_new: bool, **options: Any

@@ -40,7 +40,7 @@ class Completion:
     """
 
     def __init__(self, loop: Loop, request: Request) -> None:
-        self._loop, self.request = loop, request
+        self.loop, self.request = loop, request
         self.tokens, self.timings = request.tokens, request.timings
         self.logprobs = request.logprobs
 
@@ -50,7 +50,7 @@ class Completion:
     def __next__(self) -> Token:
         token = None
         while token is None:
-            self._loop.wait(self.request.signal, self._has_news)
+            self.loop.wait(self.request.signal, self._has_news)
             token = self._take(StopIteration)
         return token
 
@@ -61,7 +61,7 @@ class Completion:
         token = None
         while token is None:
             try:
-                await self._loop.wait_async(self.request.signal, self._has_news)
+                await self.loop.wait_async(self.request.signal, self._has_news)
             except BaseException:
                 self.stop()
                 raise
@@ -70,13 +70,13 @@ class Completion:
 
     def wait(self) -> Self:
         """Wait until it has ended; its tokens can be iterated over afterwards, too."""
-        self._loop.wait(self.request.signal, lambda: self.request.finish_reason is not None)
+        self.loop.wait(self.request.signal, lambda: self.request.finish_reason is not None)
         self._raise_error()
         return self
 
     def wait_for_token(self) -> None:
         """Wait until the next token, or the end, can be read."""
-        self._loop.wait(self.request.signal, self._has_news)
+        self.loop.wait(self.request.signal, self._has_news)
 
     def _has_news(self) -> bool:
         return bool(self.request.ready) or self.request.finish_reason is not None
@@ -129,16 +129,16 @@ class Completion:
     def stop(self) -> None:
         """Cancel it when the step that runs has ended; never waits, so that a signal handler or an
         event loop can call it."""
-        self._loop.cancel_soon(self.request)
+        self.loop.cancel_soon(self.request)
 
     def cancel(self) -> None:
         """End it with the reason `cancelled`, unless it has ended already."""
         if self.request.finish_reason is None:
-            self._loop.cancel(self.request)
+            self.loop.cancel(self.request)
 
     close = cancel
 
     def __del__(self) -> None:
         request = self.__dict__.get("request")  # None if `__init__` broke off.
         if request is not None and request.finish_reason is None:
-            self._loop.cancel_soon(request)
+            self.loop.cancel_soon(request)

@@ -26,7 +26,7 @@ from engine.backends.base import (
     Watch,
     WeightSource,
 )
-from engine.graph import Kind, Live
+from engine.graph import Kind, Live, Tensor
 from engine.placement.place import Plan
 from engine.runtime.batch import Batch, Chunk
 from engine.runtime.finite import FiniteCheck, failure
@@ -104,6 +104,12 @@ class Executable:
         ((split, program),), ((_, inputs),) = self._programs, self._inputs
         _, logits = self._outputs["logits"]
         return split.backend.device_sampler(program, inputs, logits)
+
+    @property
+    def states(self) -> list[tuple[StateStore, Tensor]]:
+        """Every state of the plan, with the store that has it."""
+        plan = self.plan
+        return [(b.states, t) for b in plan.backends for t in plan.tensors_of(b, Kind.STATE)]
 
     @property
     def stores(self) -> list[StateStore]:

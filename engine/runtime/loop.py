@@ -44,7 +44,7 @@ class StepLoop:
         self.scheduler, self.memory, self.owner = scheduler, scheduler.memory, owner
         self._executable: Executable | None = executable
         self._capacity = capacity
-        self._n_vocab = executable.plan.graph.outputs["logits"].shape[1]
+        self.n_vocab = executable.plan.graph.outputs["logits"].shape[1]
         self._host = HostRunner(executable, check)
         sampler = None if check else executable.device_sampler()
         self.runner: Runner = DeviceRunner(sampler) if sampler else self._host
@@ -86,7 +86,7 @@ class StepLoop:
     # Batches that a user makes.
 
     def _checked(self, chunks: Sequence[Chunk]) -> list[Chunk]:
-        return checked(chunks, self._n_vocab)
+        return checked(chunks, self.n_vocab)
 
     def run(self, chunks: Sequence[Chunk]) -> tuple[NDArray[np.float32], dict[int, str]]:
         return self.owner.call(partial(self._run, self._checked(chunks)))

@@ -94,6 +94,9 @@ class SharedMemory:
         """The state slots, to be looked at."""
         return self._call(lambda: self._memory.slots)
 
+    def reserve(self) -> int:
+        return self._memory.reserve()
+
     def create(self) -> int:
         return self._call(self._memory.create)
 

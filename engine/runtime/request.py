@@ -89,6 +89,7 @@ class Request:
     the cache has them. `n_done`: tokens of the prompt that memory has, or steps have got; `reuse`:
     those that it had. `n_pending`: tokens that steps in flight will give it. `logits`: of the
     prompt's last token, if the cache has them and all of it. `entries`: what it left in the cache.
+    `end_logits`: those of its last token, if it ended by another one.
     `cause`: the exception that ended it.
     """
 
@@ -110,9 +111,10 @@ class Request:
         self.after: Checkpoint | None = None
         self.source: Source | None = None
         self.stops: dict[int, Kind] = {}
-        self.packed = b""
+        self.packed, self.has_looked_further = b"", False
         self.reuse = Reuse(len(self.ids), reason="it has not begun")
         self.logits: NDArray[np.float32] | None = None
+        self.end_logits: NDArray[np.float32] | None = None
         self.entries: list[Node[Entry]] = []
         self.n_past, self.n_done, self.n_pending = n_past, 0, 0
         self.prompt_end = n_past + len(self.ids)
@@ -162,6 +164,11 @@ class Request:
         """Whether a step has got tokens of it."""
         return self.n_done > self.reuse.n_reused
 
+    def replay(self, tokens: Sequence[int]) -> None:
+        """Have decoder and stop texts hold back what they did after tokens that came before."""
+        for token in tokens:
+            self._stops.push(self._decoder.push(token))
+
     def take(self, n_tokens: int, n_outputs: int) -> None:
         """Note that a step has got its next `n_tokens`, and will give `n_outputs` tokens."""
         self.n_done += n_tokens if self.is_prefilling else 0
@@ -187,6 +194,7 @@ class Request:
         """Sample the next token from logits [n_vocab]; it may end it. Raises SamplingError."""
         token = self.sampler.sample(logits)
         self.sampler.accept(token)
+        self.end_logits = logits if token in self._ends else None
         n_top = self.params.logprobs
         self._append(token, None if n_top is None else logprobs(logits, token, n_top))
 

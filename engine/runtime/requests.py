@@ -13,6 +13,7 @@ from engine.kvcache.entries import Text
 from engine.kvcache.prefix import packed, unpacked
 from engine.runtime.request import Request
 from engine.runtime.reuse import Answer, Reuse, Source
+from engine.runtime.sessions import Session
 from engine.sampling.breakers import BreakerSearch
 from engine.sampling.chain import Sampler
 from engine.sampling.params import SamplingError, SamplingParams
@@ -68,6 +69,15 @@ class Requests:
             request.reuse = Reuse(len(source.ids), reason=unused)
         else:
             request.source, request.packed = source, packed(source.ids)
+        return request
+
+    def resume(self, session: Session, params: SamplingParams | None, unused: str) -> Request:
+        """A request that goes on with what a session's completion generated."""
+        checks.instance(PromptError, "session", session, Session)
+        request = self.make(session.tokens, session.params if params is None else params, unused)
+        if params is None or params.seed in (None, -1, session.params.seed):
+            request.sampler.state = session.sampler
+        request.replay(session.tokens[session.n_prompt :])
         return request
 
     def _source(self, prompt: Prompt | Source, is_new: bool) -> Source:

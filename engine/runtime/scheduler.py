@@ -11,6 +11,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from itertools import islice
 from math import ceil
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,17 @@ def cut(n_past: int, n_tokens: int, n_ubatch: int) -> Iterator[slice]:
 _MOST_BEHIND = 16
 
 
+class Further(Protocol):
+    """Where more is kept than in memory."""
+
+    def load(self, ids: bytes, n_kept: int) -> bool:
+        """Bring more than `n_kept` of a prompt's ids into the cache; whether what is there may have
+        changed."""
+
+    def let_go(self) -> None:
+        """Free the memory of what is on its way there."""
+
+
 class Scheduler:
     """Requests waiting and running; at most `capacity.n_seqs` run at a time.
 
@@ -55,6 +67,7 @@ class Scheduler:
         """`keeps_logits`: whether the host gets the logits of every prompt's last token."""
         self.memory, self.cache, self._capacity = memory, cache, capacity
         self.keeps_logits = True
+        self.disk: Further | None = None
         self.live: dict[Request, None] = {}
         self.waiting: OrderedDict[Request, None] = OrderedDict()
         self.running: list[Request] = []
@@ -101,11 +114,12 @@ class Scheduler:
             self.disown(request)
         elif source is not None:
             try:
-                self._leave(request, source)
+                self.leave(request, source)
             except Exception as error:
                 self.memory.recount()
                 self.cache.settle()
                 request.detail += f"; what came after it broke off: {error!r}"
+        request.end_logits = None  # Users keep completions.
         self.memory.free(request.seq)
         self.cache.tidy()
         self.waiting.pop(request, None)
@@ -163,6 +177,8 @@ class Scheduler:
             if not self._fits(request, found):
                 if self.running:
                     return
+                if self.disk is not None:
+                    self.disk.let_go()
                 found = Found()
                 if not self._fits(request, found):
                     self._refuse(request)
@@ -179,6 +195,10 @@ class Scheduler:
             return Found()
         n = len(request.ids)
         found = self.cache.match(request.packed, n)
+        if not request.has_looked_further:
+            request.has_looked_further = True
+            if self.disk is not None and self.disk.load(request.packed, found.n_kept):
+                found = self.cache.match(request.packed, n)
         has_all = found.node is not None and found.node.end == n
         if has_all and (not self.keeps_logits or found.logits is None):
             found = self.cache.match(request.packed, n - 1)
@@ -256,12 +276,12 @@ class Scheduler:
             zero(node.kept.seq)
         self.cache.forget(node)
 
-    def _leave(self, request: Request, source: Source) -> None:
+    def leave(self, request: Request, source: Source) -> None:
         """Keep the state of a request that has ended, and the texts that lead to it."""
         ids, n = request.packed + packed(request.tokens), self.memory.n_tokens(request.seq)
         is_whole = n >= request.prompt_end
         kind = Kind.ANSWER if is_whole and request.tokens else Kind.PROMPT
-        self.cache.keep(ids[: ID_BYTES * n], request.seq, kind)
+        self.cache.keep(ids[: ID_BYTES * n], request.seq, kind, request.end_logits)
         for n_characters, n_ids in (ends := (source.first_end, source.turn_end)):
             if 0 < n_ids <= n:
                 begin = ids[: ID_BYTES * n_ids]
@@ -277,11 +297,16 @@ class Scheduler:
         which then gives it up."""
         n_shared = request.n_past + found.n_shared
         n_blocks = self._n_blocks(request.limit) - n_shared // self._capacity.block_size
+        return self.make_room(n_blocks, 1, found.node)
+
+    def make_room(self, n_blocks: int, n_slots: int, spared: Node[Entry] | None = None) -> bool:
+        """Have the cache give up what it must, but one entry, so that so much is free beyond what
+        the running requests may still take; whether it is."""
         n_blocks += sum(map(self._unclaimed_blocks, self.running))
-        n_slots = 1 + sum(map(self._unclaimed_slots, self.running))
+        n_slots += sum(map(self._unclaimed_slots, self.running))
         blocks, slots = self.memory.blocks, self.memory.slots
         return self.cache.make_room(
-            lambda: n_blocks <= blocks.n_free and n_slots <= slots.n_free, found.node
+            lambda: n_blocks <= blocks.n_free and n_slots <= slots.n_free, spared
         )
 
     def _n_blocks(self, n_positions: int) -> int:

@@ -8,7 +8,7 @@ import functools
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -52,6 +52,22 @@ class Sampler:
         self._active = [name for name in names if not SAMPLERS[name].is_off(p)]
         self._is_greedy = self._takes_highest()
         self._spec = self._device_spec()
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the next tokens depend on beside the tokens so far, for JSON."""
+        bits: Any = self._context.rng.bit_generator
+        return {"rng": bits.state, "uniforms": list(self._uniforms), "mu": self._mu}
+
+    @state.setter
+    def state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state`. Raises SamplingError for what is none."""
+        try:
+            self._context.rng.bit_generator.state = state["rng"]
+            self._uniforms = deque(map(float, state["uniforms"]))
+            self._mu = float(state["mu"])
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
+            raise SamplingError(f"expected a sampler's state, got another one: {error!r}") from None
 
     def accept(self, *tokens: int) -> None:
         """Count tokens of the prompt or of the output for the penalties."""

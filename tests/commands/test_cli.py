@@ -18,8 +18,8 @@ import pytest
 from engine import Engine, EngineError, SamplingParams
 from engine.commands.main import made
 from engine.commands.options import sampling_params
-from engine.engine import plan_only
 from engine.formats.gguf import GGUFFile
+from engine.planning import plan_only
 from engine.version import __version__
 from tests.support.helpers import Cli
 from tools.ggufwrite import TensorSpec, write_gguf

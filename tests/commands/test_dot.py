@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from engine.commands.dot import Box, folded
-from engine.engine import plan_only
 from engine.graph import Dim, Tensor
 from engine.placement.place import Plan
+from engine.planning import plan_only
 from tests.support.helpers import Cli, write_header
 
 PICTURE = Path(__file__).parents[2] / "docs" / "graph-0.8b.svg"

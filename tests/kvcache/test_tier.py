@@ -37,6 +37,9 @@ class StillMover:
         self.n_allocated += n_bytes
         return SimpleNamespace(address=0)
 
+    def rows(self, dim: str, addresses: Sequence[int]) -> dict[Any, Any]:
+        raise NotImplementedError
+
     def move(self, rows: Sequence[tuple[str, int, int]], to_host: bool) -> None:
         pass
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from engine.commands.graph import histogram, layer_kinds
-from engine.engine import plan_only
 from engine.formats.gguf import GGUFFile
 from engine.graph import Graph, Kind, Tensor, dim_name
 from engine.models import load_model
 from engine.ops import OPS
 from engine.placement.place import Plan
+from engine.planning import plan_only
 from tests.support.helpers import HEADER_VOCAB, write_header
 from tools.presets import PRESETS
 

@@ -11,10 +11,10 @@ from typing import cast
 import pytest
 
 from engine import Engine, SamplingParams
-from engine.engine import plan_only
 from engine.kvcache.entries import Room
 from engine.placement.cache import CacheRoomError, cache_room
 from engine.placement.place import Plan
+from engine.planning import plan_only
 from tools.presets import PRESETS, QwenPreset
 from tools.synth import write_model
 

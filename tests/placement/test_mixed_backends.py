@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from engine import Engine
-from engine.engine import plan_only
 from engine.graph import Kind, Node
 from engine.placement.place import Plan
+from engine.planning import plan_only
 from engine.runtime.batch import Chunk, Logits
 from tests.support.opcase import fresh_seed
 from tests.support.picky import Picky, Refusal, refuse_names, refuse_ops

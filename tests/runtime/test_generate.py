@@ -12,8 +12,8 @@ import pytest
 
 from engine import Engine, SamplingParams
 from engine.config import ConfigError
-from engine.engine import plan_only
 from engine.errors import EngineError
+from engine.planning import plan_only
 from engine.runtime.request import Token
 from engine.runtime.requests import PromptError
 from tests.support.helpers import N_VOCAB, ROW_BY_ROW, STD, assert_all_free, random_ids

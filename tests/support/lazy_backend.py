@@ -73,6 +73,14 @@ class LazyStates(ArrayStates):
         self._backend.work()
         super().copy(dim, source, target)
 
+    def read(self, tensor: Tensor, indices: Sequence[int], buffer: Array) -> Array:
+        self._backend.work()
+        return super().read(tensor, indices, buffer)
+
+    def write(self, tensor: Tensor, indices: Sequence[int], values: Array) -> None:
+        self._backend.work()
+        super().write(tensor, indices, values)
+
     def settle(self) -> None:
         """Run what was launched: see tests/support/states.py."""
         self._backend.work()

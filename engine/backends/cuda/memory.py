@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ctypes
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from engine.backends.cuda.kernels import threads
 from engine.backends.cuda.weights import CudaWeights
 from engine.backends.native import library as cpu_library
 from engine.backends.native.backend import NativeBackend
+from engine.backends.native.states import rows_in, runs
 from engine.backends.native.views import DIMS, write_view
 from engine.formats.quants import numpy_dtype
 from engine.graph import Kind, Live, Tensor, dim_name
@@ -54,6 +56,26 @@ class DeviceStates:
         for address, n in self._of(dim):
             self._device.copy(address + target * n, address + source * n, n)
 
+    def read(self, tensor: Tensor, indices: Sequence[int], buffer: Array) -> Array:
+        values = rows_in(buffer, len(indices), tensor.shape[1:], numpy_dtype(tensor.dtype))
+        for address, part in self._runs(tensor, indices, values):
+            self._device.download(address, part)
+        return values
+
+    def write(self, tensor: Tensor, indices: Sequence[int], values: Array) -> None:
+        for address, part in self._runs(tensor, indices, values):
+            self._device.upload(address, part)
+
+    def _runs(
+        self, tensor: Tensor, indices: Sequence[int], values: Array
+    ) -> Iterator[tuple[int, Array]]:
+        """(address, rows of `values`) of every run of consecutive indices."""
+        n_bytes, at = tensor.nbytes // int(tensor.shape[0]), 0
+        for first, last in runs(indices):
+            n = last + 1 - first
+            yield self._memory[tensor].address + first * n_bytes, values[at : at + n]
+            at += n
+
     def row_bytes(self, dim: str) -> int:
         return sum(n for _, n in self._of(dim))
 
@@ -72,6 +94,18 @@ class DeviceStates:
         function = self._device.function("copy_pieces", "copy_pieces")
         n_threads = threads("copy_pieces")
         self._device.launch(function, (len(pieces), 1, 1), n_threads, 0, args.ctypes.data)
+
+    def rows(self, dim: str, addresses: Sequence[int]) -> dict[Tensor, Array]:
+        self._device.synchronize()
+        n_bytes, found, at = self.row_bytes(dim), dict[Tensor, Array](), 0
+        raw = [np.ctypeslib.as_array((ctypes.c_uint8 * n_bytes).from_address(a)) for a in addresses]
+        whole = np.stack(raw) if raw else np.empty((0, n_bytes), np.uint8)
+        for t in self._memory:
+            if dim_name(t) == dim:
+                n = t.nbytes // int(t.shape[0])
+                part = np.ascontiguousarray(whole[:, at : at + n]).view(numpy_dtype(t.dtype))
+                found[t], at = part.reshape(-1, *t.shape[1:]), at + n
+        return found
 
     def _pieces(self, dim: str, rows: Sequence[tuple[str, int, int]]) -> Array:
         """[n, 3] uint64: (address on the host, the device's, bytes) of the rows' parts."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -29,6 +30,12 @@ class NoStates:
 
     def copy(self, dim: str, source: int, target: int) -> None:
         pass
+
+    def read(self, tensor: Tensor, indices: Sequence[int], buffer: Any) -> Any:
+        raise NotImplementedError
+
+    def write(self, tensor: Tensor, indices: Sequence[int], values: Any) -> None:
+        raise NotImplementedError
 
     def give_back(self, dim: str, indices: Sequence[int]) -> None:
         pass
