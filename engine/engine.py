@@ -81,12 +81,7 @@ class Engine:
         self.loop = StepLoop(executable, scheduler, cap, config.check, owner)
         self._chats = Chats(file, self.tokenizer, self._find_text)
         self._requests = Requests(
-            file,
-            self.tokenizer,
-            self.model.n_vocab,
-            self.n_ctx,
-            config.n_parallel,
-            self.cache.match_text,
+            file, self.tokenizer, self.model.n_vocab, self.n_ctx, config.n_parallel, self._find_text
         )
         self._files = StateFiles(self.loop, self.memory, cache(partial(fingerprint, file)))
         self._disk: DiskCache | None = None

@@ -207,6 +207,19 @@ def test_what_leaves_the_tier_on_the_host(
         assert_all_free(engine)
 
 
+def test_a_text_goes_on_with_an_answer_on_disk(tiny: Path, fresh: Engine, folder: Path) -> None:
+    """Its ids are those that the state has read, though the tokenizer makes others of it."""
+    text, said = "Once upon a time there was " * 40, "the cat in the hat"
+    with load(tiny, folder) as engine:
+        n = len(engine.encode_prompt(text))
+        engine.generate(text, forced(list(said.encode()), n)).wait()
+    with load(tiny, folder) as engine:
+        again = engine.generate(text + said + " and the dog", GREEDY).wait()
+        assert_right(again, fresh)
+        assert again.request.ids[n : n + len(said)] == list(said.encode())
+        assert again.reuse.n_reused == n + len(said) - 1
+
+
 # The budget, and what is foreign.
 
 
