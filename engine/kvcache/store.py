@@ -215,10 +215,12 @@ class Reader:
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             raise self.refused("a session") from None
 
-    def pieces(self, buffer: Array) -> Iterator[tuple[str, int, Array]]:
+    def pieces(self, n_bytes: int = PIECE) -> Iterator[tuple[str, int, Array]]:
         """Its tensors in order, as (name, first row, rows), each until the next one is asked for.
         Raises StoreError at the end if they are not what was written: what was read must not be
-        used then. buffer: [n] uint8, for a row or more."""
+        used then. n_bytes: of a piece, unless a row has more."""
+        rows = [dtype.itemsize * math.prod(shape[1:]) for dtype, shape in self.shapes.values()]
+        buffer = np.empty(max([n_bytes, *rows]), np.uint8)
         at, digest = self._begin, hashlib.new(_HASH)
         with threads.pool("a thread that hashes", 1) as hashing:
             for name, (dtype, shape) in self.shapes.items():

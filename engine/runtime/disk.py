@@ -60,7 +60,8 @@ class DiskCache:
         # Inodes of files, by name, that are not of this engine, or that can't be used.
         self._refused: dict[str, int] = {}
         self._is_usable = True
-        files.model()  # Here, not within a step: it reads the model's file.
+        # Of the names of files. Here, not within a step: it reads the model's file.
+        self._of = files.model().encode() + files.signature
         self._writer: threading.Thread | None = None
         self._held: Held | None = None
         try:
@@ -137,8 +138,7 @@ class DiskCache:
 
     def _name(self, ids: bytes) -> str:
         """Of the file of some tokens."""
-        of = self._files.model().encode() + self._files.signature
-        return f"{hashlib.sha256(of + ids).hexdigest()}.prefix"
+        return f"{hashlib.sha256(self._of + ids).hexdigest()}.prefix"
 
     def close(self) -> None:
         """Write what is in memory, and wait until it is written; what is worth most comes last, and

@@ -225,12 +225,10 @@ class StateFiles:
         """Read a file into the cache; returns its tokens. Raises StoreError, and MemoryFullError
         where what runs has the memory."""
         call = self.call if call is None else call
-        rows = call(partial(self._expected, said)).values()
-        n_row = max(dtype.itemsize * math.prod(shape[1:]) for dtype, shape in rows)
         kept = [Checkpoint(self._shared, self._memory.reserve()) for _ in said.states]
         try:
             indices = call(partial(self._adopt, said, kept))
-            others = self._filled(reader, indices, np.empty(max(PIECE, n_row), np.uint8), call)
+            others = self._filled(reader, indices, call)
             call(partial(self._keep, reader.path, said, kept, others))
         finally:
             # At once: who is inside the door may need their memory, if the cache gives it up.
@@ -239,12 +237,12 @@ class StateFiles:
         return others["tokens"]
 
     def _filled(
-        self, reader: Reader, indices: Mapping[str, list[int]], buffer: Array, call: Call
+        self, reader: Reader, indices: Mapping[str, list[int]], call: Call
     ) -> dict[str, Array]:
         """Write a file's rows to slots and blocks; returns its other tensors."""
         states = {t.name: (store, t) for store, t in call(lambda: self._states)}
         others: dict[str, list[Array]] = {}
-        for name, first, values in reader.pieces(buffer):
+        for name, first, values in reader.pieces():
             if name in states:
                 store, t = states[name]
                 some = indices[dim_name(t)][first : first + len(values)]

@@ -277,7 +277,7 @@ class Scheduler:
         self.cache.forget(node)
 
     def leave(self, request: Request, source: Source) -> None:
-        """Keep the state of a request that has ended, and the texts that lead to it."""
+        """Keep the state that a request has, and the texts that lead to it."""
         ids, n = request.packed + packed(request.tokens), self.memory.n_tokens(request.seq)
         is_whole = n >= request.prompt_end
         kind = Kind.ANSWER if is_whole and request.tokens else Kind.PROMPT

@@ -86,6 +86,13 @@ def refusal(path: Path) -> str:
 # What is written is read.
 
 
+def test_a_row_larger_than_a_piece(path: Path) -> None:
+    whole = tensors_of(Reader(path))
+    for n_bytes in (1, 7, 64):
+        for name, array in tensors_of(Reader(path), n_bytes).items():
+            assert array.tobytes() == whole[name].tobytes()
+
+
 def test_the_library_reads_the_same(path: Path) -> None:
     found, expected = load_file(path), arrays()
     assert len(found.pop(HASH)) == 2

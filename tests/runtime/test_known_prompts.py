@@ -27,6 +27,7 @@ from tests.support.lazy_backend import lazy_engine
 from tests.support.talk import (
     CACHE_RAM,
     GREEDY,
+    Noting,
     Talk,
     assert_cache_right,
     assert_right,
@@ -371,21 +372,6 @@ def test_prompts_at_once_share_what_they_begin_with(
 # Without the cache.
 
 
-class Noting:
-    """A logits processor that keeps a copy of what it gets."""
-
-    def __init__(self) -> None:
-        self.rows: list[Logits] = []
-
-    def __call__(self, before: Sequence[int], logits: Logits) -> Logits:
-        self.rows.append(logits.copy())
-        return logits
-
-    @property
-    def params(self) -> SamplingParams:
-        return SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, logits_processors=self)
-
-
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("is_chat", [False, True])
 @pytest.mark.parametrize("by_engine", [False, True])
@@ -422,24 +408,6 @@ def test_without_the_cache_no_history_changes_a_bit(
 
 
 # Reasons.
-
-
-@pytest.mark.parametrize(
-    ("reuse", "text"),
-    [
-        (Reuse(10), "reused 0 of 10 tokens (nothing known begins like it)"),
-        (Reuse(10, reason="cache_prompt is off"), "reused 0 of 10 tokens (cache_prompt is off)"),
-        (Reuse(10, 10, 10), "reused 10 of 10 tokens"),
-        (Reuse(10, 0, 8), "reused 0 of 10 tokens (diverged at 8, no state before)"),
-        (Reuse(10, 6, 10), "reused 6 of 10 tokens (all are known, nearest state at 6)"),
-        (Reuse(10, 0, 10), "reused 0 of 10 tokens (all are known, no state before)"),
-        (Reuse(4326, 4096, 4211),
-         "reused 4096 of 4326 tokens (diverged at 4211, nearest state at 4096)"),
-        (Reuse(10, 4, 5, "why"), "reused 4 of 10 tokens (diverged at 5, nearest state at 4: why)"),
-    ],
-)  # fmt: skip
-def test_what_a_reuse_says(reuse: Reuse, text: str) -> None:
-    assert str(reuse) == text
 
 
 def test_what_real_runs_say(engine: Engine, rng: Rng) -> None:

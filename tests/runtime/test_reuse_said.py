@@ -24,6 +24,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
          "reused 4096 of 4326 tokens (diverged at 4211, nearest state at 4096)"),
         (Reuse(9, 4, 5, "so"), "reused 4 of 9 tokens (diverged at 5, nearest state at 4: so)"),
         (Reuse(9, 4, 9), "reused 4 of 9 tokens (all are known, nearest state at 4)"),
+        (Reuse(10, 0, 10), "reused 0 of 10 tokens (all are known, no state before)"),
     ],
 )  # fmt: skip
 def test_texts(reuse: Reuse, said: str) -> None:

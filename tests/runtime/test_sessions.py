@@ -20,7 +20,7 @@ from engine.runtime.completion import Completion
 from tests.support.chats import CHATML, QWEN35_STYLE
 from tests.support.helpers import assert_all_free, exact_engine, float64_engine, nmse, random_ids
 from tests.support.lazy_backend import lazy_engine
-from tests.support.talk import CACHE_RAM, GREEDY, assert_right, forced, steps_run
+from tests.support.talk import CACHE_RAM, GREEDY, Noting, assert_right, forced, steps_run
 
 Models = Callable[[str, str], Path]
 Rng = np.random.Generator
@@ -81,17 +81,6 @@ def interrupted(make: Make, path: Path, file: Path, start: Callable[[Engine], Co
         assert after.reuse.n_reused == session.n_kept
         assert_all_free(engine)
     return tokens, after
-
-
-class Noting:
-    """A logits processor that keeps what it gets."""
-
-    def __init__(self) -> None:
-        self.rows: list[Logits] = []
-
-    def __call__(self, before: Sequence[int], logits: Logits) -> Logits:
-        self.rows.append(logits.copy())
-        return logits
 
 
 # A completion goes on.

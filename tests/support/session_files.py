@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from engine.kvcache.store import Reader
 
 
-def tensors_of(reader: Reader, n_buffer: int = 1 << 20) -> dict[str, NDArray[Any]]:
+def tensors_of(reader: Reader, n_bytes: int = 1 << 20) -> dict[str, NDArray[Any]]:
     """All tensors of a file, which is read by the MiB."""
     found: dict[str, list[NDArray[Any]]] = {}
     rows = dict.fromkeys(reader.shapes, 0)
-    for name, first, values in reader.pieces(np.empty(n_buffer, np.uint8)):
+    for name, first, values in reader.pieces(n_bytes):
         assert first == rows[name]
         rows[name] += len(values)
         found.setdefault(name, []).append(values.copy())

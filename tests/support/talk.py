@@ -78,6 +78,21 @@ def forced(tokens: Sequence[int], n_prompt: int) -> SamplingParams:
     return replace(GREEDY, max_tokens=len(tokens), logits_processors=processor)
 
 
+class Noting:
+    """A logits processor that keeps a copy of what it gets."""
+
+    def __init__(self) -> None:
+        self.rows: list[Logits] = []
+
+    def __call__(self, before: Sequence[int], logits: Logits) -> Logits:
+        self.rows.append(logits.copy())
+        return logits
+
+    @property
+    def params(self) -> SamplingParams:
+        return SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, logits_processors=self)
+
+
 def processed(done: Completion) -> list[int]:
     """The tokens of a prompt that steps processed."""
     return done.request.ids[done.reuse.n_reused :]
