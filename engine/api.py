@@ -11,10 +11,10 @@ from engine.runtime.completion import Completion, GenerationError
 from engine.runtime.finite import NonFiniteError
 from engine.runtime.owner import OwnerError
 from engine.runtime.request import FinishReason, Timings, Token
-from engine.runtime.requests import PromptError
+from engine.runtime.requests import PromptError, PromptTooLongError
 from engine.sampling.logprobs import Logprobs
 from engine.sampling.params import LogitsProcessor, SamplingError, SamplingParams
-from engine.text.template import ChatError, ChatTemplate, Message
+from engine.text.template import ChatError, ChatTemplate, Message, Sampled
 from engine.text.tokenizer import Tokenizer, TokenizerError
 from engine.version import __version__
 
@@ -22,6 +22,7 @@ __all__ = [
     "BatchError", "ChatError", "ChatTemplate", "Checkpoint", "CheckpointError",
     "Chunk", "Completion", "ConfigError", "Engine", "EngineError", "FinishReason", "GGUFError",
     "GenerationError", "Logits", "LogitsProcessor", "Logprobs", "MemoryFullError", "Message",
-    "NonFiniteError", "OwnerError", "PromptError", "SamplingError", "SamplingParams",
-    "SequenceError", "Timings", "Token", "Tokenizer", "TokenizerError", "__version__",
+    "NonFiniteError", "OwnerError", "PromptError", "PromptTooLongError", "Sampled", "SamplingError",
+    "SamplingParams", "SequenceError", "Timings", "Token", "Tokenizer", "TokenizerError",
+    "__version__",
 ]  # fmt: skip

@@ -99,7 +99,8 @@ def instance(error: Errors, name: str, value: Any, kind: type) -> None:
 
 def one_of(error: Errors, name: str, value: Any, known: Sequence[str | None]) -> None:
     if not isinstance(value, str | None) or value not in known:
-        came = value if isinstance(value, str) else shown(value)
+        is_word = isinstance(value, str) and value.isprintable() and len(value) <= _MAX_SHOWN
+        came = value if is_word else shown(value)
         raise error(f"{name}: expected one of {', '.join(k for k in known if k)}, got {came}")
 
 

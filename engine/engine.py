@@ -252,7 +252,7 @@ class Engine:
         request.after = after
         return self._submitted(Completion(self.loop, request), request)
 
-    def chat(
+    def chat(  # noqa: PLR0913  (the options of a chat)
         self,
         messages: Sequence[Message],
         params: SamplingParams | None = None,
@@ -260,19 +260,26 @@ class Engine:
         tools: Sequence[Mapping[str, Any]] | None = None,
         reasoning: bool | None = None,
         template: ChatTemplate | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        continue_last: bool = False,
         cache_prompt: bool | None = None,
     ) -> Completion:
         """Stream the answer to a conversation, as `generate` streams a completion.
 
         messages: each a dict with `role` (system, user, assistant, tool) and `content`; tools: JSON
         schemas; reasoning: whether to think, for templates that take it (`enable_thinking`);
-        template: None for the model's own. States are kept in the cache: where messages go on from
-        an answer, with its `text` as the assistant's content, nothing of the history is processed
-        again (see runtime/chats.py); cache_prompt: as of `generate`. Control tokens that a message
-        spells are text. Raises ChatError, and as `generate` does.
+        template: None for the model's own; template_kwargs: more variables of it, of JSON's types;
+        those that it does not read have no effect. continue_last: the last message is an
+        assistant's, and the answer goes on with its content, or with its reasoning_content if there
+        is no content. An assistant's content may be Sampled: what the model wrote, calls included,
+        which stays as it is. States are kept in the cache: where messages go on from an answer,
+        with its `text` as the assistant's content, nothing of the history is processed again (see
+        runtime/chats.py); cache_prompt: as of `generate`. Control tokens that a message spells are
+        text. Raises ChatError, and as `generate` does.
         """
-        template = self._chats.checked(template, tools, reasoning)
-        options = {"tools": tools, "reasoning": reasoning}
+        options: dict[str, Any] = {"tools": tools, "reasoning": reasoning}
+        options |= {"template_kwargs": template_kwargs, "continue_last": continue_last}
+        template = self._chats.checked(template, **options)
         unused = self._unused(cache_prompt)
         source = self._chats.prompt(template, messages, bool(unused), **options)
         request = self._requests.make(source, params, unused)
@@ -309,10 +316,14 @@ class Engine:
         tools: Sequence[Mapping[str, Any]] | None = None,
         reasoning: bool | None = None,
         template: ChatTemplate | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        continue_last: bool = False,
     ) -> list[int]:
         """Ids of the prompt that `chat` answers, for `generate` and `generate_batch`."""
-        template = self._chats.checked(template, tools, reasoning)
-        return self._chats.encode(template, messages, tools=tools, reasoning=reasoning)
+        options: dict[str, Any] = {"tools": tools, "reasoning": reasoning}
+        options |= {"template_kwargs": template_kwargs, "continue_last": continue_last}
+        template = self._chats.checked(template, **options)
+        return self._chats.encode(template, messages, **options)
 
     def generate_batch(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import re
 import signal
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from engine.checks import shown
 from engine.commands.options import InputError, Parser, load_engine, read_text, unescaped
 from engine.commands.output import write
 from engine.commands.progress import prompt_bar
@@ -23,7 +25,13 @@ from engine.runtime.completion import Completion
 from engine.runtime.request import FinishReason
 from engine.runtime.requests import PromptError
 from engine.sampling.params import SamplingParams
-from engine.text.template import TEMPLATE_KEY, ChatError, ChatTemplate, find_template
+from engine.text.template import (
+    TEMPLATE_KEY,
+    ChatError,
+    ChatTemplate,
+    check_variables,
+    find_template,
+)
 
 _QUOTES = '"""'
 HELP = (
@@ -38,7 +46,7 @@ _SWITCH: dict[str, bool | None] = {
 }
 _ONLY_IN_A_CHAT = ("system_prompt", "system_prompt_file", "single_turn")
 # For the chats in a file of prompts, too.
-_FOR_A_TEMPLATE = ("chat_template", "reasoning")
+FOR_A_TEMPLATE = ("chat_template", "chat_template_kwargs", "reasoning")
 
 
 def add_options(p: Parser) -> None:
@@ -53,7 +61,19 @@ def add_options(p: Parser) -> None:
     system = group.add_mutually_exclusive_group().add_argument
     system("-sys", "--system-prompt", metavar="TEXT", help="system message")
     system("-sysf", "--system-prompt-file", metavar="FILE", help="file with it")
+    add_template_options(group)
+
+
+def add_template_options(group: argparse._ArgumentGroup) -> None:
+    """Those of `template_options`."""
+    add = group.add_argument
     add("--chat-template", metavar="FILE|NAME|TEXT", help="Jinja template (default: the model's)")
+    add(
+        "--chat-template-kwargs",
+        type=_variables,
+        metavar="JSON",
+        help="object with variables of the template: '{\"preserve_thinking\": true}'",
+    )
     add("-rea", "--reasoning", nargs="?", const="on", choices=_SWITCH, metavar="on|off|auto",
         help="let the model think before it answers (the template's enable_thinking)")  # fmt: skip
     add("--no-reasoning", dest="reasoning", action="store_const", const="off",
@@ -65,7 +85,7 @@ def is_wanted(parser: Parser, args: argparse.Namespace) -> bool:
     makes it a chat, and so does a terminal if the model has a template."""
     if args.conversation and args.prompts is not None:
         parser.error("argument -cnv: not allowed with argument --prompts")
-    given = [n for n in (*_ONLY_IN_A_CHAT, *_FOR_A_TEMPLATE) if getattr(args, n) is not None]
+    given = [n for n in (*_ONLY_IN_A_CHAT, *FOR_A_TEMPLATE) if getattr(args, n) is not None]
     other, refused = "", list[str]()
     if args.conversation is False:
         other, refused = "-no-cnv", given
@@ -113,7 +133,19 @@ def template_options(args: argparse.Namespace) -> dict[str, Any]:
         raise ChatError(
             f"{template.name} takes no --reasoning {args.reasoning}: it reads no enable_thinking"
         )
-    return {"template": template, "reasoning": reasoning}
+    given = args.chat_template_kwargs
+    check_variables(given, reasoning)
+    return {"template": template, "reasoning": reasoning, "template_kwargs": given}
+
+
+def _variables(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {shown(text)}")
+    return value
 
 
 def _template(args: argparse.Namespace) -> ChatTemplate:

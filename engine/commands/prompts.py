@@ -33,10 +33,11 @@ _ALIASES = {
 }  # fmt: skip
 _FIELDS = {f.name for f in fields(SamplingParams)} - {"logits_processors"}
 # Besides the prompt: what goes with the messages of a chat.
-_CHAT = ("messages", "tools", "reasoning")
+_CHAT = ("messages", "tools", "reasoning", "template_kwargs", "continue_last")
 HELP = (
     "A line of --prompts is a text, or JSON: a string, or an object with `prompt` (a text or token "
-    "ids) or `messages` (a chat's, with its `tools` and `reasoning` if wanted), an `id`, and "
+    "ids) or `messages` (a chat's, with other keywords of Engine.chat: "
+    f"{', '.join(_CHAT[1:])}), an `id`, and "
     f"parameters of its own: {', '.join(sorted(_FIELDS))}. A result has `line`, the `id`, `prompt` "
     "or `messages`, `text`, `tokens`, `finish_reason`, and `error` or `logprobs` if there are some."
 )

@@ -81,7 +81,8 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
 def _run_many(args: argparse.Namespace, params: SamplingParams) -> int:
     # Editors of other systems may have begun the file with a byte order mark.
     lines = read_text(args.prompts).removeprefix("\ufeff").split("\n")
-    options = chat.template_options(args) if args.chat_template or args.reasoning else {}
+    is_given = any(getattr(args, name) for name in chat.FOR_A_TEMPLATE)
+    options = chat.template_options(args) if is_given else {}
     with load_engine(args) as engine:
         return prompts.run(engine, lines, params, options, verbose=args.verbose)
 

@@ -26,6 +26,8 @@ from engine.text.template import (
     ChatError,
     ChatTemplate,
     Message,
+    Sampled,
+    check_variables,
     find_template,
     is_text_part,
 )
@@ -59,8 +61,9 @@ class Chats:
         self._last: deque[tuple[Any, Any, str, int]] = deque(maxlen=_N_LAST)
 
     def checked(
-        self, template: ChatTemplate | None, tools: Any, reasoning: bool | None
-    ) -> ChatTemplate:
+        self, template: ChatTemplate | None, tools: Any, reasoning: bool | None,
+        template_kwargs: Any, continue_last: bool,
+    ) -> ChatTemplate:  # fmt: skip
         """The template, or the model's own. Raises ChatError for what doesn't go with it."""
         if template is None:
             # As in transformers, a file may have a template of its own for tools.
@@ -78,6 +81,8 @@ class Chats:
             checks.flag(ChatError, "reasoning", reasoning)
             if "enable_thinking" not in template.variables:
                 raise ChatError(f"{template.name} takes no reasoning: it reads no enable_thinking")
+        checks.flag(ChatError, "continue_last", continue_last)
+        check_variables(template_kwargs, reasoning)
         return template
 
     def prompt(
@@ -85,18 +90,21 @@ class Chats:
     ) -> Source:
         """The prompt for the next answer; is_new: nothing of it may be known.
 
-        options: `tools` and `reasoning` of ChatTemplate.render. Control tokens that a message
-        spells are text (in an answer, <think> and </think> excepted). Raises ChatError.
+        options: those of ChatTemplate.render. Control tokens that a message, a tool or a variable
+        spells are text (in an answer, <think> and </think> excepted, and those of a Sampled).
+        Raises ChatError.
         """
         render, escaped = self._renderer(template, options), self._escaped_all(template, messages)
         text = render(escaped)
+        # Other messages are rendered to their end.
+        probe = partial(render, continue_last=False)
         end, known = (0, None) if is_new else self._known(text)
         before = [] if known is None else unpacked(known.ids)
         new = self._new_segments(text, end)
         source = Source(before + _ids(new), _KIND + text, answer=self._answer)
-        ends = known.ends if known else (self._first_end(render, escaped, text, new), (0, 0))
+        ends = known.ends if known else (self._first_end(probe, escaped, text, new), (0, 0))
         source.first_end, turn_end = ends
-        sure = _n_stable(render, escaped, text)
+        sure = _n_stable(probe, escaped, text)
         if sure > end:
             n, n_ids = _position(new, sure - end)
             source.turn_end = len(_KIND) + end + n, len(before) + n_ids
@@ -155,7 +163,12 @@ class Chats:
         self._last.append((messages, options, *text))
         return reason
 
-    def _renderer(self, template: ChatTemplate, options: Mapping[str, Any]) -> _Render:
+    def _renderer(self, template: ChatTemplate, options: dict[str, Any]) -> partial[str]:
+        for name in ("tools", "template_kwargs"):
+            try:
+                options[name] = self._escape(options.get(name), ())
+            except RecursionError:
+                raise ChatError(f"{name}: expected values that don't hold themselves") from None
         return partial(template.render, special=self._special, **options)
 
     def _escaped_all(
@@ -180,28 +193,33 @@ class Chats:
         # A stop text is in the state, but was not shown.
         if spelled(self._tokenizer, answer).rstrip("\ufffd") != answer.text.rstrip("\ufffd"):
             return None
-        content: str = self._escaped({"role": "assistant", "content": answer.text})["content"]
-        return content
+        return self._escape_text(answer.text, (*_THINKING, *answer.params.preserved_tokens))
 
     def _escaped(self, message: Message) -> dict[str, Any]:
-        is_answer = message["role"] == "assistant"
+        kept = _THINKING if message["role"] == "assistant" else ()
         if message.get("tool_calls"):
             message = {**message, "tool_calls": _with_objects(message["tool_calls"])}
-        return {k: v if k == "role" else self._escape(v, is_answer) for k, v in message.items()}
+        return {k: v if k == "role" else self._escape(v, kept) for k, v in message.items()}
 
-    def _escape(self, value: Any, is_answer: bool) -> Any:
-        """A value of a message with the special tokens escaped in all its texts."""
+    def _escape(self, value: Any, kept: Sequence[str]) -> Any:
+        """A value with the special tokens escaped in all its texts, but for those that are kept."""
+        if isinstance(value, Sampled):
+            kept, n = (*kept, *value.tokens), value.n_thinking
+            parts = [self._escape_text(part, kept) for part in (value[: n or 0], value[n or 0 :])]
+            return Sampled("".join(parts), None if n is None else len(parts[0]))
         if isinstance(value, str):
-            text = self._tokenizer.escape_special_tokens(value)
-            for tag in _THINKING if is_answer else ():
-                text = text.replace(self._tokenizer.escape_special_tokens(tag), tag)
-            return text
+            return self._escape_text(value, kept)
         if isinstance(value, Mapping):
-            items = value.items()
-            return {self._escape(k, is_answer): self._escape(v, is_answer) for k, v in items}
+            return {self._escape(k, kept): self._escape(v, kept) for k, v in value.items()}
         if isinstance(value, list | tuple):
-            return [self._escape(item, is_answer) for item in value]
+            return [self._escape(item, kept) for item in value]
         return value
+
+    def _escape_text(self, text: str, kept: Sequence[str]) -> str:
+        text = self._tokenizer.escape_special_tokens(text)
+        for token in kept:
+            text = text.replace(self._tokenizer.escape_special_tokens(token), token)
+        return text
 
 
 def _n_stable(render: _Render, messages: Sequence[Message], text: str) -> int:

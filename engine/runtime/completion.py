@@ -78,6 +78,22 @@ class Completion:
         """Wait until the next token, or the end, can be read."""
         self.loop.wait(self.request.signal, self._has_news)
 
+    def tell(self, signal: Signal) -> None:
+        """Have `signal` get the news of it from now on, and those that were not read yet."""
+        self.request.signal = signal
+        signal.notify()
+
+    def take_ready(self) -> list[Token]:
+        """The tokens that are there and were not read; never waits. After the end of what was
+        `finish_reason` before, no further ones come."""
+        ready = self.request.ready
+        return [ready.popleft() for _ in range(len(ready))]
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is a token to read, or the end."""
+        return self._has_news()
+
     def _has_news(self) -> bool:
         return bool(self.request.ready) or self.request.finish_reason is not None
 

@@ -232,6 +232,9 @@ class StepLoop:
             self._deliver(row, outcome, self._last_end - start)
             row.is_delivered = True
         self._step = None
+        # Once a step: many requests may have one signal.
+        for signal in dict.fromkeys(row.request.signal for row in step.rows if row.request):
+            signal.notify()
         return True
 
     def _launch(self, before: Step | None) -> None:
@@ -305,7 +308,6 @@ class StepLoop:
             request.finish(FinishReason.ERROR, detail, error)
         if request.finish_reason:
             self.scheduler.remove(request)
-        request.signal.notify()
 
     # After exceptions.
 

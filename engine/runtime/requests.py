@@ -17,7 +17,7 @@ from engine.runtime.sessions import Session
 from engine.sampling.breakers import BreakerSearch
 from engine.sampling.chain import Sampler
 from engine.sampling.params import SamplingError, SamplingParams
-from engine.text.tokenizer import ESCAPE, Tokenizer
+from engine.text.tokenizer import ESCAPE, StreamDecoder, Tokenizer
 
 Prompt = str | Sequence[int]  # A text, or token ids.
 FindText = Callable[[str], tuple[int, Text | None]]  # PrefixCache.match_text.
@@ -34,6 +34,10 @@ _MAX_BREAKERS = 8
 
 class PromptError(EngineError):
     """A prompt that can't be run."""
+
+
+class PromptTooLongError(PromptError):
+    """A prompt with more tokens than the context has positions."""
 
 
 class Requests:
@@ -148,7 +152,7 @@ class Requests:
         end = n_past + len(ids)
         share = max(self._n_ctx // self._n_parallel, end)
         limit = end + params.max_tokens if params.max_tokens >= 0 else share
-        decoder = self._tokenizer.stream(at_start=False)
+        decoder = _decoder(self._tokenizer, params)
         return Request(ids, params, sampler, decoder, ends, min(limit, self._n_ctx), n_past)
 
     def check(self, ids: Sequence[int], n_past: int = 0) -> list[int]:
@@ -162,7 +166,7 @@ class Requests:
             raise PromptError("the prompt is empty: expected at least one token")
         if n_past + len(ids) > self._n_ctx:
             before = f" after position {n_past}" if n_past else ""
-            raise PromptError(
+            raise PromptTooLongError(
                 f"the prompt has {len(ids)} tokens{before}, the context {self._n_ctx}: "
                 "shorten it or raise n_ctx (-c)"
             )
@@ -170,5 +174,9 @@ class Requests:
 
 def spelled(tokenizer: Tokenizer, answer: Answer) -> str:
     """The text of all tokens of an answer."""
-    decoder = tokenizer.stream(at_start=False)
+    decoder = _decoder(tokenizer, answer.params)
     return "".join(map(decoder.push, answer.tokens)) + decoder.finish()
+
+
+def _decoder(tokenizer: Tokenizer, params: SamplingParams) -> StreamDecoder:
+    return tokenizer.stream(params.preserved_tokens, at_start=False)

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine.kvcache.policy import Kind
+from engine.sampling.params import SamplingParams
 
 
 class Answer(Protocol):
     """What a request generated."""
 
     tokens: list[int]
+    params: SamplingParams
 
     @property
     def text(self) -> str: ...

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.sampling import steps
-from engine.sampling.params import LogitsProcessor, SamplingError, SamplingParams
+from engine.sampling.params import LogitsProcessor, NoTokenError, SamplingError, SamplingParams
 from engine.sampling.recent import Breakers
 from engine.sampling.spec import MAX_BANNED, MAX_TOP_K, SampleSpec
 from engine.sampling.steps import SAMPLERS, Candidates, Context
@@ -97,7 +97,7 @@ class Sampler:
                     c = steps.mirostat(c, self._mu)
                 chosen = steps.sample(c, self._uniform())
         except FloatingPointError as error:
-            raise SamplingError(f"parameters too extreme for the logits: {error}") from None
+            raise NoTokenError(f"parameters too extreme for the logits: {error}") from None
         if self._params.mirostat:
             surprise = -math.log2(c.probabilities()[chosen])
             self._mu -= self._params.mirostat_eta * (surprise - self._params.mirostat_tau)
@@ -181,4 +181,5 @@ def _processed(
 
 def _check_finite(highest: float) -> None:
     if not math.isfinite(highest):
-        raise SamplingError(f"logits: expected a finite number as the highest, got {highest}")
+        kind = NoTokenError if highest == -math.inf else SamplingError  # All are banned.
+        raise kind(f"logits: expected a finite number as the highest, got {highest}")

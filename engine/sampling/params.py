@@ -28,6 +28,10 @@ class SamplingError(EngineError):
     """A sampling parameter out of its range."""
 
 
+class NoTokenError(SamplingError):
+    """Parameters that leave no token of a model's logits to sample."""
+
+
 class _Number(NamedTuple):
     """A numeric parameter: what `resolved` takes if nobody set it, its range, its key in the file's
     metadata after `general.sampling.` (empty: none), and whether it is an integer."""
@@ -88,6 +92,7 @@ class SamplingParams:
     mirostat: 0 or 2. logit_bias: token -> what to add, -inf to ban. samplers: their order.
     seed: None or -1 for a random one. max_tokens: -1 for until the context is full. stop: a text or
     texts that end the output. ignore_eos: end-of-generation tokens are never sampled.
+    preserved_tokens: control tokens, as the file spells them, that are text in the output.
 
     logprobs: None for none; N: each token comes with its log probability and those of the N
     likeliest (see Logprobs). logits_processors: functions that get all tokens so far, of prompt and
@@ -125,6 +130,7 @@ class SamplingParams:
     max_tokens: int = _Integer(-1, -1).field()
     stop: str | Sequence[str] = ()
     ignore_eos: bool = False
+    preserved_tokens: str | Sequence[str] = ()
     logprobs: int | None = _Integer(None, 0, _MAX_LOGPROBS).field()
     logits_processors: LogitsProcessor | Sequence[LogitsProcessor] = ()
 
@@ -148,7 +154,7 @@ class SamplingParams:
             raise SamplingError(f"mirostat: expected 0 or 2, got {self.mirostat}")
 
     def _check_collections(self) -> None:
-        for name in ("stop", "dry_sequence_breakers"):
+        for name in ("stop", "dry_sequence_breakers", "preserved_tokens"):
             checks.put(self, name, checks.texts(SamplingError, name, getattr(self, name)))
         names = checks.sequence(SamplingError, "samplers", self.samplers, "names")
         for name in names:

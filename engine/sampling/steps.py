@@ -194,6 +194,13 @@ SAMPLERS: dict[str, SamplerSpec] = {
     ),
 }
 
+# Other names that llama.cpp has for them.
+SAMPLER_NAMES = {
+    "top-k": "top_k", "top-p": "top_p", "nucleus": "top_p", "min-p": "min_p", "temp": "temperature",
+    "typ-p": "typ_p", "typ": "typ_p", "typical": "typ_p", "typical-p": "typ_p",
+    "typical_p": "typ_p", "top-n-sigma": "top_n_sigma",
+}  # fmt: skip
+
 
 def mirostat(c: Candidates, mu: float) -> Candidates:
     """Keep those with a surprise of at most mu bits; at least one (mirostat 2)."""

@@ -5,10 +5,11 @@ own, within limits.
 """
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -24,6 +25,14 @@ TEMPLATE_KEY = "tokenizer.chat_template"
 # Of the templates in a file, so many are named where another one is asked for.
 _NAMED = 8
 _PROBE = "\ufdd1"  # No template contains it.
+# Stands for what was sampled while a template runs: a lone surrogate, so no text contains it.
+_MARK = "\udffe"
+_THINK = "<think>"
+# Variables of templates that have another source.
+_RESERVED = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")
+_PLACE = re.compile(
+    rf"(?P<thinking>(?P<opening>{_THINK}\s*)?{_MARK}t[^{_MARK}]*)?{_MARK}(?P<i>\d+){_MARK}"
+)
 _ATOMS = frozenset({str, int, float, bool, type(None)})
 # Values of `--chat-template NAME` that need no file.
 BUILT_IN = {
@@ -40,13 +49,31 @@ class ChatError(EngineError):
     """A chat template, or messages, that can't be used."""
 
 
+class Sampled(str):
+    """The content of an answer exactly as the model wrote it: no template changes it.
+
+    n_thinking: characters up to where the thinking ends, with its closing tag; None if the answer
+    does not begin with thinking. A template may leave so many out. tokens: the special tokens that
+    the text may spell; see SamplingParams.preserved_tokens.
+    """
+
+    n_thinking: int | None
+    tokens: Sequence[str]
+
+    def __new__(cls, text: str, n_thinking: int | None = None, tokens: Sequence[str] = ()) -> Self:
+        made = super().__new__(cls, text)
+        made.n_thinking, made.tokens = n_thinking, tokens
+        return made
+
+
 class ChatTemplate:
-    """A compiled template; `name` is for error texts, `variables` are the names that it reads."""
+    """A compiled template; `name` is for error texts, `source` its program, `variables` are the
+    names that it reads."""
 
     def __init__(self, source: str, name: str = "chat template") -> None:
         checks.text(ChatError, name, source)
         self.name = name
-        self._source = source
+        self.source = source
         try:
             self.variables = set(jinja_process.run(source).split())
         except jinja_process.JinjaError as error:
@@ -62,22 +89,37 @@ class ChatTemplate:
         reasoning: bool | None = None,
         add_generation_prompt: bool = True,
         special: Mapping[str, str] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        continue_last: bool = False,
     ) -> str:
         """The text of a conversation, as transformers' apply_chat_template renders it.
 
         messages: each with `role`, `content` and what else the template reads. tools: JSON schemas.
         reasoning: its `enable_thinking` (None: its own default). special: texts by the names that
-        templates use (`bos_token`, …). Raises ChatError if it fails or takes too much.
+        templates use (`bos_token`, …). template_kwargs: more variables. A content that is Sampled
+        is in the text as it is, with its thinking if the template leaves that. continue_last: the
+        text ends where the content of the last message, an assistant's, ends. Raises ChatError if
+        it fails or takes too much.
         """
-        given: dict[str, Any] = {"messages": messages, "tools": tools, "documents": None}
-        given |= {"add_generation_prompt": add_generation_prompt, **(special or {})}
+        if continue_last:
+            messages = [*messages[:-1], _open_ended(messages[-1])]
+        given: dict[str, Any] = {"documents": None, **(template_kwargs or {}), "tools": tools}
+        given |= {"messages": [_marked(i, message) for i, message in enumerate(messages)]}
+        given |= {"add_generation_prompt": add_generation_prompt and not continue_last}
+        given |= special or {}
         if reasoning is not None:
             given["enable_thinking"] = reasoning
-        return self._rendered(given)
+        text = self._rendered(given)
+        if continue_last:
+            ends = [found.end() for found in _PLACE.finditer(text)]
+            if not ends:
+                raise self._error("it leaves out the answer that is to be continued")
+            text = text[: ends[-1]]
+        return _PLACE.sub(lambda found: _as_written(found, messages), text)
 
     def _rendered(self, given: Mapping[str, Any]) -> str:
         try:
-            return jinja_process.run(self._source, _plain(given))
+            return jinja_process.run(self.source, _plain(given))
         except RecursionError:
             raise self._error("messages or tools that hold themselves") from None
         except jinja_process.JinjaError as error:
@@ -98,6 +140,56 @@ class ChatTemplate:
         """In a line that is safe to print: the template may have written the text."""
         words = "".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in message[:2000])
         return ChatError(f"{self.name}: {' '.join(words.split())[:300]}")
+
+
+def check_variables(template_kwargs: Any, reasoning: bool | None) -> None:
+    """Raises ChatError if these are no variables for a template, or are set by something else."""
+    if template_kwargs is None:
+        return
+    given = checks.mapping(ChatError, "template_kwargs", template_kwargs, "names and values")
+    reserved = _RESERVED if reasoning is None else (*_RESERVED, "enable_thinking")
+    for name in given:
+        if not isinstance(name, str) or name in reserved:
+            expected = f"names other than {', '.join(reserved)}"
+            checks.refuse(ChatError, "template_kwargs", expected, name)
+
+
+def _open_ended(message: Message) -> Message:
+    """A message whose content may go on; without one, its thinking does."""
+    content, thinking = message.get("content") or "", message.get("reasoning_content")
+    if message["role"] != "assistant" or message.get("tool_calls"):
+        raise ChatError("continue_last: expected an assistant's message without calls at the end")
+    if isinstance(content, Sampled):
+        return message
+    if not isinstance(content, str):
+        content = "\n".join(part["text"] for part in content)
+    if not content and isinstance(thinking, str):
+        content = f"{_THINK}\n{thinking}"
+    if not content.lstrip().startswith(_THINK):
+        return {**message, "content": Sampled(content)}
+    n_thinking = content.find("</think>") + len("</think>")
+    is_closed = "</think>" in content
+    return {**message, "content": Sampled(content, n_thinking if is_closed else len(content))}
+
+
+def _marked(i: int, message: Message) -> Message:
+    """A message with marks in place of what was sampled, which the template may not change."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if not isinstance(content, Sampled):
+        return message
+    marks = {"content": f"{_MARK}{i}{_MARK}"}
+    if content.n_thinking is not None:
+        marks["reasoning_content"] = f"{_MARK}t"
+    return {**message, **marks}
+
+
+def _as_written(found: re.Match[str], messages: Sequence[Message]) -> str:
+    """What replaces marks, and what a template wrote between them."""
+    text = messages[int(found["i"])]["content"]
+    if found["thinking"]:
+        opening = found["opening"] or ""
+        return str(text) if text.lstrip().startswith(_THINK) else opening + text
+    return str(text if text.n_thinking is None else text[text.n_thinking :].lstrip("\n"))
 
 
 def is_text_part(part: Any) -> bool:
@@ -125,7 +217,12 @@ def _atom(value: Any) -> Any:
     if type(value) in _ATOMS:
         return value
     if not isinstance(value, str | int | float):
-        checks.refuse(ChatError, "messages or tools", "texts, numbers, lists and mappings", value)
+        checks.refuse(
+            ChatError,
+            "messages, tools or template_kwargs",
+            "texts, numbers, lists and mappings",
+            value,
+        )
     if isinstance(value, str):
         return str.__str__(value)  # Of an enumeration, too, its text and not its name.
     return int(value) if isinstance(value, int) else float(value)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import codecs
 import logging
 import struct
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 from engine import checks
@@ -33,6 +33,7 @@ from engine.text.vocab import (
 
 __all__ = ["ESCAPE", "StreamDecoder", "Tokenizer", "TokenizerError"]
 
+Special = bool | Container[str]
 _log = logging.getLogger(__name__)
 _KEY = "tokenizer.ggml."
 # Put inside the spelling of a special token, it makes the spelling plain text. A lone surrogate is
@@ -131,7 +132,7 @@ class Tokenizer:
         for name in ("bos", "eos"):
             if getattr(self, f"add_{name}") and getattr(self, f"{name}_id") is None:
                 raise TokenizerError(f"{file.path}: a {name} token is to be added, but has no id")
-        self._specials = _specials(vocab)
+        self._specials = vocab.specials()
         self._always_cut = [(t, i) for t, i in self._specials if vocab.types[i] == USER_DEFINED]
 
     @classmethod
@@ -188,8 +189,9 @@ class Tokenizer:
             pieces[0] = pieces[0].removeprefix(b" ")
         return b"".join(pieces).decode("utf-8", "replace")
 
-    def stream(self, special: bool = False, at_start: bool = True) -> StreamDecoder:
-        """A decoder for ids that come one by one; `at_start` of a text, `encode`'s space goes."""
+    def stream(self, special: Special = False, at_start: bool = True) -> StreamDecoder:
+        """A decoder for ids that come one by one; `at_start` of a text, `encode`'s space goes.
+        special: whether control tokens are text, or those that are, as the file spells them."""
         return StreamDecoder(self, special, at_start and self._space_prefix)
 
     def token_bytes(self, token_id: int, special: bool = False) -> bytes:
@@ -233,13 +235,16 @@ class Tokenizer:
 class StreamDecoder:
     """Decodes ids one by one into text that never ends inside a character."""
 
-    def __init__(self, tokenizer: Tokenizer, special: bool, strip_space: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, special: Special, strip_space: bool) -> None:
         self._tokenizer, self._special, self._strip_space = tokenizer, special, strip_space
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes; empty while a character is incomplete."""
-        piece = self._tokenizer.token_bytes(token_id, self._special)
+        special = self._special
+        if not isinstance(special, bool):
+            special = self._tokenizer.text(token_id) in special
+        piece = self._tokenizer.token_bytes(token_id, special)
         if self._strip_space:
             piece = piece.removeprefix(b" ")
             self._strip_space = False
@@ -308,13 +313,6 @@ def _check_unicode(text: str) -> None:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _specials(vocab: Vocab) -> list[tuple[str, int]]:
-    """Text and id of the special tokens, longest first."""
-    cut = {USER_DEFINED, CONTROL, UNKNOWN}
-    found = [(vocab.tokens[i], i) for i, kind in enumerate(vocab.types) if kind in cut]
-    return sorted(found, key=lambda special: -len(special[0].encode()))
 
 
 def _split(part: str | int, special: str, token_id: int) -> list[str | int]:

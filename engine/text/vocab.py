@@ -73,6 +73,12 @@ class Vocab:
     eos_id: int | None
     eog_ids: frozenset[int]
 
+    def specials(self) -> list[tuple[str, int]]:
+        """Text and id of the special tokens, longest first."""
+        cut = {USER_DEFINED, CONTROL, UNKNOWN}
+        found = [(self.tokens[i], i) for i, kind in enumerate(self.types) if kind in cut]
+        return sorted(found, key=lambda special: -len(special[0].encode()))
+
     def piece(self, token_id: int, special: bool) -> bytes:
         """The bytes of a token; of control and unknown tokens only with `special`."""
         text, kind = self.tokens[token_id], self.types[token_id]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import re
@@ -20,7 +21,7 @@ from engine import ChatTemplate, Engine, SamplingParams
 from engine.commands.chat import HELP, read_messages
 from engine.text.template import BUILT_IN
 from tests.commands.test_cli_process import COMMAND, ENV
-from tests.support.chats import QWEN35_STYLE
+from tests.support.chats import CHATML, QWEN35_STYLE
 from tests.support.helpers import STD, Cli, without_summary
 from tools.synth import write_model
 
@@ -184,6 +185,21 @@ def test_templates(cli: Cli, model: Path, tmp_path: Path) -> None:
     text = cli("-m", model, "-cnv", "--chat-template", QWEN35_STYLE, "-p", "the cat", *GREEDY)
     expected = answers(model, "the cat", template=ChatTemplate(QWEN35_STYLE))
     assert named.out == text.out == f"{expected[0]}\n"
+
+
+def test_variables_of_a_template(cli: Cli, model: Path) -> None:
+    source, given = "{{ style }}" + CHATML, {"style": "<|im_end|>", "unread": [None]}
+    options: Any = {"template": ChatTemplate(source), "template_kwargs": given}
+    said = ("--chat-template", source, "--chat-template-kwargs", json.dumps(given))
+    result = cli("-m", model, "-p", "the cat", *said, *GREEDY)
+    assert result.out == f"{answers(model, 'the cat', **options)[0]}\n"
+    assert result.out != f"{answers(model, 'the cat', template=ChatTemplate(source))[0]}\n"
+    line = cli("-m", model, "-cnv", "--chat-template-kwargs", '{"tools": 1}').refused()
+    assert line.startswith("template_kwargs: expected names other than messages, tools, ")
+    for text in ("{", "[1]", "5"):
+        result = cli("-m", model, "--chat-template-kwargs", text)
+        expected = f"argument --chat-template-kwargs: expected a JSON object, got '{text}'"
+        assert result == (2, "", f"cli.py: {expected} (see cli.py --help)\n")
 
 
 def test_a_model_without_a_template(cli: Cli, model: Path, tiny: Path) -> None:

@@ -283,6 +283,12 @@ def test_chats_have_the_template_that_was_chosen(cli: Cli, tiny: Path, file: Pat
     for switch, ends in (("on", "!!"), ("off", "?!")):
         found = answers(cli(*command, "--reasoning", switch))
         assert [a["text"] for a in found] == [alone(tiny, f"hi{end}")["text"] for end in ends]
+    file.write_text(json.dumps({"messages": messages}) + "\n" + json.dumps({
+        "messages": [*messages, {"role": "assistant", "content": "It"}],
+        "template_kwargs": {"end": ";"}, "continue_last": True}))  # fmt: skip
+    source = "{% for m in messages %}{{ m.content }}{{ end }}{% endfor %}"
+    found = answers(cli(*command[:-1], source, "--chat-template-kwargs", '{"end": "."}'))
+    assert [a["text"] for a in found] == [alone(tiny, t)["text"] for t in ("hi.", "hi;It")]
     line = cli("-m", tiny, "--prompts", file, "--chat-template", "chatml", "-rea", "on").refused()
     assert line.endswith("takes no --reasoning on: it reads no enable_thinking")
     assert "finish_reason" in prompts.HELP

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from engine import Engine, SamplingError, SamplingParams
 from engine.runtime.completion import Completion
+from engine.runtime.owner import Signal
 from engine.runtime.request import Request
 from tests.support.helpers import assert_all_free, float64_engine, nmse, random_ids
 
@@ -271,3 +272,31 @@ def test_an_error_of_the_callback_frees_what_was_running(load: Callable[..., Eng
 def test_no_prompts_are_no_completions(load: Callable[..., Engine]) -> None:
     with load() as engine:
         assert engine.generate_batch([]) == []
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_step_notifies_a_shared_signal_once(tiny: Path, n: int) -> None:
+    """Who waits for many requests wakes up once for all of them; what came before is told, too."""
+
+    class Counting(Signal):
+        n_notified = 0
+
+        def notify(self) -> None:
+            self.n_notified += 1
+            super().notify()
+
+    with Engine.load(tiny, n_parallel=n, n_ctx=N_CTX) as engine:
+        asked = [engine.generate([5, 6, 7], GREEDY, cache_prompt=False) for _ in range(n)]
+        engine.advance()
+        signal = Counting()
+        for completion in asked:
+            assert completion.has_news
+            completion.tell(signal)
+        assert signal.n_notified == n
+        assert [len(completion.take_ready()) for completion in asked] == [1] * n
+        assert not any(completion.has_news for completion in asked)
+        for steps in range(1, 4):
+            engine.advance()
+            assert signal.n_notified == n + steps
+        assert [len(completion.take_ready()) for completion in asked] == [3] * n
+        assert [completion.tokens for completion in asked] == [asked[0].tokens] * n

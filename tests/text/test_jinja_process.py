@@ -429,7 +429,9 @@ def test_values_that_a_template_gets(value: Any, text: str) -> None:
 def test_values_that_no_template_gets(value: Any) -> None:
     with pytest.raises(ChatError) as raised:
         ChatTemplate(ECHO).render(chat(value))
-    expected = "messages or tools: expected texts, numbers, lists and mappings, got "
+    expected = (
+        "messages, tools or template_kwargs: expected texts, numbers, lists and mappings, got "
+    )
     assert str(raised.value).startswith(expected)
     assert "\n" not in str(raised.value)
 

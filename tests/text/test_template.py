@@ -15,7 +15,7 @@ import pytest
 
 from engine import Engine
 from engine.formats.gguf import GGUFFile
-from engine.text.template import BUILT_IN, ChatError, ChatTemplate, find_template
+from engine.text.template import BUILT_IN, ChatError, ChatTemplate, Sampled, find_template
 from tests.support.chats import CHATML, CHATS, QWEN35_STYLE, TOOLS
 from tools.ggufwrite import write_gguf
 from tools.synth import write_model
@@ -239,3 +239,43 @@ def test_what_a_template_raises_is_safe_to_print(text: str) -> None:
     assert len(str(raised.value)) < 350
     with pytest.raises(ChatError, match=r"chat template: .*digits"):
         ChatTemplate("{{ 10**5000 }}").render([])
+
+
+# What a model wrote.
+
+
+@pytest.mark.parametrize(
+    ("sampled", "rendered"),
+    [
+        (Sampled(" a\n"), "<think>\n\n</think>\n\n a\n"),
+        (Sampled("Hm.</think>  a ", 11), "<think>\nHm.</think>  a "),
+        (Sampled("\n<think>Hm.</think>a", 20), "\n<think>Hm.</think>a"),
+        (Sampled("Hm.\n</think>\n\na\n", 12), "<think>\nHm.\n</think>\n\na\n"),
+        (Sampled("Hm. a", 5), "<think>\nHm. a"),
+        (Sampled("a", 0), "<think>\na"),
+    ],
+)
+def test_what_was_sampled_is_rendered_exactly(sampled: Sampled, rendered: str) -> None:
+    template = ChatTemplate(QWEN35_STYLE)
+    messages = [*USER, {"role": "assistant", "content": sampled}]
+    kept = copy.deepcopy(messages)
+    text = template.render(messages, add_generation_prompt=False)
+    assert text.endswith(f"assistant\n{rendered}<|im_end|>\n")
+    # In the next turn without its thinking.
+    text = template.render([*messages, *messages], add_generation_prompt=False)
+    after = sampled[sampled.n_thinking or 0 :].lstrip("\n")
+    assert text.count("<think>") == 1
+    assert f"assistant\n{after}<|im_end|>\n<|im_start|>user" in text
+    assert text.endswith(f"assistant\n{rendered}<|im_end|>\n")
+    assert messages == kept
+    # A template without thinking has all but that.
+    text = ChatTemplate(CHATML).render(messages, add_generation_prompt=False)
+    assert text.endswith(f"assistant\n{after}<|im_end|>\n")
+
+
+def test_variables() -> None:
+    source = "{{ enable_thinking }} {{ documents }} {{ more | tojson }}"
+    text = render(source, template_kwargs={"enable_thinking": False, "more": {"a": [1.5, None]}})
+    assert text == 'False None {"a": [1.5, null]}'
+    more = {"documents": 1, "more": 2}
+    assert render(source, reasoning=True, template_kwargs=more) == "True 1 2"
