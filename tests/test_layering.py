@@ -35,6 +35,7 @@ ORDER = (
     {"engine"},
     {"api"},
     {"bench"},
+    {"server"},
     {"commands"},
     {"__main__", "cli"},
 )
@@ -188,6 +189,20 @@ def test_no_backend_s_name_decides_anything_elsewhere() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant):
                 assert node.value not in names, (module, node.lineno, node.value)
+
+
+def test_only_the_server_needs_its_packages() -> None:
+    """The engine itself, and what the server makes of texts, run without a web library."""
+    packages = {"starlette", "uvicorn", "msgspec", "prometheus_client"}
+    texts = {f"engine.server.{name}" for name in ("messages", "answers", "calls", "replays")}
+    for module, path in modules(ROOT).items():
+        named = {
+            name.partition(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            for name in _named(node, module)
+        }
+        is_server = module.startswith(("engine.server.", "engine.commands.serv"))
+        assert not named & packages or (is_server and module not in texts), module
 
 
 def write(root: Path, sources: dict[str, str]) -> Path:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from engine.commands.options import Parser
 
 COMMANDS = ("graph", "tokenize", "perplexity", "sweep-bench", "plot-bench", "bench",
-            "batched-bench", "profile")  # fmt: skip
+            "batched-bench", "profile", "serve")  # fmt: skip
 # A process that can't get so many bytes has no memory left.
 _SPARE_BYTES = 8 << 20
 

@@ -16,6 +16,7 @@ from engine.config import EngineConfig
 from engine.engine import DEMO_MODEL, Engine
 from engine.errors import EngineError
 from engine.sampling.params import SamplingParams
+from engine.sampling.steps import SAMPLER_NAMES
 
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "'": "'", '"': '"', "\\": "\\"}
 ALL_LAYERS = 1 << 20  # More than any model has.
@@ -126,16 +127,10 @@ CACHE = (
     "cache_disk",
     "cache_prompt",
 )  # Fields of options that only prompts have.
-# Other names that llama.cpp has for samplers.
-_SAMPLERS = {
-    "top-k": "top_k", "top-p": "top_p", "nucleus": "top_p", "min-p": "min_p", "temp": "temperature",
-    "typ-p": "typ_p", "typ": "typ_p", "typical": "typ_p", "typical-p": "typ_p",
-    "typical_p": "typ_p", "top-n-sigma": "top_n_sigma",
-}  # fmt: skip
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(_SAMPLERS.get(name, name) for name in text.split(";") if name)
+    return tuple(SAMPLER_NAMES.get(name, name) for name in text.split(";") if name)
 
 
 def _most_tokens(text: str) -> int:

@@ -18,7 +18,7 @@ from engine import checks
 from engine.commands.options import Parser
 
 _FILE = Path(__file__).parents[1] / "data" / "llama-options.tsv"
-BENCH, EARLIER = "llama-bench", "earlier"
+BENCH, SERVER, EARLIER = "llama-bench", "server", "earlier"
 _OPTION = re.compile(r"--?[A-Za-z].*", re.S)
 
 
@@ -98,8 +98,7 @@ class Reader:
     def _theirs(self, name: str, rest: deque[str], has_value: bool) -> list[str]:
         """The same for an option that only llama.cpp may have."""
         named = [row for row in rows() if name in row.names]
-        is_bench = self._parser.prog.endswith(" bench")
-        mine = [r for r in named if (BENCH in r.programs if is_bench else _is_common(r))] or named
+        mine = list(filter(self._is_mine, named)) or named
         if not mine:
             self._unknown(name)
         n_values = mine[0].n_values
@@ -119,6 +118,15 @@ class Reader:
             self._found[name] = row, values
             return []
         return self._translated(name, row, values)
+
+    def _is_mine(self, row: Row) -> bool:
+        """Whether a row is about this command, where an option has several."""
+        command = self._parser.prog.split()[-1]
+        if command == "bench":
+            return BENCH in row.programs
+        if command == "serve":
+            return SERVER in row.programs
+        return set(row.programs) - {EARLIER} not in ({BENCH}, {SERVER})
 
     def _translated(self, name: str, row: Row, values: list[str]) -> list[str]:
         """What means the same among the options of this command."""
@@ -154,10 +162,6 @@ class Reader:
             return f" (did you mean {glued[1]} {glued[2] or glued[3]}?)"
         known = [n for row in rows() if row.kind != "refuse" for n in row.names]
         return checks.did_you_mean(name, [*self._parser.names, *known], cutoff=0.7)
-
-
-def _is_common(row: Row) -> bool:
-    return set(row.programs) - {EARLIER} != {BENCH}
 
 
 def _printable(text: str) -> str:

@@ -281,7 +281,7 @@ def test_texts_that_cannot_be_measured(cli: Cli, tiny: Path, tmp_path: Path) -> 
         (("-f", "x", "--chunks", 0),
          "argument --chunks: expected at least 1, or -1 for all, got 0"),
         (("-f", "x", "--chunks", -2), "argument --chunks: expected at least -1, got -2"),
-        (("-f", "x", "-np", 2), "-np is no option of this command, but of cli.py"),
+        (("-f", "x", "-np", 2), "-np is no option of this command, but of cli.py, cli.py serve"),
     ],
 )  # fmt: skip
 def test_usage(cli: Cli, tiny: Path, options: tuple[object, ...], line: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from engine.commands.main import COMMANDS, made
 from engine.commands.options import Parser
-from engine.commands.words import BENCH, EARLIER, Reader, Row, rows
+from engine.commands.words import BENCH, EARLIER, SERVER, Reader, Row, rows
 from tests.support.helpers import Cli
 
 # A command for rows of programs that `run` does not stand for.
@@ -23,8 +23,9 @@ COMMAND_OF = {
     "bench": "batched-bench",
     "perplexity": "perplexity",
     "tokenize": "tokenize",
+    SERVER: "serve",
 }
-RUN_PROGRAMS = {"common", "cli", "completion", "server"}
+RUN_PROGRAMS = {"common", "cli", "completion"}
 # What a command can't do without, and a value of it.
 NEEDED = {
     "bench": {"-m": "x"},
@@ -34,7 +35,7 @@ NEEDED = {
 # Values that a conversion takes; 1 elsewhere.
 VALUES = {
     "-l": "1+1", "-ot": "a=cpu", "-ctk": "f16", "-ctv": "f16", "--output-format": "md", "-o": "md",
-    "-rea": "on", "-pg": "3,4",
+    "-rea": "on", "-pg": "3,4", "--chat-template-kwargs": '{"a": 1}',
 }  # fmt: skip
 SWITCH = "on, off, auto, enabled, disabled, true, false, 1, 0, -1"
 ENDS = {"-h", "--version", "--list-devices"}  # They print, and end the program.
@@ -197,8 +198,15 @@ def test_what_is_refused(cli: Cli, words: tuple[str, ...], line: str) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (("graph", "--top-k", 3), "--top-k is no option of this command, but of cli.py"),
-        (("graph", "--typical-p", 1), "--typical-p is no option of this command, but of cli.py"),
+        (("graph", "--top-k", 3), "--top-k is no option of this command, but of cli.py, "
+         "cli.py serve"),
+        (("graph", "--typical-p", 1), "--typical-p is no option of this command, but of cli.py, "
+         "cli.py serve"),
+        (("serve", "-cnv"), "-cnv is no option of this command, but of cli.py"),
+        (("serve", "--reasoning-format", "none"), "--reasoning-format none is not supported: "
+         "thinking comes as reasoning_content"),
+        (("serve", "-hf", "x"), "-hf is not supported: nothing is downloaded here; get the file "
+         "and name it with -m"),
         (("bench", "-nkvo", 1), "-nkvo 1 is not supported: the KV cache is where its layer is; "
          "-ngl N leaves layers on the CPU"),
         (("bench", "--repack", "x"), "--repack: expected 0, 1, got 'x'"),

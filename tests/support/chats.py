@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-QWEN35_STYLE = (Path(__file__).parent / "templates" / "qwen35_style.jinja").read_text()
+_TEMPLATES = Path(__file__).parent / "templates"
+QWEN35_STYLE = (_TEMPLATES / "qwen35_style.jinja").read_text()
+# The other two ways to write calls.
+JSON_STYLE = (_TEMPLATES / "json_style.jinja").read_text()
+KIMI_STYLE = (_TEMPLATES / "kimi_style.jinja").read_text()
 CHATML = """\
 {%- for message in messages -%}
 <|im_start|>{{ message.role }}
