@@ -1,5 +1,6 @@
 # make demo: the small model that comes with the engine, and answers of it.   make test: everything CI needs.
 # Both set up .venv here first. make parity: compare with transformers (installs torch, .venv-parity).
+# make test-clients: the server with clients that people use (installs them, .venv-clients, build/clients).
 # make test-sanitize: the CPU's kernels and threads under the compiler's sanitizers.
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ COMPILERS := $(if $(filter default,$(origin CXX)),c++ g++ clang++,$(CXX))
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: demo test test-cuda test-sanitize lint parity lines clean needed
+.PHONY: demo test test-cuda test-clients test-sanitize lint parity lines clean needed needed-node
 
 demo: $(VENV)/.run
 	$(VENV)/bin/python cli.py graph
@@ -23,7 +24,7 @@ demo: $(VENV)/.run
 	went to the garden. Where is the ball?\nAnswer:"
 
 test: lint
-	$(VENV)/bin/python -m pytest -q -n 2 -m "not timing"
+	$(VENV)/bin/python -m pytest -q -n 2 -m "not timing and not clients"
 	$(VENV)/bin/python -m pytest -q -m timing
 
 # Needs a GPU; CUDA=12 for a driver of CUDA 12. An extra of what is installed: pip builds nothing.
@@ -31,6 +32,13 @@ CUDA ?= 13
 test-cuda: $(VENV)/.test
 	$(VENV)/bin/pip install -q --disable-pip-version-check "gdn-engine[cuda$(CUDA)]"
 	$(VENV)/bin/python -m pytest -q -m cuda tests
+
+test-clients: needed-node $(VENV)-clients/.clients build/clients/.agents
+	$(VENV)-clients/bin/python -m pytest -q tests/clients
+
+# Agents' command lines; others may need a later Node.js, or other options.
+AGENTS := @qwen-code/qwen-code@0.15.10 opencode-ai@1.18.33
+NODE := 20
 
 test-sanitize: $(VENV)/.test
 	tests/sanitize/run $(VENV)/bin/python
@@ -49,7 +57,7 @@ lines:
 	@echo "lines of kernels: $$(git ls-files engine | grep -E '\.(h|cpp|cuh|cu)$$' | xargs -r cat | wc -l)"
 
 clean:
-	rm -rf build $(VENV) $(VENV)-parity
+	rm -rf build $(VENV) $(VENV)-parity $(VENV)-clients
 
 needed:
 	@$(PYTHON) -c "import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))" 2> /dev/null || \
@@ -57,6 +65,12 @@ needed:
 	"got PYTHON=$(PYTHON): $$($(PYTHON) --version 2>&1 | tail -n 1)" >&2; exit 1; }
 	@for c in $(COMPILERS); do if command -v $$c > /dev/null; then exit 0; fi; done; \
 	echo "error: expected a C++17 compiler ($(COMPILERS)), found none: apt-get install g++" >&2; exit 1
+
+needed-node:
+	@node -e "process.exit(parseInt(process.versions.node) < $(NODE) ? 1 : 0)" 2> /dev/null && \
+	command -v npm > /dev/null || { echo "error: expected Node.js $(NODE) or later and npm" \
+	"(apt-get install nodejs npm), got node: $$(node --version 2> /dev/null || echo none)," \
+	"npm: $$(command -v npm || echo none)" >&2; exit 1; }
 
 # $(call install,environment,extra). pip's output goes to a log; shown are its errors and what is
 # compiled: in a terminal each file in the same line, elsewhere every tenth.
@@ -83,4 +97,15 @@ $(VENV)/.test: $(SOURCES) | needed
 
 $(VENV)-parity/.parity: $(SOURCES) | needed
 	$(call install,$(VENV)-parity,[parity])
+	@touch $@
+
+$(VENV)-clients/.clients: $(SOURCES) | needed
+	$(call install,$(VENV)-clients,[clients])
+	@touch $@
+
+# Of their installation scripts one is needed, and not every npm runs it: it links the binary.
+build/clients/.agents: Makefile | needed-node
+	@echo "build/clients: installing $(AGENTS)"
+	@npm install --loglevel error --no-audit --no-fund --ignore-scripts --prefix build/clients $(AGENTS)
+	@cd build/clients/node_modules/opencode-ai && node postinstall.mjs
 	@touch $@
