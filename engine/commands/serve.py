@@ -11,7 +11,7 @@ from engine.config import ConfigError
 
 ABOUT = "Serve a model over HTTP: OpenAI's protocol for chats and completions."
 _N_PARALLEL, _MAX_PORT = 4, 65_535
-# What options mean here whose help says something else.
+# Options that mean something else here than their help says.
 _OTHERWISE = {
     "-np": f"sequences that run at the same time ({_N_PARALLEL})",
     "-c": "context in tokens, which sequences share (for each of them 4096, or the model's if that "

@@ -120,7 +120,7 @@ class Reader:
         return self._translated(name, row, values)
 
     def _is_mine(self, row: Row) -> bool:
-        """Whether a row is about this command, where an option has several."""
+        """True if a row is about this command; an option may have several rows."""
         command = self._parser.prog.split()[-1]
         if command == "bench":
             return BENCH in row.programs

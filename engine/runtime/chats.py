@@ -22,7 +22,6 @@ from engine.kvcache.prefix import characters, n_common, unpacked
 from engine.runtime.requests import FindText, spelled
 from engine.runtime.reuse import Answer, Source
 from engine.text.template import (
-    TEMPLATE_KEY,
     ChatError,
     ChatTemplate,
     Message,
@@ -30,6 +29,7 @@ from engine.text.template import (
     check_variables,
     find_template,
     is_text_part,
+    name_for,
 )
 from engine.text.tokenizer import Tokenizer
 
@@ -66,9 +66,7 @@ class Chats:
     ) -> ChatTemplate:  # fmt: skip
         """The template, or the model's own. Raises ChatError for what doesn't go with it."""
         if template is None:
-            # As in transformers, a file may have a template of its own for tools.
-            has_own = bool(tools) and f"{TEMPLATE_KEY}.tool_use" in self._file.metadata
-            name = "tool_use" if has_own else None
+            name = name_for(self._file, tools)
             template = self._templates.get(name) or find_template(self._file, name)
             self._templates[name] = template
         checks.instance(ChatError, "template", template, ChatTemplate)

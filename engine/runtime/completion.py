@@ -50,7 +50,7 @@ class Completion:
     def __next__(self) -> Token:
         token = None
         while token is None:
-            self.loop.wait(self.request.signal, self._has_news)
+            self.loop.wait(self.request.signal, lambda: self.has_news)
             token = self._take(StopIteration)
         return token
 
@@ -61,7 +61,7 @@ class Completion:
         token = None
         while token is None:
             try:
-                await self.loop.wait_async(self.request.signal, self._has_news)
+                await self.loop.wait_async(self.request.signal, lambda: self.has_news)
             except BaseException:
                 self.stop()
                 raise
@@ -76,7 +76,7 @@ class Completion:
 
     def wait_for_token(self) -> None:
         """Wait until the next token, or the end, can be read."""
-        self.loop.wait(self.request.signal, self._has_news)
+        self.loop.wait(self.request.signal, lambda: self.has_news)
 
     def tell(self, signal: Signal) -> None:
         """Have `signal` get the news of it from now on, and those that were not read yet."""
@@ -91,10 +91,7 @@ class Completion:
 
     @property
     def has_news(self) -> bool:
-        """Whether there is a token to read, or the end."""
-        return self._has_news()
-
-    def _has_news(self) -> bool:
+        """True if a token, or the end, can be read."""
         return bool(self.request.ready) or self.request.finish_reason is not None
 
     def _take(self, end: type[Exception]) -> Token | None:

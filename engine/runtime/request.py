@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -63,7 +63,7 @@ class StopTexts:
         found = [at for at in map(text.find, self._stops) if at >= 0]
         if found:
             return text[: min(found)], True
-        n_shown = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
+        n_shown = len(text) - n_begun(text, self._stops)
         self._pending = text[n_shown:]
         return text[:n_shown], False
 
@@ -73,10 +73,13 @@ class StopTexts:
         return pending
 
 
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` are the start of `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+def n_begun(text: str, markers: Iterable[str]) -> int:
+    """How many characters at the end of a text are the beginning of a marker, but not all of it."""
+    longest = 0
+    for marker in markers:
+        sizes = range(min(len(text), len(marker) - 1), longest, -1)
+        longest = next((n for n in sizes if text.endswith(marker[:n])), longest)
+    return longest
 
 
 class Request:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.server.arguments import n_begun
+from engine.runtime.request import n_begun
 from engine.server.calls import ArgumentParser, Call, CallFormat, schemas_of
 from engine.server.replays import Replay
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
+
+from engine.runtime.request import n_begun
 
 _DEPTH = 8  # References and choices in a schema that are followed.
 _TYPES = {
@@ -42,15 +44,6 @@ class Shape:
 def each(text: str) -> tuple[str, ...]:
     """The parts of a Shape that is a text."""
     return tuple(map(re.escape, text))
-
-
-def n_begun(text: str, markers: Iterable[str]) -> int:
-    """How many characters at the end of a text are the beginning of a marker, but not all of it."""
-    longest = 0
-    for marker in markers:
-        sizes = range(min(len(text), len(marker) - 1), longest, -1)
-        longest = next((n for n in sizes if text.endswith(marker[:n])), longest)
-    return longest
 
 
 class JsonArguments:

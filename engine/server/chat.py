@@ -18,7 +18,7 @@ from engine.server.protocol import ChatRequest, check_chat, check_common, read
 from engine.server.replays import Replay, Replays
 from engine.server.replies import Json, Reply, chat_logprobs
 from engine.server.sampling import params, seeds
-from engine.text.template import TEMPLATE_KEY, ChatTemplate, find_template
+from engine.text.template import ChatTemplate, find_template, name_for
 
 _N_LAST = 8  # Tokens that may spell the <think> at a prompt's end.
 
@@ -42,11 +42,10 @@ class Shared:
     _own: dict[str | None, ChatTemplate] = field(default_factory=dict)
 
     def template_for(self, engine: Engine, tools: Any) -> ChatTemplate:
-        """As in transformers, a file may have a template of its own for tools."""
+        """The template of a request with these tools."""
         if self.template is not None:
             return self.template
-        has_own = bool(tools) and f"{TEMPLATE_KEY}.tool_use" in engine.file.metadata
-        name = "tool_use" if has_own else None
+        name = name_for(engine.file, tools)
         if name not in self._own:
             self._own[name] = template = find_template(engine.file, name)
             template.name = "the chat template"  # Its own name has the file's path.

@@ -228,6 +228,12 @@ def _atom(value: Any) -> Any:
     return int(value) if isinstance(value, int) else float(value)
 
 
+def name_for(file: GGUFFile, tools: Any) -> str | None:
+    """The name of the template in a model's file for a request with `tools`: as in transformers, a
+    file may have one of its own for tools. None stands for the file's first."""
+    return "tool_use" if tools and f"{TEMPLATE_KEY}.tool_use" in file.metadata else None
+
+
 def find_template(file: GGUFFile, choice: str | None = None) -> ChatTemplate:
     """The template of a model's file, or the one that `choice` names.
 
