@@ -36,7 +36,7 @@ class SessionFile:
         return self._path is not None and self._path.exists()
 
     def restore(self, engine: Engine) -> Session | None:
-        """What the file has. Raises StoreError."""
+        """Restore the session of the file, if there is one. Raises StoreError."""
         if self._path is None or not self.is_there:
             return None
         session = engine.restore(self._path)

@@ -1,4 +1,4 @@
-"""What tells a model from others: a hash of what its results depend on."""
+"""A hash that tells a model from others: of all that its results depend on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _N_PIECES = 4
 
 
 def fingerprint(file: GGUFFile) -> str:
-    """Of the architecture's metadata, the table of tensors, and 64 KiB of each."""
+    """The hash of the architecture's metadata, the table of tensors, and 64 KiB of each tensor."""
     digest = hashlib.sha256()
     architecture = file.string("general.architecture", "")
     for key in sorted(file.metadata):

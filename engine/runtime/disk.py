@@ -38,7 +38,7 @@ _LEFT = re.compile(_NAME.pattern + r"\.tmp")
 
 @dataclass(frozen=True)
 class _Index:
-    """What the files of a directory have. It never changes, so any thread may read it."""
+    """An index of the files of a directory. It never changes, so any thread may read it."""
 
     entries: PrefixTree[Path]
     texts: PrefixTree[Text]
