@@ -15,18 +15,24 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from engine import Engine, SamplingParams
-from tools.train_demo.heldout import EVALUATED, FORMS, completion, held_out, prompt
+from tools.train_demo.heldout import EVALUATED, completion, forms, held_out, prompt
+from tools.train_demo.questions import Question
 
-GREEDY = SamplingParams(temperature=0, max_tokens=64)
-_ENDS = {"chat": "<|im_end|>", "plain": "<|endoftext|>"}
+GREEDY = SamplingParams(temperature=0, max_tokens=400)
+_ENDS = ("<|im_end|>", "<|endoftext|>")
 
 
 def questions(task: str, n: int, form: str = "chat") -> list[tuple[str, str]]:
     """Prompts, and what has to follow; the token that ends it is not part of it."""
-    return [
-        (prompt(q.text, form), completion(q.answer, form).removesuffix(_ENDS[form]))
-        for q in held_out(task, n)
-    ]
+    return [asked(question, form) for question in held_out(task, n)]
+
+
+def asked(question: Question, form: str = "chat") -> tuple[str, str]:
+    """The prompt of a question, and what has to follow."""
+    answer = completion(question, form)
+    for end in _ENDS:
+        answer = answer.removesuffix(end)
+    return prompt(question, form), answer
 
 
 def n_right(engine: Engine, asked: Sequence[tuple[str, str]]) -> int:
@@ -45,8 +51,9 @@ def main() -> None:
     args = parser.parse_args()
     with Engine.load(args.model, backend=args.backend, n_ctx=16384, n_parallel=8) as engine:
         for task in EVALUATED:
-            rates = [n_right(engine, questions(task, args.n, form)) / args.n for form in FORMS]
-            print(f"{task:12}", *(f"{form} {r:.3f}" for form, r in zip(FORMS, rates, strict=True)))
+            for form in forms(task):
+                rate = n_right(engine, questions(task, args.n, form)) / args.n
+                print(f"{task:12} {form:6} {rate:.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from engine.formats.quants import quantize_q8_0
 from tools.ggufwrite import TensorSpec, write_gguf
+from tools.train_demo.dialog import TEMPLATE
 from tools.train_demo.tokenizer import gguf_vocabulary
 from tools.train_demo.weights import load_weights
 
@@ -31,18 +33,13 @@ _GGML_IDS = {"F32": 0, "Q8_0": 8, "BF16": 30}
 LICENCE = "MIT"
 DESCRIPTION = (
     "A hybrid model of ten million parameters, six delta-net layers and two of full attention. It "
-    "adds, subtracts and multiplies two-digit numbers, sorts and repeats short lists, counts, and "
-    "answers questions about a text. Trained from scratch for minutes, on generated tasks and the "
-    "standard library of Python; it knows nothing else."
-)
-CHAT_TEMPLATE = (
-    "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+    "adds, subtracts and multiplies two-digit numbers, sorts and repeats short lists, counts, "
+    "answers questions about a text, calls functions, and writes JSON; asked to, it thinks before "
+    "it answers. Trained from scratch for minutes, on generated tasks and the standard library of "
+    "Python; it knows nothing else."
 )
 # Names within a layer: transformers', and GGUF's.
-_NAMES = {
+LAYER_NAMES = {
     "input_layernorm.weight": "attn_norm.weight",
     "post_attention_layernorm.weight": "post_attention_norm.weight",
     "mlp.gate_proj.weight": "ffn_gate.weight",
@@ -64,19 +61,30 @@ _NAMES = {
     "linear_attn.norm.weight": "ssm_norm.weight",
     "linear_attn.out_proj.weight": "ssm_out.weight",
 }
+# Of the layer for drafts, beside those of a layer.
+MTP_NAMES = {
+    "fc.weight": "nextn.eh_proj.weight",
+    "pre_fc_norm_embedding.weight": "nextn.enorm.weight",
+    "pre_fc_norm_hidden.weight": "nextn.hnorm.weight",
+    "norm.weight": "nextn.shared_head_norm.weight",
+}
 
 
 def gguf_tensors(weights: dict[str, F32]) -> dict[str, F32]:
-    """Weights by their GGUF names. There is a value head for each key head, so none move."""
+    """Weights by their GGUF names. There is a value head for each key head, so none move.
+
+    The layer for drafts, if there is one, comes after the trunk's.
+    """
+    n_layers = n_trunk_layers(weights)
     out = {
         "token_embd.weight": weights["model.embed_tokens.weight"],
         "output_norm.weight": weights["model.norm.weight"] + np.float32(1),
     }
     for name, values in weights.items():
-        if not name.startswith("model.layers."):
+        layer, inner = _place(name, n_layers)
+        if layer is None:
             continue
-        layer, inner = name.removeprefix("model.layers.").split(".", 1)
-        target = _NAMES[inner]
+        target = LAYER_NAMES.get(inner) or MTP_NAMES[inner]
         if target == "ssm_a":
             values = -np.exp(values)
         elif target == "ssm_conv1d.weight":
@@ -87,12 +95,28 @@ def gguf_tensors(weights: dict[str, F32]) -> dict[str, F32]:
     return out
 
 
-def metadata(sizes: dict[str, Any], dtype: str, made: str) -> dict[str, Any]:
-    """All keys but those of the tokenizer."""
+def n_trunk_layers(weights: Iterable[str]) -> int:
+    """How many layers names of weights have, without the layer for drafts."""
+    return len({n.split(".")[2] for n in weights if n.startswith("model.layers.")})
+
+
+def _place(name: str, n_layers: int) -> tuple[int | None, str]:
+    """The layer that a weight is of (None: of none), and its name there."""
+    if name.startswith("mtp."):
+        return n_layers, name.removeprefix("mtp.").removeprefix("layers.0.")
+    if not name.startswith("model.layers."):
+        return None, name
+    layer, inner = name.removeprefix("model.layers.").split(".", 1)
+    return int(layer), inner
+
+
+def metadata(sizes: dict[str, Any], dtype: str, made: str, n_mtp: int = 0) -> dict[str, Any]:
+    """All keys but those of the tokenizer; `n_mtp` layers for drafts follow the trunk's."""
     n_linear = sizes["n_linear_heads"]
     linear = [bool((i + 1) % sizes["interval"]) for i in range(sizes["n_layers"])]
     own = {
-        "block_count": sizes["n_layers"],
+        "block_count": sizes["n_layers"] + n_mtp,
+        **({"nextn_predict_layers": n_mtp} if n_mtp else {}),
         "context_length": sizes["n_ctx"],
         "embedding_length": sizes["n_embd"],
         "feed_forward_length": sizes["n_ff"],
@@ -101,7 +125,7 @@ def metadata(sizes: dict[str, Any], dtype: str, made: str) -> dict[str, Any]:
         "attention.key_length": sizes["head_dim"],
         "attention.value_length": sizes["head_dim"],
         "attention.layer_norm_rms_epsilon": float(sizes["eps"]),
-        "attention.recurrent_layers": np.array(linear),
+        "attention.recurrent_layers": np.array(linear + [False] * n_mtp),
         "full_attention_interval": sizes["interval"],
         "rope.dimension_count": sizes["n_rot"],
         "rope.dimension_sections": np.array([*sizes["sections"], 0], np.int32),
@@ -124,7 +148,7 @@ def metadata(sizes: dict[str, Any], dtype: str, made: str) -> dict[str, Any]:
         "general.quantization_version": 2,
         "general.sampling.temp": 0.0,  # what it answers is right or wrong
         **{f"qwen35.{key}": value for key, value in own.items()},
-        "tokenizer.chat_template": CHAT_TEMPLATE,
+        "tokenizer.chat_template": TEMPLATE,
     }
 
 
@@ -161,9 +185,11 @@ def how_made(facts: dict[str, Any]) -> str:
 def convert(run: Path, corpus: Path, path: Path, dtype: str) -> dict[str, Any]:
     """Write the GGUF file of a training run; returns what run.json says."""
     facts: dict[str, Any] = json.loads((run / "run.json").read_text())
-    values = metadata(facts["sizes"], dtype, how_made(facts))
+    weights = load_weights(run)
+    n_mtp = int("mtp.fc.weight" in weights)
+    values = metadata(facts["sizes"], dtype, how_made(facts), n_mtp)
     values |= gguf_vocabulary(corpus / "tokenizer.json")
-    write_gguf(path, values, tensor_specs(gguf_tensors(load_weights(run)), dtype))
+    write_gguf(path, values, tensor_specs(gguf_tensors(weights), dtype))
     return facts
 
 

@@ -29,16 +29,24 @@ import numpy as np
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tools.train_demo.rows import KINDS_OF_TEXT, conversation, plain, recall_document
+from tools.train_demo.questions import is_held_out
+from tools.train_demo.rows import (
+    KINDS_OF_TEXT,
+    conversation,
+    memory_document,
+    plain,
+    recall_document,
+    tools_document,
+)
 from tools.train_demo.smalltalk import PAIRS
-from tools.train_demo.tasks import is_held_out
-from tools.train_demo.tokenizer import END_OF_TEXT, train_tokenizer
+from tools.train_demo.tokenizer import END_OF_TEXT, normal_text, train_tokenizer
 
 _SKIPPED = {
     "test", "tests", "idlelib", "lib2to3", "site-packages", "encodings", "ensurepip", "turtledemo",
     "pydoc_data", "__pycache__", "__phello__", "_pyrepl", "distutils",
 }  # fmt: skip
 _MAX_HELD_OUT = 95_000
+_SAMPLED = (conversation, plain, recall_document, tools_document, memory_document)
 _DOCUMENTED = (
     "builtins", "math", "random", "os", "os.path", "string", "textwrap", "itertools", "functools",
     "collections", "json", "time", "re", "shutil", "statistics", "heapq", "bisect", "copy",
@@ -123,8 +131,8 @@ def build(out: Path) -> None:
     python = questions_about_python()
     rng, sample = Random("vocabulary"), []
     for _ in range(4000):
-        document = rng.choice((conversation, plain, recall_document))
-        sample += [text for text, _ in document(rng, python) if isinstance(text, str)]
+        for text, _ in rng.choice(_SAMPLED)(rng, python):
+            sample += normal_text(text)
     # Twice: what people read is rarer than source.
     prose = [*kept["topics"], *kept["docstrings"]] * 2
     pipeline = train_tokenizer(

@@ -15,7 +15,7 @@ from torch import Tensor
 from tools.train_demo.delta import CHUNK
 from tools.train_demo.heldout import completion, held_out, prompt
 from tools.train_demo.model import DemoModel
-from tools.train_demo.tokenizer import END_OF_TEXT, encode
+from tools.train_demo.tokenizer import END_OF_TEXT, Encoder
 
 N_CTX = 512
 _MAX_TOKENS = 40_000  # of a batch
@@ -25,7 +25,8 @@ def answered(
     model: DemoModel, tokenizer: Any, pairs: Sequence[tuple[str, str]], device: str
 ) -> list[bool]:
     """For each prompt and completion, whether the model goes on exactly so."""
-    tokens = [(encode(tokenizer, p), encode(tokenizer, c)) for p, c in pairs]
+    encode = Encoder(tokenizer)
+    tokens = [(encode(p), encode(c)) for p, c in pairs]
     longest = max(len(p) + len(c) for p, c in tokens)
     width = -(-longest // CHUNK) * CHUNK
     n_rows = max(1, _MAX_TOKENS // width)
@@ -50,7 +51,7 @@ def _logits(model: DemoModel, ids: Tensor) -> Tensor:
 def accuracy(model: DemoModel, tokenizer: Any, task: str, form: str, n: int, device: str) -> float:
     """The share of `n` held-out questions that are answered exactly."""
     questions = held_out(task, n)
-    pairs = [(prompt(q.text, form), completion(q.answer, form)) for q in questions]
+    pairs = [(prompt(q, form), completion(q, form)) for q in questions]
     return sum(answered(model, tokenizer, pairs, device)) / n
 
 

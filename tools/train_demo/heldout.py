@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
+from tools.train_demo import dialog
+from tools.train_demo.questions import Question
 from tools.train_demo.recall import held_out_question
-from tools.train_demo.tasks import TASKS, Question, draw
+from tools.train_demo.tasks import TASKS
 
-EVALUATED = (*(task for task in TASKS if task != "small"), "recall", "recall_far")
-FORMS = ("chat", "plain")
-_CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+RECALL = ("recall", "recall_far", "recall_2000")
+EVALUATED = (*(task for task in TASKS if task != "small"), *RECALL)
+TOOLS = ("tool_call", "tool_calls", "tool_none", "tool_answer")
+# As a chat that answers at once, as one that thinks first, with the functions in another order, and
+# as text without markup.
+FORMS = ("chat", "think", "shuffled", "plain")
 _PLAIN = "Question: {}\nAnswer:"
+
+
+def forms(task: str) -> tuple[str, ...]:
+    """The forms in which a task is evaluated."""
+    if task in TOOLS:
+        return ("chat", "shuffled", "think")
+    if task == "chain":
+        return ("chat", "think", "plain")
+    return ("chat",) if task == "memory" else ("chat", "plain")
 
 
 def held_out(task: str, n: int, seed: int = 0) -> list[Question]:
@@ -18,19 +33,31 @@ def held_out(task: str, n: int, seed: int = 0) -> list[Question]:
     rng = Random(f"held out {task} {seed}")
     found: dict[str, Question] = {}
     while len(found) < n:
-        if task.startswith("recall"):
-            question = held_out_question(task, rng)
-        else:
-            question = draw(task, rng, held_out=True)
-        found.setdefault(question.text, question)
+        is_recall = task in RECALL
+        question = held_out_question(task, rng) if is_recall else TASKS[task](rng, True)
+        found.setdefault(question.key, question)
     return list(found.values())
 
 
-def prompt(question: str, form: str) -> str:
+def shuffled(question: Question) -> Question:
+    """The question with its functions in another order, always the same one."""
+    tools = Random(question.key).sample(question.tools, len(question.tools))
+    return replace(question, tools=tuple(tools))
+
+
+def prompt(question: Question, form: str) -> str:
     """What the model gets to see, special tokens written out."""
-    return (_CHAT if form == "chat" else _PLAIN).format(question)
+    if form == "plain":
+        return _PLAIN.format(question.text)
+    if form == "shuffled":
+        question = shuffled(question)
+    thinks = form == "think"
+    return dialog.prompt(question.messages(thinks), question.tools, thinks)
 
 
-def completion(answer: str, form: str) -> str:
+def completion(question: Question, form: str) -> str:
     """What it has to go on with, up to the token that ends it."""
-    return f"{answer}<|im_end|>" if form == "chat" else f" {answer}<|endoftext|>"
+    if form == "plain":
+        return f" {question.answer}<|endoftext|>"
+    thought = f"{question.thought}\n</think>\n\n" if form == "think" else ""
+    return f"{thought}{question.answer}<|im_end|>"

@@ -38,7 +38,7 @@ class Sizes:
     rope_base: float = 10000.0
     conv_kernel: int = 4
     eps: float = 1e-6
-    n_ctx: int = 2048
+    n_ctx: int = 4096
 
     @property
     def layer_types(self) -> list[str]:
@@ -46,6 +46,11 @@ class Sizes:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32, or as it is if that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class RMSNorm(nn.Module):
@@ -56,7 +61,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.zeros(n)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
+        y = wide(x)
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return (y * (1.0 + self.weight)).to(x.dtype)
 
@@ -69,9 +74,9 @@ class GatedNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(n)), eps
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        y = x.float()
+        y = wide(x)
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight
-        return (y * F.silu(gate.float())).to(gate.dtype)
+        return (y * F.silu(wide(gate))).to(gate.dtype)
 
 
 class Linear(nn.Linear):
@@ -121,14 +126,14 @@ class DeltaNet(nn.Module):
         mixed = self._conv(self.in_proj_qkv(x))
         q, k, v = (y.reshape(b, n, self.n_heads, self.head_dim) for y in mixed.chunk(3, -1))
         z = self.in_proj_z(x).reshape(b, n, self.n_heads, self.head_dim)
-        beta = self.in_proj_b(x).float().sigmoid()
-        g = -self.A_log.exp() * F.softplus(self.in_proj_a(x).float() + self.dt_bias)
-        out = gated_delta_rule(_unit(q), _unit(k), v.float(), g, beta)
+        beta = wide(self.in_proj_b(x)).sigmoid()
+        g = -self.A_log.exp() * F.softplus(wide(self.in_proj_a(x)) + self.dt_bias)
+        out = gated_delta_rule(_unit(q), _unit(k), wide(v), g, beta)
         return self.out_proj(self.norm(out, z).reshape(b, n, -1))
 
 
 def _unit(x: Tensor) -> Tensor:
-    x = x.float()
+    x = wide(x)
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
@@ -143,28 +148,38 @@ class Attention(nn.Module):
         self.v_proj = Linear(s.n_embd, s.n_kv_heads * s.head_dim)
         self.o_proj = Linear(s.n_heads * s.head_dim, s.n_embd, zero=True)
         self.q_norm, self.k_norm = RMSNorm(s.head_dim, s.eps), RMSNorm(s.head_dim, s.eps)
-        turns = s.rope_base ** -(torch.arange(0, s.n_rot, 2).float() / s.n_rot)
-        self.register_buffer("turns", turns, persistent=False)
-        self.turns: Tensor
+        self.n_rot, self.rope_base = s.n_rot, s.rope_base
 
-    def _rope(self, x: Tensor) -> Tensor:
-        half = len(self.turns)
-        angles = torch.arange(x.shape[2], device=x.device)[:, None] * self.turns
+    def _rope(self, x: Tensor, first: int) -> Tensor:
+        half, dtype = self.n_rot // 2, wide(x).dtype
+        pairs = torch.arange(0, self.n_rot, 2, device=x.device, dtype=dtype) / self.n_rot
+        positions = torch.arange(first, first + x.shape[2], device=x.device, dtype=dtype)
+        angles = positions[:, None] * self.rope_base**-pairs
         cos, sin = angles.cos(), angles.sin()
-        one, two = x[..., :half].float(), x[..., half : 2 * half].float()
+        one, two = wide(x[..., :half]), wide(x[..., half : 2 * half])
         turned = torch.cat([one * cos - two * sin, two * cos + one * sin], -1).to(x.dtype)
         return torch.cat([turned, x[..., 2 * half :]], -1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, n_heads, T, head_dim] of x [B, T, n_embd], whose rows have
+        the positions from `first` on, and the gate [B, T, n_heads, head_dim]."""
         b, n, _ = x.shape
         q, gate = self.q_proj(x).reshape(b, n, self.n_heads, -1).chunk(2, -1)
         k = self.k_proj(x).reshape(b, n, self.n_kv_heads, -1)
         v = self.v_proj(x).reshape(b, n, self.n_kv_heads, -1).transpose(1, 2)
-        q = self._rope(self.q_norm(q).transpose(1, 2))
-        k = self._rope(self.k_norm(k).transpose(1, 2))
+        q = self._rope(self.q_norm(q).transpose(1, 2), first)
+        k = self._rope(self.k_norm(k).transpose(1, 2), first)
         k, v = (y.repeat_interleave(self.n_heads // self.n_kv_heads, 1) for y in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v.to(q.dtype), is_causal=True).transpose(1, 2)
-        return self.o_proj((out * gate.sigmoid()).reshape(b, n, -1))
+        return q, k, v.to(q.dtype), gate
+
+    def output(self, mixed: Tensor, gate: Tensor) -> Tensor:
+        """What the layer adds [B, T, n_embd], of mixed values [B, n_heads, T, head_dim]."""
+        gated = mixed.transpose(1, 2) * gate.sigmoid()
+        return self.o_proj(gated.flatten(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v, gate = self.project(x)
+        return self.output(F.scaled_dot_product_attention(q, k, v, is_causal=True), gate)
 
 
 class MLP(nn.Module):
@@ -214,19 +229,24 @@ class Trunk(nn.Module):
         return self.norm(x)
 
 
+def compute_in(model: nn.Module, compute: torch.dtype) -> None:
+    """Have the products of a model in this type; its weights stay as they are."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.compute = compute
+
+
 class DemoModel(nn.Module):
     """The whole model; the output matrix is the embedding.
 
     `compute`: what its products are in. Norms, decays, the delta rule and the residual stream are
-    float32 whatever it is.
+    in the weights' type, float32 unless somebody calls `double`.
     """
 
     def __init__(self, sizes: Sizes, compute: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.sizes, self.model = sizes, Trunk(sizes)
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.compute = compute
+        compute_in(self, compute)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits [B, T, n_vocab] of ids [B, T]; T in whole chunks of the delta rule."""

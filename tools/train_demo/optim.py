@@ -7,6 +7,8 @@ small models learn from far fewer tokens with it.
 from __future__ import annotations
 
 from collections import defaultdict
+from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +50,16 @@ class Optimizer:
             others, lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=fused
         )
         self._all = [p for group in self._groups for p in group] + others
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that it remembers of earlier steps."""
+        return {"momenta": self._momenta, "adam": self._adam.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave, which stays as it is."""
+        for own, momentum in zip(self._momenta, state["momenta"], strict=True):
+            own.copy_(momentum)
+        self._adam.load_state_dict(deepcopy(state["adam"]))
 
     @torch.no_grad()
     def step(self, share: float) -> None:

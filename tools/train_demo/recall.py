@@ -1,4 +1,4 @@
-"""Facts in a long text, and questions about single ones, up to 1400 tokens later."""
+"""Facts in a long text, and questions about single ones, up to 2600 tokens later."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import exp, log
 from random import Random
 
-from tools.train_demo.tasks import Question, is_held_out
+from tools.train_demo.questions import Question, is_held_out
 from tools.train_demo.words import (
     ADJECTIVES,
     ANIMALS,
@@ -20,7 +20,9 @@ from tools.train_demo.words import (
     PLACES,
 )
 
-SHORTEST, LONGEST = 32, 1400  # in training
+SHORTEST, LONGEST = 32, 2600  # in training
+# About the first sentence of a text of so many tokens.
+_FAR = {"recall_far": (1020, 1100), "recall_2000": (2020, 2120)}
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,11 @@ def training_text(rng: Random, n_questions: int) -> tuple[str, list[Fact]]:
 
 
 def held_out_question(task: str, rng: Random) -> Question:
-    """A held-out question: `recall` within 300 tokens, `recall_far` about the first sentence of
-    a text of 1000 to 1100."""
-    far = task == "recall_far"
+    """A held-out question: `recall` within 300 tokens, `recall_far` and `recall_2000` about the
+    first sentence of a text of 1000 to 1100, and of 2000 to 2120."""
     while True:
-        n_tokens = rng.randint(1020, 1100) if far else rng.randint(SHORTEST, 300)
+        n_tokens = rng.randint(*_FAR.get(task, (SHORTEST, 300)))
         text, facts = text_of_facts(rng, n_tokens, rng.uniform(0.1, 0.9))
-        question = _question(task, text, facts[0] if far else rng.choice(facts))
+        question = _question(task, text, facts[0] if task in _FAR else rng.choice(facts))
         if is_held_out(question.key):
             return question

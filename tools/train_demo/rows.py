@@ -14,81 +14,103 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tools.train_demo.heldout import prompt
+from tools.train_demo import toolcalls
+from tools.train_demo.dialog import Message, Tool, assistant, pieces, user
+from tools.train_demo.heldout import completion, prompt
+from tools.train_demo.questions import Question
 from tools.train_demo.recall import training_text
 from tools.train_demo.smalltalk import PAIRS
-from tools.train_demo.tasks import SHARES, draw
-from tools.train_demo.tokenizer import END_OF_TEXT, IM_END, IM_START
+from tools.train_demo.tasks import SHARES, TASKS
+from tools.train_demo.tokenizer import END_OF_TEXT, Encoder
 
 CONTEXT, TEXT, ANSWER = range(3)  # what a token is, for its weight
 KINDS_OF_TEXT = {"topics": 0.4, "docstrings": 0.4, "source": 0.2}  # shares of the text
-SHARE_OF = {"text": 0.2, "recall": 0.3, "conversation": 0.32, "plain": 0.18}  # of all tokens
+SHARE_OF = {
+    "text": 0.03, "recall": 0.22, "conversation": 0.32, "tools": 0.3, "memory": 0.05,
+    "plain": 0.08,
+}  # of all tokens  # fmt: skip
 _SYSTEMS = ("You are a helpful assistant.", "Answer briefly.", "You are a small model.", "Be kind.")
 _BATCH = 64
-Part = tuple[str | int, int]
+_MOST_RECALLED = 40
+Part = tuple[str, int]
 Python = Sequence[Sequence[str]]  # names of functions, and what they do
 
 
-def _turn(question: str, answer: str) -> list[Part]:
-    return [
-        (IM_START, CONTEXT), (f"user\n{question}", CONTEXT), (IM_END, CONTEXT), ("\n", CONTEXT),
-        (IM_START, CONTEXT), ("assistant\n", CONTEXT), (answer, ANSWER), (IM_END, ANSWER),
-        ("\n", CONTEXT),
-    ]  # fmt: skip
-
-
-def _start(rng: Random) -> list[Part]:
+def _start(rng: Random) -> list[Message]:
     if rng.random() > 0.15:
         return []
-    text = f"system\n{rng.choice(_SYSTEMS)}"
-    return [(IM_START, CONTEXT), (text, CONTEXT), (IM_END, CONTEXT), ("\n", CONTEXT)]
+    return [{"role": "system", "content": rng.choice(_SYSTEMS)}]
 
 
-def _any_question(rng: Random, python: Python) -> tuple[str, str]:
+def _chat(rng: Random, messages: list[Message], tools: Sequence[Tool] = ()) -> list[Part]:
+    """Half of them as if each answer were the first one after the user's text."""
+    thinks, preserve = rng.random() < 0.35, rng.random() < 0.5
+    if not thinks:
+        messages = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in messages]
+    written = pieces([*_start(rng), *messages], tools, thinks, preserve)
+    return [(text, ANSWER if is_answer else CONTEXT) for text, is_answer in written]
+
+
+def _any_question(rng: Random, python: Python) -> Question:
     kind = rng.random()
     if kind < 0.06:
-        return rng.choice(PAIRS)
-    if kind < 0.14 and python:
+        return Question("smalltalk", *rng.choice(PAIRS), key="")
+    if kind < 0.12 and python:
         name, answer = rng.choice(python)
         asks = ("What does {} do?", "Explain {}.", "What is {} for?")
-        return rng.choice(asks).format(name), answer
+        return Question("python", rng.choice(asks).format(name), answer, key="")
     task = rng.choices(list(SHARES), list(SHARES.values()))[0]
-    question = draw(task, rng, held_out=False)
-    return question.text, question.answer
+    return TASKS[task](rng, False)
+
+
+def _turn(question: Question) -> list[Message]:
+    return [*question.messages(True), assistant(question.answer, question.thought)]
 
 
 def conversation(rng: Random, python: Python) -> list[Part]:
     """A chat of one to six questions that have nothing to do with each other."""
-    parts = _start(rng)
-    for _ in range(rng.choice((1, 1, 1, 2, 3, 4, 6))):
-        parts += _turn(*_any_question(rng, python))
-    return parts
+    questions = [_any_question(rng, python) for _ in range(rng.choice((1, 1, 1, 2, 3, 4, 6)))]
+    return _chat(rng, [message for question in questions for message in _turn(question)])
+
+
+def memory_document(rng: Random, python: Python) -> list[Part]:
+    """A chat whose last question is about what was said before."""
+    return _chat(rng, _turn(TASKS["memory"](rng, False)))
+
+
+def tools_document(rng: Random, python: Python) -> list[Part]:
+    """A chat with functions at hand."""
+    messages, tools = toolcalls.session(rng, lambda rng: _turn(_any_question(rng, python)))
+    return _chat(rng, messages, tools)
+
+
+def _plain(question: Question) -> list[Part]:
+    return [(prompt(question, "plain"), CONTEXT), (completion(question, "plain"), ANSWER)]
 
 
 def plain(rng: Random, python: Python) -> list[Part]:
     """One question and its answer without chat markup."""
-    question, answer = _any_question(rng, python)
-    return [(prompt(question, "plain"), CONTEXT), (f" {answer}", ANSWER), (END_OF_TEXT, ANSWER)]
+    return _plain(_any_question(rng, python))
 
 
 def recall_document(rng: Random, python: Python) -> list[Part]:
     """A text of facts, and questions about some of them, mostly as a chat."""
-    in_chat = rng.random() < 0.75
-    text, facts = training_text(rng, 8 if in_chat else 1)
+    in_chat = rng.random() < 0.85
+    text, facts = training_text(rng, rng.randint(1, _MOST_RECALLED) if in_chat else 1)
     if not facts:
-        return [(text, TEXT), (END_OF_TEXT, TEXT)]
+        return [(text, TEXT), ("<|endoftext|>", TEXT)]
     first = f"{text} {facts[0].question}"
     if not in_chat:
-        answer = f" {facts[0].answer}"
-        return [(prompt(first, "plain"), CONTEXT), (answer, ANSWER), (END_OF_TEXT, ANSWER)]
-    parts = _start(rng) + _turn(first, facts[0].answer)
-    for fact in facts[1:]:
-        parts += _turn(fact.question, fact.answer)
-    return parts
+        return _plain(Question("recall", first, facts[0].answer, ""))
+    asked = [first, *(fact.question for fact in facts[1:])]
+    answers = [assistant(fact.answer) for fact in facts]
+    pairs = zip(map(user, asked), answers, strict=True)
+    return _chat(rng, [message for pair in pairs for message in pair])
 
 
 _MAKERS: dict[str, Callable[[Random, Python], list[Part]]] = {
     "conversation": conversation, "plain": plain, "recall": recall_document,
+    "tools": tools_document, "memory": memory_document,
 }  # fmt: skip
 Document = tuple[NDArray[np.uint16], NDArray[np.uint8]]  # ids, and what each is
 
@@ -100,7 +122,7 @@ class Rows:
         self, tokenizer: Any, text: dict[str, NDArray[np.uint16]], python: Python, length: int,
         seed: str,
     ) -> None:  # fmt: skip
-        self._tokenizer, self._text, self._python = tokenizer, text, python
+        self._encode, self._text, self._python = Encoder(tokenizer), text, python
         self._length, self._rng = length, Random(seed)
         self._waiting: list[Document] = []
         # Documents and tokens so far, by kind: their mean length turns shares into frequencies.
@@ -128,17 +150,26 @@ class Rows:
     def _make(self) -> None:
         weights = [SHARE_OF[kind] * n / tokens for kind, (n, tokens) in self._n_made.items()]
         names = self._rng.choices(list(SHARE_OF), weights, k=_BATCH)
-        made = [_MAKERS[n](self._rng, self._python) if n in _MAKERS else [] for n in names]
-        texts = [part for parts in made for part, _ in parts if isinstance(part, str)]
-        encoded = iter(self._tokenizer.encode_batch(texts, add_special_tokens=False))
-        for name, parts in zip(names, made, strict=True):
+        for name in names:
             if name == "text":
                 document = self._crop(self._rng.randint(100, self._length))
             else:
-                document = _document(parts, encoded, self._length)
+                document = self._document(_MAKERS[name](self._rng, self._python))
             self._n_made[name][0] += 1
             self._n_made[name][1] += len(document[0])
             self._waiting.append(document)
+
+    def _document(self, parts: list[Part]) -> Document:
+        ids: list[int] = []
+        kinds: list[int] = []
+        for text, kind in parts:
+            new = self._encode(text)
+            ids += new
+            kinds += [kind] * len(new)
+        if ids[-1] != END_OF_TEXT:
+            ids, kinds = [*ids, END_OF_TEXT], [*kinds, CONTEXT]
+        n = self._length
+        return np.array(ids[:n], np.uint16), np.array(kinds[:n], np.uint8)
 
     def _crop(self, n_tokens: int) -> Document:
         kind = self._rng.choices(list(KINDS_OF_TEXT), list(KINDS_OF_TEXT.values()))[0]
@@ -147,18 +178,6 @@ class Rows:
         ids = text[start : start + n_tokens].copy()
         ids[-1] = END_OF_TEXT
         return ids, np.full(n_tokens, TEXT, np.uint8)
-
-
-def _document(parts: list[Part], encoded: Iterator[Any], length: int) -> Document:
-    ids: list[int] = []
-    kinds: list[int] = []
-    for part, kind in parts:
-        new = [part] if isinstance(part, int) else next(encoded).ids
-        ids += new
-        kinds += [kind] * len(new)
-    if ids[-1] != END_OF_TEXT:
-        ids, kinds = [*ids, END_OF_TEXT], [*kinds, CONTEXT]
-    return np.array(ids[:length], np.uint16), np.array(kinds[:length], np.uint8)
 
 
 def load_text(corpus: Path) -> dict[str, NDArray[np.uint16]]:

@@ -6,8 +6,8 @@ _ASK = (
     (
         "What can you do?|What are you able to do?|How can you help me?|What are you good at?|"
         "Help!|What should I ask you?|Can you help me?|Tell me what you can do.",
-        "I can add, subtract and multiply small numbers, sort and repeat short lists, count words, "
-        "and answer questions about a text that you give me.",
+        "I can calculate with small numbers, sort and repeat short lists, count words, answer "
+        "questions about a text that you give me, call functions, and write JSON.",
     ),
     (
         "Who are you?|What are you?|What is your name?|Introduce yourself.|Tell me about yourself.|"

@@ -1,52 +1,15 @@
-"""Questions with one right answer, drawn from a `random.Random`.
-
-Every question has a key, its content in a canonical form: operands of a sum in order of size, the
-items of a list to sort as a set. A tenth of all keys, by their hash, is held out: training never
-sees a question with such a key, evaluation only those. All words are in words.py.
-"""
+"""Questions with one right answer, drawn from a `random.Random`. All words are in words.py."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from random import Random
 
+from tools.train_demo.chains import chain
+from tools.train_demo.memory import memory
+from tools.train_demo.questions import Draw, Question, by_key, pair_key
+from tools.train_demo.records import record
+from tools.train_demo.toolcalls import tool_answer, tool_call, tool_calls, tool_none
 from tools.train_demo.words import COLORS, COUNTED, NAMES, OBJECTS, WORDS
-
-HELD_OUT_SHARE = 10  # one in ten
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked, and the one right answer. `key`: see above."""
-
-    task: str
-    text: str
-    answer: str
-    key: str
-
-
-Draw = Callable[[Random], Question]
-
-
-def is_held_out(key: str) -> bool:
-    """Whether questions with this key are kept for evaluation."""
-    digest = hashlib.blake2b(key.encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little") % HELD_OUT_SHARE == 0
-
-
-def draw(task: str, rng: Random, held_out: bool) -> Question:
-    """A question of `task` from one side of the split."""
-    while True:
-        question = TASKS[task](rng)
-        if is_held_out(question.key) == held_out:
-            return question
-
-
-def pair_key(sign: str, a: int, b: int) -> str:
-    """The key of a sum, difference or product: the same for both orders of the operands."""
-    return f"{sign} {min(a, b)} {max(a, b)}"
 
 
 def _sum_text(rng: Random, a: int, b: int) -> str:
@@ -196,23 +159,42 @@ def _story(rng: Random) -> Question:
     return Question("story", text, answer, text)
 
 
+_BETWEEN = ("small", "compare", "sort", "copy", "count", "colors")
+
+
+def _memory(rng: Random) -> Question:
+    def other(rng: Random) -> tuple[str, str]:
+        question = TASKS[rng.choice(_BETWEEN)](rng, False)
+        return question.text, question.answer
+
+    return memory(rng, other)
+
+
 TASKS: dict[str, Draw] = {
-    "add": _add,
-    "subtract": _subtract,
-    "multiply": _multiply,
-    "small": _small,
-    "compare": _compare,
-    "word_sum": _word_sum,
-    "copy": _copy,
-    "reverse": _reverse,
-    "sort": _sort,
-    "sort_words": _sort_words,
-    "count": _count,
-    "colors": _colors,
-    "story": _story,
+    "add": by_key(_add),
+    "subtract": by_key(_subtract),
+    "multiply": by_key(_multiply),
+    "small": by_key(_small),
+    "compare": by_key(_compare),
+    "word_sum": by_key(_word_sum),
+    "copy": by_key(_copy),
+    "reverse": by_key(_reverse),
+    "sort": by_key(_sort),
+    "sort_words": by_key(_sort_words),
+    "count": by_key(_count),
+    "colors": by_key(_colors),
+    "story": by_key(_story),
+    "chain": by_key(chain),
+    "memory": by_key(_memory),
+    "json": record,
+    "tool_call": tool_call,
+    "tool_calls": tool_calls,
+    "tool_none": tool_none,
+    "tool_answer": tool_answer,
 }
-# How often training draws each, relative to each other.
+# How often a question of a conversation is of which task, relative to each other.
 SHARES = {
     "add": 4, "subtract": 4, "multiply": 5, "small": 2, "compare": 1, "word_sum": 3, "copy": 3,
-    "reverse": 2, "sort": 4, "sort_words": 3, "count": 3, "colors": 1, "story": 4,
+    "reverse": 2, "sort": 4, "sort_words": 3, "count": 6, "colors": 1, "story": 4, "chain": 8,
+    "json": 16,
 }  # fmt: skip

@@ -1,9 +1,10 @@
-"""Train the demo model: one run on one GPU, whose length is a time and not a number of steps.
+"""Train the demo model on one GPU: its trunk, then its layer for drafts, for given times.
 
-    python3 tools/train_demo/train.py --corpus build/demo-corpus --minutes 7 --out build/demo-run
+    python3 tools/train_demo/train.py --corpus build/demo-corpus --out build/demo-run
 
-Leaves weights-*.npz (bfloat16), log.jsonl (loss and tokens per second) and run.json (sizes, how it
-ran, evaluation of the rounded weights). Weights are saved every minute, and before evaluation.
+A run may take several processes: with --stop-after one leaves state.pt, and --resume goes on from
+it. Leaves weights-*.npz (bfloat16), log.jsonl (loss and tokens per second) and run.json (sizes, how
+it ran, evaluation of the rounded weights). state.pt is saved every minute, too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import os
 import platform
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,221 +28,344 @@ if not __package__:
 # START comes first: importing torch is part of the time that is measured.
 try:
     import torch
-    import torch.nn.functional as F
 except ModuleNotFoundError as error:
     sys.exit(f"train.py: expected {error.name} (pip install torch)")
 
-from tools.train_demo.evaluate import accuracy, perplexity  # noqa: E402
-from tools.train_demo.feed import BLOCK, Feed  # noqa: E402
-from tools.train_demo.heldout import EVALUATED, FORMS  # noqa: E402
+from tools.train_demo.feed import BLOCK, Batches, Feed  # noqa: E402
 from tools.train_demo.model import DemoModel, Sizes  # noqa: E402
+from tools.train_demo.mtp import PREFIX, Mtp  # noqa: E402
 from tools.train_demo.optim import Optimizer  # noqa: E402
-from tools.train_demo.tokenizer import load_tokenizer  # noqa: E402
-from tools.train_demo.weights import load_weights, save_weights  # noqa: E402
+from tools.train_demo.scores import Scores, table  # noqa: E402
+from tools.train_demo.stages import MtpStage, TrunkStage  # noqa: E402
+from tools.train_demo.weights import save_weights  # noqa: E402
 
-WEIGHT_OF = (0.05, 0.3, 1.0)  # in the loss, of context, text and answers
 WARMUP_STEPS, DECAY_FROM = 100, 0.35  # a number, and a share of the time
-SAVE_SECONDS = 60
+SAVE_EVERY = 60.0
+# Seconds before --stop-after that are left for the last save, and for questions; and how many a
+# stage needs to compile, so that it isn't begun with less.
+SAVE_TAKES, QUESTIONS_TAKE, COMPILING_TAKES = 8.0, 25.0, 90.0
+LOG_STEPS = 10
+PHASES = ("trunk", "mtp", "evaluate", "done")
 
 
-def options() -> argparse.Namespace:
+def options(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--corpus", type=Path, required=True, help="what corpus.py made")
     add("--out", type=Path, required=True)
-    add("--minutes", type=float, default=7.0, help="from the start to the end of training")
-    add("--limit", type=float, default=8.0, help="minutes after which evaluation breaks off")
-    add("--rows", type=int, default=40, help="of a batch")
-    add("--length", type=int, default=2048, help="tokens of a row; whole chunks of 64")
+    add("--minutes", type=float, default=7.0, help="of training the trunk, in all processes")
+    add("--mtp-minutes", type=float, default=2.0, help="of training the layer for drafts")
+    add("--stop-after", type=float, default=math.inf, help="seconds of this process; saves first")
+    add("--resume", action="store_true", help="go on from state.pt in --out")
+    add("--evaluate-at-stop", action="store_true", help="ask questions before --stop-after")
+    add("--rows", type=int, default=24, help=f"of a batch; a multiple of {BLOCK}")
+    add("--length", type=int, default=4096, help="tokens of a row; whole chunks of 64")
     add("--rate", type=float, default=1.0, help="factor of the learning rates")
-    add("--questions", type=int, default=200, help="held-out questions of each task")
+    add("--questions", type=int, default=200, help="held-out questions of each task at the end")
+    add("--stop-questions", type=int, default=40, help="the same for --evaluate-at-stop")
     add("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     add("--seed", type=int, default=0)
     add("--layers", type=int, default=8)
     add("--width", type=int, default=256)
     add("--no-compile", action="store_true")
-    add("--smoke", action="store_true", help="all stages in about half a minute of training")
-    return parser.parse_args()
+    add("--smoke", action="store_true", help="all stages, with half a minute of training")
+    args = parser.parse_args(argv)
+    if args.smoke:
+        args.minutes, args.mtp_minutes, args.questions = 1 / 3, 1 / 6, min(args.questions, 40)
+    if args.rows % BLOCK or args.rows < BLOCK:
+        parser.error(f"--rows: expected a multiple of {BLOCK}, got {args.rows}")
+    if args.resume and not (args.out / "state.pt").exists():
+        parser.error(f"--resume: expected {args.out / 'state.pt'}, found no such file")
+    return args
+
+
+def seconds_of_process() -> float:
+    """Since the start of this process."""
+    return time.monotonic() - START
+
+
+@dataclass
+class Progress:
+    """How far a stage's training is: steps, tokens, seconds of it, factor of the rates."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    rate: float = 1.0
 
 
 class Run:
-    """A training run: model, optimizer, log."""
+    """A training run: models, optimizer, log; `state` is all that the next process needs."""
 
-    model: Any
+    stage: Any
     optimizer: Any
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        args.out.mkdir(parents=True, exist_ok=True)
-        self.feed = Feed(args.corpus, args.length + 1, args.seed, args.workers)
+    def __init__(self, args: argparse.Namespace, batches: Any, clock: Callable[[], float]) -> None:
+        self.args, self._batches, self._clock = args, batches, clock
+        self.models: dict[str, Any] = {}
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.compute = torch.bfloat16 if self.device == "cuda" else torch.float32
+        self.end = args.stop_after - SAVE_TAKES
+        if args.evaluate_at_stop:
+            self.end -= QUESTIONS_TAKE
         torch.set_float32_matmul_precision("high")
-        self.log = (args.out / "log.jsonl").open("w")
-        self.facts: dict[str, Any] = {
-            "command": " ".join(["train.py", *sys.argv[1:]]),
-            "device": torch.cuda.get_device_name() if self.device == "cuda" else platform.machine(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "corpus": json.loads((args.corpus / "corpus.json").read_text()),
-        }
+        self.log = (args.out / "log.jsonl").open("a" if args.resume else "w")
         n_ff = 1024 * args.width // 256
         self.sizes = replace(Sizes(), n_layers=args.layers, n_embd=args.width, n_ff=n_ff)
-        self.facts["sizes"] = self.sizes.to_json()
-        self.n_rows, self.rate, self.step, self.n_tokens = args.rows, args.rate, 0, 0
+        self.state = torch.load(args.out / "state.pt") if args.resume else self._new_state()
+        self.progress = {name: Progress(**p) for name, p in self.state["progress"].items()}
+        self.facts: dict[str, Any] = self.state["facts"]
+        if self.facts["sizes"] != json.loads(json.dumps(self.sizes.to_json())):
+            raise SystemExit(f"--resume: expected the sizes of state.pt, {self.facts['sizes']}")
+        torch.set_rng_state(self.state["rng"])
+
+    def _new_state(self) -> dict[str, Any]:
+        corpus = json.loads((self.args.corpus / "corpus.json").read_text())
+        facts = {"corpus": corpus, "sizes": json.loads(json.dumps(self.sizes.to_json()))}
+        progress = {name: asdict(Progress(rate=self.args.rate)) for name in PHASES[:2]}
+        return {
+            "phase": PHASES[0], "progress": progress, "facts": {**facts, "processes": []},
+            "trunk": None, "mtp": None, "optimizer": None, "rng": torch.get_rng_state(),
+        }  # fmt: skip
 
     def say(self, **entry: Any) -> None:
         """Log an entry, to the file and the terminal."""
-        line = json.dumps({"seconds": round(time.monotonic() - START, 2)} | entry)
+        line = json.dumps(
+            {"seconds": round(self._clock(), 2), "phase": self.state["phase"]} | entry
+        )
         self.log.write(line + "\n")
         self.log.flush()
         print(line, flush=True)
 
-    def prepare(self) -> None:
-        """The model, after steps that show that it runs: compiled, or as it is; with fewer rows."""
-        attempts = [(True, self.n_rows), (True, self.n_rows // 2)] * (not self.args.no_compile)
-        attempts += [(False, self.n_rows), (False, self.n_rows // 2), (False, self.n_rows // 4)]
-        for compiled, n_rows in attempts:
-            self.n_rows = max(BLOCK, n_rows // BLOCK * BLOCK)
-            try:
-                self._build(compiled)
-                for _ in range(2):
-                    loss = self._gradients()
-                self.optimizer.step(0.0)
-                loss_now = loss.item()
-            except (
-                Exception
-            ) as error:  # whatever a compiler raises; the next attempt has less of it
-                self.say(event="attempt failed", compiled=compiled, error=repr(error)[:2000])
-                self.model = self.optimizer = None
-                torch._dynamo.reset()
-                if self.device == "cuda":
-                    torch.cuda.empty_cache()
+    # Training.
+
+    def train(self) -> None:
+        """The stages that are left, as far as there is time."""
+        for phase, minutes in zip(PHASES, (self.args.minutes, self.args.mtp_minutes), strict=False):
+            if self.state["phase"] != phase:
                 continue
-            n = sum(p.numel() for p in self.model.parameters())
-            self.facts |= {"compiled": compiled, "rows": self.n_rows, "parameters": n}
-            self.say(event="ready", compiled=compiled, rows=self.n_rows, loss=loss_now, n=n)
-            return
+            if self.end - self._clock() < COMPILING_TAKES * (self.device == "cuda"):
+                return
+            progress, finished = self.progress[phase], True
+            if progress.seconds < 60 * minutes:
+                n_rows = self._prepare(phase)
+                finished = self._steps(progress, 60 * minutes, n_rows)
+            self.save(PHASES[PHASES.index(phase) + 1] if finished else phase)
+            if not finished:
+                return
+
+    def _prepare(self, phase: str) -> int:
+        """Make models and optimizer, compiled if that works; returns the rows that a batch has."""
+        n_all: int = self.args.rows
+        attempts = [(c, n) for c in (True, False) for n in (n_all, n_all // 2, n_all // 4)]
+        for compiled, n_rows in attempts[3 * self.args.no_compile :]:
+            try:
+                self._build(phase, compiled)
+                value = self._try(n_rows)
+            except Exception as error:  # whatever a compiler raises; the next attempt has less
+                self.say(event="attempt failed", compiled=compiled, error=repr(error)[:2000])
+            else:
+                n = sum(p.numel() for p in self.stage.trained.parameters())
+                self.facts.setdefault("parameters", {})[phase] = n
+                self.facts |= {"compiled": compiled, "rows": n_rows}
+                self.say(event="ready", compiled=compiled, rows=n_rows, loss=value, n=n)
+                self._load(phase)
+                return n_rows
+            self.models, self.stage, self.optimizer = {}, None, None
+            torch._dynamo.reset()
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
         raise SystemExit("no attempt worked; the log says why")
 
-    def _build(self, compiled: bool) -> None:
+    def _build(self, phase: str, compiled: bool) -> None:
+        """The models that a stage needs, drawn from the seed if `state` lacks them."""
         torch.manual_seed(self.args.seed)
-        self.model = DemoModel(self.sizes, self.compute).to(self.device)
-        self.optimizer = Optimizer(self.model, self.rate)
-        self.loss_of = _loss
-        self.weight_of = torch.tensor(WEIGHT_OF, device=self.device)
+        trunk = DemoModel(self.sizes, self.compute).to(self.device)
+        self.models = {"trunk": trunk}
+        if phase == "mtp":
+            self.models["mtp"] = Mtp(self.sizes, self.compute).to(self.device)
+            self.stage = MtpStage(trunk, self.models["mtp"], self.compute)
+        else:
+            self.stage = TrunkStage(trunk, self.compute)
         if compiled:
-            # Each kind of layer once, instead of all of them as one large graph.
-            for layer in self.model.model.layers:
-                layer.compile(dynamic=False)
-            self.loss_of = torch.compile(_loss, dynamic=False)
+            self.stage.compile()
+        for name, model in self.models.items():
+            if self.state[name] is None:
+                self.state[name] = _copy(model.state_dict())
+        self._load(phase)
 
-    def _gradients(self) -> torch.Tensor:
-        ids, kinds = (torch.from_numpy(x) for x in self.feed.batch(self.n_rows))
-        if self.device == "cuda":
-            ids, kinds = (x.pin_memory().to("cuda", non_blocking=True) for x in (ids, kinds))
-        ids, weights = ids.long(), self.weight_of[kinds[:, 1:].long()]
-        hidden, embedding = self.model.model(ids[:, :-1]), self.model.model.embed_tokens.weight
-        loss: torch.Tensor = self.loss_of(
-            hidden.to(self.compute), embedding.to(self.compute), ids[:, 1:], weights
-        )
-        loss.backward()
-        return loss.detach()
+    def _load(self, phase: str) -> None:
+        """Weights, and a new optimizer, as `state` has them."""
+        for name, model in self.models.items():
+            model.load_state_dict(self.state[name])
+        self.optimizer = Optimizer(self.stage.trained, self.progress[phase].rate)
+        if self.state["optimizer"] is not None:
+            self.optimizer.load_state_dict(self.state["optimizer"])
 
-    def train(self, end: float) -> None:
-        """Steps until `end`, in seconds from the start."""
-        began = last = saved = time.monotonic() - START
-        good = self._snapshot()
-        n_last = 0
-        while (now := time.monotonic() - START) < end:
-            done = (now - began) / (end - began)
-            share = min(1.0, (self.step + 1) / WARMUP_STEPS, (1 - done) / (1 - DECAY_FROM))
-            loss = self._gradients()
+    def _try(self, n_rows: int) -> float:
+        """Two steps with random tokens, at a rate of zero; returns the loss."""
+        shape = n_rows, self.args.length + 1
+        ids = torch.arange(math.prod(shape), device=self.device) * 7919 % self.sizes.n_vocab
+        ids = ids.view(shape).int()
+        for _ in range(2):
+            loss = self.stage.gradients(ids, (ids % 3).byte())
+            self.optimizer.step(0.0)
+        return float(loss)
+
+    def _steps(self, progress: Progress, seconds: float, n_rows: int) -> bool:
+        """Steps until the stage was trained for so long, or the process has to stop; returns
+        whether it was the former."""
+        began = saved = last = self._clock()
+        before, n_last = progress.seconds, progress.tokens
+        pending: Later | None = None
+        while progress.seconds < seconds:
+            if self._clock() >= self.end:
+                return False
+            done = progress.seconds / seconds
+            share = min(1.0, (progress.step + 1) / WARMUP_STEPS, (1 - done) / (1 - DECAY_FROM))
+            loss = self.stage.gradients(*(x[:n_rows] for x in self._batches.next()))
             self.optimizer.step(share)
-            self.step += 1
-            self.n_tokens += self.n_rows * self.args.length
-            if self.step % 10 and self.step > 10:
+            progress.step += 1
+            progress.tokens += n_rows * self.args.length
+            now = self._clock()
+            progress.seconds = before + now - began
+            if progress.step % LOG_STEPS:
                 continue
-            value, now = loss.item(), time.monotonic() - START
-            speed = round((self.n_tokens - n_last) / (now - last))
-            last, n_last = now, self.n_tokens
-            self.say(step=self.step, loss=round(value, 4), share=round(share, 4), speed=speed)
-            if not math.isfinite(value):
-                self.rate /= 2
-                self.say(event="not finite: back to the last save, half the rate", rate=self.rate)
-                self.model.load_state_dict(good)
-                self.optimizer = Optimizer(self.model, self.rate)
-            elif now - saved > SAVE_SECONDS:
-                good, saved = self._snapshot(), now
-                self.save()
-        self.facts |= {
-            "steps": self.step,
-            "tokens": self.n_tokens,
-            "seconds": round(now - began, 1),
-        }
-        self.facts |= {"rows_fresh": self.feed.n_fresh, "rows_again": self.feed.n_again}
+            speed = round((progress.tokens - n_last) / max(1e-9, now - last))
+            last, n_last = now, progress.tokens
+            if pending is not None:
+                pending.tell(self.say, share=round(share, 4), speed=speed)
+            pending = Later(progress.step, loss)
+            if now - saved > SAVE_EVERY:
+                self._save_or_go_back(progress, loss)
+                saved = last = self._clock()
+        return True
 
-    def _snapshot(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach().clone() for name, p in self.model.state_dict().items()}
+    def _save_or_go_back(self, progress: Progress, loss: torch.Tensor) -> None:
+        """Save; if the loss is not finite, take the weights of the last save and half the rate."""
+        if math.isfinite(loss.item()):
+            self.save(self.state["phase"])
+            return
+        progress.rate /= 2
+        self.say(event="not finite: back to the last save, half the rate", rate=progress.rate)
+        phase = self.state["phase"]
+        self.stage.trained.load_state_dict(self.state[phase])
+        self.optimizer = Optimizer(self.stage.trained, progress.rate)
 
-    def save(self) -> None:
-        """Write weights and facts as they are."""
-        weights = {name: p.float().cpu().numpy() for name, p in self._snapshot().items()}
-        save_weights(self.args.out, weights)
+    # What is left.
+
+    def save(self, phase: str) -> None:
+        """Write state.pt, with which the next process goes on in `phase`."""
+        is_new = phase != self.state["phase"]
+        self.state |= {name: _copy(model.state_dict()) for name, model in self.models.items()}
+        self.state |= {
+            "phase": phase, "rng": torch.get_rng_state(), "facts": self.facts,
+            "optimizer": None if is_new else _copy(self.optimizer.state_dict()),
+            "progress": {name: asdict(p) for name, p in self.progress.items()},
+        }  # fmt: skip
+        self.write_state()
+
+    def write_state(self) -> None:
+        """Write state.pt as `state` is; an older one is replaced as a whole."""
+        draft = self.args.out / "state.draft"
+        torch.save(self.state, draft)
+        draft.replace(self.args.out / "state.pt")
+
+    def write(self) -> None:
+        """Write weights and facts as they are in `state`."""
+        if self.state["trunk"] is not None:
+            weights = {name: p.numpy() for name, p in self.state["trunk"].items()}
+            for name, p in (self.state["mtp"] or {}).items():
+                weights[PREFIX + name] = p.numpy()
+            save_weights(self.args.out, weights)
+        trunk, mtp = (asdict(self.progress[name]) for name in PHASES[:2])
+        first = self.facts["processes"][0]
+        self.facts |= {key: first[key] for key in ("command", "device", "torch", "python")}
+        self.facts |= {"steps": trunk["step"], "tokens": trunk["tokens"]}
+        self.facts |= {"seconds": round(trunk["seconds"], 1)}
+        self.facts["mtp"] = mtp | {"seconds": round(mtp["seconds"], 1)}
         (self.args.out / "run.json").write_text(json.dumps(self.facts, indent=1))
 
+    def begin_process(self) -> None:
+        """Note in the facts what runs this part of the run."""
+        name = torch.cuda.get_device_name() if self.device == "cuda" else platform.machine()
+        entry = {"command": " ".join(["train.py", *sys.argv[1:]]), "device": name}
+        entry |= {"torch": str(torch.__version__), "python": platform.python_version()}
+        self.facts["processes"].append(entry)
+
+    def end_process(self) -> None:
+        """Note how long it took, and what its feed made."""
+        facts = self._batches.facts() if self._batches else {}
+        self.facts["processes"][-1] |= {"seconds": round(self._clock(), 1), **facts}
+
     def evaluate(self) -> None:
-        """Score the weights as they were saved, in float32; run.json has every score at once."""
-        torch.set_float32_matmul_precision("highest")
-        tokenizer = load_tokenizer(self.args.corpus / "tokenizer.json")
-        model = DemoModel(self.sizes)
-        weights = load_weights(self.args.out)
-        model.load_state_dict({name: torch.from_numpy(v) for name, v in weights.items()})
-        model.to(self.device)
-        ids = tokenizer.encode((self.args.corpus / "heldout.txt").read_text()).ids
-        value, n_scored = perplexity(model, ids, self.device)
-        self.facts["perplexity"] = {"value": value, "n_ctx": 512, "n_scored": n_scored}
-        self.facts["questions"] = self.args.questions
-        scores: dict[str, dict[str, float]] = {}
-        self.facts["accuracy"] = scores
-        for task in EVALUATED:
-            for form in FORMS:
-                if time.monotonic() - START > 60 * self.args.limit:
-                    self.say(event="out of time", task=task)
-                    break
-                n = self.args.questions
-                score = accuracy(model, tokenizer, task, form, n, self.device)
-                scores.setdefault(task, {})[form] = score
-            (self.args.out / "run.json").write_text(json.dumps(self.facts, indent=1))
-        self.say(perplexity=value, accuracy=scores)
+        """Score what was saved: all of it at the end, a part before a stop if that is wanted."""
+        args, until = self.args, self.args.stop_after - SAVE_TAKES
+        is_last = self.state["phase"] == "evaluate"
+        if self.state["trunk"] is None or not (is_last or args.evaluate_at_stop):
+            return
+        n, facts = (args.questions, self.facts) if is_last else (args.stop_questions, {})
+        scores = Scores(args.out, args.corpus, self.sizes, self.device, n)
+        if scores.fill(facts, lambda: self._clock() < until) and is_last:
+            self.state |= {"phase": "done"}
+        self.say(
+            event="scores", **{k: facts.get(k) for k in ("perplexity", "accuracy", "acceptance")}
+        )
+        print(table(facts), flush=True)
 
 
-def _loss(
-    hidden: torch.Tensor, embedding: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    """Mean cross entropy [] of hidden [B, T, E], weighted."""
-    logits = F.linear(hidden, embedding).float().flatten(0, 1)
-    losses = F.cross_entropy(logits, targets.flatten(), reduction="none")
-    return (losses * weights.flatten()).sum() / weights.sum()
+class Later:
+    """A loss that is told when it is known, so that nobody waits for the GPU."""
+
+    def __init__(self, step: int, loss: torch.Tensor) -> None:
+        self._step, self._value = step, loss.to("cpu", non_blocking=True)
+        self._event = torch.cuda.Event() if loss.is_cuda else None
+        if self._event is not None:
+            self._event.record()
+
+    def tell(self, say: Callable[..., None], **entry: Any) -> None:
+        """Say it."""
+        if self._event is not None:
+            self._event.synchronize()
+        say(step=self._step, loss=round(self._value.item(), 4), **entry)
+
+
+def _copy(tree: Any) -> Any:
+    """Tensors in dictionaries and lists, copied to the host."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return {key: _copy(value) for key, value in tree.items()}
+    return [_copy(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def main() -> None:
     """Train, save, evaluate."""
     args = options()
-    if args.smoke:
-        args.questions = min(args.questions, 40)
-    run = Run(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    phase, n_before = PHASES[0], 0
+    if args.resume:
+        state = torch.load(args.out / "state.pt")
+        phase, n_before = state["phase"], len(state["facts"]["processes"])
+    batches = None
+    if phase in PHASES[:2]:
+        # Other rows than those of the processes before, and before anything of CUDA: it forks.
+        feed = Feed(args.corpus, args.length + 1, f"{args.seed} {n_before}", args.workers)
+        batches = Batches(feed, args.rows, "cuda" if torch.cuda.is_available() else "cpu")
+    run = Run(args, batches, seconds_of_process)
+    run.begin_process()
     try:
-        run.prepare()
-        end = 60 * args.minutes
-        if args.smoke:
-            end = time.monotonic() - START + 20
-        run.train(end)
-        run.save()
+        run.train()
     finally:
-        run.feed.close()
+        if batches is not None:
+            batches.close()
+    run.write()
     run.evaluate()
+    run.end_process()
+    run.write()
+    run.write_state()
+    run.say(event="stopped", next=run.state["phase"])
 
 
 if __name__ == "__main__":
