@@ -17,11 +17,17 @@ SHELL := bash
 
 demo: $(VENV)/.run
 	$(VENV)/bin/python cli.py graph
-	$(VENV)/bin/python cli.py -no-cnv --no-display-prompt -p "Question: What can you do?\nAnswer:"
+	$(VENV)/bin/python cli.py -st -p "What can you do?"
 	$(VENV)/bin/python cli.py -no-cnv -p "Question: What is 27 plus 48?\nAnswer:"
 	$(VENV)/bin/python cli.py -no-cnv -p "Question: Sort these numbers: 42, 7, 95, 19\nAnswer:"
 	$(VENV)/bin/python cli.py -no-cnv -p "Question: Anna went to the kitchen. Anna took the ball. Anna \
 	went to the garden. Where is the ball?\nAnswer:"
+	$(VENV)/bin/python cli.py -st --reasoning off -p $(CHAIN)
+	$(VENV)/bin/python cli.py -st --reasoning on -p $(CHAIN)
+	$(VENV)/bin/python cli.py --temp 0 --prompts docs/requests.jsonl
+
+# Too long for this model without thinking.
+CHAIN := "Start with 58. Subtract 20. Add 53. Add 68. Add 22. What is the result?"
 
 test: lint
 	$(VENV)/bin/python -m pytest -q -n 2 -m "not timing and not clients"

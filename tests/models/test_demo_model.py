@@ -7,6 +7,7 @@ questions can tell: see `least`.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from functools import cache
@@ -23,19 +24,26 @@ from engine.commands.main import main
 from engine.engine import DEMO_MODEL
 from tests.support.cuda_devices import DEVICES, MakeDevice, cuda_and_others, engine_on
 from tools.train_demo.answers import GREEDY, n_right, questions
-from tools.train_demo.heldout import EVALUATED, held_out
+from tools.train_demo.heldout import EVALUATED, TOOLS, held_out, prompt
 
 NO_GPU = pytest.mark.skipif(bool(missing("cuda")), reason=f"no GPU: {missing('cuda')}")
 BACKENDS = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, NO_GPU]), "reference"]
 # The numpy definition takes its time.
 N_QUESTIONS = {"cpu": 20, "cuda": 100, "reference": 5}
-# Of a thousand tokens each.
+# Of a thousand tokens each, and more.
 N_FAR = {"cpu": 8, "cuda": 50, "reference": 1}
+FAR = ("recall_far", "recall_2000")
 # An engine that is as good as the trainer's model fails a test with at most this probability.
 CHANCE = 1e-3
-# In the trainer's own evaluation, with float32 weights; recall is a goal that it missed.
-GOALS = {"add": 0.9, "subtract": 0.9, "copy": 0.95, "sort": 0.95}
-MAX_BYTES = 12_000_000
+# In the trainer's own evaluation, with float32 weights. Calls of tools were to be at 0.95, too.
+GOALS = {
+    "add": 0.99, "subtract": 0.99, "multiply": 0.99, "compare": 0.99, "word_sum": 0.99,
+    "copy": 0.99, "reverse": 0.99, "sort": 0.99, "sort_words": 0.99, "count": 0.99,
+    "colors": 0.99, "story": 0.96, "recall": 0.95, "recall_far": 0.9, "recall_2000": 0.8,
+    "memory": 0.95, "json": 0.95, "tool_call": 0.9, "tool_calls": 0.85,
+    "tool_none": 0.95, "tool_answer": 0.95,
+}  # fmt: skip
+MAX_BYTES = 13_000_000
 # The file is in eight bits, and the cpu and cuda backends round activations to eight, too.
 MAX_PPL_DIFFERENCE = 0.005
 
@@ -46,13 +54,18 @@ def facts() -> dict[str, Any]:
     return result
 
 
+def n_asked() -> int:
+    """How many questions of each task the trainer asked."""
+    n: int = facts()["questions"]
+    return n
+
+
 def least(rate: float, n: int) -> int:
     """The fewest right answers of n that are no surprise (CHANCE) where the trainer found `rate`.
 
     Its own questions were not all there are: of 200 right ones a better guess is 201 in 202.
     """
-    trained_on = facts()["questions"]
-    p = (rate * trained_on + 1) / (trained_on + 2)
+    p = (rate * n_asked() + 1) / (n_asked() + 2)
     fewer = 0.0
     for k in range(n):
         fewer += comb(n, k) * p**k * (1 - p) ** (n - k)
@@ -81,7 +94,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
 
 def some(engine: Engine, task: str, form: str = "chat") -> list[tuple[str, str]]:
     """As many questions as there is time for."""
-    n = (N_FAR if task == "recall_far" else N_QUESTIONS)[engine.config.backend]
+    n = (N_FAR if task in FAR else N_QUESTIONS)[engine.config.backend]
     return questions(task, n, form)
 
 
@@ -144,10 +157,38 @@ def test_answers_of_every_backend(engine: Engine, task: str) -> None:
     assert_right(n_right(engine, asked), len(asked), task)
 
 
-@pytest.mark.parametrize("task", ["add", "story", "sort"])
-def test_answers_without_chat_markup(engine: Engine, task: str) -> None:
-    asked = some(engine, task, "plain")
-    assert_right(n_right(engine, asked), len(asked), task, form="plain")
+@pytest.mark.parametrize(
+    ("task", "form"),
+    [(task, "plain") for task in ("add", "story", "sort")]
+    + [(task, "think") for task in ("chain", "tool_call")]
+    + [("tool_call", "shuffled")],
+)
+def test_answers_in_other_forms(engine: Engine, task: str, form: str) -> None:
+    asked = some(engine, task, form)
+    assert_right(n_right(engine, asked), len(asked), task, form=form)
+
+
+def test_the_order_of_functions_does_not_matter() -> None:
+    """By more than a third of the questions may differ by chance, twice the standard error."""
+    for task in TOOLS:
+        found = facts()["accuracy"][task]
+        p = (found["chat"] + found["shuffled"]) / 2
+        assert abs(found["chat"] - found["shuffled"]) <= 2 * (2 * p * (1 - p) / n_asked()) ** 0.5
+
+
+def test_thinking_helps() -> None:
+    found = facts()["accuracy"]["chain"]
+    assert found["think"] >= found["chat"] + 0.2
+
+
+@pytest.mark.parametrize("task", EVALUATED)
+def test_chats_of_the_engine_are_what_the_model_was_trained_on(engine: Engine, task: str) -> None:
+    for question, thinks in itertools.product(held_out(task, 2), (False, True)):
+        ids = engine.encode_chat(
+            question.messages(thinks), tools=question.tools or None, reasoning=thinks
+        )
+        text = prompt(question, "think" if thinks else "chat")
+        assert ids == engine.tokenizer.encode(text, parse_special=True)
 
 
 @pytest.mark.parametrize("n_ubatch", [5, 64, 200])
@@ -192,23 +233,24 @@ def test_answers_after_checkpoint_and_restore(engine: Engine) -> None:
 
 
 def test_answers_of_a_chat(engine: Engine) -> None:
-    """Ten turns, each a question of another task; a turn processes its own tokens alone."""
+    """Ten turns, each a question of another task. A turn processes its own tokens and those of the
+    answer before it, which stands in the text without the block of thoughts."""
     engine.cache.clear()  # Other tests ask alike.
     tasks = ["add", "sort", "copy", "compare", "colors", "subtract", "count", "reverse", "multiply",
              "word_sum"]  # fmt: skip
     messages: list[dict[str, str]] = []
-    found = 0
-    for i, task in enumerate(tasks):
+    found, before = 0, ""
+    for task in tasks:
         question = held_out(task, 1)[0]
         messages.append({"role": "user", "content": question.text})
-        own = f"<|im_start|>user\n{question.text}<|im_end|>\n<|im_start|>assistant\n"
-        own = own if i == 0 else "<|im_end|>\n" + own
+        own = before + prompt(question, "chat")
         answer = engine.chat(messages, GREEDY)
         list(answer)
         found += answer.text == question.answer
         assert answer.timings.n_prompt == len(engine.tokenizer.encode(own, parse_special=True))
         assert answer.reuse.n_reused == answer.reuse.n_known
         messages.append({"role": "assistant", "content": answer.text})
+        before = f"{answer.text}<|im_end|>\n"
     assert_right(found, len(tasks), *tasks)
 
 
@@ -226,7 +268,8 @@ def test_answers_of_a_chat_on_cuda_devices(make_device: MakeDevice) -> None:
             assert answer.text == right
             assert answer.reuse.n_reused == answer.reuse.n_known
             messages.append({"role": "assistant", "content": answer.text})
-        assert answer.reuse.n_reused == 20
+        # The first question, up to the answer.
+        assert answer.reuse.n_reused == 18
 
 
 # Without a name.

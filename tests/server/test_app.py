@@ -15,6 +15,7 @@ from engine.server import protocol
 from engine.server.app import Server, ServerConfig
 from engine.server.chat import Shared
 from engine.server.openapi import description
+from engine.text.template import BUILT_IN, ChatTemplate
 from tests.server.conftest import Connect, message_of
 from tests.support.asgi import running
 from tests.support.scripted import Script, ScriptedEngine
@@ -143,8 +144,6 @@ LIMITS: list[tuple[str, dict[str, Any], str | None, str]] = [
     ("chat", {"messages": "hi"}, "messages", "expected a list, got a text"),
     ("chat", {"messages": ["hi"]}, "messages[0]", "expected an object, got a text"),
     ("chat", {"tools": [{}] * 1001}, "tools", "at most 1000, got 1001"),
-    ("chat", {"tools": [{"type": "function"}]}, None,
-     "the chat template takes no tools: it reads no tools"),
     ("chat", {"tool_choice": "required"}, "tool_choice", "comes with constrained output"),
     ("chat", {"tool_choice": {"type": "function"}}, "tool_choice", "comes with constrained output"),
     ("chat", {"tool_choice": "some"}, "tool_choice", "expected one of none, auto, got some"),
@@ -293,9 +292,17 @@ def test_tokens_and_back(connect: Connect) -> None:
     assert "expected" in message_of(client.post("/detokenize", json={"tokens": [9999]}), 400)
 
 
+def test_a_template_without_tools(connect: Connect) -> None:
+    client = connect(shared=Shared("m", template=ChatTemplate(BUILT_IN["chatml"])))
+    response = client.post("/v1/chat/completions", json={**CHAT, "tools": [{"type": "function"}]})
+    assert "chat template takes no tools: it reads no tools" in message_of(response, 400)
+
+
 def test_the_text_of_a_chat(connect: Connect) -> None:
     text = connect().post("/apply-template", json=CHAT).json()["prompt"]
-    assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert text == (
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
 
 
 def test_models_and_properties(connect: Connect) -> None:

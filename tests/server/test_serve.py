@@ -87,10 +87,14 @@ def test_answers_over_a_socket() -> None:
         assert body["choices"][0]["message"]["content"] == ANSWER
         n_prompt = body["usage"]["prompt_tokens"]
         assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
-        # The next turn processes what is new.
+        # The next turn processes what is new, if the template keeps what an answer began with.
         turn = [*QUESTION["messages"], body["choices"][0]["message"]]  # type: ignore[misc]
         turn.append({"role": "user", "content": "Sort these numbers: 42, 7, 95, 19"})
-        _, sent = server.ask("POST", "/v1/chat/completions", {"messages": turn, "stream": True})
+        _, sent = server.ask(
+            "POST",
+            "/v1/chat/completions",
+            {"messages": turn, "stream": True, "chat_template_kwargs": {"preserve_thinking": True}},
+        )
         lines = [line for line in sent.split("\n\n") if line][:-1]
         chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
         text = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks)

@@ -11,7 +11,7 @@ from engine.engine import DEMO_MODEL
 from tests.support.helpers import Result
 from tools.reuse import SCENARIOS, Sizes, main, measure
 
-SIZES = Sizes(n_turns=10, n_system=1000, n_message=24, n_answer=8)
+SIZES = Sizes(n_turns=10, n_system=1600, n_message=24, n_answer=8)
 SMALL = ("--turns", 10, "--system", 1000, "--message", 24, "-n", 8, "-t", 1)
 REUSED = re.compile(r"reused (\d+) of (\d+) tokens")
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.train_demo.heldout import EVALUATED, forms
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(
     str(path.relative_to(ROOT))
@@ -21,7 +23,7 @@ SCRIPTS = sorted(
     if '__name__ == "__main__"' in path.read_text() and path.name != "compare_worker.py"
 )
 # Scripts that can't start without torch.
-TORCH = ("tools/make_golden.py", "tools/train_demo/train.py")
+TORCH = ("tools/make_golden.py", "tools/train_demo/train.py", "tools/train_demo/golden.py")
 
 
 def run(*argv: object) -> subprocess.CompletedProcess[str]:
@@ -79,9 +81,9 @@ def test_the_delta_rule_is_timed(kda: tuple[str, ...]) -> None:
 
 
 def test_the_demo_model_answers() -> None:
-    """Two questions of each task; tests/models/test_demo_model.py asks more."""
+    """Two questions of each task in its forms; tests/models/test_demo_model.py asks more."""
     result = run("tools/train_demo/answers.py", "-n", 2, "--backend", "cpu")
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
-    assert len(lines) == 14
-    assert all(re.fullmatch(r"\w+ +chat [01]\.\d00 plain [01]\.\d00", line) for line in lines)
+    assert len(lines) == sum(len(forms(task)) for task in EVALUATED)
+    assert all(re.fullmatch(r"\w+ +\w+ +[01]\.\d00", line) for line in lines)
