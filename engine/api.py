@@ -12,6 +12,7 @@ from engine.runtime.finite import NonFiniteError
 from engine.runtime.owner import OwnerError
 from engine.runtime.request import FinishReason, Timings, Token
 from engine.runtime.requests import PromptError, PromptTooLongError
+from engine.sampling.grammar import Grammar, GrammarError
 from engine.sampling.logprobs import Logprobs
 from engine.sampling.params import LogitsProcessor, SamplingError, SamplingParams
 from engine.text.template import ChatError, ChatTemplate, Message, Sampled
@@ -19,10 +20,10 @@ from engine.text.tokenizer import Tokenizer, TokenizerError
 from engine.version import __version__
 
 __all__ = [
-    "BatchError", "ChatError", "ChatTemplate", "Checkpoint", "CheckpointError",
-    "Chunk", "Completion", "ConfigError", "Engine", "EngineError", "FinishReason", "GGUFError",
-    "GenerationError", "Logits", "LogitsProcessor", "Logprobs", "MemoryFullError", "Message",
-    "NonFiniteError", "OwnerError", "PromptError", "PromptTooLongError", "Sampled", "SamplingError",
-    "SamplingParams", "SequenceError", "Timings", "Token", "Tokenizer", "TokenizerError",
-    "__version__",
+    "BatchError", "ChatError", "ChatTemplate", "Checkpoint", "CheckpointError", "Chunk",
+    "Completion", "ConfigError", "Engine", "EngineError", "FinishReason", "GGUFError",
+    "GenerationError", "Grammar", "GrammarError", "Logits", "LogitsProcessor", "Logprobs",
+    "MemoryFullError", "Message", "NonFiniteError", "OwnerError", "PromptError",
+    "PromptTooLongError", "Sampled", "SamplingError", "SamplingParams", "SequenceError", "Timings",
+    "Token", "Tokenizer", "TokenizerError", "__version__",
 ]  # fmt: skip

@@ -29,6 +29,8 @@ from engine.runtime.request import FinishReason, Request
 from engine.runtime.scheduler import Scheduler, cut
 from engine.runtime.step import Outcome, Row, Step
 
+_MASK_S = 1e-3
+
 
 class StepLoop:
     """Runs steps on sequence memory; `check`: check every node's outputs for non-finite values."""
@@ -221,7 +223,7 @@ class StepLoop:
             self._launch(None)
         step = self._step
         if step is None or step.outcomes is None:
-            return False
+            return self._wait_for_masks()
         self._finish(step)
         if self.runner.overlaps:
             self._launch(step)
@@ -236,6 +238,14 @@ class StepLoop:
         for signal in dict.fromkeys(row.request.signal for row in step.rows if row.request):
             signal.notify()
         return True
+
+    def _wait_for_masks(self) -> bool:
+        """Where nothing else runs, wait for a grammar's mask, but not so long that others would
+        notice; False if nothing waits for one."""
+        waiting = [r.sampler.matcher for r in self.scheduler.running if r.logits is not None]
+        for matcher in filter(None, waiting[:1]):
+            matcher.wait(_MASK_S)
+        return bool(waiting)
 
     def _launch(self, before: Step | None) -> None:
         """Launch the step after `before`, which is in flight, if there is something to run, and

@@ -90,8 +90,9 @@ class Request:
     leaves is in the prefix cache; None for one that has nothing to do with it. `stops`: positions
     in the prompt at which a step ends, and what kind of state is kept there. `packed`: its ids as
     the cache has them. `n_done`: tokens of the prompt that memory has, or steps have got; `reuse`:
-    those that it had. `n_pending`: tokens that steps in flight will give it. `logits`: of the
-    prompt's last token, if the cache has them and all of it. `entries`: what it left in the cache.
+    those that it had. `n_pending`: tokens that steps in flight will give it. `logits`: of its last
+    token, if they are there and its next one was not sampled: the cache had all of the prompt, or
+    its grammar's mask is not ready. `entries`: what it left in the cache.
     `end_logits`: those of its last token, if it ended by another one.
     `cause`: the exception that ended it.
     """
@@ -168,7 +169,10 @@ class Request:
         return self.n_done > self.reuse.n_reused
 
     def replay(self, tokens: Sequence[int]) -> None:
-        """Have decoder and stop texts hold back what they did after tokens that came before."""
+        """Have decoder and stop texts hold back what they did after tokens that came before, and go
+        on in the grammar. Raises GrammarError if they don't fit."""
+        if self.sampler.matcher is not None:
+            self.sampler.matcher.accept(*tokens)
         for token in tokens:
             self._stops.push(self._decoder.push(token))
 
@@ -189,14 +193,31 @@ class Request:
     @property
     def can_decode(self) -> bool:
         """Whether a step can have its next token: it is known, or a device will feed it."""
+        if self.logits is not None:
+            return False
         if not self.n_pending:
             return True
         return self.sampler.is_for_device and not self._limit_at(len(self.tokens) + self.n_pending)
 
+    @property
+    def has_known_logits(self) -> bool:
+        """Whether its next token can be sampled without a step, and none that runs does it."""
+        return self.logits is not None and not self.n_pending and self.is_ready
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether its next token can be sampled."""
+        return self.sampler.matcher is None or self.sampler.matcher.is_ready
+
     def accept_logits(self, logits: NDArray[np.float32]) -> None:
-        """Sample the next token from logits [n_vocab]; it may end it. Raises SamplingError."""
+        """Sample the next token from logits [n_vocab], which may end it, or keep them until the
+        mask of its grammar is ready. Raises SamplingError and GrammarError."""
+        if not self.is_ready:
+            self.logits = logits
+            return
         token = self.sampler.sample(logits)
-        self.sampler.accept(token)
+        self.sampler.accept_output(token)
+        self.logits = None
         self.end_logits = logits if token in self._ends else None
         n_top = self.params.logprobs
         self._append(token, None if n_top is None else logprobs(logits, token, n_top))
@@ -215,13 +236,15 @@ class Request:
         self.tokens.append(token)
         self.logprobs += [] if found is None else [found]
         text, is_stopped = self._stops.push(self._decoder.push(token))
+        matcher = self.sampler.matcher
+        is_complete = not is_stopped and matcher is not None and matcher.is_complete
         limit = "" if is_stopped else self._limit_at(len(self.tokens))
-        if limit:
+        if limit or is_complete:
             text += self._rest()
         if text or not is_stopped:
             self._emit(text, token, found)
-        if is_stopped:
-            self.finish(FinishReason.STOP, "stop text")
+        if is_stopped or is_complete:
+            self.finish(FinishReason.STOP, "stop text" if is_stopped else "its grammar is complete")
         elif limit:
             self.finish(FinishReason.LENGTH, limit)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 from engine import checks
@@ -16,6 +17,7 @@ from engine.runtime.reuse import Answer, Reuse, Source
 from engine.runtime.sessions import Session
 from engine.sampling.breakers import BreakerSearch
 from engine.sampling.chain import Sampler
+from engine.sampling.grammar import Grammars
 from engine.sampling.params import SamplingError, SamplingParams
 from engine.text.tokenizer import ESCAPE, StreamDecoder, Tokenizer
 
@@ -27,6 +29,7 @@ _WINDOW, _MOST_AROUND = 64, 4096
 # No token has a word's end and the space after it, or a line's end and what follows it.
 _WORD = re.compile(r"(?<=\S)(?= )|(?<=\n)(?=\S)")
 _KIND = "text:"  # Before a prompt's text in the cache, where chats have theirs.
+THINKING, _N_LAST = ("<think>", "</think>"), 8  # Tokens that may spell the first one.
 
 # Lists of DRY's breakers whose tokens are kept: to find them takes a look at the whole vocabulary.
 _MAX_BREAKERS = 8
@@ -49,6 +52,7 @@ class Requests:
     ) -> None:  # fmt: skip
         self._metadata, self._tokenizer, self._n_vocab = file.metadata, tokenizer, n_vocab
         self._n_ctx, self._n_parallel, self._find = n_ctx, n_parallel, find
+        self._grammars = Grammars(tokenizer, n_vocab)
         self._breakers = lru_cache(_MAX_BREAKERS)(BreakerSearch(tokenizer).find)
 
     def encode(self, prompt: str) -> list[int]:
@@ -142,18 +146,29 @@ class Requests:
         return self._make((), SamplingParams(), 0)
 
     def _make(self, ids: Sequence[int], params: SamplingParams, n_past: int) -> Request:
-        params = params.resolved(self._metadata)
+        params = self._after_thinking(params.resolved(self._metadata), ids)
         checks.token_ids(SamplingError, "logit_bias", list(params.logit_bias), self._n_vocab)
         ends = self._tokenizer.eog_ids
         texts = params.dry_sequence_breakers
         breakers = self._breakers(texts) if params.dry_multiplier else {}
-        sampler = Sampler(params, ends if params.ignore_eos else (), breakers)
+        matcher = None if params.grammar is None else self._grammars.matcher(params.grammar)
+        sampler = Sampler(params, ends if params.ignore_eos else (), breakers, matcher)
         # Without a limit of its own, a completion gets its share of the context, as in llama.cpp.
         end = n_past + len(ids)
         share = max(self._n_ctx // self._n_parallel, end)
         limit = end + params.max_tokens if params.max_tokens >= 0 else share
         decoder = _decoder(self._tokenizer, params)
         return Request(ids, params, sampler, decoder, ends, min(limit, self._n_ctx), n_past)
+
+    def _after_thinking(self, params: SamplingParams, ids: Sequence[int]) -> SamplingParams:
+        """A grammar holds from the end of the thinking on that the prompt begins."""
+        grammar, (begin, end) = params.grammar, THINKING
+        if grammar is None or grammar.after:
+            return params
+        text = self._tokenizer.decode(ids[-_N_LAST:], special=True)
+        if not text.rstrip().endswith(begin):
+            return params
+        return replace(params, grammar=replace(grammar, after=end))
 
     def check(self, ids: Sequence[int], n_past: int = 0) -> list[int]:
         """The ids of a prompt. Raises PromptError if they are none, too many, or no tokens."""

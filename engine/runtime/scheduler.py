@@ -146,7 +146,7 @@ class Scheduler:
         """The chunks of the next step, each with its request; none if nothing can run."""
         self._turn_before = self._prefill_turn
         self._admit()
-        if known := [r for r in self.running if r.logits is not None and not r.tokens]:
+        if known := [r for r in self.running if r.has_known_logits]:
             return [(r, Chunk(r.seq, ())) for r in known]
         work = [(r, _decode_chunk(r)) for r in self.running if not r.is_prefilling and r.can_decode]
         first = next((r for r in self.running if r.is_prefilling), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from engine.runtime.files import StateFiles, count
 from engine.runtime.loop import StepLoop
 from engine.runtime.request import FinishReason, Request
 from engine.runtime.scheduler import Scheduler
+from engine.sampling.grammar import Grammar
 from engine.sampling.params import SamplingParams
 
 
@@ -59,7 +60,9 @@ def restore(files: StateFiles, path: Any) -> Session:
     try:
         its = said.info["completion"]
         bias = dict(its["params"].pop("logit_bias", ()))
-        params = SamplingParams(**its["params"], logit_bias=bias)
+        grammar = its["params"].pop("grammar", None)
+        grammar = None if grammar is None else Grammar(*grammar)
+        params = SamplingParams(**its["params"], logit_bias=bias, grammar=grammar)
         n_prompt, sampler, data = count(its["n_prompt"]), dict(its["sampler"]), said.info["data"]
         if n_prompt > reader.shapes["tokens"][1][0]:
             raise ValueError
@@ -105,6 +108,8 @@ def _completion(request: Request) -> dict[str, Any]:
     said = {k: v for k, v in said.items() if v != getattr(plain, k)}
     if params.logit_bias:
         said["logit_bias"] = list(params.logit_bias.items())
+    if params.grammar is not None:
+        said["grammar"] = astuple(params.grammar)
     if params.max_tokens >= 0 and request.finish_reason is None:
         said["max_tokens"] = params.max_tokens - len(request.tokens)
     return {"n_prompt": len(request.ids), "params": said, "sampler": request.sampler.state}

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.sampling import steps
+from engine.sampling.grammar import GrammarError, Matcher
 from engine.sampling.params import LogitsProcessor, NoTokenError, SamplingError, SamplingParams
 from engine.sampling.recent import Breakers
 from engine.sampling.spec import MAX_BANNED, MAX_TOP_K, SampleSpec
@@ -30,11 +31,14 @@ class Sampler:
     """Samples the tokens of one sequence.
 
     `params` must be resolved. `banned` tokens are never sampled. `breakers` are those of DRY.
+    `matcher` follows params.grammar.
     """
 
     def __init__(
-        self, params: SamplingParams, banned: Iterable[int] = (), breakers: Breakers | None = None
-    ) -> None:
+        self, params: SamplingParams, banned: Iterable[int] = (), breakers: Breakers | None = None,
+        matcher: Matcher | None = None,
+    ) -> None:  # fmt: skip
+        self.matcher = matcher
         self._params = p = cast(Any, params)
         bias = dict(params.logit_bias) | dict.fromkeys(banned, -math.inf)
         self._biased = np.fromiter(bias, np.intp, len(bias))
@@ -73,24 +77,36 @@ class Sampler:
         """Count tokens of the prompt or of the output for the penalties."""
         self._context.recent += tokens
 
+    def accept_output(self, *tokens: int) -> None:
+        """`accept` tokens of the output, which a grammar must allow."""
+        self.accept(*tokens)
+        if self.matcher is not None:
+            self.matcher.accept(*tokens)
+
     def sample(self, logits: NDArray[np.float32]) -> int:
-        """Sample a token from logits [n_vocab]; SamplingError if no token can be sampled."""
+        """Sample a token from logits [n_vocab]; SamplingError or GrammarError if none can be."""
         for processor in self._processors:
             logits = _processed(processor, self._context.recent, logits)
+        # A grammar comes before everything that chooses among tokens.
+        ids = None if self.matcher is None else self.matcher.allowed(len(logits))
         if self._is_greedy:
             allowed = logits.copy()
             allowed[self._biased] = -math.inf
-            _check_finite(allowed.max())
-            return int(allowed.argmax())
+            allowed = allowed if ids is None else allowed[ids]
+            self._check_finite(allowed.max(), ids)
+            chosen = int(allowed.argmax())
+            return chosen if ids is None else int(ids[chosen])
         if self._buffer.shape != logits.shape:
             self._buffer = np.empty(logits.shape)
         values = self._buffer
         values[:] = logits
         values[self._biased] += self._bias
-        _check_finite(values.max())
+        if ids is not None:
+            values = values[ids]
+        self._check_finite(values.max(), ids)
         try:
             with np.errstate(over="raise", invalid="raise"):
-                c = Candidates(_all_ids(len(values)), values)
+                c = Candidates(_all_ids(len(values)) if ids is None else ids, values)
                 for name in self._active:
                     c = SAMPLERS[name].apply(c, self._params, self._context)
                 if self._params.mirostat:
@@ -102,6 +118,17 @@ class Sampler:
             surprise = -math.log2(c.probabilities()[chosen])
             self._mu -= self._params.mirostat_eta * (surprise - self._params.mirostat_tau)
         return int(c.ids[chosen])
+
+    def _check_finite(self, highest: float, allowed: NDArray[np.intp] | None) -> None:
+        if self.matcher is not None and allowed is not None and highest == -math.inf:
+            raise GrammarError(
+                f"expected one that the other parameters allow, got one that needs "
+                f"{self.matcher.named(allowed.tolist())} here, which logit_bias, ignore_eos or a "
+                "logits processor forbids"
+            )
+        if not math.isfinite(highest):
+            kind = NoTokenError if highest == -math.inf else SamplingError  # All are banned.
+            raise kind(f"logits: expected a finite number as the highest, got {highest}")
 
     def _uniform(self) -> float:
         return self._uniforms.popleft() if self._uniforms else float(self._context.rng.random())
@@ -126,7 +153,7 @@ class Sampler:
         """`accept` a token that a device sampled."""
         if self._uniforms:
             self._uniforms.popleft()
-        self.accept(token)
+        self.accept_output(token)
 
     def _only_bans(self) -> bool:
         """Whether no logit is changed by its bias but those of tokens that are banned."""
@@ -142,7 +169,7 @@ class Sampler:
     def _device_spec(self) -> SampleSpec | None:
         """The chain as a SampleSpec without its random number; None if a device can't run it."""
         p, banned, active = self._params, tuple(self._biased.tolist()), self._active
-        if p.logits_processors or p.logprobs is not None:
+        if p.logits_processors or p.logprobs is not None or p.grammar is not None:
             return None
         if len(banned) > MAX_BANNED or not self._only_bans() or p.mirostat:
             return None
@@ -177,9 +204,3 @@ def _processed(
         raise SamplingError("logits_processors: expected numbers back, got NaN")
     with np.errstate(over="ignore"):  # What is infinite then is no logit, and refused.
         return made.astype(np.float32)
-
-
-def _check_finite(highest: float) -> None:
-    if not math.isfinite(highest):
-        kind = NoTokenError if highest == -math.inf else SamplingError  # All are banned.
-        raise kind(f"logits: expected a finite number as the highest, got {highest}")

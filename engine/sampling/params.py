@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from engine import checks
 from engine.errors import EngineError
+from engine.sampling.grammar import Grammar
 from engine.sampling.steps import SAMPLERS
 
 _SAMPLERS = tuple(SAMPLERS)
@@ -99,6 +100,9 @@ class SamplingParams:
     output, which they must not change, and a copy of the logits, float32 [n_vocab]; each returns
     the logits for the next one, or for the samplers. What one raises ends its completion alone.
 
+    grammar: what the output must be. Of what the processors return only tokens that it allows go on
+    to bias, penalties and samplers. The output ends where the grammar may end, or at a limit.
+
     Raises SamplingError for values of another type or out of range.
     """
 
@@ -133,6 +137,7 @@ class SamplingParams:
     preserved_tokens: str | Sequence[str] = ()
     logprobs: int | None = _Integer(None, 0, _MAX_LOGPROBS).field()
     logits_processors: LogitsProcessor | Sequence[LogitsProcessor] = ()
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -173,6 +178,8 @@ class SamplingParams:
             if not callable(hook):
                 checks.refuse(SamplingError, "logits_processors", "functions", hook)
         checks.put(self, "logits_processors", tuple(hooks))
+        if self.grammar is not None:
+            checks.instance(SamplingError, "grammar", self.grammar, Grammar)
 
     def __repr__(self) -> str:
         """With the fields that are not at their defaults."""

@@ -19,7 +19,7 @@ from engine.text.tokenizer import Tokenizer
 
 # Fields that mean the same here and in SamplingParams.
 _SAME = {f.name for f in fields(SamplingParams)} & set(Sampling.__struct_fields__)
-_SAME -= {"max_tokens", "stop", "samplers", "logit_bias"}
+_SAME -= {"max_tokens", "stop", "samplers", "logit_bias", "grammar"}
 Json = dict[str, Any]
 _N_SEEDS, _MOST = 2**64, sys.float_info.max
 

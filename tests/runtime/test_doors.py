@@ -332,7 +332,7 @@ def test_help_tells_the_defaults() -> None:
     text = " ".join(str(SamplingParams.__doc__).split())
     for f in fields(SamplingParams):
         number: Any = f.metadata.get("number")
-        if f.default is None and number.default is not None:
+        if f.default is None and number and number.default is not None:
             assert f"{f.name} {number.default:g}" in text, f.name
     told = re.findall(r"\b(\w+)(?=[,: ])", str(Engine.load.__doc__))
     assert inspect.signature(Engine.load).parameters.keys() - {"path", "unknown"} <= set(told)

@@ -42,7 +42,7 @@ class Fake:
         self.finish_reason: FinishReason | None = None
         self.detail = ""
         # It has nothing to do with the prefix cache.
-        self.source = self.logits = None
+        self.source, self.has_known_logits = None, False
         self.entries = list[Any]()
         self.reuse = Reuse(n_prompt)
         self.after, self.is_admitted, self.can_decode, self.signal = None, False, True, Signal()

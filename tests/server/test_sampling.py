@@ -43,6 +43,7 @@ def test_fields_of_llama_server_are_those_of_the_engine(engine: ScriptedEngine) 
     expected["dry_sequence_breakers"] = ("x",)
     assert {name: getattr(found, name) for name in expected} == expected
     assert {f.name for f in fields(SamplingParams)} - expected.keys() == {
+        "grammar",
         "logits_processors",
         "preserved_tokens",
     }
