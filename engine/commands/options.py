@@ -7,14 +7,16 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from engine import backends
 from engine.commands import summary
 from engine.config import EngineConfig
 from engine.engine import DEMO_MODEL, Engine
 from engine.errors import EngineError
+from engine.sampling.grammar import FORMS, Grammar
 from engine.sampling.params import SamplingParams
 from engine.sampling.steps import SAMPLER_NAMES
 
@@ -148,6 +150,22 @@ def _bias(text: str) -> tuple[int, float]:
     return int(match[1]), float(match[2])
 
 
+class _GrammarText(NamedTuple):
+    """An option's grammar: which of FORMS, whether its text is the name of a file, and the text."""
+
+    form: str
+    is_file: bool
+    text: str
+
+    def read(self) -> Grammar:
+        return FORMS[self.form](read_text(self.text) if self.is_file else self.text)
+
+
+def _grammar(form: str, is_file: bool = False) -> dict[str, Any]:
+    kind = "FILE" if is_file else "TEXT"
+    return {"type": partial(_GrammarText, form, is_file), "metavar": kind}
+
+
 _SAMPLING_OPTIONS: list[OptionRow] = [
     ("-n --predict --n-predict", "max_tokens", {"type": _most_tokens, "metavar": "N"},
      "most tokens (-1: until full)"),
@@ -182,6 +200,13 @@ _SAMPLING_OPTIONS: list[OptionRow] = [
      "stop where the output has this text"),
     ("--ignore-eos", "ignore_eos", {"action": "store_true"},
      "don't stop at the end-of-generation token"),
+    ("-j --json-schema", "grammar", _grammar("json_schema"),
+     "the output is JSON that matches a schema ({}: any)"),
+    ("-jf --json-schema-file", "grammar", _grammar("json_schema", True), "file with the schema"),
+    ("--grammar", "grammar", _grammar("grammar"),
+     "the output matches a grammar: GBNF, or Lark if it begins with %%llguidance"),
+    ("--grammar-file", "grammar", _grammar("grammar", True), "file with the grammar"),
+    ("--guided-regex", "grammar", _grammar("guided_regex"), "the output matches a regex"),
 ]  # fmt: skip
 
 
@@ -283,6 +308,8 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
         given[name] = tuple(unescaped(args, text) for text in given[name])
     if breakers := given.get("dry_sequence_breakers"):
         given["dry_sequence_breakers"] = tuple(b for b in breakers if b != "none")
+    if "grammar" in given:
+        given["grammar"] = given["grammar"].read()
     if "logit_bias" in given:
         total: dict[int, float] = {}
         for token, bias in given["logit_bias"]:

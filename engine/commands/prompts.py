@@ -25,13 +25,14 @@ from engine.engine import Engine
 from engine.errors import EngineError
 from engine.runtime.completion import Completion
 from engine.runtime.request import FinishReason
+from engine.sampling.grammar import FORMS, GrammarError
 from engine.sampling.params import SamplingError, SamplingParams
 
 # llama.cpp's server has other names for some fields of SamplingParams.
 _ALIASES = {
     "n_predict": "max_tokens", "temp": "temperature", "typ_p": "typical_p", "n_probs": "logprobs",
 }  # fmt: skip
-_FIELDS = {f.name for f in fields(SamplingParams)} - {"logits_processors"}
+_FIELDS = {f.name for f in fields(SamplingParams)} - {"logits_processors"} | FORMS.keys()
 # Besides the prompt: what goes with the messages of a chat.
 _CHAT = ("messages", "tools", "reasoning", "template_kwargs", "continue_last")
 HELP = (
@@ -68,7 +69,7 @@ def read_prompts(lines: Iterable[str], params: SamplingParams) -> Iterator[Promp
             continue
         try:
             yield _parse(number, text, params)
-        except (LineError, SamplingError) as error:
+        except (LineError, SamplingError, GrammarError) as error:
             yield PromptLine(number, text, params, str(error))
 
 
@@ -93,6 +94,11 @@ def _parse(number: int, text: str, params: SamplingParams) -> PromptLine:
     for name in sorted(options.keys() - _FIELDS):
         near = checks.did_you_mean(name, {*_FIELDS, *_ALIASES})
         raise LineError(f"unknown option {name!r}{near}")
+    forms = {name: value for name in FORMS if (value := options.pop(name, None)) is not None}
+    if len(forms) > 1:
+        raise LineError(f"expected one form of the output, got {' and '.join(forms)}")
+    for name, value in forms.items():
+        options["grammar"] = FORMS[name](value)
     own = replace(params, **{key: _value(key, v) for key, v in options.items()})
     return PromptLine(number, "" if chat else prompt, own, "", chat or None, own_id)
 
