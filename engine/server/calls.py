@@ -53,6 +53,7 @@ class CallFormat(Protocol):
     """A way to write calls. opens: the texts that may begin one. ends: what may follow the
     arguments of one, and is no content. tokens: the special tokens that it is written with."""
 
+    name: str
     opens: tuple[str, ...]
     ends: tuple[Shape, ...]
     tokens: tuple[str, ...]
@@ -76,6 +77,7 @@ class _Xml(CallFormat):
     Some calls lack `<tool_call>`; they are calls if a tool has their name.
     """
 
+    name = "xml"
     opens = ("<tool_call>", "<function=")
     tokens = ("<tool_call>", "</tool_call>")
     ends = (Shape(SPACE, *each("</tool_call>")),)
@@ -102,6 +104,7 @@ class _Xml(CallFormat):
 class _Json(CallFormat):
     """Qwen3, Qwen3-Next: `{"name": …, "arguments": {…}}` in `<tool_call>`."""
 
+    name = "json"
     opens = ("<tool_call>",)
     tokens = ("<tool_call>", "</tool_call>")
     ends = (Shape(SPACE, r"\}?", SPACE, *each("</tool_call>")),)
@@ -140,6 +143,7 @@ class _Json(CallFormat):
 class _Kimi(CallFormat):
     """Kimi: `functions.name:0` and JSON between tokens of its own."""
 
+    name = "kimi"
     opens = ("<|tool_calls_section_begin|>", "<|tool_call_begin|>")
     tokens = (
         *opens, "<|tool_call_argument_begin|>", "<|tool_call_end|>", "<|tool_calls_section_end|>"

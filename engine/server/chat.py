@@ -11,8 +11,9 @@ from typing import Any
 from engine.engine import Engine
 from engine.runtime.completion import Completion
 from engine.runtime.request import FinishReason, Token
+from engine.runtime.requests import THINKING
 from engine.sampling.params import SamplingParams
-from engine.server import answers, calls
+from engine.server import answers, calls, constraints
 from engine.server.messages import normalized
 from engine.server.protocol import ChatRequest, check_chat, check_common, read
 from engine.server.replays import Replay, Replays
@@ -104,13 +105,18 @@ class ChatCall:
         options = self._prompt.options(engine)
         form = calls.find_format(options["template"].source) if tools else None
         defaults = {**self._shared.defaults, "preserved_tokens": answers.preserved_tokens(form)}
+        continued = self._prompt.messages[-1] if self._prompt.continues else None
+        held = constraints.constraint(request, tools, form, engine.tokenizer)
+        if held is not None:
+            is_begun = continued is not None and answers.is_thinking("", continued)
+            defaults["grammar"] = replace(held[1], after=THINKING[1] * is_begun)
         own = params(request, engine, defaults, n_top)
-        first = engine.chat(
-            self._prompt.messages, own, cache_prompt=request.cache_prompt, **options
-        )
+        with constraints.named(held[0] if held else "grammar"):
+            first = engine.chat(
+                self._prompt.messages, own, cache_prompt=request.cache_prompt, **options
+            )
         completions = with_others(engine, first, own, self.n, request.cache_prompt)
         end = engine.tokenizer.decode(first.request.ids[-_N_LAST:], special=True)
-        continued = self._prompt.messages[-1] if self._prompt.continues else None
         thinks = answers.is_thinking(end, continued)
         keep = partial(self._shared.replays.keep, self._key)
         choices = [

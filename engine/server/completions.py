@@ -11,6 +11,7 @@ from engine.runtime.completion import Completion
 from engine.runtime.request import FinishReason, Token
 from engine.runtime.requests import Prompt
 from engine.server.chat import Shared, with_others
+from engine.server.constraints import form_of, named
 from engine.server.errors import ApiError
 from engine.server.protocol import MAX_CHOICES, CompletionRequest, at_most, check_common, read
 from engine.server.replies import Json, Reply, piece
@@ -32,11 +33,14 @@ class CompletionCall:
     def start(self, engine: Engine) -> Reply:
         """See bridge.Call."""
         request = self._request
-        own = params(request, engine, self._shared.defaults, self._n_top)
+        held = form_of(request)
+        defaults = self._shared.defaults | ({"grammar": held[1]} if held else {})
+        own = params(request, engine, defaults, self._n_top)
         choices = list[TextChoice]()
         try:
             for i, prompt in enumerate(self._prompts):
-                first = engine.generate(prompt, own, cache_prompt=request.cache_prompt)
+                with named(held[0] if held else "grammar"):
+                    first = engine.generate(prompt, own, cache_prompt=request.cache_prompt)
                 echo = _text(engine, prompt) if request.echo else ""
                 for c in with_others(engine, first, own, self._each, request.cache_prompt):
                     choices.append(TextChoice(c, i, engine, echo))

@@ -78,8 +78,9 @@ class Sampling(Struct, kw_only=True):
     n_probs: int | None = None
     cache_prompt: bool | None = None
     response_format: dict[str, Any] | None = None
-    grammar: Any = None
-    json_schema: Any = None
+    grammar: str | None = None
+    json_schema: dict[str, Any] | bool | str | None = None
+    guided_regex: str | None = None
     user: Any = None
 
 
@@ -173,32 +174,15 @@ def at_most(name: str, n: int, most: int, what: str = "") -> None:
 
 
 def check_chat(request: ChatRequest) -> None:
-    """Raise ApiError for what no conversation may have, or what is not built yet."""
+    """Raise ApiError for what no conversation may have."""
     at_most("messages", len(request.messages), MAX_MESSAGES)
     at_most("tools", len(request.tools or ()), MAX_TOOLS)
     if request.top_logprobs and not request.logprobs:
         raise ApiError(f"top_logprobs: expected logprobs, too, got {request.top_logprobs} alone")
-    choice = request.tool_choice
-    if choice == "required" or isinstance(choice, dict):
-        raise ApiError(
-            f"tool_choice: expected none or auto, got {checks.shown(choice)}: "
-            "it comes with constrained output"
-        )
-    if choice not in (None, "none", "auto"):
-        checks.one_of(ApiError, "tool_choice", choice, ("none", "auto"))
 
 
 def check_common(request: Sampling) -> None:
     """The same for what all requests for text may have."""
-    kind = (request.response_format or {}).get("type", "text")
-    given = {"response_format": kind if kind != "text" else None, "grammar": request.grammar,
-             "json_schema": request.json_schema}  # fmt: skip
-    for name, value in given.items():
-        if value:
-            raise ApiError(
-                f"{name}: expected none, got {checks.shown(value)}: constrained output is not "
-                "there yet"
-            )
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or ()
     at_most("stop", len(stops), MAX_STOPS, " texts")
     at_most("stop", max(map(len, stops), default=0), MAX_STOP_LENGTH, " characters")

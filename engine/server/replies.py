@@ -11,6 +11,7 @@ import msgspec
 
 from engine.runtime.completion import Completion
 from engine.runtime.request import FinishReason, Token
+from engine.sampling.grammar import GrammarError
 from engine.sampling.logprobs import Logprobs
 from engine.sampling.params import NoTokenError
 from engine.server.errors import ApiError
@@ -73,7 +74,8 @@ class Reply:
             entries = choice.push(tokens) if tokens else []
             if has_ended:
                 if choice.completion.finish_reason is FinishReason.ERROR:
-                    is_its_own = isinstance(choice.completion.request.cause, NoTokenError)
+                    cause = choice.completion.request.cause
+                    is_its_own = isinstance(cause, NoTokenError | GrammarError)
                     raise ApiError(choice.completion.detail, 400 if is_its_own else 500)
                 entries += choice.finish()
                 del self._left[index]

@@ -149,8 +149,9 @@ _LIMITS: list[Json] = [
     {"logit_bias": {"99999999": 1}}, {"logit_bias": {"5": "x"}}, {"logit_bias": [[1]]},
     {"logit_bias": [[1, 2, 3]]}, {"logit_bias": {str(i): 1 for i in range(4097)}},
     {"logit_bias": [[-1, 1.0]]}, {"logit_bias": [[None, 1.0]]}, {"logit_bias": {"5": 10**400}},
-    {"response_format": {"type": "json_object"}}, {"response_format": {"type": ["x"]}},
-    {"grammar": "root ::= x"}, {"json_schema": {"type": "object"}},
+    {"response_format": {"type": "json_schema"}}, {"response_format": {"type": ["x"]}},
+    {"grammar": "root ::= x"}, {"json_schema": {"not": {}}}, {"guided_regex": "["},
+    {"json_schema": True, "guided_regex": "a"},
 ]  # fmt: skip
 _CHATS: list[Json] = [
     {"messages": []}, {"messages": [{}]}, user([{"type": "image_url", "image_url": {"url": "x"}}]),

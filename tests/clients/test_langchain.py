@@ -10,7 +10,7 @@ import pytest
 
 from tests.clients.conftest import Serve, replay
 from tests.clients.test_openai import ANSWER
-from tests.clients.test_openai_tools import CALLS, TOOLS, TWO_CALLS
+from tests.clients.test_openai_tools import CALLS, TOOLS, TWO_CALLS, call
 from tests.support.scripted import Script
 
 openai = pytest.importorskip("openai", reason="install the clients extra")
@@ -88,10 +88,16 @@ def test_a_loop_of_calls(chat: Chat, serve: Serve, streams: bool) -> None:
     assert [noted.status for noted in server.noted] == [200, 200]
 
 
-def test_what_needs_constraints_is_refused_by_name(chat: Chat, serve: Serve) -> None:
-    model = chat(serve(Script()).address)
-    schema = {"title": "T", "type": "object", "properties": {"a": {"type": "integer"}}}
-    for method, param in (("function_calling", "tool_choice"), ("json_schema", "response_format")):
-        with pytest.raises(openai.BadRequestError, match="expected") as bad:
-            model.with_structured_output(schema, method=method).invoke("x")
-        assert bad.value.param == param
+def test_answers_of_a_form(chat: Chat, demo: str, serve: Serve) -> None:
+    """By response_format, and by the call of a tool that the client names."""
+    properties = {"a": {"type": "integer"}, "note": {"type": "string", "maxLength": 9}}
+    schema = {"title": "T", "type": "object", "properties": properties, "required": ["a", "note"],
+              "additionalProperties": False}  # fmt: skip
+    sure = {"title": "S", "type": "object", "properties": {"sure": {"type": "boolean"}},
+            "required": ["sure"], "additionalProperties": False}  # fmt: skip
+    model = chat(demo, temperature=0, max_tokens=200)
+    said = model.with_structured_output(sure, method="json_schema").invoke("What is 23 times 45?")
+    assert said in ({"sure": True}, {"sure": False})
+    model = chat(serve(Script("So.\n</think>\n\n" + call("T", "x", 1))).address)
+    held = model.with_structured_output(schema, method="function_calling", strict=True)
+    assert held.invoke("x") == {"note": "x", "a": 1}

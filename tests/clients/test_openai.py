@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -42,6 +42,16 @@ def test_an_answer(client: Any) -> None:
     assert 0 <= usage.prompt_tokens_details.cached_tokens <= usage.prompt_tokens
     assert (answer.object, answer.model) == ("chat.completion", "demo")
     assert answer.timings["predicted_n"] == usage.completion_tokens
+
+
+def test_a_form(client: Any) -> None:
+    """The package makes a schema of a class, and an object of the answer."""
+    pydantic = pytest.importorskip("pydantic")
+    form = pydantic.create_model("Sure", sure=(bool, ...), sign=(Literal["+", "-"], ...))
+    asked = {**SURE, "max_tokens": 200, "response_format": form}
+    done = client.chat.completions.parse(**asked).choices[0]
+    assert done.finish_reason == "stop"
+    assert isinstance(done.message.parsed, form)
 
 
 def test_a_stream_has_the_same_text(client: Any) -> None:

@@ -130,10 +130,11 @@ def test_errors_have_the_package_s_types(serve: Serve, client_of: ClientOf) -> N
     assert (bad.value.param, bad.value.type) == ("top_p", "invalid_request_error")
     assert "expected" in bad.value.message
     with pytest.raises(openai.BadRequestError) as bad:
-        create(**ASK, tools=TOOLS, tool_choice="required")
+        create(**ASK, tool_choice="required")
     assert bad.value.param == "tool_choice"
-    with pytest.raises(openai.BadRequestError) as bad:
-        create(**ASK, response_format={"type": "json_object"})
+    form = {"name": "x", "schema": {"type": "array", "contains": {"type": "integer"}}}
+    with pytest.raises(openai.BadRequestError, match="got #/contains") as bad:
+        create(**ASK, response_format={"type": "json_schema", "json_schema": form})
     assert bad.value.param == "response_format"
     with pytest.raises(openai.BadRequestError) as bad:
         create(model="m", messages=[{"role": "user", "content": "a b " * 2_400}])
