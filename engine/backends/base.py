@@ -228,9 +228,17 @@ class Split:
 class StepHandle(Protocol):
     """A step that was launched."""
 
+    def has_logits(self) -> bool:
+        """Whether its logits are computed, by now."""
+
+    def sample(self, masks: Sequence[NDArray[np.uint32] | None]) -> None:
+        """Sample, behind the logits: once before `wait`, if a spec is masked. masks: for each
+        output whose spec is, a bit for each token, from the lowest of each word on: whether it may
+        come. None for one that is masked: the host samples it."""
+
     def wait(self) -> tuple[list[int], NDArray[np.float32]]:
         """Wait for this step only. Returns each output's token, -1 where a logit was not finite,
-        and the logits [n, n_vocab] of the outputs without a spec."""
+        and the logits [n, n_vocab] of the outputs without a spec, or without a mask."""
 
 
 class DeviceSampler(Protocol):

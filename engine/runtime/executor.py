@@ -22,6 +22,7 @@ from engine.backends.base import (
     Instruction,
     Split,
     StateStore,
+    StepHandle,
     Timing,
     Watch,
     WeightSource,
@@ -30,7 +31,10 @@ from engine.graph import Kind, Live, Tensor
 from engine.placement.place import Plan
 from engine.runtime.batch import Batch, Chunk
 from engine.runtime.finite import FiniteCheck, failure
-from engine.runtime.step import Outcome, Outcomes, Step
+from engine.runtime.step import Outcome, Outcomes, Row, Step
+from engine.sampling.spec import SampleSpec
+
+_POLL_S, _ALONE_S = 20e-6, 1e-3
 
 
 class Executable:
@@ -164,6 +168,8 @@ class DeviceRunner:
         specs = [row.spec() for row in step.sampled]
         feed = [at.get(row.request, -1) if row.n_ahead else -1 for row in step.sampled]
         handle = self._device.launch(batch.inputs, batch.live, specs, feed)
+        if any(spec is not None and spec.is_masked for spec in specs):
+            step.sample = partial(_sample, handle, step.sampled, specs)
         positions = batch.inputs["positions"][batch.inputs["output_rows"]].tolist()
 
         def outcomes() -> list[Outcome]:
@@ -178,6 +184,27 @@ class DeviceRunner:
             return [next(checked) if row.chunk.n_outputs else Outcome() for row in step.rows]
 
         return outcomes
+
+
+def _sample(handle: StepHandle, rows: Sequence[Row], specs: list[SampleSpec | None]) -> None:
+    """Sample with the masks that are ready when the logits are. The host samples the other rows
+    whose specs are masked; these specs become None.
+
+    A row that is alone delays nobody: a little more time costs it less than that.
+    """
+    until = time.perf_counter() + (_ALONE_S if len(rows) == 1 else 0)
+    masks: list[Array | None] = [None] * len(rows)
+    for i, (row, spec) in enumerate(zip(rows, specs, strict=True)):
+        if spec is None or not spec.is_masked:
+            continue
+        request = row.request
+        assert request is not None
+        while not request.is_ready and (not handle.has_logits() or time.perf_counter() < until):
+            request.wait_until_ready(_POLL_S)
+        masks[i] = request.sampler.mask()
+        if masks[i] is None:
+            specs[i], request.is_for_host = None, True
+    handle.sample(masks)
 
 
 def _checked(given: Outcome, seq: int, position: int) -> Outcome:

@@ -225,6 +225,7 @@ class StepLoop:
         if step is None or step.outcomes is None:
             return self._wait_for_masks()
         self._finish(step)
+        step.sample()
         if self.runner.overlaps:
             self._launch(step)
         outcomes = step.outcomes()

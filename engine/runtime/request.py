@@ -90,7 +90,8 @@ class Request:
     leaves is in the prefix cache; None for one that has nothing to do with it. `stops`: positions
     in the prompt at which a step ends, and what kind of state is kept there. `packed`: its ids as
     the cache has them. `n_done`: tokens of the prompt that memory has, or steps have got; `reuse`:
-    those that it had. `n_pending`: tokens that steps in flight will give it. `logits`: of its last
+    those that it had. `n_pending`: tokens that steps in flight will give it; `is_for_host`: the
+    host samples the next of these. `logits`: of its last
     token, if they are there and its next one was not sampled: the cache had all of the prompt, or
     its grammar's mask is not ready. `entries`: what it left in the cache.
     `end_logits`: those of its last token, if it ended by another one.
@@ -120,7 +121,7 @@ class Request:
         self.logits: NDArray[np.float32] | None = None
         self.end_logits: NDArray[np.float32] | None = None
         self.entries: list[Node[Entry]] = []
-        self.n_past, self.n_done, self.n_pending = n_past, 0, 0
+        self.n_past, self.n_done, self.n_pending, self.is_for_host = n_past, 0, 0, False
         self.prompt_end = n_past + len(self.ids)
         self.tokens: list[int] = []
         self.logprobs: list[Logprobs] = []
@@ -193,7 +194,7 @@ class Request:
     @property
     def can_decode(self) -> bool:
         """Whether a step can have its next token: it is known, or a device will feed it."""
-        if self.logits is not None:
+        if self.logits is not None or self.is_for_host:
             return False
         if not self.n_pending:
             return True
@@ -209,12 +210,18 @@ class Request:
         """Whether its next token can be sampled."""
         return self.sampler.matcher is None or self.sampler.matcher.is_ready
 
+    def wait_until_ready(self, seconds: float) -> None:
+        """Until it `is_ready`, or the time is over."""
+        if self.sampler.matcher is not None:
+            self.sampler.matcher.wait(seconds)
+
     def accept_logits(self, logits: NDArray[np.float32]) -> None:
         """Sample the next token from logits [n_vocab], which may end it, or keep them until the
         mask of its grammar is ready. Raises SamplingError and GrammarError."""
         if not self.is_ready:
             self.logits = logits
             return
+        self.is_for_host = False
         token = self.sampler.sample(logits)
         self.sampler.accept_output(token)
         self.logits = None

@@ -62,10 +62,11 @@ Outcomes = Callable[[], list[Outcome]]
 
 @dataclass(eq=False)
 class Step:
-    """The record. `is_launched`: it may have changed states. `outcomes`: None until there are any
-    to wait for."""
+    """The record. `is_launched`: it may have changed states. `sample`: comes before the launch of
+    the next step, which is fed by its tokens. `outcomes`: None until there are any to wait for."""
 
     rows: list[Row]
+    sample: Callable[[], None] = lambda: None
     outcomes: Outcomes | None = None
     is_launched: bool = False
     start: float = field(default_factory=time.perf_counter)

@@ -149,6 +149,22 @@ class Sampler:
             self._uniforms.extend(itertools.islice(self._later, n_missing))
         return self._spec._replace(uniform=self._uniforms[ahead])
 
+    def mask(self) -> NDArray[np.uint32] | None:
+        """The mask of its grammar for the next token, for a device; None if it is not ready, or if
+        `sample` has to say why there is no token."""
+        matcher = self.matcher
+        assert matcher is not None
+        if not matcher.is_ready:
+            return None
+        try:
+            bits = matcher.bits()
+        except GrammarError:
+            return None
+        left = bits.copy()
+        for i in self._biased.tolist():  # They are bans, for a device.
+            left[i // 32] &= ~np.uint32(1 << i % 32)
+        return bits if left.any() else None
+
     def accept_sampled(self, token: int) -> None:
         """`accept` a token that a device sampled."""
         if self._uniforms:
@@ -169,16 +185,18 @@ class Sampler:
     def _device_spec(self) -> SampleSpec | None:
         """The chain as a SampleSpec without its random number; None if a device can't run it."""
         p, banned, active = self._params, tuple(self._biased.tolist()), self._active
-        if p.logits_processors or p.logprobs is not None or p.grammar is not None:
+        if p.logits_processors or p.logprobs is not None:
             return None
         if len(banned) > MAX_BANNED or not self._only_bans() or p.mirostat:
             return None
+        is_masked = self.matcher is not None
         if self._is_greedy:
-            return SampleSpec(banned)
+            return SampleSpec(banned, is_masked=is_masked)
         in_order = [name for name in _DEVICE_SAMPLERS if name in active]
         if active != in_order or "top_k" not in active or p.top_k > MAX_TOP_K or p.dynatemp_range:
             return None
-        spec = SampleSpec(banned, **{name: getattr(p, name) for name in active})
+        own = {name: getattr(p, name) for name in active}
+        spec = SampleSpec(banned, is_masked=is_masked, **own)
         low, high = _DEVICE_TEMPERATURES
         return spec if low <= spec.temperature <= high else None
 

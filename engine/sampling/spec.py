@@ -12,6 +12,7 @@ class SampleSpec(NamedTuple):
     banned: left out. top_k: keep the highest logits; of equal ones, the lower ids. top_p: keep the
     likeliest until their probability reaches it. min_p: keep those with this share of the highest
     probability. Then divide by the temperature and sample with the random number `uniform`, [0, 1).
+    is_masked: before all that, leave out what the mask of a grammar forbids.
     """
 
     banned: tuple[int, ...] = ()
@@ -20,3 +21,4 @@ class SampleSpec(NamedTuple):
     min_p: float = 0.0
     temperature: float = 1.0
     uniform: float = 0.0
+    is_masked: bool = False

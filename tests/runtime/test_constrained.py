@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from engine import Completion, Engine, GenerationError, Grammar, GrammarError, SamplingParams
 from engine.sampling.grammar import Matcher
-from tests.support.hash_model import hash_engine
+from tests.support.hash_model import HashStep, hash_engine
 from tests.support.helpers import assert_all_free
 
 pytest.importorskip("llguidance")
@@ -186,6 +186,44 @@ def test_a_session_goes_on(tmp_path: Path, n_before: int) -> None:
             engine.resume(session, other)
         over = engine.resume(engine.restore(tmp_path / "whole")).wait()
         assert (over.text, over.finish_reason) == ("", "stop")
+
+
+@pytest.mark.parametrize("options", [
+    {"temperature": 0}, {"temperature": 0, "logit_bias": {40: -math.inf, 50: -math.inf}},
+    {"temperature": 1.5, "top_k": 60, "seed": 3}, {"temperature": 2.0, "top_p": 0.7, "seed": 4},
+])  # fmt: skip
+def test_a_device_samples_with_masks_what_the_host_does(
+    tiny: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps are launched ahead: tokens that a grammar allows come from the device."""
+    masks, sample = list[bool](), HashStep.sample
+
+    def noted(step: HashStep, given: Sequence[Any]) -> None:
+        masks.extend(m is not None for m in given)
+        sample(step, given)
+
+    monkeypatch.setattr(HashStep, "sample", noted)
+    free = SamplingParams(**options, max_tokens=25, ignore_eos=True)
+    long = Grammar.regex("([0-9]{2}[a-z]{1,3}-){4,6}")
+    each = [free, replace(free, grammar=long), free, replace(free, grammar=DIGITS)]
+    found = []
+    for overlaps in (False, True):
+        with hash_engine(tiny, overlaps, n_parallel=3, n_ctx=512) as engine:
+            done = engine.generate_batch([[1, 2, 3], [4, 5], [6], [7, 8]], each)
+            found.append([(c.tokens, c.text, c.finish_reason, c.detail) for c in done])
+            assert_all_free(engine)
+    assert found[0] == found[1]
+    assert PATTERN.fullmatch(found[0][3][1])
+    assert sum(masks) > 20
+
+
+def test_a_device_names_what_a_ban_leaves_out(tiny: Path) -> None:
+    with hash_engine(tiny, True, n_ctx=512) as engine:
+        ban = {i: -math.inf for i in range(engine.tokenizer.n_vocab)
+               if engine.tokenizer.token_bytes(i) == b"-"}  # fmt: skip
+        params = SamplingParams(temperature=0, grammar=DIGITS, logit_bias=ban)
+        with pytest.raises(GenerationError, match="got one that needs '-' here, which logit_bias"):
+            engine.generate([1, 2], params).wait()
 
 
 class Late(Matcher):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from engine import Engine
 from engine.graph import Live
 from engine.sampling.spec import SampleSpec
-from tests.support.lazy_backend import sampled_token
+from tests.support.lazy_backend import LazyHandle
 
 _MASK = 2**61 - 1
 
@@ -116,8 +116,8 @@ class HashExecutable:
         """There is nothing of the parent's in it."""
 
 
-class HashStep:
-    """A launched step; see StepHandle."""
+class HashStep(LazyHandle):
+    """A launched step."""
 
     def __init__(
         self,
@@ -127,27 +127,16 @@ class HashStep:
         feed: Sequence[int],
         before: HashStep | None,
     ) -> None:
-        self._on, self._inputs, self._specs, self._feed = on, inputs, specs, feed
-        self._before, self.is_done = before, False
-        self._ids: list[int] = []
-        self._logits: list[Any] = []
+        super().__init__(on, specs)
+        self._on, self._inputs, self._feed, self._before = on, inputs, feed, before
 
     def run(self) -> None:
         for row, source in enumerate(self._feed):
             if source >= 0:
                 assert self._before is not None
-                self._inputs["tokens"][row] = self._before._ids[source]
-        logits = self._on.compute(self._inputs)
-        self._ids = [
-            0 if spec is None else sampled_token(row, spec)
-            for row, spec in zip(logits, self._specs, strict=True)
-        ]
-        self._logits = [r for r, spec in zip(logits, self._specs, strict=True) if spec is None]
-        self._before, self.is_done = None, True
-
-    def wait(self) -> tuple[list[int], NDArray[np.float32]]:
-        self._on.work(self)
-        return self._ids, np.array(self._logits)
+                self._inputs["tokens"][row] = self._before.sampled[source]
+        self.take(self._on.compute(self._inputs))
+        self._before = None
 
 
 def hash_engine(path: Path, overlaps: bool, **options: Any) -> Engine:

@@ -87,15 +87,42 @@ class LazyStates(ArrayStates):
 
 
 class LazyHandle:
-    """What a step gave, once it has run."""
+    """What a step gave, once it has run; see StepHandle. `backend.work` runs it."""
 
-    def __init__(self, backend: LazyBackend) -> None:
-        self._backend, self.is_done = backend, False
+    def __init__(self, backend: Any, specs: Sequence[SampleSpec | None] = ()) -> None:
+        self._backend, self.is_done, self._specs = backend, False, list(specs)
+        self._masks: Sequence[NDArray[np.uint32] | None] = [None] * len(specs)
+        self._may_sample = not any(spec is not None and spec.is_masked for spec in specs)
+        self._rows = np.empty((0, 0), np.float32)
         self.sampled: list[int] = []
         self.logits: list[NDArray[np.float32]] = []
 
+    def has_logits(self) -> bool:
+        return True
+
+    def sample(self, masks: Sequence[NDArray[np.uint32] | None]) -> None:
+        assert not self._may_sample
+        self._masks, self._may_sample = [m if m is None else m.copy() for m in masks], True
+        if self.is_done:
+            self._sample_now()
+
+    def take(self, rows: NDArray[np.float32]) -> None:
+        """The step has run and has given logits."""
+        self._rows, self.is_done = rows, True
+        if self._may_sample:
+            self._sample_now()
+
+    def _sample_now(self) -> None:
+        for row, spec, mask in zip(self._rows, self._specs, self._masks, strict=True):
+            if spec is None or (spec.is_masked and mask is None):
+                self.sampled.append(0)
+                self.logits.append(row)
+            else:
+                self.sampled.append(sampled_token(row, spec, mask))
+
     def wait(self) -> tuple[list[int], NDArray[np.float32]]:
         self._backend.work(self)
+        assert self._may_sample
         return self.sampled, np.array(self.logits)
 
 
@@ -126,7 +153,7 @@ class LazySampler:
         n_fed = max((i + 1 for i, source in enumerate(feed) if source >= 0), default=0)
         assert [length for _, length in live.chunks[:n_fed]] == [1] * n_fed
         assert inputs["output_rows"][:n_fed].tolist() == list(range(n_fed))
-        before, handle = self._last, LazyHandle(self._backend)
+        before, handle = self._last, LazyHandle(self._backend, specs)
         given = {name: values.copy() for name, values in inputs.items()}
         self.feeds.append(list(feed))
 
@@ -137,20 +164,18 @@ class LazySampler:
             for t in self._inputs:
                 self._backend.write(t, given[t.name])
             self._program.run(live)
-            rows = self._backend.read(self._logits).astype(np.float32)
-            for row, spec in zip(rows, specs, strict=True):
-                handle.sampled.append(0 if spec is None else sampled_token(row, spec))
-                if spec is None:
-                    handle.logits.append(row)
-            handle.is_done = True
+            handle.take(self._backend.read(self._logits).astype(np.float32))
 
         self._backend.queue.append((handle, step))
         self._last = handle
         return handle
 
 
-def sampled_token(logits: NDArray[np.float32], spec: SampleSpec) -> int:
-    """The token of a row by the definitions of the samplers; -1 if a logit is not finite."""
+def sampled_token(
+    logits: NDArray[np.float32], spec: SampleSpec, mask: NDArray[np.uint32] | None = None
+) -> int:
+    """The token of a row by the definitions of the samplers; -1 if a logit is not finite, or none
+    may come."""
     assert spec.top_k <= MAX_TOP_K
     assert len(spec.banned) <= MAX_BANNED
     assert 0 <= spec.uniform < 1
@@ -158,6 +183,12 @@ def sampled_token(logits: NDArray[np.float32], spec: SampleSpec) -> int:
         return -1
     values = logits.astype(np.float64)
     values[list(spec.banned)] = -np.inf
+    assert spec.is_masked == (mask is not None)
+    if mask is not None:
+        bits = np.unpackbits(mask.view(np.uint8), bitorder="little")[: len(values)]
+        values[bits == 0] = -np.inf
+    if values.max() == -np.inf:
+        return -1
     c = Candidates(np.arange(len(values)), values)
     for name in ("top_k", "top_p", "min_p", "temperature"):
         c = apply_sampler(name, c, **{name: getattr(spec, name)})

@@ -122,6 +122,11 @@ class CupyDevice:
 
         return values
 
+    def mark(self) -> Callable[[], bool]:
+        event = self._cupy.cuda.Event(disable_timing=True)
+        event.record(self.stream)
+        return lambda: bool(event.done)
+
     def fill(self, address: int, n_bytes: int, byte: int) -> None:
         self._runtime.memsetAsync(address, byte, n_bytes, self.stream.ptr)
 

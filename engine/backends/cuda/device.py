@@ -85,6 +85,9 @@ class Device(Protocol):
         waiting. Their values, one span after the other, may be read until three more fetches were
         made."""
 
+    def mark(self) -> Callable[[], bool]:
+        """A function that says whether all work so far is done."""
+
     def fill(self, address: int, n_bytes: int, byte: int) -> None:
         """Set bytes."""
 

@@ -16,7 +16,7 @@ static_assert(THREADS == THREADS_sample_rows && SEGMENT % THREADS == 0, "take_be
 // token is the one that row `feed` got in the step before.
 struct SampleSpec {
     float temperature, top_p, log_min_p, uniform;
-    int32_t top_k, feed, n_banned, unused;
+    int32_t top_k, feed, n_banned, is_masked;
     int32_t banned[MAX_BANNED];
 };
 static_assert(sizeof(SampleSpec) == SAMPLE_SPEC_BYTES, "as in sampling.py");
@@ -120,10 +120,11 @@ KERNEL(feed_tokens) {
     a.v[TOKENS].as<int32_t>()[row] = token < 0 ? 0 : token;
 }
 
-// The best keys of each segment. Grid: (segments, rows).
+// The best keys of each segment; of a row that is masked, of the tokens whose bits are set. Grid:
+// (segments, rows).
 KERNEL(sample_segments) {
     using namespace gdn;
-    enum { BEST, LOGITS, DRAWS };
+    enum { BEST, LOGITS, DRAWS, MASKS };
     __shared__ uint64_t best[MAX_TOP_K];
     const int row = blockIdx.y, first = blockIdx.x * SEGMENT, n_vocab = a.v[LOGITS].shape[1];
     if (row >= a.live[N_OUTPUTS]) return;
@@ -133,6 +134,14 @@ KERNEL(sample_segments) {
     for (int i = 0; i < PER_SEGMENT; i++) {
         const int id = first + i * THREADS + threadIdx.x;
         keys[i] = id < n_vocab ? key_of_logit(logits[id], id) : key_of(NONE, id);
+    }
+    if (draw.is_masked) {
+        const int32_t* mask = a.v[MASKS].as<int32_t>() + row * a.v[MASKS].shape[1];
+        for (int i = 0; i < PER_SEGMENT; i++) {
+            const int id = first + i * THREADS + threadIdx.x;
+            const bool is_allowed = id < n_vocab && (mask[id / 32] >> id % 32 & 1);
+            if (!is_allowed && order_of(keys[i]) != NOT_FINITE) keys[i] = key_of(NONE, id);
+        }
     }
     for (int b = 0; b < draw.n_banned; b++) {
         const int id = draw.banned[b];
@@ -146,7 +155,7 @@ KERNEL(sample_segments) {
     if (threadIdx.x < draw.top_k) out[threadIdx.x] = best[threadIdx.x];
 }
 
-// A row's token; -1 if a logit is not finite, or all are banned. Grid: (rows).
+// A row's token; -1 if a logit is not finite, or none may come. Grid: (rows).
 KERNEL(sample_rows) {
     using namespace gdn;
     enum { DRAWN, BEST, DRAWS };

@@ -84,6 +84,14 @@ class Rows:
         n = len(draws)
         return self.start(logits, draws, [-1] * n, [0] * n).wait()[0]
 
+    def draw_masked(
+        self, logits: Logits, draws: list[SampleSpec], masks: list[Any]
+    ) -> tuple[list[int], Logits]:
+        n = len(draws)
+        handle = self.start(logits, draws, [-1] * n, [0] * n)
+        handle.sample(masks)
+        return handle.wait()
+
     def fed(self, n: int) -> list[int]:
         values = np.empty(n, np.int32)
         self.device.download(self.fixed(self.tokens), values)
@@ -113,7 +121,7 @@ def random_draw(rng: Rng, n_vocab: int) -> SampleSpec:
     )
 
 
-def acceptable(logits: Logits, draw: SampleSpec) -> set[int]:
+def acceptable(logits: Logits, draw: SampleSpec, mask: Any = None) -> set[int]:
     """What the definition gives for this draw and for those that differ from it by rounding."""
     found = set()
     for d_uniform in (-NEAR, 0, NEAR):
@@ -123,7 +131,7 @@ def acceptable(logits: Logits, draw: SampleSpec) -> set[int]:
                 top_p=min(draw.top_p * factor, 1.0),
                 min_p=min(draw.min_p * factor, 1.0),
             )
-            found.add(sampled_token(logits, near))
+            found.add(sampled_token(logits, near, mask))
     return found
 
 
@@ -192,6 +200,44 @@ def test_nothing_to_draw_is_no_token(device: Device) -> None:
     logits = np.zeros((1, 5), np.float32)
     assert Rows(device, 1, 5).draw(logits, [SampleSpec(tuple(range(5)), 40)]) == [-1]
     assert Rows(device, 1, 5).draw(logits, [SampleSpec((0, 1, 2, 4), 40, uniform=0.9)]) == [3]
+
+
+def packed_bits(allowed: NDArray[np.bool_], rng: Rng) -> NDArray[np.uint32]:
+    """A mask; its bits behind the vocabulary are set by chance, and a word more is there."""
+    n = -(-len(allowed) // 32) * 32 + 32
+    bits = rng.integers(0, 2, n).astype(bool)
+    bits[: len(allowed)] = allowed
+    return np.packbits(bits, bitorder="little").view(np.uint32)
+
+
+@pytest.mark.parametrize("n_vocab", [33, 4096, 4097, 20001])
+@pytest.mark.parametrize("share", [0.9, 0.02, 0.0])
+def test_masks_come_before_all_else(device: Device, rng: Rng, n_vocab: int, share: float) -> None:
+    """Beside rows without a mask; a mask that is late leaves the row to the host."""
+    rows = Rows(device, 4, n_vocab)
+    for _ in range(4):
+        logits = random_logits(rng, 4, n_vocab)
+        draws = [random_draw(rng, n_vocab) for _ in range(4)]
+        draws = [d._replace(is_masked=i != 1) for i, d in enumerate(draws)]
+        allowed = rng.random((4, n_vocab)) < share
+        for i, d in enumerate(draws):  # One is left beside those that are banned.
+            allowed[i, rng.choice(np.setdiff1d(np.arange(n_vocab), d.banned))] = True
+        masks: list[Any] = [packed_bits(row, rng) for row in allowed]
+        masks[1] = masks[3] = None
+        ids, by_host = rows.draw_masked(logits, draws, masks)
+        for i in (0, 2):
+            assert allowed[i, ids[i]]
+            assert ids[i] in acceptable(logits[i], draws[i], masks[i]), draws[i]
+        assert ids[1] in acceptable(logits[1], draws[1])
+        assert np.array_equal(by_host, logits[3:])
+
+
+def test_masks_hide_nothing_that_is_not_finite(device: Device, rng: Rng) -> None:
+    logits, allowed = random_logits(rng, 2, 500), np.zeros(500, np.bool_)
+    allowed[7], logits[0, 9] = True, NAN
+    draws = [SampleSpec(is_masked=True), SampleSpec((7,), 40, is_masked=True)]
+    masks: list[Any] = [packed_bits(allowed, rng)] * 2
+    assert Rows(device, 2, 500).draw_masked(logits, draws, masks)[0] == [-1, -1]
 
 
 def test_extreme_logits(device: Device) -> None:
