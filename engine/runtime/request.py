@@ -91,9 +91,9 @@ class Request:
     in the prompt at which a step ends, and what kind of state is kept there. `packed`: its ids as
     the cache has them. `n_done`: tokens of the prompt that memory has, or steps have got; `reuse`:
     those that it had. `n_pending`: tokens that steps in flight will give it; `is_for_host`: the
-    host samples the next of these. `logits`: of its last
-    token, if they are there and its next one was not sampled: the cache had all of the prompt, or
-    its grammar's mask is not ready. `entries`: what it left in the cache.
+    host samples the next of these. `logits`: of its last token, if they are there and its next one
+    was not sampled: the cache had all of the prompt, or its grammar's mask is not ready. `entries`:
+    what it left in the cache.
     `end_logits`: those of its last token, if it ended by another one.
     `cause`: the exception that ended it.
     """

@@ -80,6 +80,21 @@ def test_the_delta_rule_is_timed(kda: tuple[str, ...]) -> None:
     assert rows == ["1", "64"]
 
 
+@pytest.mark.parametrize(
+    ("options", "n_rows"),
+    [
+        (("masks", "--words", 40, "--extend", 5000), 5),
+        (("speed", "-np", 2, "-n", 8, "--rounds", 1, "--backend", "cpu"), 1),
+        (("answers", "-n", 2), 6),
+    ],
+)
+def test_constrained_output_is_measured(options: tuple[object, ...], n_rows: int) -> None:
+    pytest.importorskip("llguidance")
+    result = run("tools/constraints.py", *options)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert len(re.findall(r"^\| .* [0-9.]+ \|$", result.stdout, re.M)) == n_rows
+
+
 def test_the_demo_model_answers() -> None:
     """Two questions of each task in its forms; tests/models/test_demo_model.py asks more."""
     result = run("tools/train_demo/answers.py", "-n", 2, "--backend", "cpu")
