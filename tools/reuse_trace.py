@@ -175,6 +175,8 @@ class Player:
 class _NoSampler:
     """Samples nothing: answers are those of the trace."""
 
+    matcher = None
+
     def accept(self, *tokens: int) -> None:
         pass
 

@@ -32,7 +32,7 @@ def test_forms(cli: Cli, tmp_path: Path) -> None:
         file.write_text(text + "\n")
         assert answer(cli, "--grammar", text) == "75 items"
         assert answer(cli, "--grammar-file", file) == "75 items"
-    assert answer(cli, "--guided-regex", " [0-9]{2} (items|things)") == "75 items"
+    assert answer(cli, "--guided-regex", " [0-9]{2} (items|things)") in ("75 items", "75 things")
 
 
 @pytest.mark.parametrize(

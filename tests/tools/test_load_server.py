@@ -40,7 +40,8 @@ def test_clients_and_the_engine_take_turns(capsys: pytest.CaptureFixture[str]) -
         assert int(n) >= 3
         assert 0 < float(median) <= float(longest)
         assert float(ratio) == pytest.approx(int(served) / int(alone), abs=0.02)
-        assert all(0 < float(x) < 1.2 for x in cores)
+        # Beside busy neighbours a short round takes less than what is shown of a core.
+        assert all(0 <= float(x) < 1.2 for x in cores)
 
 
 def test_one_client(capsys: pytest.CaptureFixture[str]) -> None:
