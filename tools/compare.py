@@ -34,6 +34,7 @@ from engine.formats.gguf import GGUFFile
 from engine.models import load_model
 from tools.compare_process import Worker, WorkerFailure, WorkerMissing, alternate
 from tools.compare_table import accuracy_table, distance, finite, ratio, speed_table, summary
+from tools.endings import ends_in_one_line
 
 SIDES = ("engine", "peer")
 WAYS = {"one prefill": False, "token by token": True}
@@ -272,21 +273,16 @@ def check_writable(path: str) -> None:
         raise InputError(f"{path}: {error.strerror}") from None
 
 
+@ends_in_one_line(EngineError)
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     args = arguments(argv)
-    try:
-        if args.json:
-            check_writable(args.json)
-        document, all_well = compare(args)
-        print(report(document))
-        if args.json:
-            write_text(args.json, json.dumps(finite(document), indent=1) + "\n")
-    except EngineError as error:
-        print("error:", *str(error).splitlines(), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    if args.json:
+        check_writable(args.json)
+    document, all_well = compare(args)
+    print(report(document))
+    if args.json:
+        write_text(args.json, json.dumps(finite(document), indent=1) + "\n")
     return 0 if all_well else 1
 
 

@@ -164,9 +164,7 @@ def rate(done: list[Completion]) -> float:
 def time_speed(engine: Engine, n_parallel: int, n_tokens: int, n_rounds: int) -> None:
     """Print tokens/s of the free sequences, and of the one that is held, in turns."""
     params = SamplingParams(temperature=0.8, top_k=40, max_tokens=n_tokens, ignore_eos=True, seed=1)
-    held = SamplingParams(
-        temperature=0.8, top_k=40, max_tokens=n_tokens, ignore_eos=True, seed=1, grammar=_ENDLESS
-    )
+    held = replace(params, grammar=_ENDLESS)
     prompts = [
         [i % engine.tokenizer.n_vocab for i in range(7 * k, 7 * k + 32)] for k in range(n_parallel)
     ]

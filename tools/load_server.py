@@ -27,12 +27,12 @@ if not __package__:  # run as a script, so Python looks for modules in tools/ on
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine import Engine, SamplingParams
 from engine.backends.native import library as cpu_library
-from engine.bench.facts import cpu_name
 from engine.commands.options import Parser
 from engine.engine import DEMO_MODEL
 from engine.errors import EngineError
 from engine.runtime.completion import Completion
 from engine.text.template import ChatTemplate, find_template
+from tools.endings import ends_in_one_line, heading
 from tools.load_agent import MARGIN, converse, table
 from tools.load_client import Client, LoadError, ServerProcess, Streamed, request_bytes
 from tools.load_vanish import vanish
@@ -231,18 +231,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
+@ends_in_one_line(EngineError)
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     args = arguments(argv)
-    print(f"{args.model.name}; {cpu_name() or 'unknown CPU'}, threads: {args.threads}; "
-        f"load average before: {os.getloadavg()[0]:.1f}", flush=True)  # fmt: skip
-    try:
-        (come_and_go if args.vanish else agent if args.agent else beside_engine)(args)
-    except EngineError as error:
-        print("error:", *str(error).splitlines(), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    print(heading(args.model, args.threads), flush=True)
+    (come_and_go if args.vanish else agent if args.agent else beside_engine)(args)
     return 0
 
 

@@ -10,7 +10,6 @@ without and, with --peer-python, in llama.cpp, with the reuse that llama-cpp-pyt
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
@@ -28,7 +27,6 @@ if not __package__:  # run as a script, so Python looks for modules in tools/ on
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine import ChatTemplate, Completion, Engine, SamplingParams
 from engine.backends.native import library as cpu_library
-from engine.bench.facts import cpu_name
 from engine.commands.options import InputError, Parser
 from engine.engine import DEMO_MODEL
 from engine.errors import EngineError
@@ -36,6 +34,7 @@ from engine.text.template import BUILT_IN
 from tests.support.chats import QWEN35_STYLE
 from tools.compare import python_of
 from tools.compare_process import Worker, WorkerFailure, WorkerMissing
+from tools.endings import ends_in_one_line, heading
 
 Messages = list[dict[str, Any]]
 Ask = Callable[..., str]
@@ -218,28 +217,22 @@ def _peer(args: argparse.Namespace, sizes: Sizes) -> Iterator[Worker]:
         yield worker
 
 
+@ends_in_one_line(EngineError, WorkerFailure)
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     args = arguments(argv)
     sizes = Sizes(args.turns, args.system, args.message, args.n_gen)
-    print(f"{args.model.name}; {cpu_name() or 'unknown CPU'}, threads: {args.threads}; "
-        f"load average before: {os.getloadavg()[0]:.1f}")  # fmt: skip
-    try:
-        with ExitStack() as stack:
-            peer = stack.enter_context(_peer(args, sizes)) if args.peer_python else None
-            for name in SCENARIOS:
-                sides = measure(args.model, name, sizes, args.seed, args.threads)
-                if peer:
-                    peer.ask("clear")
-                    asked = ({"prompt": turn.ids, "answer": turn.answer} for turn in sides[0])
-                    found = [peer.ask("turn", **turn) for turn in asked]
-                    sides.append([replace(t, **f) for t, f in zip(sides[0], found, strict=True)])
-                print(f"\n{name}\n\n{table(sides)}", flush=True)
-    except (EngineError, WorkerFailure) as error:
-        print("error:", *str(error).splitlines(), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    print(heading(args.model, args.threads))
+    with ExitStack() as stack:
+        peer = stack.enter_context(_peer(args, sizes)) if args.peer_python else None
+        for name in SCENARIOS:
+            sides = measure(args.model, name, sizes, args.seed, args.threads)
+            if peer:
+                peer.ask("clear")
+                asked = ({"prompt": turn.ids, "answer": turn.answer} for turn in sides[0])
+                found = [peer.ask("turn", **turn) for turn in asked]
+                sides.append([replace(t, **f) for t, f in zip(sides[0], found, strict=True)])
+            print(f"\n{name}\n\n{table(sides)}", flush=True)
     return 0
 
 

@@ -229,7 +229,7 @@ class StepHandle(Protocol):
     """A step that was launched."""
 
     def has_logits(self) -> bool:
-        """Whether its logits are computed, by now."""
+        """Say whether the device has computed the logits of this step."""
 
     def sample(self, masks: Sequence[NDArray[np.uint32] | None]) -> None:
         """Sample, behind the logits: once before `wait`, if a spec is masked. masks: for each

@@ -22,6 +22,7 @@ from engine.kvcache.prefix import characters, n_common, unpacked
 from engine.runtime.requests import FindText, spelled
 from engine.runtime.reuse import Answer, Source
 from engine.text.template import (
+    THINKING,
     ChatError,
     ChatTemplate,
     Message,
@@ -33,7 +34,6 @@ from engine.text.template import (
 )
 from engine.text.tokenizer import Tokenizer
 
-_THINKING = ("<think>", "</think>")  # Templates look for these in what a model said.
 # An answer that no template contains or changes; it shows what the template puts around answers.
 _PROBE = "\ufdd0"
 _Render = Callable[[Sequence[Message]], str]
@@ -191,10 +191,10 @@ class Chats:
         # A stop text is in the state, but was not shown.
         if spelled(self._tokenizer, answer).rstrip("\ufffd") != answer.text.rstrip("\ufffd"):
             return None
-        return self._escape_text(answer.text, (*_THINKING, *answer.params.preserved_tokens))
+        return self._escape_text(answer.text, (*THINKING, *answer.params.preserved_tokens))
 
     def _escaped(self, message: Message) -> dict[str, Any]:
-        kept = _THINKING if message["role"] == "assistant" else ()
+        kept = THINKING if message["role"] == "assistant" else ()
         if message.get("tool_calls"):
             message = {**message, "tool_calls": _with_objects(message["tool_calls"])}
         return {k: v if k == "role" else self._escape(v, kept) for k, v in message.items()}

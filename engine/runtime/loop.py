@@ -243,9 +243,9 @@ class StepLoop:
     def _wait_for_masks(self) -> bool:
         """Where nothing else runs, wait for a grammar's mask, but not so long that others would
         notice; False if nothing waits for one."""
-        waiting = [r.sampler.matcher for r in self.scheduler.running if r.logits is not None]
-        for matcher in filter(None, waiting[:1]):
-            matcher.wait(_MASK_S)
+        waiting = [r for r in self.scheduler.running if r.logits is not None]
+        if waiting:
+            waiting[0].wait_until_ready(_MASK_S)
         return bool(waiting)
 
     def _launch(self, before: Step | None) -> None:

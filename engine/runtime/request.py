@@ -202,12 +202,13 @@ class Request:
 
     @property
     def has_known_logits(self) -> bool:
-        """Whether its next token can be sampled without a step, and none that runs does it."""
+        """Say whether the host can sample the next token now: its logits are there, and no running
+        step samples it."""
         return self.logits is not None and not self.n_pending and self.is_ready
 
     @property
     def is_ready(self) -> bool:
-        """Whether its next token can be sampled."""
+        """Say whether the mask of the next token is there; without a grammar none is needed."""
         return self.sampler.matcher is None or self.sampler.matcher.is_ready
 
     def wait_until_ready(self, seconds: float) -> None:

@@ -19,6 +19,7 @@ from engine.sampling.breakers import BreakerSearch
 from engine.sampling.chain import Sampler
 from engine.sampling.grammar import Grammars
 from engine.sampling.params import SamplingError, SamplingParams
+from engine.text.template import THINKING, opens_thinking
 from engine.text.tokenizer import ESCAPE, StreamDecoder, Tokenizer
 
 Prompt = str | Sequence[int]  # A text, or token ids.
@@ -29,7 +30,7 @@ _WINDOW, _MOST_AROUND = 64, 4096
 # No token has a word's end and the space after it, or a line's end and what follows it.
 _WORD = re.compile(r"(?<=\S)(?= )|(?<=\n)(?=\S)")
 _KIND = "text:"  # Before a prompt's text in the cache, where chats have theirs.
-THINKING, _N_LAST = ("<think>", "</think>"), 8  # Tokens that may spell the first one.
+_N_LAST = 8  # Tokens that may spell a mark of thinking.
 
 # Lists of DRY's breakers whose tokens are kept: to find them takes a look at the whole vocabulary.
 _MAX_BREAKERS = 8
@@ -162,13 +163,12 @@ class Requests:
 
     def _after_thinking(self, params: SamplingParams, ids: Sequence[int]) -> SamplingParams:
         """A grammar holds from the end of the thinking on that the prompt begins."""
-        grammar, (begin, end) = params.grammar, THINKING
+        grammar = params.grammar
         if grammar is None or grammar.after:
             return params
-        text = self._tokenizer.decode(ids[-_N_LAST:], special=True)
-        if not text.rstrip().endswith(begin):
+        if not opens_thinking(ending(self._tokenizer, ids)):
             return params
-        return replace(params, grammar=replace(grammar, after=end))
+        return replace(params, grammar=replace(grammar, after=THINKING[1]))
 
     def check(self, ids: Sequence[int], n_past: int = 0) -> list[int]:
         """The ids of a prompt. Raises PromptError if they are none, too many, or no tokens."""
@@ -191,6 +191,11 @@ def spelled(tokenizer: Tokenizer, answer: Answer) -> str:
     """The text of all tokens of an answer."""
     decoder = _decoder(tokenizer, answer.params)
     return "".join(map(decoder.push, answer.tokens)) + decoder.finish()
+
+
+def ending(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of a prompt's last tokens, for `opens_thinking`."""
+    return tokenizer.decode(ids[-_N_LAST:], special=True)
 
 
 def _decoder(tokenizer: Tokenizer, params: SamplingParams) -> StreamDecoder:

@@ -40,7 +40,7 @@ _LARK = "%llguidance"  # Begins texts in Lark, as in llama.cpp.
 # Items of llguidance's parser: in one mask, some 100 ms; and after a character, which takes 5 ms of
 # the thread that runs steps: an object of 1,000 properties.
 _ITEMS, _ROW = 1_000_000, 4_000
-_STATES = 50_000  # Of its lexer, of 1 to 2 kB, for all outputs of a grammar.
+_STATES = 50_000  # The lexer keeps so many for a grammar; a state takes 1 to 2 kB.
 _MAX_NAMED, _MAX_TOLD = 4, 300
 # Tokens of such characters are allowed together where a lexeme takes them all: within texts of JSON
 # and of XML, which masks then have in 60 us, not in 1.5 ms (152k tokens).
@@ -58,7 +58,7 @@ class GrammarError(EngineError):
 
 @dataclass(frozen=True)
 class Grammar:
-    """What an output must be. Make one with `json`, `gbnf`, `lark` or `regex`.
+    """A description that an output must match. Make one with `json`, `gbnf`, `lark` or `regex`.
 
     after: it holds for what follows this text in the output (`</think>`), from the start where this
     is empty. Raises GrammarError.
@@ -133,7 +133,7 @@ class Matcher:
 
     @property
     def is_ready(self) -> bool:
-        """Whether `bits` need not wait."""
+        """Say whether the mask is there, so that `bits` returns at once."""
         return self._mask.done()
 
     def wait(self, seconds: float) -> None:
@@ -345,7 +345,7 @@ def _told(text: str) -> str:
     one."""
     if "NoExtension" in text:
         return _NOTHING
-    if found := re.search("^error: (.*)", text, re.M):  # Of a regex, whose text is above.
+    if found := re.search("^error: (.*)", text, re.M):  # A regex stands above its error.
         return f"expected a regex that can be used, got one where {found[1]}"
     line = " ".join(text.strip().split("\n")[0].split())
     _, _, why = line.partition(": failed to compile JSON schema: ")

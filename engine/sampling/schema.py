@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 from engine import checks
 
-# Of all drafts: keywords that are not enforced.
+# Nothing enforces these keywords, which come from all drafts of JSON schema.
 _REFUSED = {
     "not", "if", "then", "else", "uniqueItems", "contains", "minContains", "maxContains",
     "propertyNames", "dependencies", "dependentRequired", "dependentSchemas", "unevaluatedItems",

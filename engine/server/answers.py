@@ -9,8 +9,9 @@ from typing import Any
 from engine.runtime.request import n_begun
 from engine.server.calls import ArgumentParser, Call, CallFormat, schemas_of
 from engine.server.replays import Replay
+from engine.text.template import THINKING, opens_thinking
 
-_OPEN, _CLOSE = "<think>", "</think>"
+_OPEN, _CLOSE = THINKING
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def is_thinking(prompt: str, continued: Mapping[str, Any] | None = None) -> bool
     """Whether an answer begins inside of thinking: by the end of its prompt, or by the message that
     it continues."""
     if continued is None:
-        return prompt.rstrip().endswith(_OPEN)
+        return opens_thinking(prompt)
     content = continued["content"]
     if not content:
         return bool(continued.get("reasoning_content"))

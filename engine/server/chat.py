@@ -11,7 +11,7 @@ from typing import Any
 from engine.engine import Engine
 from engine.runtime.completion import Completion
 from engine.runtime.request import FinishReason, Token
-from engine.runtime.requests import THINKING
+from engine.runtime.requests import ending
 from engine.sampling.params import SamplingParams
 from engine.server import answers, calls, constraints
 from engine.server.messages import normalized
@@ -19,10 +19,7 @@ from engine.server.protocol import ChatRequest, check_chat, check_common, read
 from engine.server.replays import Replay, Replays
 from engine.server.replies import Json, Reply, chat_logprobs
 from engine.server.sampling import params, seeds
-from engine.text.template import ChatTemplate, find_template, name_for
-
-_N_LAST = 8  # Tokens that may spell the <think> at a prompt's end.
-
+from engine.text.template import THINKING, ChatTemplate, find_template, name_for
 
 Keep = Callable[[Sequence[str], Replay], None]
 
@@ -116,7 +113,7 @@ class ChatCall:
                 self._prompt.messages, own, cache_prompt=request.cache_prompt, **options
             )
         completions = with_others(engine, first, own, self.n, request.cache_prompt)
-        end = engine.tokenizer.decode(first.request.ids[-_N_LAST:], special=True)
+        end = ending(engine.tokenizer, first.request.ids)
         thinks = answers.is_thinking(end, continued)
         keep = partial(self._shared.replays.keep, self._key)
         choices = [

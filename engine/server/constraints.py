@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from engine import checks
-from engine.runtime.requests import THINKING
 from engine.sampling.grammar import (
     FORMS,
     Grammar,
@@ -28,6 +27,7 @@ from engine.server.arguments import NAME, types_of
 from engine.server.calls import CallFormat
 from engine.server.errors import ApiError
 from engine.server.protocol import ChatRequest, Sampling
+from engine.text.template import THINKING
 from engine.text.tokenizer import Tokenizer
 
 Json = dict[str, Any]

@@ -27,11 +27,12 @@ _NAMED = 8
 _PROBE = "\ufdd1"  # No template contains it.
 # Stands for what was sampled while a template runs: a lone surrogate, so no text contains it.
 _MARK = "\udffe"
-_THINK = "<think>"
+# Templates and models write thinking between these.
+THINKING = _OPEN, _CLOSE = "<think>", "</think>"
 # Variables of templates that have another source.
 _RESERVED = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")
 _PLACE = re.compile(
-    rf"(?P<thinking>(?P<opening>{_THINK}\s*)?{_MARK}t[^{_MARK}]*)?{_MARK}(?P<i>\d+){_MARK}"
+    rf"(?P<thinking>(?P<opening>{_OPEN}\s*)?{_MARK}t[^{_MARK}]*)?{_MARK}(?P<i>\d+){_MARK}"
 )
 _ATOMS = frozenset({str, int, float, bool, type(None)})
 # Values of `--chat-template NAME` that need no file.
@@ -164,11 +165,11 @@ def _open_ended(message: Message) -> Message:
     if not isinstance(content, str):
         content = "\n".join(part["text"] for part in content)
     if not content and isinstance(thinking, str):
-        content = f"{_THINK}\n{thinking}"
-    if not content.lstrip().startswith(_THINK):
+        content = f"{_OPEN}\n{thinking}"
+    if not content.lstrip().startswith(_OPEN):
         return {**message, "content": Sampled(content)}
-    n_thinking = content.find("</think>") + len("</think>")
-    is_closed = "</think>" in content
+    n_thinking = content.find(_CLOSE) + len(_CLOSE)
+    is_closed = _CLOSE in content
     return {**message, "content": Sampled(content, n_thinking if is_closed else len(content))}
 
 
@@ -188,8 +189,13 @@ def _as_written(found: re.Match[str], messages: Sequence[Message]) -> str:
     text = messages[int(found["i"])]["content"]
     if found["thinking"]:
         opening = found["opening"] or ""
-        return str(text) if text.lstrip().startswith(_THINK) else opening + text
+        return str(text) if text.lstrip().startswith(_OPEN) else opening + text
     return str(text if text.n_thinking is None else text[text.n_thinking :].lstrip("\n"))
+
+
+def opens_thinking(prompt: str) -> bool:
+    """Whether a prompt ends with the mark that opens thinking."""
+    return prompt.rstrip().endswith(_OPEN)
 
 
 def is_text_part(part: Any) -> bool:
