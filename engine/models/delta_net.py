@@ -1,4 +1,4 @@
-"""Delta-net layers: one decay per head (GDA, Qwen) or one per key row (KDA, Kimi)."""
+"""Delta-net layers: one decay per head (GDA, Qwen) or one per key row (KDA, Kimi and Ling)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,10 @@ L2_EPS = 1e-6
 
 @dataclass(frozen=True)
 class DeltaNetShape:
-    """Sizes of a delta-net layer: key and value heads, their sizes, taps of the convolution."""
+    """Sizes of a delta-net layer: key and value heads, their sizes, taps of the convolution.
+
+    `lower_bound`: of log decays (see GDN_GATE), 0 for none.
+    """
 
     n_k_heads: int
     n_v_heads: int
@@ -27,6 +30,7 @@ class DeltaNetShape:
     n_taps: int
     head_map: str
     eps: float
+    lower_bound: float = 0.0
 
     @property
     def key_dim(self) -> int:
@@ -51,15 +55,17 @@ def delta_net(b: Builder, x: Tensor, shape: DeltaNetShape) -> Tensor:
 
 
 def kimi_delta(b: Builder, x: Tensor, shape: DeltaNetShape) -> Tensor:
-    """Kimi delta attention: a decay per key row; it and the output gate have low-rank matrices."""
+    """Kimi delta attention: a decay per key row. Its matrix and the output gate's are products of
+    two small ones, or full."""
     names = ("attn_q", "attn_k", "attn_v", "ssm_f_a", "ssm_g_a", "ssm_beta")
     q, k, v, f, gate, beta = b.mul_mat("delta_net_in", x, *names)
     taps = [b.weight(f"ssm_conv1d_{part}.weight") for part in "qkv"]
     heads = _convolved(b, list(zip((q, k, v), taps, strict=True)), shape)
-    alpha = b.mul_mat("ssm_f_b", f)[0].unflatten(1, shape.n_k_heads, shape.d_k)
+    if b.has("ssm_f_b.weight"):
+        (f,), (gate,) = b.mul_mat("ssm_f_b", f), b.mul_mat("ssm_g_b", gate)
+    alpha = f.unflatten(1, shape.n_k_heads, shape.d_k)
     o = _delta_rule(b, heads, alpha, beta, shape)
-    z = b.mul_mat("ssm_g_b", gate)[0]
-    return b.mul_mat("attn_output", _gated_norm(b, o, z, "sigmoid", shape))[0]
+    return b.mul_mat("attn_output", _gated_norm(b, o, gate, "sigmoid", shape))[0]
 
 
 def _convolved(
@@ -82,7 +88,7 @@ def _delta_rule(
     """The recurrence of q, k and v as one fused node, or decomposed if the options say so."""
     q, k, v = heads
     gates = {"a": b.weight("ssm_a"), "dt": b.weight("ssm_dt.bias")}
-    decay, step = b.add(GDN_GATE, alpha=alpha, beta=beta, **gates)
+    decay, step = b.add(GDN_GATE, alpha=alpha, beta=beta, **gates, lower_bound=s.lower_bound)
     state = b.slots("delta_state", s.n_v_heads, s.d_v, s.d_k)
     operands = {"q": q, "k": k, "v": v, "g": decay, "beta": step, "state": state, **b.recurrent}
     attrs = {"head_map": s.head_map, "scale": s.d_k**-0.5}

@@ -113,9 +113,9 @@ def dense_weights(n_embd: int, n_ff: int) -> dict[str, Shape]:
     }
 
 
-def dense_ffn(b: Builder, x: Tensor) -> Tensor:
+def dense_ffn(b: Builder, x: Tensor, limit: float = 0.0) -> Tensor:
     gate, up = b.mul_mat("ffn_gate_up", x, "ffn_gate", "ffn_up")
-    (hidden,) = swiglu(b.graph, b.name("swiglu"), (gate, up))
+    (hidden,) = swiglu(b.graph, b.name("swiglu"), (gate, up), limits=(limit,))
     return b.mul_mat("ffn_down", hidden)[0]
 
 

@@ -74,8 +74,13 @@ def moe_shapes(hp: HParams, n_entries: int) -> list[MoEShape]:
     return shapes
 
 
-def moe_ffn(b: Builder, x: Tensor, shape: MoEShape) -> Tensor:
-    """Routed experts plus the shared expert, whose gate and whose router's bias may be missing."""
+def moe_ffn(
+    b: Builder, x: Tensor, shape: MoEShape, limits: tuple[float, float] = (0.0, 0.0)
+) -> Tensor:
+    """Routed experts plus the shared expert, whose gate and whose router's bias may be missing.
+
+    `limits`: of the activations of routed experts, and of the shared one (see SWIGLU).
+    """
     g = b.graph
     gated = b.has("ffn_gate_inp_shexp.weight")
     names = ["ffn_gate_inp", "ffn_gate_shexp", "ffn_up_shexp", *["ffn_gate_inp_shexp"] * gated]
@@ -83,7 +88,7 @@ def moe_ffn(b: Builder, x: Tensor, shape: MoEShape) -> Tensor:
     bias = b.weight("exp_probs_b.bias") if b.has("exp_probs_b.bias") else None
     ids, chosen = b.add(ROUTER, logits=logits, bias=bias, **vars(shape.routing))
     pairs = (_gate_up(b, x, ids, shape.d_ff), (shared_gate, shared_up))
-    hidden, shared_hidden = swiglu(g, b.name("swiglu"), *pairs)
+    hidden, shared_hidden = swiglu(g, b.name("swiglu"), *pairs, limits=limits)
     down = b.weight("ffn_down_exps.weight")
     (y,) = mul_mat_id(g, b.name("ffn_down_exps"), hidden, ids, down, weights=chosen)
     row = gate_row[0] if gated else None

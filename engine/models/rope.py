@@ -9,7 +9,7 @@ import math
 
 from engine.formats.gguf import shown
 from engine.models.hparams import HParams
-from engine.ops.qk_norm_rope import RopeScaling
+from engine.ops.rope import RopeScaling
 
 _PREFIX = "rope.scaling."
 # llama.cpp replaces a file's yarn_attn_factor, and only reports whether it is finetuned.

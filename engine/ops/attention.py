@@ -3,8 +3,9 @@
     out = softmax(q · Kᵀ · scale) V, times sigmoid(gate) where there is a gate
 
 q [T, H, D], k_cache [n_blocks, Hkv, block_size, D], v_cache [… Dv], gate [T, H, Dv] (its heads may
-be strided), PAGED -> [T, H, Dv]. Row t attends to positions 0 … positions[t] of its sequence, which
-earlier nodes have written to the cache. Query head h reads key head h div (H / Hkv).
+be strided) or [T, H] (a number for each head), PAGED -> [T, H, Dv]. Row t attends to positions
+0 … positions[t] of its sequence, which earlier nodes have written to the cache. Query head h reads
+key head h div (H / Hkv).
 """
 
 import numpy as np
@@ -24,9 +25,11 @@ from engine.ops.base import (
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
-    patterns = {"q": "T H D", "k_cache": "N Hkv B D", "v_cache": "N Hkv B Dv", "gate": "T H Dv"}
+    patterns = {"q": "T H D", "k_cache": "N Hkv B D", "v_cache": "N Hkv B Dv"}
+    per_head = "gate" in inputs and len(inputs["gate"].shape) == 2
+    patterns["gate"] = "T H" if per_head else "T H Dv"
     dims = match_placed(inputs, PAGED, **patterns)
-    require_contiguous_rows(inputs, "gate", from_axis=2)
+    require_contiguous_rows(inputs, "gate", from_axis=1 if per_head else 2)
     require_contiguous_rows(inputs, "q")
     expect(dims.H % dims.Hkv == 0, "operand q", f"a multiple of {dims.Hkv} heads", dims.H)
     return [((dims.T, dims.H, dims.Dv), F32)]
@@ -58,7 +61,9 @@ def _reference(
         weights /= weights.sum(axis=-1, keepdims=True)
         result = np.einsum("grtc,cgd->tgrd", weights, values, optimize=True)
         out[rows] = result.reshape(len(result), q.shape[1], -1)
-    return (out if gate is None else out * sigmoid(gate),)
+    if gate is not None:
+        out *= sigmoid(gate.reshape(*gate.shape[:2], -1))
+    return (out,)
 
 
 def _cost(node: Node, live: Live) -> Cost:

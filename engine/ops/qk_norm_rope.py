@@ -10,7 +10,6 @@ transformers computes it).
 """
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 
@@ -27,20 +26,7 @@ from engine.ops.base import (
     write_rows,
     written_bytes,
 )
-
-
-class RopeScaling(NamedTuple):
-    """How a model reads positions beyond those of its training; the defaults change nothing.
-
-    The speed of pair i is multiplied by first + (last - first) · clamp((i - low) / span, 0, 1), its
-    cos and sin by `magnitude`.
-    """
-
-    first: float = 1.0
-    last: float = 1.0
-    low: float = 0.0
-    span: float = 1.0
-    magnitude: float = 1.0
+from engine.ops.rope import RopeScaling, turns
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
@@ -56,13 +42,7 @@ def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
 
 def rotate(x: Array, positions: Array, n_rot: int, base: float, scaling: RopeScaling) -> Array:
     """Rotary embedding of x [T, H, D] at positions [T]."""
-    s, half = scaling, n_rot // 2
-    i = np.arange(half)
-    scales = s.first + (s.last - s.first) * np.clip((i - s.low) / s.span, 0, 1)
-    speeds = base ** (-2.0 * i / max(n_rot, 1)) * scales
-    # Angles in float64: in float32 a position in the thousands already loses half its digits.
-    angles = positions[:, np.newaxis] * speeds
-    cos, sin = ((f(angles) * s.magnitude)[:, np.newaxis].astype(x.dtype) for f in (np.cos, np.sin))
+    (cos, sin), half = turns(positions, n_rot, base, scaling, x.dtype), n_rot // 2
     first, second = x[..., :half], x[..., half:n_rot]
     turned = [first * cos - second * sin, second * cos + first * sin, x[..., n_rot:]]
     return np.concatenate(turned, axis=-1)

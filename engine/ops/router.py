@@ -1,7 +1,7 @@
 """ROUTER: the experts of each token, and their weights.
 
     p = softmax(logits), or sigmoid(logits);  ids = the n_used highest of p + bias, falling
-    weights = p[ids] / (Σ p[ids] + eps) · scale
+    weights = p[ids] / (Σ p[ids] + eps) · scale, or p[ids] · scale if not normalized
 
 logits [T, X], bias [X] or none -> ids [T, n_used] i32, weights [T, n_used].
 
@@ -29,6 +29,7 @@ class Routing:
     scale: float = 1.0
     eps: float = 0.0
     groups: tuple[int, int] = (1, 1)
+    normalized: bool = True
 
 
 def _infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
@@ -54,7 +55,9 @@ def _reference(logits: Array, bias: Array | None = None, **attrs: Any) -> tuple[
         chosen_by = _in_best_groups(chosen_by, *routing.groups)
     ids = np.argsort(-chosen_by, axis=1, kind="stable")[:, : routing.n_used]
     picked = np.take_along_axis(p, ids, axis=1)
-    return ids, picked / (picked.sum(axis=1, keepdims=True) + routing.eps) * routing.scale
+    if routing.normalized:
+        picked = picked / (picked.sum(axis=1, keepdims=True) + routing.eps)
+    return ids, picked * routing.scale
 
 
 def _in_best_groups(scores: Array, n_groups: int, n_used: int) -> Array:
@@ -74,7 +77,7 @@ ROUTER = Op(
     _reference,
     elementwise_cost(20),
     n_outputs=2,
-    attrs=("n_used", "gating", "scale", "eps", "groups"),
+    attrs=("n_used", "gating", "scale", "eps", "groups", "normalized"),
     choices={"gating": ("softmax", "sigmoid")},
     optional=("bias",),
 )

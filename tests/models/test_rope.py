@@ -18,7 +18,8 @@ from engine import Engine
 from engine.formats.gguf import GGUFFile
 from engine.models import load_model
 from engine.models.attention import AttentionShape
-from engine.ops.qk_norm_rope import RopeScaling, rotate
+from engine.ops.qk_norm_rope import rotate
+from engine.ops.rope import RopeScaling
 from tests.support.helpers import ROW_BY_ROW, Refused
 from tools.synth import write_model
 

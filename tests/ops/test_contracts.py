@@ -18,6 +18,7 @@ import pytest
 from engine.formats.quants import F32, I32, DType
 from engine.graph import Capacity, Graph, Kind, Op, ShapeError, Tensor
 from engine.ops import OPS
+from engine.ops.mla_cache import MLA_CACHE
 from engine.ops.mul_mat import mul_mat
 from engine.ops.mul_mat_id import mul_mat_id
 from engine.ops.qk_norm_rope import QK_NORM_ROPE
@@ -31,7 +32,7 @@ FREE = {
     "GATED_DELTA_NET": {("state", 0), ("snapshot_dst", 1)},
     "GET_ROWS": {("table", 0), ("table", 1), ("ids", 0)},
     "L2_NORM": {("x", 0), ("x", 1), ("x", 2)},
-    "MLA_CACHE": {("norm", 0), ("k_cache", 0), ("k_cache", 2), ("block_tables", 1)},
+    "MLA_CACHE": {("q_pe", 1), ("k_cache", 0), ("k_cache", 2), ("block_tables", 1)},
     "MUL_MAT": {("x", 0), *((f"weight{i}", 0) for i in range(5))},
     "MUL_MAT_HEADS": {("weight", 2), ("tail", 2)},
     "MUL_MAT_ID": {("ids", 1), ("matrix0", 1), ("matrix1", 1)},
@@ -39,11 +40,12 @@ FREE = {
     "ROUTER": {("logits", 0)},
     "SSM_CONV": {("state", 0), ("snapshot_dst", 1)},
 }
-# A decay of one axis less is another kind of decay.
-FREE_RANK = {("GATED_DELTA_NET", "g")}
+# A decay of one axis less is another kind of decay, and a gate of one axis less is one for heads.
+FREE_RANK = {("GATED_DELTA_NET", "g"), ("ATTENTION", "gate")}
 # Operands whose heads, axis 1, may have gaps.
 STRIDED_HEADS = {
     ("ATTENTION", "gate"),
+    ("MLA_CACHE", "q_pe"),
     ("MUL_MAT_HEADS", "tail"),
     ("MUL_MAT_HEADS", "x"),
     ("QK_NORM_ROPE", "q"),
@@ -101,7 +103,7 @@ def test_another_rank_is_refused(op: Op) -> None:
     for name, operand in operands_of(op)[1].items():
         shape = operand.values.shape
         for wrong in ((*shape, 1), shape[:-1]):
-            if not wrong or (op.name, name) in FREE_RANK:
+            if not wrong or (wrong == shape[:-1] and (op.name, name) in FREE_RANK):
                 continue
             with pytest.raises(ShapeError) as caught:
                 build(op, {name: wrong})
@@ -111,7 +113,7 @@ def test_another_rank_is_refused(op: Op) -> None:
 def test_a_shape_error_says_which_shape_was_wrong() -> None:
     with pytest.raises(ShapeError) as caught:
         build(OPS["SWIGLU"], {"up": (4, 5)})
-    assert str(caught.value) == ("SWIGLU test.swiglu: operand up: expected [7, 3, 24], got [7, 5]")
+    assert str(caught.value) == ("SWIGLU test.swiglu: operand up: expected [7, 3, 25], got [7, 5]")
 
 
 def _gapped(tensor: Tensor, axis: int) -> Tensor:
@@ -163,12 +165,44 @@ def test_heads_must_be_multiples() -> None:
         build(OPS["GATED_DELTA_NET"], wrong)
 
 
-@pytest.mark.parametrize("n_rot", [-2, 3, 258])
-def test_a_rotation_that_does_not_fit_is_refused(n_rot: int) -> None:
-    case, operands = operands_of(QK_NORM_ROPE)
+@pytest.mark.parametrize(
+    ("op", "n_rot"),
+    [(QK_NORM_ROPE, n) for n in (-2, 3, 258)] + [(MLA_CACHE, n) for n in (-2, 3, 66)],
+    ids=lambda x: x.name if isinstance(x, Op) else str(x),
+)
+def test_a_rotation_that_does_not_fit_is_refused(op: Op, n_rot: int) -> None:
+    case, operands = operands_of(op)
     case = replace(case, attrs=case.attrs | {"n_rot": n_rot})
-    with pytest.raises(ShapeError, match=f"QK_NORM_ROPE .* n_rot: expected .*, got {n_rot}$"):
-        single_node_graph(QK_NORM_ROPE, case, operands)
+    with pytest.raises(ShapeError, match=f"{op.name} .* n_rot: expected .*, got {n_rot}$"):
+        single_node_graph(op, case, operands)
+
+
+def test_a_lower_bound_of_decays_is_not_positive() -> None:
+    gate = OPS["GDN_GATE"]
+    case, operands = operands_of(gate)
+    case = replace(case, attrs={"lower_bound": 0.5})
+    with pytest.raises(ShapeError, match=r"lower_bound: expected 0 or less, got 0\.5$"):
+        single_node_graph(gate, case, operands)
+
+
+@pytest.mark.parametrize("limits", [(), (1.0,), (1.0, 2.0, 3.0), (0.0, -1.0)], ids=str)
+def test_a_swiglu_has_a_limit_for_each_pair(limits: tuple[float, ...]) -> None:
+    swiglu = OPS["SWIGLU"]
+    case, operands = operands_of(swiglu)
+    case = replace(case, attrs={"limits": limits})
+    with pytest.raises(ShapeError, match="attribute limits: expected 2 numbers of at least 0, got"):
+        single_node_graph(swiglu, case, operands)
+
+
+def test_a_gate_of_heads_has_no_gaps() -> None:
+    """Beside a gate of values, whose heads may have some."""
+    case, operands = operands_of(OPS["ATTENTION"])
+    gate = operands["gate"]
+    operands = operands | {"gate": replace(gate, values=gate.values[:, :, 0])}
+    graph, tensors = single_node_graph(OPS["ATTENTION"], case, operands)
+    tensors = tensors | {"gate": _gapped(tensors["gate"], 1)}
+    with pytest.raises(ShapeError, match=r"operand gate: .*strides"):
+        graph.add(OPS["ATTENTION"], "again", tensors, **case.attrs)
 
 
 @pytest.mark.parametrize(

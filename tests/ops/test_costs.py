@@ -16,6 +16,7 @@ from engine.ops.get_rows import GET_ROWS
 from engine.ops.mla_cache import MLA_CACHE
 from engine.ops.mul_mat import mul_mat
 from engine.ops.mul_mat_id import mul_mat_id
+from engine.ops.rope import RopeScaling
 from tests.support.cases import live_counts, paged_operands, single_node_graph
 from tests.support.opcase import largest_case
 
@@ -147,7 +148,8 @@ def test_cost_of_latent_attention(cache_type: DType) -> None:
     }
     places, size = 4 * (3 + 3 + 2 * 6), 2 if cache_type is F16 else 4
     latents = {"kv": rows("kv", 24), "norm": graph.weight("norm", (16,), F32)}
-    graph.add(MLA_CACHE, "write", {**latents, "k_cache": cache, **batch}, eps=1e-6)
+    rope = {"n_rot": 0, "rope_base": 1.0, "rope_scaling": RopeScaling()}
+    graph.add(MLA_CACHE, "write", {**latents, "k_cache": cache, **batch}, eps=1e-6, **rope)
     caches = {"k_cache": cache, "v_cache": cache.slice(3, 0, 16)}
     graph.add(ATTENTION, "attention", {"q": rows("q", 4, 24), **caches, **batch}, scale=1)
     write, read = (node.op.cost(node, LIVE) for node in graph.nodes)

@@ -16,6 +16,7 @@ from engine.formats.quants import F16, F32, DType
 from engine.graph import Capacity, Dim, Graph, Kind, Tensor
 from engine.ops.attention import ATTENTION
 from engine.ops.mla_cache import MLA_CACHE
+from engine.ops.rope import RopeScaling
 from engine.placement.place import place
 from engine.runtime.executor import Executable
 from tests.support import naive
@@ -25,6 +26,7 @@ from tests.support.states import load, save
 
 Array = np.ndarray[Any, Any]
 N_HEADS, RANK, N_PE, BLOCK_SIZE, EPS, SCALE = 4, 48, 16, 16, 1e-6, 0.2
+NO_ROPE: dict[str, Any] = {"n_rot": 0, "rope_base": 1.0, "rope_scaling": RopeScaling()}
 PASTS, LENGTHS = [0, 37, 200], [3, 1, 20]
 
 
@@ -68,7 +70,7 @@ def check(backend: Any, cache_type: DType, seed: int, limit: float) -> None:
     rows = Tensor("kv", (n_tokens, width), F32, Kind.ACTIVATION)
     queries = Tensor("q", (n_tokens, N_HEADS, width), F32, Kind.ACTIVATION)
     latents = {"kv": rows, "norm": graph.weight("norm", (RANK,), F32)}
-    graph.add(MLA_CACHE, "write", {**latents, "k_cache": cache, **inputs}, eps=EPS)
+    graph.add(MLA_CACHE, "write", {**latents, "k_cache": cache, **inputs}, eps=EPS, **NO_ROPE)
     read = {"q": queries, "k_cache": cache, "v_cache": cache.slice(3, 0, RANK), **inputs}
     (graph.outputs["out"],) = graph.add(ATTENTION, "read", read, scale=SCALE)
 
@@ -82,7 +84,8 @@ def check(backend: Any, cache_type: DType, seed: int, limit: float) -> None:
     after = np.stack([save(backend.states, "n_blocks", i)[cache.name] for i in range(n_blocks)])
 
     exact = (x.astype(np.float64) for x in (kv, norm, cached))
-    _, states = naive.mla_cache(*exact, **batch, eps=EPS)
+    given = dict(zip(("kv", "norm", "k_cache"), exact, strict=True)) | batch
+    _, states = naive.NAIVE["MLA_CACHE"](**given, eps=EPS, **NO_ROPE)
     stored = states["k_cache"].astype(kept).astype(np.float64)
     (want,), _ = naive.attention(
         q.astype(np.float64), stored, stored[..., :RANK], **batch, scale=SCALE

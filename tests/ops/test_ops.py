@@ -113,7 +113,7 @@ def test_a_write_where_nothing_is_written_is_found(name: str, operand: str, seed
 
 def test_a_wrong_output_is_found(seed: int) -> None:
     op = OPS["SWIGLU"]
-    wrong = replace(op, reference=lambda gate, up: (up * gate,))
+    wrong = replace(op, reference=lambda gate, up, limits: (up * gate,))
     case: Case = next(iter(CASES_OF[op.name]()))
     with pytest.raises(AssertionError, match=f"seed {seed}: output 0: NMSE"):
         check_case(ReferenceBackend(), wrong, case, seed)

@@ -26,7 +26,8 @@ def route(
     operands: dict[str, Any] = {"logits": np.asarray(logits, np.float64)}
     if bias is not None:
         operands["bias"] = np.asarray(bias, np.float64)
-    attrs = {"n_used": 2, "gating": "sigmoid", "scale": 1.0, "eps": 0.0, "groups": (1, 1)} | attrs
+    defaults: dict[str, Any] = {"n_used": 2, "gating": "sigmoid", "scale": 1.0, "eps": 0.0}
+    attrs = defaults | {"groups": (1, 1), "normalized": True} | attrs
     ids, weights = ROUTER.reference(**operands, **attrs)
     (naive_ids, naive_weights), _ = NAIVE["ROUTER"](**operands, **attrs)
     assert np.array_equal(ids, naive_ids)
@@ -72,6 +73,12 @@ def test_weights_sum_to_the_scale() -> None:
     np.testing.assert_allclose(weights.sum(axis=1), 2.446)
 
 
+def test_weights_that_are_not_normalized_are_probabilities_times_the_scale() -> None:
+    ids, weights = route([[0, 3, -1]], scale=2.5, normalized=False)
+    assert ids == [[1, 0]]
+    np.testing.assert_allclose(weights[0], [2.5 / (1 + np.exp(-3)), 1.25])
+
+
 def test_sums_of_almost_nothing_stay_finite() -> None:
     _, weights = route([[-60, -61, -62]], eps=1e-20)
     assert np.isfinite(weights).all()
@@ -85,8 +92,9 @@ def test_sums_of_almost_nothing_stay_finite() -> None:
 def test_a_token_has_the_experts_that_it_has_alone(dtype: type, gating: str) -> None:
     logits: Any = np.random.default_rng(0).normal(size=(33, 64)).astype(dtype)
     attrs: dict[str, Any] = {"n_used": 6, "gating": gating, "scale": 1.0, "eps": 0.0}
-    ids, weights = ROUTER.reference(logits, groups=(8, 4), **attrs)
+    attrs |= {"groups": (8, 4), "normalized": True}
+    ids, weights = ROUTER.reference(logits, **attrs)
     for t in range(len(logits)):
-        alone = ROUTER.reference(logits[t : t + 1], groups=(8, 4), **attrs)
+        alone = ROUTER.reference(logits[t : t + 1], **attrs)
         assert np.array_equal(alone[0][0], ids[t])
         assert np.array_equal(alone[1][0], weights[t])

@@ -127,13 +127,14 @@ def router(
     scale: float,
     eps: float,
     groups: tuple[int, int],
+    normalized: bool,
 ) -> Result:
     ids, weights = [], []
     for row in logits:
         p, scores, _ = routing_scores(row, bias, gating, groups)
         order = sorted(range(len(p)), key=lambda e: (-scores[e], e))
         ids.append(order[:n_used])
-        total = math.fsum(p[e] for e in ids[-1]) + eps
+        total = math.fsum(p[e] for e in ids[-1]) + eps if normalized else 1
         weights.append([p[e] / total * scale for e in ids[-1]])
     return [np.array(ids), np.array(weights)], {}
 
@@ -142,10 +143,17 @@ def l2_norm(x: Array, *, eps: float) -> Result:
     return [_each_row(lambda row: row / math.sqrt(sum(v * v for v in row) + eps), x)], {}
 
 
-def swiglu(**pairs: Array) -> Result:
+def swiglu(*, limits: tuple[float, ...], **pairs: Array) -> Result:
     """gate, up, gate1, up1, …"""
-    gates = sorted(name for name in pairs if name.startswith("gate"))
-    return [_each(_silu, pairs[gate]) * pairs[f"up{gate[4:]}"] for gate in gates], {}
+    made = []
+    for i, limit in enumerate(limits):
+        gate, up, most = (
+            _each(_silu, pairs[f"gate{i or ''}"]),
+            pairs[f"up{i or ''}"],
+            limit or math.inf,
+        )
+        made.append(gate.clip(-math.inf, most) * up.clip(-most, most))
+    return made, {}
 
 
 def rms_norm_gated(x: Array, gate: Array, weight: Array, *, eps: float, act: str) -> Result:
@@ -153,11 +161,13 @@ def rms_norm_gated(x: Array, gate: Array, weight: Array, *, eps: float, act: str
     return [normed * _each({"silu": _silu, "sigmoid": _sigmoid}[act], gate)], {}
 
 
-def gdn_gate(alpha: Array, beta: Array, a: Array, dt: Array) -> Result:
+def gdn_gate(alpha: Array, beta: Array, a: Array, dt: Array, *, lower_bound: float) -> Result:
     g = np.empty(alpha.shape)
     for t, head, *key_row in np.ndindex(alpha.shape):
         at = (head, *key_row)
-        g[t, *at] = a[head] * _softplus(alpha[t, *at] + dt[at])
+        x = alpha[t, *at] + dt[at]
+        bounded = lower_bound * _sigmoid(a[head] * x)
+        g[t, *at] = bounded if lower_bound < 0 else a[head] * _softplus(x)
     return [g, _each(_sigmoid, beta)], {}
 
 
@@ -238,15 +248,24 @@ def gated_delta_net(
     return [out], {"state": after}
 
 
-def _turn(row: Array, position: int, n_rot: int, base: float, scaling: tuple[float, ...]) -> Array:
+def _turn(
+    row: Array,
+    position: int,
+    n_rot: int,
+    base: float,
+    scaling: tuple[float, ...],
+    neighbours: bool = False,
+) -> Array:
+    """Pairs that turn: 2i and 2i + 1, or i and i + n_rot / 2."""
     first, last, low, span, magnitude = scaling
     turned, half = row.copy(), n_rot // 2
     for i in range(half):
+        one, other = (2 * i, 2 * i + 1) if neighbours else (i, i + half)
         part = 0 if i < low else 1 if i > low + span else (i - low) / span
         angle = position * base ** (-2 * i / n_rot) * (first * (1 - part) + last * part)
         turn = complex(magnitude * math.cos(angle), magnitude * math.sin(angle))
-        pair = complex(row[i], row[i + half]) * turn
-        turned[i], turned[i + half] = pair.real, pair.imag
+        pair = complex(row[one], row[other]) * turn
+        turned[one], turned[other] = pair.real, pair.imag
     return turned
 
 
@@ -289,17 +308,25 @@ def mla_cache(
     positions: Array,
     seq_starts: Array,
     block_tables: Array,
+    q_pe: Array | None = None,
     *,
     eps: float,
+    n_rot: int,
+    rope_base: float,
+    rope_scaling: tuple[float, ...],
 ) -> Result:
     after, block_size, rank = k_cache.copy(), k_cache.shape[2], len(norm)
+    queries = [] if q_pe is None else [(q_pe, _unwritten(*q_pe.shape))]
     for s, rows in _sequences(seq_starts):
         for t in rows:
             p = int(positions[t])
             latent = after[block_tables[s, p // block_size], 0, p % block_size]
             latent[:rank] = _rms(kv[t, :rank], eps) * norm
-            latent[rank:] = kv[t, rank:]
-    return [], {"k_cache": after}
+            rope = p, n_rot, rope_base, rope_scaling, True
+            latent[rank:] = _turn(kv[t, rank:], *rope)
+            for x, out in queries:
+                out[t] = [_turn(row, *rope) for row in x[t]]
+    return [out for _, out in queries], {"k_cache": after}
 
 
 def attention(
@@ -329,7 +356,10 @@ def attention(
                 values = [v_cache[b, kv_head, row] for b, row in at]
                 mixed = sum(w * value for w, value in zip(weights, values, strict=True))
                 out[t, h] = mixed / sum(weights)
-    return [out if gate is None else out * _each(_sigmoid, gate)], {}
+    if gate is not None:
+        factors = _each(_sigmoid, gate)
+        out *= factors[:, :, np.newaxis] if gate.ndim == 2 else factors
+    return [out], {}
 
 
 NAIVE: dict[str, Callable[..., Result]] = {

@@ -24,7 +24,7 @@ from numpy.lib.stride_tricks import as_strided
 from engine.formats.quants import F32, I32, DType, numpy_dtype
 from engine.graph import Graph, Kind, Op, Tensor
 from engine.ops import OPS
-from engine.ops.qk_norm_rope import RopeScaling
+from engine.ops.rope import RopeScaling
 from engine.placement.place import place
 from engine.runtime.executor import Executable
 from tests.ops.cases import CASES

@@ -15,11 +15,14 @@ from engine.graph import Node
 
 
 def _gated_pair(nodes: Sequence[Node], readers: Readers) -> bool:
-    """Two products of one activation that only SWIGLU reads, as its gate and up."""
+    """Two products of one activation that only SWIGLU reads, as its gate and up, without limit."""
     product, act = nodes
-    if len(product.outputs) != 2 or len(act.outputs) != 1 or "gate" in product.inputs:
+    if len(product.outputs) != 2 or len(act.outputs) != 1 or any(act.attrs["limits"]):
         return False
-    if "add" in product.inputs or len(set(map(has_tiles, matrices_of(product)))) != 1:
+    if (
+        product.inputs.keys() & {"gate", "add"}
+        or len(set(map(has_tiles, matrices_of(product)))) != 1
+    ):
         return False
     gate, up = product.outputs
     is_pair = (act.inputs["gate"], act.inputs["up"]) == (gate, up)

@@ -35,10 +35,11 @@ def _lower_delta_net_inputs(lowering: Lowering, nodes: Sequence[Node]) -> None:
     conv, norm, *gates = nodes
     ((_, views, _),) = parts(conv)
     views += [norm.outputs[0], norm.inputs["x"]]
-    n_gates = 0
+    n_gates, attrs = 0, [norm.attrs["eps"]]
     for gate in gates:
-        ((_, operands, _),) = parts(gate)
+        ((_, operands, gate_attrs),) = parts(gate)
         views += operands
+        attrs += gate_attrs
         n_gates = cut(math.prod(gate.outputs[0].shape[1:]), _CHANNELS)
     n_blocks = cut(conv.outputs[0].shape[1], _CHANNELS) + n_gates
 
@@ -49,7 +50,7 @@ def _lower_delta_net_inputs(lowering: Lowering, nodes: Sequence[Node]) -> None:
         for node in nodes:
             lower_node(lowering, node)
     lowering.add(Launch(
-        kernel="delta_net_inputs", nodes=nodes, operands=views, attrs=[norm.attrs["eps"]],
+        kernel="delta_net_inputs", nodes=nodes, operands=views, attrs=attrs,
         grid=lambda live: (n_blocks, live.n_tokens, 1), when=decodes,
     ))  # fmt: skip
 
@@ -78,6 +79,7 @@ def _is_read_alone(nodes: Sequence[Node], readers: Readers) -> bool:
 def _reads_swiglu(nodes: Sequence[Node], readers: Readers) -> bool:
     act, product = nodes
     is_row = len(act.outputs) == 1 and len(act.outputs[0].shape) == 2
+    is_row &= not any(act.attrs["limits"])
     return is_row and _is_quantized(product) and _is_read_alone(nodes, readers)
 
 

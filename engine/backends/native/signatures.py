@@ -31,15 +31,19 @@ def numbers(node: Node) -> list[float]:
 
 def parts(node: Node) -> list[tuple[str, list[Tensor | None], list[float]]]:
     """(kernel, views' tensors, attributes) of the instructions of a node in SIGNATURES. A node
-    whose operands are repeated, as SWIGLU's pairs are, becomes one instruction for each."""
-    op, attrs = node.op, numbers(node)
+    whose operands are repeated, as SWIGLU's pairs are, becomes one instruction for each, which gets
+    its own entry of every attribute."""
+    op = node.op
     if op.repeated:
-        named = [[f"{name}{i or ''}" for name in op.operands] for i in range(len(node.outputs))]
-        views = zip(node.outputs, named, strict=True)
-        return [(op.name, [out, *(node.inputs[n] for n in names)], attrs) for out, names in views]
+        made: list[tuple[str, list[Tensor | None], list[float]]] = []
+        for i, out in enumerate(node.outputs):
+            pair = (node.inputs[f"{name}{i or ''}"] for name in op.operands)
+            attrs = [float(node.attrs[name][i]) for name in op.attrs]
+            made.append((op.name, [out, *pair], attrs))
+        return made
     absent = [None] * (op.n_outputs - len(node.outputs))
     operands = [node.inputs.get(name) for name in op.operands]
-    return [(op.name, [*node.outputs, *absent, *operands], attrs)]
+    return [(op.name, [*node.outputs, *absent, *operands], numbers(node))]
 
 
 def used_packed(nodes: Iterable[Node]) -> tuple[list[Tensor], list[Tensor]]:

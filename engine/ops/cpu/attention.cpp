@@ -11,9 +11,14 @@ void store_result(const Args& a, int64_t t, int64_t h, const float* acc, float t
     const View &out = a.v[OUT], &gate = a.v[GATE];
     const float scale = 1.0f / total;
     float* y = out.row(t, h);
+    const bool per_head = gate && gate.rank == 2;
+    const vf factor = per_head ? sigmoid(splat(gate.row(t)[h])) : splat(1.0f);
     for_lanes(out.shape[2], [&](int64_t d, int n) {
         vf v = load(acc + d) * scale;
-        if (gate) v *= sigmoid(load_part(gate.row(t, h) + d, n));
+        if (per_head)
+            v *= factor;
+        else if (gate)
+            v *= sigmoid(load_part(gate.row(t, h) + d, n));
         store_part(y + d, v, n);
     });
 }

@@ -1,4 +1,5 @@
-// GDN_GATE: g = a · softplus(alpha + dt) and sigmoid(beta). A task for each row, or where each key
+// GDN_GATE: g = a · softplus(alpha + dt), or lower_bound · sigmoid(a · (alpha + dt)) where there is a
+// lower bound, and sigmoid(beta). A task for each row, or where each key
 // row has its own decay (KDA) for each head of a row.
 
 #include "kernels.h"
@@ -6,6 +7,7 @@
 namespace gdn {
 namespace {
 
+// Attribute: lower_bound, 0 for none.
 enum { G, STEP, ALPHA, BETA, A, DT };
 
 bool per_key_row(const Args& a) { return a.v[ALPHA].rank == 3; }
@@ -21,16 +23,18 @@ void step_sizes(const Args& a, int64_t t) {
 
 // `scale(i, w)` gives w entries of a.
 template <typename Scale>
-void decays(float* g, const float* alpha, const float* dt, int64_t n, Scale scale) {
+void decays(float* g, const float* alpha, const float* dt, int64_t n, float bound, Scale scale) {
     for_lanes(n, [&](int64_t i, int w) {
         const vf x = load_part(alpha + i, w) + load_part(dt + i, w);
-        store_part(g + i, scale(i, w) * softplus(x), w);
+        const vf y = bound != 0.0f ? bound * sigmoid(scale(i, w) * x) : scale(i, w) * softplus(x);
+        store_part(g + i, y, w);
     });
 }
 
 void run(const Args& a, int64_t begin, int64_t end) {
     const float *scales = a.v[A].as<float>(), *dt = a.v[DT].as<float>();
     const int64_t n_heads = a.v[BETA].shape[1], per_row = tasks_per_row(a);
+    const float bound = static_cast<float>(a.attr[0]);
     const int64_t n = per_key_row(a) ? a.v[ALPHA].shape[2] : n_heads;
     for (int64_t i = begin; i < end; i++) {
         const int64_t t = i / per_row, h = i % per_row;
@@ -38,9 +42,10 @@ void run(const Args& a, int64_t begin, int64_t end) {
         const float* alpha = a.v[ALPHA].row(t) + h * n;
         if (h == 0) step_sizes(a, t);
         if (per_key_row(a))
-            decays(g, alpha, dt + h * n, n, [&](int64_t, int) { return splat(scales[h]); });
+            decays(g, alpha, dt + h * n, n, bound, [&](int64_t, int) { return splat(scales[h]); });
         else
-            decays(g, alpha, dt, n, [&](int64_t c, int w) { return load_part(scales + c, w); });
+            decays(g, alpha, dt, n, bound,
+                   [&](int64_t c, int w) { return load_part(scales + c, w); });
     }
 }
 

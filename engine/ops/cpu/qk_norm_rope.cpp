@@ -1,74 +1,15 @@
 // QK_NORM_ROPE: RMS norm and rotary embedding of a row's queries and keys, a task for each row.
-//
-// Angles count quarter turns in double: the nearest whole number picks the quadrant, and the rest
-// is small enough for short series. A call costs one power, and a row no library function.
-
-#include <algorithm>
-#include <cmath>
 
 #include "kernels.h"
 #include "paged.h"
+#include "rope.h"
 
 namespace gdn {
 namespace {
 
-// Attributes: eps, n_rot, rope_base, and those of RopeScaling.
+// Attributes: eps, and those of Rotation.
 enum { OUT, Q, K, V, Q_NORM, K_NORM, K_CACHE, V_CACHE, POSITIONS, SEQ_STARTS, BLOCK_TABLES };
-enum { EPS, N_ROT, ROPE_BASE, FIRST, LAST, LOW, SPAN, MAGNITUDE };
-
-constexpr double HALF_PI = 1.57079632679489661923;
-
-struct Rotation {
-    int64_t half;   // Pairs that turn.
-    double* speed;  // Quarter turns a position.
-    float *cos, *sin;
-    float magnitude;  // Of cos and sin.
-};
-
-// base^(-2i / n_rot) as powers of one ratio: the error grows with i, but the angles shrink faster.
-void set_speeds(const Rotation& r, const double* attr) {
-    const double ratio = std::pow(attr[ROPE_BASE], -1.0 / static_cast<double>(r.half));
-    const double first = attr[FIRST], change = attr[LAST] - first;
-    double speed = 1.0 / HALF_PI;
-    for (int64_t i = 0; i < r.half; i++, speed *= ratio) {
-        const double ramp = (static_cast<double>(i) - attr[LOW]) / attr[SPAN];
-        r.speed[i] = speed * (first + change * std::min(std::max(ramp, 0.0), 1.0));
-    }
-}
-
-// Taylor series up to an error of 1e-11, for |x| ≤ pi / 4.
-double sin_near_zero(double x) {
-    const double y = x * x;
-    double s = -1.0 / 39916800;
-    s = s * y + 1.0 / 362880;
-    s = s * y - 1.0 / 5040;
-    s = s * y + 1.0 / 120;
-    s = s * y - 1.0 / 6;
-    return x + x * y * s;
-}
-
-double cos_near_zero(double x) {
-    const double y = x * x;
-    double c = 1.0 / 479001600;
-    c = c * y - 1.0 / 3628800;
-    c = c * y + 1.0 / 40320;
-    c = c * y - 1.0 / 720;
-    c = c * y + 1.0 / 24;
-    return 1.0 - y * (0.5 - y * c);
-}
-
-void set_angles(const Rotation& r, int32_t position) {
-    for (int64_t i = 0; i < r.half; i++) {
-        const double turns = r.speed[i] * position;
-        const int32_t quadrant = static_cast<int32_t>(turns + 0.5);
-        const double x = (turns - quadrant) * HALF_PI;
-        const float s = static_cast<float>(sin_near_zero(x)) * r.magnitude;
-        const float c = static_cast<float>(cos_near_zero(x)) * r.magnitude;
-        const float sine = quadrant & 1 ? c : s, cosine = quadrant & 1 ? s : c;
-        r.sin[i] = quadrant & 2 ? -sine : sine;
-        r.cos[i] = (quadrant + 1) & 2 ? -cosine : cosine;
-    }
-}
+enum { EPS, N_ROT };
 
 void norm_and_turn(const float* x, const float* norm, float eps, int64_t size, const Rotation& r,
                    float* y) {
@@ -92,7 +33,7 @@ void run_row(const Args& a, int64_t t, const Rotation& r, float* row) {
     const int32_t position = a.v[POSITIONS].as<int32_t>()[t];
     const int32_t* table = block_table_of(a, a.v[SEQ_STARTS], a.v[BLOCK_TABLES], t);
     const float eps = static_cast<float>(a.attr[EPS]);
-    set_angles(r, position);
+    r.set_position(position);
     for (int64_t h = 0; h < n_heads; h++)
         norm_and_turn(a.v[Q].row(t, h), a.v[Q_NORM].as<float>(), eps, size, r, a.v[OUT].row(t, h));
     for (int64_t h = 0; h < n_kv; h++) {
@@ -103,13 +44,8 @@ void run_row(const Args& a, int64_t t, const Rotation& r, float* row) {
 }
 
 void run(const Args& a, int64_t begin, int64_t end) {
-    const int64_t half = static_cast<int64_t>(a.attr[N_ROT]) / 2;
-    double* speed = reinterpret_cast<double*>(a.scratch);
-    float* floats = reinterpret_cast<float*>(speed + half);
-    const float magnitude = static_cast<float>(a.attr[MAGNITUDE]);
-    const Rotation r = {half, speed, floats, floats + half, magnitude};
-    if (half > 0) set_speeds(r, a.attr);
-    for (int64_t t = begin; t < end; t++) run_row(a, t, r, floats + 2 * half);
+    const Rotation r(a.attr + N_ROT, a.scratch);
+    for (int64_t t = begin; t < end; t++) run_row(a, t, r, r.rest());
 }
 
 }  // namespace

@@ -9,7 +9,7 @@
 namespace gdn {
 namespace {
 
-// Attributes: n_used, gating, scale, eps, n_groups, n_groups_used.
+// Attributes: n_used, gating, scale, eps, n_groups, n_groups_used, normalized.
 enum { IDS, WEIGHTS, LOGITS, BIAS };
 enum { SOFTMAX, SIGMOID };
 
@@ -103,7 +103,7 @@ void run_row(const Args& a, int64_t t) {
         weights[u] = p[ids[u]];
         total += weights[u];
     }
-    total += static_cast<float>(a.attr[3]);
+    total = a.attr[6] != 0 ? total + static_cast<float>(a.attr[3]) : 1.0f;
     for (int64_t u = 0; u < n_used; u++)
         weights[u] = weights[u] / total * static_cast<float>(a.attr[2]);
 }

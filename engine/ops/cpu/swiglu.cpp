@@ -1,10 +1,11 @@
-// SWIGLU: silu(gate) · up, a task for each block of columns of a row.
+// SWIGLU: silu(gate) · up, each clamped where the pair has a limit, a task for each block of columns of a row.
 
 #include "kernels.h"
 
 namespace gdn {
 namespace {
 
+// Attribute: limit, 0 for none.
 enum { OUT, GATE, UP };
 
 constexpr int64_t BLOCK = 256;
@@ -30,8 +31,13 @@ float* row_of(const View& v, int64_t t, int64_t i) {
     return p;
 }
 
+// NaN stays NaN.
+vf at_most(vf x, vf limit) { return select(x > limit, limit, x); }
+vf at_least(vf x, vf limit) { return select(x < limit, limit, x); }
+
 void run(const Args& a, int64_t begin, int64_t end) {
     const int64_t n = columns(a.v[GATE]), blocks = n_blocks(a), rows = rows_per_token(a.v[GATE]);
+    const vf limit = splat(a.attr[0] > 0 ? static_cast<float>(a.attr[0]) : __builtin_inff());
     for (int64_t task = begin; task < end; task++) {
         const int64_t start = task % blocks * BLOCK, i = task / blocks;
         const int64_t size = n - start < BLOCK ? n - start : BLOCK;
@@ -39,7 +45,8 @@ void run(const Args& a, int64_t begin, int64_t end) {
         const float* up = row_of(a.v[UP], i / rows, i % rows) + start;
         float* out = row_of(a.v[OUT], i / rows, i % rows) + start;
         for_lanes(size, [&](int64_t c, int w) {
-            store_part(out + c, silu(load_part(gate + c, w)) * load_part(up + c, w), w);
+            const vf g = silu(load_part(gate + c, w)), u = load_part(up + c, w);
+            store_part(out + c, at_most(g, limit) * at_least(at_most(u, limit), -limit), w);
         });
     }
 }

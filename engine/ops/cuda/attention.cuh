@@ -62,7 +62,7 @@ struct Factors {
 DEVICE void store_result(const Args& a, int64_t t, int h, int d, float acc, float l) {
     const View& gate = a.v[GATE];
     float y = acc / l;
-    if (gate) y *= sigmoid(gate.row(t, h)[d]);
+    if (gate) y *= sigmoid(gate.rank == 2 ? gate.row(t)[h] : gate.row(t, h)[d]);
     a.v[OUT].row(t, h)[d] = y;
 }
 

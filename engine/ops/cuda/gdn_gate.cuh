@@ -12,11 +12,12 @@ struct GateViews {
     const View &g, &step, &alpha, &beta, &a, &dt;
 };
 
-// Entry c of row t: a head, or a key row of a head (KDA).
-DEVICE void gate_entry(const GateViews& v, int t, int c) {
+// Entry c of row t: a head, or a key row of a head (KDA). lower_bound: 0 for none.
+DEVICE void gate_entry(const GateViews& v, float lower_bound, int t, int c) {
     const int n_heads = v.alpha.shape[1], per_head = v.alpha.rank == 3 ? v.alpha.shape[2] : 1;
     const float x = v.alpha.row(t)[c] + v.dt.as<float>()[c];
-    v.g.row(t)[c] = v.a.as<float>()[c / per_head] * softplus(x);
+    const float scale = v.a.as<float>()[c / per_head];
+    v.g.row(t)[c] = lower_bound != 0.0f ? lower_bound * sigmoid(scale * x) : scale * softplus(x);
     if (c < n_heads) v.step.row(t)[c] = sigmoid(v.beta.row(t)[c]);
 }
 

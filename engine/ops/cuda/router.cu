@@ -8,10 +8,10 @@
 
 namespace gdn {
 
-// Attributes: n_used, gating, scale, eps, n_groups, n_groups_used.
+// Attributes: n_used, gating, scale, eps, n_groups, n_groups_used, normalized.
 enum { IDS, WEIGHTS, LOGITS, BIAS };
 enum { SOFTMAX, SIGMOID };
-enum { N_USED, GATING, SCALE, EPS, N_GROUPS, N_GROUPS_USED };
+enum { N_USED, GATING, SCALE, EPS, N_GROUPS, N_GROUPS_USED, NORMALIZED };
 
 constexpr int PER_LANE = ROUTER_MAX_EXPERTS / 32;
 static_assert(ROUTER_MAX_USED <= 32, "a lane has one expert that is used");
@@ -133,7 +133,7 @@ KERNEL(router) {
         if (lane == u) id = taken;
     }
     const float mine = lane < n_used ? shared[id] : 0.0f;
-    const float total = warp_sum(mine) + a.attr[EPS];
+    const float sum = warp_sum(mine), total = a.attr[NORMALIZED] != 0.0f ? sum + a.attr[EPS] : 1.0f;
     if (lane >= n_used) return;
     a.v[IDS].as<int32_t>()[static_cast<int64_t>(t) * a.v[IDS].stride[0] + lane] = id;
     a.v[WEIGHTS].row(t)[lane] = mine / total * a.attr[SCALE];

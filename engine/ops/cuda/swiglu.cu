@@ -1,9 +1,10 @@
-// SWIGLU: silu(gate) · up, a thread for four columns of a row.
+// SWIGLU: silu(gate) · up, each clamped where the pair has a limit, a thread for four columns of a row.
 
 #include "vectors.cuh"
 
 namespace gdn {
 
+// Attribute: limit, 0 for none.
 enum { OUT, GATE, UP };
 
 // Row i of token t. Each axis may have gaps, so the index is split into one per axis.
@@ -16,14 +17,20 @@ DEVICE float* row_of(const View& v, int t, int i) {
     return p;
 }
 
+// NaN stays NaN.
+DEVICE float at_most(float x, float limit) { return x > limit ? limit : x; }
+DEVICE float at_least(float x, float limit) { return x < limit ? limit : x; }
+
 template <int V>
 DEVICE void columns(const Args& a, int t, int i, int c, int n) {
     const float *gate = row_of(a.v[GATE], t, i), *up = row_of(a.v[UP], t, i);
     float* out = row_of(a.v[OUT], t, i);
+    const float limit = a.attr[0] > 0.0f ? a.attr[0] : bf16_to_float(0x7f80);  // Infinity.
     for (int k = 0; k < 4 && c + k < n; k += V) {
         const Floats<V> g = load<V>(gate + c + k);
         Floats<V> u = load<V>(up + c + k);
-        for (int j = 0; j < V; j++) u.v[j] *= silu(g.v[j]);
+        for (int j = 0; j < V; j++)
+            u.v[j] = at_least(at_most(u.v[j], limit), -limit) * at_most(silu(g.v[j]), limit);
         store<V>(out + c + k, u);
     }
 }

@@ -51,22 +51,22 @@ def attention_case(
     pasts: list[int],
     lengths: list[int],
     caches: tuple[DType, DType] = (F16, F16),
-    gated: bool = False,
+    gate: str = "",
 ) -> Case:
     params = {"heads": heads, "sizes": sizes, "pasts": pasts, "lengths": lengths}
     attrs = {"scale": 1 / math.sqrt(sizes[0])}
-    return case(random_operands, attrs, **params, caches=caches, gated=gated)
+    return case(random_operands, attrs, **params, caches=caches, gate=gate)
 
 
 TILE_CASES = [
     attention_case((2, 1), (32, 32), [0], [16]),
     attention_case((1, 1), (64, 64), [0], [128]),
     # Row tiles of 17, 64 and 47 rows among remainder rows; several spans of positions.
-    attention_case((8, 2), (64, 64), [37, 3, 450, 47], [1, 2, 20, 128], gated=True),
+    attention_case((8, 2), (64, 64), [37, 3, 450, 47], [1, 2, 20, 128], gate="values"),
     attention_case((4, 2), (72, 40), [100], [50], (F32, F32)),
-    attention_case((4, 2), (48, 80), [130, 5], [61, 1], (F16, F32), gated=True),
-    attention_case((4, 4), (16, 16), [64, 128], [64, 20], (F32, F16), gated=True),
-    attention_case((8, 1), (256, 256), [120], [24], gated=True),
+    attention_case((4, 2), (48, 80), [130, 5], [61, 1], (F16, F32), gate="values"),
+    attention_case((4, 4), (16, 16), [64, 128], [64, 20], (F32, F16), gate="values"),
+    attention_case((8, 1), (256, 256), [120], [24], gate="heads"),
     # As of MLA: more query heads than a task takes.
     attention_case((20, 1), (576, 512), [110], [30]),
 ]

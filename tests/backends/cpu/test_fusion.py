@@ -39,7 +39,9 @@ def backend(request: pytest.FixtureRequest) -> CpuBackend:
 class Ffn:
     """SWIGLU of two products and the product of that, with random weights."""
 
-    def __init__(self, rng: np.random.Generator, types: Sequence[str], n_ff: int) -> None:
+    def __init__(
+        self, rng: np.random.Generator, types: Sequence[str], n_ff: int, limit: float = 0.0
+    ) -> None:
         self.graph = Graph(Capacity(CAPACITY))
         self.x = Tensor("x", (Dim(CAPACITY, "n_tokens"), N_IN), F32, Kind.ACTIVATION)
         self.raw: dict[str, Array] = {}
@@ -50,7 +52,7 @@ class Ffn:
             )
         )
         a, b = self.products = mul_mat(self.graph, "gate and up", self.x, gate, up)
-        (self.h,) = swiglu(self.graph, "act", (a, b))
+        (self.h,) = swiglu(self.graph, "act", (a, b), limits=(limit,))
         (self.out,) = mul_mat(self.graph, "down", self.h, down)
         self.graph.outputs = {"out": self.out}
 
@@ -113,6 +115,22 @@ def test_gate_and_up_with_swiglu(
     composed, kernels = alone.run(backend, x)
     assert "MUL_MAT_SWIGLU" not in kernels
     assert_close(outputs["out"], composed["out"], 1e-9, "fused and not")
+
+
+def test_swiglu_with_a_limit_is_an_instruction_of_its_own(
+    backend: CpuBackend, rng: np.random.Generator
+) -> None:
+    limit = 0.5
+    ffn = Ffn(rng, ("F32",) * 3, 75, limit)
+    x = rng.normal(size=(N_TOKENS, N_IN)).astype(np.float32)
+    outputs, kernels = ffn.run(backend, x)
+    assert "SWIGLU" in kernels
+    assert "MUL_MAT_SWIGLU" not in kernels
+    gate, up, down = (ffn.raw[n].view(np.float32).astype(np.float64) for n in ffn.graph.weights)
+    g, u = (x.astype(np.float64) @ w.reshape(75, N_IN).T for w in (gate, up))
+    h = np.minimum(g / (1 + np.exp(-g)), limit) * np.clip(u, -limit, limit)
+    assert (np.abs(h) < np.abs(g / (1 + np.exp(-g)) * u) / 2).mean() > 0.1
+    assert_close(outputs["out"], h @ down.reshape(N_OUT, 75).T, 1e-10, "clamped")
 
 
 def test_results_that_are_read_elsewhere_are_there(

@@ -59,15 +59,15 @@ class Fused:
         self.raws[name], values = weight_bytes(dtype, *shape, rng=self.rng)
         return self.graph.weight(name, shape, dtype), values
 
-    def run(self, outputs: Sequence[Tensor], n: int) -> list[Array]:
-        """What a step of n rows makes. One row is a single launch, more are several."""
+    def run(self, outputs: Sequence[Tensor], n: int, fuses: bool = True) -> list[Array]:
+        """What a step of n rows makes. One row is a single launch if `fuses`, more are several."""
         run = executable(self.backend, self.graph, outputs, self.raws)
         for tensor, values in self.values.items():
             self.backend.write(tensor, values[:n])
         got = run.run({}, Live(n, 1, 1))
         ((_, program),) = run._programs
         assert isinstance(program, CudaProgram)
-        assert (len(program._chosen(Live(n, 1, 1))) == 1) == (n == 1)
+        assert (len(program._chosen(Live(n, 1, 1))) == 1) == (fuses and n == 1)
         return list(got.values())
 
     def f64(self, tensor: Tensor, n: int) -> Array:
@@ -86,8 +86,19 @@ def test_swiglu(backend: CudaBackend, dtype: Any, n: int, rng: Rng) -> None:
     w, values = f.weight("w", N_OUT, N_IN, dtype=dtype)
     (hidden,) = swiglu(f.graph, "swiglu", (gate, up))
     (got,) = f.run(mul_mat(f.graph, "product", hidden, w), n)
-    (want,) = SWIGLU.reference(gate=f.f64(gate, n), up=f.f64(up, n))
+    (want,) = SWIGLU.reference(gate=f.f64(gate, n), up=f.f64(up, n), limits=(0,))
     assert_close(got, want @ values.T, LIMITS[n], f"{dtype}, {n} rows")
+
+
+@both
+def test_swiglu_with_a_limit_is_a_launch_of_its_own(backend: CudaBackend, n: int, rng: Rng) -> None:
+    f = Fused(backend, rng)
+    gate, up = f.rows("gate", N_IN, scale=3), f.rows("up", N_IN)
+    w, values = f.weight("w", N_OUT, N_IN, dtype=TYPES[0])
+    (hidden,) = swiglu(f.graph, "swiglu", (gate, up), limits=(0.75,))
+    (got,) = f.run(mul_mat(f.graph, "product", hidden, w), n, fuses=False)
+    (want,) = SWIGLU.reference(gate=f.f64(gate, n), up=f.f64(up, n), limits=(0.75,))
+    assert_close(got, want @ values.T, LIMITS[n], f"{n} rows")
 
 
 @both

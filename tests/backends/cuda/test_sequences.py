@@ -217,13 +217,13 @@ def attention_case(**params: Any) -> Case:
 # one, two and four units; many rows beside them, of which tiles end within a token's heads.
 EDGES = [0, 15, 31, 63, 64, 65, 127, 1023, 1024, 1025]
 ATTENTION_CASES = [
-    {"heads": (2, 1), "sizes": (64, 64), "pasts": EDGES, "lengths": [1] * 10, "gated": True},
-    {"heads": (2, 1), "sizes": (64, 64), "pasts": [4200], "lengths": [1], "gated": False},
+    {"heads": (2, 1), "sizes": (64, 64), "pasts": EDGES, "lengths": [1] * 10, "gate": "values"},
+    {"heads": (2, 1), "sizes": (64, 64), "pasts": [4200], "lengths": [1], "gate": ""},
     {"heads": (3, 1), "sizes": (64, 64), "pasts": [30, 0, 7, 99], "lengths": [16, 130, 15, 1],
-     "gated": True},
-    {"heads": (6, 2), "sizes": (128, 128), "pasts": [70, 1], "lengths": [37, 2], "gated": False},
-    {"heads": (8, 1), "sizes": (256, 256), "pasts": [33, 80], "lengths": [21, 1], "gated": True},
-    {"heads": (20, 1), "sizes": (64, 64), "pasts": [100], "lengths": [3], "gated": True},
+     "gate": "values"},
+    {"heads": (6, 2), "sizes": (128, 128), "pasts": [70, 1], "lengths": [37, 2], "gate": ""},
+    {"heads": (8, 1), "sizes": (256, 256), "pasts": [33, 80], "lengths": [21, 1], "gate": "values"},
+    {"heads": (20, 1), "sizes": (64, 64), "pasts": [100], "lengths": [3], "gate": "heads"},
 ]  # fmt: skip
 
 
@@ -241,7 +241,7 @@ def test_attention(make_device: MakeDevice, params: dict[str, Any], seed: int) -
 def test_attention_in_float32(
     make_device: MakeDevice, sizes: tuple[int, int], caches: Any, seed: int
 ) -> None:
-    params = {"heads": (2, 1), "pasts": [0, 60], "lengths": [3, 1], "gated": True}
+    params = {"heads": (2, 1), "pasts": [0, 60], "lengths": [3, 1], "gate": "values"}
     case = attention_case(sizes=sizes, caches=caches, **params)
     backend = CudaBackend(make_device(seed))
     check_case(backend, ATTENTION, case, seed, limit=FLOAT32_LIMIT)
@@ -294,7 +294,7 @@ def test_rows_do_not_depend_on_the_batch(
     """Chunks that are joined later, and all chunks of a row at once, give the same bits."""
     pasts, lengths = [5, 64, 1024, 700, 1], [1, 2, 1, 1, 20]
     case = attention_case(
-        heads=(4, 2), sizes=(64, 64), pasts=pasts, lengths=lengths, caches=(F16, F16), gated=True
+        heads=(4, 2), sizes=(64, 64), pasts=pasts, lengths=lengths, caches=(F16, F16), gate="values"
     )
     operands = case.make(np.random.default_rng(seed))
     together = run(ATTENTION, operands, case.attrs, make_device(seed))
@@ -313,7 +313,7 @@ def test_rows_do_not_depend_on_the_batch(
 @ON_DEVICES
 def test_invariant_rows_do_not_depend_on_cuts(make_device: MakeDevice, seed: int) -> None:
     """A prompt in one step, and in two."""
-    params = {"heads": (2, 1), "sizes": (64, 64), "caches": (F16, F16), "gated": False}
+    params = {"heads": (2, 1), "sizes": (64, 64), "caches": (F16, F16), "gate": ""}
     case = attention_case(pasts=[70], lengths=[30], **params)
     operands = case.make(np.random.default_rng(seed))
     parts = []
@@ -328,7 +328,7 @@ def test_invariant_rows_do_not_depend_on_cuts(make_device: MakeDevice, seed: int
 def test_large_scores(make_device: MakeDevice, seed: int) -> None:
     """Weights from 1 down to 0, and no overflow."""
     case = attention_case(
-        heads=(2, 1), sizes=(64, 64), pasts=[200], lengths=[18], caches=(F16, F16), gated=False
+        heads=(2, 1), sizes=(64, 64), pasts=[200], lengths=[18], caches=(F16, F16), gate=""
     )
 
     def make(rng: Rng) -> dict[str, Operand]:

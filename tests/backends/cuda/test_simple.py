@@ -159,7 +159,7 @@ def route(logits: np.ndarray, n_used: int, groups: tuple[int, int] = (1, 1)) -> 
     weights = np.zeros((n_rows, n_used), np.float32)
     launch(
         EmulatedDevice(), "router", "router", [ids, weights, logits.astype(np.float32), None],
-        [n_used, 0, 1.0, 0.0, *groups], threads=32, grid=(n_rows, 1, 1),
+        [n_used, 0, 1.0, 0.0, *groups, 1.0], threads=32, grid=(n_rows, 1, 1),
     )  # fmt: skip
     return ids, weights
 
@@ -200,6 +200,7 @@ def test_rows_of_a_table(rng: Rng, n: int) -> None:
         ("ROUTER", {"logits": (3, 512)}, {"n_used": 33}, "33 used experts, more than 32"),
         ("SSM_CONV", {"weight": (8, 17)}, {}, "17 taps, more than 16"),
         ("QK_NORM_ROPE", {}, {"n_rot": 514}, "514 rotated entries, more than 512"),
+        ("MLA_CACHE", {}, {"n_rot": 514}, "514 rotated entries, more than 512"),
     ],
 )
 def test_what_no_kernel_takes_is_refused(

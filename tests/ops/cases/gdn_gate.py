@@ -14,9 +14,12 @@ def cases() -> Iterable[Case]:
         return {
             "alpha": activation(rng.normal(size=(6, *heads)) * 15),
             "beta": activation(rng.normal(size=(6, heads[0])) * 10),
-            "a": weight(-np.exp(rng.normal(size=heads[0]))),
+            # With a lower bound it is positive, which the op does not rely on.
+            "a": weight(np.exp(rng.normal(size=heads[0])) * rng.choice([-1, 1], heads[0])),
             "dt": weight(rng.normal(size=heads)),
         }
 
     for heads in ((4,), (3, 16)):  # GDA, KDA
-        yield case(make, {}, heads=heads)
+        yield case(make, {"lower_bound": 0.0}, heads=heads)
+    for heads in ((5,), (3, 20)):
+        yield case(make, {"lower_bound": -5.0}, heads=heads)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from engine.formats.quants import F16, F32, DType
-from engine.ops.qk_norm_rope import RopeScaling
+from engine.ops.rope import RopeScaling
 from tests.support.cases import Case, Operand, Rng, activation, blocks, case, paged_operands, weight
 
 

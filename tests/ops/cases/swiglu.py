@@ -16,5 +16,11 @@ def cases() -> Iterable[Case]:
             operands |= {gate: activation(values[0] * 20), up: activation(values[1])}
         return operands
 
-    for shapes in ([(4,)], [(67,)], [(3584,)], [(3, 24), (40,)]):
-        yield case(make, {}, shapes=shapes)
+    for shapes, limits in (
+        ([(4,)], (0,)),
+        ([(67,)], (0.5,)),
+        ([(3584,)], (0,)),
+        ([(3, 24), (40,)], (0, 1.5)),
+        ([(3, 25), (40,)], (0.75, 0)),
+    ):
+        yield case(make, {"limits": limits}, shapes=shapes)

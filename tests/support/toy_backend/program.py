@@ -45,7 +45,8 @@ def add_rms_norm(x: Operands, attrs: Mapping[str, Any]) -> list[Array]:
 
 
 def swiglu(x: Operands, attrs: Mapping[str, Any]) -> list[Array]:
-    """silu(gate) · up, for each pair of operands gate, up; gate1, up1; …"""
+    """silu(gate) · up, for each pair of operands gate, up; gate1, up1; …; limits are refused."""
+    assert not any(attrs["limits"]), attrs
     names = [(name, name.replace("gate", "up")) for name in x if name.startswith("gate")]
     # exp overflows to infinity for a strong negative gate, and x / infinity is the right limit.
     with np.errstate(over="ignore"):

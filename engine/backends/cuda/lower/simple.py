@@ -115,7 +115,7 @@ SINGLE_LAUNCH: dict[str, tuple[SingleLaunch, ...]] = {
     "ADD_RMS_NORM": (SingleLaunch("add_rms_norm", _row_each),),
     "GDN_GATE": (SingleLaunch("gdn_gate", _gate_grid),),
     "L2_NORM": (SingleLaunch("l2_norm", _head_each),),
-    "MLA_CACHE": (SingleLaunch("mla_cache", _row_each),),
+    "MLA_CACHE": (SingleLaunch("mla_cache", _row_each, attrs=_rope_attrs),),
     "MUL_MAT_HEADS": (
         SingleLaunch("mul_mat_heads_rows", _heads_few, _heads_shared, when=_few),
         SingleLaunch("mul_mat_heads_tiles", _heads_many, when=lambda live: not _few(live)),
@@ -135,9 +135,11 @@ def lower_simple(lowering: Lowering, node: Node) -> None:
 
 
 def lower_swiglu(lowering: Lowering, node: Node) -> None:
-    for (_, operands, _), out in zip(parts(node), node.outputs, strict=True):
-        grid = partial(_swiglu_grid, out)
-        lowering.add(Launch(kernel="swiglu", nodes=[node], operands=operands, grid=grid))
+    for (_, operands, attrs), out in zip(parts(node), node.outputs, strict=True):
+        lowering.add(Launch(
+            kernel="swiglu", nodes=[node], operands=operands, attrs=attrs,
+            grid=partial(_swiglu_grid, out),
+        ))  # fmt: skip
 
 
 def add_single(lowering: Lowering, node: Node, single: SingleLaunch) -> None:
@@ -151,7 +153,7 @@ def add_single(lowering: Lowering, node: Node, single: SingleLaunch) -> None:
 def unsupported(node: Node, device: Device) -> str:
     limits: list[tuple[int, int, str]] = []
     match node.op.name:
-        case "QK_NORM_ROPE":
+        case "QK_NORM_ROPE" | "MLA_CACHE":
             limits = [(node.attrs["n_rot"], kernels.ROPE_MAX_ROT, "rotated entries")]
         case "ROUTER":
             n_experts = node.inputs["logits"].shape[1]

@@ -8,7 +8,8 @@
 
 namespace gdn {
 
-// After SSM_CONV's views. QK: the heads of OUT that are scaled. Attribute: eps.
+// After SSM_CONV's views. QK: the heads of OUT that are scaled. Attributes: eps, and lower_bound
+// of GDN_GATE.
 enum { NORMED = X + 2 * N_PARTS, QK, G, STEP, ALPHA, BETA, A, DT };
 constexpr int CHANNELS = THREADS_delta_net_inputs;
 
@@ -40,7 +41,7 @@ KERNEL(delta_net_inputs) {
     if (block >= n_blocks) {
         const int c = (block - n_blocks) * CHANNELS + threadIdx.x;
         const GateViews gates{a.v[G], a.v[STEP], a.v[ALPHA], a.v[BETA], a.v[A], a.v[DT]};
-        if (c < gate_entries(gates.alpha)) gate_entry(gates, t, c);
+        if (c < gate_entries(gates.alpha)) gate_entry(gates, a.attr[1], t, c);
         return;
     }
     Channel channel;
