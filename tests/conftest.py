@@ -82,6 +82,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pat
         ("tiny-moe", "F32"),
         ("tiny-next", "F32"),
         ("tiny-kimi", "F32"),
+        ("tiny-ling", "F32"),
     ],
     ids="-".join,
 )

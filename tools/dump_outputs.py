@@ -40,7 +40,7 @@ DEMO = "engine/data/demo.gguf"
 MODELS = (
     ("tiny", "F32"), ("tiny", "Q8_0"), ("tiny", "Q4_K_M"), ("tiny-untied", "BF16"),
     ("tiny-moe", "Q8_0"), ("tiny-moe", "Q4_K_M"), ("tiny-next", "F32"), ("tiny-next", "Q4_0"),
-    ("tiny-kimi", "F32"), ("tiny-kimi", "Q8_0"),
+    ("tiny-kimi", "F32"), ("tiny-kimi", "Q8_0"), ("tiny-ling", "F32"), ("tiny-ling", "Q8_0"),
 )  # fmt: skip
 OPTIONS: dict[str, Any] = {"n_ctx": 512, "n_ubatch": 128, "n_parallel": 4}
 # Large enough that a wrong state moves logits.

@@ -98,7 +98,7 @@ def write_model(  # noqa: PLR0913
     values = _general(p, dtype) | metadata(p) | padded_vocabulary(vocabulary, p.n_vocab)
     values |= overrides or {}
     values = {key: value for key, value in values.items() if value is not None}
-    specs = _watched(_specs(p, dtype, _Source(seed, std, fast), arrays or {}), progress)
+    specs = _watched(_specs(p, dtype, _Source(p, seed, std, fast), arrays or {}), progress)
     if not 1 <= split <= len(specs):
         raise SynthError(f"split {split}: expected 1 to {len(specs)} files")
     if split == 1:
@@ -193,7 +193,8 @@ def _general(p: Preset, dtype: str) -> dict[str, Any]:
 class _Source:
     """Makes the tensors' bytes; each tensor's depend on its name and the constructor's values."""
 
-    def __init__(self, seed: int, std: float, fast: bool) -> None:
+    def __init__(self, p: Preset, seed: int, std: float, fast: bool) -> None:
+        self.f32_values = _bounded_values if p.bounded_decay else _f32_values
         self.seed, self.std, self.fast = seed, std, fast
         self.panels: dict[str, np.ndarray] = {}
 
@@ -202,7 +203,7 @@ class _Source:
         gain = _GAINS.get(_layer_and_role(name)[1])
         std = self.std if gain is None else gain / math.sqrt(shape[-1])
         if _is_always_f32(name, shape):
-            return [_f32_values(name, shape, std, rng).astype("<f4")]
+            return [self.f32_values(name, shape, std, rng).astype("<f4")]
         if gain is not None or not self.fast:
             return random_pieces(block, math.prod(shape), std, rng)
         if block.name not in self.panels:
@@ -228,6 +229,17 @@ def _f32_values(
     if name.endswith("exp_probs_b.bias"):
         return 0.02 * rng.standard_normal(shape)
     return rng.standard_normal(shape) * (0.3 if "conv1d" in name else std)
+
+
+def _bounded_values(
+    name: str, shape: tuple[int, ...], std: float, rng: np.random.Generator
+) -> np.ndarray:
+    """As `_f32_values`, for decays with a lower bound."""
+    if name.endswith("ssm_a"):
+        return np.exp(rng.uniform(np.log(0.5), np.log(2), shape))
+    if name.endswith("ssm_dt.bias"):
+        return rng.uniform(-4, -1, shape)
+    return _f32_values(name, shape, std, rng)
 
 
 def _specs(

@@ -1,6 +1,7 @@
 """Architectures by the name that a GGUF file gives."""
 
 from engine.formats.gguf import GGUFFile, shown
+from engine.models.bailingmoe3 import BailingMoe3
 from engine.models.base import Model
 from engine.models.hparams import ModelError
 from engine.models.kimi_linear import KimiLinear
@@ -10,7 +11,7 @@ from engine.models.qwen35 import Qwen35
 from engine.models.qwen35moe import Qwen35MoE
 
 ARCHITECTURES: dict[str, type[Model]] = {
-    model.name: model for model in (Qwen35, Qwen35MoE, Qwen3Next, KimiLinear)
+    model.name: model for model in (Qwen35, Qwen35MoE, Qwen3Next, KimiLinear, BailingMoe3)
 }
 
 __all__ = ["ARCHITECTURES", "BuildOptions", "Model", "ModelError", "load_model"]

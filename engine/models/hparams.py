@@ -79,9 +79,21 @@ class HParams:
             raise self.fail(key, f"at least {minimum} in every layer", lowest)
         return [int(v) for v in values]
 
+    def has(self, key: str) -> bool:
+        return f"{self.arch}.{key}" in self.file.metadata
+
+    def numbers(self, key: str, n_entries: int, default: float) -> list[float]:
+        """One number per layer (MTP layers too), at least 0, from an array or a scalar."""
+        values = self.array(key, n_entries, "f", "numbers")
+        if values is None:
+            return [self.number(key, default, minimum=0)] * n_entries
+        if not (np.isfinite(values) & (values >= 0)).all():
+            raise self.fail(key, "finite numbers of at least 0", shown(values))
+        return [float(v) for v in values]
+
     def flags(self, key: str, n_entries: int) -> list[bool] | None:
         """One boolean per layer, from an array or a scalar; None if the key is missing."""
-        if f"{self.arch}.{key}" not in self.file.metadata:
+        if not self.has(key):
             return None
         values = self.array(key, n_entries, "biu", "booleans")
         if values is None:

@@ -27,7 +27,7 @@ class MoEShape:
         hp.divides("expert_group_count", n_groups, self.n_experts)
         if n_groups > 1 and self.n_experts // n_groups < 2:
             raise hp.fail("expert_group_count", f"at most {self.n_experts // 2}", n_groups)
-        if n_groups_used > n_groups:
+        if not 1 <= n_groups_used <= n_groups:
             raise hp.fail("expert_group_used_count", f"1 to {n_groups}", n_groups_used)
         if n_used > (n := self.n_experts // n_groups * n_groups_used):
             raise hp.fail("expert_used_count", f"at most the {n} of the used groups", n_used)

@@ -179,7 +179,7 @@ def test_the_ends_of_the_graph_have_shapes(cli: Cli, tiny: Path) -> None:
     assert shapes(edges["output", "output logits"]["label"]) == {"n_outputs×320"}
 
 
-@pytest.mark.parametrize("preset", ["0.8b", "27b", "35b-a3b", "next-80b", "kimi-48b"])
+@pytest.mark.parametrize("preset", ["0.8b", "27b", "35b-a3b", "next-80b", "kimi-48b", "ling-tiny"])
 def test_folded_counts_add_up(cli: Cli, tmp_path: Path, preset: str) -> None:
     path = write_header(tmp_path / "m.gguf", preset)
     plan, picture = plan_only(path, 512), drawn(cli, "-m", path)

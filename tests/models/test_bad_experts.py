@@ -15,6 +15,7 @@ from tests.support.helpers import Refused
 from tools.presets import PRESETS
 
 NAMES = {"tiny-moe": "qwen35moe", "tiny-next": "qwen3next", "tiny-kimi": "kimi-linear"}
+NAMES["tiny-ling"] = "bailingmoe3"
 BIG = np.uint64(2**62)
 every_preset = pytest.mark.parametrize("preset", NAMES)
 KIMI_INTEGERS = (
@@ -71,9 +72,10 @@ def test_more_experts_used_in_one_layer(refused_keys: Refused) -> None:
 def test_another_number_of_experts_than_the_tensors_have(
     refused_keys: Refused, preset: str, value: Any
 ) -> None:
-    line = refused_keys(preset, {"expert_count": value})
+    groups = dict.fromkeys(("expert_group_count", "expert_group_used_count"))
+    line = refused_keys(preset, {"expert_count": value} | groups)
     shape = [PRESETS[preset].n_experts, PRESETS[preset].n_embd]
-    layer = 1 if preset == "tiny-kimi" else 0
+    layer = 1 if preset in ("tiny-kimi", "tiny-ling") else 0
     assert "misshapen tensors: " in line
     assert f"blk.{layer}.ffn_gate_inp.weight (expected [{value}, {shape[1]}], got {shape})" in line
 

@@ -165,7 +165,7 @@ def test_values_that_do_not_fit(refused: Refused, overrides: dict[str, Any], wor
 @pytest.mark.parametrize("arch", ["llama", "qwen36", "", "QWEN35", "two\nlines\x1b[31m"])
 def test_unknown_architectures(refused: Refused, arch: str) -> None:
     line = refused({"general.architecture": arch})
-    known = "qwen35, qwen35moe, qwen3next, kimi-linear"
+    known = "qwen35, qwen35moe, qwen3next, kimi-linear, bailingmoe3"
     assert line == f"unknown architecture {arch!r}; known are {known}"
 
 

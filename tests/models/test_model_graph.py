@@ -29,9 +29,12 @@ LAYERS = {
     "35b-a3b": {"delta net": (30, 15), "attention": (10, 12)},
     "next-80b": {"delta net": (36, 15), "attention": (12, 12)},
     "kimi-48b": {"KDA (dense)": (1, 14), "KDA": (19, 17), "MLA": (7, 14)},
+    "ling-tiny": {"KDA (dense)": (1, 12), "KDA": (17, 15), "MLA": (6, 16)},
+    "ling-flash": {"KDA (dense)": (2, 12), "KDA": (33, 15), "MLA": (7, 14)},
 }
 N_NODES = {"0.8b": 274, "tiny-untied": 49, "35b-a3b": 574, "next-80b": 688, "kimi-48b": 439}
-MAX_NODES_PER_LAYER = 18
+N_NODES |= {"ling-tiny": 367, "ling-flash": 621}
+MAX_NODES_PER_LAYER = 17
 # What the recurrence costs without its fused op: nodes of the model, by batch size.
 N_DECOMPOSED = {
     "0.8b": {1: 490, 64: 940, 512: 1948},
@@ -39,6 +42,8 @@ N_DECOMPOSED = {
     "35b-a3b": {1: 994, 64: 1744, 512: 3424},
     "next-80b": {1: 1192, 64: 2092, 512: 4108},
     "kimi-48b": {1: 679, 64: 1699, 512: 6179},
+    "ling-tiny": {1: 583, 64: 1501, 512: 5533},
+    "ling-flash": {1: 1041, 64: 2826, 512: 10666},
 }
 # Tensors of a file that are taken apart, and what becomes of them.
 TAKEN_APART = {"next-80b": ({"ssm_ba"}, {"ssm_beta", "ssm_alpha"})}

@@ -150,6 +150,7 @@ PACKINGS = [
             [(join_qkv,), (join_per_key_head,), (join_per_key_head, join_qkv), (add_ones,)],
         ),
         ("tiny-kimi", ("F32", "Q8_0"), [(join_qkv,), (drop_ones,)]),
+        ("tiny-ling", ("F32", "Q8_0"), [(join_qkv,), (drop_ones,)]),
     )
     for dtype in types
     for repacks in options
@@ -181,7 +182,7 @@ def test_the_same_rows_make_the_same_model(
 
 
 @pytest.mark.parametrize("dtype", ["F32", "Q8_0"])
-@pytest.mark.parametrize("preset", ["tiny-moe", "tiny-next", "tiny-kimi"])
+@pytest.mark.parametrize("preset", ["tiny-moe", "tiny-next", "tiny-kimi", "tiny-ling"])
 def test_experts_with_gate_and_up_in_one_tensor(
     models: Callable[[str, str], Path],
     tmp_path: Path,
@@ -257,6 +258,7 @@ def plain(values: NDArray[np.float32]) -> Stored:
         ("tiny-moe", (join_qkv, join_experts)),
         ("tiny-next", (join_per_key_head, join_qkv, join_experts)),
         ("tiny-kimi", (join_qkv, join_experts)),
+        ("tiny-ling", (join_qkv, join_experts)),
     ],
     ids=packing_id,
 )

@@ -72,6 +72,7 @@ def scaled(
         ("tiny-next", (join_qkv,)),
         ("tiny-next", ()),
         ("tiny-kimi", ()),
+        ("tiny-ling", ()),
     ],
 )
 def test_a_scale_multiplies_its_weight(

@@ -7,7 +7,13 @@ tools/make_golden.py go by `CASES` alone. Only `live.py` and the cases' `transfo
 import torch.
 """
 
-from tests.parity import kimi_linear, qwen3next, qwen35, qwen35moe
+from tests.parity import bailingmoe3, kimi_linear, qwen3next, qwen35, qwen35moe
 from tests.parity.common import Case
 
-CASES: tuple[Case, ...] = (*qwen35.CASES, *qwen35moe.CASES, *qwen3next.CASES, *kimi_linear.CASES)
+CASES: tuple[Case, ...] = (
+    *qwen35.CASES,
+    *qwen35moe.CASES,
+    *qwen3next.CASES,
+    *kimi_linear.CASES,
+    *bailingmoe3.CASES,
+)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests.parity import bailingmoe3
 from tests.parity.common import (
     F32,
     MIN_CHOICE_MARGIN,
@@ -27,6 +28,7 @@ from tests.parity.common import (
     random_ids,
     random_weights,
 )
+from tests.support.numpy_ling import NumpyLing
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,12 @@ class Live:
 
 
 def build(case: Case, weights: Weights) -> Any:
-    """The model with exactly `weights`: a name or shape too many, missing or different raises."""
+    """The model with exactly `weights`: a name or shape too many, missing or different raises.
+
+    It is numpy_ling's where a case has what transformers does not: clamps.
+    """
+    if isinstance(case, bailingmoe3.Case) and case.clamps:
+        return NumpyLing(case, weights)
     model = case.transformers_model().eval()
     state = {name: torch.from_numpy(values) for name, values in weights.items()}
     result = model.load_state_dict(state, strict=False)
@@ -55,6 +62,8 @@ def build(case: Case, weights: Weights) -> Any:
 
 def logits(model: Any, ids: list[int]) -> F32:
     """Logits of every position, float32 [n_tokens, n_vocab]."""
+    if isinstance(model, NumpyLing):
+        return model.logits(ids).astype(np.float32)
     with torch.no_grad():
         return model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
 
@@ -75,6 +84,8 @@ def choice_margin(case: Case, model: Any, ids: list[int]) -> float:
 
     transformers takes another expert than another implementation where this is down at noise.
     """
+    if isinstance(model, NumpyLing):
+        return model.choice_margin(ids)
     routers = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
     if bool(routers) != (case.routing is not None):
         raise ValueError(f"{case_id(case)}: {len(routers)} routers, routing = {case.routing}")

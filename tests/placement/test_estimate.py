@@ -83,7 +83,12 @@ def kept_bytes(backend: Any) -> int:
 
 def test_what_was_estimated_is_what_is_kept(models: Models) -> None:
     """Weights and states to the byte."""
-    for preset, dtype in (("tiny", "Q8_0"), ("tiny-moe", "F32"), ("tiny-kimi", "F32")):
+    for preset, dtype in (
+        ("tiny", "Q8_0"),
+        ("tiny-moe", "F32"),
+        ("tiny-kimi", "F32"),
+        ("tiny-ling", "F32"),
+    ):
         with Engine.load(models(preset, dtype), n_ctx=256) as engine:
             need = memory_estimate.estimate(engine.plan)
             backend: Any = engine.plan.backends[0]

@@ -140,6 +140,7 @@ SPREAD = [
         ("tiny-moe", EXPERT_PATTERNS),
         ("tiny-next", {"experts elsewhere": EXPERT_PATTERNS["experts elsewhere"]}),
         ("tiny-kimi", EXPERT_PATTERNS | LATENT_PATTERNS),
+        ("tiny-ling", EXPERT_PATTERNS | LATENT_PATTERNS),
     )
     for name, make in patterns.items()
 ]
@@ -170,7 +171,7 @@ def test_nodes_of_a_latent_cache_stay_together(models: Models) -> None:
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.8, 1.0])
 @pytest.mark.parametrize("options", [{}, {"gdn": "decomposed"}], ids=["fused", "decomposed"])
-@pytest.mark.parametrize("preset", ["tiny", "tiny-moe", "tiny-kimi"])
+@pytest.mark.parametrize("preset", ["tiny", "tiny-moe", "tiny-kimi", "tiny-ling"])
 def test_random_refusals_give_the_same_logits(
     share: float, options: dict[str, Any], preset: str, models: Models, seed: int
 ) -> None:

@@ -377,7 +377,7 @@ def written(engine: Engine, path: Path, prompt: list[int]) -> None:
 
 
 @ON_DEVICES
-@pytest.mark.parametrize("preset", ["tiny", "tiny-kimi"])
+@pytest.mark.parametrize("preset", ["tiny", "tiny-kimi", "tiny-ling"])
 def test_backends_read_each_others_files(
     make_device: MakeDevice, models: Models, tmp_path: Path, rng: Rng, preset: str
 ) -> None:

@@ -29,7 +29,7 @@ Make = Callable[[Path], Engine]
 OPTIONS: dict[str, Any] = {"n_ctx": 1024, "n_parallel": 2, "cache_ram": CACHE_RAM}
 LONG = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 DRAWN = replace(LONG, temperature=1.5, seed=5, top_k=0, top_p=1.0, min_p=0.0)
-PRESETS = ["tiny", "tiny-moe", "tiny-next", "tiny-kimi"]
+PRESETS = ["tiny", "tiny-moe", "tiny-next", "tiny-kimi", "tiny-ling"]
 
 
 def make_float64(path: Path) -> Engine:

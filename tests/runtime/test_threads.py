@@ -581,7 +581,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=300, help="for all architectures together")
     args = parser.parse_args()
-    rng, presets = np.random.default_rng(), ["tiny", "tiny-moe", "tiny-next", "tiny-kimi"]
+    rng, presets = (
+        np.random.default_rng(),
+        ["tiny", "tiny-moe", "tiny-next", "tiny-kimi", "tiny-ling"],
+    )
     with tempfile.TemporaryDirectory() as directory, switching_often():
         for preset in presets:
             path = write_model(Path(directory) / f"{preset}.gguf", preset, "F32", std=STD)

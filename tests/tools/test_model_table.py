@@ -61,7 +61,7 @@ def test_the_cache_has_the_published_size(name: str) -> None:
         assert need.kv == KV_PER_1024[name] * 2**20 * CONTEXT // 1024
 
 
-@pytest.mark.parametrize("preset", ["tiny-moe", "tiny-kimi"])
+@pytest.mark.parametrize("preset", ["tiny-moe", "tiny-kimi", "tiny-ling"])
 def test_it_is_what_an_engine_estimates_on_the_cpu(models: Models, preset: str) -> None:
     path = models(preset, "Q8_0")
     need = need_of(load_model(GGUFFile(path)), "cpu")

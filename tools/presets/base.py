@@ -16,7 +16,8 @@ class Preset(ABC):
     `n_vocab` 0: as many as the vocabulary has tokens; `n_ff` 0: not in the metadata;
     `n_experts` 0: a dense model. Variants of a file: `fused_qkv`, one tensor for attn_q, attn_k
     and attn_v; `fused_gate_up`, one for the experts' gate and up; `stripped`, leading dimensions
-    of 1 dropped, as llama-quantize does.
+    of 1 dropped, as llama-quantize does. `bounded_decay`: decays have a lower bound, so that the
+    values of ssm_a and ssm_dt are of another kind.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Preset(ABC):
     fused_qkv: bool = False
     fused_gate_up: bool = False
     stripped: bool = False
+    bounded_decay: bool = False
 
     @abstractmethod
     def is_linear(self, layer: int) -> bool:

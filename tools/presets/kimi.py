@@ -101,7 +101,7 @@ class KimiPreset(Preset):
 
 # No tensor has two equal dimensions; rows are multiples of 32, but not of 256; eps is the one with
 # which llama.cpp and transformers agree.
-_TINY: dict[str, Any] = {
+TINY: dict[str, Any] = {
     "n_embd": 64,
     "n_ff": 192,
     "n_heads": 4,
@@ -120,6 +120,6 @@ _TINY: dict[str, Any] = {
 }
 
 PRESETS = (
-    KimiPreset(name="tiny-kimi", n_layers=5, mla_layers=(2, 4), **_TINY),
+    KimiPreset(name="tiny-kimi", n_layers=5, mla_layers=(2, 4), **TINY),
     KimiPreset(name="kimi-48b", n_layers=27, n_embd=2304, n_ff=9216),
 )

@@ -166,7 +166,9 @@ def test_random_splits(rng: np.random.Generator, n_nodes: int) -> None:
         check_arena(lowering)
 
 
-@pytest.mark.parametrize("preset", ["tiny", "tiny-untied", "tiny-moe", "tiny-next", "tiny-kimi"])
+@pytest.mark.parametrize(
+    "preset", ["tiny", "tiny-untied", "tiny-moe", "tiny-next", "tiny-kimi", "tiny-ling"]
+)
 def test_splits_of_models(models: Callable[[str, str], Path], preset: str) -> None:
     with Engine.load(models(preset, "Q8_0"), backend="reference", n_ubatch=64) as engine:
         lowering = lowered(engine.plan.graph)

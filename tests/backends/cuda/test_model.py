@@ -69,8 +69,8 @@ def pooled(got: list[Array], expected: list[Array]) -> float:
 
 
 DENSE = ("tiny", "tiny-untied")
-MODELS = [("tiny", "Q8_0"), ("tiny-untied", "F32"), ("tiny-moe", "Q8_0"), ("tiny-next", "F32"),
-          ("tiny-kimi", "Q8_0"), ("tiny-kimi", "F32")]  # fmt: skip
+MODELS = [("tiny", "Q8_0"), ("tiny-untied", "F32"), ("tiny-moe", "Q8_0"), ("tiny-next", "F32")]
+MODELS += [(preset, dtype) for preset in ("tiny-kimi", "tiny-ling") for dtype in ("Q8_0", "F32")]
 
 
 @pytest.mark.parametrize(("preset", "dtype"), MODELS)
@@ -126,7 +126,7 @@ def test_models_on_both_sides_are_right(
         assert max(errors) <= FLIPPED_LIMIT
 
 
-@pytest.mark.parametrize("preset", ["tiny", "tiny-moe", "tiny-kimi"])
+@pytest.mark.parametrize("preset", ["tiny", "tiny-moe", "tiny-kimi", "tiny-ling"])
 def test_captured_steps_are_eager_ones_bit_for_bit(
     device: Device, models: Models, rng: Rng, preset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,7 +148,7 @@ def test_captured_steps_are_eager_ones_bit_for_bit(
 FUSED_LIMIT = 1e-4
 
 
-@pytest.mark.parametrize("preset", ["tiny", "tiny-kimi"])
+@pytest.mark.parametrize("preset", ["tiny", "tiny-kimi", "tiny-ling"])
 def test_fused_launches_compute_what_single_ones_do(
     device: Device, models: Models, rng: Rng, preset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,7 +180,7 @@ def test_a_watched_program_has_every_node_s_outputs(
     assert worst(*runs) <= FUSED_LIMIT
 
 
-@pytest.mark.parametrize("preset", ["tiny", "tiny-moe", "tiny-kimi"])
+@pytest.mark.parametrize("preset", ["tiny", "tiny-moe", "tiny-kimi", "tiny-ling"])
 def test_batch_invariance(device: Device, models: Models, rng: Rng, preset: str) -> None:
     path = models(preset, "Q8_0")
     prompts = [random_ids(rng, int(n)) for n in rng.integers(1, 33, 4)]
@@ -225,7 +225,7 @@ def test_pieces_of_a_prompt(device: Device, models: Models, rng: Rng) -> None:
 
 
 @pytest.mark.parametrize("device", [GPU], indirect=True)
-@pytest.mark.parametrize("preset", ["tiny", "tiny-kimi"])
+@pytest.mark.parametrize("preset", ["tiny", "tiny-kimi", "tiny-ling"])
 def test_drift_over_a_thousand_tokens(
     device: Device, models: Models, rng: Rng, preset: str
 ) -> None:
