@@ -135,25 +135,26 @@ class JsonArguments:
         return self._pass(token, token in "{}[]" or (token == '"' and not self._is_key))
 
 
-# What ends a value, if one of these follows it; else it is a part of the value.
-_FOLLOWERS = {
-    "</parameter>": ("<parameter=", "</function>", "</tool_call>"),
-    "</function>": ("</tool_call>",),
-}
-_END = re.compile("|".join(_FOLLOWERS))
-_PARAMETER = Shape(SPACE, *each("<parameter="), NAME, ">")
-_LAST = Shape(SPACE, *each("</function>"))
-_MISSING = Shape(SPACE, *each("</tool_call>"))
-
-
-class XmlArguments:
+class TagArguments:
     """Parameters between tags, typed by the tool's JSON schema.
 
     The text of a string comes as it is written; other values come when they have ended, as text
     where they are not of their type. Of parameters with the same name the first one counts.
+
+    followers: what ends a value, if one of these follows it; else it is a part of the value. The
+    first one is the value's own tag. parameter: what begins one, with its name. last: what ends the
+    arguments; missing: what shows that this is missing. is_padded: whether a value has line breaks
+    around it.
     """
 
+    followers: Mapping[str, tuple[str, ...]]
+    parameter: Shape
+    last: Shape
+    missing: Shape
+    is_padded: bool
+
     def __init__(self, schema: Mapping[str, Any]) -> None:
+        self._end = re.compile("|".join(self.followers))
         self._schema, self._text, self._out = schema, "", ""
         self._keys = set[str]()
         self._types: set[str] | None = None  # Of the value that is read; None between values.
@@ -169,9 +170,9 @@ class XmlArguments:
             if ended:
                 self._close_value(is_cut=True)
                 rest = ""
-        elif found := _LAST.match(self._text):
+        elif found := self.last.match(self._text):
             rest = self._text[found.end() :]
-        elif _MISSING.match(self._text) or not self._may_go_on():
+        elif self.missing.match(self._text) or not self._may_go_on():
             rest = self._text
         elif ended:
             rest = ""
@@ -180,10 +181,11 @@ class XmlArguments:
         return self._out, rest
 
     def _may_go_on(self) -> bool:
-        return any(s.may_become(self._text) for s in (_PARAMETER, _LAST, _MISSING))
+        shapes = (self.parameter, self.last, self.missing)
+        return any(shape.may_become(self._text) for shape in shapes)
 
     def _begins_value(self) -> bool:
-        found = _PARAMETER.match(self._text)
+        found = self.parameter.match(self._text)
         if found is None:
             return False
         self._text, key = self._text[found.end() :], found[1].strip()
@@ -203,26 +205,27 @@ class XmlArguments:
 
     def _ends_value(self, ended: bool) -> bool:
         """Read what is sure to be of the value; whether it has ended."""
-        n = len(self._text) - n_begun(self._text, _FOLLOWERS)
-        for found in _END.finditer(self._text):
-            after, followers = self._text[found.end() :].lstrip(), _FOLLOWERS[found[0]]
+        n = len(self._text) - n_begun(self._text, self.followers)
+        for found in self._end.finditer(self._text):
+            after, followers = self._text[found.end() :].lstrip(), self.followers[found[0]]
             may_follow = any(f.startswith(after) for f in followers)
             if after.startswith(followers) or (may_follow and ended):
-                self._take(self._text[: found.start()].removesuffix("\n"))
-                at = found.end() if found[0] == "</parameter>" else found.start()
+                value = self._text[: found.start()]
+                self._take(value.removesuffix("\n") if self.is_padded else value)
+                at = found.end() if found[0] == next(iter(self.followers)) else found.start()
                 self._text = self._text[at:]
                 self._close_value()
                 return True
             if may_follow:
                 n = found.start()
                 break
-        n -= self._text[:n].endswith("\n")
+        n -= self.is_padded and self._text[:n].endswith("\n")
         self._take(self._text[:n])
         self._text = self._text[n:]
         return False
 
     def _take(self, text: str) -> None:
-        if self._is_new and text:
+        if self.is_padded and self._is_new and text:
             text, self._is_new = text.removeprefix("\n"), False
         if self._is_streamed and not self._is_repeated:
             self._out += _json(text)[1:-1]
@@ -238,6 +241,30 @@ class XmlArguments:
             text = "".join(self._value)
             self._out += (None if is_cut else typed(text, self._types)) or _json(text)
         self._types = None
+
+
+class XmlArguments(TagArguments):
+    """Qwen3.5's: `<parameter=name>`, a line break, the value, a line break, `</parameter>`."""
+
+    followers: Mapping[str, tuple[str, ...]] = {
+        "</parameter>": ("<parameter=", "</function>", "</tool_call>"),
+        "</function>": ("</tool_call>",),
+    }
+    parameter = Shape(SPACE, *each("<parameter="), NAME, ">")
+    last = Shape(SPACE, *each("</function>"))
+    missing = Shape(SPACE, *each("</tool_call>"))
+    is_padded = True
+
+
+class PairArguments(TagArguments):
+    """Ling's: `<arg_key>name</arg_key>`, `<arg_value>`, the value, `</arg_value>`."""
+
+    followers: Mapping[str, tuple[str, ...]] = {"</arg_value>": ("<arg_key>", "</tool_call>")}
+    parameter = Shape(
+        SPACE, *each("<arg_key>"), NAME, *each("</arg_key>"), SPACE, *each("<arg_value>")
+    )
+    last = missing = Shape(SPACE, *each("</tool_call>"))
+    is_padded = False
 
 
 def _json(text: str) -> str:

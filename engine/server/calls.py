@@ -15,7 +15,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from engine.server.arguments import NAME, SPACE, JsonArguments, Shape, XmlArguments, each
+from engine.server.arguments import (
+    NAME,
+    SPACE,
+    JsonArguments,
+    PairArguments,
+    Shape,
+    XmlArguments,
+    each,
+)
 
 _ID_LETTERS = string.ascii_letters + string.digits
 Schemas = Mapping[str, Mapping[str, Any]]  # The parameters of each tool, by its name.
@@ -101,6 +109,29 @@ class _Xml(CallFormat):
         )
 
 
+class _Pairs(CallFormat):
+    """Ling, Ring: a name in `<tool_call>`, then `<arg_key>` and `<arg_value>` for each argument."""
+
+    name = "pairs"
+    opens = ("<tool_call>",)
+    tokens = (
+        "<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"
+    )  # fmt: skip
+    ends = ()
+    _named = (*each(opens[0]), SPACE, r"([^<>\s{]{1,256})", SPACE)
+    _shapes = Shape(*_named, *each("<arg_key>")), Shape(*_named, *each("</tool_call>"))
+
+    def begin(self, text: str, schemas: Schemas) -> Beginning | None:
+        found = self._shapes[0].match(text) or self._shapes[1].match(text)
+        if found is None:
+            return None
+        parser = PairArguments(schemas.get(found[1], {}))
+        return Beginning(new_id(), found[1], parser, text[found.end(1) :])
+
+    def may_begin(self, text: str) -> bool:
+        return any(shape.may_become(text) for shape in self._shapes)
+
+
 class _Json(CallFormat):
     """Qwen3, Qwen3-Next: `{"name": …, "arguments": {…}}` in `<tool_call>`."""
 
@@ -168,6 +199,8 @@ def find_format(source: str) -> CallFormat | None:
     """The format of calls that a chat template writes; None if it writes none that is known."""
     if _Kimi.opens[0] in source:
         return _Kimi()
+    if "<arg_key>" in source:
+        return _Pairs()
     if "<tool_call>" in source:
         return _Xml() if "<function=" in source else _Json()
     return None

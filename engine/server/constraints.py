@@ -91,6 +91,9 @@ def constraint(
         return form
     if format is None:
         raise ApiError(f"{name}: expected calls of a known format, got a model with another one")
+    if format.name not in _BEGIN:
+        tags = ", ".join(format.tokens)
+        raise ApiError(f"{name}: expected calls in a format that can be enforced, got {tags}")
     if form is not None and form[1].kind != "json_schema":
         raise ApiError(f"{form[0]}: expected none beside calls, got {checks.shown(form[1].text)}")
     writer = _Writer(format, tokenizer, request.parallel_tool_calls is not False)

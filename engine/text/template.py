@@ -174,8 +174,12 @@ def _open_ended(message: Message) -> Message:
 
 
 def _marked(i: int, message: Message) -> Message:
-    """A message with marks in place of what was sampled, which the template may not change."""
-    content = message.get("content") if isinstance(message, Mapping) else None
+    """A message with marks in place of what was sampled, which the template may not change, and
+    without what is None, which many templates would write as that word."""
+    if not isinstance(message, Mapping):
+        return message
+    message = {key: value for key, value in message.items() if value is not None}
+    content = message.get("content")
     if not isinstance(content, Sampled):
         return message
     marks = {"content": f"{_MARK}{i}{_MARK}"}

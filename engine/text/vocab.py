@@ -29,7 +29,7 @@ _ENDS_GENERATION = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
     "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]",
     "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
-    "<｜end▁of▁sentence｜>", "[e~[",
+    "<｜end▁of▁sentence｜>", "[e~[", "<|role_end|>",
 )  # fmt: skip
 # Of several names that exist, the first one is the token. fim_pad, fim_rep and fim_sep also end
 # generation.

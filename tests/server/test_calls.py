@@ -28,9 +28,9 @@ from engine.server.answers import (
 from engine.server.arguments import typed, types_of
 from engine.server.calls import CallFormat, find_format
 from engine.text.template import BUILT_IN, ChatTemplate
-from tests.support.chats import JSON_STYLE, KIMI_STYLE, QWEN35_STYLE
+from tests.support.chats import JSON_STYLE, KIMI_STYLE, LING_STYLE, QWEN35_STYLE
 
-STYLES = {"xml": QWEN35_STYLE, "json": JSON_STYLE, "kimi": KIMI_STYLE}
+STYLES = {"xml": QWEN35_STYLE, "json": JSON_STYLE, "kimi": KIMI_STYLE, "pairs": LING_STYLE}
 FORMATS = {name: find_format(source) for name, source in STYLES.items()}
 TYPES = {
     "path": {"type": "string"}, "text": {"type": ["string", "null"]}, "n": {"type": "integer"},
@@ -84,7 +84,8 @@ def answer_of(source: str, message: dict[str, Any]) -> tuple[str, bool]:
     prompt = template.render([user], TOOLS)
     text = template.render([user, message], TOOLS, add_generation_prompt=False)
     assert text.startswith(prompt)
-    return text.removeprefix(prompt).rstrip().removesuffix("<|im_end|>"), "<think>" in prompt
+    text = text.removeprefix(prompt).rstrip()
+    return text.removesuffix("<|im_end|>").removesuffix("<|role_end|>"), "<think>" in prompt
 
 
 def function(name: str, arguments: Any, i: int = 0) -> dict[str, Any]:
@@ -146,7 +147,7 @@ def test_arguments_come_while_they_are_generated(style: str) -> None:
 
 def test_formats_are_found_from_templates() -> None:
     kinds = [type(form).__name__ for form in FORMATS.values()]
-    assert kinds == ["_Xml", "_Json", "_Kimi"]
+    assert kinds == ["_Xml", "_Json", "_Kimi", "_Pairs"]
     assert find_format(BUILT_IN["chatml"]) is None
     assert preserved_tokens(None) == ("<think>", "</think>")
     assert "<|tool_call_argument_begin|>" in preserved_tokens(FORMATS["kimi"])
@@ -278,6 +279,66 @@ def test_a_parameter_that_is_cut(text: str, expected: dict[str, Any]) -> None:
     whole = "<tool_call><function=write><parameter=" + text
     assert json.loads(parsed(FORMATS["xml"], [whole])[1].calls[0].arguments) == expected
     assert json.loads(parsed(FORMATS["xml"], whole)[1].calls[0].arguments) == expected
+
+
+NOW = "<tool_call>now\n</tool_call>"
+
+
+def pair(key: str, value: str, space: str = "\n") -> str:
+    return f"{space}<arg_key>{key}</arg_key>{space}<arg_value>{value}</arg_value>"
+
+
+def write(*pairs: str) -> str:
+    return "<tool_call>write" + "".join(pairs) + "\n</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("text", "thinks", "expected"),
+    [
+        (NOW, False, call("{}")),
+        ("<tool_call>now</tool_call>", False, call("{}")),
+        (f"a\n{NOW}\n{NOW}", False, [content("a"), *call("{}"), *call("{}", index=1)]),
+        (f"Hm.\n{NOW}", True, [thought("Hm."), *call("{}")]),
+        (f"Hm.{NOW}\n</think>\n\na", True, [thought("Hm."), *call("{}"), content("a")]),
+        ("<tool_call>now b</tool_call>", False, [content("<tool_call>now b</tool_call>")]),
+        (JSON_CALL, False, [content(JSON_CALL)]),
+        (f"<tool_call>{NOW}", False, [content("<tool_call>"), *call("{}")]),
+        ("Use <tool_call>.", False, [content("Use <tool_call>.")]),
+        ("<tool_call>now\n<arg_value>", False, [content("<tool_call>now\n<arg_value>")]),
+        ("<tool_call>now<arg_key>a</arg_key>b", False,
+         [*call("{}"), content("<arg_key>a</arg_key>b")]),
+    ],
+)  # fmt: skip
+def test_pairs(text: str, thinks: bool, expected: Said) -> None:
+    assert parsed(FORMATS["pairs"], [text], thinks)[0] == expected
+    assert parsed(FORMATS["pairs"], text, thinks)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (write(pair("path", "a")), {"path": "a"}),
+        (write(pair("path", "a", "")), {"path": "a"}),
+        (write(pair("path", "")), {"path": ""}),
+        (write(pair("path", "\na\n\n")), {"path": "\na\n\n"}),
+        (write(pair("path", "a</arg_value>b")), {"path": "a</arg_value>b"}),
+        (write(pair("path", "</tool_call><arg_key>")), {"path": "</tool_call><arg_key>"}),
+        (write(pair("n", "2"), pair("x", "1e3"), pair("on", "true")),
+         {"n": 2, "x": 1000.0, "on": True}),
+        (write(pair("n", "three"), pair("n", "3")), {"n": "three"}),
+        (write(pair("items", '[1, "é"]'), pair("deep", "{}")), {"items": [1, "é"], "deep": {}}),
+        (write(pair("unknown", "5")), {"unknown": "5"}),
+        (write(pair("path", "a"))[:-25], {"path": "a"}),
+        (write(pair("path", "a"))[:-20], {"path": "a"}),
+        (write(pair("n", "12"))[:-25], {"n": "12"}),
+        (write(pair("n", "12"))[:-13], {"n": 12}),
+    ],
+)  # fmt: skip
+def test_values_of_pairs(text: str, expected: dict[str, Any]) -> None:
+    said, parser = parsed(FORMATS["pairs"], [text])
+    assert said == call(parser.calls[0].arguments, "write")
+    assert json.loads(parser.calls[0].arguments) == expected
+    assert parsed(FORMATS["pairs"], text)[0] == said
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from engine import Engine
 from engine.sampling.grammar import Grammar
 from engine.server.answers import AnswerParser
-from engine.server.calls import CallFormat, _Json, _Kimi, _Xml
+from engine.server.calls import CallFormat, _Json, _Kimi, _Pairs, _Xml
 from engine.server.chat import ChatCall, Shared
 from engine.server.constraints import constraint
 from engine.server.errors import ApiError
@@ -45,6 +45,25 @@ def grammar(format: str, tools: list[dict[str, Any]] = TOOLS, **more: Any) -> tu
     found = constraint(request, tools, FORMATS[format], TOKENIZER)
     assert found is not None
     return found
+
+
+@pytest.mark.parametrize(
+    ("strict", "choice", "field"), [(True, None, "tools"), (None, "required", "tool_choice")]
+)
+def test_calls_in_pairs_are_not_enforced(strict: bool | None, choice: Any, field: str) -> None:
+    """They are refused by name; tools that are not strict go unconstrained."""
+
+    def constrained(choice: Any, strict: bool | None) -> Any:
+        body = {"messages": [{"role": "user", "content": "x"}], "tool_choice": choice}
+        request = read(json.dumps(body).encode(), ChatRequest)
+        return constraint(request, [tool("stop", strict)], _Pairs(), TOKENIZER)
+
+    got = (
+        "expected calls in a format that can be enforced, got <tool_call>, </tool_call>, <arg_key>"
+    )
+    with pytest.raises(ApiError, match=f"^{field}: {got}, "):
+        constrained(choice, strict)
+    assert constrained(None, None) is None
 
 
 def xml(name: str, **values: str) -> str:

@@ -7,9 +7,10 @@ from typing import Any
 
 _TEMPLATES = Path(__file__).parent / "templates"
 QWEN35_STYLE = (_TEMPLATES / "qwen35_style.jinja").read_text()
-# The other two ways to write calls.
+# The other ways to write calls.
 JSON_STYLE = (_TEMPLATES / "json_style.jinja").read_text()
 KIMI_STYLE = (_TEMPLATES / "kimi_style.jinja").read_text()
+LING_STYLE = (_TEMPLATES / "ling_style.jinja").read_text()
 CHATML = """\
 {%- for message in messages -%}
 <|im_start|>{{ message.role }}

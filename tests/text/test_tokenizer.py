@@ -290,7 +290,9 @@ def test_deepseek_splits_at_the_last_spaces(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("alias", "pre"), [("llama3", "llama-bpe"), ("megrez", "qwen2"), ("phi-2", "gpt-2")]
+    ("alias", "pre"),
+    [("llama3", "llama-bpe"), ("megrez", "qwen2"), ("phi-2", "gpt-2")]
+    + [(name, "qwen2") for name in ("bailingmoe", "bailingmoe2", "llada-moe")],
 )
 def test_pre_tokenizer_aliases(load: Any, alias: str, pre: str) -> None:
     text = "I'M 12345 Ġworld hello world"
@@ -497,10 +499,11 @@ def test_default_ids(load: Any, caplog: pytest.LogCaptureFixture) -> None:
 
 def test_end_of_generation(load: Any) -> None:
     names = ["</s>", "[EOT]", "[EOS]", "<|fim_pad|>", "[PAD]", "<|repo_name|>", "<|file_sep|>"]
+    names += ["<|role_end|>"]
     tokens = [*bpe_metadata()["tokenizer.ggml.tokens"], *names]
     tokenizer = load(bpe_metadata(tokens=tokens, token_type=None, eot_token_id=3, eom_token_id=4))
     expected = {"</s>", "[EOT]", "[EOS]", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"}
-    expected |= {tokens[3], tokens[4], "<|endoftext|>"}  # eot, eom, eos
+    expected |= {"<|role_end|>", tokens[3], tokens[4], "<|endoftext|>"}  # eot, eom, eos
     assert {tokenizer.text(i) for i in tokenizer.eog_ids} == expected
     given_pad = load(bpe_metadata(tokens=tokens, token_type=None, fim_pad_token_id=5))
     assert 5 in given_pad.eog_ids
