@@ -25,6 +25,7 @@ import pytest
 from engine.commands.main import main
 from tests.sanitize import native
 from tests.support.helpers import MAX_REFUSAL_SECONDS, STD, Cli, Refused, Result
+from tests.support.presets import TINY
 from tools.synth import write_model
 
 
@@ -74,16 +75,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pat
 
 @pytest.fixture(
     scope="session",
-    params=[
-        ("tiny", "F32"),
-        ("tiny", "Q8_0"),
-        ("tiny-untied", "F32"),
-        ("tiny-untied", "Q8_0"),
-        ("tiny-moe", "F32"),
-        ("tiny-next", "F32"),
-        ("tiny-kimi", "F32"),
-        ("tiny-ling", "F32"),
-    ],
+    params=[*((preset, "F32") for preset in TINY), ("tiny", "Q8_0"), ("tiny-untied", "Q8_0")],
     ids="-".join,
 )
 def path(request: pytest.FixtureRequest, models: Callable[[str, str], Path]) -> Path:

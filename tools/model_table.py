@@ -44,7 +44,7 @@ MODELS = {
     "397b-a17b": "Qwen3.5 397B-A17B",
     "next-80b": "Qwen3-Next 80B-A3B",
     "kimi-48b": "Kimi-Linear 48B-A3B",
-    "ling-tiny": "Ling-3.0-tiny 8B-A1B",
+    "ling-tiny": "Ling-3.0-tiny",
     "ling-flash": "Ling-3.0-flash",
 }
 TYPES = ("Q4_K_M", "Q8_0", "BF16")

@@ -93,18 +93,8 @@ _PRE: dict[str, tuple[str, ...]] = {
     ),
 }
 _PRE_ALIASES = {
-    **dict.fromkeys(
-        (
-            "deepseek-r1-qwen",
-            "kormo",
-            "f2llmv2",
-            "megrez",
-            "bailingmoe",
-            "bailingmoe2",
-            "llada-moe",
-        ),
-        "qwen2",
-    ),
+    **dict.fromkeys(("deepseek-r1-qwen", "kormo", "f2llmv2", "megrez"), "qwen2"),
+    **dict.fromkeys(("bailingmoe", "bailingmoe2", "llada-moe"), "qwen2"),
     **dict.fromkeys(("phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4"), "gpt-2"),
     **dict.fromkeys(
         ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), "llama-bpe"

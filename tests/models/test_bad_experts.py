@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from tests.support.helpers import Refused
+from tests.support.presets import WITH_EXPERTS, WITH_LATENTS
 from tools.presets import PRESETS
 
-NAMES = {"tiny-moe": "qwen35moe", "tiny-next": "qwen3next", "tiny-kimi": "kimi-linear"}
-NAMES["tiny-ling"] = "bailingmoe3"
+NAMES = {name: PRESETS[name].arch for name in WITH_EXPERTS}
 BIG = np.uint64(2**62)
 every_preset = pytest.mark.parametrize("preset", NAMES)
 KIMI_INTEGERS = (
@@ -75,7 +75,7 @@ def test_another_number_of_experts_than_the_tensors_have(
     groups = dict.fromkeys(("expert_group_count", "expert_group_used_count"))
     line = refused_keys(preset, {"expert_count": value} | groups)
     shape = [PRESETS[preset].n_experts, PRESETS[preset].n_embd]
-    layer = 1 if preset in ("tiny-kimi", "tiny-ling") else 0
+    layer = 1 if preset in WITH_LATENTS else 0
     assert "misshapen tensors: " in line
     assert f"blk.{layer}.ffn_gate_inp.weight (expected [{value}, {shape[1]}], got {shape})" in line
 

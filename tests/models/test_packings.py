@@ -21,6 +21,7 @@ from engine.formats.gguf import GGUFFile
 from engine.formats.quants import F32, DType, dequantize
 from engine.models import load_model
 from tests.support.helpers import STD, assert_same, float64_engine, random_ids
+from tests.support.presets import WITH_EXPERTS
 from tools.ggufwrite import TensorSpec, write_gguf
 from tools.presets import PRESETS, QwenPreset
 from tools.synth import write_model
@@ -182,7 +183,7 @@ def test_the_same_rows_make_the_same_model(
 
 
 @pytest.mark.parametrize("dtype", ["F32", "Q8_0"])
-@pytest.mark.parametrize("preset", ["tiny-moe", "tiny-next", "tiny-kimi", "tiny-ling"])
+@pytest.mark.parametrize("preset", WITH_EXPERTS)
 def test_experts_with_gate_and_up_in_one_tensor(
     models: Callable[[str, str], Path],
     tmp_path: Path,

@@ -17,6 +17,7 @@ from engine.graph import Kind
 from engine.models.weights import Weights
 from engine.placement import estimate as memory_estimate
 from tests.support.helpers import MAX_REFUSAL_SECONDS, Cli, write_header
+from tests.support.presets import WITH_LATENTS
 
 GIB = 2**30
 Models = Callable[[str, str], Path]
@@ -86,8 +87,7 @@ def test_what_was_estimated_is_what_is_kept(models: Models) -> None:
     for preset, dtype in (
         ("tiny", "Q8_0"),
         ("tiny-moe", "F32"),
-        ("tiny-kimi", "F32"),
-        ("tiny-ling", "F32"),
+        *((preset, "F32") for preset in WITH_LATENTS),
     ):
         with Engine.load(models(preset, dtype), n_ctx=256) as engine:
             need = memory_estimate.estimate(engine.plan)

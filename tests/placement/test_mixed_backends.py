@@ -24,6 +24,7 @@ from engine.planning import plan_only
 from engine.runtime.batch import Chunk, Logits
 from tests.support.opcase import fresh_seed
 from tests.support.picky import Picky, Refusal, refuse_names, refuse_ops
+from tests.support.presets import WITH_LATENTS
 
 Array = np.ndarray[Any, Any]
 Backends = list[Picky]
@@ -139,8 +140,7 @@ SPREAD = [
         ("tiny", PATTERNS),
         ("tiny-moe", EXPERT_PATTERNS),
         ("tiny-next", {"experts elsewhere": EXPERT_PATTERNS["experts elsewhere"]}),
-        ("tiny-kimi", EXPERT_PATTERNS | LATENT_PATTERNS),
-        ("tiny-ling", EXPERT_PATTERNS | LATENT_PATTERNS),
+        *((preset, EXPERT_PATTERNS | LATENT_PATTERNS) for preset in WITH_LATENTS),
     )
     for name, make in patterns.items()
 ]
@@ -171,7 +171,7 @@ def test_nodes_of_a_latent_cache_stay_together(models: Models) -> None:
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.8, 1.0])
 @pytest.mark.parametrize("options", [{}, {"gdn": "decomposed"}], ids=["fused", "decomposed"])
-@pytest.mark.parametrize("preset", ["tiny", "tiny-moe", "tiny-kimi", "tiny-ling"])
+@pytest.mark.parametrize("preset", ["tiny", "tiny-moe", *WITH_LATENTS])
 def test_random_refusals_give_the_same_logits(
     share: float, options: dict[str, Any], preset: str, models: Models, seed: int
 ) -> None:

@@ -23,6 +23,7 @@ from engine.runtime.completion import Completion, GenerationError
 from tests.support.cuda_devices import ON_DEVICES, MakeDevice, cuda_and_others, engine_on
 from tests.support.helpers import STD, assert_all_free, float64_engine, nmse, random_ids
 from tests.support.lazy_backend import lazy_engine
+from tests.support.presets import WITH_LATENTS
 from tests.support.session_files import tensors_of
 from tests.support.talk import CACHE_RAM, kept_ends
 from tools.synth import write_model
@@ -377,7 +378,7 @@ def written(engine: Engine, path: Path, prompt: list[int]) -> None:
 
 
 @ON_DEVICES
-@pytest.mark.parametrize("preset", ["tiny", "tiny-kimi", "tiny-ling"])
+@pytest.mark.parametrize("preset", ["tiny", *WITH_LATENTS])
 def test_backends_read_each_others_files(
     make_device: MakeDevice, models: Models, tmp_path: Path, rng: Rng, preset: str
 ) -> None:

@@ -20,6 +20,7 @@ from engine.runtime.completion import Completion
 from tests.support.chats import CHATML, QWEN35_STYLE
 from tests.support.helpers import assert_all_free, exact_engine, float64_engine, nmse, random_ids
 from tests.support.lazy_backend import lazy_engine
+from tests.support.presets import ONE_OF_EACH
 from tests.support.talk import CACHE_RAM, GREEDY, Noting, assert_right, forced, steps_run
 
 Models = Callable[[str, str], Path]
@@ -29,7 +30,6 @@ Make = Callable[[Path], Engine]
 OPTIONS: dict[str, Any] = {"n_ctx": 1024, "n_parallel": 2, "cache_ram": CACHE_RAM}
 LONG = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 DRAWN = replace(LONG, temperature=1.5, seed=5, top_k=0, top_p=1.0, min_p=0.0)
-PRESETS = ["tiny", "tiny-moe", "tiny-next", "tiny-kimi", "tiny-ling"]
 
 
 def make_float64(path: Path) -> Engine:
@@ -114,7 +114,7 @@ def test_it_goes_on_as_if_never_interrupted(
         assert after.finish_reason == "length"
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ONE_OF_EACH)
 @pytest.mark.parametrize("backend", [make_cpu, make_float64])
 def test_logits_have_the_same_bits(
     backend: Make, models: Models, tmp_path: Path, rng: Rng, preset: str

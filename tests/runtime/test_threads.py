@@ -39,6 +39,7 @@ from engine.runtime.owner import OwnerError, Signal
 from engine.text.template import BUILT_IN, ChatTemplate
 from tests.support.hash_model import hash_engine
 from tests.support.helpers import ROW_BY_ROW, STD, assert_all_free, failing_at, random_ids
+from tests.support.presets import ONE_OF_EACH
 from tools.synth import write_model
 
 Load = Callable[..., Engine]
@@ -581,10 +582,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=300, help="for all architectures together")
     args = parser.parse_args()
-    rng, presets = (
-        np.random.default_rng(),
-        ["tiny", "tiny-moe", "tiny-next", "tiny-kimi", "tiny-ling"],
-    )
+    rng, presets = np.random.default_rng(), ONE_OF_EACH
     with tempfile.TemporaryDirectory() as directory, switching_often():
         for preset in presets:
             path = write_model(Path(directory) / f"{preset}.gguf", preset, "F32", std=STD)

@@ -20,6 +20,7 @@ from engine.formats.gguf import GGUFFile
 from engine.models import load_model
 from engine.placement.estimate import estimate
 from tests.support.cuda_devices import ON_DEVICES, cuda_and_others, engine_on
+from tests.support.presets import WITH_LATENTS
 from tools.model_table import CONTEXT, MODELS, full_table, need_of, needs, short_table, tensor_bytes
 from tools.presets import PRESETS
 from tools.synth import write_model
@@ -61,7 +62,7 @@ def test_the_cache_has_the_published_size(name: str) -> None:
         assert need.kv == KV_PER_1024[name] * 2**20 * CONTEXT // 1024
 
 
-@pytest.mark.parametrize("preset", ["tiny-moe", "tiny-kimi", "tiny-ling"])
+@pytest.mark.parametrize("preset", ["tiny-moe", *WITH_LATENTS])
 def test_it_is_what_an_engine_estimates_on_the_cpu(models: Models, preset: str) -> None:
     path = models(preset, "Q8_0")
     need = need_of(load_model(GGUFFile(path)), "cpu")

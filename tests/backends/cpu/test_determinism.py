@@ -21,10 +21,10 @@ from engine import Engine
 from engine.backends.cpu.backend import CpuBackend
 from engine.runtime.batch import Chunk, Logits
 from tests.support.helpers import nmse, random_ids
+from tests.support.presets import TINY, WITH_LATENTS
 
 Models = Callable[[str, str], Path]
 Array = np.ndarray[Any, Any]
-PRESETS = ("tiny", "tiny-untied", "tiny-moe", "tiny-next", "tiny-kimi", "tiny-ling")
 # Products in int8 with and without super-blocks. Of tiny-next alone the rows are whole blocks of
 # Q4_K; the others get it where it fits, and IQ4_NL or F16 elsewhere.
 TYPES = {"tiny": "Q4_K", "tiny-moe": "Q4_K", "tiny-next": "Q4_K"}
@@ -36,10 +36,10 @@ N_PROMPTS = 5
 REFERENCE_LIMIT, LATENT_F16_LIMIT = 1e-9, 3e-8
 # … and with attention and the delta rule on tiles 1e-7, 6e-5, 2e-7, 1e-2 and 9e-3.
 TILES_LIMITS = {"tiny": 1e-6, "tiny-untied": 3e-4, "tiny-moe": 1e-6}
-TILES_LIMITS |= {"tiny-next": 3e-2, "tiny-kimi": 3e-2, "tiny-ling": 3e-2}
+TILES_LIMITS |= dict.fromkeys(("tiny-next", *WITH_LATENTS), 3e-2)
 
 
-@pytest.fixture(scope="module", params=PRESETS)
+@pytest.fixture(scope="module", params=TINY)
 def path(request: pytest.FixtureRequest, models: Models) -> Path:
     """Each architecture, quantized."""
     return models(request.param, TYPES.get(request.param, "Q8_0"))
@@ -130,7 +130,7 @@ def in_steps(engine: Engine, ids: list[int], lengths: tuple[int, ...]) -> Array:
 
 
 @pytest.mark.parametrize("types", [("f32", "f32"), ("f16", "f32"), ("f32", "f16")], ids="-".join)
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", TINY)
 def test_the_reference_computes_the_same(
     models: Models, rng: np.random.Generator, preset: str, types: tuple[str, str]
 ) -> None:
@@ -140,7 +140,7 @@ def test_the_reference_computes_the_same(
     path = models(preset, "F32")
     with Engine.load(path, backend="reference", **options) as engine:
         want = [engine.logits(ids) for ids in prompts]
-    latent_f16 = preset in ("tiny-kimi", "tiny-ling") and types[0] == "f16"
+    latent_f16 = preset in WITH_LATENTS and types[0] == "f16"
     exact_limit = LATENT_F16_LIMIT if latent_f16 else REFERENCE_LIMIT
     for matrix, limit in ((False, exact_limit), (True, TILES_LIMITS[preset])):
         with with_tiles(matrix), engine_on(path, **options) as engine:

@@ -31,6 +31,7 @@ from engine.ops.swiglu import swiglu
 from engine.placement.place import Plan, place
 from engine.runtime.executor import Executable
 from tests.support.opcase import RawWeights
+from tests.support.presets import TINY
 from tools.randblocks import TYPES, generator, random_blocks
 
 Buffers = list[tuple[Hashable, int, int, int]]
@@ -166,9 +167,7 @@ def test_random_splits(rng: np.random.Generator, n_nodes: int) -> None:
         check_arena(lowering)
 
 
-@pytest.mark.parametrize(
-    "preset", ["tiny", "tiny-untied", "tiny-moe", "tiny-next", "tiny-kimi", "tiny-ling"]
-)
+@pytest.mark.parametrize("preset", TINY)
 def test_splits_of_models(models: Callable[[str, str], Path], preset: str) -> None:
     with Engine.load(models(preset, "Q8_0"), backend="reference", n_ubatch=64) as engine:
         lowering = lowered(engine.plan.graph)

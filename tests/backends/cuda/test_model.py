@@ -20,6 +20,7 @@ from engine.graph import Live, Node
 from engine.runtime.batch import Chunk, Logits
 from tests.support.cuda_devices import DEVICES, GPU, MakeDevice, cuda_and_others, engine_on
 from tests.support.helpers import nmse, random_ids
+from tests.support.presets import WITH_LATENTS
 
 Array = np.ndarray[Any, Any]
 Models = Callable[[str, str], Path]
@@ -70,7 +71,7 @@ def pooled(got: list[Array], expected: list[Array]) -> float:
 
 DENSE = ("tiny", "tiny-untied")
 MODELS = [("tiny", "Q8_0"), ("tiny-untied", "F32"), ("tiny-moe", "Q8_0"), ("tiny-next", "F32")]
-MODELS += [(preset, dtype) for preset in ("tiny-kimi", "tiny-ling") for dtype in ("Q8_0", "F32")]
+MODELS += [(preset, dtype) for preset in WITH_LATENTS for dtype in ("Q8_0", "F32")]
 
 
 @pytest.mark.parametrize(("preset", "dtype"), MODELS)
@@ -126,7 +127,7 @@ def test_models_on_both_sides_are_right(
         assert max(errors) <= FLIPPED_LIMIT
 
 
-@pytest.mark.parametrize("preset", ["tiny", "tiny-moe", "tiny-kimi", "tiny-ling"])
+@pytest.mark.parametrize("preset", ["tiny", "tiny-moe", *WITH_LATENTS])
 def test_captured_steps_are_eager_ones_bit_for_bit(
     device: Device, models: Models, rng: Rng, preset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,7 +149,7 @@ def test_captured_steps_are_eager_ones_bit_for_bit(
 FUSED_LIMIT = 1e-4
 
 
-@pytest.mark.parametrize("preset", ["tiny", "tiny-kimi", "tiny-ling"])
+@pytest.mark.parametrize("preset", ["tiny", *WITH_LATENTS])
 def test_fused_launches_compute_what_single_ones_do(
     device: Device, models: Models, rng: Rng, preset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,7 +181,7 @@ def test_a_watched_program_has_every_node_s_outputs(
     assert worst(*runs) <= FUSED_LIMIT
 
 
-@pytest.mark.parametrize("preset", ["tiny", "tiny-moe", "tiny-kimi", "tiny-ling"])
+@pytest.mark.parametrize("preset", ["tiny", "tiny-moe", *WITH_LATENTS])
 def test_batch_invariance(device: Device, models: Models, rng: Rng, preset: str) -> None:
     path = models(preset, "Q8_0")
     prompts = [random_ids(rng, int(n)) for n in rng.integers(1, 33, 4)]
@@ -225,7 +226,7 @@ def test_pieces_of_a_prompt(device: Device, models: Models, rng: Rng) -> None:
 
 
 @pytest.mark.parametrize("device", [GPU], indirect=True)
-@pytest.mark.parametrize("preset", ["tiny", "tiny-kimi", "tiny-ling"])
+@pytest.mark.parametrize("preset", ["tiny", *WITH_LATENTS])
 def test_drift_over_a_thousand_tokens(
     device: Device, models: Models, rng: Rng, preset: str
 ) -> None:
