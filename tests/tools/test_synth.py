@@ -31,6 +31,7 @@ needs_vocab = pytest.mark.skipif(not VOCAB.exists(), reason=f"{VOCAB.name} is no
 SIZES = {
     "0.8b": 0.75, "2b": 1.9, "4b": 4.2, "9b": 9.0, "27b": 26.9,
     "35b-a3b": 34.66, "122b-a10b": 122.1, "397b-a17b": 396.3, "next-80b": 79.67, "kimi-48b": 49.1,
+    "ling-tiny": 7.89, "ling-flash": 124.4,
 }  # fmt: skip
 # What the parts of a layer hold, by the name after `blk.i.`; a letter is one of DIMS.
 PARTS = {
@@ -90,6 +91,20 @@ METADATA: dict[str, Any] = {
         "ssm.state_size": None, "kda.head_dim": 128, "leading_dense_block_count": 1,
         "expert_shared_feed_forward_length": None, "expert_shared_count": 1,
         "expert_weights_scale": 2.446, "expert_gating_func": 2,
+    },
+    "ling-tiny": {
+        "block_count": 24, "feed_forward_length": 4608, "attention.head_count": 16,
+        "attention.head_count_kv": [0, 0, 0, 1] * 6, "attention.q_lora_rank": 256,
+        "kda.gate_lower_bound": -5.0, "rope.freq_base": 6e6, "leading_dense_block_count": 1,
+        "expert_count": 128, "expert_used_count": 8, "expert_feed_forward_length": 512,
+        "expert_shared_feed_forward_length": 512, "expert_group_count": 8,
+        "expert_group_used_count": 4, "swiglu_clamp_exp": None, "swiglu_clamp_shexp": None,
+    },
+    "ling-flash": {
+        "block_count": 42, "attention.head_count_kv": [0, 0, 0, 0, 0, 1] * 7,
+        "attention.q_lora_rank": None, "leading_dense_block_count": 2, "expert_count": 512,
+        "expert_weights_scale": 2.5, "swiglu_clamp_exp": [0] * 35 + [4] * 7,
+        "swiglu_clamp_shexp": [0] * 34 + [5] * 6 + [7] * 2,
     },
 }  # fmt: skip
 
@@ -331,6 +346,20 @@ def test_special_values_are_realistic(tmp_path: Path) -> None:
     assert -0.005 < log_decay.max() < 0
     assert decoded(path, "blk.0.attn_norm.weight").mean() == pytest.approx(1, abs=0.05)
     assert decoded(path, "blk.0.ssm_conv1d.weight").std() == pytest.approx(0.3, rel=0.05)
+
+
+def test_bounded_decays_are_realistic(tmp_path: Path) -> None:
+    """With f of rms 1, as the gain of its matrix makes it."""
+    preset: Any = PRESETS["tiny-ling"]
+    path = write_model(tmp_path / "m.gguf", replace(preset, n_heads=400), layers=1)
+    a, dt = decoded(path, "blk.0.ssm_a"), decoded(path, "blk.0.ssm_dt.bias")
+    f = np.random.default_rng(0).standard_normal(dt.shape)
+    decays = preset.lower_bound / (1 + np.exp(-a.reshape(-1, 1) * (f + dt).reshape(400, -1)))
+    assert (a > 0).all()
+    strong, middle, weak = np.quantile(decays, [0.01, 0.5, 0.99])
+    assert -4 < strong < -2
+    assert -0.7 < middle < -0.3
+    assert -0.005 < weak < 0
 
 
 @pytest.mark.parametrize("fast", [False, True])
