@@ -6,7 +6,6 @@ llama.cpp's files, transformers' `bailing_hybrid`, and for clamps inclusionAI's 
 """
 
 import logging
-import math
 from dataclasses import replace
 
 from engine.formats.gguf import shown
@@ -26,10 +25,10 @@ class BailingMoe3(KdaHybrid):
     name = "bailingmoe3"
 
     def _read(self, hp: HParams, n_entries: int) -> None:
-        super()._read(hp, n_entries)
         self._refuse_variants(hp)
+        super()._read(hp, n_entries)
         bound = hp.file.number(f"{hp.arch}.kda.gate_lower_bound")
-        if not -math.inf < bound < 0:
+        if bound >= 0:
             raise hp.fail("kda.gate_lower_bound", "a negative number", bound)
         self.delta_net = replace(self.delta_net, lower_bound=bound)
         d_pe = self.latent.d_pe

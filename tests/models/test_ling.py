@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from engine import Engine
+from engine.backends.cpu.backend import CpuBackend
+from engine.backends.native import library as cpu_library
 from engine.formats.gguf import GGUFFile
 from engine.models import load_model
 from tests.parity import bailingmoe3
@@ -26,8 +28,10 @@ from tests.parity.common import (
     random_ids,
     random_weights,
     relative_error,
+    write_case,
 )
-from tests.parity.compare import load_engine
+from tests.parity.compare import load_engine, logits_problem, tokens_problem
+from tests.support.cuda_devices import engine_on
 from tests.support.helpers import STD, Refused
 from tests.support.numpy_ling import NumpyLing
 from tools.presets import PRESETS, tensors
@@ -71,6 +75,18 @@ def test_the_oracle_agrees_with_transformers(case: Case) -> None:
     golden = Golden.load(case)
     model = NumpyLing(case, random_weights(case, golden.seed))
     assert relative_error(model.logits(golden.ids), golden.logits) < MAX_ERROR / 3
+
+
+@pytest.mark.parametrize("isa", cpu_library.usable())
+@pytest.mark.parametrize("case", bailingmoe3.CASES, ids=case_id)
+def test_the_cpu_agrees_with_the_golden_files(case: Case, isa: str, tmp_path: Path) -> None:
+    """Whose decays come near to their bound; matrix units, which round to bfloat16, are off."""
+    golden, path = Golden.load(case), tmp_path / "m.gguf"
+    write_case(path, case, random_weights(case, golden.seed))
+    with engine_on(path, [CpuBackend(2, isa, matrix=False)], type_k="f32", type_v="f32") as engine:
+        assert {b.name for b in engine.plan.backends} == {"cpu"}
+        assert not (problem := logits_problem(engine, golden)), problem
+        assert not (problem := tokens_problem(engine, golden)), problem
 
 
 def clear_weights(case: Case) -> Iterator[Any]:
