@@ -103,6 +103,14 @@ REFUSED: dict[str, dict[str, Any]] = {
     "rope.dimension_sections: expected 4 integers": {
         "overrides": {"qwen35.rope.dimension_sections": None}
     },
+    "expected ssm_f_a and ssm_g_a": {
+        "preset": "tiny-ling",
+        "arrays": {"blk.0.ssm_f.weight": np.ones((128, 64))},
+    },
+    "rope.dimension_sections: expected none": {
+        "preset": "tiny-ling",
+        "overrides": {"bailingmoe3.rope.dimension_sections": np.zeros(4, np.int32)},
+    },
     "rope.scaling.type: expected none, linear or yarn": {
         "overrides": {"qwen35.rope.scaling.type": "longrope"}
     },
@@ -118,7 +126,7 @@ def test_the_page_quotes_the_engine(tmp_path: Path) -> None:
     assert quoted == list(REFUSED)
     for message, changes in REFUSED.items():
         path = tmp_path / "model-00002-of-00002.gguf"
-        write_model(path, "tiny", **changes)
+        write_model(path, **{"preset": "tiny"} | changes)
         if not changes:
             path.write_bytes(b"PK\3\4" + bytes(100))
         pattern = ".*".join(map(re.escape, message.split("…")))
