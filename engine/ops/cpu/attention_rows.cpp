@@ -80,9 +80,9 @@ __attribute__((noinline)) void join(const Sums& sums, const Sums& more) {
     const float top = *sums.top > *more.top ? *sums.top : *more.top;
     const float keep = exp(splat(*sums.top - top))[0], take = exp(splat(*more.top - top))[0];
     *sums.top = top;
-    *sums.total = *sums.total * keep + *more.total * take;
+    *sums.total = fma(*sums.total, keep, *more.total * take);
     for (int64_t d = 0; d < sums.width; d += W)
-        store(sums.acc + d, load(sums.acc + d) * keep + load(more.acc + d) * take);
+        store(sums.acc + d, fma(load(sums.acc + d), splat(keep), load(more.acc + d) * take));
 }
 
 // Where the sums of a chunk are kept, for head h of the i-th remainder row.

@@ -32,7 +32,7 @@ void set_speeds(const Rotation& r, const double* attr) {
     double speed = 1.0 / HALF_PI;
     for (int64_t i = 0; i < r.half; i++, speed *= ratio) {
         const double ramp = (static_cast<double>(i) - attr[LOW]) / attr[SPAN];
-        r.speed[i] = speed * (first + change * std::min(std::max(ramp, 0.0), 1.0));
+        r.speed[i] = speed * fma(change, std::min(std::max(ramp, 0.0), 1.0), first);
     }
 }
 
@@ -40,28 +40,28 @@ void set_speeds(const Rotation& r, const double* attr) {
 double sin_near_zero(double x) {
     const double y = x * x;
     double s = -1.0 / 39916800;
-    s = s * y + 1.0 / 362880;
-    s = s * y - 1.0 / 5040;
-    s = s * y + 1.0 / 120;
-    s = s * y - 1.0 / 6;
-    return x + x * y * s;
+    s = fma(s, y, 1.0 / 362880);
+    s = fma(s, y, -1.0 / 5040);
+    s = fma(s, y, 1.0 / 120);
+    s = fma(s, y, -1.0 / 6);
+    return fma(x * y, s, x);
 }
 
 double cos_near_zero(double x) {
     const double y = x * x;
     double c = 1.0 / 479001600;
-    c = c * y - 1.0 / 3628800;
-    c = c * y + 1.0 / 40320;
-    c = c * y - 1.0 / 720;
-    c = c * y + 1.0 / 24;
-    return 1.0 - y * (0.5 - y * c);
+    c = fma(c, y, -1.0 / 3628800);
+    c = fma(c, y, 1.0 / 40320);
+    c = fma(c, y, -1.0 / 720);
+    c = fma(c, y, 1.0 / 24);
+    return fma(-y, fma(-y, c, 0.5), 1.0);
 }
 
 void set_angles(const Rotation& r, int32_t position) {
     for (int64_t i = 0; i < r.half; i++) {
-        const double turns = r.speed[i] * position;
-        const int32_t quadrant = static_cast<int32_t>(turns + 0.5);
-        const double x = (turns - quadrant) * HALF_PI;
+        const double turned = position;
+        const int32_t quadrant = static_cast<int32_t>(fma(r.speed[i], turned, 0.5));
+        const double x = fma(r.speed[i], turned, -static_cast<double>(quadrant)) * HALF_PI;
         const float s = static_cast<float>(sin_near_zero(x)) * r.magnitude;
         const float c = static_cast<float>(cos_near_zero(x)) * r.magnitude;
         const float sine = quadrant & 1 ? c : s, cosine = quadrant & 1 ? s : c;
@@ -79,8 +79,8 @@ void norm_and_turn(const float* x, const float* norm, float eps, int64_t size, c
     for_lanes(r.half, [&](int64_t i, int n) {
         const vf first = normed(i, n), second = normed(r.half + i, n);
         const vf cos = load_part(r.cos + i, n), sin = load_part(r.sin + i, n);
-        store_part(y + i, first * cos - second * sin, n);
-        store_part(y + r.half + i, second * cos + first * sin, n);
+        store_part(y + i, fma(first, cos, -(second * sin)), n);
+        store_part(y + r.half + i, fma(second, cos, first * sin), n);
     });
     const int64_t rest = 2 * r.half;
     for_lanes(size - rest,
