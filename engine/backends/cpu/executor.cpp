@@ -107,6 +107,7 @@ class Scratch {
         }
     }
     char* operator[](int thread) const { return each_[thread].get(); }
+    int64_t size() const { return static_cast<int64_t>(each_.size()); }
 
    private:
     struct Free {
@@ -181,7 +182,8 @@ class Executor {
                 seconds_[i - 1] = end - start;
                 start = end;
             }
-            const Args args{in.views, in.attrs, live_, &step_rows_.rows, scratch_[thread]};
+            const Args args{in.views,         in.attrs,         live_,
+                            &step_rows_.rows, scratch_[thread], scratch_.size()};
             if (!run_tasks(in, counters_[i], args, thread)) stop_at(i);
         }
         if (seconds_ && n_ > 0) {

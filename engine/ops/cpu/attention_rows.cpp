@@ -55,6 +55,8 @@ struct Split {
             const int64_t n = n_chunks(a, a.step->remainder[i]);
             if (chunks < n) chunks = n;
         }
+        // Heads that share loads of keys are faster, unless threads have no task.
+        while (n_tasks() < a.n_threads && parts.n_heads > 1) parts.cut(2 * parts.n_parts);
     }
 
     int64_t n_groups() const { return (n_rows + rows - 1) / rows; }
