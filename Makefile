@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 # What pip installs depends on: the kernels are built with it.
 SOURCES := pyproject.toml CMakeLists.txt engine/version.py engine/backends/cpu/CMakeLists.txt \
-	$(wildcard engine/ops/*.h engine/ops/cpu/* engine/ops/cpu/fused/* engine/backends/cpu/*.cpp)
+	$(wildcard engine/ops/*.h engine/ops/cpu/* engine/ops/cpu/fused/* engine/backends/cpu/*.cpp engine/backends/cpu/*.h)
 COMPILERS := $(if $(filter default,$(origin CXX)),c++ g++ clang++,$(CXX))
 # The status of a pipe is that of what failed in it.
 SHELL := bash

@@ -25,7 +25,6 @@ _LEAST = {
     "n_ctx": 0, "n_batch": 0, "n_ubatch": 0, "n_parallel": 1, "n_checkpoints": 0, "cache_ram": -1,
     "cache_disk": 0, "n_snapshots": 0, "n_threads": 1, "n_gpu_layers": 0, "n_cpu_moe": 0,
 }  # fmt: skip
-_MOST = {"n_threads": 4096}  # Each takes memory before it runs.
 _FLAGS = ("cache_prompt", "strict_backend", "batch_invariant", "check")
 
 
@@ -65,8 +64,7 @@ class EngineConfig:
         for name, low in _LEAST.items():
             value, is_optional = getattr(self, name), getattr(EngineConfig, name) is None
             if not (value is None and is_optional):
-                most = _MOST.get(name, MAX_CTX)
-                checks.put(self, name, checks.integer(ConfigError, name, value, low, most))
+                checks.put(self, name, checks.integer(ConfigError, name, value, low, MAX_CTX))
         for name in _FLAGS:
             checks.put(self, name, checks.flag(ConfigError, name, getattr(self, name)))
         if self.cache_dir is not None:

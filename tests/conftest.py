@@ -53,11 +53,15 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
 @pytest.fixture(scope="session", autouse=True)
 def share_of_cores() -> Iterator[None]:
     """Each of pytest's workers has its part of the cores, one at least: where a test names no
-    number of threads, more would spin while they wait for each other."""
+    number of threads, more would wait for each other. A test may name up to eight."""
     cores = sorted(os.sched_getaffinity(0))
     n_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     share = set(cores[: max(len(cores) // n_workers, 1)])
-    with patch("os.sched_getaffinity", lambda pid: share):
+    most = max(8, len(cores))
+    with (
+        patch("os.sched_getaffinity", lambda pid: share),
+        patch("engine.backends.n_cores", lambda: most),
+    ):
         yield
 
 

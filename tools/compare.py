@@ -26,12 +26,12 @@ if not __package__:  # run as a script, so Python looks for modules in tools/ on
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine import backends
 from engine.backends.cpu.backend import CpuBackend
-from engine.backends.native import library as cpu_library
 from engine.bench.facts import cpu_name
 from engine.commands.options import InputError, Parser, integers, write_text
 from engine.errors import EngineError
 from engine.formats.gguf import GGUFFile
 from engine.models import load_model
+from engine.threads import n_cores
 from tools.compare_process import Worker, WorkerFailure, WorkerMissing, alternate
 from tools.compare_table import accuracy_table, distance, finite, ratio, speed_table, summary
 from tools.endings import ends_in_one_line
@@ -53,7 +53,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("-d", "--n-depth", type=integers(0), default=[0], metavar="N,…",
         help="tokens of context before the generated ones (0)")  # fmt: skip
     p.number("-r --repetitions", "rounds (5)", default=5)
-    p.number("-t --threads", "threads of each engine (all cores)", default=cpu_library.n_cores())
+    p.number("-t --threads", "threads of each engine (all cores)", default=n_cores())
     p.number("-ub --ubatch-size", "most tokens of a step (512)", default=512)
     add("--backend", choices=backends.names(), default="auto", help="of this engine (auto)")
     p.number("--accuracy-tokens", "compare the logits after N tokens with the reference's (64; "

@@ -26,12 +26,12 @@ from typing import Any
 if not __package__:  # run as a script, so Python looks for modules in tools/ only
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine import Engine, SamplingParams
-from engine.backends.native import library as cpu_library
 from engine.commands.options import Parser
 from engine.engine import DEMO_MODEL
 from engine.errors import EngineError
 from engine.runtime.completion import Completion
 from engine.text.template import ChatTemplate, find_template
+from engine.threads import n_cores
 from tools.endings import ends_in_one_line, heading
 from tools.load_agent import MARGIN, converse, table
 from tools.load_client import Client, LoadError, ServerProcess, Streamed, request_bytes
@@ -224,7 +224,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.number("-r --repetitions", "answers that --one times (20)", default=20)
     p.number("-n --n-gen", "tokens of an answer, half more or less (64)", low=2, default=64)
     p.number("-np --parallel", "sequences at a time (as many as clients)")
-    p.number("-t --threads", "threads (all cores)", default=cpu_library.n_cores())
+    p.number("-t --threads", "threads (all cores)", default=n_cores())
     p.number("--turns", "turns of an agent (20)", default=20)
     p.flag("--thinking", "an agent that thinks")
     p.number("--seed", "seed of the questions (0)", low=0, default=0)

@@ -26,11 +26,11 @@ import numpy as np
 if not __package__:  # run as a script, so Python looks for modules in tools/ only
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine import ChatTemplate, Completion, Engine, SamplingParams
-from engine.backends.native import library as cpu_library
 from engine.commands.options import InputError, Parser
 from engine.engine import DEMO_MODEL
 from engine.errors import EngineError
 from engine.text.template import BUILT_IN
+from engine.threads import n_cores
 from tests.support.chats import QWEN35_STYLE
 from tools.compare import python_of
 from tools.compare_process import Worker, WorkerFailure, WorkerMissing
@@ -197,7 +197,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.number("--system", "tokens of an agent's system prompt (6000)", default=Sizes.n_system)
     p.number("--message", "tokens of a user's message (64)", default=Sizes.n_message)
     p.number("-n --n-gen", "tokens of an answer (48)", low=4, default=Sizes.n_answer)
-    p.number("-t --threads", "threads (all cores)", default=cpu_library.n_cores())
+    p.number("-t --threads", "threads (all cores)", default=n_cores())
     p.number("--seed", "seed of the texts (0)", low=0, default=0)
     return p.parse_args(argv)
 

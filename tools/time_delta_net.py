@@ -24,6 +24,7 @@ from engine.graph import Kind, Live
 from engine.ops import OPS
 from engine.placement.place import place
 from engine.runtime.executor import Executable
+from engine.threads import n_cores
 from tests.ops.cases.gated_delta_net import random_operands
 from tests.support.cases import Case, single_node_graph
 from tests.support.opcase import RawWeights
@@ -76,7 +77,7 @@ def numbers(text: str) -> list[int]:
 def main() -> None:
     """Print the table."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("-t", "--threads", type=int, default=cpu_library.n_cores())
+    p.add_argument("-t", "--threads", type=int, default=n_cores())
     p.add_argument("--heads", type=numbers, default=[16, 32])
     lengths = [1, 16, 32, 64, 128, 256, 512, 1024, 2048]
     p.add_argument("--lengths", type=numbers, default=lengths)

@@ -6,12 +6,13 @@ To add one: a folder with a `Registration`, and its line in REGISTRY (docs/addin
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import cache
 
 from engine.backends import cpu, cuda, reference
 from engine.backends.base import Backend, BackendOptions, Registration, Traits
-from engine.backends.native.library import n_cores
 from engine.errors import EngineError
+from engine.threads import n_cores
 
 _log = logging.getLogger(__name__)
 # The best first. A backend takes what the ones before it refuse.
@@ -34,6 +35,7 @@ def create(name: str, options: BackendOptions = _DEFAULTS) -> list[Backend]:
     chosen = _from(name)
     if options.n_threads is not None:
         _warn_of_threads(options.n_threads, chosen)
+        options = replace(options, n_threads=n_threads(options.n_threads))
     return [registration.make(options) for registration in chosen]
 
 
@@ -56,12 +58,19 @@ def _from(name: str) -> list[Registration]:
     return list(REGISTRY[[r.name for r in REGISTRY].index(name) :])
 
 
-def _warn_of_threads(n_threads: int, chosen: list[Registration]) -> None:
+def n_threads(asked: int | None) -> int:
+    """The threads that run where so many are asked for (None: all cores): no more than cores."""
+    most = n_cores()
+    return min(asked or most, most)
+
+
+def _warn_of_threads(asked: int, chosen: list[Registration]) -> None:
     if chosen == [reference.REGISTRATION]:
         _log.warning("n_threads is ignored: numpy chooses the reference backend's threads")
-    elif n_threads > n_cores():
+    elif asked > (most := n_cores()):
+        cores = "1 core" if most == 1 else f"{most} cores"
         _log.warning(
-            "n_threads %d is more than the %d cores this process may use", n_threads, n_cores()
+            "n_threads %d is more than the %s this process may use: %d run", asked, cores, most
         )
 
 

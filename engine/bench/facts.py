@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.backends.native import library as cpu_library
+from engine import backends
 from engine.bench.measure import BenchError
 from engine.engine import Engine
 from engine.formats.gguf import GGUFFile
@@ -110,8 +110,8 @@ def n_gpu_layers(engine: Engine) -> int:
 
 
 def n_threads(engine: Engine) -> int:
-    """Threads asked for, else the cores that this process may use."""
-    return engine.config.n_threads or cpu_library.n_cores()
+    """The CPU's threads."""
+    return backends.n_threads(engine.config.n_threads)
 
 
 def settings(engine: Engine, n_kv_max: int, **own: int) -> dict[str, int]:

@@ -53,7 +53,7 @@ def refused(call: Callable[[], Any]) -> str:
         ({"n_ctx": -1}, "n_ctx: expected at least 0, got -1"),
         ({"n_parallel": None}, "n_parallel: expected an integer, got None"),
         ({"n_parallel": 2**40}, f"n_parallel: expected at most {2**31 - 1}, got {2**40}"),
-        ({"n_threads": 2**31 - 1}, f"n_threads: expected at most 4096, got {2**31 - 1}"),
+        ({"n_threads": 2**31}, f"n_threads: expected at most {2**31 - 1}, got {2**31}"),
         ({"type_v": np.array([1, 2])}, "type_v: expected one of f32, f16, got array([1, 2])"),
         ({"n_threads": "2"}, "n_threads: expected an integer, got '2'"),
         ({"backend": 5}, "backend: expected one of auto, cpu, cuda, reference, got 5"),

@@ -80,6 +80,15 @@ def test_the_delta_rule_is_timed(kda: tuple[str, ...]) -> None:
     assert rows == ["1", "64"]
 
 
+def test_threads_are_timed_beside_neighbours() -> None:
+    options = ("-t", "1,1", "--neighbours", "0,1", "-p", 4, "-n", 4, "-r", 1)
+    result = run("tools/time_threads.py", *options)
+    assert (result.returncode, result.stderr) == (0, "")
+    number = r"\d+\.\d+"
+    row = rf"^\| (\d) \| 1 \| {number} \| {number} \| {number} \| {number} \| 1 \|$"
+    assert re.findall(row, result.stdout, re.M) == ["0", "0", "1", "1"]
+
+
 @pytest.mark.parametrize(
     ("options", "n_rows"),
     [

@@ -30,6 +30,7 @@ from engine.backends.native.views import INSTRUCTION, VIEW, write_view
 from engine.errors import NotEnoughMemoryError, thread_refused
 from engine.formats.quants import numpy_dtype
 from engine.graph import Kind, Live, Node, Tensor
+from engine.threads import n_cores
 
 # Head size of ATTENTION, at most.
 _MAX_LATENT = 1024
@@ -105,7 +106,7 @@ class CpuBackend(NativeBackend):
     ) -> None:
         self.library = cpu_library.load(isa)
         self.matrix = self.library.isa == "amx" if matrix is None else matrix
-        self.n_threads = n_threads or cpu_library.n_cores()
+        self.n_threads = n_threads or n_cores()
         threads = "1 thread" if self.n_threads == 1 else f"{self.n_threads} threads"
         self.detail = f"{self.library.isa} kernels, {threads}"
         self.team: int | None = self.library.team_create(self.n_threads)

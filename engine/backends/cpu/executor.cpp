@@ -1,24 +1,22 @@
 // Runs a program: a flat array of instructions, on a team of threads, in one call per step.
 //
 // Threads take tasks of an instruction from a counter. Where the next instruction asks for a
-// barrier, they wait for each other: a waiting thread spins a little, then yields. Between steps
-// they park. A step can be run in pieces: when its time is up, threads take no more tasks and meet
-// at the next barrier; the counters say where to go on.
-
-#include <pthread.h>
-#include <sched.h>
+// barrier, they wait for each other (waiting.h). How many threads take part follows what steps
+// measured (team_size.h). A step can be run in pieces: when its time is up, threads take no more
+// tasks and meet at the next barrier; the counters say where to go on.
 
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
-#include <chrono>
-#include <condition_variable>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
-#include <mutex>
+#include <map>
+#include <memory>
 #include <new>
 #include <system_error>
+#include <utility>
 #include <vector>
 
 #include "../../ops/cpu/attention.h"
@@ -26,23 +24,12 @@
 #include "../../ops/cpu/kernels.h"
 #include "../../ops/cpu/mul_mat.h"
 #include "../../ops/cpu/pack.h"
+#include "team.h"
+#include "team_size.h"
 
 using namespace gdn;
 
 namespace {
-
-double now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
-        .count();
-}
-
-void relax() {
-#if defined(__x86_64__)
-    _mm_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
 
 // While it lives, denormal numbers count as zero: processors compute with them a hundred times
 // slower.
@@ -59,23 +46,8 @@ class FlushDenormals {
 #endif
 };
 
-constexpr int SPINS_BEFORE_YIELD = 4096;
-constexpr double SECONDS_BEFORE_PARKING = 2e-3;
 // Turns at an instruction's tasks between two looks at the clock.
 constexpr int TURNS_PER_LOOK = 8;
-// A thread's stack: kernels need less than 7 KiB of it. A stack of the usual 8 MiB would use up the
-// address space that `ulimit -v` grants.
-constexpr size_t STACK_BYTES = 512 << 10;
-
-template <typename Done>
-void wait_until(Done done) {
-    for (int spins = 0; !done(); spins++) {
-        if (spins < SPINS_BEFORE_YIELD)
-            relax();
-        else
-            sched_yield();
-    }
-}
 
 // The rows of a step as kernels read them.
 class StepRows {
@@ -106,25 +78,48 @@ struct alignas(64) Counter {
     std::atomic<int64_t> next{0};
 };
 
-class Team {
+// Numbers of threads by kind of step. Kinds are few; those of programs that are gone are forgotten
+// with all others.
+class TeamSizes {
    public:
-    // Throws std::bad_alloc if there is no memory for its threads, std::system_error if there is
-    // no thread left.
-    explicit Team(int n_threads) : n_threads_(n_threads), scratch_(n_threads) {
-        try {
-            for (auto& s : scratch_) {
-                s = static_cast<char*>(std::aligned_alloc(64, SCRATCH_BYTES));
-                if (!s) throw std::bad_alloc();
-            }
-            workers_.reserve(n_threads);
-            for (int i = 1; i < n_threads; i++) start(i);
-        } catch (...) {
-            end();
-            throw;
-        }
+    explicit TeamSizes(int most) : most_(most) {}
+
+    // The kind of a program's steps of about so many rows: less than twice as many as another.
+    TeamSize& of(const Instruction* program, int64_t n_rows) {
+        if (sizes_.size() >= MOST_KINDS) sizes_.clear();
+        return sizes_.try_emplace({program, std::ilogb(n_rows)}, most_).first->second;
     }
 
-    ~Team() { end(); }
+   private:
+    static constexpr size_t MOST_KINDS = 64;
+    const int most_;
+    std::map<std::pair<const Instruction*, int>, TeamSize> sizes_;
+};
+
+// Each thread's memory for kernels, which it is the first to touch.
+class Scratch {
+   public:
+    // Throws std::bad_alloc.
+    explicit Scratch(int n_threads) : each_(n_threads) {
+        for (auto& s : each_) {
+            s.reset(static_cast<char*>(std::aligned_alloc(64, SCRATCH_BYTES)));
+            if (!s) throw std::bad_alloc();
+        }
+    }
+    char* operator[](int thread) const { return each_[thread].get(); }
+    int64_t size() const { return static_cast<int64_t>(each_.size()); }
+
+   private:
+    struct Free {
+        void operator()(char* p) const { std::free(p); }
+    };
+    std::vector<std::unique_ptr<char, Free>> each_;
+};
+
+class Executor {
+   public:
+    // Throws as Team.
+    explicit Executor(int n_threads) : scratch_(n_threads), sizes_(n_threads), team_(n_threads) {}
 
     // Begins a program if `first` is -1, else goes on with instruction `first`, for `limit` seconds
     // or a little longer. Returns the instruction to go on with, n at the end.
@@ -133,7 +128,7 @@ class Team {
                 int64_t first, double limit) {
         program_ = program, n_ = n, live_ = live, seconds_ = seconds;
         first_ = std::max<int64_t>(first, 0);
-        deadline_ = now() + limit;
+        const double start = now();
         step_rows_.set(live);
         if (static_cast<int64_t>(counters_.size()) < n) counters_ = std::vector<Counter>(n);
         for (int64_t i = 0; first < 0 && i < n; i++)
@@ -141,79 +136,32 @@ class Team {
         time_is_up_.store(false, std::memory_order_relaxed);
         all_stop_.store(false, std::memory_order_relaxed);
         resume_.store(n, std::memory_order_relaxed);
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            step_.fetch_add(1);
-        }
-        if (n_parked_.load() > 0) wake_.notify_all();
-        run_program(0);
-        barrier();
-        return resume_.load(std::memory_order_relaxed);
+        const int64_t n_rows = std::max<int64_t>(1, live[N_TOKENS]);
+        TeamSize& size = sizes_.of(program, n_rows);
+        n_threads_ = size.size();
+        if (first < 0) step_seconds_ = step_waited_ = 0, is_mixed_ = false;
+        deadline_ =
+            start + std::min(limit, size.limit(static_cast<double>(n_rows)) - step_seconds_);
+        team_.run(
+            n_threads_,
+            [](void* self, int thread) { static_cast<Executor*>(self)->run_program(thread); },
+            this);
+        const int64_t done = resume_.load(std::memory_order_relaxed);
+        if (!seconds) measure(size, now() - start, done == n, static_cast<double>(n_rows));
+        return done;
     }
+
+    // The threads that took part in the last step.
+    int n_threads() const { return n_threads_; }
 
    private:
-    struct Worker {
-        Team* team;
-        int number;
-        pthread_t thread;
-    };
-
-    // No std::thread: its stack has no size to choose, and to free its closure, a thread reserves
-    // 64 MiB of address space for allocations of its own.
-    void start(int number) {
-        workers_.push_back({this, number, {}});
-        pthread_attr_t attributes;
-        int error = pthread_attr_init(&attributes);
-        if (error == 0) {
-            pthread_attr_setstacksize(&attributes, STACK_BYTES);
-            error = pthread_create(&workers_.back().thread, &attributes, begin, &workers_.back());
-            pthread_attr_destroy(&attributes);
-        }
-        if (error == 0) return;
-        workers_.pop_back();
-        throw std::system_error(error, std::generic_category());
-    }
-
-    static void* begin(void* worker) {
-        const auto* self = static_cast<Worker*>(worker);
-        self->team->work(self->number);
-        return nullptr;
-    }
-
-    void end() {
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            stopping_ = true;
-            step_.fetch_add(1);
-        }
-        wake_.notify_all();
-        for (auto& w : workers_) pthread_join(w.thread, nullptr);
-        for (char* s : scratch_) std::free(s);
-    }
-
-    void work(int thread) {
-        uint64_t seen = 0;
-        for (;;) {
-            const double idle_since = now();
-            for (int spins = 0; step_.load(std::memory_order_acquire) == seen; spins++) {
-                relax();
-                if (spins % 256 == 255) {
-                    sched_yield();
-                    if (now() - idle_since > SECONDS_BEFORE_PARKING) park(seen);
-                }
-            }
-            seen++;
-            if (stopping_) return;
-            run_program(thread);
-            barrier();
-        }
-    }
-
-    void park(uint64_t seen) {
-        std::unique_lock<std::mutex> lock(mutex_);
-        n_parked_.fetch_add(1);
-        wake_.wait(lock, [&] { return step_.load() != seen; });
-        n_parked_.fetch_sub(1);
+    // Adds up a step's pieces.
+    void measure(TeamSize& size, double seconds, bool is_last, double n_rows) {
+        step_seconds_ += seconds, step_waited_ += team_.waited() / n_threads_;
+        if (!is_last)
+            is_mixed_ |= size.gives_up(step_seconds_, n_rows);
+        else if (!is_mixed_)
+            size.add(step_seconds_, step_waited_, n_rows);
     }
 
     void run_program(int thread) {
@@ -234,7 +182,8 @@ class Team {
                 seconds_[i - 1] = end - start;
                 start = end;
             }
-            const Args args{in.views, in.attrs, live_, &step_rows_.rows, scratch_[thread]};
+            const Args args{in.views,         in.attrs,         live_,
+                            &step_rows_.rows, scratch_[thread], scratch_.size()};
             if (!run_tasks(in, counters_[i], args, thread)) stop_at(i);
         }
         if (seconds_ && n_ > 0) {
@@ -267,22 +216,16 @@ class Team {
         while (i < earliest && !resume_.compare_exchange_weak(earliest, i)) {}
     }
 
+    // The last thread to come decides for all whether they go on.
     void barrier() {
-        const uint64_t round = rounds_.load(std::memory_order_relaxed);
-        if (n_threads_ == 1 || arrived_.fetch_add(1, std::memory_order_acq_rel) == n_threads_ - 1) {
-            // The last one decides for all whether they go on.
+        team_.barrier([this] {
             if (time_is_up_.load(std::memory_order_relaxed))
                 all_stop_.store(true, std::memory_order_relaxed);
-            arrived_.store(0, std::memory_order_relaxed);
-            rounds_.store(round + 1, std::memory_order_release);
-        } else {
-            wait_until([&] { return rounds_.load(std::memory_order_acquire) != round; });
-        }
+        });
     }
 
-    const int n_threads_;
-    std::vector<char*> scratch_;
-    std::vector<Worker> workers_;  // Never moved: each thread has its own's address.
+    const Scratch scratch_;
+    TeamSizes sizes_;
     std::vector<Counter> counters_;
     const Instruction* program_ = nullptr;
     int64_t n_ = 0;
@@ -290,20 +233,16 @@ class Team {
     StepRows step_rows_;
     double* seconds_ = nullptr;
     int64_t first_ = 0;
-    double deadline_ = 0;
-    bool stopping_ = false;
-    std::mutex mutex_;
-    std::condition_variable wake_;
+    double deadline_ = 0, step_seconds_ = 0, step_waited_ = 0;
+    bool is_mixed_ = false;  // Whether pieces of a step had different numbers of threads.
+    int n_threads_ = 1;
     // Thread 0 alone counts its turns.
     alignas(64) unsigned turns_ = 0;
     // Read at every turn, written when a run begins and when its time is up.
     alignas(64) std::atomic<bool> time_is_up_{false};
     std::atomic<bool> all_stop_{false};
     std::atomic<int64_t> resume_{0};
-    alignas(64) std::atomic<uint64_t> step_{0};
-    std::atomic<int> n_parked_{0};
-    alignas(64) std::atomic<int> arrived_{0};
-    alignas(64) std::atomic<uint64_t> rounds_{0};
+    Team team_;
 };
 
 }  // namespace
@@ -327,10 +266,15 @@ GDN_EXPORT int gdn_allowed() { return allow_matrix_products(); }
 
 // nullptr if the threads can't be started; errno says why.
 GDN_EXPORT void* gdn_team_create(int n_threads) {
-    return guarded([=] { return new Team(n_threads); }, static_cast<Team*>(nullptr));
+    return guarded([=] { return new Executor(n_threads); }, static_cast<Executor*>(nullptr));
 }
 
-GDN_EXPORT void gdn_team_free(void* team) { delete static_cast<Team*>(team); }
+GDN_EXPORT void gdn_team_free(void* team) { delete static_cast<Executor*>(team); }
+
+// The threads that took part in the last step.
+GDN_EXPORT int gdn_team_threads(const void* team) {
+    return static_cast<const Executor*>(team)->n_threads();
+}
 
 GDN_EXPORT const void* gdn_kernel(const char* name) {
     for (const Kernel* k : KERNELS)
@@ -359,12 +303,14 @@ GDN_EXPORT int64_t gdn_constant(const char* name) {
     return -1;
 }
 
-// As Team::run; -1 if there is no memory to begin the step, with errno.
+// As Executor::run; -1 if there is no memory to begin the step, with errno.
 GDN_EXPORT int64_t gdn_run(void* team, const void* program, int64_t n, const int64_t* live,
                            double* seconds, int64_t first, double limit) {
     const auto* instructions = static_cast<const Instruction*>(program);
     return guarded(
-        [=] { return static_cast<Team*>(team)->run(instructions, n, live, seconds, first, limit); },
+        [=] {
+            return static_cast<Executor*>(team)->run(instructions, n, live, seconds, first, limit);
+        },
         int64_t{-1});
 }
 

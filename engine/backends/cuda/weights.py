@@ -14,12 +14,13 @@ from engine.backends.base import Array
 from engine.backends.cuda.args import ARGS
 from engine.backends.cuda.device import Device, Grid, Memory
 from engine.backends.cuda.kernels import K_BLOCK, KERNELS, PANEL, threads
-from engine.backends.native.library import Library, n_cores
+from engine.backends.native.library import Library
 from engine.backends.native.panels import PanelWeights
 from engine.backends.native.signatures import is_quantized, matrices_of
 from engine.backends.native.views import BF16, write_view
 from engine.formats.quants import WEIGHT_TYPES
 from engine.graph import Dim, Node, Tensor
+from engine.threads import n_cores
 
 # Packed weights that may wait for their upload.
 _AHEAD_BYTES = 256 << 20

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import platform
 import sys
 from collections.abc import Callable
@@ -44,11 +43,6 @@ def processor_features() -> frozenset[str]:
         return frozenset()
     flags = (line.partition(":")[2].split() for line in lines if line.startswith("flags"))
     return frozenset(next(flags, ()))
-
-
-def n_cores() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 @functools.cache
@@ -135,6 +129,7 @@ class Library:
     allowed: Callable[[], int]
     team_create: Callable[[int], int | None]
     team_free: Callable[[int], None]
+    team_threads: Callable[[int | None], int]
     run: Callable[[int | None, int, int, int, int | None, int, float], int]
     layout_of: Callable[[int], int]
     panel_bytes: Callable[[int, int], int]
@@ -148,6 +143,7 @@ class Library:
             ("allowed", c_int, []),
             ("team_create", c_void_p, [c_int]),
             ("team_free", None, [c_void_p]),
+            ("team_threads", c_int, [c_void_p]),
             ("_kernel", c_void_p, [c_char_p]),
             ("_constant", c_int64, [c_char_p]),
             ("run", c_int64, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_double]),

@@ -55,6 +55,8 @@ struct Split {
             const int64_t n = n_chunks(a, a.step->remainder[i]);
             if (chunks < n) chunks = n;
         }
+        // Heads that share loads of keys are faster, unless threads have no task.
+        while (n_tasks() < a.n_threads && parts.n_heads > 1) parts.cut(2 * parts.n_parts);
     }
 
     int64_t n_groups() const { return (n_rows + rows - 1) / rows; }
@@ -80,9 +82,9 @@ __attribute__((noinline)) void join(const Sums& sums, const Sums& more) {
     const float top = *sums.top > *more.top ? *sums.top : *more.top;
     const float keep = exp(splat(*sums.top - top))[0], take = exp(splat(*more.top - top))[0];
     *sums.top = top;
-    *sums.total = *sums.total * keep + *more.total * take;
+    *sums.total = fma(*sums.total, keep, *more.total * take);
     for (int64_t d = 0; d < sums.width; d += W)
-        store(sums.acc + d, load(sums.acc + d) * keep + load(more.acc + d) * take);
+        store(sums.acc + d, fma(load(sums.acc + d), splat(keep), load(more.acc + d) * take));
 }
 
 // Where the sums of a chunk are kept, for head h of the i-th remainder row.

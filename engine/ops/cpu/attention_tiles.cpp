@@ -196,9 +196,9 @@ void load_span(const Args& a, const Work& w, int64_t begin, int64_t end, int64_t
 GDN_INLINE vf power(vf s, float shift, float lowest) {
     const vf t = s + shift;
     const vf r = s - (t - shift);
-    vf p = 5.517166954e-02f * r + 2.426111254e-01f;
-    p = p * r + 6.932609857e-01f;
-    p = p * r + 9.999280733e-01f;
+    vf p = fma(splat(5.517166954e-02f), r, splat(2.426111254e-01f));
+    p = fma(p, r, splat(6.932609857e-01f));
+    p = fma(p, r, splat(9.999280733e-01f));
     const vi y = bits(p) + (bits(t) << 23);
     return from_bits(s < lowest ? vi{} : y);
 }

@@ -207,7 +207,7 @@ class PanelProduct {
 #pragma GCC unroll UNROLL
         for (int t = 0; t < SIDE; t++) {
             vf total = acc[t][p];
-            if constexpr (F::IS_SUPER) total = load(total_[t] + p * W) + total * scale;
+            if constexpr (F::IS_SUPER) total = fma(total, scale, load(total_[t] + p * W));
             store(total_[t] + p * W, total);
         }
         if constexpr (F::IS_SUPER && F::HAS_MIN) add_mins(first, p, super_of<F>(block, PARTS + p));
@@ -253,7 +253,7 @@ class PanelProduct {
 #pragma GCC unroll UNROLL
             for (int i = 0; i < SUPER_K_BLOCKS * F::GROUPS; i++)
                 subtract_min(acc, mins[i], sums[i * SIDE + t]);
-            store(total_[t] + p * W, load(total_[t] + p * W) + acc * scale);
+            store(total_[t] + p * W, fma(acc, scale, load(total_[t] + p * W)));
         }
     }
 

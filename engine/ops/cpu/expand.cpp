@@ -59,7 +59,9 @@ GDN_INLINE void expand_group(const uint8_t* k_block, const vf* super, int p, bf1
     const vf scale = scale_of<F, G>(k_block, p) * super[0];
     vf min{};
     if constexpr (F::HAS_MIN) min = min_of<F, G>(k_block, p) * super[1];
-    const auto offset = [&](int bias) { return scale * -static_cast<float>(bias + F::ZERO) - min; };
+    const auto offset = [&](int bias) {
+        return fma(scale, splat(-static_cast<float>(bias + F::ZERO)), -min);
+    };
     const vf even = offset(BIAS<F, EVEN<F>>), odd = offset(BIAS<F, ODD<F>>);
     const auto put_pair = [&](bf16* to, vi v) __attribute__((always_inline)) {
         const vi pairs = bf16_pairs(fma(mantissa<F, EVEN<F>>(v), scale, even),

@@ -112,7 +112,7 @@ GDN_INLINE void step(const Head& h, int64_t t, int64_t column, const Token& now,
                      const float* next_key, const float* from, float* to, float* p) {
     v4 prediction = t ? load_columns<C>(p) : predict<C>(from, now.key, h.dk), output;
     const v4 v = load_columns<C>(h.v + t * h.v_step + column);
-    const v4 d = h.beta[t * h.beta_step] * (v - now.decay * prediction);
+    const v4 d = h.beta[t * h.beta_step] * fma(v4{} - now.decay, prediction, v);
     if (t + 1 < h.n) {
         update<C, KDA, false>(from, to, now, next_key, d, h.dk, &output, &prediction);
         std::memcpy(p, &prediction, 4 * C);

@@ -64,7 +64,8 @@ void multiply_own_keys(const Work& w) {
         vf products[4]{};
         for (int64_t r = 0; r < 4; r++) {
             const float *q = w.row(w.h.q, w.h.q_step, i + r), *k = w.row(w.h.k, w.h.k_step, i + r);
-            for (int64_t d = 0; d < w.h.dk; d += W) products[r] += load(q + d) * load(k + d);
+            for (int64_t d = 0; d < w.h.dk; d += W)
+                products[r] = fma(load(q + d), load(k + d), products[r]);
         }
         const v4 qk = sums(products[0], products[1], products[2], products[3]) * w.h.scale;
         for (int64_t r = i; r < i + 4; r++) w.qk[r * MAX_TILE_ROWS + r] = qk[r - i];
@@ -118,14 +119,14 @@ void make_residuals(const Work& w, int64_t c) {
         const float* v = w.row(w.h.v, w.h.v_step, i) + c;
         float* x = w.residual + i * STRIP;
         for (int64_t l = 0; l < STRIP; l += W)
-            store(x + l, (load(v + l) - load(x + l) * w.grown[i]) * w.beta[i]);
+            store(x + l, fma(-load(x + l), splat(w.grown[i]), load(v + l)) * w.beta[i]);
     }
 }
 
 // x[r] += a[r][0] u for rows `begin` … 15.
 GDN_INLINE void add_column(const float* a, vf u, vf* x, int begin) {
 #pragma GCC unroll 16
-    for (int r = begin; r < SIDE; r++) x[r] += u * a[r * MAX_TILE_ROWS];
+    for (int r = begin; r < SIDE; r++) x[r] = fma(u, splat(a[r * MAX_TILE_ROWS]), x[r]);
 }
 
 // Solves 16 rows; a is where -A's diagonal begins.
@@ -196,7 +197,7 @@ void make_outputs(Work& w, int64_t c) {
         float* out = w.h.out + i * w.h.out_step + c;
         const float grown = w.grown[i] * w.h.scale;
         for (int64_t l = 0; l < STRIP; l += W)
-            store(out + l, load(within + l) + load(read + l) * grown);
+            store(out + l, fma(load(read + l), splat(grown), load(within + l)));
     }
 }
 

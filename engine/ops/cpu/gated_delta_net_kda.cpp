@@ -156,7 +156,7 @@ void multiply_within(Work& w, const Decays& z, int64_t band) {
                 for (int c = 0; c < GROUP; c++, key += dk) {
                     const vf x = load(key) * decay;
                     store(key, x);
-                    kk[c] += x * kd, qk[c] += x * qd;
+                    kk[c] = fma(x, kd, kk[c]), qk[c] = fma(x, qd, qk[c]);
                 }
             }
             const v4 a = sums(kk[0], kk[1], kk[2], kk[3]) * -w.beta[i];

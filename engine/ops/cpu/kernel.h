@@ -52,7 +52,8 @@ struct Args {
     const double* attr;
     const int64_t* live;  // [N_DIMS]
     const Rows* step;
-    char* scratch;  // SCRATCH_BYTES of the running thread's own, aligned to 64
+    char* scratch;          // SCRATCH_BYTES of the running thread's own, aligned to 64
+    int64_t n_threads = 1;  // Of the team, of which a step may take fewer; no result depends on it.
 
     // The live size of a view's first axis.
     int64_t rows(const View& view) const { return view.dim ? live[view.dim] : view.shape[0]; }

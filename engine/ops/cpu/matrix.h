@@ -173,8 +173,8 @@ void multiply_tiles(Tiles a, Tiles b, int64_t n, TileSums from, TileSums to, Soo
                 const bf16* y = b.tile(j / PARTS, k) + j % PARTS * 2 * W;
                 for (int d = 0; d < DEPTH; d += 2) {
                     const vi pair = load_as<vi>(y + d * SIDE);
-                    sum += bf16_to_float(x[d]) * from_bits(pair << 16);
-                    sum += bf16_to_float(x[d + 1]) * from_bits(pair & ~0xffff);
+                    sum = fma(splat(bf16_to_float(x[d])), from_bits(pair << 16), sum);
+                    sum = fma(splat(bf16_to_float(x[d + 1])), from_bits(pair & ~0xffff), sum);
                 }
             }
             store(to.at + i * to.stride + j * W, sum);

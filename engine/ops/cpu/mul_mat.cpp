@@ -24,7 +24,7 @@ void put(const Args& a, int64_t t, int64_t panel, const float* values) {
     }
     const float gate = a.v[GATE] ? sigmoid(splat(a.v[GATE].row(t)[0]))[0] : 1.0f;
     const float* add = a.v[ADD] ? a.v[ADD].row(t) + first : nullptr;
-    for (int r = 0; r < n; r++) out[r] = (add ? add[r] : 0.0f) + gate * values[r];
+    for (int r = 0; r < n; r++) out[r] = fma(gate, values[r], add ? add[r] : 0.0f);
 }
 
 void multiply_tiles(const Args& a, const Activation& x, const TileTasks& tasks, int64_t task) {

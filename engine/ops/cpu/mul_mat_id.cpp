@@ -228,7 +228,7 @@ void run(const Args& a, int64_t begin, int64_t end) {
             vf total{};
             for (int64_t u = 0; u < n_used; u++) {
                 const float gate = a.v[GATES].row(t)[u * a.v[GATES].stride[1]];
-                total += splat(gate) * load_part(a.v[PARTIAL].row(t, u) + i, w);
+                total = fma(splat(gate), load_part(a.v[PARTIAL].row(t, u) + i, w), total);
             }
             store_part(a.v[OUT].row(t) + i, total, w);
         });

@@ -159,7 +159,7 @@ void decode(F, const uint8_t* panel, int row, int64_t n_in, float* out) {
                 q = table_of<F>()[q];
             else if (F::SIGNED)
                 q = static_cast<int8_t>(q);
-            out[i * K_BLOCK + k] = scale * static_cast<float>(q - F::ZERO) - min;
+            out[i * K_BLOCK + k] = fma(scale, static_cast<float>(q - F::ZERO), -min);
         }
     }
 }

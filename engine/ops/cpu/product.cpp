@@ -151,8 +151,9 @@ inline void panel_product(F, const uint8_t* panel, int64_t n_in, const Row* rows
         if constexpr (F::IS_SUPER)
             for (int p = 0; p < PARTS; p++)
                 for (int t = 0; t < NT; t++) {
-                    acc[t][p] += scaled[t][p] * super_of<F>(panel, p);
-                    if (F::HAS_MIN) acc[t][p] += mins[t][p] * super_of<F>(panel, PARTS + p);
+                    acc[t][p] = fma(scaled[t][p], super_of<F>(panel, p), acc[t][p]);
+                    if (F::HAS_MIN)
+                        acc[t][p] = fma(mins[t][p], super_of<F>(panel, PARTS + p), acc[t][p]);
                 }
     }
     for (int t = 0; t < NT; t++)
@@ -186,13 +187,14 @@ inline void panel_product(Plain<L>, const uint8_t* panel, int64_t n_in, const Ro
             for (int p = 0; p < PARTS; p++) {
                 const vf w = column<L>(panel, k + c, p);
 #pragma GCC unroll 4
-                for (int t = 0; t < NT; t++) acc[t][c][p] += w * splat(rows[t].x[k + c]);
+                for (int t = 0; t < NT; t++)
+                    acc[t][c][p] = fma(w, splat(rows[t].x[k + c]), acc[t][c][p]);
             }
     }
     for (; k < n_in; k++)
         for (int p = 0; p < PARTS; p++)
             for (int t = 0; t < NT; t++)
-                acc[t][0][p] += column<L>(panel, k, p) * splat(rows[t].x[k]);
+                acc[t][0][p] = fma(column<L>(panel, k, p), splat(rows[t].x[k]), acc[t][0][p]);
     for (int t = 0; t < NT; t++)
         for (int p = 0; p < PARTS; p++)
             store(out[t] + p * W, (acc[t][0][p] + acc[t][1][p]) + (acc[t][2][p] + acc[t][3][p]));

@@ -36,11 +36,13 @@ GDN_INLINE float scaled_sum(const Row& row, int64_t i) {
 
 // acc += scale · x_scale · dot.
 GDN_INLINE void add_scaled(vf& acc, vi dot, vf scale, float x_scale) {
-    acc += to_float(dot) * (scale * splat(x_scale));
+    acc = fma(to_float(dot), scale * splat(x_scale), acc);
 }
 
 // acc -= min · scaled_sum.
-GDN_INLINE void subtract_min(vf& acc, vf min, float scaled_sum) { acc -= min * splat(scaled_sum); }
+GDN_INLINE void subtract_min(vf& acc, vf min, float scaled_sum) {
+    acc = fma(-min, splat(scaled_sum), acc);
+}
 
 // out[i] = the 16 rows of a panel times rows[i], for n ≤ TILE rows.
 void multiply(int32_t layout, const uint8_t* panel, int64_t n_in, const Row* rows, int64_t n,

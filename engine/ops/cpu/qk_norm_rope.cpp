@@ -20,8 +20,8 @@ void norm_and_turn(const float* x, const float* norm, float eps, int64_t size, c
     for_lanes(r.half, [&](int64_t i, int n) {
         const vf first = normed(i, n), second = normed(r.half + i, n);
         const vf cos = load_part(r.cos + i, n), sin = load_part(r.sin + i, n);
-        store_part(y + i, first * cos - second * sin, n);
-        store_part(y + r.half + i, second * cos + first * sin, n);
+        store_part(y + i, fma(first, cos, -(second * sin)), n);
+        store_part(y + r.half + i, fma(second, cos, first * sin), n);
     });
     const int64_t rest = 2 * r.half;
     for_lanes(size - rest,

@@ -17,7 +17,7 @@ void quantize_group(const float* x, int8_t* q, float* scale, int32_t* sums) {
     for (int i = 0; i < K_BLOCK; i += W) {
         const vf v = load(x + i);
         largest = max(largest, max(v, -v));
-        nothing += v * 0.0f;
+        nothing = fma(v, vf{}, nothing);
     }
     const float d = max_lane(largest) / 127.0f + sum(nothing);
     const vf inverse = splat(d > 0 ? 1.0f / d : 0.0f);
@@ -25,7 +25,7 @@ void quantize_group(const float* x, int8_t* q, float* scale, int32_t* sums) {
     sums[0] = sums[1] = 0;
     for (int i = 0; i < K_BLOCK; i += W) {
         // Rounds to the nearest integer, which is then in the low bits.
-        const vi n = bits(load(x + i) * inverse + 12582912.0f) - 0x4B400000;
+        const vi n = bits(fma(load(x + i), inverse, splat(12582912.0f))) - 0x4B400000;
         for (int j = 0; j < W; j++) {
             q[i + j] = static_cast<int8_t>(n[j]);
             sums[i / SUM_GROUP] += q[i + j];

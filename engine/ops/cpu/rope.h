@@ -8,6 +8,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "simd.h"
+
 namespace gdn {
 
 constexpr double HALF_PI = 1.57079632679489661923;
@@ -16,21 +18,21 @@ constexpr double HALF_PI = 1.57079632679489661923;
 inline double sin_near_zero(double x) {
     const double y = x * x;
     double s = -1.0 / 39916800;
-    s = s * y + 1.0 / 362880;
-    s = s * y - 1.0 / 5040;
-    s = s * y + 1.0 / 120;
-    s = s * y - 1.0 / 6;
-    return x + x * y * s;
+    s = fma(s, y, 1.0 / 362880);
+    s = fma(s, y, -1.0 / 5040);
+    s = fma(s, y, 1.0 / 120);
+    s = fma(s, y, -1.0 / 6);
+    return fma(x * y, s, x);
 }
 
 inline double cos_near_zero(double x) {
     const double y = x * x;
     double c = 1.0 / 479001600;
-    c = c * y - 1.0 / 3628800;
-    c = c * y + 1.0 / 40320;
-    c = c * y - 1.0 / 720;
-    c = c * y + 1.0 / 24;
-    return 1.0 - y * (0.5 - y * c);
+    c = fma(c, y, -1.0 / 3628800);
+    c = fma(c, y, 1.0 / 40320);
+    c = fma(c, y, -1.0 / 720);
+    c = fma(c, y, 1.0 / 24);
+    return fma(-y, fma(-y, c, 0.5), 1.0);
 }
 
 // cos and sin of the pairs that turn. `attr`: n_rot, rope_base, and those of RopeScaling.
@@ -56,7 +58,7 @@ struct Rotation {
         double next = 1.0 / HALF_PI;
         for (int64_t i = 0; i < half; i++, next *= ratio) {
             const double ramp = (static_cast<double>(i) - attr[LOW]) / attr[SPAN];
-            speed[i] = next * (first + change * std::min(std::max(ramp, 0.0), 1.0));
+            speed[i] = next * fma(change, std::min(std::max(ramp, 0.0), 1.0), first);
         }
     }
     // The memory after its own.
@@ -64,9 +66,9 @@ struct Rotation {
 
     void set_position(int32_t position) const {
         for (int64_t i = 0; i < half; i++) {
-            const double turns = speed[i] * position;
-            const int32_t quadrant = static_cast<int32_t>(turns + 0.5);
-            const double x = (turns - quadrant) * HALF_PI;
+            const double turned = position;
+            const int32_t quadrant = static_cast<int32_t>(fma(speed[i], turned, 0.5));
+            const double x = fma(speed[i], turned, -static_cast<double>(quadrant)) * HALF_PI;
             const float s = static_cast<float>(sin_near_zero(x)) * magnitude;
             const float c = static_cast<float>(cos_near_zero(x)) * magnitude;
             const float sine = quadrant & 1 ? c : s, cosine = quadrant & 1 ? s : c;

@@ -29,7 +29,7 @@ GDN_INLINE void dot_block(const float* x, int64_t x_stride, const T* const* rows
         for (int j = 0; j < NR; j++) r[j] = load_part(rows[j] + d, n);
         for (int i = 0; i < NX; i++) {
             const vf xi = load_part(x + i * x_stride + d, n);
-            for (int j = 0; j < NR; j++) acc[j][i] += xi * r[j];
+            for (int j = 0; j < NR; j++) acc[j][i] = fma(xi, r[j], acc[j][i]);
         }
     });
     for (int j = 0; j < NR; j++) {
@@ -72,7 +72,8 @@ GDN_INLINE void add_block(const float* w, int64_t w_stride, const T* const* rows
         vf r[NV];
         for (int v = 0; v < NV; v++) r[v] = load_part(rows[j] + column + v * W, n);
         for (int i = 0; i < NX; i++)
-            for (int v = 0; v < NV; v++) acc[i][v] += w[i * w_stride + j] * r[v];
+            for (int v = 0; v < NV; v++)
+                acc[i][v] = fma(splat(w[i * w_stride + j]), r[v], acc[i][v]);
     }
     for (int i = 0; i < NX; i++)
         for (int v = 0; v < NV; v++) store_part(y + i * y_stride + v * W, acc[i][v], n);

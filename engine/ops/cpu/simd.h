@@ -10,6 +10,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace gdn {
@@ -56,19 +58,29 @@ GDN_INLINE vi select_bits(vi mask, vi a, vi b) { return (a & mask) | (b & ~mask)
 GDN_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 GDN_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 
-// a · b + c, rounded once where the instruction set can. Left to the compiler, a sum of two
-// products could be fused either way, and differently in each copy of a loop.
-GDN_INLINE vf fma(vf a, vf b, vf c) {
+typedef float v4 __attribute__((vector_size(16)));
+
+// a · b + c of vectors or numbers, rounded once where the instruction set can, and twice elsewhere
+// (portable on x86-64). Kernels are compiled without contraction: what is not written as fma is
+// rounded twice, so results don't depend on what an optimizer fuses.
+template <typename T>
+GDN_INLINE T fma(T a, T b, T c) {
 #if defined(__AVX512F__)
-    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__) && defined(__AVX2__)
-    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+    if constexpr (sizeof(T) == 64) return (T)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#endif
+#if defined(__FMA__)
+    if constexpr (sizeof(T) == 32) return (T)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+    if constexpr (sizeof(T) == 16) return (T)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)c);
+#elif defined(__aarch64__)
+    if constexpr (sizeof(T) == 16) return vfmaq_f32(c, a, b);
+#endif
+#if defined(__FMA__) || defined(__aarch64__)
+    if constexpr (sizeof(T) == sizeof(float)) return __builtin_fmaf(a, b, c);
+    if constexpr (sizeof(T) == sizeof(double)) return __builtin_fma(a, b, c);
 #else
     return a * b + c;
 #endif
 }
-
-typedef float v4 __attribute__((vector_size(16)));
 
 // Reduces all lanes to four by f, half by half.
 template <typename F>
@@ -115,16 +127,17 @@ GDN_INLINE float max_lane(vf v) {
 // e^x to about one unit in the last place; 0 below -87, and inf above 88.7. NaN stays NaN.
 GDN_INLINE vf exp(vf x) {
     const vf clamped = min(max(x, splat(-88.0f)), splat(89.0f));
-    const vf n_real = clamped * 1.44269504f + 12582912.0f;  // Rounds to an integer in the low bits.
+    // Rounds to an integer in the low bits.
+    const vf n_real = fma(clamped, splat(1.44269504f), splat(12582912.0f));
     const vf n = n_real - 12582912.0f;
-    const vf r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+    const vf r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), clamped));
     vf p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    p = fma(p, r * r, r) + 1.0f;
     // 2^n in two factors, so that n = 128 does not overflow on the way.
     const vi exponent = bits(n_real) - 0x4B400000;
     const vi half = exponent >> 1;
@@ -140,7 +153,7 @@ GDN_INLINE vf reciprocal(vf x) {
     // An estimate and one Newton step: a division of 16 lanes takes as long as all of exp.
     x = select(x > splat(1e37f), splat(1e37f), x);
     const vf r = reinterpret_cast<vf>(_mm512_maskz_rcp14_ps(ALL, reinterpret_cast<__m512>(x)));
-    return r + r * (1.0f - x * r);
+    return fma(r, fma(-x, r, splat(1.0f)), r);
 #else
     return 1.0f / x;
 #endif
@@ -209,12 +222,13 @@ GDN_INLINE vf log1p(vf u) {
     const vf lost = select(u < splat(1.0f), u - (w - 1.0f), 1.0f - (w - u));  // w + lost == 1 + u.
     // w = 2^k · m with m between sqrt(1/2) and sqrt(2).
     const vi k = (bits(w) - 0x3F3504F3) >> 23;
-    const vf f = (from_bits(bits(w) - (k << 23)) - 1.0f) + lost * from_bits((127 - k) << 23);
-    // log(1 + f) = 2·atanh(s) = 2s + s·r, where 2s = f - s·f keeps the digits of f.
+    const vf f = fma(lost, from_bits((127 - k) << 23), from_bits(bits(w) - (k << 23)) - 1.0f);
+    // log(1 + f) = 2·atanh(s) = 2s + s·z·r, where 2s = f - s·f keeps the digits of f.
     const vf s = f / (2.0f + f), z = s * s;
-    const vf r = z * (0.666666667f + z * (0.4f + z * (0.285714286f + z * 0.222222222f)));
+    vf r = fma(z, splat(0.222222222f), splat(0.285714286f));
+    r = fma(z, fma(z, r, splat(0.4f)), splat(0.666666667f));
     const vf n = to_float(k);
-    return n * 0.693359375f + (f - (s * (f - r) + n * 2.12194440e-4f));
+    return fma(n, splat(0.693359375f), f - fma(s, fma(-z, r, f), n * 2.12194440e-4f));
 }
 
 // log(1 + e^x); x itself above 20. NaN stays NaN.
@@ -227,7 +241,7 @@ GDN_INLINE float sum_of_squares(const float* x, int64_t n) {
     vf squares{};
     for_lanes(n, [&](int64_t i, int w) {
         const vf v = load_part(x + i, w);
-        squares += v * v;
+        squares = fma(v, v, squares);
     });
     return sum(squares);
 }

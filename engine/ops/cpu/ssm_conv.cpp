@@ -116,7 +116,8 @@ struct Window {
             for_lanes(channels.size, [&](int64_t c, int w) {
                 vf total{};
                 for (int64_t j = 0; j < n_taps; j++)
-                    total += load_part(taps + j * BLOCK + c, w) * load_part(row(t + j) + c, w);
+                    total = fma(load_part(taps + j * BLOCK + c, w), load_part(row(t + j) + c, w),
+                                total);
                 store_part(out + c, silu(total), w);
             });
         }
@@ -138,10 +139,10 @@ struct Window {
             float* out = a.v[OUT].row(first + t) + channels.offset;
             if (t + AHEAD < n) fetch(t + AHEAD);
             for_lanes(channels.size, [&](int64_t c, int w) {
-                vf total = load_part(taps + c, w) * load_part(r0 + c, w);
-                total += load_part(taps + BLOCK + c, w) * load_part(r1 + c, w);
-                total += load_part(taps + 2 * BLOCK + c, w) * load_part(r2 + c, w);
-                total += load_part(taps + 3 * BLOCK + c, w) * load_part(r3 + c, w);
+                vf total = load_part(taps + BLOCK + c, w) * load_part(r1 + c, w);
+                total = fma(load_part(taps + c, w), load_part(r0 + c, w), total);
+                total = fma(load_part(taps + 2 * BLOCK + c, w), load_part(r2 + c, w), total);
+                total = fma(load_part(taps + 3 * BLOCK + c, w), load_part(r3 + c, w), total);
                 store_part(out + c, silu(total), w);
             });
             r0 = r1, r1 = r2, r2 = r3;

@@ -265,3 +265,22 @@ def test_scores_that_rise_or_fall_all_the_time(
     # Few keys count, the same for all rows, so errors hardly average out. Rounding a weight and a
     # value to bfloat16 is off by at most 2^-9 of each: (2 · 2^-9)² = 1.5e-5 of their product.
     assert nmse(got, op.expected(0, 300, 600)) <= 2e-5
+
+
+@pytest.mark.parametrize("heads", [(10, 2), (7, 1), (24, 1)])
+@pytest.mark.parametrize("isa", ISAS)
+def test_heads_are_divided_among_threads(
+    isa: str, heads: tuple[int, int], rng: np.random.Generator
+) -> None:
+    """With more threads fewer heads share a task; no bit changes."""
+    drawn = rng.integers(2**32)
+    results = []
+    for n_threads in (1, 3, 32):
+        same = np.random.default_rng(drawn)
+        op = Attention(CpuBackend(n_threads, isa, matrix=False), same, [600], heads, size=40)
+        steps = [(0, end - n, end) for end, n in ((1, 1), (90, 2), (256, 1), (300, 5), (600, 16))]
+        results.append([op.run(step)[0] for step in steps])
+        for step, got in zip(steps, results[-1], strict=True):
+            assert nmse(got, op.expected(*step)) <= EXACT_LIMIT
+    for other in results[1:]:
+        assert [x.tobytes() for x in other] == [x.tobytes() for x in results[0]]

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from engine import Engine
+from engine import Engine, backends
 from engine.backends.native import library as cpu_library
 from engine.backends.native.library import ISAS, LibraryError
 from engine.commands.graph import text as report_text
 from engine.placement.place import PlacementError
+from engine.threads import n_cores
 from engine.version import __version__
 from tests.support.helpers import Cli
 
@@ -125,13 +126,24 @@ def test_the_graph_is_on_the_cpu(cli: Cli, tiny: Path) -> None:
         assert "reference" not in result.out
 
 
-def test_more_threads_than_cores(cli: Cli, tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
-    n_cores = len(os.sched_getaffinity(0))
-    assert cli("-m", tiny, "-p", "a", "-n", 3, "-t", n_cores).status == 0
+@pytest.mark.parametrize("n_threads", [None, 5000])
+def test_more_threads_than_cores(
+    cli: Cli,
+    tiny: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    n_threads: int | None,
+) -> None:
+    """One line, and as many threads as cores: thousands would take minutes."""
+    monkeypatch.setattr(backends, "n_cores", n_cores)
+    most = n_cores()
+    n_threads = n_threads or most + 1
+    assert cli("-m", tiny, "-p", "a", "-n", 3, "-t", most).status == 0
     assert caplog.messages == []
-    result = cli("-m", tiny, "-p", "a", "-n", 3, "-t", n_cores + 1)
+    result = cli("-m", tiny, "-p", "a", "-n", 3, "-t", n_threads)
     assert result.status == 0
-    line = f"n_threads {n_cores + 1} is more than the {n_cores} cores this process may use"
+    cores = "1 core" if most == 1 else f"{most} cores"
+    line = f"n_threads {n_threads} is more than the {cores} this process may use: {most} run"
     assert caplog.messages == [line]
 
 
