@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 50, 400
 # Of engine/ and cli.py without the server, and of the server; lines of code are those without blank
 # lines, comments and docstrings.
-BUDGETS = {"engine": (21_560, 15_090), "server": (3_140, 2_340)}
+BUDGETS = {"engine": (21_700, 15_180), "server": (3_140, 2_340)}
 KERNEL_SUFFIXES = {".h", ".cpp", ".cuh", ".cu"}
 
 

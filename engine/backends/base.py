@@ -107,12 +107,14 @@ class Traits:
     where the user names none. own_memory: weights lie in memory of its own, which may have room for
     some layers only. overlaps_steps: it can sample on the device, so that a decode step is launched
     before the tokens of the step before are known; that takes a second state slot per sequence.
+    activations: the bits among which a user may choose for BackendOptions.activations.
     """
 
     n_ubatch: int = 512
     cache_type: str = "f16"
     own_memory: bool = False
     overlaps_steps: bool = False
+    activations: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,11 +130,14 @@ class Limits:
 @dataclass(frozen=True)
 class BackendOptions:
     """n_threads: of the CPU (None: all cores). cpu_isa: its instruction set (None: the best).
-    batch_invariant: a sequence's results must not depend on what else is in the batch."""
+    batch_invariant: a sequence's results must not depend on what else is in the batch. activations:
+    bits of the integers that rows outside row tiles become, where a weight is quantized (None: what
+    suits the instruction set)."""
 
     n_threads: int | None = None
     cpu_isa: str | None = None
     batch_invariant: bool = False
+    activations: int | None = None
 
 
 class Backend(ABC):

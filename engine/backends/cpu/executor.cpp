@@ -18,6 +18,7 @@
 #include <exception>
 #include <mutex>
 #include <new>
+#include <numeric>
 #include <system_error>
 #include <vector>
 
@@ -80,25 +81,37 @@ void wait_until(Done done) {
 // The rows of a step as kernels read them.
 class StepRows {
    public:
-    // `live`: the live counts, then the number of row tiles and the tiles.
+    // `live`: the live counts, whether kernels see the row tiles (matrix units), whether rows
+    // outside them are fine, the number of row tiles, the tiles.
     void set(const int64_t* live) {
-        const int64_t n_tiles = live[N_DIMS], n_tokens = live[N_TOKENS];
-        const auto* tiles = reinterpret_cast<const RowTile*>(live + N_DIMS + 1);
-        tiled_.clear(), remainder_.clear();
+        const bool is_matrix = live[N_DIMS] != 0, has_fine = live[N_DIMS + 1] != 0;
+        const int64_t n_tiles = live[N_DIMS + 2], n_tokens = live[N_TOKENS];
+        const auto* tiles = reinterpret_cast<const RowTile*>(live + N_DIMS + 3);
+        by_kind_.clear(), others_.clear();
+        fine_.assign(n_tokens, has_fine);
         int32_t row = 0;
         for (const RowTile* tile = tiles; tile < tiles + n_tiles; tile++) {
-            while (row < tile->row) remainder_.push_back(row++);
-            while (row < tile->row + tile->n) tiled_.push_back(row++);
+            while (row < tile->row) others_.push_back(row++);
+            for (; row < tile->row + tile->n; row++) by_kind_.push_back(row), fine_[row] = 0;
         }
-        while (row < n_tokens) remainder_.push_back(row++);
-        const auto n = static_cast<int64_t>(remainder_.size());
-        rows = {tiles, tiled_.data(), remainder_.data(), n_tiles, n_tokens - n, n};
+        while (row < n_tokens) others_.push_back(row++);
+        const auto n = static_cast<int64_t>(by_kind_.size()), n_tiled = is_matrix ? n : 0;
+        by_kind_.insert(by_kind_.end(), others_.begin(), others_.end());
+        if (!is_matrix) {
+            others_.resize(n_tokens);
+            std::iota(others_.begin(), others_.end(), 0);
+        }
+        rows = {tiles,           by_kind_.data(),    others_.data(),
+                by_kind_.data(), fine_.data(),       is_matrix ? n_tiles : 0,
+                n_tiled,         n_tokens - n_tiled, n,
+                has_fine};
     }
 
     Rows rows{};
 
    private:
-    std::vector<int32_t> tiled_, remainder_;
+    std::vector<int32_t> by_kind_, others_;
+    std::vector<uint8_t> fine_;
 };
 
 // One cache line for each counter.
