@@ -119,12 +119,22 @@ class Traits:
 
 @dataclass(frozen=True)
 class Limits:
-    """Peaks of a machine: bytes moved and floating point operations per second. `what` names the
-    kernels that measured them."""
+    """Peaks of a machine: bytes moved per second, and operations per second of each arithmetic unit
+    that its kernels use, by the unit's name. `unit_of`: the fastest unit of an op's kernels, by the
+    op's name; all others use the first unit. `what` names the kernels that measured bytes.
+    `cache_bytes`: what the largest cache holds; None if that is not known."""
 
     bytes_per_s: float
-    flops_per_s: float
+    ops_per_s: Mapping[str, float]
     what: str
+    unit_of: Mapping[str, str] = field(default_factory=dict)
+    cache_bytes: int | None = None
+
+    def least_s(self, work: Mapping[str, int]) -> float:
+        """The seconds that operations, by name of their op, take at the peaks of their units."""
+        first = next(iter(self.ops_per_s))
+        units = {op: self.unit_of.get(op, first) for op in work}
+        return sum(n / self.ops_per_s[units[op]] for op, n in work.items())
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ from engine.graph import Kind, Live, Node, Tensor
 _MAX_LATENT = 1024
 # How long a step runs before signals are handled, or until the tasks at hand are done.
 PIECE_SECONDS = 0.05
+# Tasks of a probe for each thread, so that one that is held up leaves some to the others.
+_PROBE_TASKS = 8
 # Fewer rows of a sequence are computed one by one, others as row tiles.
 _MIN_TILE_ROWS = 16
 # Bits of rows outside row tiles: 15 where that costs at most 3 % of generation (measured, see
@@ -198,16 +200,31 @@ class CpuBackend(NativeBackend):
                 raise NotEnoughMemoryError("out of memory: a step could not begin")
 
     def measure_limits(self) -> Limits:
-        return limits.measure(self.read_probe)
+        return limits.measure(self.library.isa, self.read_probe, self.peak_probe)
 
     def read_probe(self, rows: Array) -> None:
         """Read float32 rows [n, a multiple of 64] once, with all threads; for timing."""
         words, probed = np.empty(len(rows), np.int32), np.zeros(2, VIEW)
         write_view(probed[0], words.ctypes.data, words.shape, (1,), views.I32_CODE)
         write_view(probed[1], rows.ctypes.data, rows.shape, (rows.shape[1], 1), views.F32_CODE)
-        program = np.zeros(1, INSTRUCTION)
-        program[0] = (self.library.kernel_address("READ_PROBE"), probed.ctypes.data, 0, 0)
-        self._run(program, self._counts(Live(0, 0, 0)))
+        self._probe("READ_PROBE", probed)
+
+    def peak_probe(self, unit: int, turns: int) -> tuple[float, float]:
+        """Have all threads multiply and add with a unit of limits.UNITS, so many turns for each of
+        a few tasks; returns the number of operations, 0 if there is no such unit, and seconds."""
+        done, probed = np.empty((self.n_threads * _PROBE_TASKS, 2), np.float32), np.zeros(1, VIEW)
+        write_view(probed[0], done.ctypes.data, done.shape, (2, 1), views.F32_CODE)
+        seconds = self._probe("PEAK_PROBE", probed, unit, turns)
+        return float(done[:, 1].sum(dtype=np.float64)), seconds
+
+    def _probe(self, kernel: str, probed: Array, *attrs: float) -> float:
+        """Run one kernel that no op has; returns its seconds."""
+        program, seconds = np.zeros(1, INSTRUCTION), np.zeros(1)
+        numbers = np.array(attrs, np.float64)
+        address = self.library.kernel_address(kernel)
+        program[0] = (address, probed.ctypes.data, numbers.ctypes.data, 0)
+        self._run(program, self._counts(Live(0, 0, 0)), seconds)
+        return float(seconds[0])
 
 
 def _row_tiles(chunks: Iterable[tuple[int, int]], n_positions: int) -> list[tuple[int, int]]:
