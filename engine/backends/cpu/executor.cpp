@@ -146,7 +146,8 @@ class Team {
                 int64_t first, double limit) {
         program_ = program, n_ = n, live_ = live, seconds_ = seconds;
         first_ = std::max<int64_t>(first, 0);
-        deadline_ = now() + limit;
+        met_at_ = now();
+        deadline_ = met_at_ + limit;
         step_rows_.set(live);
         if (static_cast<int64_t>(counters_.size()) < n) counters_ = std::vector<Counter>(n);
         for (int64_t i = 0; first < 0 && i < n; i++)
@@ -232,7 +233,7 @@ class Team {
     void run_program(int thread) {
         const FlushDenormals flush;
         begin_matrix_products();
-        double start = seconds_ ? now() : 0;
+        double start = met_at_;
         for (int64_t i = first_; i < n_; i++) {
             const Instruction& in = program_[i];
             if (i > first_ && (in.barrier || seconds_)) {
@@ -243,16 +244,15 @@ class Team {
                 }
             }
             if (i > 0 && seconds_ && thread == 0) {
-                const double end = now();
-                seconds_[i - 1] = end - start;
-                start = end;
+                seconds_[i - 1] = met_at_ - start;
+                start = met_at_;
             }
             const Args args{in.views, in.attrs, live_, &step_rows_.rows, scratch_[thread]};
             if (!run_tasks(in, counters_[i], args, thread)) stop_at(i);
         }
         if (seconds_ && n_ > 0) {
             barrier();
-            if (thread == 0) seconds_[n_ - 1] = now() - start;
+            if (thread == 0) seconds_[n_ - 1] = met_at_ - start;
         }
         end_matrix_products();
     }
@@ -283,6 +283,8 @@ class Team {
     void barrier() {
         const uint64_t round = rounds_.load(std::memory_order_relaxed);
         if (n_threads_ == 1 || arrived_.fetch_add(1, std::memory_order_acq_rel) == n_threads_ - 1) {
+            // A thread that is held up here may miss the whole next instruction.
+            if (seconds_) met_at_ = now();
             // The last one decides for all whether they go on.
             if (time_is_up_.load(std::memory_order_relaxed))
                 all_stop_.store(true, std::memory_order_relaxed);
@@ -304,6 +306,7 @@ class Team {
     double* seconds_ = nullptr;
     int64_t first_ = 0;
     double deadline_ = 0;
+    double met_at_ = 0;  // When the run began, or a timed one's threads last met.
     bool stopping_ = false;
     std::mutex mutex_;
     std::condition_variable wake_;
