@@ -20,10 +20,12 @@ DEFAULT_CTX = 4096
 MAX_OUTPUTS = 512
 MAX_CTX = 2**31 - 1  # Positions are int32.
 CACHE_TYPES: dict[str | None, DType] = {"f32": F32, "f16": F16}
+ACTIVATIONS = (8, 15)
 GDN_MODES = ("auto", "scan", "chunk", "decomposed")
 _LEAST = {
     "n_ctx": 0, "n_batch": 0, "n_ubatch": 0, "n_parallel": 1, "n_checkpoints": 0, "cache_ram": -1,
     "cache_disk": 0, "n_snapshots": 0, "n_threads": 1, "n_gpu_layers": 0, "n_cpu_moe": 0,
+    "activations": ACTIVATIONS[0],
 }  # fmt: skip
 _FLAGS = ("cache_prompt", "strict_backend", "batch_invariant", "check")
 
@@ -50,6 +52,7 @@ class EngineConfig:
     n_snapshots: int = 0
     n_threads: int | None = None
     cpu_isa: str | None = None
+    activations: int | None = None
     type_k: str | None = None
     type_v: str | None = None
     gdn: str = "auto"
@@ -65,6 +68,8 @@ class EngineConfig:
             value, is_optional = getattr(self, name), getattr(EngineConfig, name) is None
             if not (value is None and is_optional):
                 checks.put(self, name, checks.integer(ConfigError, name, value, low, MAX_CTX))
+        if self.activations not in (None, *ACTIVATIONS):
+            checks.refuse(ConfigError, "activations", "8 or 15", self.activations)
         for name in _FLAGS:
             checks.put(self, name, checks.flag(ConfigError, name, getattr(self, name)))
         if self.cache_dir is not None:
@@ -81,9 +86,16 @@ class EngineConfig:
             checks.one_of(ConfigError, name, getattr(self, name), known)
 
     def resolved(self, traits: Traits) -> EngineConfig:
-        """The same, where sizes of steps and cache types not set come from a backend's traits."""
+        """The same, where sizes of steps and cache types not set come from a backend's traits.
+        Raises ConfigError for activations that a backend was given by name and has no choice of."""
         n_ubatch = self.n_ubatch or min(traits.n_ubatch, self.n_batch or traits.n_ubatch)
         n_batch = self.n_batch or max(2048, n_ubatch)
+        # As other options of the CPU, with `auto` this one is for the nodes that run there.
+        if self.backend != "auto" and self.activations not in (None, *traits.activations):
+            raise ConfigError(
+                f"activations (--activations): {self.backend} has no choice of them, got "
+                f"{self.activations}"
+            )
         type_k, type_v = self.type_k or traits.cache_type, self.type_v or traits.cache_type
         return replace(self, n_ubatch=n_ubatch, n_batch=n_batch, type_k=type_k, type_v=type_v)
 

@@ -96,7 +96,8 @@ class Engine:
         n_checkpoints: int = 4, cache_ram: int | None = None, cache_prompt: bool = True,
         cache_dir: str | PathLike[str] | None = None, cache_disk: int | None = None,
         n_snapshots: int = 0, n_threads: int | None = None,
-        cpu_isa: str | None = None, type_k: str | None = None, type_v: str | None = None,
+        cpu_isa: str | None = None, activations: int | None = None,
+        type_k: str | None = None, type_v: str | None = None,
         gdn: str = "auto", strict_backend: bool = False, batch_invariant: bool = False,
         n_gpu_layers: int | None = None, n_cpu_moe: int = 0, override_tensor: Sequence[str] = (),
         check: bool = False, **unknown: Never,
@@ -111,11 +112,11 @@ class Engine:
         cache_dir: where long prefixes go that leave it, at most cache_disk MiB (None: a quarter of
         what is free there, at most 16 GiB). cache_prompt: whether requests use all that, unless
         they say. n_snapshots: most states kept per token of a step. n_threads: of the CPU (None:
-        all cores). cpu_isa: amx, avx512, avx2, portable (None: the best). type_k, type_v: f32, f16
-        (None: what suits the backend). gdn: auto, scan, chunk, decomposed. strict_backend: fail
-        rather than place a node elsewhere. batch_invariant: see BackendOptions. n_gpu_layers (None:
-        all), n_cpu_moe, override_tensor: see Offload. check: name the first node with values that
-        are not finite; slow. Raises EngineError.
+        all cores). cpu_isa: amx, avx512, avx2, portable (None: the best). activations: 8 or 15, see
+        BackendOptions. type_k, type_v: f32, f16 (None: what suits the backend). gdn: auto, scan,
+        chunk, decomposed. strict_backend: fail rather than place a node elsewhere. batch_invariant:
+        see BackendOptions. n_gpu_layers (None: all), n_cpu_moe, override_tensor: see Offload.
+        check: name the first node with values that are not finite; slow. Raises EngineError.
         """
         given = {k: v for k, v in locals().items() if k in EngineConfig.__dataclass_fields__}
         start = time.perf_counter()

@@ -107,32 +107,47 @@ class Traits:
     where the user names none. own_memory: weights lie in memory of its own, which may have room for
     some layers only. overlaps_steps: it can sample on the device, so that a decode step is launched
     before the tokens of the step before are known; that takes a second state slot per sequence.
+    activations: the bits among which a user may choose for BackendOptions.activations.
     """
 
     n_ubatch: int = 512
     cache_type: str = "f16"
     own_memory: bool = False
     overlaps_steps: bool = False
+    activations: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Peaks of a machine: bytes moved and floating point operations per second. `what` names the
-    kernels that measured them."""
+    """Peaks of a machine: bytes moved per second, and operations per second of each arithmetic unit
+    that its kernels use, by the unit's name. `unit_of`: the fastest unit of an op's kernels, by the
+    op's name; all others use the first unit. `what` names the kernels that measured bytes.
+    `cache_bytes`: what the largest cache holds; None if that is not known."""
 
     bytes_per_s: float
-    flops_per_s: float
+    ops_per_s: Mapping[str, float]
     what: str
+    unit_of: Mapping[str, str] = field(default_factory=dict)
+    cache_bytes: int | None = None
+
+    def least_s(self, work: Mapping[str, int]) -> float:
+        """The seconds that operations, by name of their op, take at the peaks of their units."""
+        first = next(iter(self.ops_per_s))
+        units = {op: self.unit_of.get(op, first) for op in work}
+        return sum(n / self.ops_per_s[units[op]] for op, n in work.items())
 
 
 @dataclass(frozen=True)
 class BackendOptions:
     """n_threads: of the CPU (None: all cores). cpu_isa: its instruction set (None: the best).
-    batch_invariant: a sequence's results must not depend on what else is in the batch."""
+    batch_invariant: a sequence's results must not depend on what else is in the batch. activations:
+    bits of the integers that rows outside row tiles become, where a weight is quantized (None: what
+    suits the instruction set)."""
 
     n_threads: int | None = None
     cpu_isa: str | None = None
     batch_invariant: bool = False
+    activations: int | None = None
 
 
 class Backend(ABC):

@@ -10,6 +10,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -64,7 +65,7 @@ class ReferenceBackend(Backend):
         return self._values[tensor]
 
     def measure_limits(self) -> Limits:
-        return CpuBackend().measure_limits()
+        return replace(CpuBackend().measure_limits(), unit_of={})
 
     def release(self) -> None:
         self._weights, self.states = _WeightCache(self.dtype, self._weights.limit), ArrayStates()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,13 +22,15 @@ from engine.runtime.batch import Chunk
 
 @dataclass(frozen=True)
 class Entry:
-    """Nodes, the seconds that their instructions took together, and their work."""
+    """Nodes, the seconds that their instructions took together, and their work on the live rows;
+    `flops`: that of each op, by name."""
 
     label: str
     backend: str
     nodes: tuple[Node, ...]
     seconds: float
     cost: Cost
+    flops: Mapping[str, int]
 
     @property
     def name(self) -> str:
@@ -95,9 +98,22 @@ def entries_of(timings: Iterable[Timing], live: Live) -> list[Entry]:
             label = " + ".join(dict.fromkeys(node.op.name for node in nodes))
         joined.append((label, t.backend, nodes, seconds))
     return [
-        Entry(label, backend, tuple(nodes), s, _total([n.op.cost(n, live) for n in nodes]))
+        Entry(label, backend, tuple(nodes), s, *_work(nodes, live))
         for label, backend, nodes, s in joined
     ]
+
+
+def _work(nodes: Iterable[Node], live: Live) -> tuple[Cost, dict[str, int]]:
+    """The cost of some nodes, and the operations of each op."""
+    costs = [(node.op.name, node.op.cost(node, live)) for node in nodes]
+    return _total([cost for _, cost in costs]), _added((op, c.flops) for op, c in costs)
+
+
+def _added(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
+    sums = Counter[str]()
+    for name, n in pairs:
+        sums[name] += n
+    return dict(sums)
 
 
 def _total(costs: Sequence[Cost]) -> Cost:
@@ -106,18 +122,20 @@ def _total(costs: Sequence[Cost]) -> Cost:
 
 @dataclass(frozen=True)
 class Row:
-    """The sums over `n` entries."""
+    """The sums over `n` entries; `flops_of`: those of each op, by name."""
 
     name: str
     n: int
     seconds: float
     flops: int
     bytes: int
+    flops_of: Mapping[str, int]
 
     @classmethod
     def of(cls, name: str, entries: Sequence[Entry]) -> Row:
         seconds, cost = sum(e.seconds for e in entries), _total([e.cost for e in entries])
-        return cls(name, len(entries), seconds, cost.flops, cost.bytes)
+        flops_of = _added(pair for e in entries for pair in e.flops.items())
+        return cls(name, len(entries), seconds, cost.flops, cost.bytes, flops_of)
 
 
 def by_op(profile: StepProfile) -> list[Row]:

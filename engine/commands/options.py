@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from engine import backends
 from engine.commands import summary
-from engine.config import EngineConfig
+from engine.config import ACTIVATIONS, EngineConfig
 from engine.engine import DEMO_MODEL, Engine
 from engine.errors import EngineError
 from engine.sampling.grammar import FORMS, Grammar
@@ -103,6 +103,8 @@ _ENGINE_OPTIONS: list[OptionRow] = [
     ("-t --threads", "n_threads", {"type": _threads, "metavar": "N"}, "CPU threads (all cores)"),
     ("--cpu-isa", "cpu_isa", {"metavar": "NAME"},
      "instruction set of the CPU kernels (the best that this CPU has)"),
+    ("--activations", "activations", {"type": int, "choices": ACTIVATIONS},
+     "cpu: bits of rows outside row tiles (15; without AVX-512 8, which is faster for many)"),
     ("-np --parallel", "n_parallel", at_least(1), "sequences that run at the same time (1)"),
     ("-cram --cache-ram", "cache_ram", at_least(-1),
      "MiB for what prompts leave to later ones (a quarter of what is free, at most 8192; 0: off, "

@@ -95,8 +95,8 @@ def _table(profile: StepProfile, limits: Limits, kinds: list[Row], verbose: bool
         f"step of {profile.live.n_tokens} tokens after {profile.n_past}: "
         f"{profile.seconds * 1e3:.2f} ms, {everything.seconds / profile.seconds:.1%} of it below; "
         f"{profile.plain_seconds * 1e3:.2f} ms without timers",
-        f"this machine: {limits.bytes_per_s / 1e9:.1f} GB/s, "
-        f"{limits.flops_per_s / 1e9:.0f} GFLOP/s ({limits.what})",
+        f"this machine: {limits.bytes_per_s / 1e9:.1f} GB/s ({limits.what}); GFLOP/s: "
+        + ", ".join(f"{rate / 1e9:.0f} {unit}" for unit, rate in limits.ops_per_s.items()),
     ]
     sections = {"op": by_op(profile), "layer kind": kinds}
     if verbose:
@@ -112,11 +112,20 @@ def _cells(row: Row, total_s: float, limits: Limits) -> tuple[str, ...]:
     # A GPU's clock may see no time at all between two small kernels.
     per_second = 1 / row.seconds if row.seconds else 0.0
     bandwidth, rate = row.bytes * per_second, row.flops * per_second
+    of_limit = bandwidth / limits.bytes_per_s
     return (
         str(row.n), f"{row.seconds * 1e3:.3f}", f"{row.seconds / total_s:.1%}",
-        f"{row.bytes / 1e6:.2f}", f"{bandwidth / 1e9:.2f}", f"{bandwidth / limits.bytes_per_s:.1%}",
-        f"{row.flops / 1e9:.3f}", f"{rate / 1e9:.1f}", f"{rate / limits.flops_per_s:.1%}",
+        f"{row.bytes / 1e6:.2f}", f"{bandwidth / 1e9:.2f}",
+        f"{of_limit:.1%}" if of_limit <= 1 else _why_faster(row, limits),
+        f"{row.flops / 1e9:.3f}", f"{rate / 1e9:.1f}",
+        f"{limits.least_s(row.flops_of) * per_second:.1%}",
     )  # fmt: skip
+
+
+def _why_faster(row: Row, limits: Limits) -> str:
+    """Why a row is faster than memory: a cache held its data, or others slowed the probe."""
+    fits = limits.cache_bytes is None or row.bytes / row.n <= limits.cache_bytes
+    return "cache" if fits else "noise"
 
 
 def _line(name: str, cells: tuple[str, ...]) -> str:

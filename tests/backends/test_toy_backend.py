@@ -51,7 +51,8 @@ def registered() -> Iterator[None]:
 def engine_on(path: Path, backend: str, **options: Any) -> Engine:
     """An engine on a backend and those after it; the CPU without matrix units, so that it refuses
     the chunked delta rule, which the reference backend then takes."""
-    return Engine.load(path, backend=backend, **OPTIONS, **ROW_BY_ROW, **options)
+    isa = ROW_BY_ROW["cpu_isa"]
+    return Engine.load(path, backend=backend, **OPTIONS, cpu_isa=isa, **options)
 
 
 def toy_of(engine: Engine) -> ToyBackend:

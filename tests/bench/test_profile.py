@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from engine import Engine
 from engine.backends.base import Instruction, Limits, Timing
 from engine.backends.cpu.backend import CpuBackend
+from engine.backends.native import library as cpu_library
 from engine.bench.profile import Row, by_layer_kind, by_op, entries_of, profile_step
 from engine.commands.profile import _cells
 from engine.graph import Live, Node
@@ -23,6 +25,16 @@ from tests.support.helpers import Cli
 from tests.support.timing import judge
 
 Rng = np.random.Generator
+PEAKS = {"float32": 4e9, "int8": 9e9}
+# Products of an instruction of each unit, and instructions of a turn: float32, int8 dot, bfloat16
+# dot, int8 tiles, bfloat16 tiles; (0, 0) for those that it lacks.
+_DOTS, _NONE = (64, 12), (0, 0)
+UNITS_OF = {
+    "amx": ((16, 12), _DOTS, (32, 12), (16 * 16 * 64, 4), (16 * 16 * 32, 4)),
+    "avx512": ((16, 12), _DOTS, _NONE, _NONE, _NONE),
+    "avx2": ((8, 12), (32, 12), _NONE, _NONE, _NONE),
+    "portable": ((4, 12), _NONE, _NONE, _NONE, _NONE),
+}
 
 
 @pytest.mark.timing
@@ -128,15 +140,70 @@ def test_limits_are_those_of_a_machine() -> None:
     """Every machine reads between 0.5 GB/s and 10 TB/s from memory."""
     limits = CpuBackend(2).measure_limits()
     assert 0.5e9 < limits.bytes_per_s < 1e13
-    assert 1e8 < limits.flops_per_s < 1e16
+    assert all(1e8 < rate < 1e16 for rate in limits.ops_per_s.values())
+    assert {*limits.unit_of.values()} <= limits.ops_per_s.keys()
+
+
+@pytest.mark.parametrize(("isa", "units"), UNITS_OF.items())
+def test_the_units_of_an_instruction_set(isa: str, units: tuple[tuple[int, int], ...]) -> None:
+    """Each counts the operations of its tasks by hand, whatever becomes of their sums."""
+    if isa not in cpu_library.usable():
+        pytest.skip(f"no {isa} here")
+    backend = CpuBackend(1, isa)
+    for unit, (width, chains) in enumerate(units):
+        operations, seconds = backend.peak_probe(unit, 100)
+        assert operations == 8 * 100 * chains * 2 * width
+        assert seconds > 0 or not width
+
+
+def test_rows_are_compared_with_the_peaks_of_their_units(tiny: Path) -> None:
+    """Two products at 6e9 a second and their norm at 1e9 take a third of what they took."""
+    limits = Limits(1e9, {"float32": 1e9, "int8": 6e9}, "", {"MUL_MAT": "int8"})
+    work = {"MUL_MAT": 6_000_000, "ADD_RMS_NORM": 1_000_000}
+    assert math.isclose(limits.least_s(work), 2e-3)
+    row = Row("NODES", 3, 6e-3, flops=7_000_000, bytes=1_500_000, flops_of=work)
+    cells = _cells(row, total_s=12e-3, limits=limits)
+    assert cells == ("3", "6.000", "50.0%", "1.50", "0.25", "25.0%", "0.007", "1.2", "33.3%")
+
+
+def test_what_is_faster_than_memory_was_in_a_cache() -> None:
+    limits = Limits(1e9, {"float32": 1e9}, "")
+    row = Row("NODE", 1, 1e-6, flops=500, bytes=1001, flops_of={"NODE": 500})
+    assert _cells(row, 1.0, limits)[4:6] == ("1.00", "cache")
+    at_limit = Row("NODE", 1, 1e-6, flops=500, bytes=1000, flops_of={"NODE": 500})
+    assert _cells(at_limit, 1.0, limits)[4:6] == ("1.00", "100.0%")
+    # Unless no cache has room for a node's.
+    for n, word in ((1, "noise"), (2, "cache")):
+        row = Row("NODES", n, 1e-6, flops=0, bytes=1001, flops_of={})
+        assert _cells(row, 1.0, replace(limits, cache_bytes=600))[5] == word
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize("n_tokens", [1, 256])
+def test_no_row_exceeds_the_peaks(tiny: Path, rng: Rng, n_tokens: int) -> None:
+    """On this machine, with each instruction set: rows of ops, layers and nodes; but of memory's,
+    which then say why."""
+    for isa in cpu_library.usable():
+        with Engine.load(tiny, backend="cpu", cpu_isa=isa, n_ctx=256) as engine:
+
+            def highest(engine: Engine = engine) -> float:
+                limits = engine.plan.backends[0].measure_limits()
+                profile = profile_step(engine, n_tokens, 0, 3, rng)
+                rows = [*by_op(profile), *by_layer_kind(profile, engine.plan.graph.layer_kinds)]
+                rows += [Row.of(e.name, [e]) for e in profile.entries]
+                shown = {_cells(row, profile.seconds, limits)[5] for row in rows}
+                assert all(float(c[:-1]) <= 100 for c in shown - {"cache", "noise"}), shown
+                return max(limits.least_s(r.flops_of) / r.seconds for r in rows if r.seconds)
+
+            judge(f"{isa}, {n_tokens} tokens: of peak", highest, 0, 1)
 
 
 def test_the_table(tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CpuBackend, "measure_limits", lambda cpu: Limits(2e9, 4e9, "probed"))
+    monkeypatch.setattr(CpuBackend, "measure_limits", lambda cpu: Limits(2e9, PEAKS, "probed"))
     status, out, _ = cli("profile", "-m", tiny, "-p", 20, "-d", 10, "-r", 1)
     assert status == 0
     assert "step of 20 tokens after 10" in out
-    assert "2.0 GB/s, 4 GFLOP/s (probed)" in out
+    assert "2.0 GB/s (probed); GFLOP/s: 4 float32, 9 int8" in out
     rows = re.findall(r"^(\S.*?) +(\d+) +([\d.]+) +([\d.]+)% +([\d.]+) +([\d.]+) ", out, re.M)
     total = next(row for row in rows if row[0] == "total")
     ops = [row for row in rows if row[0].isupper()]
@@ -172,8 +239,9 @@ def test_a_terminal_shows_what_is_being_done(
 
 def test_what_took_no_time_has_no_rate() -> None:
     """A GPU's clock may show no time for a small kernel."""
-    limits = Limits(bytes_per_s=1e9, flops_per_s=1e9, what="")
-    cells = _cells(Row("NODE", 1, 0.0, flops=5, bytes=7), total_s=1.0, limits=limits)
+    limits = Limits(1e9, {"float32": 1e9}, "")
+    row = Row("NODE", 1, 0.0, flops=5, bytes=7, flops_of={"NODE": 5})
+    cells = _cells(row, total_s=1.0, limits=limits)
     assert cells == ("1", "0.000", "0.0%", "0.00", "0.00", "0.0%", "0.000", "0.0", "0.0%")
 
 

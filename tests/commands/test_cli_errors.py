@@ -67,6 +67,7 @@ def test_unknown_options(cli: Cli, command: tuple[str, ...]) -> None:
         (("-ctk", "q4_0"), "-ctk/--cache-type-k: invalid choice: 'q4_0'"),
         (("-ctv", "F16"), "-ctv/--cache-type-v: invalid choice: 'F16'"),
         (("--backend", "vulkan"), "--backend: invalid choice: 'vulkan'"),
+        (("--activations", 16), "--activations: invalid choice: 16"),
         (("-f", "x"), "-f/--file: not allowed with argument -p/--prompt"),
     ],
 )

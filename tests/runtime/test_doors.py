@@ -18,6 +18,7 @@ import pytest
 
 import engine as package
 from engine import ChatTemplate, Chunk, Engine, EngineError, Logits, SamplingParams, Tokenizer
+from engine.backends.cuda.backend import CudaBackend
 from engine.config import EngineConfig
 from engine.text.template import BUILT_IN
 from tests.support.helpers import assert_all_free
@@ -60,6 +61,11 @@ def refused(call: Callable[[], Any]) -> str:
         ({"backend": ["cpu"]}, "backend: expected one of auto, cpu, cuda, reference, got ['cpu']"),
         ({"type_k": 16}, "type_k: expected one of f32, f16, got 16"),
         ({"cpu_isa": 2}, "cpu_isa: expected a text, got 2"),
+        ({"activations": 8.0}, "activations: expected an integer, got 8.0"),
+        ({"activations": 9}, "activations: expected 8 or 15, got 9"),
+        ({"activations": 16}, "activations: expected at most 15, got 16"),
+        ({"backend": "reference", "activations": 8},
+         "activations (--activations): reference has no choice of them, got 8"),
         ({"strict_backend": "yes"}, "strict_backend: expected true or false, got 'yes'"),
         ({"check": 1}, "check: expected true or false, got 1"),
         ({"override_tensor": 3}, "override_tensor: expected a sequence of texts, got 3"),
@@ -71,6 +77,16 @@ def refused(call: Callable[[], Any]) -> str:
 )  # fmt: skip
 def test_options_of_an_engine(tiny: Path, options: dict[str, Any], said: str) -> None:
     assert refused(lambda: Engine.load(tiny, **options)) == said
+
+
+def test_activations_are_the_choice_of_a_cpu() -> None:
+    """A GPU refuses them by its name; with `auto` they are for the nodes that a CPU runs."""
+    line = refused(
+        lambda: EngineConfig(backend="cuda", activations=15).resolved(CudaBackend.traits)
+    )
+    assert line == "activations (--activations): cuda has no choice of them, got 15"
+    config = EngineConfig(activations=8).resolved(CudaBackend.traits)
+    assert config.activations == 8
 
 
 @pytest.mark.parametrize("path", [5, b"model.gguf", ["model.gguf"], object, ""])

@@ -63,10 +63,14 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+def row_by_row(backend: str) -> dict[str, Any]:
+    return ROW_BY_ROW if backend == "cpu" else {}
+
+
 @pytest.fixture(params=[False, True], ids=["logits only", "every node"])
 def engine(bad_row: Path, request: pytest.FixtureRequest, backend: str) -> Iterator[Engine]:
     options: dict[str, Any] = {"n_ctx": 512, "n_parallel": 3, "n_ubatch": 192, "n_checkpoints": 2}
-    options |= {"backend": backend, "check": request.param, **ROW_BY_ROW}
+    options |= {"backend": backend, "check": request.param, **row_by_row(backend)}
     with Engine.load(bad_row, **options) as engine, np.errstate(all="ignore"):
         yield engine
         assert_all_free(engine)
@@ -75,7 +79,7 @@ def engine(bad_row: Path, request: pytest.FixtureRequest, backend: str) -> Itera
 
 @pytest.fixture(scope="module")
 def sane(models: Callable[[str, str], Path], backend: str) -> Engine:
-    options: dict[str, Any] = {"n_ctx": 512, "n_ubatch": 128, **ROW_BY_ROW}
+    options: dict[str, Any] = {"n_ctx": 512, "n_ubatch": 128, **row_by_row(backend)}
     return Engine.load(models("tiny-untied", "F32"), backend=backend, **options)
 
 

@@ -25,7 +25,7 @@ from engine.server.replays import Replays
 from engine.text.template import ChatError, Sampled
 from tests.runtime.test_chats import special_model
 from tests.support.chats import CHATML, JSON_STYLE, KIMI_STYLE, QWEN35_STYLE, TOOLS, Messages
-from tests.support.helpers import assert_all_free
+from tests.support.helpers import ROW_BY_ROW, assert_all_free
 from tests.support.talk import CACHE_RAM, GREEDY, assert_cache_right, assert_right, forced, marks
 
 USER = {"role": "user", "content": "a"}
@@ -54,12 +54,12 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fresh(path: Path) -> Engine:
-    return Engine.load(path, n_ctx=1024, cache_ram=0)
+    return Engine.load(path, n_ctx=1024, cache_ram=0, **ROW_BY_ROW)
 
 
 @pytest.fixture
 def engine(path: Path) -> Iterator[Engine]:
-    with Engine.load(path, n_ctx=1024, cache_ram=CACHE_RAM) as engine:
+    with Engine.load(path, n_ctx=1024, cache_ram=CACHE_RAM, **ROW_BY_ROW) as engine:
         yield engine
         assert_all_free(engine)
 

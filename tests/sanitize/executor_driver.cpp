@@ -67,7 +67,7 @@ struct Program {
     // What one thread makes of the buffers.
     void run_alone(Buffers& buffers, int n) const {
         std::vector<char> scratch(SCRATCH_BYTES);
-        const int64_t live[N_DIMS + 1] = {};
+        const int64_t live[N_DIMS + 3] = {};
         for (int i = 0; i < n; i++) {
             auto &out = buffers[targets[i]], &in = buffers[sources[i]];
             View pair[2] = {views[2 * i], views[2 * i + 1]};
@@ -95,7 +95,7 @@ bool agrees(int n_threads) {
     Buffers buffers = fresh_buffers(), expected = buffers;
     const Program program(buffers);
     std::vector<double> seconds(N_INSTRUCTIONS);
-    const int64_t live[N_DIMS + 1] = {};
+    const int64_t live[N_DIMS + 3] = {};
     void* team = gdn_team_create(n_threads);
     bool good = true;
     int n_pieces = 0;

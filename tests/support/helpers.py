@@ -65,9 +65,11 @@ def engine_on(backend: ReferenceBackend, path: Path, **options: Any) -> Engine:
     return engine
 
 
-# The best instruction set whose kernels compute a row the same way wherever it is in a batch. With
-# matrix units they don't: row tiles are rounded to bfloat16, remainder rows are not.
-ROW_BY_ROW: dict[str, Any] = {"cpu_isa": next(isa for isa in cpu_library.usable() if isa != "amx")}
+# Options of the CPU backend with which a row is computed the same way wherever it is in a batch:
+# all rows are rounded to int8, and no row tiles to bfloat16 by matrix units.
+ROW_BY_ROW: dict[str, Any] = {
+    "cpu_isa": next(isa for isa in cpu_library.usable() if isa != "amx"), "activations": 8,
+}  # fmt: skip
 # Backends whose logits are the same however tokens are cut and mixed: to 1e-15, and exactly.
 EXACT = ("float64", "cpu")
 

@@ -89,6 +89,20 @@ def test_threads_are_timed_beside_neighbours() -> None:
     assert re.findall(row, result.stdout, re.M) == ["0", "0", "1", "1"]
 
 
+def test_activations_are_compared(tiny: Path) -> None:
+    options = ("--tokens", 15, "-np", "1,3", "-n", 2, "-r", 1)
+    result = run("tools/activations.py", tiny, *options)
+    assert (result.returncode, result.stderr) == (0, "")
+    number = r"\d\.\de[+-]\d\d"
+    rows = re.findall(rf"^\| {tiny.name} \| (\d+) \|((?: {number} \|){{4}})$", result.stdout, re.M)
+    errors = {bits: list(map(float, cells.split("|")[:4])) for bits, cells in rows}
+    # 15 tokens are no row tile, so that a prompt of them has the rows of token by token.
+    assert all(cells[:2] == cells[2:] for cells in errors.values())
+    assert errors["15"][0] < 1e-2 * errors["8"][0]
+    speeds = re.findall(r"^\| .* \| (\d) \| [\d.]+ \| [\d.]+ \| \d\.\d{3} \|$", result.stdout, re.M)
+    assert speeds == ["1", "3"]
+
+
 @pytest.mark.parametrize(
     ("options", "n_rows"),
     [

@@ -15,7 +15,9 @@ def _describe() -> str:
 REGISTRATION = Registration(
     "cpu",
     CpuBackend.traits,
-    make=lambda options: CpuBackend(options.n_threads, options.cpu_isa),
+    make=lambda options: CpuBackend(
+        options.n_threads, options.cpu_isa, activations=options.activations
+    ),
     # `auto` takes it even where it isn't built: its error says how to build it.
     missing=lambda: "",
     describe=_describe,

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from engine.backends.base import Array, Limits, Split
+from engine.backends.base import Array, Limits, Split, Traits
 from engine.backends.cpu import limits
 from engine.backends.cpu.fusion import FUSIONS
 from engine.backends.cpu.lower import CpuCall, Lowering
@@ -36,8 +36,13 @@ from engine.threads import n_cores
 _MAX_LATENT = 1024
 # How long a step runs before signals are handled, or until the tasks at hand are done.
 PIECE_SECONDS = 0.05
+# Tasks of a probe for each thread, so that one that is held up leaves some to the others.
+_PROBE_TASKS = 8
 # Fewer rows of a sequence are computed one by one, others as row tiles.
 _MIN_TILE_ROWS = 16
+# Bits of rows outside row tiles: 15 where that costs at most 3 % of generation (measured, see
+# docs/benchmarks.md).
+_ACTIVATIONS = {"amx": 15, "avx512": 15, "avx2": 8, "portable": 8}
 
 
 class CpuProgram(NativeProgram["CpuBackend"]):
@@ -45,7 +50,7 @@ class CpuProgram(NativeProgram["CpuBackend"]):
 
     def __init__(self, backend: CpuBackend, split: Split, fused: bool = True) -> None:
         super().__init__(backend, split, fused)
-        lowering = Lowering(backend.library, self._readers, backend.matrix)
+        lowering = Lowering(backend.library, self._readers, backend.matrix, backend.has_fine)
         self._lower(lowering, FUSIONS, Lowering.add)
         self._place(lowering.calls, (call.phase for call in lowering.calls))
         self._lay_out(lowering.calls)
@@ -94,18 +99,22 @@ class CpuProgram(NativeProgram["CpuBackend"]):
 class CpuBackend(NativeBackend):
     """Runs on `n_threads` threads (None: all cores) with the kernels of `isa` (None: the best).
     `matrix`: whether row tiles are multiplied as bfloat16 tiles (None: where there are matrix
-    units; elsewhere it is slow, and for tests)."""
+    units; elsewhere it is slow, and for tests). `activations`: bits of the integers that rows
+    outside row tiles become where weights are quantized, 8 or 15 (None: what suits `isa`)."""
 
     name = "cpu"
+    traits = Traits(activations=(8, 15))
     kernels = frozenset((*SIGNATURES, "MUL_MAT", "MUL_MAT_ID"))
     states: ArrayStates
     weights: CpuWeights
 
     def __init__(
-        self, n_threads: int | None = None, isa: str | None = None, matrix: bool | None = None
-    ) -> None:
+        self, n_threads: int | None = None, isa: str | None = None, matrix: bool | None = None,
+        activations: int | None = None,
+    ) -> None:  # fmt: skip
         self.library = cpu_library.load(isa)
         self.matrix = self.library.isa == "amx" if matrix is None else matrix
+        self.has_fine = (activations or _ACTIVATIONS[self.library.isa]) > 8
         self.n_threads = n_threads or n_cores()
         threads = "1 thread" if self.n_threads == 1 else f"{self.n_threads} threads"
         self.detail = f"{self.library.isa} kernels, {threads}"
@@ -170,10 +179,16 @@ class CpuBackend(NativeBackend):
         """Pack the live counts and row tiles, then run some instructions of a program."""
         self._live = live
         n_positions = self.library.constant("max_tile_rows")
-        tiles = _row_tiles(live.chunks, n_positions) if self.matrix else []
+        # Where rows are alike, no row tile makes a difference.
+        is_uniform = not (self.matrix or self.has_fine)
+        tiles = [] if is_uniform else _row_tiles(live.chunks, n_positions)
+        self._run(instructions, self._counts(live, tiles), seconds)
+
+    def _counts(self, live: Live, tiles: Sequence[tuple[int, int]] = ()) -> Array:
+        """What StepRows (executor.cpp) reads of a step, int64."""
         dims = [live.dim(name) or 0 for name in views.DIMS]
-        counts = np.array([*dims, len(tiles), *itertools.chain(*tiles)], np.int64)
-        self._run(instructions, counts, seconds)
+        kinds = (self.matrix, self.has_fine, len(tiles))
+        return np.array([*dims, *kinds, *itertools.chain(*tiles)], np.int64)
 
     def _run(self, instructions: Array, counts: Array, seconds: Array | None = None) -> None:
         times = None if seconds is None else seconds.ctypes.data
@@ -186,22 +201,37 @@ class CpuBackend(NativeBackend):
                 raise NotEnoughMemoryError("out of memory: a step could not begin")
 
     def measure_limits(self) -> Limits:
-        return limits.measure(self.read_probe)
+        return limits.measure(self.library.isa, self.read_probe, self.peak_probe)
 
     def read_probe(self, rows: Array) -> None:
         """Read float32 rows [n, a multiple of 64] once, with all threads; for timing."""
         words, probed = np.empty(len(rows), np.int32), np.zeros(2, VIEW)
         write_view(probed[0], words.ctypes.data, words.shape, (1,), views.I32_CODE)
         write_view(probed[1], rows.ctypes.data, rows.shape, (rows.shape[1], 1), views.F32_CODE)
-        program = np.zeros(1, INSTRUCTION)
-        program[0] = (self.library.kernel_address("READ_PROBE"), probed.ctypes.data, 0, 0)
-        self._run(program, np.zeros(len(views.DIMS) + 1, np.int64))
+        self._probe("READ_PROBE", probed)
+
+    def peak_probe(self, unit: int, turns: int) -> tuple[float, float]:
+        """Have all threads multiply and add with a unit of limits.UNITS, so many turns for each of
+        a few tasks; returns the number of operations, 0 if there is no such unit, and seconds."""
+        done, probed = np.empty((self.n_threads * _PROBE_TASKS, 2), np.float32), np.zeros(1, VIEW)
+        write_view(probed[0], done.ctypes.data, done.shape, (2, 1), views.F32_CODE)
+        seconds = self._probe("PEAK_PROBE", probed, unit, turns)
+        return float(done[:, 1].sum(dtype=np.float64)), seconds
+
+    def _probe(self, kernel: str, probed: Array, *attrs: float) -> float:
+        """Run one kernel that no op has; returns its seconds."""
+        program, seconds = np.zeros(1, INSTRUCTION), np.zeros(1)
+        numbers = np.array(attrs, np.float64)
+        address = self.library.kernel_address(kernel)
+        program[0] = (address, probed.ctypes.data, numbers.ctypes.data, 0)
+        self._run(program, self._counts(Live(0, 0, 0)), seconds)
+        return float(seconds[0])
 
 
 def _row_tiles(chunks: Iterable[tuple[int, int]], n_positions: int) -> list[tuple[int, int]]:
-    """The rows that matrix units compute together: (first row, rows) of each run of at least
-    _MIN_TILE_ROWS rows of a sequence whose positions lie between two multiples of `n_positions`;
-    chunks: see Live.
+    """The rows that matrix units compute together, and that become int8: (first row, rows) of each
+    run of at least _MIN_TILE_ROWS rows of a sequence whose positions lie between two multiples of
+    `n_positions`; chunks: see Live.
 
     Kernels of row tiles sum in another order than those of single rows. As chunks of prompts end
     at multiples of 64, the rows of a row tile depend on their sequence alone, not on how it is cut

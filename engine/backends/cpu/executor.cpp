@@ -15,6 +15,7 @@
 #include <map>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <system_error>
 #include <utility>
 #include <vector>
@@ -52,25 +53,37 @@ constexpr int TURNS_PER_LOOK = 8;
 // The rows of a step as kernels read them.
 class StepRows {
    public:
-    // `live`: the live counts, then the number of row tiles and the tiles.
+    // `live`: the live counts, whether kernels see the row tiles (matrix units), whether rows
+    // outside them are fine, the number of row tiles, the tiles.
     void set(const int64_t* live) {
-        const int64_t n_tiles = live[N_DIMS], n_tokens = live[N_TOKENS];
-        const auto* tiles = reinterpret_cast<const RowTile*>(live + N_DIMS + 1);
-        tiled_.clear(), remainder_.clear();
+        const bool is_matrix = live[N_DIMS] != 0, has_fine = live[N_DIMS + 1] != 0;
+        const int64_t n_tiles = live[N_DIMS + 2], n_tokens = live[N_TOKENS];
+        const auto* tiles = reinterpret_cast<const RowTile*>(live + N_DIMS + 3);
+        by_kind_.clear(), others_.clear();
+        fine_.assign(n_tokens, has_fine);
         int32_t row = 0;
         for (const RowTile* tile = tiles; tile < tiles + n_tiles; tile++) {
-            while (row < tile->row) remainder_.push_back(row++);
-            while (row < tile->row + tile->n) tiled_.push_back(row++);
+            while (row < tile->row) others_.push_back(row++);
+            for (; row < tile->row + tile->n; row++) by_kind_.push_back(row), fine_[row] = 0;
         }
-        while (row < n_tokens) remainder_.push_back(row++);
-        const auto n = static_cast<int64_t>(remainder_.size());
-        rows = {tiles, tiled_.data(), remainder_.data(), n_tiles, n_tokens - n, n};
+        while (row < n_tokens) others_.push_back(row++);
+        const auto n = static_cast<int64_t>(by_kind_.size()), n_tiled = is_matrix ? n : 0;
+        by_kind_.insert(by_kind_.end(), others_.begin(), others_.end());
+        if (!is_matrix) {
+            others_.resize(n_tokens);
+            std::iota(others_.begin(), others_.end(), 0);
+        }
+        rows = {tiles,           by_kind_.data(),    others_.data(),
+                by_kind_.data(), fine_.data(),       is_matrix ? n_tiles : 0,
+                n_tiled,         n_tokens - n_tiled, n,
+                has_fine};
     }
 
     Rows rows{};
 
    private:
-    std::vector<int32_t> tiled_, remainder_;
+    std::vector<int32_t> by_kind_, others_;
+    std::vector<uint8_t> fine_;
 };
 
 // One cache line for each counter.
@@ -129,6 +142,7 @@ class Executor {
         program_ = program, n_ = n, live_ = live, seconds_ = seconds;
         first_ = std::max<int64_t>(first, 0);
         const double start = now();
+        met_at_ = start;
         step_rows_.set(live);
         if (static_cast<int64_t>(counters_.size()) < n) counters_ = std::vector<Counter>(n);
         for (int64_t i = 0; first < 0 && i < n; i++)
@@ -167,7 +181,7 @@ class Executor {
     void run_program(int thread) {
         const FlushDenormals flush;
         begin_matrix_products();
-        double start = seconds_ ? now() : 0;
+        double start = met_at_;
         for (int64_t i = first_; i < n_; i++) {
             const Instruction& in = program_[i];
             if (i > first_ && (in.barrier || seconds_)) {
@@ -178,9 +192,8 @@ class Executor {
                 }
             }
             if (i > 0 && seconds_ && thread == 0) {
-                const double end = now();
-                seconds_[i - 1] = end - start;
-                start = end;
+                seconds_[i - 1] = met_at_ - start;
+                start = met_at_;
             }
             const Args args{in.views,         in.attrs,         live_,
                             &step_rows_.rows, scratch_[thread], scratch_.size()};
@@ -188,7 +201,7 @@ class Executor {
         }
         if (seconds_ && n_ > 0) {
             barrier();
-            if (thread == 0) seconds_[n_ - 1] = now() - start;
+            if (thread == 0) seconds_[n_ - 1] = met_at_ - start;
         }
         end_matrix_products();
     }
@@ -219,6 +232,8 @@ class Executor {
     // The last thread to come decides for all whether they go on.
     void barrier() {
         team_.barrier([this] {
+            // A thread that is held up here may miss the whole next instruction.
+            if (seconds_) met_at_ = now();
             if (time_is_up_.load(std::memory_order_relaxed))
                 all_stop_.store(true, std::memory_order_relaxed);
         });
@@ -236,6 +251,7 @@ class Executor {
     double deadline_ = 0, step_seconds_ = 0, step_waited_ = 0;
     bool is_mixed_ = false;  // Whether pieces of a step had different numbers of threads.
     int n_threads_ = 1;
+    double met_at_ = 0;  // When the run began, or a timed one's threads last met.
     // Thread 0 alone counts its turns.
     alignas(64) unsigned turns_ = 0;
     // Read at every turn, written when a run begins and when its time is up.

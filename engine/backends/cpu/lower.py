@@ -39,10 +39,13 @@ class CpuCall(KernelCall):
 
 class Lowering:
     """The calls of a split, in order, with their phases. With `matrix`, row tiles are multiplied as
-    bfloat16 tiles."""
+    bfloat16 tiles; with `has_fine`, rows outside them become 15-bit integers."""
 
-    def __init__(self, library: Library, readers: Readers, matrix: bool = False) -> None:
+    def __init__(
+        self, library: Library, readers: Readers, matrix: bool = False, has_fine: bool = False
+    ) -> None:
         self._constant, self._readers, self._matrix = library.constant, readers, matrix
+        self._n_planes = 2 if has_fine else 1  # Bytes of a column.
         self.calls: list[CpuCall] = []
         # Conversions of activations, which all their readers share.
         self._converted: dict[tuple[Any, ...], tuple[Scratch, ...]] = {}
@@ -82,7 +85,7 @@ class Lowering:
             self._append("MUL_MAT", [node], operands, [], 1)
 
     def _activation(self, node: Node, weights: Sequence[Tensor]) -> list[Ref]:
-        """x as mul_mat.h reads it: float32, int8 with scales and sums, and bfloat16 tiles."""
+        """x as mul_mat.h reads it: float32, integers with scales and sums, and bfloat16 tiles."""
         x = node.inputs["x"]
         tiles = self._round(node, x, weights, tiled=True)
         return [x, *self._quantize(node, x, weights, only_remainder=tiles is not None), tiles]
@@ -133,12 +136,13 @@ class Lowering:
     def _quantize(
         self, node: Node, x: Tensor, weights: Sequence[Tensor], only_remainder: bool
     ) -> tuple[Ref, ...]:
-        """x as int8 with scales and sums, if a weight needs that; of all rows, or the remainder."""
+        """x as integers with scales and sums, if a weight needs that; of all rows, or the
+        remainder."""
         if not any(map(is_quantized, weights)):
             return (None, None, None)
         *lead, n_in = x.shape
         shapes = (
-            ((*lead, n_in), I8),
+            ((*lead, self._n_planes * n_in), I8),
             ((*lead, n_in // self._constant("k_block")), F32),
             ((*lead, n_in // self._constant("sum_group")), I32),
         )

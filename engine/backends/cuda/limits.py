@@ -23,7 +23,8 @@ def measure(device: Device) -> Limits:
     product = Gemm(target.address, memory.address, memory.address, n, n, n)
     copy_s = min(timed(device, lambda: device.copy(target.address, memory.address, size)))
     multiply_s = min(timed(device, lambda: device.gemm(product)))
-    return Limits(2 * size / copy_s, 2 * n**3 / multiply_s, "copied; bfloat16 products, cuBLAS")
+    peaks = {"bfloat16 products, cuBLAS": 2 * n**3 / multiply_s}
+    return Limits(2 * size / copy_s, peaks, "copied")
 
 
 def timed(device: Device, action: Callable[[], object], n_times: int = _REPEATS) -> Sequence[float]:

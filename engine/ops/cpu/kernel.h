@@ -40,11 +40,20 @@ struct RowTile {
 
 constexpr int64_t MAX_TILE_ROWS = 64;
 
-// A step's row tiles, its rows in tiles and its remainder rows, each in order.
+// A step's row tiles, its rows in tiles and its remainder rows, each in order; without matrix units
+// there are no tiles, and all rows are remainder rows. Products round rows by their place: `by_kind`
+// lists those in row tiles, then the others, with matrix units or without.
 struct Rows {
     const RowTile* tiles;
-    const int32_t *tiled, *remainder;
-    int64_t n_tiles, n_tiled, n_remainder;
+    const int32_t *tiled, *remainder, *by_kind;
+    const uint8_t* fine;  // Of each row: whether it becomes 15-bit integers, or else int8.
+    int64_t n_tiles, n_tiled, n_remainder, n_coarse;
+    bool has_fine;  // Whether rows outside row tiles are fine.
+
+    // Whether row t of an activation is fine; rows of another axis than the step's are in no tile.
+    bool is_fine(const View& x, int64_t t) const {
+        return x.dim == N_TOKENS ? fine[t] != 0 : has_fine;
+    }
 };
 
 struct Args {

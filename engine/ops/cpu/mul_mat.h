@@ -9,8 +9,8 @@
 
 namespace gdn {
 
-// An activation's views, one after another among a kernel's operands: float32 rows; int8 rows with
-// scales and sums (absent where the weights are plain); and the rows of row tiles as bfloat16 tiles
+// An activation's views, one after another among a kernel's operands: float32 rows; integer rows
+// with scales and sums (absent where the weights are plain); and the rows of row tiles as bfloat16 tiles
 // (absent where there are none: then those rows are multiplied one by one like all others).
 struct Activation {
     const View &x, &q, &scale, &sum, &tiles;
@@ -29,12 +29,14 @@ struct Activation {
     const bf16* tiled(int64_t first) const { return tiles.as<bf16>() + first * x.shape[1]; }
     // Rows that are multiplied one by one: how many of n, and which.
     int64_t n_single(int64_t n) const { return tiles ? step.n_remainder : n; }
-    int64_t single(int64_t i) const { return tiles ? step.remainder[i] : i; }
+    int64_t single(int64_t i) const {
+        return tiles ? step.remainder[i] : x.dim == N_TOKENS ? step.by_kind[i] : i;
+    }
 
     Row row(int64_t t) const {
-        if (!q) return {x.row(t), nullptr, nullptr, nullptr};
+        if (!q) return {x.row(t), nullptr, nullptr, nullptr, false};
         return {x.row(t), q.as<int8_t>() + t * q.stride[0], scale.row(t),
-                sum.as<int32_t>() + t * sum.stride[0]};
+                sum.as<int32_t>() + t * sum.stride[0], step.is_fine(x, t)};
     }
 };
 

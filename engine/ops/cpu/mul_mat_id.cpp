@@ -18,7 +18,7 @@ namespace {
 
 namespace sorting {
 
-// STARTS [2 · experts + 1]: where an expert's pairs of tiled rows begin, then of remainder rows.
+// STARTS [2 · experts + 1]: where an expert's pairs of rows in row tiles begin, then of other rows.
 enum { ORDER, STARTS, IDS };
 
 // A counting sort; pairs of one kind stay in their order.
@@ -27,7 +27,7 @@ void run(const Args& a, int64_t, int64_t) {
     const int64_t n_tokens = a.rows(ids), n_used = ids.shape[1], n_starts = a.v[STARTS].shape[0];
     auto *order = a.v[ORDER].as<int32_t>(), *starts = a.v[STARTS].as<int32_t>();
     const auto for_pairs = [&](auto f) {
-        const int32_t *next = a.step->tiled, *stop = next + a.step->n_tiled;
+        const int32_t *next = a.step->by_kind, *stop = next + a.step->n_coarse;
         for (int64_t t = 0; t < n_tokens; t++) {
             const bool is_remainder = next == stop || *next != t;
             next += !is_remainder;
@@ -156,12 +156,12 @@ const T* flat_row(const View& v, int64_t i) {
 
 Row row_of(const Args& a, int64_t pair) {
     const int64_t i = row_index(a, pair);
-    if (!a.v[Q]) return {flat_row<float>(a.v[X], i), nullptr, nullptr, nullptr};
+    if (!a.v[Q]) return {flat_row<float>(a.v[X], i), nullptr, nullptr, nullptr, false};
     return {flat_row<float>(a.v[X], i), flat_row<int8_t>(a.v[Q], i), flat_row<float>(a.v[SCALE], i),
-            flat_row<int32_t>(a.v[SUM], i)};
+            flat_row<int32_t>(a.v[SUM], i), a.step->is_fine(a.v[X], pair / a.v[IDS].shape[1])};
 }
 
-// Panels begin … end - 1 of an expert's matrix times n ≤ TILE of the expert's pairs.
+// Panels begin … end - 1 of an expert's matrix times n ≤ TILE of the expert's pairs, of one kind.
 void multiply_panels(const Args& a, int64_t expert, int64_t begin, int64_t end,
                      const int32_t* pairs, int64_t n) {
     const int64_t n_in = a.v[MATRIX].shape[2], room = gathered_bytes(n_in);
@@ -172,7 +172,7 @@ void multiply_panels(const Args& a, int64_t expert, int64_t begin, int64_t end,
     // Rows that go through tiles, 16 by 16. Too few left are multiplied one by one, with the same
     // bits.
     const int64_t rest = n % SIDE, n_tiled = rest < min_gathered(layout) ? n - rest : n;
-    const int64_t n_gathered = by_tiles(a) ? n_tiled : 0;
+    const int64_t n_gathered = by_tiles(a) && !rows[0].is_fine ? n_tiled : 0;
     for (int64_t i = 0; i < n_gathered; i += SIDE)
         gather_bytes(layout, rows + i, std::min<int64_t>(SIDE, n - i), n_in,
                      a.scratch + i / SIDE * room);
@@ -194,16 +194,22 @@ void run(const Args& a, int64_t begin, int64_t end) {
     const auto *order = a.v[ORDER].as<int32_t>(), *starts = a.v[STARTS].as<int32_t>();
     for (int64_t task = begin; task < end; task++) {
         const int64_t expert = task / groups, p = task % groups * n;
-        const int64_t first = starts[2 * expert + (a.v[PACKED_X] ? 1 : 0)];
-        const int64_t last = starts[2 * expert + 2];
+        const int64_t others = starts[2 * expert + 1], last = starts[2 * expert + 2];
+        const int64_t first = a.v[PACKED_X] ? others : starts[2 * expert];
         if (first == last) {
             // The rest of this expert's panels have nothing to do either.
             task = (expert + 1) * groups - 1;
             continue;
         }
-        for (int64_t i = first; i < last; i += TILE)
-            multiply_panels(a, expert, p, std::min(n_panels(a), p + n), order + i,
-                            std::min(TILE, last - i));
+        const auto multiply_pairs = [&](int64_t from, int64_t to) {
+            for (int64_t i = from; i < to; i += TILE)
+                multiply_panels(a, expert, p, std::min(n_panels(a), p + n), order + i,
+                                std::min(TILE, to - i));
+        };
+        // Pairs of both kinds may share tiles, unless one is fine.
+        const int64_t middle = a.step->has_fine ? others : last;
+        multiply_pairs(first, middle);
+        multiply_pairs(middle, last);
     }
 }
 

@@ -1,5 +1,5 @@
-// Products with quantized weights take int8 activations with a float32 scale per 32 columns: dot
-// products of a group are exact integers, groups are summed in float32.
+// Products with quantized weights take integer activations, int8 or 15 bits, with a float32 scale
+// per 32 columns: dot products of a group are exact integers, groups are summed in float32.
 
 #include "product.h"
 
@@ -10,7 +10,7 @@
 namespace gdn {
 namespace {
 
-// `dot_words` adds this multiple of the activation's sum to the sum of products.
+// The integers that `dot_words` multiplies are larger than the weight's by so much.
 template <typename F>
 constexpr int offset_of() {
 #if defined(__AVX512VNNI__)
@@ -20,54 +20,62 @@ constexpr int offset_of() {
 #endif
 }
 
-// dot[t][p] = Σ word · x[t] over words FIRST … LAST - 1 of a k-block, for the W rows of each part
+// dot[t][p] += Σ word · x[t] over words FIRST … LAST - 1 of a k-block, for the W rows of each part
 // p.
-template <typename F, int FIRST, int LAST, int NT>
+template <typename F, int FIRST, int LAST, bool FINE, int NT>
 GDN_INLINE void dot_words(const uint8_t* planes, const int8_t* const* x, vi (*dot)[PARTS]) {
+    // Where a k-block's low bytes lie, which int8 alone are.
+    constexpr int LOW = FINE ? K_BLOCK : 0;
 #if defined(__AVX512VNNI__)
-    __m512i sums[NT];
-    for (int t = 0; t < NT; t++) sums[t] = _mm512_setzero_si512();
+    __m512i low[NT], high[NT];
+    for (int t = 0; t < NT; t++) {
+        low[t] = reinterpret_cast<__m512i>(dot[t][0]);
+        high[t] = _mm512_setzero_si512();
+    }
+    const auto add = [](__m512i sum, __m512i w, const int8_t* x) __attribute__((always_inline)) {
+        return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(load_as<int>(x)));
+    };
     for_constants<FIRST, LAST>([&](auto i) __attribute__((always_inline)) {
         __m512i w = reinterpret_cast<__m512i>(word<F, i>(planes, 0));
         // The instruction takes unsigned weights: 128 is added, which `offset_of` subtracts.
         if (F::SIGNED) w = _mm512_xor_si512(w, _mm512_set1_epi8(-128));
 #pragma GCC unroll 8
-        for (int t = 0; t < NT; t++)
-            sums[t] =
-                _mm512_dpbusd_epi32(sums[t], w, _mm512_set1_epi32(load_as<int>(x[t] + 4 * i)));
+        for (int t = 0; t < NT; t++) {
+            low[t] = add(low[t], w, x[t] + LOW + 4 * i);
+            if (FINE) high[t] = add(high[t], w, x[t] + 4 * i);
+        }
     });
-    for (int t = 0; t < NT; t++) dot[t][0] = reinterpret_cast<vi>(sums[t]);
+    for (int t = 0; t < NT; t++)
+        dot[t][0] = reinterpret_cast<vi>(low[t]) + (reinterpret_cast<vi>(high[t]) << 7);
 #elif defined(__AVX2__)
     // The sum of so many words' products fits into 16 bits.
     constexpr int CHAIN = F::SIGNED ? 1 : F::WIDTH <= 4 ? 8 : F::WIDTH == 5 ? 4 : 2;
-    const __m256i ones = _mm256_set1_epi16(1);
-    __m256i pairs[NT][PARTS], sums[NT][PARTS] = {};
+    constexpr int N = FINE ? 2 : 1;
+    const __m256i units[2] = {_mm256_set1_epi16(1), _mm256_set1_epi16(128)};
+    __m256i pairs[NT][PARTS][2];
     for_constants<FIRST, LAST>([&](auto i) __attribute__((always_inline)) {
         const bool begins = (i - FIRST) % CHAIN == 0;
         const bool ends = (i - FIRST) % CHAIN == CHAIN - 1 || i == LAST - 1;
-        __m256i a[NT];
-#pragma GCC unroll 8
-        for (int t = 0; t < NT; t++) a[t] = _mm256_set1_epi32(load_as<int>(x[t] + 4 * i));
 #pragma GCC unroll 2
         for (int p = 0; p < PARTS; p++) {
             const __m256i w = reinterpret_cast<__m256i>(word<F, i>(planes, p));
             const __m256i size = F::SIGNED ? _mm256_abs_epi8(w) : w;
-#pragma GCC unroll 8
-            for (int t = 0; t < NT; t++) {
-                const __m256i signed_a = F::SIGNED ? _mm256_sign_epi8(a[t], w) : a[t];
+#pragma GCC unroll 16
+            for (int j = 0; j < NT * N; j++) {
+                const int t = j / N, high = j % N;
+                const auto* at = x[t] + 4 * i + (high ? 0 : LOW);
+                const __m256i a = _mm256_set1_epi32(load_as<int>(at));
+                const __m256i signed_a = F::SIGNED ? _mm256_sign_epi8(a, w) : a;
                 const __m256i product = _mm256_maddubs_epi16(size, signed_a);
-                pairs[t][p] = begins ? product : _mm256_add_epi16(pairs[t][p], product);
-                if (!ends) continue;
-                const __m256i sum = _mm256_madd_epi16(pairs[t][p], ones);
-                sums[t][p] = _mm256_add_epi32(sums[t][p], sum);
+                __m256i& sum = pairs[t][p][high];
+                sum = begins ? product : _mm256_add_epi16(sum, product);
+                if (ends) dot[t][p] += reinterpret_cast<vi>(_mm256_madd_epi16(sum, units[high]));
             }
         }
     });
-    for (int t = 0; t < NT; t++)
-        for (int p = 0; p < PARTS; p++) dot[t][p] = reinterpret_cast<vi>(sums[t][p]);
 #else
     for (int p = 0; p < PARTS; p++) {
-        vi words[LAST - FIRST], sums[NT] = {};
+        vi words[LAST - FIRST];
         for_constants<FIRST, LAST>([&](auto i) { words[i - FIRST] = word<F, i>(planes, p); });
         // Unrolled, this takes half a minute to compile.
 #pragma GCC unroll 1
@@ -76,29 +84,32 @@ GDN_INLINE void dot_words(const uint8_t* planes, const int8_t* const* x, vi (*do
                 // Byte j of each lane, with its sign or without.
                 const vi w = words[i - FIRST];
                 const vi b = F::SIGNED ? (w << (24 - 8 * j)) >> 24 : (w >> 8 * j) & 255;
-                for (int t = 0; t < NT; t++) sums[t] += b * static_cast<int>(x[t][4 * i + j]);
+                for (int t = 0; t < NT; t++) {
+                    const int8_t* at = x[t] + 4 * i + j;
+                    dot[t][p] += b * (at[LOW] + (FINE ? 128 * at[0] : 0));
+                }
             }
-        for (int t = 0; t < NT; t++) dot[t][p] = sums[t];
     }
 #endif
 }
 
 // acc[t] += scale · (dot - ZERO · sum) for one group of columns of k-block i.
-template <typename F, int G, int NT>
+template <typename F, int G, bool FINE, int NT>
 GDN_INLINE void add_group(const uint8_t* k_block, const Row* rows, int64_t i, vf (*acc)[PARTS]) {
     constexpr int N = WORDS / F::GROUPS;
     const int8_t* x[NT];
-    for (int t = 0; t < NT; t++) x[t] = rows[t].q + i * K_BLOCK;
     vi dot[NT][PARTS];
-    dot_words<F, G * N, (G + 1) * N, NT>(k_block + F::HEAD_BYTES, x, dot);
+    for (int t = 0; t < NT; t++) {
+        x[t] = rows[t].q + i * (FINE ? 2 * K_BLOCK : K_BLOCK);
+        const vi start = splat(offset_of<F>() ? -offset_of<F>() * sum_of<F, G>(rows[t], i) : 0);
+        for (int p = 0; p < PARTS; p++) dot[t][p] = start;
+    }
+    dot_words<F, G * N, (G + 1) * N, FINE, NT>(k_block + F::HEAD_BYTES, x, dot);
 #pragma GCC unroll 4
     for (int p = 0; p < PARTS; p++) {
         const vf scale = scale_of<F, G>(k_block, p);
 #pragma GCC unroll 8
-        for (int t = 0; t < NT; t++) {
-            if (offset_of<F>()) dot[t][p] -= splat(offset_of<F>() * sum_of<F, G>(rows[t], i));
-            add_scaled(acc[t][p], dot[t][p], scale, rows[t].scale[i]);
-        }
+        for (int t = 0; t < NT; t++) add_scaled(acc[t][p], dot[t][p], scale, rows[t].scale[i]);
     }
 }
 
@@ -125,7 +136,7 @@ GDN_INLINE void for_groups(const uint8_t* block, int64_t first, int64_t n, Body 
 
 // out[t] [16] = the panel's rows times row t. Sums in units of a super-block's scales are
 // multiplied by those once per super-block.
-template <int NT, typename F>
+template <int NT, bool FINE, typename F>
 inline void panel_product(F, const uint8_t* panel, int64_t n_in, const Row* rows,
                           float (*out)[PANEL]) {
     constexpr int64_t N = F::IS_SUPER ? SUPER / K_BLOCK : 1;
@@ -134,14 +145,14 @@ inline void panel_product(F, const uint8_t* panel, int64_t n_in, const Row* rows
     for (int64_t i = 0; i < n_in / K_BLOCK; i += N, panel += BYTES) {
         const int64_t n = F::SCALE == Scale::SMALL_FLOATS ? std::min(N, n_in / K_BLOCK - i) : N;
         vf scaled[NT][PARTS] = {}, mins[NT][PARTS] = {};
-        for_groups<F>(panel, i, n,
-                      [&](const uint8_t* k_block, int64_t r, auto group)
-                          __attribute__((always_inline)) {
-                              if (group == 0)
-                                  for (int b = 0; b < F::K_BLOCK_BYTES; b += 64)
-                                      __builtin_prefetch(k_block + b + AHEAD);
-                              add_group<F, group, NT>(k_block, rows, r, F::IS_SUPER ? scaled : acc);
-                          });
+        for_groups<F>(
+            panel, i, n,
+            [&](const uint8_t* k_block, int64_t r, auto group) __attribute__((always_inline)) {
+                if (group == 0)
+                    for (int b = 0; b < F::K_BLOCK_BYTES; b += 64)
+                        __builtin_prefetch(k_block + b + AHEAD);
+                add_group<F, group, FINE, NT>(k_block, rows, r, F::IS_SUPER ? scaled : acc);
+            });
         if constexpr (F::HAS_MIN)
             for_groups<F>(
                 panel, i, n,
@@ -170,7 +181,7 @@ GDN_INLINE vf column(const uint8_t* panel, int64_t k, int p) {
     return from_bits(k % 2 ? pair & static_cast<int32_t>(0xffff0000) : pair << 16);
 }
 
-template <int NT, Layout L>
+template <int NT, bool, Layout L>
 inline void panel_product(Plain<L>, const uint8_t* panel, int64_t n_in, const Row* rows,
                           float (*out)[PANEL]) {
     // Separate sums of every CHAINS-th column: their additions don't wait for each other.
@@ -200,20 +211,36 @@ inline void panel_product(Plain<L>, const uint8_t* panel, int64_t n_in, const Ro
             store(out[t] + p * W, (acc[t][0][p] + acc[t][1][p]) + (acc[t][2][p] + acc[t][3][p]));
 }
 
-template <typename F>
+// The same for n rows of one kind.
+template <bool FINE, typename F>
 void multiply_rows(F f, const uint8_t* panel, int64_t n_in, const Row* rows, int64_t n,
                    float (*out)[PANEL]) {
     constexpr int NT = is_plain(F{}) && PARTS > 1 ? 2 : 4;
     int64_t i = 0;
-    for (; i + NT <= n; i += NT) panel_product<NT>(f, panel, n_in, rows + i, out + i);
-    for (; i < n; i++) panel_product<1>(f, panel, n_in, rows + i, out + i);
+    for (; i + NT <= n; i += NT) panel_product<NT, FINE>(f, panel, n_in, rows + i, out + i);
+    switch (n - i) {
+        case 3: return panel_product<3, FINE>(f, panel, n_in, rows + i, out + i);
+        case 2: return panel_product<2, FINE>(f, panel, n_in, rows + i, out + i);
+        case 1: return panel_product<1, FINE>(f, panel, n_in, rows + i, out + i);
+    }
 }
 
 }  // namespace
 
 void multiply(int32_t layout, const uint8_t* panel, int64_t n_in, const Row* rows, int64_t n,
               float (*out)[PANEL]) {
-    with_format(layout, [&](auto f) { multiply_rows(f, panel, n_in, rows, n, out); });
+    with_format(layout, [&](auto f) {
+        for (int64_t begin = 0, end = 0; begin < n; begin = end) {
+            const bool is_fine = !is_plain(f) && rows[begin].is_fine;
+            while (end < n && (is_plain(f) || rows[end].is_fine == is_fine)) end++;
+            if constexpr (!is_plain(f))
+                if (is_fine) {
+                    multiply_rows<true>(f, panel, n_in, rows + begin, end - begin, out + begin);
+                    continue;
+                }
+            multiply_rows<false>(f, panel, n_in, rows + begin, end - begin, out + begin);
+        }
+    });
 }
 
 }  // namespace gdn

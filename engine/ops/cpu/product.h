@@ -9,13 +9,15 @@
 
 namespace gdn {
 
-// One row of an activation: float32, and int8 with its scales (per k-block) and sums (per
-// SUM_GROUP).
+// One row of an activation: float32, and integers with their scales (per k-block) and sums (per
+// SUM_GROUP). Integers are int8. Those of a fine row have 15 bits, 128 · high + low: a k-block is 32
+// int8 `high` from -127 to 127, then 32 `low` from -64 to 63.
 struct Row {
     const float* x;
     const int8_t* q;
     const float* scale;
     const int32_t* sum;
+    bool is_fine;
 };
 
 constexpr int SUM_GROUP = 16;

@@ -1,15 +1,14 @@
 """Logits on the CPU depend on the tokens alone, to the last bit; and they are the reference's.
 
 Not on the number of threads, nor on how a prompt is cut into steps, nor on what else is in a batch.
-Where blocks of rows go through matrix units, cuts must leave blocks whole, as a scheduler's of 64
-tokens and more do.
+Where row tiles go through matrix units, or the other rows become 15-bit integers, cuts must leave
+row tiles whole, as a scheduler's of 64 tokens and more do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partialmethod
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,8 +18,9 @@ import pytest
 
 from engine import Engine
 from engine.backends.cpu.backend import CpuBackend
+from engine.backends.native import library as cpu_library
 from engine.runtime.batch import Chunk, Logits
-from tests.support.helpers import nmse, random_ids
+from tests.support.helpers import float64_engine, nmse, random_ids
 from tests.support.presets import TINY, WITH_LATENTS
 
 Models = Callable[[str, str], Path]
@@ -45,18 +45,26 @@ def path(request: pytest.FixtureRequest, models: Models) -> Path:
 
 
 @contextmanager
-def with_tiles(wanted: bool) -> Iterator[None]:
-    """Whether blocks of rows are multiplied as tiles."""
-    init = partialmethod(CpuBackend.__init__, matrix=wanted)
-    with patch.object(CpuBackend, "__init__", init):
+def with_kinds(matrix: bool, activations: int) -> Iterator[None]:
+    """Whether row tiles are multiplied as tiles; bits of the other rows."""
+    init: Any = CpuBackend.__init__
+
+    def chosen(self: CpuBackend, *given: Any, **options: Any) -> None:
+        init(self, *given, **options | {"matrix": matrix, "activations": activations})
+
+    with patch.object(CpuBackend, "__init__", chosen):
         yield
 
 
-@pytest.fixture(params=[False, True], ids=["rows", "tiles"])
-def matrix(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Without tiles and with them."""
-    with with_tiles(request.param):
-        yield request.param
+@pytest.fixture(
+    params=[(False, 8), (False, 15), (True, 8), (True, 15)],
+    ids=["rows-8", "rows-15", "tiles-8", "tiles-15"],
+)
+def has_kinds(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Whether rows of row tiles are computed in another way than other rows."""
+    matrix, activations = request.param
+    with with_kinds(matrix, activations):
+        yield matrix or activations == 15
 
 
 @contextmanager
@@ -71,7 +79,7 @@ def same_bits(got: Array, want: Array) -> bool:
     return got.shape == want.shape and got.tobytes() == want.tobytes()
 
 
-def test_threads_and_steps(path: Path, matrix: bool, rng: np.random.Generator) -> None:
+def test_threads_and_steps(path: Path, has_kinds: bool, rng: np.random.Generator) -> None:
     ids = random_ids(rng, N_PROMPT)
     with engine_on(path, n_threads=1) as engine:
         want = engine.logits(ids)
@@ -80,7 +88,7 @@ def test_threads_and_steps(path: Path, matrix: bool, rng: np.random.Generator) -
         {"n_threads": 2},
         {"n_threads": 3, "n_ubatch": 128},
         {"n_ubatch": 64},
-        {"n_ubatch": 100 if matrix else 7},
+        {"n_ubatch": 100 if has_kinds else 7},
     ):
         with engine_on(path, **options) as engine:
             assert same_bits(engine.logits(ids), want), options
@@ -88,23 +96,23 @@ def test_threads_and_steps(path: Path, matrix: bool, rng: np.random.Generator) -
             assert same_bits(engine.logits(ids), want), options
 
 
-def test_token_by_token(path: Path, matrix: bool, rng: np.random.Generator) -> None:
-    """What decoding computes is what a prompt would have, or what chunks too short for blocks."""
-    ids = random_ids(rng, 15 if matrix else 70)
+def test_token_by_token(path: Path, has_kinds: bool, rng: np.random.Generator) -> None:
+    """What decoding computes is what a prompt has, or what chunks too short for row tiles have."""
+    ids = random_ids(rng, 15 if has_kinds else 70)
     with engine_on(path) as engine:
         want, seq = engine.logits(ids), engine.memory.create()
         got = np.concatenate([engine.step([Chunk(seq, [token])]) for token in ids])
     assert same_bits(got, want)
 
 
-def test_what_else_is_in_the_batch(path: Path, matrix: bool, rng: np.random.Generator) -> None:
+def test_what_else_is_in_the_batch(path: Path, has_kinds: bool, rng: np.random.Generator) -> None:
     """Three prompts of different lengths, cut at different places, in every step together."""
     lengths = {0: (64, 70, 1, 3), 1: (1, 13, 50, 66), 2: (16, 5, 43, 1)}
-    lengths = lengths if matrix else {0: (70, 1, 64, 3), 1: (1, 130, 1, 1), 2: (16, 5, 90, 1)}
+    lengths = lengths if has_kinds else {0: (70, 1, 64, 3), 1: (1, 130, 1, 1), 2: (16, 5, 90, 1)}
     prompts = {i: random_ids(rng, sum(parts)) for i, parts in lengths.items()}
     with engine_on(path) as engine:
         want = {i: in_steps(engine, ids, lengths[i]) for i, ids in prompts.items()}
-        if not matrix:
+        if not has_kinds:
             assert all(same_bits(engine.logits(ids), want[i]) for i, ids in prompts.items())
         seqs = {i: engine.memory.create() for i in prompts}
         done, rows = dict.fromkeys(prompts, 0), {i: list[Any]() for i in prompts}
@@ -142,10 +150,34 @@ def test_the_reference_computes_the_same(
     latent_f16 = preset in WITH_LATENTS and types[0] == "f16"
     exact_limit = LATENT_F16_LIMIT if latent_f16 else REFERENCE_LIMIT
     for matrix, limit in ((False, exact_limit), (True, TILES_LIMITS.get(preset, 3e-2))):
-        with with_tiles(matrix), engine_on(path, **options) as engine:
+        with with_kinds(matrix, 15), engine_on(path, **options) as engine:
             assert {b.name for b in engine.plan.backends} == {"cpu"}
             errors = [nmse(engine.logits(ids), w) for ids, w in zip(prompts, want, strict=True)]
         assert np.median(errors) <= limit, f"matrix={matrix}"
+
+
+F32_CACHE = {"type_k": "f32", "type_v": "f32"}
+# Of the middle one of five prompts: up to 5e-7 with 15 bits, and 2.5e-3 or more with 8.
+FINE_LIMIT, COARSE_LEAST = 1e-5, 5e-4
+
+
+@pytest.mark.parametrize("isa", cpu_library.usable())
+@pytest.mark.parametrize("preset", ["tiny", "tiny-untied", "tiny-moe"])
+def test_single_rows_of_15_bits_lose_next_to_nothing(
+    models: Models, rng: np.random.Generator, preset: str, isa: str
+) -> None:
+    path = models(preset, "Q8_0")
+    prompts = [random_ids(rng, 15) for _ in range(N_PROMPTS)]
+    with float64_engine(path, n_ctx=64) as reference:
+        want = [reference.logits(ids) for ids in prompts]
+    errors = {}
+    for activations in (8, 15):
+        with engine_on(path, cpu_isa=isa, activations=activations, **F32_CACHE) as engine:
+            got = [engine.logits(ids) for ids in prompts]
+        pairs = zip(got, want, strict=True)
+        errors[activations] = float(np.median([nmse(a, b) for a, b in pairs]))
+    assert errors[15] < FINE_LIMIT, errors
+    assert errors[8] > COARSE_LEAST, errors
 
 
 @pytest.mark.parametrize("check", [False, True], ids=["whole programs", "node by node"])

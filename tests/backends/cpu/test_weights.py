@@ -1,9 +1,9 @@
 """Packed weights of every type: what tables give back, and what products compute, exactly.
 
-A product rounds its activation to int8 as QUANTIZE_ROWS does; in row tiles, both sides to
-bfloat16 (on AMX, or emulated), but for quantized weights of experts. With them rounded the same way
-here, what is left is float32 arithmetic; only against what is not rounded must the limit be as lax
-as the rounding is.
+A product rounds its activation to int8 or 15-bit integers as QUANTIZE_ROWS does; in row tiles,
+both sides to bfloat16 (on AMX, or emulated), but for quantized weights of experts. With them
+rounded the same way here, what is left is float32 arithmetic; only against what is not rounded must
+the limit be as lax as the rounding is.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ EXACT_LIMIT = 1e-10
 TIPPED_LIMIT, TIPPED_TOGETHER_LIMIT = 5e-7, 2e-6
 # Rounding two operands to bfloat16: at most 2^-9 of a value each, a third of its square on average.
 TILES_LIMIT = 2 * 2.0**-18 / 3
+STEPS, FINE_STEPS = 127, 127 * 128  # Of the largest value of a k-block.
 N_OUT, N_EXPERTS, N_USED = 37, 3, 2
 CAPACITY = 160
 N_TOKENS = (1, 3, 64, 65, 130)
@@ -58,10 +59,13 @@ TILES = {64: [(0, 64)], 65: [(2, 17), (20, 16)], 130: [(0, 39), (39, 64), (104, 
 every_type = pytest.mark.parametrize("dtype", WEIGHT_TYPES.values(), ids=str)
 
 
-@pytest.fixture(params=[(isa, matrix) for isa in ISAS for matrix in (False, True)], ids=str)
+KINDS = ((False, 8), (False, 15), (True, 15))  # Matrix units; bits of rows outside row tiles.
+
+
+@pytest.fixture(params=[(isa, *kind) for isa in ISAS for kind in KINDS], ids=str)
 def backend(request: pytest.FixtureRequest) -> CpuBackend:
-    isa, matrix = request.param
-    return CpuBackend(2, isa, matrix)
+    isa, matrix, activations = request.param
+    return CpuBackend(2, isa, matrix, activations)
 
 
 def columns_of(dtype: DType) -> int:
@@ -99,9 +103,10 @@ def run(
     return Executable(place(graph, [backend], strict=True), RawWeights({"w": raw}, factors))
 
 
-def rounded(x: Array, steps: int = 127) -> Array:
-    """x [..., in] in float64 as QUANTIZE_ROWS leaves it: per 32 columns, steps of max |x| / 127."""
-    groups = x.astype(np.float32).reshape(-1, 32)
+def rounded(x: Array, steps: int = STEPS, group: int = 32) -> Array:
+    """x [..., in] in float64 as QUANTIZE_ROWS leaves it: per 32 columns, `steps` to max |x|. A last
+    group may have fewer columns."""
+    groups = x.astype(np.float32).reshape(-1, min(group, x.shape[-1]))
     scale = np.abs(groups).max(axis=1, keepdims=True) / np.float32(steps)
     inverse = np.divide(np.float32(1), scale, where=scale > 0, out=np.zeros_like(scale))
     # np.rint rounds halves to even.
@@ -118,10 +123,14 @@ def to_bfloat16(x: Array) -> Array:
 def random_rows(rng: np.random.Generator, *shape: int) -> Array:
     """Normal float32 values, none so close to half a step that a last bit decides over a step."""
     x = rng.normal(size=shape).astype(np.float32)
-    if shape[-1] % 32 == 0:
-        groups = x.reshape(-1, 32)
-        steps = groups * (127 / np.abs(groups).max(axis=1, keepdims=True))
-        near = np.abs(steps - np.floor(steps) - 0.5) < 1e-3
+    groups = x.reshape(-1, 32) if shape[-1] % 32 == 0 else x[:0]
+    near = np.array([True])
+    while near.any():
+        units = groups / np.abs(groups.astype(np.float64)).max(axis=1, keepdims=True)
+        near = np.zeros(groups.shape, bool)
+        for n_steps, distance in ((STEPS, 1e-3), (FINE_STEPS, 5e-3)):
+            steps = units * n_steps
+            near |= np.abs(steps - np.floor(steps) - 0.5) < distance
         groups[near] *= np.float32(0.9)
     return x
 
@@ -162,6 +171,14 @@ def test_a_rounded_type_is_off_by_at_most_half_a_step(name: str, rng: np.random.
         assert (error.max(axis=1) > 0.9 / 254 * largest).any()
 
 
+def rows_in_tiles(n: int) -> Array:
+    """Whether each of n rows is in a row tile: bool [n]."""
+    in_tiles = np.zeros(n, bool)
+    for row, length in TILES.get(n, ()):
+        in_tiles[row : row + length] = True
+    return in_tiles
+
+
 class Check:
     """Products against float64 ones with rounded operands; and with such that are not, all row
     counts together, since a few outputs may by chance be smaller than their terms."""
@@ -175,21 +192,22 @@ class Check:
         self._has_tiles &= plain or len(lead) == 1
         tip_together = backend.library.isa == "portable" and dtype.name in ("TQ1_0", "TQ2_0")
         self._limit = TIPPED_TOGETHER_LIMIT if tip_together else TIPPED_LIMIT
+        self._has_fine = backend.has_fine
         self._got: list[Array] = []
         self._want: list[Array] = []
 
     def add(self, live: Live, got: Array, x: Array, product: Any) -> None:
-        in_tiles = np.zeros(len(got), bool)
-        for row, n in TILES.get(len(got), ()) if self._has_tiles else ():
-            in_tiles[row : row + n] = True
-        tiles = product(to_bfloat16(x), to_bfloat16(self._kept))
-        assert_close(got[in_tiles], tiles[in_tiles], self._limit, "in tiles")
-        if self._dtype.block_elems == 1:
-            rows = product(x.astype(np.float64), self._kept)
-            assert_close(got[~in_tiles], rows[~in_tiles], EXACT_LIMIT, "float32")
-        else:
-            rows = product(rounded(x), self._kept)
-            assert_close(got[~in_tiles], rows[~in_tiles], EXACT_LIMIT, "rounded activations")
+        in_tiles = rows_in_tiles(len(got))
+        if self._has_tiles:
+            tiles = product(to_bfloat16(x), to_bfloat16(self._kept))
+            assert_close(got[in_tiles], tiles[in_tiles], self._limit, "in tiles")
+        coarse = fine = product(x.astype(np.float64), self._kept)
+        if self._dtype.block_elems > 1:
+            coarse, fine = (product(rounded(x, n), self._kept) for n in (STEPS, FINE_STEPS))
+        if not self._has_tiles:
+            assert_close(got[in_tiles], coarse[in_tiles], EXACT_LIMIT, "rows of row tiles")
+        want = fine if self._has_fine else coarse
+        assert_close(got[~in_tiles], want[~in_tiles], EXACT_LIMIT, "other rows")
         self._got.append(got)
         self._want.append(product(x.astype(np.float64), self._true))
 
@@ -213,6 +231,25 @@ def test_products(backend: CpuBackend, dtype: DType, rng: np.random.Generator) -
         backend.write(x, values)
         check.add(live, executable.run({}, live)["out0"], values, lambda x, w: x @ w.T)
     check.end()
+
+
+@every_type
+def test_rows_that_share_a_pass_have_the_bits_of_one(
+    backend: CpuBackend, dtype: DType, rng: np.random.Generator
+) -> None:
+    n_in = columns_of(dtype)
+    raw, graph = random_weight(dtype, N_OUT, rng=rng), Graph(Capacity(CAPACITY))
+    x = activation("x", n_in)
+    outputs = mul_mat(graph, "product", x, graph.weight("w", (N_OUT, n_in), dtype))
+    executable, values = run(backend, graph, outputs, raw), random_rows(rng, 7, n_in)
+
+    def products(rows: Array) -> Array:
+        backend.write(x, rows)
+        return executable.run({}, Live(len(rows), 1, 1))["out0"].copy()
+
+    alone = np.concatenate([products(row[np.newaxis]) for row in values])
+    for n in range(2, 8):
+        assert products(values[:n]).tobytes() == alone[:n].tobytes(), n
 
 
 @every_type
@@ -272,19 +309,24 @@ def test_factors_of_matrices(backend: CpuBackend, rng: np.random.Generator) -> N
         chosen = rng.integers(0, N_EXPERTS, (n, 1)).astype(np.int32)
         backend.write(x, values)
         backend.write(ids, chosen)
-        want = np.einsum("ti,toi->to", rounded(values), weight[chosen[:, 0]])
+        fine = rows_in_tiles(n) < backend.has_fine
+        x_rounded = np.where(fine[:, np.newaxis], rounded(values, FINE_STEPS), rounded(values))
+        want = np.einsum("ti,toi->to", x_rounded, weight[chosen[:, 0]])
         assert_close(executable.run({}, live)["out0"][:, 0], want, EXACT_LIMIT, f"{n} rows")
 
 
 @pytest.mark.parametrize("dtype", [t for t in WEIGHT_TYPES.values() if t.block_elems > 1], ids=str)
+@pytest.mark.parametrize("activations", [8, 15])
 @pytest.mark.parametrize("isa", ISAS)
-def test_experts_by_tiles_of_int8(isa: str, dtype: DType, rng: np.random.Generator) -> None:
+def test_experts_by_tiles_of_int8(
+    isa: str, activations: int, dtype: DType, rng: np.random.Generator
+) -> None:
     """The bits of rows one by one: dot products are exact, and summed in the same order."""
     n_in, lead = columns_of(dtype), (N_EXPERTS, N_OUT)
     raw, graph = random_weight(dtype, *lead, rng=rng), Graph(Capacity(CAPACITY))
     x, ids = activation("x", n_in), activation("ids", N_USED, dtype=I32)
     outputs = mul_mat_id(graph, "product", x, ids, graph.weight("w", (*lead, n_in), dtype))
-    backends = [CpuBackend(2, isa, matrix) for matrix in (False, True)]
+    backends = [CpuBackend(2, isa, matrix, activations) for matrix in (False, True)]
     executables = [run(backend, graph, outputs, raw) for backend in backends]
     # One expert has a pair of each token: tiles that are full, and rests of all sizes.
     for n in (2, 8, 9, 13, 16, 19, 27, 31, 64, 65, 77, 130, 160):
@@ -298,21 +340,22 @@ def test_experts_by_tiles_of_int8(isa: str, dtype: DType, rng: np.random.Generat
 
 
 def test_halves_are_rounded_to_even(backend: CpuBackend, rng: np.random.Generator) -> None:
-    """Steps of exactly 1: a largest value of 127, and halves between."""
+    """Steps of exactly 1: a largest value of as many steps as there are, and halves between."""
+    largest = FINE_STEPS if backend.has_fine else STEPS
     dtype, n_in = WEIGHT_TYPES["Q8_0"], 96
     raw, graph = random_weight(dtype, N_OUT, rng=rng), Graph(Capacity(CAPACITY))
     x = activation("x", n_in)
     outputs = mul_mat(graph, "product", x, graph.weight("w", (N_OUT, n_in), dtype))
-    values = (rng.integers(-126, 126, (9, n_in)) + 0.5).astype(np.float32)
-    values[:, ::32] = 127
+    values = (rng.integers(1 - largest, largest - 1, (9, n_in)) + 0.5).astype(np.float32)
+    values[:, ::32] = largest
     values[0, :32] = 0
     executable = run(backend, graph, outputs, raw)
     backend.write(x, values)
     got = executable.run({}, Live(9, 1, 1))["out0"]
     weights = kept(dtype, raw, N_OUT).astype(np.float64)
-    assert_close(got, rounded(values) @ weights.T, EXACT_LIMIT, "halves")
+    assert_close(got, rounded(values, largest) @ weights.T, EXACT_LIMIT, "halves")
     # Another rule is told apart.
-    up = np.where(np.abs(values) == 127, values, np.floor(values + 0.5)).astype(np.float64)
+    up = np.where(np.abs(values) == largest, values, np.floor(values + 0.5)).astype(np.float64)
     assert nmse(got, up @ weights.T) > EXACT_LIMIT
 
 

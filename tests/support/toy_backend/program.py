@@ -45,12 +45,16 @@ def add_rms_norm(x: Operands, attrs: Mapping[str, Any]) -> list[Array]:
 
 
 def swiglu(x: Operands, attrs: Mapping[str, Any]) -> list[Array]:
-    """silu(gate) · up, for each pair of operands gate, up; gate1, up1; …; limits are refused."""
-    assert not any(attrs["limits"]), attrs
-    names = [(name, name.replace("gate", "up")) for name in x if name.startswith("gate")]
-    # exp overflows to infinity for a strong negative gate, and x / infinity is the right limit.
-    with np.errstate(over="ignore"):
-        return [x[gate] / (1 + np.exp(-x[gate])) * x[up] for gate, up in names]
+    """silu(gate) · up, for each pair of operands gate, up; gate1, up1; …, both within its limit."""
+    names = [name for name in x if name.startswith("gate")]
+    outputs = []
+    for name, limit in zip(names, attrs["limits"], strict=True):
+        gate, up, most = x[name], x[name.replace("gate", "up")], np.float32(limit or np.inf)
+        # exp overflows to infinity for a strong negative gate, and x / infinity is the right limit.
+        with np.errstate(over="ignore"):
+            activated = gate / (1 + np.exp(-gate))
+        outputs.append(np.minimum(activated, most) * np.clip(up, -most, most))
+    return outputs
 
 
 Kernel = Callable[[Operands, Mapping[str, Any]], list[Array]]
