@@ -63,7 +63,7 @@ def refused(call: Callable[[], Any]) -> str:
         ({"cpu_isa": 2}, "cpu_isa: expected a text, got 2"),
         ({"activations": 8.0}, "activations: expected an integer, got 8.0"),
         ({"activations": 9}, "activations: expected 8 or 15, got 9"),
-        ({"activations": 16}, "activations: expected at most 15, got 16"),
+        ({"activations": 16}, "activations: expected 8 or 15, got 16"),
         ({"backend": "reference", "activations": 8},
          "activations (--activations): reference has no choice of them, got 8"),
         ({"strict_backend": "yes"}, "strict_backend: expected true or false, got 'yes'"),

@@ -11,6 +11,6 @@ MAX_VIEWS, MAX_ATTRS = 22, 12
 VIEW = np.dtype(
     [("data", "u8"), ("shape", "i4", MAX_RANK), ("stride", "i4", MAX_RANK)]
     + [(name, "i1") for name in ("rank", "dtype", "dim", "layout")]
-    + [("unused", "i4")]
+    + [("head", "i4")]
 )
 ARGS = np.dtype([("v", VIEW, MAX_VIEWS), ("attr", "f4", MAX_ATTRS), ("live", "u8")])

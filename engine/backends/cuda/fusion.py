@@ -10,11 +10,11 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from engine.backends.cuda.kernels import threads
+from engine.backends.cuda.kernels import K_BLOCK, threads
 from engine.backends.cuda.launches import Launch, Lowering
-from engine.backends.cuda.lower import gemv, lower_node
-from engine.backends.cuda.lower.common import RowRange, blocks_of, cut
-from engine.backends.cuda.lower.mul_mat import lower_mul_mat
+from engine.backends.cuda.lower import experts, gemv, lower_node, mul_mat_id
+from engine.backends.cuda.lower.common import RowRange, cut
+from engine.backends.cuda.lower.mul_mat import few_rows, lower_mul_mat
 from engine.backends.native.fusion import Fusion, Readers
 from engine.backends.native.signatures import is_quantized, matrices_of, parts
 from engine.graph import Live, Node
@@ -55,17 +55,18 @@ def _lower_delta_net_inputs(lowering: Lowering, nodes: Sequence[Node]) -> None:
     ))  # fmt: skip
 
 
-def _lower_gemv_of(
-    make: Callable[[Node], gemv.GemvRow], lowering: Lowering, nodes: Sequence[Node]
+def _lower_made(
+    make: Callable[[Node], gemv.MadeRows], lowering: Lowering, nodes: Sequence[Node]
 ) -> None:
-    """An op and the only product that reads it: one launch for one row, else launches of both."""
+    """An op and the only product that reads it. Few rows take the product's launches alone, more
+    those of both."""
     before, product = nodes
-    is_row = RowRange(product.inputs["x"], 0, 1)
-    with lowering.only(lambda live: not is_row(live)):
-        lower_node(lowering, before)
-    lower_mul_mat(lowering, product, more_than=1)
-    outs = dict(zip(matrices_of(product), product.outputs, strict=True))
-    gemv.lower_gemv(lowering, product, outs, make(before))
+    few = few_rows(lowering, product)
+    if few is not None:
+        many = RowRange(product.inputs["x"], few, None)
+        with lowering.only(many):
+            lower_node(lowering, before)
+    lower_mul_mat(lowering, product, make(before) if few != 0 else None)
 
 
 def _is_read_alone(nodes: Sequence[Node], readers: Readers) -> bool:
@@ -93,18 +94,29 @@ def _reads_gated(nodes: Sequence[Node], readers: Readers) -> bool:
 
 
 def _reads_norm(nodes: Sequence[Node], readers: Readers) -> bool:
-    return blocks_of(matrices_of(nodes[1])) <= gemv.NORM_BLOCKS and _is_read_alone(nodes, readers)
+    """Whether rows are whole k-blocks."""
+    return nodes[1].inputs["x"].shape[1] % K_BLOCK == 0 and _is_read_alone(nodes, readers)
 
 
 def _is_quantized(product: Node) -> bool:
     return all(map(is_quantized, matrices_of(product)))
 
 
+def _lower_experts(lowering: Lowering, nodes: Sequence[Node]) -> None:
+    """The feed-forward of experts; of many tokens each node for itself."""
+    if not lowering.batch_invariant:
+        with lowering.only(RowRange(nodes[0].inputs["x"], mul_mat_id.PANEL_TOKENS, None)):
+            for node in nodes:
+                lower_node(lowering, node)
+    experts.lower_experts(lowering, nodes)
+
+
 _INPUTS = ("SSM_CONV", "L2_NORM", "GDN_GATE")
 FUSIONS = (
     Fusion(_INPUTS, _are_delta_net_inputs, _lower_delta_net_inputs),
     Fusion(_INPUTS[:2], _are_delta_net_inputs, _lower_delta_net_inputs),
-    Fusion(("SWIGLU", "MUL_MAT"), _reads_swiglu, partial(_lower_gemv_of, gemv.swiglu_row)),
-    Fusion(("ADD_RMS_NORM", "MUL_MAT"), _reads_norm, partial(_lower_gemv_of, gemv.norm_row)),
-    Fusion(("RMS_NORM_GATED", "MUL_MAT"), _reads_gated, partial(_lower_gemv_of, gemv.gated_row)),
+    Fusion(experts.PATTERN, experts.fits, _lower_experts),
+    Fusion(("SWIGLU", "MUL_MAT"), _reads_swiglu, partial(_lower_made, gemv.swiglu_row)),
+    Fusion(("ADD_RMS_NORM", "MUL_MAT"), _reads_norm, partial(_lower_made, gemv.norm_row)),
+    Fusion(("RMS_NORM_GATED", "MUL_MAT"), _reads_gated, partial(_lower_made, gemv.gated_row)),
 )

@@ -16,14 +16,18 @@ from engine.sampling.spec import MAX_BANNED, MAX_TOP_K  # noqa: F401
 HEADER = "constants.cuh"
 
 # A panel is PANEL rows of a packed weight, a k-block K_BLOCK of its columns. A warp takes BATCH
-# k-blocks at a time. Rows of int8 activations lie in fragments of ROW_GROUP rows.
-PANEL, K_BLOCK, BATCH, ROW_GROUP = 16, 32, 8, 8
+# k-blocks at a time.
+PANEL, K_BLOCK, BATCH = 16, 32, 8
 # Weights of one MUL_MAT, and matrices of one MUL_MAT_ID.
 MAX_WEIGHTS, MAX_MATRICES = 6, 4
-# What the row of a GEMV is, as row.cuh makes it.
-ROW_AS_IT_IS, ROW_SWIGLU, ROW_NORM, ROW_GATED_SILU, ROW_GATED_SIGMOID = range(5)
-# Bytes of a batch of the row in shared memory.
-ROW_BATCH_BYTES = 672
+# What a product's row is, as row.cuh makes it; stage_rows.cu alone makes the last.
+ROW_AS_IT_IS, ROW_SWIGLU, ROW_NORM, ROW_GATED_SILU, ROW_GATED_SIGMOID, ROW_NORMED = range(6)
+# Bytes of a batch of the row in shared memory, and of its scale and sums alone.
+ROW_BATCH_BYTES, BATCH_HEAD_BYTES = 624, 80
+# Several rows: bytes of a batch of a staged row, and of a batch of 8 rows in shared memory.
+STAGED_BYTES, BATCH_ROWS_BYTES = 512, 4608
+# Bytes at the end of a warp's slot for weights, which count what has arrived there.
+ARRIVALS_BYTES = 16
 # Columns of a tile of gemm.cuh; rows of a tile of one expert in mul_mat_id_rows.cu.
 GEMM_COLUMNS, EXPERT_TILE_ROWS = 128, 8
 ROUTER_MAX_EXPERTS, ROUTER_MAX_USED = 512, 32
@@ -58,10 +62,11 @@ class Kernel:
 # Threads -> kernels whose source has their name.
 _SINGLE = {
     1: "delay",
-    32: "router",
     128: "get_rows_packed mla_cache repack round_rows ssm_conv",
-    256: "add_rms_norm copy_pieces expand finish_product gdn_gate get_rows mul_mat_id_rows "
-    "qk_norm_rope quantize_rows sum_experts swiglu",
+    256: "add_rms_norm copy_pieces expand finish_product gdn_gate get_rows qk_norm_rope router "
+    "sum_experts swiglu",
+    512: "stage_rows",
+    640: "mul_mat_id_rows",
     1024: "sort_by_expert",
 }
 # Source, threads, beginning and ends of the names of its kernels: `delta_net_` with `rows_8` is the
@@ -72,6 +77,7 @@ _FAMILIES = (
     ("attention", 256, "attention_", "tiles_256 tiles_latent join"),
     ("attention_rows", 256, "attention_rows_", "64 256 576 1024"),
     ("fused/delta_net_inputs", 128, "delta_net_inputs", ""),
+    ("fused/experts_hidden", 768, "experts_hidden", ""),
     ("gated_delta_net", 128, "delta_net_", "step_4 step_8 step_16 rows_4 rows_8 rows_16"),
     ("gated_delta_net", 128, "delta_net_kda_", "step_4 step_8 step_16 rows_4 rows_8 rows_16"),
     ("gated_delta_net_chunk", 256, "delta_net_chunks_", "64_32 64_64 128_32 128_64 256_32"),
@@ -82,12 +88,11 @@ _FAMILIES = (
     ("gemm_experts", 256, "gemm_experts_", "32 64"),
     ("head_norms", 256, "", "l2_norm rms_norm_gated"),
     ("mul_mat", 512, "mul_mat_", "1"),
-    ("mul_mat", 256, "mul_mat_", "2"),
-    ("mul_mat_some", 256, "mul_mat_", "4 8"),
-    ("mul_mat_rows", 256, "mul_mat_", "16 32"),
+    ("mul_mat_floats", 256, "mul_mat_floats_", "2 4 8"),
+    ("mul_mat_rows_8", 768, "mul_mat_rows_", "8"),
+    ("mul_mat_rows_16", 640, "mul_mat_rows_", "16"),
     ("mul_mat_heads", 128, "mul_mat_heads_", "rows"),
     ("mul_mat_heads", 256, "mul_mat_heads_", "tiles"),
-    ("mul_mat_id", 512, "mul_mat_id", " _sum"),
     ("sample", 64, "", "feed_tokens"),
     ("sample", 256, "sample_", "segments rows"),
 )

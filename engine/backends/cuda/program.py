@@ -32,7 +32,7 @@ class CudaProgram(NativeProgram[MemoryBackend]):
         self._device = backend.device
         self._kept: dict[tuple[int, int, int], Mapping[int, Grid | Gemm]] = {}
         lowering = Lowering(backend.device, backend.weights, backend.batch_invariant)
-        self._lower(lowering, () if backend.batch_invariant else FUSIONS, lower_node)
+        self._lower(lowering, FUSIONS, lower_node)
         self._calls = lowering.calls
         self._zeros: dict[Any, Memory] = {}
         for ref in {ref for call in self._calls for ref in call.operands if isinstance(ref, Zeros)}:

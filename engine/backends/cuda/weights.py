@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from engine.backends.base import Array
 from engine.backends.cuda.args import ARGS
 from engine.backends.cuda.device import Device, Grid, Memory
-from engine.backends.cuda.kernels import K_BLOCK, KERNELS, PANEL, threads
+from engine.backends.cuda.kernels import BATCH, K_BLOCK, KERNELS, PANEL, threads
 from engine.backends.native.library import Library
 from engine.backends.native.panels import PanelWeights
 from engine.backends.native.signatures import is_quantized, matrices_of
@@ -47,6 +48,14 @@ class CudaWeights(PanelWeights):
                 for w, out in zip(matrices_of(node), node.outputs, strict=True):
                     if fits_bf16(w) and is_of_step(out):
                         self._keep_bf16(w)
+
+    def write_packed(self, record: Any, tensor: Tensor, first: int = 0) -> None:
+        """See PanelWeights; with what kernels need of the layout (kernel.cuh)."""
+        super().write_packed(record, tensor, first)
+        if is_quantized(tensor):
+            batch, k_block = (self.part_bytes(tensor, n * K_BLOCK) for n in (BATCH, 1))
+            record["stride"][len(tensor.shape) - 1] = batch
+            record["head"] = (BATCH * k_block - batch) // (BATCH - 1)
 
     def _keep(self, values: Array) -> Memory:
         memory = self._device.allocate(values.nbytes)

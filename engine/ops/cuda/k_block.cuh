@@ -12,10 +12,19 @@
 
 namespace gdn {
 
-template <typename T>
-DEVICE T load_words(const uint8_t* p) {
-    return load_stream(reinterpret_cast<const T*>(p));
-}
+// Words of a weight: in global memory, which is read once, or in shared memory.
+struct FromGlobal {
+    template <typename T>
+    DEVICE static T words(const uint8_t* p) {
+        return load_stream(reinterpret_cast<const T*>(p));
+    }
+};
+struct FromShared {
+    template <typename T>
+    DEVICE static T words(const uint8_t* p) {
+        return *reinterpret_cast<const T*>(p);
+    }
+};
 
 // The tables of layout.h, four bytes a word; a nibble counts from the lowest byte of the first.
 constexpr uint32_t IQ4_WORDS[4] = {0xbfad9881, 0xf6eaddcf, 0x26190d01, 0x71594535};
@@ -48,6 +57,13 @@ struct Piece {
     static constexpr int NIBBLE = !IS_BYTES && F::BITS >= 4 ? 4 : 0;
     static constexpr int PAIR = !IS_BYTES && F::BITS % 4 >= 2 ? 2 : 0;
     static constexpr int BIT = F::BITS % 2;
+    // Unsigned values whose zero is in their middle are shifted to a byte's highest bits: with the
+    // highest one turned round these are signed bytes, UNIT times the values. Of OFFSET formats a
+    // multiple of the activations' sum is missing.
+    static constexpr bool SHIFTED =
+        !F::CODEBOOK && F::BITS > 1 && F::BITS < 8 && F::ZERO > 0 && F::ZERO == 1 << (F::BITS - 1);
+    static constexpr int SHIFT = SHIFTED ? 8 - F::BITS : 0, UNIT = 1 << SHIFT;
+    static constexpr bool OFFSET = F::HAS_MIN || (F::ZERO > 0 && !SHIFTED);
     // Bytes of scales (and mins) of rows g and g + 8.
     static constexpr int HEAD = F::HEAD_BYTES / 8;
     static constexpr int PAIRS_AT = F::HEAD_BYTES + NIBBLE * WORD_BYTES;
@@ -58,19 +74,21 @@ struct Piece {
 
     uint32_t planes[4], head[2];
 
-    DEVICE void load(const uint8_t* k_block, int lane) {
+    template <typename Memory = FromGlobal>
+    DEVICE void load(const uint8_t* k_block, int lane, Memory = {}) {
         const int g = lane / 4, c = lane % 4;
+        const auto two = [](const uint8_t* p) { return Memory::template words<Words2>(p); };
         const uint8_t* at = k_block + F::HEAD_BYTES;
         if (IS_BYTES) {
-            const Words4 v = load_words<Words4>(at + (8 * c + g) * 16);
+            const Words4 v = Memory::template words<Words4>(at + (8 * c + g) * 16);
             for (int i = 0; i < 4; i++) planes[i] = v.w[i];
         }
-        if (NIBBLE) put(planes, load_words<Words2>(at + (c / 2 * 8 + g) * 16 + c % 2 * 8));
-        if (PAIR) put(planes + PAIRS, load_words<Words2>(k_block + PAIRS_AT + (2 * g + c / 2) * 8));
-        if (BIT) put(planes + BITS, load_words<Words2>(k_block + BITS_AT + g * 8));
+        if (NIBBLE) put(planes, two(at + (c / 2 * 8 + g) * 16 + c % 2 * 8));
+        if (PAIR) put(planes + PAIRS, two(k_block + PAIRS_AT + (2 * g + c / 2) * 8));
+        if (BIT) put(planes + BITS, two(k_block + BITS_AT + g * 8));
         at = k_block + g * HEAD;
-        if (HEAD == 8) put(head, load_words<Words2>(at));
-        if (HEAD == 4) head[0] = load_words<uint32_t>(at);
+        if (HEAD == 8) put(head, two(at));
+        if (HEAD == 4) head[0] = Memory::template words<uint32_t>(at);
         if (HEAD == 2) head[0] = *reinterpret_cast<const uint16_t*>(at);
     }
     DEVICE static void put(uint32_t* to, Words2 v) { to[0] = v.w[0], to[1] = v.w[1]; }
@@ -80,8 +98,9 @@ struct Piece {
         head[0] = head[1] = 0;
     }
 
-    // Word 2c of rows g and g + 8, then word 2c + 1 of both: signed bytes; where the format has a
-    // ZERO, bytes of at least 0. They are the sum of PARTS parts, which a product may add up.
+    // Word 2c of rows g and g + 8, then word 2c + 1 of both: signed bytes, UNIT times the values, or
+    // times values and ZERO where the format is OFFSET. They are the sum of PARTS parts, which a
+    // product may add up.
     static constexpr int PARTS = F::VALUES == Values::FP4 ? 2 : 1;
 
     DEVICE void words(int c, uint32_t (&a)[4]) const {
@@ -106,32 +125,48 @@ struct Piece {
                 continue;
             }
             if (NIBBLE) {
-                a[i] = planes[i] & 0x0f0f0f0f;
-                a[i + 2] = planes[i] >> 4 & 0x0f0f0f0f;
+                a[i] = move<4, 0, SHIFT>(planes[i]);
+                a[i + 2] = move<4, 4, SHIFT>(planes[i]);
             }
             if (PAIR) {
                 const uint32_t v = planes[PAIRS + i] >> 4 * (c % 2);
-                a[i] |= (v & 0x03030303) << NIBBLE;
-                a[i + 2] |= (v >> 2 & 0x03030303) << NIBBLE;
+                a[i] |= move<2, 0, NIBBLE + SHIFT>(v);
+                a[i + 2] |= move<2, 2, NIBBLE + SHIFT>(v);
             }
             if (BIT) {
                 const uint32_t v = planes[BITS + i] >> 2 * c;
-                a[i] |= (v & 0x01010101) << (NIBBLE + PAIR + F::LOWEST);
-                a[i + 2] |= (v >> 1 & 0x01010101) << (NIBBLE + PAIR + F::LOWEST);
+                a[i] |= move<1, 0, NIBBLE + PAIR + F::LOWEST + SHIFT>(v);
+                a[i + 2] |= move<1, 1, NIBBLE + PAIR + F::LOWEST + SHIFT>(v);
             }
+            if (SHIFT) a[i] ^= 0x80808080, a[i + 2] ^= 0x80808080;
         }
     }
 
-    // Number `at` of the scales and mins: (min · GROUPS + group) · 2 + row / 8.
-    DEVICE float number(int at) const {
+    // WIDTH bits of each byte, from bit FROM on, at bit TO.
+    template <int WIDTH, int FROM, int TO>
+    DEVICE static uint32_t move(uint32_t v) {
+        constexpr uint32_t MASK = (((1u << WIDTH) - 1) << TO) * 0x01010101u;
+        return (TO < FROM ? v >> (FROM - TO) % 32 : v << (TO - FROM) % 32) & MASK;
+    }
+
+    // Number `at` of the scales and mins, (min · GROUPS + group) · 2 + row / 8, times the unit.
+    DEVICE float number(int at, float unit) const {
+        if (F::SCALE == Scale::BYTES) {
+            // The byte in the lowest bits of 2^23, where signed ones count from -128.
+            const uint32_t bytes = F::HAS_MIN ? head[at / 4] : head[at / 4] ^ 0x80808080;
+            const float n = float_of(permute_bytes(bytes, 0x4B000000, 0x7650 + at % 4));
+            if (F::HAS_MIN) return fmaf(n, unit, -8388608.0f * unit);
+            return (n - 8388736.0f) * unit;
+        }
+        return unit * stored_float(at);
+    }
+    DEVICE float stored_float(int at) const {
         if (F::SCALE == Scale::HALVES)
             return half_to_float(static_cast<uint16_t>(head[at / 2] >> 16 * (at % 2)));
         const uint32_t byte = head[at / 4] >> 8 * (at % 4) & 0xff;
         if (F::SCALE == Scale::POWERS) return float_of(byte << 23);
         // 2^-8 times: as float16, whose exponent has one bit more and counts 8 less.
-        if (F::SCALE == Scale::SMALL_FLOATS) return half_to_float(static_cast<uint16_t>(byte << 7));
-        return static_cast<float>(F::HAS_MIN ? static_cast<int32_t>(byte)
-                                             : static_cast<int32_t>(static_cast<int8_t>(byte)));
+        return half_to_float(static_cast<uint16_t>(byte << 7));
     }
 };
 
@@ -206,11 +241,13 @@ struct Super {
 
 template <typename F>
 DEVICE float scale_of(const Piece<F>& piece, const Super<F>& super, int group, int i) {
-    return super.scale[i] * piece.number(group * 2 + i);
+    return piece.number(group * 2 + i, super.scale[i]);
 }
+// What is subtracted for each unit of the activations' sum, of OFFSET formats.
 template <typename F>
-DEVICE float min_of(const Piece<F>& piece, const Super<F>& super, int group, int i) {
-    return F::HAS_MIN ? super.min[i] * piece.number((F::GROUPS + group) * 2 + i) : 0.0f;
+DEVICE float offset_of(const Piece<F>& piece, const Super<F>& super, int group, int i) {
+    if (!F::HAS_MIN) return static_cast<float>(F::ZERO) * scale_of(piece, super, group, i);
+    return piece.number((F::GROUPS + group) * 2 + i, super.min[i]);
 }
 
 // Values of columns 8c … 8c+7 of rows g (i = 0) or g + 8 (i = 1).
@@ -218,15 +255,15 @@ template <typename F>
 DEVICE void decode(const Piece<F>& piece, const Super<F>& super, int c, int i, float (&v)[8]) {
     uint32_t a[4];
     piece.words(c, a);
-    float scale = scale_of(piece, super, 0, i), min = min_of(piece, super, 0, i);
-    if (F::GROUPS == 2 && c / 2 == 1) {
-        scale = scale_of(piece, super, F::GROUPS - 1, i);
-        min = min_of(piece, super, F::GROUPS - 1, i);
-    }
+    const int group = F::GROUPS == 2 ? c / 2 : 0;
+    const float scale = scale_of(piece, super, group, i) * (1.0f / Piece<F>::UNIT);
+    const float min = F::HAS_MIN ? offset_of(piece, super, group, i) : 0.0f;
+    constexpr bool SIGNED = F::SIGNED || Piece<F>::SHIFTED;
+    constexpr int ZERO = Piece<F>::OFFSET ? F::ZERO : 0;
     for (int k = 0; k < 8; k++) {
         const uint32_t byte = a[i + k / 4 * 2] >> 8 * (k % 4);
-        const int32_t q = F::SIGNED ? static_cast<int8_t>(byte) : static_cast<int32_t>(byte & 0xff);
-        v[k] = scale * static_cast<float>(q - F::ZERO) - min;
+        const int32_t q = SIGNED ? static_cast<int8_t>(byte) : static_cast<int32_t>(byte & 0xff);
+        v[k] = scale * static_cast<float>(q - ZERO) - min;
     }
 }
 

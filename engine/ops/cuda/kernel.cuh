@@ -16,13 +16,14 @@
 namespace gdn {
 
 // A row-major array or a strided part of one; strides count elements. A weight in a packed layout
-// has dtype PACKED, its layout's number, and the layout's strides in bytes (see layout.h).
+// has dtype PACKED, its layout's number, and the layout's strides in bytes (see layout.h); the last
+// stride is that of a batch of k-blocks, and `head` the bytes of a super-block's head.
 struct View {
     char* data;
     int32_t shape[MAX_RANK];
     int32_t stride[MAX_RANK];
     int8_t rank, dtype, dim, layout;
-    int32_t unused;
+    int32_t head;
 
     template <typename T>
     DEVICE T* as() const {

@@ -1,15 +1,13 @@
-// MUL_MAT of 1 row (row.cuh), fused with the op that makes it, or of 2 rows (product.cuh).
+// MUL_MAT of 1 row (row.cuh), fused with the op that makes it.
 
 #include "product.cuh"
 #include "row.cuh"
 
 namespace gdn {
 
-// In the place of the views of quantized rows, which a single row does not have.
-enum RowViews { MORE = Q, FACTOR = SCALE, TOTAL = SUM };
 // HEAD: the size of heads; PANELS: of a thread block; ROUNDS: the most batches of the row that a
 // warp has; SLOT_BYTES: of the largest batch of weights.
-enum RowAttribute { SOURCE, EPS, HEAD, PANELS, ROUNDS, SLOT_BYTES };
+enum RowAttribute { SOURCE, EPS, HEAD, PANELS, ROUNDS, SLOT_BYTES, FIRST_BLOCKS };
 
 DEVICE Row row_of(const Args& a) {
     Row row;
@@ -33,28 +31,29 @@ EAGER_KERNEL_FOR(mul_mat_1, 2) {
     const auto attribute = [&](int i) { return static_cast<int>(a.attr[i]); };
     const int panels = attribute(PANELS), width = panels * PANEL;
     const int rounds = attribute(ROUNDS), slot_bytes = attribute(SLOT_BYTES);
-    const Place at(a, panels);
+    const Place at(a, FIRST_BLOCKS, panels);
     const View& w = a.v[WEIGHT + at.weight];
-    const int own_warp = threadIdx.x / 32, own_warps = blockDim.x / 32, n_in = w.shape[1];
+    const int own_warp = warp_index(), own_warps = blockDim.x / 32, n_in = w.shape[1];
     const int warp = blockIdx.z * own_warps + own_warp, n_warps = gridDim.z * own_warps;
     auto* batches = reinterpret_cast<RowBatch*>(shared) + own_warp * rounds;
     char* slots = shared + own_warps * rounds * sizeof(RowBatch);
     float* sums = reinterpret_cast<float*>(slots + own_warps * slot_bytes);
     float *squares = sums + own_warps * width, *own = sums + own_warp * width;
     const int left = n_panels(w) - at.panel, n = n_in / K_BLOCK;
-    Stream stream(w, at.panel, left < panels ? left : panels, slots + own_warp * slot_bytes, warp,
-                  n_warps);
+    const PanelRun run{panel_at(w, at.panel), left < panels ? left : panels};
+    Stream<false> stream(w, run, {}, slots + own_warp * slot_bytes, slot_bytes, warp, n_warps);
     Row row = row_of(a);
     if (!is_plain_layout(w.layout)) {
-        stream.fetch();
+        stream.start();
         wait_for_inputs();
         row.stage_all(batches, n, warp, n_warps);
     }
     with_format(w.layout, [&](auto f) {
         if constexpr (is_plain(decltype(f){})) {
-            const bool counts = threadIdx.x % 2 == 0;  // Two lanes have the same columns.
-            const auto value = [&](int, int k) { return row.column(k, counts); };
-            multiply_plain<1>(f, stream.panel, at.half, value, n_in, warp, n_warps, own);
+            wait_for_inputs();
+            if (row.source == ROW_NORM) row.add_squares(n, warp, n_warps);
+            const auto value = [&](int, int k) { return row.column(k); };
+            multiply_plain<1>(f, run.first, at.half, value, n_in, warp, n_warps, own);
         } else {
             multiply_row(f, stream, batches, n, warp, n_warps, own);
         }
@@ -69,14 +68,9 @@ EAGER_KERNEL_FOR(mul_mat_1, 2) {
         for (int i = 0; i < own_warps; i++) total += squares[i];
         factor = rsqrt_of(total / static_cast<float>(n_in) + row.eps);
     }
-    finish_products(a, at, 0, 1, width, width, [&](int i) {
+    finish_products<1>(a, at, 0, 1, panels, [&](int i) {
         float value = 0.0f;
         for (int k = 0; k < own_warps; k++) value += sums[k * width + i];
         return value * factor;
     });
-}
-
-EAGER_KERNEL_FOR(mul_mat_2, 2) {
-    DYNAMIC_SHARED(sums);
-    gdn::mul_mat_floats<2>(a, reinterpret_cast<float*>(sums));
 }

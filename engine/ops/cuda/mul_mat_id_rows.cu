@@ -1,56 +1,87 @@
-// MUL_MAT_ID of several tokens: a thread block for each panel and tile of up to EXPERT_TILE_ROWS
-// rows of one expert, as SORT_BY_EXPERT lists them. A row's products don't depend on the tile's
-// other rows.
+// MUL_MAT_ID of up to 64 tokens: a thread block for PANELS panels of a matrix and a tile, whose rows
+// it rounds for itself.
 
-#include "mul_mat.cuh"
+#include "experts.cuh"
 
 namespace gdn {
 
-enum { OUT, X, MATRIX, ORDER, TILES };
+enum { OUT, X = MAX_MATRICES, MATRIX, ORDER = MATRIX + MAX_MATRICES, TILES };
+enum { PANELS, SLOT_BYTES, BATCH_BYTES };
 
-template <typename F, typename RowAt>
-DEVICE void multiply_tile(F f, const View& w, const uint8_t* panel, RowAt row_at, bool aligned,
-                          float* sums) {
-    const int warp = threadIdx.x / 32, n_warps = blockDim.x / 32, n_in = w.shape[2];
-    if constexpr (is_plain(F{})) {
-        const float* rows[EXPERT_TILE_ROWS];
-        for (int i = 0; i < EXPERT_TILE_ROWS; i++) rows[i] = row_at(i);
-        const auto value = [&](int i, int k) { return rows[i][k]; };
-        for (int half = 0; half < 2; half++)
-            multiply_plain<EXPERT_TILE_ROWS>(f, panel, half, value, n_in, warp, n_warps,
-                                             sums + warp * EXPERT_TILE_ROWS * PANEL + half * HALF);
-    } else {
-        FloatRows<EXPERT_TILE_ROWS> rows(row_at, n_in / K_BLOCK, aligned);
-        multiply_panel(f, panel, rows, warp, n_warps, sums + warp * EXPERT_TILE_ROWS * PANEL);
+// The matrix of a thread block, and its first panel.
+struct ExpertPlace {
+    int matrix, panel;
+
+    DEVICE ExpertPlace(const Args& a, int panels) : matrix(0), panel(blockIdx.x * panels) {
+        bool found = false;
+#pragma unroll
+        for (int i = 0; i + 1 < MAX_MATRICES; i++) {
+            const int n = (a.v[MATRIX + i].shape[1] + PANEL - 1) / PANEL;
+            const int padded = (n + panels - 1) / panels * panels;
+            found = found || panel < padded;
+            if (!found) panel -= padded, matrix = i + 1;
+        }
     }
+};
+
+// The row of x [T, in] or [T, U, in] that a tile's row i has.
+DEVICE const float* row_of(const View& x, const ExpertTile& tile, int i, int n_used) {
+    const int pair = tile.pair(i);
+    return x.rank == 3 ? x.row(pair / n_used, pair % n_used) : x.row(pair / n_used);
+}
+
+// The products of plain weights: a panel, in two halves.
+template <int R, typename F, typename RowAt>
+DEVICE void multiply_plain_tile(F f, RowAt row_at, const uint8_t* panel, int n_in, float* sums) {
+    const float* rows[R];
+    for (int i = 0; i < R; i++) rows[i] = row_at(i);
+    const auto value = [&](int i, int k) { return rows[i][k]; };
+    for (int half = 0; half < 2; half++)
+        multiply_plain<R>(f, panel, half, value, n_in, threadIdx.x / 32, blockDim.x / 32,
+                          sums + half * HALF);
 }
 
 }  // namespace gdn
 
-// Grid: (panels, tiles). OUT [T, U, out]. Dynamic shared memory: warps · 8 · 16 floats.
+// Grid: (groups of panels of all matrices, tiles). OUT [T, U, out].
 KERNEL_FOR(mul_mat_id_rows, 1) {
     using namespace gdn;
     DYNAMIC_SHARED(shared);
-    float* sums = reinterpret_cast<float*>(shared);
-    const View &out = a.v[OUT], &x = a.v[X], &w = a.v[MATRIX];
-    const auto* tiles = a.v[TILES].as<int32_t>();
-    if (blockIdx.y >= static_cast<uint32_t>(tiles[0])) return;
-    const int32_t* tile = tiles + 3 * (blockIdx.y + 1);
-    const int32_t* pairs = a.v[ORDER].as<int32_t>() + tile[1];
-    const int n = tile[2], n_used = out.shape[1], n_warps = blockDim.x / 32;
-    const uint8_t* panel = panel_at(w, blockIdx.x) + static_cast<int64_t>(tile[0]) * w.stride[0];
-    const auto row_at = [&](int i) {
-        const int pair = pairs[i < n ? i : n - 1], t = pair / n_used;
-        return x.rank == 3 ? x.row(t, pair % n_used) : x.row(t);
-    };
-    const bool aligned = is_aligned(x);
-    with_format(w.layout, [&](auto f) { multiply_tile(f, w, panel, row_at, aligned, sums); });
+    const auto attribute = [&](int i) { return static_cast<int>(a.attr[i]); };
+    const int panels = attribute(PANELS);
+    const ExpertMemory memory(shared, panels, attribute(SLOT_BYTES), attribute(BATCH_BYTES));
+    const ExpertTile tile(a.v[ORDER], a.v[TILES], blockIdx.y);
+    if (tile.n == 0) return;
+    const ExpertPlace at(a, panels);
+    const View &w = a.v[MATRIX + at.matrix], &out = a.v[OUT + at.matrix];
+    const int left = n_panels(w) - at.panel, n = left < panels ? left : panels;
+    const uint8_t* panel = tile.matrix(w) + static_cast<int64_t>(at.panel) * w.stride[1];
+    const View& x = a.v[X];
+    const bool plain = is_plain_layout(w.layout);
+    const int n_used = out.shape[1], n_in = w.shape[2];
+    const auto row_at = [&](int i) { return row_of(x, tile, i, n_used); };
+    if (plain) {
+        with_plain(w.layout, [&](auto f) {
+            if (tile.n == 1)
+                multiply_plain_tile<1>(f, row_at, panel, n_in, memory.own);
+            else
+                multiply_plain_tile<EXPERT_TILE_ROWS>(f, row_at, panel, n_in, memory.own);
+        });
+    } else {
+        const bool aligned = are_rows_aligned(x);
+        multiply_tile<1>(w, {panel, n}, {}, tile.n,
+                         FloatRows{row_at(threadIdx.x % 32 / 4), aligned}, row_at, aligned,
+                         attribute(SLOT_BYTES), memory);
+    }
     __syncthreads();
-    for (int i = threadIdx.x; i < n * PANEL; i += blockDim.x) {
-        const int column = blockIdx.x * PANEL + i % PANEL, pair = pairs[i / PANEL];
-        if (column >= w.shape[1]) continue;
-        float value = 0.0f;
-        for (int k = 0; k < n_warps; k++) value += sums[k * EXPERT_TILE_ROWS * PANEL + i];
-        out.row(pair / n_used, pair % n_used)[column] = value;
+    for (int i = threadIdx.x; i < n * EXPERT_TILE_ROWS * PANEL; i += blockDim.x) {
+        const int row = i / PANEL % EXPERT_TILE_ROWS;
+        const int own = i / PANEL / EXPERT_TILE_ROWS * PANEL + i % PANEL;
+        const int column = at.panel * PANEL + own;
+        if (row >= tile.n || column >= w.shape[1]) continue;
+        const bool is_lanes = !plain && tile.n > 1;
+        const int pair = tile.pairs[row];
+        out.row(pair / n_used, pair % n_used)[column] =
+            memory.total(is_lanes ? sum_at<1>(row, own) : row * PANEL + own);
     }
 }

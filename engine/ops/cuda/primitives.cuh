@@ -77,6 +77,8 @@ template <typename T>
 DEVICE T shuffle_up(T x, int by) {
     return __shfl_up_sync(ALL_LANES, x, by);
 }
+// The warp's number in its thread block; the compiler knows that all lanes have the same.
+DEVICE int warp_index() { return __shfl_sync(ALL_LANES, threadIdx.x / 32, 0); }
 DEVICE uint32_t ballot(bool x) { return __ballot_sync(ALL_LANES, x); }
 DEVICE int32_t count_bits(uint32_t x) { return __popc(x); }
 DEVICE void sync_warp() { __syncwarp(); }
@@ -188,6 +190,65 @@ DEVICE void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// A warp's copies to shared memory of whole pieces, one after the other: a count of them that have
+// arrived. From compute capability 9.0 on the copy engine makes them, else the lanes.
+struct alignas(8) Arrivals {
+    uint64_t barrier;
+};
+DEVICE void begin_arrivals(Arrivals* to, int n) {
+#if __CUDA_ARCH__ >= 900
+    if (threadIdx.x % 32 == 0)
+        for (int i = 0; i < n; i++)
+            asm volatile(
+                "mbarrier.init.shared.b64 [%0], 1;\n fence.mbarrier_init.release.cluster;" ::"r"(
+                    static_cast<uint32_t>(__cvta_generic_to_shared(to + i)))
+                : "memory");
+    __syncwarp();
+#endif
+}
+DEVICE void end_arrivals(Arrivals* at, int n) {
+#if __CUDA_ARCH__ >= 900
+    __syncwarp();
+    if (threadIdx.x % 32 == 0)
+        for (int i = 0; i < n; i++)
+            asm volatile("mbarrier.inval.shared.b64 [%0];" ::"r"(
+                             static_cast<uint32_t>(__cvta_generic_to_shared(at + i)))
+                         : "memory");
+#endif
+}
+// Starts the next copy, of a multiple of 16 bytes; the warp has read what was there before.
+DEVICE void copy_piece(void* shared, const void* global, int bytes, Arrivals* at) {
+    const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+#if __CUDA_ARCH__ >= 900
+    if (threadIdx.x % 32 > 0) return;
+    const uint32_t barrier = static_cast<uint32_t>(__cvta_generic_to_shared(at));
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+                 : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(to),
+        "l"(global), "r"(bytes), "r"(barrier)
+        : "memory");
+#else
+    for (int i = threadIdx.x % 32 * 16; i < bytes; i += 32 * 16)
+        copy_async(static_cast<char*>(shared) + i, static_cast<const char*>(global) + i);
+    fence_copies();
+#endif
+}
+// Waits for copy number n of those that `at` counts, the last that has been started.
+DEVICE void wait_for_piece(Arrivals* at, int n) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{\n .reg .pred done;\n again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+        " @!done bra again;\n}" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(at))),
+        "r"(n & 1)
+        : "memory");
+#else
+    wait_copies<0>();
+    __syncwarp();
+#endif
+}
+
 // Four 8 × 8 matrices of 16-bit elements from shared memory, as the tensor cores take them: lane l
 // gives the address of row l % 8 of matrix l / 8.
 DEVICE void load_matrices(uint32_t (&m)[4], const void* shared) {
@@ -224,11 +285,18 @@ DEVICE void multiply_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, ui
 // d += a · b of a warp's fragments of signed bytes: a [16, 32] row-major, b [32, 8] by columns,
 // d [16, 8] int32 (mma.sync.m16n8k32). A register has 4 neighbouring bytes.
 DEVICE void multiply_int8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, "
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, "
         "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// d = c + a · b, as above, where all of c are the same.
+DEVICE void multiply_int8_to(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                             int32_t c) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c));
 }
 
 // The GPU's clock.
@@ -242,6 +310,9 @@ DEVICE int32_t add_atomic(int32_t* p, int32_t x) { return atomicAdd(p, x); }
 // Other thread blocks see this thread's earlier writes before its later ones …
 DEVICE void publish() { __threadfence(); }
 // … and read them past the L1 cache.
-DEVICE float load_published(const float* p) { return __ldcg(p); }
+template <typename T>
+DEVICE T load_published(const T* p) {
+    return __ldcg(p);
+}
 
 }  // namespace gdn

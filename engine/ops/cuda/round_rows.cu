@@ -13,7 +13,7 @@ KERNEL(round_rows) {
     const float* from = (x.rank == 3 ? x.row(t, u) : x.row(t)) + k;
     uint16_t* to = a.v[OUT].as<uint16_t>() + (static_cast<int64_t>(t) * n_used + u) * n_in + k;
     if (n_in % 8 == 0) {
-        const Eight v = load_eight(from, is_aligned(x));
+        const Eight v = load_eight(from, are_rows_aligned(x));
         Words4 packed;
         for (int i = 0; i < 4; i++) packed.w[i] = pack_bf16(v.v[2 * i], v.v[2 * i + 1]);
         *reinterpret_cast<Words4*>(to) = packed;

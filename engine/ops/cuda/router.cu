@@ -1,19 +1,21 @@
-// ROUTER: the experts of a token and their weights, a warp for each row.
+// ROUTER: the experts of a token and their weights, a warp for each row. For few tokens the last
+// thread block also sorts their pairs by expert.
 //
 // Lane l has experts l, l + 32, ... Scores are compared as integers of the same order. 0 marks an
 // expert that is absent or already chosen, so every choice is a valid expert even if logits are
 // NaN.
 
-#include "kernel.cuh"
+#include "sort_by_expert.cuh"
 
 namespace gdn {
 
-// Attributes: n_used, gating, scale, eps, n_groups, n_groups_used, normalized.
-enum { IDS, WEIGHTS, LOGITS, BIAS };
+// ORDER, TILES and COUNTERS are present where pairs are sorted. Attributes: n_used, gating, scale,
+// eps, n_groups, n_groups_used, normalized.
+enum { IDS, WEIGHTS, LOGITS, BIAS, ORDER, TILES, COUNTERS };
 enum { SOFTMAX, SIGMOID };
 enum { N_USED, GATING, SCALE, EPS, N_GROUPS, N_GROUPS_USED, NORMALIZED };
 
-constexpr int PER_LANE = ROUTER_MAX_EXPERTS / 32;
+constexpr int ROWS = THREADS_router / 32;
 static_assert(ROUTER_MAX_USED <= 32, "a lane has one expert that is used");
 constexpr float LOWEST = -3.402823466e38f;
 constexpr uint32_t NEVER = 0;
@@ -25,6 +27,7 @@ DEVICE uint32_t ordered(float x) {
 }
 
 // The index of the highest of a warp's scores, the first of equal ones; marks it as taken.
+template <int PER_LANE>
 DEVICE int take_best(uint32_t (&scores)[PER_LANE]) {
     uint32_t best = scores[0];
     int where = 0;
@@ -41,6 +44,7 @@ DEVICE int take_best(uint32_t (&scores)[PER_LANE]) {
 }
 
 // p of a row of n logits.
+template <int PER_LANE>
 DEVICE void probabilities(float (&p)[PER_LANE], const float* logits, int n, bool softmax) {
     const int lane = threadIdx.x % 32;
     float highest = LOWEST, total = 0.0f;
@@ -69,6 +73,7 @@ DEVICE void probabilities(float (&p)[PER_LANE], const float* logits, int n, bool
 
 // Excludes experts outside of the best groups. A group's score is the sum of its two best.
 // `shared` is of ROUTER_MAX_EXPERTS floats.
+template <int PER_LANE>
 DEVICE void keep_best_groups(uint32_t (&scores)[PER_LANE], const float (&values)[PER_LANE], int n,
                              int n_groups, int n_kept, float* shared) {
     const int lane = threadIdx.x % 32, size = n / n_groups;
@@ -99,15 +104,10 @@ DEVICE void keep_best_groups(uint32_t (&scores)[PER_LANE], const float (&values)
     sync_warp();
 }
 
-}  // namespace gdn
-
-// Grid: rows.
-KERNEL(router) {
-    using namespace gdn;
-    __shared__ float shared[ROUTER_MAX_EXPERTS];
-    const int t = blockIdx.x, lane = threadIdx.x;
-    if (t >= a.rows(a.v[LOGITS])) return;
-    const int n = a.v[LOGITS].shape[1], n_used = a.v[IDS].shape[1];
+// A warp's row of up to 32 · PER_LANE logits. `shared` is of as many floats.
+template <int PER_LANE>
+DEVICE void route(const Args& a, int t, float* shared) {
+    const int lane = threadIdx.x % 32, n = a.v[LOGITS].shape[1], n_used = a.v[IDS].shape[1];
     const int n_groups = static_cast<int>(a.attr[N_GROUPS]);
     const float* bias = a.v[BIAS].as<float>();
     float p[PER_LANE], values[PER_LANE];
@@ -137,4 +137,30 @@ KERNEL(router) {
     if (lane >= n_used) return;
     a.v[IDS].as<int32_t>()[static_cast<int64_t>(t) * a.v[IDS].stride[0] + lane] = id;
     a.v[WEIGHTS].row(t)[lane] = mine / total * a.attr[SCALE];
+}
+
+}  // namespace gdn
+
+// Grid: rows / 8.
+KERNEL(router) {
+    using namespace gdn;
+    __shared__ float shared[ROWS][ROUTER_MAX_EXPERTS];
+    __shared__ int32_t next[ROUTER_MAX_EXPERTS], n_before;
+    const int warp = threadIdx.x / 32, t = blockIdx.x * ROWS + warp;
+    const int n_rows = a.rows(a.v[LOGITS]), n_experts = a.v[LOGITS].shape[1];
+    if (t < n_rows)
+        n_experts <= 256 ? route<8>(a, t, shared[warp])
+                         : route<ROUTER_MAX_EXPERTS / 32>(a, t, shared[warp]);
+    if (!a.v[TILES]) return;
+    publish();
+    __syncthreads();
+    int32_t* counter = a.v[COUNTERS].as<int32_t>();
+    if (threadIdx.x == 0) n_before = add_atomic(counter, 1);
+    __syncthreads();
+    if (n_before != static_cast<int32_t>(gridDim.x) - 1) return;
+    if (threadIdx.x == 0) *counter = 0;
+    if (n_rows == 1)
+        list_experts(a.v[IDS], a.v[ORDER], a.v[TILES]);
+    else
+        sort_by_expert(a.v[IDS], n_rows, n_experts, EXPERT_TILE_ROWS, a.v[ORDER], a.v[TILES], next);
 }

@@ -1,10 +1,11 @@
 // Products of panels with one row (GEMV), which the same launch may compute from an op's inputs.
+// Those of more rows (staged.cuh) add the same numbers in the same order.
 //
 // The row is quantized to integers of 15 bits (quantize.cuh), which loses next to nothing. One row
 // would fill one of the eight columns of a product on tensor cores. So each lane multiplies a
 // k-block of its own: lane 4g + c has all columns of rows g and g + 8 of k-block c of 4. Operand B
-// is block-diagonal: columns 2c and 2c + 1 hold the high and low bytes of k-block c, so a lane's
-// accumulators are its own k-block's sums, and it holds the scales of that k-block, too.
+// is block-diagonal: columns 2c and 2c + 1 hold the high and low bytes of that k-block, so a lane's
+// accumulators are its own k-block's sums, and it holds that k-block's scales of weights, too.
 #pragma once
 
 #include "mul_mat.cuh"
@@ -17,18 +18,31 @@ namespace gdn {
 //   ROW_GATED_SILU,     RMS_NORM_GATED of X with the gate MORE, times FACTOR
 //   ROW_GATED_SIGMOID
 
+// A batch's scale, and sums of its integers, of 16 columns each.
+struct alignas(16) BatchHead {
+    int32_t sum[BATCH][2];
+    float scale;
+};
+static_assert(sizeof(BatchHead) == BATCH_HEAD_BYTES, "as in kernels.py");
+
 // A batch of the row's k-blocks as integers.
 struct alignas(16) RowBatch {
-    struct alignas(16) KBlock {
-        float scale;
-        int32_t sum[2];  // Of 16 columns each.
-    };
-
     uint32_t q[BATCH][2][WORDS];  // High bytes, low bytes.
     uint32_t zeros[WORDS];
-    KBlock k_blocks[BATCH];
+    BatchHead head;
 };
 static_assert(sizeof(RowBatch) == ROW_BATCH_BYTES, "as in kernels.py");
+
+// Rounds a batch, of which each lane has 8 columns; every second lane has the sum of 16.
+DEVICE Integers round_batch(const Eight& x, BatchHead& head) {
+    const int lane = threadIdx.x % 32;
+    const float scale = batch_scale(warp_highest(largest_of(x)));
+    Integers made = to_integers(x, scale);
+    made.sum += shuffle_xor(made.sum, 1);
+    if (lane % 2 == 0) head.sum[lane / 4][lane / 2 % 2] = made.sum;
+    if (lane == 0) head.scale = scale;
+    return made;
+}
 
 struct Row {
     const float *x, *more = nullptr, *factor = nullptr;
@@ -66,27 +80,27 @@ struct Row {
     }
 
     // Column k, for plain weights; gated rows are never multiplied by plain weights.
-    DEVICE float column(int k, bool counts) {
-        float v = x[k];
-        if (source != ROW_NORM) return v;
-        if (more) v += more[k];
-        if (counts) {
-            squares = fmaf(v, v, squares);
-            if (total) total[k] = v;
+    DEVICE float column(int k) const {
+        if (source != ROW_NORM) return x[k];
+        return (more ? x[k] + more[k] : x[k]) * factor[k];
+    }
+    // What stage_all adds to `squares`, and TOTAL.
+    DEVICE void add_squares(int n, int warp, int n_warps) {
+        for (int first = warp * BATCH; first < n; first += n_warps * BATCH) {
+            const int i = first + threadIdx.x % 32 / 4;
+            columns(first * K_BLOCK + 8 * (threadIdx.x % 32), i < n);
         }
-        return v * factor[k];
     }
 
-    // Quantizes a batch: k-blocks first … first + 7, of n.
+    // Rounds a batch: k-blocks first … first + 7, of n.
     DEVICE void stage(RowBatch& to, int first, int n) {
         const int lane = threadIdx.x % 32, i = lane / 4, c = lane % 4;
-        const Integers made = to_integers(columns(first * K_BLOCK + 8 * lane, first + i < n));
+        const Eight x = columns(first * K_BLOCK + 8 * lane, first + i < n);
+        const Integers made = round_batch(x, to.head);
         for (int k = 0; k < 2; k++) {
             to.q[i][0][2 * c + k] = made.high[k];
             to.q[i][1][2 * c + k] = made.low[k];
         }
-        if (c == 0) to.k_blocks[i].scale = made.scale;
-        if (c % 2 == 0) to.k_blocks[i].sum[c / 2] = made.sum;
         if (lane < WORDS) to.zeros[lane] = 0;
     }
     // All batches of warp `warp` of n_warps, one after the other; see multiply_row.
@@ -95,46 +109,103 @@ struct Row {
     }
 };
 
-// A warp's batches of neighbouring panels, which come one at a time through its slot of shared
-// memory: its first batch of all panels, then its next one. While a warp waits, others compute.
+// A run of neighbouring panels.
+struct PanelRun {
+    const uint8_t* first;
+    int32_t n;
+};
+
+// A warp's batches of one or two runs of panels, which come one at a time through its slot of shared
+// memory, in two halves: its first batch of all panels, then its next one. While a warp waits, others
+// compute. ENGINE: the copy engine brings them, which takes fewer instructions, but longer to begin.
+template <bool ENGINE, int RUNS = 1>
 struct Stream {
-    const uint8_t* panel;
+    PanelRun run, more;
     uint8_t* slot;
-    int32_t panel_bytes, n_panels, batch_bytes = 0;
-    int32_t offset, step, next_panel = 0;  // Of the next fetch; bytes to the warp's next batch.
+    Arrivals* arrivals;  // Of both halves, at the slot's end.
+    // Bytes of a super-block's head with 4 k-blocks, and of a batch.
+    int32_t panel_bytes, n_panels, half_bytes, batch_bytes;
+    // Of the next fetch: the batch, its panel and the bytes of the panel from there on.
+    const uint8_t* next;
+    int32_t next_panel = 0, left, step;
+    int32_t n_read = 0;
 
-    DEVICE Stream(const View& w, int first_panel, int n_panels_, char* slot_, int warp, int n_warps)
-        : panel(panel_at(w, first_panel)),
+    // w: a weight that has the panels' layout.
+    DEVICE Stream(const View& w, PanelRun run_, PanelRun more_, char* slot_, int slot_bytes,
+                  int warp, int n_warps)
+        : run(run_),
+          more(more_),
           slot(reinterpret_cast<uint8_t*>(slot_)),
+          arrivals(reinterpret_cast<Arrivals*>(slot_ + slot_bytes - ARRIVALS_BYTES)),
           panel_bytes(w.stride[w.rank - 2]),
-          n_panels(n_panels_) {
-        with_format(w.layout, [&](auto f) {
-            if constexpr (!is_plain(decltype(f){})) batch_bytes = decltype(f)::SUPER_BYTES;
-        });
-        offset = warp * batch_bytes, step = n_warps * batch_bytes;
+          n_panels(run.n + more.n),
+          half_bytes((w.stride[w.rank - 1] + w.head) / 2),
+          batch_bytes(w.stride[w.rank - 1]) {
+        next = run.first + warp * batch_bytes;
+        left = panel_bytes - warp * batch_bytes, step = n_warps * batch_bytes;
     }
 
-    // Starts the copy of a batch, if there is one left.
-    DEVICE void fetch() {
-        const int left = panel_bytes - offset, bytes = left < batch_bytes ? left : batch_bytes;
-        const uint8_t* from = panel + static_cast<int64_t>(next_panel) * panel_bytes + offset;
-#pragma unroll 1
-        for (int i = threadIdx.x % 32 * 16; i < bytes; i += 32 * 16) copy_async(slot + i, from + i);
-        fence_copies();
-        if (++next_panel == n_panels) next_panel = 0, offset += step;
+    // Starts the copy of the first batch.
+    DEVICE void start() {
+        if (ENGINE) begin_arrivals(arrivals, 2), fetch(0);
+        fetch(1);
     }
-    // Waits for the batch; returns its address.
-    DEVICE const uint8_t* wait() const {
-        wait_copies<0>();
-        sync_warp();
+    // Starts the copy of half the next batch, if there is one left; halves take turns. Without the
+    // engine, half 1 is the whole batch.
+    DEVICE void fetch(int half) {
+        if (left <= 0) return;
+        const int begin = ENGINE && half ? half_bytes : 0, end = half ? batch_bytes : half_bytes;
+        if (left < end)
+            fetch_last(half, begin, end);
+        else
+            copy(half, begin, end);
+        if (half == 0) return;
+        next += panel_bytes, next_panel++;
+        if (RUNS == 2 && next_panel == run.n) next = more.first + (panel_bytes - left);
+        if (next_panel < n_panels) return;
+        next_panel = 0, left -= step;
+        next = run.first + (panel_bytes - left);
+    }
+    // Zeros fill up a panel's last batch.
+    DEVICE void fetch_last(int half, int begin, int end) {
+        const int last = left < begin ? begin : left;
+#pragma unroll 1
+        for (int i = last + threadIdx.x % 32 * 16; i < end; i += 32 * 16)
+            *reinterpret_cast<Words4*>(slot + i) = Words4{};
+        copy(half, begin, last);
+    }
+    DEVICE void copy(int half, int begin, int end) {
+        if constexpr (ENGINE) {
+            copy_piece(slot + begin, next + begin, end - begin, arrivals + half);
+        } else {
+#pragma unroll 1
+            for (int i = threadIdx.x % 32 * 16; i < end; i += 32 * 16)
+                copy_async(slot + i, next + i);
+            fence_copies();
+        }
+    }
+    // Waits for the next half; returns the batch.
+    DEVICE const uint8_t* wait(int half) {
+        if (ENGINE) {
+            wait_for_piece(arrivals + half, n_read);
+            n_read += half;
+        } else {
+            wait_copies<0>();
+            sync_warp();
+        }
         return slot;
     }
-    // Called when all lanes have read the batch: starts the next copy.
-    DEVICE void release() {
+    // Called when all lanes have read a half: starts the next copy to it.
+    DEVICE void release(int half) {
         sync_warp();
-        fetch();
+        fetch(half);
+    }
+    // Called after the last batch; another stream may have the slot then.
+    DEVICE void finish() {
+        if (ENGINE) end_arrivals(arrivals, 2);
     }
 };
+static_assert(2 * sizeof(Arrivals) <= ARRIVALS_BYTES, "as in kernels.py");
 
 // This lane's sums of rows g and g + 8 over a batch of `count` k-blocks.
 template <typename F>
@@ -146,7 +217,7 @@ DEVICE void multiply_batch(const uint8_t* k_blocks, int count, const RowBatch& x
     const Super<F> super(raw);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const int at = 4 * i + c;
+        const int at = 2 * c + i;
         Pair<F> pair;
         if (at < count)
             pair.load(k_blocks + F::SUPER_HEAD + at * F::K_BLOCK_BYTES, g);
@@ -155,7 +226,6 @@ DEVICE void multiply_batch(const uint8_t* k_blocks, int count, const RowBatch& x
         const uint32_t* own = g / 2 == c ? x.q[at][g % 2] : x.zeros;
         const auto* from = reinterpret_cast<const Words4*>(own);
         const Words4 b[2] = {from[0], from[1]};
-        const RowBatch::KBlock k_block = x.k_blocks[at];
         const Piece<F> head = pair.piece(0);
 #pragma unroll
         for (int group = 0; group < F::GROUPS; group++) {
@@ -170,15 +240,13 @@ DEVICE void multiply_batch(const uint8_t* k_blocks, int count, const RowBatch& x
                     multiply_int8(d, words, b[piece / 2].w[word], b[piece / 2].w[word + 1]);
                 }
             }
-            const int32_t sum =
-                F::GROUPS == 2 ? k_block.sum[group] : k_block.sum[0] + k_block.sum[1];
+            const int32_t (&sum)[2] = x.head.sum[at];
+            const auto total = static_cast<float>(F::GROUPS == 2 ? sum[group] : sum[0] + sum[1]);
             for (int r = 0; r < 2; r++) {
-                const int32_t dot = d[2 * r] * 128 + d[2 * r + 1] - F::ZERO * sum;
-                const float scale = k_block.scale * scale_of(head, super, group, r);
-                acc[r] = fmaf(static_cast<float>(dot), scale, acc[r]);
-                if (F::HAS_MIN)
-                    acc[r] -=
-                        min_of(head, super, group, r) * (k_block.scale * static_cast<float>(sum));
+                const auto dot = static_cast<float>(d[2 * r] * 128 + d[2 * r + 1]);
+                acc[r] = fmaf(dot, scale_of(head, super, group, r), acc[r]);
+                if (Piece<F>::OFFSET)
+                    acc[r] = fmaf(-offset_of(head, super, group, r), total, acc[r]);
             }
         }
     }
@@ -186,22 +254,24 @@ DEVICE void multiply_batch(const uint8_t* k_blocks, int count, const RowBatch& x
 
 // A warp's part of the products of a stream's panels, to sums [panels, 16]: batches[0] are k-blocks
 // 8 · warp … 8 · warp + 7 of n, the next ones follow in steps of n_warps batches.
-template <typename F>
-DEVICE void multiply_row(F, Stream& stream, const RowBatch* batches, int n, int warp, int n_warps,
-                         float* sums) {
+template <typename F, int RUNS>
+DEVICE void multiply_row(F, Stream<false, RUNS>& stream, const RowBatch* batches, int n, int warp,
+                         int n_warps, float* sums) {
     const int lane = threadIdx.x % 32;
     for (int i = lane; i < stream.n_panels * PANEL; i += 32) sums[i] = 0.0f;
     sync_warp();
 #pragma unroll 1
     for (int first = warp * BATCH; first < n; first += n_warps * BATCH, batches++) {
+        const float scale = batches->head.scale * (1.0f / Piece<F>::UNIT);
 #pragma unroll 1
         for (int p = 0; p < stream.n_panels; p++) {
             float acc[2] = {};
-            multiply_batch<F>(stream.wait(), n - first, *batches, acc);
-            stream.release();
+            multiply_batch<F>(stream.wait(1), n - first, *batches, acc);
+            stream.release(1);
             for (int r = 0; r < 2; r++) {
                 for (int mask = 1; mask < 4; mask *= 2) acc[r] += shuffle_xor(acc[r], mask);
-                if (lane % 4 == 0) sums[p * PANEL + lane / 4 + 8 * r] += acc[r];
+                float& sum = sums[p * PANEL + lane / 4 + 8 * r];
+                if (lane % 4 == 0) sum = fmaf(acc[r], scale, sum);
             }
         }
     }

@@ -11,6 +11,6 @@ KERNEL(sum_experts) {
     if (t >= a.rows(out) || c >= n) return;
     float total = 0.0f;
     for (int u = 0; u < partial.shape[1]; u++)
-        total += weights.row(t)[u * weights.stride[1]] * partial.row(t, u)[c];
+        total = fmaf(weights.row(t)[u * weights.stride[1]], partial.row(t, u)[c], total);
     out.row(t)[c] = total;
 }

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import pytest
 
 from engine.backends.cuda.backend import CudaBackend
-from engine.backends.cuda.lower import mul_mat as products
 from engine.backends.cuda.program import CudaProgram
 from engine.formats.quants import I32, WEIGHT_TYPES
 from engine.graph import Capacity, Graph, Live
@@ -30,22 +29,15 @@ N_IN = 768
 # Rows up to which kernels are launched, and these. Conversions of rows serve all nodes that read
 # them, so some steps launch one that no product of theirs needs.
 Table = Sequence[tuple[int, str]]
-FEW = [(1, "mul_mat_1"), (2, "mul_mat_2"), (4, "mul_mat_4")]
-INT8 = [*FEW, (8, "quantize_rows mul_mat_8")]
+PLAIN = [(1, "mul_mat_1"), (2, "mul_mat_floats_2"), (4, "mul_mat_floats_4")]
+FEW = [(1, "mul_mat_1"), (8, "stage_rows mul_mat_rows_8"), (16, "stage_rows mul_mat_rows_16")]
 WITHOUT_COPY = [
     (128, "round_rows gemm_64"),
     (255, "round_rows gemm_128"),
     (CAPACITY, "round_rows expand gemm_bf16"),
 ]
-INT8_16 = [*INT8, (16, "quantize_rows mul_mat_16 round_rows")]
 WITH_COPY = [(CAPACITY, "round_rows gemm_bf16")]
-INVARIANT = [
-    (2, "mul_mat_2"),
-    (4, "mul_mat_4"),
-    (8, "quantize_rows mul_mat_8"),
-    (16, "quantize_rows mul_mat_16"),
-    (CAPACITY, "quantize_rows mul_mat_32"),
-]
+INVARIANT = [*FEW, (CAPACITY, "stage_rows mul_mat_rows_16")]
 
 
 def check(run: Executable, table: Table) -> None:
@@ -73,15 +65,10 @@ def product(backend: CudaBackend, types: Sequence[str], rng: Rng) -> Executable:
 
 
 @pytest.mark.parametrize("dtype", ["Q8_0", "Q4_K"])
-@pytest.mark.parametrize("is_large", [False, True])
-def test_quantized(monkeypatch: pytest.MonkeyPatch, rng: Rng, dtype: str, is_large: bool) -> None:
-    if is_large:
-        monkeypatch.setattr(products, "MANY_ELEMENTS", 0)
+def test_quantized(rng: Rng, dtype: str) -> None:
     device = EmulatedDevice()
-    few = [*INT8, (16, "quantize_rows round_rows gemm_bf16")] if is_large else INT8_16
-    check(product(backend_of(device), [dtype], rng), [*few, *WITH_COPY])
-    without = product(backend_of(device, copies=False), [dtype], rng)
-    check(without, [*INT8_16, *WITHOUT_COPY])
+    check(product(backend_of(device), [dtype], rng), [*FEW, *WITH_COPY])
+    check(product(backend_of(device, copies=False), [dtype], rng), [*FEW, *WITHOUT_COPY])
     invariant = backend_of(device, batch_invariant=True)
     check(product(invariant, [dtype], rng), INVARIANT)
     assert not invariant.weights.bf16
@@ -89,32 +76,30 @@ def test_quantized(monkeypatch: pytest.MonkeyPatch, rng: Rng, dtype: str, is_lar
 
 def test_plain(rng: Rng) -> None:
     device = EmulatedDevice()
-    check(product(backend_of(device), ["F32"], rng), [*FEW, (CAPACITY, "mul_mat_8")])
-    passes = [*FEW, (8, "mul_mat_8"), (16, "mul_mat_8 round_rows")]
-    check(product(backend_of(device, copies=False), ["BF16"], rng), [*passes, *WITHOUT_COPY])
+    check(product(backend_of(device), ["F32"], rng), [*PLAIN, (CAPACITY, "mul_mat_floats_8")])
+    few = [*PLAIN, (16, "mul_mat_floats_8")]
+    check(product(backend_of(device, copies=False), ["BF16"], rng), [*few, *WITHOUT_COPY])
 
 
 def test_several_weights(rng: Rng) -> None:
     """Few rows take one launch, more rows one for each weight, plain weights together."""
     run = product(backend_of(EmulatedDevice(), copies=False), ["F32", "Q8_0", "F16", "Q4_K"], rng)
-    check(run, [*INT8_16, (128, "mul_mat_8 round_rows gemm_64 gemm_64")])
+    check(run, [*FEW, (128, "mul_mat_floats_8 round_rows gemm_64 gemm_64")])
 
 
 @pytest.mark.parametrize("summed", [False, True])
 def test_experts(rng: Rng, summed: bool) -> None:
     device, (n_experts, n_used) = EmulatedDevice(), (5, 2)
     end = " sum_experts" if summed else ""
-    single = "mul_mat_id_sum" if summed else "mul_mat_id"
     tiles = f"sort_by_expert mul_mat_id_rows{end}"
-    few = [(4, single), (8, tiles), (64, f"{tiles} round_rows")]
     large_from = 48 * n_experts // n_used
     many = [
         (large_from, f"round_rows sort_by_expert gemm_experts_32{end}"),
         (CAPACITY, f"round_rows sort_by_expert gemm_experts_64{end}"),
     ]
-    every = [(CAPACITY, tiles)]
+    few, converted, every = (16, tiles), (64, f"{tiles} round_rows"), [(CAPACITY, tiles)]
     for dtype, invariant, table in (
-        ("Q8_0", False, [*few, *many]), ("F32", False, [few[0], *every]), ("Q8_0", True, every)
+        ("Q8_0", False, [few, converted, *many]), ("F32", False, every), ("Q8_0", True, every)
     ):  # fmt: skip
         graph, weight = Graph(Capacity(CAPACITY)), WEIGHT_TYPES[dtype]
         raw, _ = weight_bytes(weight, n_experts, 37, N_IN, rng=rng)

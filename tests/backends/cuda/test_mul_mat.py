@@ -7,7 +7,7 @@ arithmetic.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,10 @@ import pytest
 
 from engine.backends.cuda.backend import CudaBackend
 from engine.backends.cuda.device import Device
-from engine.backends.cuda.lower import common, gemv
+from engine.backends.cuda.kernels import threads
+from engine.backends.cuda.lower import gemv
 from engine.backends.cuda.lower import mul_mat as products
 from engine.backends.cuda.lower import mul_mat_id as experts
-from engine.backends.cuda.lower.mul_mat_id import SINGLE_TOKENS
 from engine.backends.cuda.weights import CudaWeights
 from engine.backends.native import library as cpu_library
 from engine.formats.quants import BF16, F32, I32, WEIGHT_TYPES, DType, dequantize, quantize_q8_0
@@ -28,15 +28,10 @@ from engine.ops.mul_mat import mul_mat
 from engine.ops.mul_mat_id import mul_mat_id
 from engine.placement.place import place
 from engine.runtime.executor import Executable
-from tests.backends.cpu.test_weights import (
-    EXACT_LIMIT,
-    ROUNDED,
-    TIPPED_LIMIT,
-    random_rows,
-    rounded,
-    to_bfloat16,
-)
+from tests.backends.cpu.test_weights import ROUNDED, TIPPED_LIMIT, random_rows, rounded, to_bfloat16
 from tests.support.cuda_devices import DEVICES
+from tests.support.cuda_emulator import device as emulated
+from tests.support.cuda_emulator.device import EmulatedDevice
 from tests.support.opcase import RawWeights, assert_close
 from tools.randblocks import TYPES, random_blocks
 
@@ -47,17 +42,9 @@ CAPACITY, N_OUT, N_EXPERTS, N_USED = 300, 37, 3, 2
 ROWS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 40, 64, 65, 130)
 
 
-@dataclass(frozen=True)
-class Ways:
-    """Up to how many rows each has a kernel of its own, and up to how many they are int8."""
-
-    single: int
-    few: int
-
-
-COPIED, TILED = Ways(1, products.COPIED_ROWS), Ways(1, products.TILED_ROWS)
-OF_EXPERTS = Ways(SINGLE_TOKENS, experts.TILE_TOKENS)
-# A single row is rounded to so many steps; a part of 1,000 lies within float32's error of a tie.
+# Up to how many rows they are integers.
+FEW, OF_EXPERTS = products.FEW_ROWS, experts.PANEL_TOKENS
+# A row is rounded to so many steps; a part of 1,000 lies within float32's error of a tie.
 STEPS, ROW_LIMIT = 127 * 128, 1e-9
 every_type = pytest.mark.parametrize("dtype", WEIGHT_TYPES.values(), ids=str)
 SOME = [
@@ -78,8 +65,6 @@ def device(request: pytest.FixtureRequest) -> Device:
 def shared_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks share columns where these are fewer than would pay, and have several panels where
     these are few."""
-    monkeypatch.setattr(common, "SPLIT_COLUMNS", 256)
-    monkeypatch.setattr(products, "MANY_ELEMENTS", 0)
     monkeypatch.setattr(gemv, "GEMV_WARPS", 4)
     monkeypatch.setattr(gemv, "RESIDENT_WARPS", 1)
 
@@ -135,28 +120,33 @@ class Product:
         return self._executable.run({}, Live(len(x), 1, 1))["out0"]
 
 
-def limit(n_rows: int, ways: Ways) -> float:
-    if n_rows <= ways.single:
-        return ROW_LIMIT
-    return EXACT_LIMIT if n_rows <= ways.few else TIPPED_LIMIT
+def limit(n_rows: int, few: int) -> float:
+    return ROW_LIMIT if n_rows <= few else TIPPED_LIMIT
 
 
-def wanted(dtype: DType, n_rows: int, x: Array, w: Array, product: Any, ways: Ways) -> Array:
+def wanted(dtype: DType, n_rows: int, x: Array, w: Array, product: Any, few: int) -> Array:
     """What comes of operands rounded as kernels for so many rows round them."""
-    if n_rows > ways.few and (dtype.block_elems > 1 or dtype is BF16):
+    if n_rows > few and (dtype.block_elems > 1 or dtype is BF16):
         return np.asarray(product(to_bfloat16(x), to_bfloat16(w)))
     if dtype.block_elems == 1:
         return np.asarray(product(x.astype(np.float64), w))
-    return np.asarray(product(rounded(x, STEPS if n_rows <= ways.single else 127), w))
+    return np.asarray(product(rounded_batches(x), w))
+
+
+def rounded_batches(x: Array) -> Array:
+    """Rows rounded to STEPS steps of the largest value of each 256 columns."""
+    return np.concatenate(
+        [rounded(x[..., i : i + 256], STEPS, 256) for i in range(0, x.shape[-1], 256)], axis=-1
+    )
 
 
 def check_product(
-    product: Product, dtype: DType, rng: Rng, rows: Sequence[int], ways: Ways
+    product: Product, dtype: DType, rng: Rng, rows: Sequence[int], few: int = FEW
 ) -> None:
     for n in rows:
         x = random_rows(rng, n, product.values.shape[1])
-        want = wanted(dtype, n, x, product.values, lambda x, w: x @ w.T, ways)
-        assert_close(product(x), want, limit(n, ways), f"{dtype}, {n} rows")
+        want = wanted(dtype, n, x, product.values, lambda x, w: x @ w.T, few)
+        assert_close(product(x), want, limit(n, few), f"{dtype}, {n} rows")
 
 
 @every_type
@@ -176,14 +166,14 @@ def test_tables(device: Device, dtype: DType, rng: Rng) -> None:
 @every_type
 def test_products(device: Device, dtype: DType, rng: Rng) -> None:
     product = Product(backend_of(device), dtype, N_OUT, columns(dtype), rng)
-    check_product(product, dtype, rng, ROWS, COPIED)
+    check_product(product, dtype, rng, ROWS)
 
 
 @every_type
 def test_products_without_room_for_copies(device: Device, dtype: DType, rng: Rng) -> None:
     """By gemm.cu, and of more rows with a buffer."""
     product = Product(backend_of(device, copies=False), dtype, N_OUT, columns(dtype), rng)
-    check_product(product, dtype, rng, (16, 17, 65, 130, 256), TILED)
+    check_product(product, dtype, rng, (16, 17, 65, 130, 256))
 
 
 @some_types
@@ -192,29 +182,45 @@ def test_wide_and_deep_products(device: Device, dtype: DType, n_out: int, rng: R
     """More columns than a block's warps have at once, and more rows than a tile; of few outputs
     several blocks share the columns."""
     product = Product(backend_of(device, copies=False), dtype, n_out, columns(dtype, 9), rng)
-    check_product(product, dtype, rng, (1, 2, 3, 7, 16, 33, 65), TILED)
-    check_product(product, dtype, rng, (1, 2), TILED)
+    check_product(product, dtype, rng, (1, 2, 3, 7, 16, 33, 65))
+    check_product(product, dtype, rng, (1, 2))
 
 
-def test_how_many_blocks_share_columns(device: Device) -> None:
-    n, least = device.n_multiprocessors, common.SPLIT_COLUMNS
-    cases = {(1, 2 * least - 1): 1, (1, 2 * least): 2, (n, 9 * least): 4, (2 * n, 9 * least): 2}
-    for (blocks, n_in), splits in {**cases, (3 * n, 9 * least): 1}.items():
-        assert common.splits_of(device, blocks, n_in) == splits, (blocks, n_in)
+class SmallDevice(EmulatedDevice):
+    """With the shared memory of compute capabilities 8.6 to 12.0 but for servers'."""
+
+    shared_bytes = 99 << 10
+
+
+@pytest.mark.skipif(bool(emulated.missing()), reason=emulated.missing())
+@pytest.mark.parametrize("name", ["Q8_0", "Q6_K"])
+def test_little_shared_memory(name: str, monkeypatch: pytest.MonkeyPatch, rng: Rng) -> None:
+    """Fewer warps share the columns, and passes have 8 rows."""
+    monkeypatch.setattr(gemv, "GEMV_WARPS", threads("mul_mat_1") // 32)
+    dtype = WEIGHT_TYPES[name]
+    for invariant in (False, True):
+        backend = backend_of(SmallDevice(), batch_invariant=invariant)
+        product = Product(backend, dtype, N_OUT, columns(dtype, 20), rng)
+        check_product(product, dtype, rng, (1, 3, FEW), CAPACITY)
+    for summed in (False, True):
+        experts_ = Experts(backend, dtype, columns(dtype, 20), summed, rng)
+        given = experts_.rows(5, rng)
+        for got, of_first in zip(experts_(*given), experts_(*(a[:1] for a in given)), strict=True):
+            assert np.array_equal(got[:1], of_first)
 
 
 @some_types
 def test_a_row_has_the_same_bits_alone_and_among_others(
     device: Device, dtype: DType, rng: Rng
 ) -> None:
-    """However many there are, if that is asked for; else from 2 to 8."""
+    """However many there are, if that is asked for; else up to FEW."""
     n_in = columns(dtype, 2)
     for batch_invariant in (False, True):
         backend = backend_of(device, batch_invariant=batch_invariant)
         product = Product(backend, dtype, N_OUT, n_in, rng)
-        x, step = random_rows(rng, 130, n_in), 1 if batch_invariant else 2
-        want = np.concatenate([product(x[i : i + step]) for i in range(0, 20, step)])
-        for n in (2, 3, 4, 6, 8, *((11, 32, 50, 130) if batch_invariant else ())):
+        x = random_rows(rng, 130, n_in)
+        want = np.concatenate([product(x[i : i + 1]) for i in range(20)])
+        for n in (2, 3, 5, 8, 9, FEW, *((17, 50, 130) if batch_invariant else ())):
             got = product(x[:n])[:20]
             assert np.array_equal(got, want[: len(got)]), f"{n} rows"
 
@@ -237,7 +243,6 @@ def test_mixed_weights_and_what_follows(
     device: Device, n: int, copies: bool, n_in: int, rng: Rng
 ) -> None:
     """Several weights of one node; and a product that is gated and added to something."""
-    ways = COPIED if copies else TILED
     backend, graph = backend_of(device, copies), Graph(Capacity(CAPACITY))
     types = [WEIGHT_TYPES[name] for name in ("Q4_K", "F32", "Q8_0", "BF16", "F16", "Q6_K")]
     made = [weight_bytes(t, 16 * i + 7, n_in, rng=rng) for i, t in enumerate(types)]
@@ -254,11 +259,11 @@ def test_mixed_weights_and_what_follows(
         backend.write(tensor, values)
     got = run.run({}, Live(n, 1, 1))
     for i, (dtype, (_, w)) in enumerate(zip(types, made, strict=True)):
-        want = wanted(dtype, n, rows, w, lambda x, w: x @ w.T, ways)
-        assert_close(got[f"out{i}"], want, limit(n, ways), f"{dtype}")
-    want = wanted(types[0], n, rows, made[0][1], lambda x, w: x @ w.T, ways)
+        want = wanted(dtype, n, rows, w, lambda x, w: x @ w.T, FEW)
+        assert_close(got[f"out{i}"], want, limit(n, FEW), f"{dtype}")
+    want = wanted(types[0], n, rows, made[0][1], lambda x, w: x @ w.T, FEW)
     want = added + want / (1 + np.exp(-gates.astype(np.float64)))
-    assert_close(got["out6"], want, limit(n, ways), "gated")
+    assert_close(got["out6"], want, limit(n, FEW), "gated")
 
 
 class Experts:
@@ -316,18 +321,16 @@ def test_experts(device: Device, dtype: DType, summed: bool, rng: Rng) -> None:
 def test_a_token_of_experts_has_the_same_bits(
     device: Device, dtype: DType, summed: bool, rng: Rng
 ) -> None:
-    """However many there are, if that is asked for; else up to 4, and from 5 to 64."""
+    """However many there are, if that is asked for; else up to OF_EXPERTS."""
     for batch_invariant in (False, True):
         backend = backend_of(device, batch_invariant=batch_invariant)
         product = Experts(backend, dtype, columns(dtype, 2), summed, rng)
         given = product.rows(70, rng)
-        alone = (1, (2, 4, 5, 30, 70)) if batch_invariant else (1, (2, 4))
-        for step, others in (alone, (5, (7, 30, 64))):
-            parts = [product(*(a[i : i + step] for a in given)) for i in range(0, 10, step)]
-            for n in others:
-                for i, got in enumerate(product(*(a[:n] for a in given))):
-                    want = np.concatenate([outputs[i] for outputs in parts])[:n]
-                    assert np.array_equal(got[:10], want), f"{n} tokens, output {i}"
+        parts = [product(*(a[i : i + 1] for a in given)) for i in range(10)]
+        for n in (2, 5, 30, OF_EXPERTS, *([70] if batch_invariant else [])):
+            for i, got in enumerate(product(*(a[:n] for a in given))):
+                want = np.concatenate([outputs[i] for outputs in parts])[:n]
+                assert np.array_equal(got[:10], want), f"{n} tokens, output {i}"
 
 
 @pytest.mark.parametrize("n", [1, 4, 18, 70])

@@ -159,7 +159,8 @@ def route(logits: np.ndarray, n_used: int, groups: tuple[int, int] = (1, 1)) -> 
     weights = np.zeros((n_rows, n_used), np.float32)
     launch(
         EmulatedDevice(), "router", "router", [ids, weights, logits.astype(np.float32), None],
-        [n_used, 0, 1.0, 0.0, *groups, 1.0], threads=32, grid=(n_rows, 1, 1),
+        [n_used, 0, 1.0, 0.0, *groups, 1.0], threads=kernels.threads("router"),
+        grid=(-(-n_rows // 8), 1, 1),
     )  # fmt: skip
     return ids, weights
 

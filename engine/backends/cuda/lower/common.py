@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from engine.backends.cuda.device import Device
-from engine.backends.cuda.kernels import BATCH, K_BLOCK, PANEL, threads
-from engine.backends.cuda.launches import MAX_COUNTERS, Lowering
+from engine.backends.cuda.kernels import BATCH, K_BLOCK, MAX_WEIGHTS, PANEL, threads
+from engine.backends.cuda.launches import Lowering
 from engine.backends.native.buffers import Ref, Scratch
 from engine.backends.native.signatures import is_quantized
 from engine.formats.quants import F32
@@ -15,13 +15,10 @@ from engine.graph import Live, Tensor
 
 # Columns that a warp takes at a time: BATCH k-blocks, or half as many columns of a plain weight.
 WARP_COLUMNS, PLAIN_WARP_COLUMNS = BATCH * K_BLOCK, 128
-# Warps of a thread block that multiplies 2 to 32 rows by a panel.
-PASS_WARPS = threads("mul_mat_2") // 32
-# Such products are split along K while there are fewer than so many thread blocks for each
-# multiprocessor; each of them has at least SPLIT_COLUMNS columns.
-PASS_SPLIT_BLOCKS, SPLIT_COLUMNS = 4, 2048
-# More rows than any step has.
-NO_END = 1 << 24
+# Warps of a thread block that multiplies rows by plain panels.
+PLAIN_WARPS = threads("mul_mat_floats_2") // 32
+# More rows than any step has, and more thread blocks than a product of weights.
+NO_END = MAX_BLOCKS = 1 << 24
 # Static shared memory of any kernel at most, in bytes.
 _STATIC_SHARED = 2048
 
@@ -57,23 +54,23 @@ def rows_of(t: Tensor, live: Live) -> int:
     return live.shape(t.shape[:1])[0]
 
 
+def first_blocks(weights: Sequence[Tensor], panels: int = 1) -> list[int]:
+    """The first thread blocks of all weights but the first, and of those that are absent."""
+    counts = [blocks_of(weights[:i], panels) for i in range(1, len(weights))]
+    return counts + [MAX_BLOCKS] * (MAX_WEIGHTS - len(weights))
+
+
 def blocks_of(weights: Sequence[Tensor], panels: int = 1) -> int:
     """Thread blocks for `panels` panels of a weight each, for half a panel of a plain weight."""
     counts = ((cut(w.shape[0], PANEL), is_quantized(w)) for w in weights)
     return sum(cut(n, panels) if quantized else 2 * n for n, quantized in counts)
 
 
-def warps_of(n_in: int, plain: bool) -> int:
-    """Warps that share a panel's columns evenly. Sums depend on their number, so it is the same
-    for any number of rows."""
-    parts = cut(n_in, PLAIN_WARP_COLUMNS if plain else WARP_COLUMNS)
-    return cut(parts, cut(parts, PASS_WARPS))
-
-
-def splits_of(device: Device, blocks: int, n_in: int) -> int:
-    """Thread blocks that share a panel's columns, where `blocks` panels are multiplied."""
-    most = PASS_SPLIT_BLOCKS * device.n_multiprocessors // blocks
-    return max(1, min(most, n_in // SPLIT_COLUMNS)) if blocks <= MAX_COUNTERS else 1
+def plain_warps(n_in: int) -> int:
+    """Warps that share a plain panel's columns evenly. Sums depend on their number, so it is the
+    same for any number of rows."""
+    parts = cut(n_in, PLAIN_WARP_COLUMNS)
+    return cut(parts, cut(parts, PLAIN_WARPS))
 
 
 def split_buffers(lowering: Lowering, blocks: int, splits: int, n: int) -> Sequence[Ref]:
@@ -88,9 +85,14 @@ def cut(n: int, size: int) -> int:
     return -(-n // size)
 
 
+def fitting(device: Device, n_bytes: int) -> int:
+    """Thread blocks of so much dynamic shared memory that a multiprocessor has room for."""
+    return device.shared_bytes // (n_bytes + _STATIC_SHARED)
+
+
 def has_shared(device: Device, n_bytes: int) -> bool:
     """Whether a thread block can have so much dynamic shared memory."""
-    return n_bytes + _STATIC_SHARED <= device.shared_bytes
+    return fitting(device, n_bytes) > 0
 
 
 def is_decode(live: Live) -> bool:

@@ -1,21 +1,23 @@
 """Products of one row, with the op that makes the row in the same launch.
 
 Every thread block of the launch computes the row for itself (mul_mat.cu), which takes less time
-than a launch of its own.
+than a launch of its own. Products of more rows (staged.py) split columns in the same way, so that a
+row has the same bits in both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.backends.cuda import kernels
 from engine.backends.cuda.kernels import threads
 from engine.backends.cuda.launches import MAX_COUNTERS, Launch, Lowering
 from engine.backends.cuda.lower import common
-from engine.backends.cuda.lower.common import WARP_COLUMNS, RowRange, blocks_of, cut
+from engine.backends.cuda.lower.common import WARP_COLUMNS, RowRange, blocks_of, cut, first_blocks
 from engine.backends.native.buffers import Ref
-from engine.backends.native.signatures import is_quantized
+from engine.backends.native.signatures import is_quantized, matrices_of
 from engine.graph import Node, Tensor
 
 # Warps of a thread block at most, and of a multiprocessor, by the registers that they have.
@@ -25,14 +27,20 @@ GEMV_WARPS, RESIDENT_WARPS = threads("mul_mat_1") // 32, 32
 GEMV_SPLIT_BLOCKS = 8
 # A thread block has as many panels as let all thread blocks be resident, but no more than these.
 MAX_PANELS = 8
-# In more thread blocks than these a norm costs more than a launch of its own.
-NORM_BLOCKS = 2048
 _SUM_BYTES = 4 * kernels.PANEL
+# Of several rows, whose columns are split in the same way: a warp's batch and its sums of two
+# panels; shared memory of the whole thread block.
+_SEVERAL_BYTES, _OTHER_SHARED = kernels.BATCH_ROWS_BYTES + 16 * _SUM_BYTES, 4096
+
+
+# What is added to a product: ADD and SHARES of product.cuh.
+Added = tuple[Ref, Ref]
 
 
 @dataclass(frozen=True)
-class GemvRow:
-    """The row of a product: the nodes that make it, views and attributes of mul_mat.cu."""
+class MadeRows:
+    """The rows of a product: the nodes that make them, views and attributes of row.cuh. x has the
+    number of live rows."""
 
     nodes: Sequence[Node]
     x: Tensor
@@ -43,23 +51,32 @@ class GemvRow:
     eps: float = 0.0
     head: int = 0
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows of a token, and their columns."""
+        if len(self.x.shape) == 2 or self.head:
+            return 1, math.prod(self.x.shape[1:])
+        return self.x.shape[1], self.x.shape[2]
 
-def lower_gemv(
-    lowering: Lowering, node: Node, outs: Mapping[Tensor, Tensor], row: GemvRow | None = None
-) -> None:
+
+def lower_gemv(lowering: Lowering, node: Node, row: MadeRows, added: Added) -> None:
     """One launch for all weights of a product of one row."""
-    row, weights = row or GemvRow([], node.inputs["x"]), list(outs)
+    weights = matrices_of(node)
     split = WorkSplit.of(lowering, weights, may_split=row.source != kernels.ROW_NORM)
     blocks = blocks_of(weights, split.panels)
     padding = [None] * (kernels.MAX_WEIGHTS - len(weights))
     lowering.add(Launch(
         kernel="mul_mat_1", nodes=[*row.nodes, node],
         operands=[
-            *outs.values(), *padding, row.x, row.more, row.factor, row.total, *weights, *padding,
-            node.inputs.get("gate"), node.inputs.get("add"),
+            *node.outputs, *padding, row.x, row.more, row.factor, row.total, *weights, *padding,
+            node.inputs.get("gate"), added[0],
             *common.split_buffers(lowering, blocks, split.splits, split.panels * kernels.PANEL),
+            added[1],
         ],
-        attrs=[row.source, row.eps, row.head, split.panels, split.rounds, split.slot_bytes],
+        attrs=[
+            row.source, row.eps, row.head, split.panels, split.rounds, split.slot_bytes,
+            *first_blocks(weights, split.panels),
+        ],
         threads=32 * split.warps, shared=split.warps * split.warp_bytes(split.panels),
         grid=lambda live: (blocks, 1, split.splits), when=RowRange(row.x, 0, 1),
     ))  # fmt: skip
@@ -100,11 +117,13 @@ class WorkSplit:
         rounds nor slots."""
         quantized = [w for w in weights if is_quantized(w)]
         if not quantized:
-            return cls(1, 1, common.warps_of(columns, plain=True), 0, 0)
+            return cls(1, 1, common.plain_warps(columns), 0, 0)
         slot = max(lowering.weights.part_bytes(w, WARP_COLUMNS) for w in quantized)
+        slot += kernels.ARRIVALS_BYTES
         batches = cut(columns, WARP_COLUMNS)
         left = lowering.device.shared_bytes - (batches + GEMV_WARPS) * kernels.ROW_BATCH_BYTES
-        most = max(1, min(GEMV_WARPS, left // (slot + _SUM_BYTES * MAX_PANELS)))
+        several = (lowering.device.shared_bytes - _OTHER_SHARED) // (slot + _SEVERAL_BYTES)
+        most = max(1, min(GEMV_WARPS, left // (slot + _SUM_BYTES * MAX_PANELS), several))
         rounds = cut(batches, most)
         return cls(1, 1, cut(batches, rounds), rounds, slot)
 
@@ -113,19 +132,21 @@ class WorkSplit:
         return self.rounds * kernels.ROW_BATCH_BYTES + self.slot_bytes + _SUM_BYTES * panels + 4
 
 
-def swiglu_row(act: Node) -> GemvRow:
-    return GemvRow([act], act.inputs["gate"], act.inputs["up"], source=kernels.ROW_SWIGLU)
+def swiglu_row(act: Node, number: str = "") -> MadeRows:
+    """The rows of a SWIGLU's pair of that number."""
+    gate, up = (act.inputs[name + number] for name in ("gate", "up"))
+    return MadeRows([act], gate, up, source=kernels.ROW_SWIGLU)
 
 
-def norm_row(norm: Node) -> GemvRow:
+def norm_row(norm: Node, source: int = kernels.ROW_NORM) -> MadeRows:
     delta, weight = norm.inputs.get("delta"), norm.inputs["weight"]
     total = norm.outputs[1] if delta is not None else None
     x, eps = norm.inputs["x"], norm.attrs["eps"]
-    return GemvRow([norm], x, delta, weight, total, kernels.ROW_NORM, eps)
+    return MadeRows([norm], x, delta, weight, total, source, eps)
 
 
-def gated_row(norm: Node) -> GemvRow:
+def gated_row(norm: Node) -> MadeRows:
     x, gate, weight = (norm.inputs[name] for name in ("x", "gate", "weight"))
     is_silu = norm.attrs["act"] == "silu"
     source = kernels.ROW_GATED_SILU if is_silu else kernels.ROW_GATED_SIGMOID
-    return GemvRow([norm], x, gate, weight, None, source, norm.attrs["eps"], x.shape[2])
+    return MadeRows([norm], x, gate, weight, None, source, norm.attrs["eps"], x.shape[2])

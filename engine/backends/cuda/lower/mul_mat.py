@@ -1,8 +1,8 @@
 """MUL_MAT and GET_ROWS as launches; the products of experts are in mul_mat_id.py.
 
-Few rows are multiplied by panels as they are stored, with int8 activations (product.cuh); many as
-bfloat16, by cuBLAS or by gemm.cuh. `_panel_kernels` and `_gemm_kernels` are the tables of what
-multiplies how many rows.
+Few rows are multiplied by panels as they are stored, with activations of 15 bits (gemv.py,
+staged.py); many as bfloat16, by cuBLAS or by gemm.cuh. Plain weights and float32 rows have kernels
+of their own.
 """
 
 from __future__ import annotations
@@ -16,42 +16,23 @@ from engine.backends.cuda.kernels import threads
 from engine.backends.cuda.launches import Launch, Lowering, Product
 from engine.backends.cuda.lower import common
 from engine.backends.cuda.lower.common import RowRange, blocks_of, cut, rows_of
-from engine.backends.cuda.lower.gemv import lower_gemv
+from engine.backends.cuda.lower.gemv import MadeRows, lower_gemv
 from engine.backends.cuda.lower.simple import GET_ROWS, add_single
+from engine.backends.cuda.lower.staged import lower_staged
 from engine.backends.cuda.weights import expand_grid, fits_bf16, is_of_step
-from engine.backends.native.buffers import Ref, Scratch
+from engine.backends.native.buffers import Scratch
 from engine.backends.native.signatures import is_quantized, matrices_of
-from engine.backends.native.views import BF16, I8, view_key
-from engine.formats.quants import F32, I32
+from engine.backends.native.views import BF16, view_key
 from engine.graph import Kind, Live, Node, Tensor
 
-# Rows that each thread block quantizes for itself, at most.
-INLINE_ROWS = 4
-# The most rows that are multiplied by panels as they are stored: COPIED_ROWS where weights of more
-# than MANY_ELEMENTS all have copies in bfloat16, else TILED_ROWS. On an H200 a pass of 16 rows
-# takes twice as long as one of 8; with copies a step of 16 rows takes 0.86 of that time with 4B,
-# but 1.28 with 0.8B, because of its launches.
-COPIED_ROWS, TILED_ROWS, MANY_ELEMENTS = 8, 16, 1 << 23
+# The most rows that are multiplied by panels as they are stored.
+FEW_ROWS = 16
 # Rows up to which gemm.cuh has tiles of 64 rows, then of 128; and from which on a weight without a
 # copy is expanded to bfloat16 for one product by cuBLAS.
 GEMM_ROWS, EXPANDED_ROWS = 128, 256
-_PASS_ROWS = {f"mul_mat_{n}": n for n in (2, 4, 8, 16, 32)}
 _GEMM_TILES = {"gemm_64": 64, "gemm_128": 128}
-
-
-def _panel_kernels(
-    lowering: Lowering, weights: Sequence[Tensor]
-) -> Sequence[tuple[int, str, bool]]:
-    """What multiplies rows by panels: rows up to, kernel, whether it fits the weights."""
-    quantized = any(map(is_quantized, weights))
-    return (
-        (1, "mul_mat_1", not lowering.batch_invariant),  # A GEMV.
-        (2, "mul_mat_2", True),
-        (4, "mul_mat_4", True),
-        (8, "mul_mat_8", True),
-        (16, "mul_mat_16", quantized),
-        (32, "mul_mat_32", quantized),
-    )
+# Rows of a pass -> the kernel for plain weights.
+_PLAIN = {n: f"mul_mat_floats_{n}" for n in (2, 4, 8)}
 
 
 def _gemm_kernels(
@@ -87,53 +68,60 @@ def lower_get_rows(lowering: Lowering, node: Node) -> None:
     ))  # fmt: skip
 
 
-def lower_mul_mat(lowering: Lowering, node: Node, more_than: int = 0) -> None:
-    """Products of more than `more_than` rows: of few rows in one launch for all weights, of many in
-    one for each weight."""
-    outs = dict(zip(matrices_of(node), node.outputs, strict=True))
-    tiled = [] if lowering.batch_invariant else [w for w in outs if fits_bf16(w)]
-    if not tiled:
-        _lower_panels(lowering, node, outs, more_than, None)
+def few_rows(lowering: Lowering, node: Node) -> int | None:
+    """The most rows whose op before them a product's launches can compute; None: any number."""
+    if not any(map(is_quantized, matrices_of(node))):
+        return 0 if lowering.batch_invariant else 1
+    return None if lowering.batch_invariant else FEW_ROWS
+
+
+def lower_mul_mat(lowering: Lowering, node: Node, made: MadeRows | None = None) -> None:
+    """Products of few rows in one launch for all weights, of many in one for each weight. made: the
+    rows, up to `few_rows`."""
+    outs, x = dict(zip(matrices_of(node), node.outputs, strict=True)), node.inputs["x"]
+    quantized, invariant = any(map(is_quantized, outs)), lowering.batch_invariant
+    made, added = made or MadeRows([], x), (node.inputs.get("add"), None)
+    few: int | None = 0
+    if quantized or not invariant:
+        lower_gemv(lowering, node, made, added)
+        few = 1
+    if quantized:
+        few = few_rows(lowering, node)
+        lower_staged(lowering, node, made, added, few)
+    if few is None:
         return
-    is_large = sum(w.shape[0] * w.shape[1] for w in tiled) > MANY_ELEMENTS
-    copied = all(is_of_step(outs[w]) and w.base in lowering.weights.bf16 for w in tiled)
-    few = COPIED_ROWS if is_large and copied else TILED_ROWS
-    _lower_panels(lowering, node, outs, more_than, few)
-    if rest := {w: out for w, out in outs.items() if w not in tiled}:
-        _lower_panels(lowering, node, rest, few, None)
-    for w in tiled:
-        rounded = rounded_rows(lowering, node, node.inputs["x"])
+    many = [] if invariant else [w for w in outs if fits_bf16(w)]
+    if many and not quantized:
+        _lower_plain(lowering, node, outs, few, FEW_ROWS)
+        few = FEW_ROWS
+    if rest := {w: out for w, out in outs.items() if w not in many}:
+        _lower_plain(lowering, node, rest, few, None)
+    for w in many:
+        rounded = rounded_rows(lowering, node, x)
         for kernel, rows in common.walk(_gemm_kernels(lowering, w, outs[w]), outs[w], few, None):
             _lower_gemm(lowering, node, w, rounded, kernel, rows)
 
 
-def _lower_panels(
+def _lower_plain(
     lowering: Lowering, node: Node, outs: Mapping[Tensor, Tensor], more_than: int, most: int | None
 ) -> None:
-    """The products with some weights of more than `more_than` and at most `most` rows."""
-    x, weights = node.inputs["x"], list(outs)
-    table = [row for row in _panel_kernels(lowering, weights) if most is None or row[0] <= most]
-    chosen = list(common.walk(table, x, more_than, most))
-    if chosen[0][0] == "mul_mat_1":
-        lower_gemv(lowering, node, outs)
-        del chosen[0]
-    plain, blocks, splits = not all(map(is_quantized, weights)), blocks_of(weights), 1
-    if not (plain or lowering.batch_invariant):
-        splits = common.splits_of(lowering.device, blocks, x.shape[1])
-    warps = common.warps_of(cut(x.shape[1], splits), plain)
-    sums = common.split_buffers(lowering, blocks, splits, _PASS_ROWS[chosen[-1][0]] * kernels.PANEL)
-    padding = [None] * (kernels.MAX_WEIGHTS - len(weights))
-    others = [node.inputs.get("gate"), node.inputs.get("add")]
-    absent: Sequence[Ref] = [None] * 3
-    converted = _quantized(lowering, node, x) if any(map(is_quantized, weights)) else absent
-    for kernel, rows in chosen:
-        n = _PASS_ROWS[kernel]
-        made = absent if n <= INLINE_ROWS else converted
+    """The products with some plain weights of more than `more_than` and at most `most` rows."""
+    x, blocks = node.inputs["x"], blocks_of(list(outs))
+    warps = common.plain_warps(x.shape[1])
+    padding = [None] * (kernels.MAX_WEIGHTS - len(outs))
+    passes = {kernel: n for n, kernel in _PLAIN.items()}
+    table = [(n, kernel, True) for n, kernel in _PLAIN.items()]
+    for kernel, rows in common.walk(table, x, more_than, most):
+        n = passes[kernel]
         lowering.add(Launch(
             kernel=kernel, nodes=[node],
-            operands=[*outs.values(), *padding, x, *made, *weights, *padding, *others, *sums],
+            operands=[
+                *outs.values(), *padding, x, *[None] * 3, *outs, *padding,
+                node.inputs.get("gate"), node.inputs.get("add"),
+            ],
+            attrs=common.first_blocks(list(outs)),
             threads=32 * warps, shared=warps * n * kernels.PANEL * 4,
-            grid=partial(_pass_grid, x, n, blocks, splits), when=rows,
+            grid=partial(_pass_grid, x, n, blocks), when=rows,
         ))  # fmt: skip
 
 
@@ -165,26 +153,6 @@ def _lower_gemm(
         ))  # fmt: skip
 
 
-def _quantized(lowering: Lowering, node: Node, x: Tensor) -> Sequence[Scratch]:
-    """x as int8 in fragments of ROW_GROUP rows (quantize.cuh); once for all nodes that read it."""
-    most = None if lowering.batch_invariant else TILED_ROWS
-    n_groups, n_k_blocks = cut(int(x.shape[0]), kernels.ROW_GROUP), x.shape[1] // kernels.K_BLOCK
-    shapes = (
-        ((n_groups, n_k_blocks * kernels.ROW_GROUP * kernels.K_BLOCK), I8),
-        ((n_groups, n_k_blocks * kernels.ROW_GROUP), F32),
-        ((n_groups, n_k_blocks * kernels.ROW_GROUP * 2), I32),
-    )
-    buffers, is_new = lowering.buffers(("quantized", view_key(x)), shapes)
-    if is_new:
-        n_blocks = cut(n_k_blocks, threads("quantize_rows") // 32)
-        lowering.add(Launch(
-            kernel="quantize_rows", nodes=[node], operands=[*buffers, x],
-            grid=lambda live: (n_blocks, cut(rows_of(x, live), kernels.ROW_GROUP), 1),
-            when=RowRange(x, INLINE_ROWS, most),
-        ))  # fmt: skip
-    return buffers
-
-
 def rounded_rows(lowering: Lowering, node: Node, x: Tensor) -> Scratch:
     """x as bfloat16; once for all nodes that read it."""
     (buffer,), is_new = lowering.buffers(("rounded", view_key(x)), ((x.shape, BF16),))
@@ -194,13 +162,13 @@ def rounded_rows(lowering: Lowering, node: Node, x: Tensor) -> Scratch:
         lowering.add(Launch(
             kernel="round_rows", nodes=[node], operands=[buffer, x],
             grid=lambda live: (n_blocks, n_used, rows_of(x, live)),
-            when=RowRange(x, COPIED_ROWS, None),
+            when=RowRange(x, FEW_ROWS, None),
         ))  # fmt: skip
     return buffer
 
 
-def _pass_grid(t: Tensor, rows: int, blocks: int, splits: int, live: Live) -> Grid:
-    return blocks, cut(rows_of(t, live), rows), splits
+def _pass_grid(t: Tensor, rows: int, blocks: int, live: Live) -> Grid:
+    return blocks, cut(rows_of(t, live), rows), 1
 
 
 LOWERINGS = {"GET_ROWS": lower_get_rows, "MUL_MAT": lower_mul_mat}

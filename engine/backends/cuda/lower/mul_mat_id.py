@@ -1,21 +1,23 @@
 """MUL_MAT_ID, products with the matrices of chosen experts, as launches.
 
-`_kernels` is the table of what multiplies how many tokens: experts one by one for few; for more,
-tiles of rows of one expert, by panels as they are stored or on tensor cores in bfloat16.
+`_kernels` is the table of what multiplies how many tokens: tiles of rows of one expert, by panels
+as they are stored or on tensor cores in bfloat16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from engine.backends.cuda import kernels
 from engine.backends.cuda.device import Device, Grid
-from engine.backends.cuda.kernels import threads
-from engine.backends.cuda.launches import Condition, Launch, Lowering
-from engine.backends.cuda.lower.common import RowRange, cut, rows_of, walk, warps_of
-from engine.backends.cuda.lower.gemv import GEMV_WARPS, WorkSplit
+from engine.backends.cuda.kernels import PANEL, threads
+from engine.backends.cuda.launches import Launch, Lowering
+from engine.backends.cuda.lower.common import NO_END, RowRange, cut, rows_of, walk
+from engine.backends.cuda.lower.gemv import WorkSplit
 from engine.backends.cuda.lower.mul_mat import rounded_rows
+from engine.backends.cuda.lower.staged import shape_of
 from engine.backends.cuda.weights import fits_bf16
 from engine.backends.native.buffers import Ref, Scratch
 from engine.backends.native.signatures import is_quantized, matrices_of
@@ -25,12 +27,16 @@ from engine.graph import Live, Node, Tensor
 
 # A thread of sort_by_expert has one expert.
 MAX_EXPERTS = threads("sort_by_expert")
-# Tokens whose experts are multiplied one by one, and in tiles of EXPERT_TILE_ROWS rows, at most.
-SINGLE_TOKENS, TILE_TOKENS = 4, 64
+# Tokens whose experts are multiplied by panels, at most.
+PANEL_TOKENS = 64
+# Tokens up to which thread blocks have one panel (of an H200's step of one token with 35B-A3B the
+# chosen two or three take 1.04 times as long), and then as many as suit a step of 8; and warps of a
+# multiprocessor.
+SINGLE_PANEL_TOKENS, TOKENS, EXPERT_WARPS = 2, (2, 8), 24
 # Rows of an expert on average from which on its tiles have 64 rows on tensor cores, before 32.
 LARGE_FROM = 48
-_TILE_ROWS = {"gemm_experts_32": 32, "gemm_experts_64": 64}
-_TILE_ROWS["mul_mat_id_rows"] = kernels.EXPERT_TILE_ROWS
+_SUM_BYTES = kernels.EXPERT_TILE_ROWS * PANEL * 4
+_GEMM_ROWS = {"gemm_experts_32": 32, "gemm_experts_64": 64}
 
 
 def _kernels(lowering: Lowering, node: Node) -> Sequence[tuple[int | None, str, bool]]:
@@ -38,8 +44,7 @@ def _kernels(lowering: Lowering, node: Node) -> Sequence[tuple[int | None, str, 
     matrices, n_used = matrices_of(node), node.inputs["ids"].shape[1]
     fits = not lowering.batch_invariant and all(map(fits_bf16, matrices))
     return (
-        (SINGLE_TOKENS, "mul_mat_id", not lowering.batch_invariant),
-        (TILE_TOKENS, "mul_mat_id_rows", True),
+        (PANEL_TOKENS, "mul_mat_id_rows", True),
         (cut(LARGE_FROM * matrices[0].shape[0], n_used), "gemm_experts_32", fits),
         (None, "gemm_experts_64", fits),
     )
@@ -55,75 +60,117 @@ def unsupported(node: Node, device: Device) -> str:
 
 
 def lower_mul_mat_id(lowering: Lowering, node: Node) -> None:
-    """Experts one by one for few tokens, in tiles of rows of one expert for more."""
-    for kernel, rows in walk(_kernels(lowering, node), node.inputs["ids"], 0, None):
-        if kernel == "mul_mat_id":
-            _lower_single(lowering, node, rows)
-        else:
-            _lower_tiles(lowering, node, kernel, rows)
-
-
-def _lower_single(lowering: Lowering, node: Node, when: Condition) -> None:
-    """A thread block for each panel of each (token, choice), or of each token with their sum."""
-    x, ids, gates = (node.inputs.get(name) for name in ("x", "ids", "weights"))
-    assert ids is not None
-    matrices, n_used = matrices_of(node), ids.shape[1]
-    padding = [None] * (kernels.MAX_MATRICES - len(matrices))
-    operands = [*node.outputs, *padding, x, *matrices, *padding, ids, gates]
-    blocks = sum(cut(m.shape[1], kernels.PANEL) for m in matrices)
-    split = WorkSplit.of_warps(lowering, matrices, matrices[0].shape[2])
-    n, attrs = split.warps, [split.rounds, split.slot_bytes, split.warps]
-    if gates is None:
-        lowering.add(Launch(
-            kernel="mul_mat_id", nodes=[node], operands=operands, attrs=attrs,
-            threads=32 * n, shared=n * split.warp_bytes(1), when=when,
-            grid=lambda live: (blocks, n_used, rows_of(ids, live)),
-        ))  # fmt: skip
-        return
-    warps = min(max(GEMV_WARPS // n, 1), n_used) * n
-    lowering.add(Launch(
-        kernel="mul_mat_id_sum", nodes=[node], operands=operands, attrs=attrs,
-        threads=32 * warps, grid=lambda live: (blocks, rows_of(ids, live), 1), when=when,
-        shared=warps * split.warp_bytes(0) + n_used * n * kernels.PANEL * 4,
-    ))  # fmt: skip
-
-
-def _lower_tiles(lowering: Lowering, node: Node, kernel: str, when: RowRange) -> None:
     """Tiles of rows of one expert, and the weighted sum over a token's experts."""
-    ids, matrices, rows = node.inputs["ids"], matrices_of(node), _TILE_ROWS[kernel]
-    x: Ref = node.inputs["x"]
-    by_panels = kernel == "mul_mat_id_rows"
-    if not by_panels:
-        x = rounded_rows(lowering, node, node.inputs["x"])
+    ids, gates = node.inputs["ids"], node.inputs.get("weights")
+    for kernel, rows in walk(_kernels(lowering, node), ids, 0, None):
+        # Experts' products go to the outputs, or to buffers whose rows are summed.
+        targets: Sequence[Ref] = node.outputs
+        if gates is not None:
+            targets = [pair_rows(ids, m.shape[1], rows) for m in matrices_of(node)]
+        if kernel == "mul_mat_id_rows":
+            pairs = _sorted(lowering, node, kernels.EXPERT_TILE_ROWS, rows)
+            lower_panels(lowering, node, node.inputs["x"], targets, pairs, rows)
+        else:
+            _lower_gemm(lowering, node, kernel, targets, rows)
+        if gates is not None:
+            for out, target in zip(node.outputs, targets, strict=True):
+                lowering.add(Launch(
+                    kernel="sum_experts", nodes=[node], operands=[out, target, gates], when=rows,
+                    grid=partial(_sum_grid, out),
+                ))  # fmt: skip
+
+
+def pair_rows(ids: Tensor, n: int, rows: RowRange) -> Scratch:
+    """A buffer [T, U, n] for a row of each pair of a step of so many tokens."""
+    return Scratch((min(int(ids.shape[0]), rows.most or NO_END), ids.shape[1], n), F32)
+
+
+def lower_panels(
+    lowering: Lowering, node: Node, x: Ref, targets: Sequence[Ref], pairs: Sequence[Scratch],
+    rows: RowRange,
+) -> None:  # fmt: skip
+    """The products of tiles with panels as they are stored, to `targets` [T, U, out]. pairs: by
+    expert, and tiles of them."""
+    matrices = matrices_of(node)
+    padding = [None] * (kernels.MAX_MATRICES - len(matrices))
+    for work in PanelWork.of(lowering, node, rows):
+        blocks = sum(cut(cut(m.shape[1], PANEL), work.panels) for m in matrices)
+        lowering.add(Launch(
+            kernel="mul_mat_id_rows", nodes=[node],
+            operands=[*targets, *padding, x, *matrices, *padding, *pairs], attrs=work.attrs,
+            threads=32 * work.warps, shared=work.shared, when=work.rows,
+            grid=partial(panel_grid, node.inputs["ids"], matrices[0], blocks),
+        ))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PanelWork:
+    """The thread blocks that multiply experts by panels, for some numbers of tokens."""
+
+    rows: RowRange
+    panels: int
+    warps: int
+    shared: int
+    attrs: Sequence[float]
+
+    @classmethod
+    def of(
+        cls, lowering: Lowering, node: Node, rows: RowRange, together: int = 1
+    ) -> Iterator[PanelWork]:
+        """For tokens in `rows`. together: panels that a thread block has in two matrices or more,
+        of which `panels` counts one."""
+        matrices, n_used = matrices_of(node), node.inputs["ids"].shape[1]
+        split = WorkSplit.of_warps(lowering, matrices, matrices[0].shape[2])
+        batch_bytes = max(split.rounds * kernels.ROW_BATCH_BYTES, kernels.BATCH_ROWS_BYTES)
+        own = batch_bytes + split.slot_bytes
+
+        def shared(teams: int, panels: int) -> int:
+            return split.warps * (own + panels * together * _SUM_BYTES)
+
+        n_panels = sum(cut(m.shape[1], PANEL) for m in matrices) // together
+        more_than = rows.more_than
+        for most in (*TOKENS, rows.most):
+            n_tiles = min((most or rows.tensor.shape[0]) * n_used, matrices[0].shape[0])
+            panels = 1
+            if all(map(is_quantized, matrices)) and most != SINGLE_PANEL_TOKENS:
+                device, n = lowering.device, n_panels * int(n_tiles)
+                panels = shape_of(device, split, n, EXPERT_WARPS, shared, most_teams=1).panels
+            attrs = [panels, split.slot_bytes, batch_bytes]
+            when = RowRange(rows.tensor, more_than, most)
+            yield cls(when, panels, split.warps, shared(1, panels), attrs)
+            more_than = most or 0
+
+
+def _lower_gemm(
+    lowering: Lowering, node: Node, kernel: str, targets: Sequence[Ref], when: RowRange
+) -> None:
+    """The products of tiles on tensor cores in bfloat16."""
+    ids, rows = node.inputs["ids"], _GEMM_ROWS[kernel]
+    x = rounded_rows(lowering, node, node.inputs["x"])
     order, tiles = _sorted(lowering, node, rows, when)
-    n_threads = n_shared = 0
-    if by_panels:
-        warps = warps_of(matrices[0].shape[2], plain=not is_quantized(matrices[0]))
-        n_threads, n_shared = 32 * warps, warps * rows * kernels.PANEL * 4
-    grid = _panel_grid if by_panels else _gemm_grid
-    gates = node.inputs.get("weights")
-    for out, m in zip(node.outputs, matrices, strict=True):
-        # An expert's products go to the output, or to a buffer whose rows are summed.
-        target = out if gates is None else Scratch((*ids.shape, m.shape[1]), F32)
+    for target, m in zip(targets, matrices_of(node), strict=True):
         lowering.add(Launch(
             kernel=kernel, nodes=[node], operands=[target, x, m, order, tiles],
-            threads=n_threads, shared=n_shared, grid=partial(grid, ids, m, rows), when=when,
+            grid=partial(_gemm_grid, ids, m, rows), when=when,
         ))  # fmt: skip
-        if gates is not None:
-            lowering.add(Launch(
-                kernel="sum_experts", nodes=[node], operands=[out, target, gates], when=when,
-                grid=partial(_sum_grid, out),
-            ))  # fmt: skip
+
+
+def pair_buffers(
+    lowering: Lowering, ids: Tensor, m: Tensor, tile_rows: int, when: RowRange
+) -> tuple[Sequence[Scratch], bool]:
+    """Buffers for pairs (token, choice) by expert, and for tiles of them; and whether they are new.
+    They serve all nodes of one routing."""
+    n_tokens = min(int(ids.shape[0]), when.most or NO_END)
+    n_tiles = _n_tiles(ids, m, tile_rows, n_tokens)
+    shapes = (((n_tokens * ids.shape[1],), I32), ((1 + n_tiles, 3), I32))
+    key = ("sorted", tile_rows, when.more_than, when.most, view_key(ids))
+    return lowering.buffers(key, shapes)
 
 
 def _sorted(lowering: Lowering, node: Node, tile_rows: int, when: RowRange) -> Sequence[Scratch]:
-    """Pairs (token, choice) by expert, and tiles of them; once for all nodes of one routing."""
+    """Pairs by expert, and tiles of them, by a launch of their own."""
     ids, m = node.inputs["ids"], matrices_of(node)[0]
-    n_tokens, n_used = ids.shape
-    n_tiles = _n_tiles(ids, m, tile_rows, int(n_tokens))
-    shapes = (((int(n_tokens) * n_used,), I32), ((1 + n_tiles, 3), I32))
-    key = ("sorted", tile_rows, when.more_than, when.most, view_key(ids))
-    buffers, is_new = lowering.buffers(key, shapes)
+    buffers, is_new = pair_buffers(lowering, ids, m, tile_rows, when)
     if is_new:
         lowering.add(Launch(
             kernel="sort_by_expert", nodes=[node], operands=[*buffers, ids],
@@ -142,8 +189,8 @@ def _sum_grid(out: Tensor, live: Live) -> Grid:
     return cut(out.shape[1], threads("sum_experts")), rows_of(out, live), 1
 
 
-def _panel_grid(ids: Tensor, m: Tensor, rows: int, live: Live) -> Grid:
-    return cut(m.shape[1], kernels.PANEL), _n_tiles(ids, m, rows, rows_of(ids, live)), 1
+def panel_grid(ids: Tensor, m: Tensor, blocks: int, live: Live) -> Grid:
+    return blocks, _n_tiles(ids, m, kernels.EXPERT_TILE_ROWS, rows_of(ids, live)), 1
 
 
 def _gemm_grid(ids: Tensor, m: Tensor, rows: int, live: Live) -> Grid:

@@ -50,6 +50,11 @@ def _head_each(node: Node, live: Live) -> Grid:
     return cut(_rows(node, live) * node.inputs["x"].shape[1], n_warps), 1, 1
 
 
+def _router_grid(node: Node, live: Live) -> Grid:
+    """A warp for each row."""
+    return cut(_rows(node, live), threads("router") // 32), 1, 1
+
+
 def _gate_grid(node: Node, live: Live) -> Grid:
     per_row = math.prod(node.inputs["alpha"].shape[1:])
     return cut(_rows(node, live) * per_row, threads("gdn_gate")), 1, 1
@@ -122,7 +127,7 @@ SINGLE_LAUNCH: dict[str, tuple[SingleLaunch, ...]] = {
     ),
     "QK_NORM_ROPE": (SingleLaunch("qk_norm_rope", _rope_grid, attrs=_rope_attrs),),
     "RMS_NORM_GATED": (SingleLaunch("rms_norm_gated", _head_each),),
-    "ROUTER": (SingleLaunch("router", _row_each),),
+    "ROUTER": (SingleLaunch("router", _router_grid),),
     "SSM_CONV": (SingleLaunch("ssm_conv", _conv_grid),),
 }
 # A table of activations; tables of weights are packed.

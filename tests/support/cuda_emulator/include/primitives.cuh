@@ -85,6 +85,7 @@ inline void vote_all(void* const* records) {
         static_cast<Voted*>(records[lane])->votes = votes;
 }
 
+DEVICE int warp_index() { return threadIdx.x / 32; }
 DEVICE uint32_t ballot(bool x) {
     Voted record{x, 0};
     emulator::exchange("ballot", &record, vote_all);
@@ -211,6 +212,28 @@ DEVICE void wait_copies() {
     emulator::finish_groups(N);
 }
 
+struct alignas(8) Arrivals {
+    int64_t n;
+};
+DEVICE void begin_arrivals(Arrivals* to, int n) {
+    sync_warp();
+    if (threadIdx.x % 32 == 0)
+        for (int i = 0; i < n; i++) to[i].n = 0;
+    sync_warp();
+}
+DEVICE void end_arrivals(Arrivals*, int) {}
+DEVICE void copy_piece(void* shared, const void* global, int bytes, Arrivals* at) {
+    for (int i = threadIdx.x % 32 * 16; i < bytes; i += 32 * 16)
+        copy_async(static_cast<char*>(shared) + i, static_cast<const char*>(global) + i);
+    fence_copies();
+    if (threadIdx.x % 32 == 0) at->n++;
+}
+DEVICE void wait_for_piece(Arrivals* at, int n) {
+    wait_copies<0>();
+    sync_warp();
+    if (at->n != n + 1) emulator::fail("wait_for_piece: %d copies, not %d", (int)at->n, n + 1);
+}
+
 // A lane's part of load_matrices: a row of 8 elements it points to, and what it gets.
 struct Loaded {
     const uint16_t* row;
@@ -308,6 +331,12 @@ DEVICE void multiply_int8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, 
     emulator::exchange("multiply_int8", &record, multiply_all_int8);
 }
 
+DEVICE void multiply_int8_to(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                             int32_t c) {
+    for (int i = 0; i < 4; i++) d[i] = c;
+    multiply_int8(d, a, b0, b1);
+}
+
 DEVICE uint64_t nanoseconds() {
     const auto now = std::chrono::steady_clock::now().time_since_epoch();
     return std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
@@ -319,6 +348,9 @@ DEVICE int32_t add_atomic(int32_t* p, int32_t x) {
     return before;
 }
 DEVICE void publish() {}
-DEVICE float load_published(const float* p) { return *p; }
+template <typename T>
+DEVICE T load_published(const T* p) {
+    return *p;
+}
 
 }  // namespace gdn
