@@ -3,9 +3,9 @@
     python tools/time_cuda_products.py [few] [many] [experts] [--types Q8_0,Q4_K,…] [--set NAME=N …]
 
 The backend lowers nodes of one weight each, which one captured graph launches: more weights than
-the L2 cache holds. `--set` changes a constant of common.py, gemv.py or mul_mat.py in
-engine/backends/cuda/lower, such as GEMV_WARPS=4. `--device emulated --quick` runs the tool itself
-without a GPU; its times mean nothing.
+the L2 cache holds. `--set` changes a constant of common.py, gemv.py, mul_mat.py, mul_mat_id.py or
+staged.py in engine/backends/cuda/lower, such as GEMV_WARPS=4. `--device emulated --quick` runs the
+tool itself without a GPU; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from engine.backends.base import Split
 from engine.backends.cuda.backend import CudaBackend
 from engine.backends.cuda.device import Device
 from engine.backends.cuda.limits import timed
-from engine.backends.cuda.lower import common, gemv
+from engine.backends.cuda.lower import common, gemv, staged
 from engine.backends.cuda.lower import mul_mat as products
+from engine.backends.cuda.lower import mul_mat_id as of_experts
 from engine.backends.cuda.weights import CudaWeights
 from engine.backends.native import library as cpu_library
 from engine.formats.quants import F32, I32, WEIGHT_TYPES, DType
@@ -189,7 +190,7 @@ class changed:
     """Changes constants of the backend's files on products, for a while."""
 
     def __init__(self, **values: int) -> None:
-        files = (common, gemv, products)
+        files = (common, gemv, products, of_experts, staged)
         if unknown := [name for name in values if not any(name in vars(f) for f in files)]:
             places = ", ".join(f.__name__ for f in files)
             raise SystemExit(f"--set: expected a constant of {places}, got {unknown[0]}")

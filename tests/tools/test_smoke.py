@@ -89,6 +89,15 @@ def test_threads_are_timed_beside_neighbours() -> None:
     assert re.findall(row, result.stdout, re.M) == ["0", "0", "1", "1"]
 
 
+def test_a_step_is_timed_by_kernel(tiny: Path) -> None:
+    result = run("tools/time_step.py", "-m", tiny, "--backend", "cpu", "-np", "1,3", "-d", 5)
+    assert (result.returncode, result.stderr) == (0, "")
+    row = r"^(\w+) +(\d+) +\d+\.\d us +(\d+\.\d)% +\d+\.\d MB +\d+ GB/s$"
+    rows = re.findall(row, result.stdout, re.M)
+    assert sum(name == "GATED_DELTA_NET" for name, *_ in rows) == 2
+    assert sum(float(share) for *_, share in rows) == pytest.approx(200, abs=2)
+
+
 def test_activations_are_compared(tiny: Path) -> None:
     options = ("--tokens", 15, "-np", "1,3", "-n", 2, "-r", 1)
     result = run("tools/activations.py", tiny, *options)
