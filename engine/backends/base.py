@@ -141,8 +141,8 @@ class Limits:
 class BackendOptions:
     """n_threads: of the CPU (None: all cores). cpu_isa: its instruction set (None: the best).
     batch_invariant: a sequence's results must not depend on what else is in the batch. activations:
-    bits of the integers that rows outside row tiles become, where a weight is quantized (None: what
-    suits the instruction set)."""
+    bits of the integers that rows outside row tiles become, where a weight is quantized (None: the
+    backend's own)."""
 
     n_threads: int | None = None
     cpu_isa: str | None = None

@@ -104,7 +104,7 @@ _ENGINE_OPTIONS: list[OptionRow] = [
     ("--cpu-isa", "cpu_isa", {"metavar": "NAME"},
      "instruction set of the CPU kernels (the best that this CPU has)"),
     ("--activations", "activations", {"type": int, "choices": ACTIVATIONS},
-     "cpu: bits of rows outside row tiles (15; without AVX-512 8, which is faster for many)"),
+     "cpu: bits of rows outside row tiles (8; 15 are exact, and slower)"),
     ("-np --parallel", "n_parallel", at_least(1), "sequences that run at the same time (1)"),
     ("-cram --cache-ram", "cache_ram", at_least(-1),
      "MiB for what prompts leave to later ones (a quarter of what is free, at most 8192; 0: off, "

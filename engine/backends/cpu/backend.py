@@ -40,9 +40,6 @@ PIECE_SECONDS = 0.05
 _PROBE_TASKS = 8
 # Fewer rows of a sequence are computed one by one, others as row tiles.
 _MIN_TILE_ROWS = 16
-# Bits of rows outside row tiles: 15 where that costs at most 3 % of generation (measured, see
-# docs/benchmarks.md).
-_ACTIVATIONS = {"amx": 15, "avx512": 15, "avx2": 8, "portable": 8}
 
 
 class CpuProgram(NativeProgram["CpuBackend"]):
@@ -100,7 +97,7 @@ class CpuBackend(NativeBackend):
     """Runs on `n_threads` threads (None: all cores) with the kernels of `isa` (None: the best).
     `matrix`: whether row tiles are multiplied as bfloat16 tiles (None: where there are matrix
     units; elsewhere it is slow, and for tests). `activations`: bits of the integers that rows
-    outside row tiles become where weights are quantized, 8 or 15 (None: what suits `isa`)."""
+    outside row tiles become where weights are quantized, 8 or 15 (None: 8)."""
 
     name = "cpu"
     traits = Traits(activations=(8, 15))
@@ -114,7 +111,7 @@ class CpuBackend(NativeBackend):
     ) -> None:  # fmt: skip
         self.library = cpu_library.load(isa)
         self.matrix = self.library.isa == "amx" if matrix is None else matrix
-        self.has_fine = (activations or _ACTIVATIONS[self.library.isa]) > 8
+        self.has_fine = activations == 15
         self.n_threads = n_threads or n_cores()
         threads = "1 thread" if self.n_threads == 1 else f"{self.n_threads} threads"
         self.detail = f"{self.library.isa} kernels, {threads}"

@@ -59,7 +59,8 @@ TILES = {64: [(0, 64)], 65: [(2, 17), (20, 16)], 130: [(0, 39), (39, 64), (104, 
 every_type = pytest.mark.parametrize("dtype", WEIGHT_TYPES.values(), ids=str)
 
 
-KINDS = ((False, 8), (False, 15), (True, 15))  # Matrix units; bits of rows outside row tiles.
+# Matrix units; bits of rows outside row tiles.
+KINDS = ((False, 8), (False, 15), (True, 8), (True, 15))
 
 
 @pytest.fixture(params=[(isa, *kind) for isa in ISAS for kind in KINDS], ids=str)
