@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-m", required=True, help="the model's file")
     parser.add_argument("-np", default="1,8", help="sequences, separated by commas (1,8)")
     parser.add_argument("-d", type=int, default=64, help="tokens of context of each (64)")
-    parser.add_argument("--backend", default="cuda", help="cuda")
+    parser.add_argument("--backend", default="cuda", help="backend that runs the step (cuda)")
     args = parser.parse_args(argv)
     counts = [int(n) for n in args.np.split(",")]
     n_ctx = max(counts) * (args.d + STEPS + FAST_STEPS + 128)

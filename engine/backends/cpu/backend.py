@@ -182,7 +182,7 @@ class CpuBackend(NativeBackend):
         self._run(instructions, self._counts(live, tiles), seconds)
 
     def _counts(self, live: Live, tiles: Sequence[tuple[int, int]] = ()) -> Array:
-        """What StepRows (executor.cpp) reads of a step, int64."""
+        """The counts of a step's rows that StepRows (executor.cpp) reads, int64."""
         dims = [live.dim(name) or 0 for name in views.DIMS]
         kinds = (self.matrix, self.has_fine, len(tiles))
         return np.array([*dims, *kinds, *itertools.chain(*tiles)], np.int64)

@@ -249,7 +249,7 @@ class Executor {
     double* seconds_ = nullptr;
     int64_t first_ = 0;
     double deadline_ = 0, step_seconds_ = 0, step_waited_ = 0;
-    bool is_mixed_ = false;  // Whether pieces of a step had different numbers of threads.
+    bool is_mixed_ = false;  // Pieces of a step had different numbers of threads.
     int n_threads_ = 1;
     double met_at_ = 0;  // When the run began, or a timed one's threads last met.
     // Thread 0 alone counts its turns.

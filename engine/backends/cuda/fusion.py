@@ -1,7 +1,7 @@
-"""Consecutive nodes that one launch computes together in decode steps: the rows of FUSIONS.
+"""Consecutive nodes whose launches compute them together in steps of few rows: the rows of FUSIONS.
 
-Other steps launch each node's own kernels. The graph stays as it is: programs that are watched node
-by node, and batch-invariant ones, have no fusions.
+Other steps launch each node's own kernels; batch-invariant programs have the fusions of products in
+every step. The graph stays as it is: programs that are watched node by node have no fusions.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _reads_gated(nodes: Sequence[Node], readers: Readers) -> bool:
 
 
 def _reads_norm(nodes: Sequence[Node], readers: Readers) -> bool:
-    """Whether rows are whole k-blocks."""
+    """Whether only the product reads the norm, and its rows are whole k-blocks."""
     return nodes[1].inputs["x"].shape[1] % K_BLOCK == 0 and _is_read_alone(nodes, readers)
 
 

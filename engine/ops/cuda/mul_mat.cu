@@ -16,8 +16,7 @@ DEVICE Row row_of(const Args& a) {
     if (blockIdx.x == 0) row.total = a.v[TOTAL].as<float>();
     row.source = static_cast<int>(a.attr[SOURCE]), row.head = static_cast<int>(a.attr[HEAD]);
     row.eps = a.attr[EPS];
-    row.aligned = is_aligned(row.x) && is_aligned(row.more) && is_aligned(row.factor) &&
-                  is_aligned(row.total);
+    row.find_alignment();
     return row;
 }
 

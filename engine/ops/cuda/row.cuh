@@ -50,6 +50,11 @@ struct Row {
     int source = ROW_AS_IT_IS, head = 0;  // Of gated rows, the size of heads.
     bool aligned;                         // All of them, to 16 bytes.
 
+    // Sets `aligned` once the rows are there.
+    DEVICE void find_alignment() {
+        aligned = is_aligned(x) && is_aligned(more) && is_aligned(factor) && is_aligned(total);
+    }
+
     // Columns k … k + 7 (8 neighbouring lanes have 64 columns, and so on); zeros if not `valid`.
     DEVICE Eight columns(int k, bool valid) {
         Eight v{}, m{}, f{};

@@ -40,8 +40,7 @@ KERNEL(stage_rows) {
     row.x = row_at(x, t, per_token), row.more = row_at(a.v[MORE], t, per_token);
     row.factor = a.v[FACTOR].as<float>(), row.total = row_at(a.v[TOTAL], t, 1);
     row.source = is_normed ? ROW_NORM : source, row.eps = a.attr[EPS], row.head = head;
-    row.aligned = is_aligned(row.x) && is_aligned(row.more) && is_aligned(row.factor) &&
-                  is_aligned(row.total);
+    row.find_alignment();
     const int n = static_cast<int>(a.attr[K_BLOCKS]), lane = threadIdx.x % 32;
     const int own_warps = blockDim.x / 32, n_warps = gridDim.y * own_warps;
     const int warp = blockIdx.y * own_warps + threadIdx.x / 32;
