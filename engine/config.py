@@ -25,7 +25,7 @@ GDN_MODES = ("auto", "scan", "chunk", "decomposed")
 _LEAST = {
     "n_ctx": 0, "n_batch": 0, "n_ubatch": 0, "n_parallel": 1, "n_checkpoints": 0, "cache_ram": -1,
     "cache_disk": 0, "n_snapshots": 0, "n_threads": 1, "n_gpu_layers": 0, "n_cpu_moe": 0,
-    "activations": ACTIVATIONS[0],
+    "activations": ACTIVATIONS[0], "gpu_memory": 1,
 }  # fmt: skip
 _FLAGS = ("cache_prompt", "strict_backend", "batch_invariant", "check")
 
@@ -60,6 +60,7 @@ class EngineConfig:
     batch_invariant: bool = False
     n_gpu_layers: int | None = None
     n_cpu_moe: int = 0
+    gpu_memory: int | None = None
     override_tensor: Sequence[str] = ()
     check: bool = False
 

@@ -31,8 +31,9 @@ def plan_only(path: str | Path, n_tokens: int, gdn: str = "fused", **options: An
 def planned(model: Model, config: EngineConfig, n_ctx: int) -> tuple[EngineConfig, Plan]:
     """The config with what suits the backend, and the placed graph."""
     options = BackendOptions(
-        config.n_threads, config.cpu_isa, config.batch_invariant, config.activations
-    )
+        config.n_threads, config.cpu_isa, config.batch_invariant, config.activations,
+        config.gpu_memory,
+    )  # fmt: skip
     available = backends.create(config.backend, options)
     traits = available[0].traits
     config = config.resolved(traits)

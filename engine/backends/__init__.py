@@ -36,6 +36,8 @@ def create(name: str, options: BackendOptions = _DEFAULTS) -> list[Backend]:
     if options.n_threads is not None:
         _warn_of_threads(options.n_threads, chosen)
         options = replace(options, n_threads=n_threads(options.n_threads))
+    if options.gpu_memory is not None and not any(r.traits.own_memory for r in chosen):
+        _log.warning("gpu_memory (--gpu-memory) is ignored: no GPU is used")
     return [registration.make(options) for registration in chosen]
 
 

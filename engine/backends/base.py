@@ -142,12 +142,13 @@ class BackendOptions:
     """n_threads: of the CPU (None: all cores). cpu_isa: its instruction set (None: the best).
     batch_invariant: a sequence's results must not depend on what else is in the batch. activations:
     bits of the integers that rows outside row tiles become, where a weight is quantized (None: the
-    backend's own)."""
+    backend's own). gpu_memory: MiB that the process may take of a GPU's memory (None: all)."""
 
     n_threads: int | None = None
     cpu_isa: str | None = None
     batch_invariant: bool = False
     activations: int | None = None
+    gpu_memory: int | None = None
 
 
 class Backend(ABC):

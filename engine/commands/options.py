@@ -94,6 +94,8 @@ _PLACEMENT_OPTIONS: list[OptionRow] = [
     ("-ot --override-tensor", "override_tensor",
      {"action": "extend", "type": _overrides, "metavar": "REGEX=cpu|cuda"},
      "run products there whose weight's name matches"),
+    ("--gpu-memory", "gpu_memory", {"type": at_least(1), "metavar": "MIB"},
+     "take at most so much of the GPU's memory, as if it had no more (all)"),
 ]  # fmt: skip
 _ENGINE_OPTIONS: list[OptionRow] = [
     ("-c --ctx-size", "n_ctx", at_least(0),

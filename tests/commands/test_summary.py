@@ -194,6 +194,7 @@ def test_a_gpu_that_cannot_be_used(
     [
         ({"n_gpu_layers": 3}, "-ngl is ignored: no GPU is used"),
         ({"n_cpu_moe": 1}, "-ncmoe or -cmoe is ignored: the model has no experts"),
+        ({"gpu_memory": 1000}, "gpu_memory (--gpu-memory) is ignored: no GPU is used"),
         ({"n_gpu_layers": 0}, ""),
         ({}, ""),
     ],

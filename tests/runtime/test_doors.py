@@ -68,6 +68,8 @@ def refused(call: Callable[[], Any]) -> str:
          "activations (--activations): reference has no choice of them, got 8"),
         ({"strict_backend": "yes"}, "strict_backend: expected true or false, got 'yes'"),
         ({"check": 1}, "check: expected true or false, got 1"),
+        ({"gpu_memory": 0}, "gpu_memory: expected at least 1, got 0"),
+        ({"gpu_memory": "24G"}, "gpu_memory: expected an integer, got '24G'"),
         ({"override_tensor": 3}, "override_tensor: expected a sequence of texts, got 3"),
         ({"override_tensor": [3]}, "override_tensor: expected texts, got 3"),
         ({"n_contxt": 5}, "unknown option n_contxt (did you mean n_ctx?)"),

@@ -19,7 +19,9 @@ def _describe() -> str:
 REGISTRATION = Registration(
     "cuda",
     CudaBackend.traits,
-    make=lambda options: CudaBackend(CupyDevice(), options.batch_invariant),
+    make=lambda options: CudaBackend(
+        CupyDevice(memory_mib=options.gpu_memory), options.batch_invariant
+    ),
     missing=_missing,
     describe=_describe,
     hardware=lambda: find_gpu()[0],

@@ -26,14 +26,15 @@ from engine.backends.cuda import nvrtc
 from engine.backends.cuda.args import ARGS
 from engine.backends.cuda.device import CudaError, Fetched, Gemm, Grid, Memory, Replay, Timer
 from engine.backends.cuda.driver import Launcher, find_gpu
+from engine.backends.cuda.pool import DevicePool
 
 MIN_CAPABILITY = (8, 0)
 
 
 class CupyDevice:
-    """A GPU through CuPy; all work is on one stream of its own."""
+    """A GPU through CuPy; all work is on one stream of its own. memory_mib: see DevicePool."""
 
-    def __init__(self, index: int = 0) -> None:
+    def __init__(self, index: int = 0, memory_mib: int | None = None) -> None:
         self._cupy = cupy = _cupy(index)
         self._runtime = cupy.cuda.runtime
         self._device = cupy.cuda.Device(index)
@@ -45,6 +46,8 @@ class CupyDevice:
         self._allowed: dict[str, int] = {}
         self.name = self._runtime.getDeviceProperties(index)["name"].decode()
         self.detail = f"{self.name}, {self.target}"
+        self._pool = DevicePool(cupy, self.name, memory_mib)
+        self.total_bytes = self._pool.total_bytes
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self._launcher = Launcher(self.stream.ptr, overlap=self.capability >= (9, 0))
         self._errors = (cupy.cuda.driver.CUDADriverError, self._runtime.CUDARuntimeError)
@@ -62,26 +65,17 @@ class CupyDevice:
         return f"sm_{major}{minor}{'a' if self.capability == (9, 0) else ''}"
 
     def free_bytes(self) -> int:
-        """The driver's free memory, and what CuPy's pool holds unused."""
-        free, _ = self._runtime.memGetInfo()
-        return int(free) + int(self._cupy.get_default_memory_pool().free_bytes())
+        return self._pool.free_bytes()
 
     def allocate(self, n_bytes: int) -> Memory:
-        try:
-            memory = self._cupy.cuda.alloc(max(n_bytes, 1))
-        except self._cupy.cuda.memory.OutOfMemoryError:
-            raise CudaError(
-                f"{self.name}: expected {n_bytes / 2**20:.0f} MiB of memory, "
-                f"{self.free_bytes() / 2**20:.0f} MiB are free"
-            ) from None
-        return _CupyMemory(memory, int(memory.ptr), n_bytes)
+        return self._pool.allocate(n_bytes)
 
     def allocate_host(self, n_bytes: int) -> Memory:
         try:
             memory = self._cupy.cuda.alloc_pinned_memory(n_bytes)
         except self._errors as error:
             raise CudaError(f"{n_bytes >> 20} MiB of pinned memory: {error}") from None
-        return _CupyMemory(memory, int(memory.ptr), n_bytes)
+        return _PinnedMemory(memory, int(memory.ptr), n_bytes)
 
     def upload(self, address: int, values: Array) -> None:
         """Through pinned memory: waits only until `values` are copied there."""
@@ -235,7 +229,7 @@ class StagingRing:
 
 
 @dataclass
-class _CupyMemory:
+class _PinnedMemory:
     _held: Any
     address: int
     nbytes: int

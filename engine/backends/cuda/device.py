@@ -56,13 +56,15 @@ class Timer(Protocol):
 
 
 class Device(Protocol):
-    """One device, which works in the order of the calls."""
+    """One device, which works in the order of the calls. `total_bytes`: its memory in all, or as
+    much of it as may be taken."""
 
     name: str
     detail: str
     capability: tuple[int, int]
     n_multiprocessors: int
     shared_bytes: int
+    total_bytes: int
 
     def free_bytes(self) -> int:
         """Memory that can be allocated."""

@@ -113,7 +113,8 @@ class EmulatedDevice:
         directory: Path = nvrtc.SOURCES,
         seed: int = 0,
     ) -> None:
-        self._n_free, self.capability, self._seed = n_bytes, capability, seed
+        self.total_bytes = self._n_free = n_bytes
+        self.capability, self._seed = capability, seed
         self.detail = "emulated, sm_{}{}".format(*capability)
         self._directory = directory
         self._functions: list[_Function] = []
