@@ -24,13 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.backends.base import Split
 from engine.backends.cuda.backend import CudaBackend
+from engine.backends.cuda.copies import SHARE
 from engine.backends.cuda.device import Device
 from engine.backends.cuda.limits import timed
 from engine.backends.cuda.lower import common, gemv, staged
 from engine.backends.cuda.lower import mul_mat as products
 from engine.backends.cuda.lower import mul_mat_id as of_experts
-from engine.backends.cuda.weights import CudaWeights
-from engine.backends.native import library as cpu_library
 from engine.formats.quants import F32, I32, WEIGHT_TYPES, DType
 from engine.graph import Capacity, Dim, Graph, Kind, Live, Tensor
 from engine.ops.mul_mat import mul_mat
@@ -101,10 +100,10 @@ class Products:
 
     def __init__(  # noqa: PLR0913
         self, device: Device, dtype: DType, shape: tuple[int, ...], capacity: int, n_copies: int,
-        bf16_bytes: int | None = 0, used: int = 0, summed: bool = False,
+        copied: bool = False, used: int = 0, summed: bool = False,
     ) -> None:  # fmt: skip
-        self._device, self._backend, graph = device, CudaBackend(device), Graph(Capacity(capacity))
-        self._backend.weights = CudaWeights(device, cpu_library.load(), bf16_bytes)
+        self._device, graph = device, Graph(Capacity(capacity))
+        self._backend = CudaBackend(device, copy_share=SHARE if copied else 0.0)
         tokens, n_in = Dim(capacity, "n_tokens"), shape[-1]
         x_shape = (tokens, used, n_in) if summed else (tokens, n_in)
         x = Tensor("x", x_shape, F32, Kind.ACTIVATION)
@@ -117,7 +116,9 @@ class Products:
             else:
                 mul_mat(graph, f"n{i}", x, w)
         self._backend.load_weights(graph.nodes, RandomWeights(dtype, int(np.prod(shape))))
-        self._program = self._backend.compile(Split(self._backend, graph.nodes))
+        split = Split(self._backend, graph.nodes)
+        self._backend.copy_weights([split], 0)
+        self._program = self._backend.compile(split)
         rng = np.random.default_rng(0)
         self._backend.write(x, rng.normal(size=tuple(map(int, x_shape))))
         if used:
@@ -153,17 +154,15 @@ def few(device: Device, types: Sequence[DType], sizes: Sizes) -> None:
 
 def many(device: Device, types: Sequence[DType], sizes: Sizes) -> None:
     """128 to 2048 rows: TFLOP/s by cuBLAS from a copy, by expanding each time, by gemm.cu."""
-    ways: list[tuple[str, int | None, int]] = [
-        ("cuBLAS, copy", None, 0), ("cuBLAS, expanded", 0, 0), ("gemm.cu", 0, 1 << 30)
+    ways = [
+        ("cuBLAS, copy", True, 0), ("cuBLAS, expanded", False, 0), ("gemm.cu", False, 1 << 30)
     ]  # fmt: skip
     for dtype in types:
         for n_in, n_out in sizes.many:
             line = f"{dtype.name:6}{n_in:6}{n_out:7}   "
-            for name, bf16_bytes, expanded_rows in ways:
+            for name, copied, expanded_rows in ways:
                 with changed(EXPANDED_ROWS=expanded_rows):
-                    timed = Products(
-                        device, dtype, (n_out, n_in), max(sizes.many_rows), 4, bf16_bytes
-                    )
+                    timed = Products(device, dtype, (n_out, n_in), max(sizes.many_rows), 4, copied)
                 for n in sizes.many_rows:
                     rate = 2 * n * n_in * n_out / timed.seconds(n) / 1e12
                     line += f" {name} {n}: {rate:4.0f}"

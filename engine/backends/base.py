@@ -118,6 +118,16 @@ class Traits:
 
 
 @dataclass(frozen=True)
+class Copies:
+    """Copies of weights that a backend keeps so that products are faster: their bytes, how many
+    weights have one, and of how many a copy pays."""
+
+    n_bytes: int = 0
+    n_weights: int = 0
+    n_possible: int = 0
+
+
+@dataclass(frozen=True)
 class Limits:
     """Peaks of a machine: bytes moved per second, and operations per second of each arithmetic unit
     that its kernels use, by the unit's name. `unit_of`: the fastest unit of an op's kernels, by the
@@ -168,13 +178,32 @@ class Backend(ABC):
     def weight_bytes(self, nodes: Sequence[Node]) -> int:
         """Bytes that the weights of some nodes will take in memory."""
 
+    def buffer_bytes(self, splits: Sequence[Split]) -> int | None:
+        """Bytes that the programs of its splits will take beside weights and states, inputs
+        included; None if that is not known before they are compiled."""
+        return None
+
     def free_bytes(self) -> int | None:
         """Bytes left of its own memory; None if it uses the machine's."""
         return None
 
+    def total_bytes(self) -> int | None:
+        """Bytes of its own memory in all, or as many of them as it may take; None if it uses the
+        machine's."""
+        return None
+
+    def copies(self, splits: Sequence[Split], n_left: int | None = None) -> Copies:
+        """The copies of weights that it keeps, or that it would make if the programs of its splits
+        left so many bytes."""
+        return Copies()
+
     @abstractmethod
     def load_weights(self, nodes: Sequence[Node], source: WeightSource) -> None:
         """Load the weights that its nodes read, in the form in which their kernels read them."""
+
+    def copy_weights(self, splits: Sequence[Split], n_buffers: int) -> None:  # noqa: B027
+        """Copy loaded weights where that makes products faster, in a part of the memory that is
+        left beside the `n_buffers` bytes of its splits' programs."""
 
     def allocate_states(self, states: Sequence[Tensor], extra: Mapping[str, int]) -> None:
         """Allocate the states of its nodes, with so many slots and blocks, by dim, beyond those of

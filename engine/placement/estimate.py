@@ -1,7 +1,8 @@
 """Memory that a placed graph will touch, compared with the memory that is left.
 
-Counted: weights as backends keep them, states and KV cache at capacity, and the largest sum of
-activations alive at one time in a full step.
+Counted: weights as backends keep them, states and KV cache at capacity, and activations: the
+buffers of programs where a backend knows them before it compiles, else the largest sum alive at one
+time in a full step.
 """
 
 from __future__ import annotations
@@ -39,14 +40,15 @@ class Estimate:
 def estimate(plan: Plan, backends: Sequence[Backend] | None = None) -> Estimate:
     """Bytes that a plan needs, or the part of it on `backends`."""
     weights = states = kv_cache = 0
-    for backend in plan.backends if backends is None else backends:
+    backends = plan.backends if backends is None else backends
+    for backend in backends:
         weights += backend.weight_bytes(plan.nodes_of(backend))
         for t in plan.tensors_of(backend, Kind.STATE):
             if dim_name(t) == "n_blocks":
                 kv_cache += t.nbytes
             else:
                 states += t.nbytes
-    return Estimate(weights, states, kv_cache, _activation_bytes(plan.graph))
+    return Estimate(weights, states, kv_cache, _buffer_bytes(plan, backends))
 
 
 def check(plan: Plan) -> None:
@@ -91,6 +93,13 @@ def _advice(need: Estimate, available: int, where: str) -> str:
     parts = (("-c", need.kv_cache), ("-np", need.states), ("-ub", need.activations))
     largest = max(n for _, n in parts)
     return "lower " + " or ".join(option for option, n in parts if 10 * n >= largest)
+
+
+def _buffer_bytes(plan: Plan, backends: Sequence[Backend]) -> int:
+    """As the backends say, or the graph's activations where one can't say."""
+    known = [plan.buffer_bytes(backend) for backend in backends]
+    sizes = [n for n in known if n is not None]
+    return sum(sizes) if len(sizes) == len(known) > 0 else _activation_bytes(plan.graph)
 
 
 def _activation_bytes(graph: Graph) -> int:

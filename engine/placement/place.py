@@ -34,9 +34,19 @@ class Plan:
     def __init__(self, graph: Graph, placements: dict[Node, Placement]) -> None:
         self.graph, self.placements = graph, placements
         self.splits = _splits(graph, placements)
+        self._buffer_bytes: dict[Backend, int | None] = {}
 
     def nodes_of(self, backend: Backend) -> list[Node]:
         return [node for node, p in self.placements.items() if p.backend is backend]
+
+    def splits_of(self, backend: Backend) -> list[Split]:
+        return [split for split in self.splits if split.backend is backend]
+
+    def buffer_bytes(self, backend: Backend) -> int | None:
+        """See Backend.buffer_bytes, which is asked once: it lowers the splits."""
+        if backend not in self._buffer_bytes:
+            self._buffer_bytes[backend] = backend.buffer_bytes(self.splits_of(backend))
+        return self._buffer_bytes[backend]
 
     def tensors_of(self, backend: Backend, kind: Kind) -> list[Tensor]:
         """Weights, states or inputs that a backend's nodes use, each once."""

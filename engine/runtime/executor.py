@@ -48,8 +48,9 @@ class Executable:
         for backend in plan.backends:
             backend.allocate_states(plan.tensors_of(backend, Kind.STATE), extra)
             backend.declare_inputs(plan.tensors_of(backend, Kind.INPUT))
-            # Last: a backend may keep copies of weights in part of the memory that is left.
             backend.load_weights(plan.nodes_of(backend), source)
+            # Last, as copies get a part of the memory that nothing else needs.
+            backend.copy_weights(plan.splits_of(backend), plan.buffer_bytes(backend) or 0)
         self._programs = [(split, split.backend.compile(split)) for split in plan.splits]
         self._inputs = [(b, plan.tensors_of(b, Kind.INPUT)) for b in plan.backends]
         made = {t: s for s in plan.splits for node in s.nodes for t in node.outputs}

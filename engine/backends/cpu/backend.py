@@ -49,7 +49,7 @@ class CpuProgram(NativeProgram["CpuBackend"]):
         super().__init__(backend, split, fused)
         lowering = Lowering(backend.library, self._readers, backend.matrix, backend.has_fine)
         self._lower(lowering, FUSIONS, Lowering.add)
-        self._place(lowering.calls, (call.phase for call in lowering.calls))
+        self._place(self._arena_of(lowering.calls, (call.phase for call in lowering.calls)))
         self._lay_out(lowering.calls)
 
     def _allocate(self, n_bytes: int) -> int:

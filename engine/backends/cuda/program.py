@@ -9,13 +9,13 @@ import numpy as np
 
 from engine.backends.base import Array, Split
 from engine.backends.cuda.args import ARGS
-from engine.backends.cuda.device import CudaError, Gemm, Grid, Memory
+from engine.backends.cuda.device import CudaError, Gemm, Grid
 from engine.backends.cuda.fusion import FUSIONS
 from engine.backends.cuda.kernels import KERNELS
 from engine.backends.cuda.launches import CudaCall, Launch, Lowering, Product, Replays
 from engine.backends.cuda.lower import lower_node
 from engine.backends.cuda.memory import MemoryBackend
-from engine.backends.native.buffers import Zeros
+from engine.backends.native.buffers import Arena, Zeros
 from engine.backends.native.program import NativeProgram, write_operand
 from engine.formats.quants import numpy_dtype
 from engine.graph import Live, Node, Tensor
@@ -27,19 +27,32 @@ _MAX_KEPT = 64
 
 
 class CudaProgram(NativeProgram[MemoryBackend]):
-    def __init__(self, backend: MemoryBackend, split: Split, fused: bool = True) -> None:
+    """See NativeProgram. `own_bytes`: of its buffers, without what lies outside; if only_sized, it
+    takes no memory and can't run."""
+
+    def __init__(
+        self, backend: MemoryBackend, split: Split, fused: bool = True, only_sized: bool = False
+    ) -> None:
         super().__init__(backend, split, fused)
         self._device = backend.device
         self._kept: dict[tuple[int, int, int], Mapping[int, Grid | Gemm]] = {}
         lowering = Lowering(backend.device, backend.weights, backend.batch_invariant)
         self._lower(lowering, FUSIONS, lower_node)
         self._calls = lowering.calls
-        self._zeros: dict[Any, Memory] = {}
-        for ref in {ref for call in self._calls for ref in call.operands if isinstance(ref, Zeros)}:
-            self._zeros[ref] = memory = self._device.allocate(ref.nbytes)
+        refs = (ref for call in self._calls for ref in call.operands)
+        zeros = list(dict.fromkeys(ref for ref in refs if isinstance(ref, Zeros)))
+        arena = self._arena_of(self._calls, range(len(self._calls)), zeros)
+        self.own_bytes = arena.size + sum(ref.nbytes for ref in zeros)
+        if not only_sized:
+            self._take(arena, zeros)
+
+    def _take(self, arena: Arena, zeros: Sequence[Zeros]) -> None:
+        """Allocate the buffers, and prepare the launches."""
+        self._place(arena)
+        self._zeros = {ref: self._device.allocate(ref.nbytes) for ref in zeros}
+        for ref, memory in self._zeros.items():
             self._device.fill(memory.address, ref.nbytes, 0)
             self._addresses[ref] = memory.address
-        self._place(self._calls, range(len(self._calls)))
         self._args = np.zeros(len(self._calls), ARGS)
         self._functions = list(map(self._prepare, self._args, self._calls))
         self.replays = Replays(self._device, self.launch)

@@ -6,7 +6,6 @@ Threads of the host pack weights while packed ones are uploaded.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,10 @@ from engine.backends.cuda.device import Device, Grid, Memory
 from engine.backends.cuda.kernels import BATCH, K_BLOCK, KERNELS, PANEL, threads
 from engine.backends.native.library import Library
 from engine.backends.native.panels import PanelWeights
-from engine.backends.native.signatures import is_quantized, matrices_of
+from engine.backends.native.signatures import is_quantized
 from engine.backends.native.views import BF16, write_view
 from engine.formats.quants import WEIGHT_TYPES
-from engine.graph import Dim, Node, Tensor
+from engine.graph import Dim, Tensor
 from engine.threads import n_cores
 
 # Packed weights that may wait for their upload.
@@ -29,25 +28,21 @@ _MAX_GRID = 65535
 
 
 class CudaWeights(PanelWeights):
-    """Weights in device memory. bf16_bytes: the budget of copies in bfloat16; by default half of
-    the memory that is free when the other weights are loaded."""
+    """Weights in device memory. `bf16`: the copies [out, in] in bfloat16."""
 
-    def __init__(self, device: Device, library: Library, bf16_bytes: int | None = None) -> None:
+    def __init__(self, device: Device, library: Library) -> None:
         super().__init__(library, n_cores(), _AHEAD_BYTES)
         assert (library.constant("panel_rows"), library.constant("k_block")) == (PANEL, K_BLOCK)
         self._device = device
-        # The copies [out, in] in bfloat16.
         self.bf16: dict[Tensor, Memory] = {}
-        self._bf16_left = bf16_bytes
 
-    def copy_bf16(self, nodes: Sequence[Node]) -> None:
-        """Copy the weights of products of many rows in bfloat16, which makes these faster: in the
-        nodes' order, as long as the budget lasts."""
-        for node in nodes:
-            if node.op.name == "MUL_MAT":
-                for w, out in zip(matrices_of(node), node.outputs, strict=True):
-                    if fits_bf16(w) and is_of_step(out):
-                        self._keep_bf16(w)
+    def copy_bf16(self, tensor: Tensor) -> None:
+        """Copy a weight in bfloat16, for products of many rows."""
+        memory, args = self._device.allocate(math.prod(tensor.shape) * 2), np.zeros((), ARGS)
+        write_view(args["v"][0], memory.address, tensor.shape, (tensor.shape[1], 1), BF16)
+        self.write_packed(args["v"][1], tensor)
+        self._run("expand", args, expand_grid(tensor))
+        self.bf16[tensor.base] = memory
 
     def write_packed(self, record: Any, tensor: Tensor, first: int = 0) -> None:
         """See PanelWeights; with what kernels need of the layout (kernel.cuh)."""
@@ -74,22 +69,6 @@ class CudaWeights(PanelWeights):
 
     def _address(self, kept: Memory) -> int:
         return kept.address
-
-    def _keep_bf16(self, tensor: Tensor) -> None:
-        """Copy a weight in bfloat16, unless it has a copy or the budget is spent."""
-        if tensor.base in self.bf16:
-            return
-        if self._bf16_left is None:
-            self._bf16_left = self._device.free_bytes() // 2
-        n_bytes = math.prod(tensor.shape) * 2
-        if n_bytes > self._bf16_left:
-            return
-        memory, args = self._device.allocate(n_bytes), np.zeros((), ARGS)
-        write_view(args["v"][0], memory.address, tensor.shape, (tensor.shape[1], 1), BF16)
-        self.write_packed(args["v"][1], tensor)
-        self._run("expand", args, expand_grid(tensor))
-        self._bf16_left -= n_bytes
-        self.bf16[tensor.base] = memory
 
     def _run(self, kernel: str, args: Array, grid: Grid) -> None:
         function = self._device.function(KERNELS[kernel].source, kernel)

@@ -73,11 +73,18 @@ class NativeProgram(ABC, Generic[H]):
             self._spans[group[0]] = range(first, len(lowering.calls))
         self.instructions = [Instruction(c.kernel, tuple(c.nodes)) for c in lowering.calls]
 
-    def _place(self, calls: Sequence[KernelCall], times: Iterable[int]) -> None:
-        """Allocate one arena for buffers and activations; `times`: when each call runs."""
+    def _arena_of(
+        self, calls: Sequence[KernelCall], times: Iterable[int], elsewhere: Iterable[Ref] = ()
+    ) -> Arena:
+        """The layout of one arena for the buffers and activations that do not lie elsewhere;
+        `times`: when each call runs."""
         arena = Arena()
         timed = ((t, c.nodes, c.operands) for t, c in zip(times, calls, strict=True))
-        place_buffers(timed, arena, self.outside | self._addresses.keys())
+        place_buffers(timed, arena, {*self.outside, *elsewhere})
+        return arena
+
+    def _place(self, arena: Arena) -> None:
+        """Allocate an arena."""
         base = self._allocate(arena.size)
         self._addresses |= {owner: base + offset for owner, offset in arena.offsets.items()}
 

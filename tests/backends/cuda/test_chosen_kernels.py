@@ -110,11 +110,3 @@ def test_experts(rng: Rng, summed: bool) -> None:
         )  # fmt: skip
         backend = CudaBackend(device, batch_invariant=invariant)
         check(executable(backend, graph, outputs, {"w": raw}), table)
-
-
-def test_copies_are_made_in_order_while_the_budget_lasts(rng: Rng) -> None:
-    """When weights are loaded, before any program is compiled."""
-    backend = backend_of(EmulatedDevice())
-    backend.weights._bf16_left = 2 * 37 * N_IN * 2
-    product(backend, ["Q8_0", "F32", "BF16", "Q4_K"], rng)
-    assert [t.name for t in backend.weights.bf16] == ["w0", "w2"]

@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 
 from engine.backends.cuda.backend import CudaBackend
+from engine.backends.cuda.copies import SHARE
 from engine.backends.cuda.device import Device
 from engine.backends.cuda.kernels import threads
 from engine.backends.cuda.lower import gemv
 from engine.backends.cuda.lower import mul_mat as products
 from engine.backends.cuda.lower import mul_mat_id as experts
-from engine.backends.cuda.weights import CudaWeights
-from engine.backends.native import library as cpu_library
 from engine.formats.quants import BF16, F32, I32, WEIGHT_TYPES, DType, dequantize, quantize_q8_0
 from engine.graph import Capacity, Dim, Graph, Kind, Live, Tensor
 from engine.ops.get_rows import GET_ROWS
@@ -71,10 +70,7 @@ def shared_columns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def backend_of(device: Device, copies: bool = True, **options: Any) -> CudaBackend:
     """A backend, with or without room for weights' copies in bfloat16."""
-    backend = CudaBackend(device, **options)
-    if not copies:
-        backend.weights = CudaWeights(device, cpu_library.load(), bf16_bytes=0)
-    return backend
+    return CudaBackend(device, copy_share=SHARE if copies else 0.0, **options)
 
 
 def activation(name: str, *shape: int, dtype: DType = F32) -> Tensor:

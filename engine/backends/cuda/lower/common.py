@@ -41,10 +41,13 @@ def walk(
 ) -> Iterator[tuple[str, RowRange]]:
     """Choose kernels by rows of a tensor, from `more_than` + 1 up to `end` (None: any number).
     table: (rows up to which a kernel is chosen, kernel, whether it fits), rows ascending. The last
-    kernel that fits takes all rows up to the end. Yields kernels with their rows, ascending."""
+    kernel that fits takes all rows up to the end. Yields kernels with their rows, ascending, but
+    none for more rows than the tensor can have."""
     fitting = [(most, kernel) for most, kernel, fits in table if fits]
     for i, (most, kernel) in enumerate(fitting):
         last = end if i == len(fitting) - 1 else most
+        if more_than >= int(tensor.shape[0]):
+            return
         if last is None or last > more_than:
             yield kernel, RowRange(tensor, more_than, last)
             more_than = last or 0
