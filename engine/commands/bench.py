@@ -98,7 +98,7 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
         for facts, options in product(models, engines):
             bar.set_description(facts.type)
             with Engine.load(facts.path, **{"n_ctx": needed} | options) as engine:
-                summary.show(engine)
+                summary.show(engine, args.verbose)
                 for m in measure(engine, cases, rng, args.repetitions, warm_up, bar.update):
                     row = _document(facts, engine, m)
                     cells = _cells(row, m.case.name)

@@ -7,13 +7,16 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from engine.bench.facts import ModelFacts
 from engine.commands.dot import as_dot
 from engine.commands.options import Parser, given_fields, integers, write_text
 from engine.commands.output import write
+from engine.commands.summary import memory_lines
 from engine.config import EngineConfig
+from engine.placement.estimate import DeviceMemory, device_memory
 from engine.placement.place import Plan
 from engine.planning import plan_only
 
@@ -107,6 +110,8 @@ def text(plans: Mapping[int, Plan], verbose: bool = False) -> str:
     lines += [f"{op:<24}{n:>6}" for op, n in histogram(plan)]
     lines += ["", f"{'layer kind':<24}{'layers':>6}{'nodes per layer':>18}"]
     lines += [f"{kind:<24}{n:>6}{per:>18}" for kind, n, per in layer_kinds(plan)]
+    for backend, memory in device_memory(plan).items():
+        lines += ["", *memory_lines(backend, memory)]
     lines += ["", f"{'backend':<12}{'nodes':>6}  reason"]
     lines += [f"{backend:<12}{n:>6}  {reason}" for backend, reason, n in placements(plan)]
     if verbose:
@@ -119,6 +124,13 @@ def text(plans: Mapping[int, Plan], verbose: bool = False) -> str:
                 f"{placement.reason}; {outputs}"
             )
     return "\n".join(lines)
+
+
+def _sizes(memory: DeviceMemory) -> dict[str, int]:
+    """Bytes of a device's memory by use, and how many weights have copies."""
+    copies = {"copies": memory.copies.n_bytes, "copied_weights": memory.copies.n_weights}
+    rest = {"rest": memory.rest, "left": memory.left}
+    return {"total": memory.total, **asdict(memory.need), **copies, **rest}
 
 
 def as_json(plans: Mapping[int, Plan]) -> str:
@@ -136,6 +148,7 @@ def as_json(plans: Mapping[int, Plan]) -> str:
         "graph_nodes": {str(bs): len(p.graph.nodes) for bs, p in plans.items()},
         "graph_splits": {str(bs): len(p.splits) for bs, p in plans.items()},
         "weight_bytes": dict(zip(("file", "memory"), weights(plan), strict=True)),
+        "device_memory": {b.name: _sizes(memory) for b, memory in device_memory(plan).items()},
         "ops": dict(histogram(plan)),
         "layer_kinds": {kind: {"layers": n, "nodes": per} for kind, n, per in layer_kinds(plan)},
         "nodes": nodes,

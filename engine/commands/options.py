@@ -325,7 +325,7 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 def load_engine(args: argparse.Namespace, **options: Any) -> Engine:
     """The engine of --model with the options of the command line; `options` go before them."""
     engine = Engine.load(args.model, **(given_fields(args, EngineConfig) | options))
-    summary.show(engine)
+    summary.show(engine, args.verbose)
     return engine
 
 

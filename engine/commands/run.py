@@ -71,7 +71,7 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
     goes_on = file.is_there and args.prompt is None and args.file is None
     prompt = "" if goes_on else read_prompt(parser, args)
     with Engine.load(args.model, **given_fields(args, EngineConfig)) as engine:
-        summary.show(engine)
+        summary.show(engine, args.verbose)
         completion = session.start(engine, file.restore(engine), prompt, params, args)
         status = _show(engine, completion, prompt, args)
         file.save(engine, completion)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.backends.base import Backend
+from engine.backends.base import Backend, Copies
 from engine.errors import NotEnoughMemoryError
 from engine.graph import Graph, Kind, Tensor, dim_name
 from engine.placement.place import Plan
@@ -49,6 +49,47 @@ def estimate(plan: Plan, backends: Sequence[Backend] | None = None) -> Estimate:
             else:
                 states += t.nbytes
     return Estimate(weights, states, kv_cache, _buffer_bytes(plan, backends))
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes of a backend's own memory by use. total: in all, or as many as it may take; copies: of
+    weights; cache: of the prefix cache's slots and blocks; left: nobody's. `rest`: taken by the
+    driver, libraries and other programs."""
+
+    total: int
+    need: Estimate
+    copies: Copies
+    cache: int
+    left: int
+
+    @property
+    def rest(self) -> int:
+        taken = self.need.total + self.copies.n_bytes + self.cache
+        return max(0, self.total - taken - self.left)
+
+
+def device_memory(
+    plan: Plan, cached: Mapping[str, int] | None = None
+) -> dict[Backend, DeviceMemory]:
+    """The own memory of each backend that has some. cached: the prefix cache's slots and blocks, by
+    dim, of a plan that is loaded; None: before that, what loading will take."""
+    found = {}
+    for backend in plan.backends:
+        total, free = backend.total_bytes(), backend.free_bytes()
+        if total is None or free is None:
+            continue
+        need, splits, extra = estimate(plan, [backend]), plan.splits_of(backend), cached or {}
+        states = plan.tensors_of(backend, Kind.STATE)
+        n_cached = sum(t.nbytes // int(t.shape[0]) * extra.get(dim_name(t), 0) for t in states)
+        if cached is None:
+            left = max(0, free - need.total)
+            copies = backend.copies(splits, left)
+            left -= copies.n_bytes
+        else:
+            left, copies = free, backend.copies(splits)
+        found[backend] = DeviceMemory(total, need, copies, n_cached, left)
+    return found
 
 
 def check(plan: Plan) -> None:

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from gguf import LlamaFileType
 
-from engine import Engine, backends
+from engine import Engine, backends, planning
 from engine.backends.cuda import cupy_device
 from engine.backends.cuda.backend import CudaBackend
 from engine.backends.cuda.driver import find_gpu
 from engine.bench.facts import FILE_TYPES
 from engine.commands import summary
 from engine.commands.main import main
+from engine.config import EngineConfig
+from engine.formats.gguf import GGUFFile
+from engine.models import load_model
+from engine.placement.estimate import device_memory
 from tests.support.cuda_devices import emulated, engine_on
+from tests.support.cuda_emulator.device import EmulatedDevice
 from tests.support.cuda_emulator.device import missing as emulator_missing
 from tests.support.helpers import STD
 from tools.synth import write_model
@@ -111,10 +118,71 @@ def test_a_device(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
         summary.show(engine)
         taken = engine.device_bytes()
     line = capsys.readouterr().err
-    found = re.search(rf"; cuda \((.*)\); context 64; {SIZES} on the device; prefix .*\n$", line)
+    sizes = SIZES.replace(", buffers", r", copies ([\d.]+), prefix cache ([\d.]+), buffers")
+    about = rf"; cuda \((.*)\); context 64; {sizes} of the 1\.0 GiB on the device; prefix .*\n$"
+    found = re.search(about, line)
     assert found
     assert found[1] == device.detail
     assert float(found[2]) == pytest.approx(taken / 2**20, abs=0.051)
+    assert sum(map(float, found.groups()[3:])) == pytest.approx(taken / 2**20, abs=0.36)
+
+
+def table_of(text: str) -> dict[str, float]:
+    """The rows of a table of memory."""
+    _, rows = text.split("memory of cuda (emulated, sm_90), MiB\n")
+    found = re.findall(r"^  (\S.*?) +([\d.]+)(?:  (.*))?$", rows, re.M)
+    return {name: float(size) for name, size, _ in found}
+
+
+@pytest.mark.skipif(bool(emulator_missing()), reason=emulator_missing())
+def test_the_memory_of_a_device_by_use(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every byte is in one row; and what is planned is what is taken."""
+    device = EmulatedDevice(200 << 20)
+    backend = CudaBackend(device)
+    with engine_on(tiny, [backend], n_ctx=64, cache_ram=0) as engine:
+        summary.show(engine, verbose=True)
+        text = capsys.readouterr().err
+        shown = table_of(text)
+        held = backend.weights
+        kept = [*held._packed.values(), *held._plain.values()]
+        left = device.free_bytes()
+        states = sum(t.nbytes for t in engine.plan.graph.states.values())
+        n_copied, made = len(held.bf16), backend.copies(engine.plan.splits)
+    fresh = CudaBackend(EmulatedDevice(200 << 20))
+    with patch("engine.backends.create", lambda *given: [fresh]):
+        _, plan = planning.planned(load_model(GGUFFile(tiny)), EngineConfig(), 64)
+    (planned,) = device_memory(plan).values()
+    expected = {
+        "weights in panels": sum(memory.nbytes for memory in kept),
+        "copies in bfloat16": sum(memory.nbytes for memory in held.bf16.values()),
+        "in all": 200 << 20, "left": left - (128 << 20),
+    }  # fmt: skip
+    for name, n_bytes in expected.items():
+        assert shown[name] == pytest.approx(n_bytes / 2**20, abs=0.051), name
+    assert shown["states"] + shown["KV cache"] == pytest.approx(states / 2**20, abs=0.11)
+    assert sum(shown.values()) - shown["in all"] == pytest.approx(shown["in all"], abs=0.5)
+    assert "prefix cache" not in shown
+    assert f" {n_copied} of {n_copied} weights\n" in text
+    assert n_copied
+    assert planned.copies == made
+    assert planned.left / 2**20 == pytest.approx(shown["left"], abs=1)
+
+
+@pytest.mark.skipif(bool(emulator_missing()), reason=emulator_missing())
+def test_the_planned_memory_of_a_device(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`graph` shows it, before anything is loaded, and allocates nothing."""
+    device = EmulatedDevice(200 << 20)
+    with patch("engine.backends.create", lambda *given: [CudaBackend(device)]):
+        assert main(["graph", "-m", str(tiny), "--bs", "64"]) == 0
+        text = capsys.readouterr().out
+        assert main(["graph", "-m", str(tiny), "--bs", "64", "--json"]) == 0
+    shown, found = table_of(text), json.loads(capsys.readouterr().out)["device_memory"]["cuda"]
+    n_copies = found.pop("copied_weights")
+    assert f" {n_copies} of {n_copies} weights\n" in text
+    assert found.pop("total") == sum(found.values()) == 200 << 20
+    assert sum(shown.values()) == pytest.approx(400, abs=0.5)
+    assert shown["left"] == pytest.approx(found["left"] / 2**20, abs=0.051)
+    assert device.free_bytes() == 200 << 20
 
 
 def test_names_of_file_types_are_those_of_the_package() -> None:
