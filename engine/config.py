@@ -27,7 +27,7 @@ _LEAST = {
     "cache_disk": 0, "n_snapshots": 0, "n_threads": 1, "n_gpu_layers": 0, "n_cpu_moe": 0,
     "activations": ACTIVATIONS[0], "gpu_memory": 1,
 }  # fmt: skip
-_FLAGS = ("cache_prompt", "strict_backend", "batch_invariant", "check")
+_FLAGS = ("cache_prompt", "strict_backend", "batch_invariant", "keep_experts", "check")
 
 
 class ConfigError(EngineError):
@@ -62,6 +62,7 @@ class EngineConfig:
     n_cpu_moe: int = 0
     gpu_memory: int | None = None
     override_tensor: Sequence[str] = ()
+    keep_experts: bool = False
     check: bool = False
 
     def __post_init__(self) -> None:

@@ -100,7 +100,8 @@ class Engine:
         type_k: str | None = None, type_v: str | None = None,
         gdn: str = "auto", strict_backend: bool = False, batch_invariant: bool = False,
         n_gpu_layers: int | None = None, n_cpu_moe: int = 0, override_tensor: Sequence[str] = (),
-        gpu_memory: int | None = None, check: bool = False, **unknown: Never,
+        gpu_memory: int | None = None, keep_experts: bool = False, check: bool = False,
+        **unknown: Never,
     ) -> Engine:  # fmt: skip
         """Load a GGUF file; with no path, the small model that comes with the engine.
 
@@ -117,7 +118,8 @@ class Engine:
         chunk, decomposed. strict_backend: fail rather than place a node elsewhere. batch_invariant:
         see BackendOptions. n_gpu_layers (None: all), n_cpu_moe, override_tensor: see Offload.
         gpu_memory: MiB that the process may take of the GPU's memory, as if it had no more (None:
-        all). check: name the first node with values that are not finite; slow. Raises EngineError.
+        all). keep_experts: have `loop.kept` give the experts that a step chose. check: name the
+        first node with values that are not finite; slow. Raises EngineError.
         """
         given = {k: v for k, v in locals().items() if k in EngineConfig.__dataclass_fields__}
         start = time.perf_counter()

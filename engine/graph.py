@@ -248,7 +248,8 @@ class Capacity:
 
 @dataclass
 class Graph:
-    """Nodes in execution order, and the tensors that come from outside them, by name."""
+    """Nodes in execution order, and the tensors that come from outside them, by name. `kept`:
+    tensors that can be read after a step, beside the outputs."""
 
     capacity: Capacity
     nodes: list[Node] = field(default_factory=list)
@@ -257,6 +258,7 @@ class Graph:
     states: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
     layer_kinds: dict[str, str] = field(default_factory=dict)
+    kept: list[Tensor] = field(default_factory=list)
 
     def input(self, name: str, shape: Shape) -> Tensor:
         return self._declare(self.inputs, Tensor(name, shape, I32, Kind.INPUT))

@@ -39,5 +39,7 @@ def planned(model: Model, config: EngineConfig, n_ctx: int) -> tuple[EngineConfi
     config = config.resolved(traits)
     capacity = capacity_of(config, n_ctx, traits)
     graph = model.build(BuildOptions(capacity, *config.cache_types(), config.gdn))
+    if config.keep_experts:
+        graph.kept += [node.outputs[0] for node in graph.nodes if node.op.name == "ROUTER"]
     rules = Offload(config.n_gpu_layers, config.n_cpu_moe, config.override_tensor)
     return config, place_where_it_fits(graph, available, rules, config.strict_backend)

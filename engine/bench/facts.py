@@ -28,13 +28,15 @@ FILE_TYPES = (  # noqa: SIM905 (a list would be three times as long)
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model file: `type` as in "qwen35 0.8B Q8_0", `size` in bytes of its tensors."""
+    """A model file: `type` as in "qwen35 0.8B Q8_0", `size` in bytes of its tensors; `has_experts`:
+    whether layers choose among experts."""
 
     path: str
     type: str
     size: int
     n_params: int
     n_ctx_train: int
+    has_experts: bool = False
 
     @classmethod
     def of(cls, path: str) -> ModelFacts:
@@ -51,7 +53,9 @@ class ModelFacts:
         # Without characters of the file that would break a table.
         kind = " ".join(filter(None, (re.sub(r"[^\w.+-]", "", str(word)[:64]) for word in words)))
         n_params = sum(math.prod(t.shape) for t in tensors)
-        return cls(path, kind, sum(t.nbytes for t in tensors), n_params, n_ctx_train)
+        has_experts = any(name.endswith("_exps.weight") for name in file.tensors)
+        n_bytes = sum(t.nbytes for t in tensors)
+        return cls(path, kind, n_bytes, n_params, n_ctx_train, has_experts)
 
     def check_context(self, n_positions: int, what: str, n_ctx: int | None = None) -> None:
         """Raise BenchError if `what` needs more than n_ctx positions (None, 0: the model's)."""

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import groupby
 
@@ -60,13 +60,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds of the prompts and of the generation of each run (0 where there is none);
-    `test_time`: when the runs began, ISO 8601, UTC."""
+    """Seconds of the prompts and of the generation of each run (0 where there is none); `experts`:
+    distinct experts of each run, see `distinct_experts`, if they were counted; `test_time`: when
+    the runs began, ISO 8601, UTC."""
 
     case: Case
     prompt_s: list[float]
     gen_s: list[float]
     test_time: str = ""
+    experts: list[float] = field(default_factory=list)
 
     def medians(self) -> dict[str, float]:
         """Median seconds, and tokens per second at these, under llama.cpp's keys."""
@@ -90,36 +92,41 @@ def measure(
     repeats: int = 1,
     warm_up: Callable[[Case], Case] | None = None,
     on_run: Callable[[], None] = lambda: None,
+    count_experts: bool = False,
 ) -> Iterator[Measurement]:
     """Measure cases; consecutive cases of one depth share its checkpoint. Raises BenchError.
 
     Before each, the case that `warm_up` makes of it runs untimed. `on_run` is called after every
-    run. The engine needs `n_checkpoints` for the sequences of a case.
+    run. The engine needs `n_checkpoints` for the sequences of a case. count_experts: count distinct
+    experts after each generation, in steps of their own.
     """
     for n_depth, group in groupby(cases, key=lambda case: case.n_depth):
         with processed(engine, [random_tokens(engine, n_depth, rng)]) as (_, (start,)):
             for case in group:
                 if warm_up:
-                    _run(engine, warm_up(case), start, rng)
+                    _run(engine, Measurement(warm_up(case), [], []), start, rng)
                     on_run()
                 now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
                 m = Measurement(case, [], [], now)
                 for _ in range(repeats):
-                    prompt_s, gen_s = _run(engine, case, start, rng)
-                    m.prompt_s.append(prompt_s)
-                    m.gen_s.append(gen_s)
+                    _run(engine, m, start, rng, count_experts)
                     on_run()
                 yield m
 
 
-def _run(engine: Engine, case: Case, start: Checkpoint, rng: Rng) -> tuple[float, float]:
-    """Seconds of the prompts and of the generation of a case that continues from `start`."""
+def _run(
+    engine: Engine, m: Measurement, start: Checkpoint, rng: Rng, count_experts: bool = False
+) -> None:
+    """Append a run of a measurement's case, which continues from `start`."""
+    case = m.case
     prompts = [random_tokens(engine, case.n_prompt, rng) for _ in range(case.n_prompts)]
     first = random_tokens(engine, case.n_seqs, rng)
     with processed(engine, prompts, start) as (prompt_s, ends):
         after = ends * (case.n_seqs // len(ends))
-        gen_s = time_generation(engine, first, case.n_gen, after) if case.n_gen else 0.0
-    return prompt_s if case.n_prompt else 0.0, gen_s
+        m.prompt_s.append(prompt_s if case.n_prompt else 0.0)
+        m.gen_s.append(time_generation(engine, first, case.n_gen, after) if case.n_gen else 0.0)
+        if count_experts:
+            m.experts.append(distinct_experts(engine, first, case.n_gen, after))
 
 
 def measure_and_extend(
@@ -230,3 +237,25 @@ def time_generation(
                 f"expected {n} tokens in {n} steps, got {len(c.tokens)} in {n_steps} ({c.detail})"
             )
     return seconds
+
+
+def distinct_experts(
+    engine: Engine, first: Sequence[int], n: int, after: Sequence[Checkpoint]
+) -> float:
+    """The distinct experts that the sequences of a step choose in a layer: the mean over the layers
+    with experts and `n` greedy steps, which go on as time_generation's do with the same arguments.
+
+    Steps run one by one, and the host reads the chosen experts after each, so they are not for
+    timing. The engine is one with `keep_experts`. Of X experts, of which a token uses k by chance,
+    n sequences use X (1 - (1 - k / X)^n).
+    """
+    counts: list[int] = []
+    with sequences(engine, len(first)) as seqs:
+        for seq, checkpoint in zip(seqs, after, strict=True):
+            engine.memory.restore(seq, checkpoint)
+        tokens = list(first)
+        for _ in range(n):
+            logits = engine.step([Chunk(s, [t]) for s, t in zip(seqs, tokens, strict=True)])
+            tokens = logits.argmax(axis=1).tolist()
+            counts += [len(np.unique(ids)) for ids in engine.loop.kept()]
+    return statistics.fmean(counts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -18,10 +19,10 @@ from engine.config import EngineConfig
 from engine.planning import resolved_config
 
 ABOUT = "Measure prompts and generation of several sequences at once, as llama-batched-bench does."
-_TABLE = Table({
+_COLUMNS = {
     "PP": "6d", "TG": "6d", "B": "4d", "N_KV": "6d", "T_PP s": "8.3f", "S_PP t/s": "8.2f",
     "T_TG s": "8.3f", "S_TG t/s": "8.2f", "T s": "8.3f", "S t/s": "8.2f",
-})  # fmt: skip
+}  # fmt: skip
 _WARM_UP = 16
 
 
@@ -31,6 +32,8 @@ def add_options(p: Parser) -> None:
     p.numbers("-ntg", "tokens generated after each prompt", dest="n_gen", required=True)
     p.numbers("-npl", "sequences that run at the same time", dest="n_seqs", required=True)
     p.flag("-pps", "process one prompt for all sequences")
+    p.flag("--count-experts", "add a column: the distinct experts of a layer that a step of "
+        "generation uses, counted in further steps that are not timed")  # fmt: skip
     p.flag("--no-warmup", "no short unmeasured run before each row")
     p.seed()
     p.choice("--output-format", "format of the results", "md", "jsonl")
@@ -43,8 +46,10 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
     options = _engine_options(args, cases)
     warm_up = None if args.no_warmup else warm_up_case
     rng = np.random.default_rng(args.seed)
-    with load_engine(args, **options) as engine, Rows(args.output_format, _TABLE) as rows:
-        measured = measure(engine, cases, rng, warm_up=warm_up)
+    counts: bool = args.count_experts
+    table = Table(_COLUMNS | ({"EXPERTS": "8.2f"} if counts else {}))
+    with load_engine(args, **options) as engine, Rows(args.output_format, table) as rows:
+        measured = measure(engine, cases, rng, warm_up=warm_up, count_experts=counts)
         for m in tqdm(measured, total=len(cases), unit="row", disable=None):
             values = _values(m)
             shown = settings(engine, engine.n_ctx, is_pp_shared=int(args.pps))
@@ -56,7 +61,8 @@ def _values(m: Measurement) -> dict[str, Any]:
     case, medians = m.case, m.medians()
     sizes = {"pp": case.n_prompt, "tg": case.n_gen, "pl": case.n_seqs, "n_kv": case.n_kv}
     seconds = medians["t_pp"] + medians["t_tg"]
-    return {**sizes, **medians, "t": seconds, "speed": case.n_kv / seconds}
+    counted = {"experts": statistics.median(m.experts)} if m.experts else {}
+    return {**sizes, **medians, "t": seconds, "speed": case.n_kv / seconds, **counted}
 
 
 def warm_up_case(case: Case) -> Case:
@@ -67,6 +73,8 @@ def _engine_options(args: argparse.Namespace, cases: list[Case]) -> dict[str, An
     """Options of an engine that can run all cases. Raises BenchError if none can."""
     given = given_fields(args, EngineConfig)
     facts = ModelFacts.of(args.model)
+    if args.count_experts and not facts.has_experts:
+        raise BenchError(f"--count-experts: expected a model with experts, got {facts.type}")
     for case in cases:
         sizes = f"-npp {case.n_prompt} -ntg {case.n_gen}"
         if "n_ctx" in given:
@@ -80,4 +88,7 @@ def _engine_options(args: argparse.Namespace, cases: list[Case]) -> dict[str, An
         raise BenchError(f"-npl {n_seqs}: expected at most the {n_ubatch} tokens of a step (-ub)")
     n_ctx = given.get("n_ctx", max(case.n_kv for case in cases))
     # A checkpoint for each sequence reserves the blocks that it fills after a shared prompt.
-    return {"cache_ram": 0, "n_parallel": n_seqs, "n_checkpoints": n_seqs, "n_ctx": n_ctx}
+    return {
+        "cache_ram": 0, "n_parallel": n_seqs, "n_checkpoints": n_seqs, "n_ctx": n_ctx,
+        "keep_experts": args.count_experts,
+    }  # fmt: skip

@@ -149,7 +149,7 @@ def _activation_bytes(graph: Graph) -> int:
     for i, node in enumerate(graph.nodes):
         for t in (*node.outputs, *(t.base for t in node.inputs.values())):
             last_use[t] = i
-    last_use |= {t.base: len(graph.nodes) for t in graph.outputs.values()}
+    last_use |= {t.base: len(graph.nodes) for t in (*graph.outputs.values(), *graph.kept)}
     ends: dict[int, list[int]] = {}
     alive = most = 0
     for i, node in enumerate(graph.nodes):

@@ -189,7 +189,7 @@ def _splits(graph: Graph, placements: Mapping[Node, Placement]) -> list[Split]:
             if source.backend is not backend:
                 _append_once(split.copies, t.base)
         home |= dict.fromkeys(node.outputs, split)
-    for t in graph.outputs.values():
+    for t in (*graph.outputs.values(), *graph.kept):
         _append_once(home[t.base].keeps, t.base)
     return splits
 

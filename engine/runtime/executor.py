@@ -55,6 +55,7 @@ class Executable:
         self._inputs = [(b, plan.tensors_of(b, Kind.INPUT)) for b in plan.backends]
         made = {t: s for s in plan.splits for node in s.nodes for t in node.outputs}
         self._sources = {t: made[t].backend for s in plan.splits for t in s.copies}
+        self._kept = [(made[t.base].backend, t) for t in plan.graph.kept]
         assert all(t.view_of is None for t in plan.graph.outputs.values())
         self._outputs = {k: (made[t.base].backend, t) for k, t in plan.graph.outputs.items()}
 
@@ -91,6 +92,10 @@ class Executable:
 
     def _read_outputs(self) -> dict[str, Array]:
         return {name: backend.read(t) for name, (backend, t) in self._outputs.items()}
+
+    def kept(self) -> list[Array]:
+        """The live rows that the last step left in the tensors that the graph keeps."""
+        return [backend.read(t) for backend, t in self._kept]
 
     def enter_thread(self) -> None:
         """Let this thread run the steps from now on, in place of another one."""

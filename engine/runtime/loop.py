@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.base import Instruction, Timing
+from engine.backends.base import Array, Instruction, Timing
 from engine.config import ConfigError
 from engine.errors import EngineError
 from engine.graph import Capacity, Live
@@ -139,6 +139,11 @@ class StepLoop:
         if failures:
             raise NonFiniteError("; ".join(failures.values()))
         return logits
+
+    def kept(self) -> list[Array]:
+        """What the last step left in the tensors that the graph keeps: each layer's experts [T,
+        n_used] i32, if the engine was loaded with keep_experts."""
+        return self.owner.call(self.executable.kept)
 
     def prefill(self, seq: int, tokens: Sequence[int], logits: Logits) -> NDArray[np.float32]:
         (chunk,) = self._checked([Chunk(seq, tokens, logits)])
