@@ -118,8 +118,9 @@ class Engine:
         chunk, decomposed. strict_backend: fail rather than place a node elsewhere. batch_invariant:
         see BackendOptions. n_gpu_layers (None: all), n_cpu_moe, override_tensor: see Offload.
         gpu_memory: MiB that the process may take of the GPU's memory, as if it had no more (None:
-        all). keep_experts: have `loop.kept` give the experts that a step chose. check: name the
-        first node with values that are not finite; slow. Raises EngineError.
+        all); half of what is left in it goes to copies of weights. keep_experts: have `loop.kept`
+        give the experts that a step chose. check: name the first node with values that are not
+        finite; slow. Raises EngineError.
         """
         given = {k: v for k, v in locals().items() if k in EngineConfig.__dataclass_fields__}
         start = time.perf_counter()

@@ -185,6 +185,33 @@ def test_the_planned_memory_of_a_device(tiny: Path, capsys: pytest.CaptureFixtur
     assert device.free_bytes() == 200 << 20
 
 
+@pytest.mark.skipif(bool(emulator_missing()), reason=emulator_missing())
+def test_a_cap_on_the_memory_of_a_device(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the command line to the device, and back to what the plan has room for."""
+
+    def device(memory_mib: int | None) -> EmulatedDevice:
+        return EmulatedDevice((4096 if memory_mib is None else memory_mib) << 20)
+
+    monkeypatch.setattr("engine.backends.cuda.CupyDevice", device)
+    argv = ("graph", "-m", str(tiny), "--backend", "cuda", "--bs", "64")
+    for more, size in (((), 4096), (("--gpu-memory", "300"), 300)):
+        assert main([*argv, *more]) == 0
+        shown = table_of(capsys.readouterr().out)
+        assert shown["in all"] == size
+        assert shown["copies in bfloat16"] > 0
+    # Beside the 128 MiB of libraries, for the weights and the KV cache of some layers.
+    assert main([*argv, "--gpu-memory", "129"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^cpu +\d+  ", text, re.M)
+    for value, why in (("x", "invalid integer value: 'x'"), ("0", "expected at least 1, got 0")):
+        with pytest.raises(SystemExit, match="2"):
+            main([*argv, "--gpu-memory", value])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"argument --gpu-memory: {why} " in line
+
+
 def test_names_of_file_types_are_those_of_the_package() -> None:
     for known in LlamaFileType:
         if known is not LlamaFileType.GUESSED and known.value < len(FILE_TYPES):

@@ -49,9 +49,10 @@ class DevicePool:
     def allocate(self, n_bytes: int) -> Memory:
         """See Device.allocate."""
         if self._most is not None:
-            if _rounded(n_bytes) > self.free_bytes():
+            needed = -(-max(n_bytes, 1) // _ROUND) * _ROUND
+            if self._pool.used_bytes() + needed > self._most:
                 raise self._refusal(n_bytes)
-            if self._pool.total_bytes() + _rounded(n_bytes) > self._most:
+            if self._pool.total_bytes() + needed > self._most:
                 self._pool.free_all_blocks()
         try:
             memory = self._cupy.cuda.alloc(max(n_bytes, 1))
@@ -65,10 +66,6 @@ class DevicePool:
             f"{self._name}: expected {n_bytes / _MIB:.0f} MiB of memory, "
             f"{self.free_bytes() / _MIB:.0f} MiB are free{cap}"
         )
-
-
-def _rounded(n_bytes: int) -> int:
-    return -(-max(n_bytes, 1) // _ROUND) * _ROUND
 
 
 @dataclass
