@@ -22,11 +22,14 @@ if not __package__:  # run as a script, so Python looks for modules in tools/ on
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine import backends
 from engine.backends.cpu.backend import CpuBackend
+from engine.backends.cuda.backend import CudaBackend
+from engine.backends.cuda.device import Device
 from engine.config import EngineConfig, capacity_of
 from engine.formats.gguf import GGUFFile
 from engine.models import BuildOptions, Model, load_model
 from engine.placement.estimate import estimate
 from engine.placement.place import place
+from tests.support.cuda_emulator.device import EmulatedDevice
 from tools.ggufwrite import ALIGNMENT, TensorSpec, write_gguf
 from tools.makevocab import made_vocabulary, padded_vocabulary
 from tools.presets import PRESETS, Preset, metadata, tensors
@@ -86,19 +89,28 @@ def tensor_bytes(p: Preset, dtype: str) -> Iterator[int]:
         yield -(-_hole(p, dtype, *tensor).nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def need_of(model: Model, backend: str) -> Need:
-    """What a model needs on a backend, `cpu` or `cuda`; a GPU need not be there.
+def need_of(model: Model, backend: str, device: Device | None = None) -> Need:
+    """What a model needs on a backend, `cpu` or `cuda`; a GPU need not be there. device: on which
+    CUDA programs run; None: one with the multiprocessors of an H200.
 
-    Both backends keep weights in the same panels. They differ in the tokens of a step and in the
-    number of state slots.
+    Both backends keep weights in the same panels. They differ in the tokens of a step, in the
+    number of state slots, and in the buffers of programs.
     """
     traits = backends.traits(backend)
     config = EngineConfig().resolved(traits)
     capacity = capacity_of(config, CONTEXT, traits)
     graph = model.build(BuildOptions(capacity, *config.cache_types(), config.gdn))
-    need = estimate(place(graph, [CpuBackend(1)], strict=True))
+    on = CpuBackend(1) if backend == "cpu" else CudaBackend(device or _h200())
+    need = estimate(place(graph, [on], strict=True))
     kv = need.kv_cache * CONTEXT // (capacity.n_blocks * capacity.block_size)
     return Need(need.weights, need.states // capacity.n_slots, kv, need.total)
+
+
+def _h200() -> Device:
+    """A device that is asked about sizes alone."""
+    device = EmulatedDevice()
+    device.n_multiprocessors = 132
+    return device
 
 
 @cache

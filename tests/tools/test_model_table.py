@@ -77,8 +77,9 @@ def test_it_is_what_an_engine_estimates_on_a_gpu(
     models: Models, make_device: Callable[[int], Device]
 ) -> None:
     path = models("tiny-moe", "Q8_0")
-    need = need_of(load_model(GGUFFile(path)), "cuda")
-    with engine_on(path, cuda_and_others(make_device(0)), n_ctx=CONTEXT) as engine:
+    device = make_device(0)
+    need = need_of(load_model(GGUFFile(path)), "cuda", device)
+    with engine_on(path, cuda_and_others(device), n_ctx=CONTEXT) as engine:
         whole = estimate(engine.plan)
         assert (need.weights, need.total) == (whole.weights, whole.total)
         assert need.state * engine.capacity.n_slots == whole.states
