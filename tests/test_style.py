@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 50, 400
 # Of engine/ and cli.py without the server, and of the server; lines of code are those without blank
 # lines, comments and docstrings.
-BUDGETS = {"engine": (22_800, 15_940), "server": (3_200, 2_380)}
+BUDGETS = {"engine": (22_900, 16_000), "server": (3_200, 2_380)}
 KERNEL_SUFFIXES = {".h", ".cpp", ".cuh", ".cu"}
 
 

@@ -18,18 +18,22 @@ HEADER = "constants.cuh"
 # A panel is PANEL rows of a packed weight, a k-block K_BLOCK of its columns. A warp takes BATCH
 # k-blocks at a time.
 PANEL, K_BLOCK, BATCH = 16, 32, 8
+# Columns of a plain weight that a warp takes at a time; rows that a thread block multiplies by one,
+# where other weights of the launch are quantized.
+PLAIN_COLUMNS, PLAIN_ROWS = 128, 4
 # Weights of one MUL_MAT, and matrices of one MUL_MAT_ID.
 MAX_WEIGHTS, MAX_MATRICES = 6, 4
 # What a product's row is, as row.cuh makes it; stage_rows.cu alone makes the last.
 ROW_AS_IT_IS, ROW_SWIGLU, ROW_NORM, ROW_GATED_SILU, ROW_GATED_SIGMOID, ROW_NORMED = range(6)
 # Bytes of a batch of the row in shared memory, and of its scale and sums alone.
 ROW_BATCH_BYTES, BATCH_HEAD_BYTES = 624, 80
-# Several rows: bytes of a batch of a staged row, and of a batch of 8 rows in shared memory.
-STAGED_BYTES, BATCH_ROWS_BYTES = 512, 4608
-# Bytes at the end of a warp's slot for weights, which count what has arrived there.
-ARRIVALS_BYTES = 16
+# Several rows: bytes of a batch of a staged row, and of a row's batch in shared memory.
+STAGED_BYTES, BATCH_ROW_BYTES = 512, 576
+# Slots of a warp's ring at most: batches of weights that are on their way. Bytes at a slot's end,
+# which count what has arrived there.
+MAX_SLOTS, ARRIVALS_BYTES = 4, 16
 # Columns of a tile of gemm.cuh; rows of a tile of one expert in mul_mat_id_rows.cu.
-GEMM_COLUMNS, EXPERT_TILE_ROWS = 128, 8
+GEMM_COLUMNS, EXPERT_TILE_ROWS = 128, 4
 ROUTER_MAX_EXPERTS, ROUTER_MAX_USED = 512, 32
 CONV_MAX_TAPS, ROPE_MAX_ROT = 16, 512
 # MUL_MAT_HEADS: inputs that are summed together; rows of a block of the kernel for few rows; rows
@@ -89,6 +93,7 @@ _FAMILIES = (
     ("head_norms", 256, "", "l2_norm rms_norm_gated"),
     ("mul_mat", 512, "mul_mat_", "1"),
     ("mul_mat_floats", 256, "mul_mat_floats_", "2 4 8"),
+    ("mul_mat_rows_4", 768, "mul_mat_rows_", "4"),
     ("mul_mat_rows_8", 768, "mul_mat_rows_", "8"),
     ("mul_mat_rows_16", 640, "mul_mat_rows_", "16"),
     ("mul_mat_heads", 128, "mul_mat_heads_", "rows"),

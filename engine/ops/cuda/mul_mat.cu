@@ -6,8 +6,8 @@
 namespace gdn {
 
 // HEAD: the size of heads; PANELS: of a thread block; ROUNDS: the most batches of the row that a
-// warp has; SLOT_BYTES: of the largest batch of weights.
-enum RowAttribute { SOURCE, EPS, HEAD, PANELS, ROUNDS, SLOT_BYTES, FIRST_BLOCKS };
+// warp has; SLOT_BYTES: of the largest batch of weights; SLOTS: of a warp's ring.
+enum RowAttribute { SOURCE, EPS, HEAD, PANELS, ROUNDS, SLOT_BYTES, SLOTS, FIRST_BLOCKS };
 
 DEVICE Row row_of(const Args& a) {
     Row row;
@@ -23,24 +23,26 @@ DEVICE Row row_of(const Args& a) {
 }  // namespace gdn
 
 // Grid: (groups of PANELS panels of all weights, 1, splits along K: one where the row is a norm).
-// Dynamic shared memory: for each warp ROUNDS batches, a slot, PANELS · 16 + 1 floats.
+// Dynamic shared memory: for each warp ROUNDS batches, SLOTS slots, PANELS · 16 + 1 floats.
 EAGER_KERNEL_FOR(mul_mat_1, 2) {
     using namespace gdn;
     DYNAMIC_SHARED(shared);
     const auto attribute = [&](int i) { return static_cast<int>(a.attr[i]); };
     const int panels = attribute(PANELS), width = panels * PANEL;
     const int rounds = attribute(ROUNDS), slot_bytes = attribute(SLOT_BYTES);
+    const int n_slots = attribute(SLOTS), ring_bytes = n_slots * slot_bytes;
     const Place at(a, FIRST_BLOCKS, panels);
     const View& w = a.v[WEIGHT + at.weight];
     const int own_warp = warp_index(), own_warps = blockDim.x / 32, n_in = w.shape[1];
     const int warp = blockIdx.z * own_warps + own_warp, n_warps = gridDim.z * own_warps;
     auto* batches = reinterpret_cast<RowBatch*>(shared) + own_warp * rounds;
-    char* slots = shared + own_warps * rounds * sizeof(RowBatch);
-    float* sums = reinterpret_cast<float*>(slots + own_warps * slot_bytes);
+    char* rings = shared + own_warps * rounds * sizeof(RowBatch);
+    float* sums = reinterpret_cast<float*>(rings + own_warps * ring_bytes);
     float *squares = sums + own_warps * width, *own = sums + own_warp * width;
     const int left = n_panels(w) - at.panel, n = n_in / K_BLOCK;
     const PanelRun run{panel_at(w, at.panel), left < panels ? left : panels};
-    Stream<false> stream(w, run, {}, slots + own_warp * slot_bytes, slot_bytes, warp, n_warps);
+    const Ring ring{rings + own_warp * ring_bytes, slot_bytes, n_slots};
+    Stream<false> stream(w, run, {}, ring, warp, n_warps);
     Row row = row_of(a);
     if (!is_plain_layout(w.layout)) {
         stream.start();
@@ -51,8 +53,9 @@ EAGER_KERNEL_FOR(mul_mat_1, 2) {
         if constexpr (is_plain(decltype(f){})) {
             wait_for_inputs();
             if (row.source == ROW_NORM) row.add_squares(n, warp, n_warps);
-            const auto value = [&](int, int k) { return row.column(k); };
-            multiply_plain<1>(f, run.first, at.half, value, n_in, warp, n_warps, own);
+            const auto column = [&](int k) { return row.column(k); };
+            multiply_plain<1>(f, run.first, at.half, ComputedRow<decltype(column)>{column}, n_in,
+                              warp, n_warps, own, true);
         } else {
             multiply_row(f, stream, batches, n, warp, n_warps, own);
         }
@@ -67,9 +70,10 @@ EAGER_KERNEL_FOR(mul_mat_1, 2) {
         for (int i = 0; i < own_warps; i++) total += squares[i];
         factor = rsqrt_of(total / static_cast<float>(n_in) + row.eps);
     }
-    finish_products<1>(a, at, 0, 1, panels, [&](int i) {
-        float value = 0.0f;
-        for (int k = 0; k < own_warps; k++) value += sums[k * width + i];
-        return value * factor;
-    });
+    const auto value = [&](int i) {
+        float sum = 0.0f;
+        for (int k = 0; k < own_warps; k++) sum += sums[k * width + i];
+        return sum * factor;
+    };
+    finish_products<1>(a, at, 0, 0, 1, panels, value, true);
 }

@@ -48,16 +48,65 @@ struct PlainColumns {
     }
 };
 
-// R rows of x (`value(i, k)`) times half a plain panel: the part of warp `warp`, to sums [R, 16],
-// of which 8 are written.
-template <int R, Layout L, typename Value>
-DEVICE void multiply_plain(Plain<L>, const uint8_t* panel, int half, Value value, int n_in,
-                           int warp, int n_warps, float* sums) {
+// Rows are fetched PLAIN_COLUMNS at a time; then a lane asks for columns of any lane.
+
+// A row whose columns a function computes.
+template <typename Column>
+struct ComputedRow {
+    Column column;
+
+    DEVICE void fetch(int, int) const {}
+    DEVICE float operator()(int, int k) const { return column(k); }
+};
+
+// Rows in memory (row_at(i): row i), brought to shared memory: `buffer` is of R · PLAIN_COLUMNS
+// floats, for each warp.
+template <int R, typename RowAt>
+struct RowsOfFloats {
+    static constexpr int N_ROWS = R;
+    float* buffer;
+    bool aligned;
+    RowAt row_at;
+    int first = 0;
+
+    // Fetches columns k … k + 127, of n_in.
+    DEVICE void fetch(int k, int n_in) {
+        const int own = threadIdx.x % 32 * 4, at = k + own;
+        first = k;
+        sync_warp();  // All lanes have read the columns before.
+#pragma unroll 4
+        for (int t = 0; t < R; t++) {
+            Floats4 x{};
+            if (at + 4 <= n_in)
+                x = load_four(row_at(t) + at, aligned);
+            else
+                for (int i = 0; i < 4; i++)
+                    if (at + i < n_in) x.v[i] = row_at(t)[at + i];
+            *reinterpret_cast<Floats4*>(buffer + t * PLAIN_COLUMNS + own) = x;
+        }
+        sync_warp();
+    }
+    DEVICE float operator()(int t, int k) const { return buffer[t * PLAIN_COLUMNS + k - first]; }
+};
+
+template <int R, typename RowAt>
+DEVICE RowsOfFloats<R, RowAt> rows_of_floats(char* buffer, bool aligned, RowAt row_at) {
+    return {reinterpret_cast<float*>(buffer), aligned, row_at};
+}
+
+// R rows of x (`values`, as above) times half a plain panel: the part of warp `warp`, to sums [R, 16],
+// of which 8 are written. It waits for inputs, if these are `real`, behind the first fetch; else it ends
+// after that.
+template <int R, Layout L, typename Values>
+DEVICE void multiply_plain(Plain<L>, const uint8_t* panel, int half, Values values, int n_in,
+                           int warp, int n_warps, float* sums, bool real) {
     using Loaded = PlainColumns<L>;
-    constexpr int PER = Loaded::PER, AT_ONCE = 8, STEP = 16 * PER;
+    constexpr int PER = Loaded::PER, STEP = 16 * PER, RUN = 8 * STEP;
+    constexpr int AT_ONCE = R > 2 ? 4 : 8;  // More would take too many registers.
     const int lane = threadIdx.x % 32;
     float acc[R][4] = {};
-    for (int first = warp * AT_ONCE * STEP; first < n_in; first += n_warps * AT_ONCE * STEP) {
+#pragma unroll 1
+    for (int first = warp * RUN; first < n_in;) {
         Loaded w[AT_ONCE];
 #pragma unroll
         for (int u = 0; u < AT_ONCE; u++) {
@@ -65,17 +114,21 @@ DEVICE void multiply_plain(Plain<L>, const uint8_t* panel, int half, Value value
             w[u] = Loaded{};
             if (k < n_in) w[u].load(panel, half, k, lane);
         }
-        wait_for_inputs();
+        if (real) wait_for_inputs();
 #pragma unroll
         for (int u = 0; u < AT_ONCE; u++) {
-            const int k = first + u * STEP + lane / 2 * PER;
+            const int begin = first + u * STEP, k = begin + lane / 2 * PER;
+            if (begin % PLAIN_COLUMNS == 0 && begin < n_in) values.fetch(begin, n_in);
 #pragma unroll
             for (int t = 0; t < R; t++)
                 for (int j = 0; j < PER; j++) {
-                    const float x = k + j < n_in ? value(t, k + j) : 0.0f;
+                    const float x = k + j < n_in ? values(t, k + j) : 0.0f;
                     for (int i = 0; i < 4; i++) acc[t][i] += w[u].value(i, j) * x;
                 }
         }
+        if (!real) break;
+        first += AT_ONCE * STEP;
+        if (first % RUN == 0) first += (n_warps - 1) * RUN;
     }
 #pragma unroll
     for (int t = 0; t < R; t++)

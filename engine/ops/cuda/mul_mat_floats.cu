@@ -3,16 +3,16 @@
 #include "product.cuh"
 
 EAGER_KERNEL_FOR(mul_mat_floats_2, 2) {
-    DYNAMIC_SHARED(sums);
-    gdn::mul_mat_floats<2>(a, reinterpret_cast<float*>(sums));
+    DYNAMIC_SHARED(shared);
+    gdn::mul_mat_floats<2>(a, shared);
 }
 
 EAGER_KERNEL_FOR(mul_mat_floats_4, 2) {
-    DYNAMIC_SHARED(sums);
-    gdn::mul_mat_floats<4>(a, reinterpret_cast<float*>(sums));
+    DYNAMIC_SHARED(shared);
+    gdn::mul_mat_floats<4>(a, shared);
 }
 
 EAGER_KERNEL_FOR(mul_mat_floats_8, 2) {
-    DYNAMIC_SHARED(sums);
-    gdn::mul_mat_floats<8>(a, reinterpret_cast<float*>(sums));
+    DYNAMIC_SHARED(shared);
+    gdn::mul_mat_floats<8>(a, shared);
 }

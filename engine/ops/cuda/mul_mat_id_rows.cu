@@ -6,7 +6,6 @@
 namespace gdn {
 
 enum { OUT, X = MAX_MATRICES, MATRIX, ORDER = MATRIX + MAX_MATRICES, TILES };
-enum { PANELS, SLOT_BYTES, BATCH_BYTES };
 
 // The matrix of a thread block, and its first panel.
 struct ExpertPlace {
@@ -31,57 +30,61 @@ DEVICE const float* row_of(const View& x, const ExpertTile& tile, int i, int n_u
 }
 
 // The products of plain weights: a panel, in two halves.
-template <int R, typename F, typename RowAt>
-DEVICE void multiply_plain_tile(F f, RowAt row_at, const uint8_t* panel, int n_in, float* sums) {
-    const float* rows[R];
-    for (int i = 0; i < R; i++) rows[i] = row_at(i);
-    const auto value = [&](int i, int k) { return rows[i][k]; };
+template <int R, typename F, typename Rows>
+DEVICE void multiply_plain_tile(F f, const Rows& rows, const uint8_t* panel, int n_in, float* sums,
+                                bool real) {
     for (int half = 0; half < 2; half++)
-        multiply_plain<R>(f, panel, half, value, n_in, threadIdx.x / 32, blockDim.x / 32,
-                          sums + half * HALF);
+        multiply_plain<R>(f, panel, half, rows, n_in, threadIdx.x / 32, blockDim.x / 32,
+                          sums + half * HALF, real);
 }
 
 }  // namespace gdn
 
 // Grid: (groups of panels of all matrices, tiles). OUT [T, U, out].
-KERNEL_FOR(mul_mat_id_rows, 1) {
+REHEARSED_KERNEL(mul_mat_id_rows, 1, 2) {
     using namespace gdn;
+    if (!rehearsal) wait_for_inputs();
     DYNAMIC_SHARED(shared);
-    const auto attribute = [&](int i) { return static_cast<int>(a.attr[i]); };
-    const int panels = attribute(PANELS);
-    const ExpertMemory memory(shared, panels, attribute(SLOT_BYTES), attribute(BATCH_BYTES));
-    const ExpertTile tile(a.v[ORDER], a.v[TILES], blockIdx.y);
+    const int panels = static_cast<int>(a.attr[PANELS]);
+    const ExpertMemory memory(a, shared, panels);
+    const ExpertTile tile(a.v[ORDER], a.v[TILES], blockIdx.y, rehearsal);
     if (tile.n == 0) return;
     const ExpertPlace at(a, panels);
     const View &w = a.v[MATRIX + at.matrix], &out = a.v[OUT + at.matrix];
-    const int left = n_panels(w) - at.panel, n = left < panels ? left : panels;
+    const int left = n_panels(w) - at.panel;
+    const int n = rehearsal ? 1 : left < panels ? left : panels;
     const uint8_t* panel = tile.matrix(w) + static_cast<int64_t>(at.panel) * w.stride[1];
     const View& x = a.v[X];
     const bool plain = is_plain_layout(w.layout);
     const int n_used = out.shape[1], n_in = w.shape[2];
-    const auto row_at = [&](int i) { return row_of(x, tile, i, n_used); };
+    const auto row_at = [&](int i) {
+        return rehearsal ? w.as<const float>() : row_of(x, tile, i, n_used);
+    };
+    const bool aligned = are_rows_aligned(x);
     if (plain) {
         with_plain(w.layout, [&](auto f) {
+            const auto multiply = [&](auto rows) {
+                multiply_plain_tile<decltype(rows)::N_ROWS>(f, rows, panel, n_in, memory.own,
+                                                            rehearsal == 0);
+            };
             if (tile.n == 1)
-                multiply_plain_tile<1>(f, row_at, panel, n_in, memory.own);
+                multiply(rows_of_floats<1>(memory.batches, aligned, row_at));
             else
-                multiply_plain_tile<EXPERT_TILE_ROWS>(f, row_at, panel, n_in, memory.own);
+                multiply(rows_of_floats<EXPERT_TILE_ROWS>(memory.batches, aligned, row_at));
         });
     } else {
-        const bool aligned = are_rows_aligned(x);
         multiply_tile<1>(w, {panel, n}, {}, tile.n,
-                         FloatRows{row_at(threadIdx.x % 32 / 4), aligned}, row_at, aligned,
-                         attribute(SLOT_BYTES), memory);
+                         FloatRows{row_at(own_row<EXPERT_TILE_ROWS>()), aligned}, row_at, aligned,
+                         memory);
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < n * EXPERT_TILE_ROWS * PANEL; i += blockDim.x) {
-        const int row = i / PANEL % EXPERT_TILE_ROWS;
-        const int own = i / PANEL / EXPERT_TILE_ROWS * PANEL + i % PANEL;
-        const int column = at.panel * PANEL + own;
-        if (row >= tile.n || column >= w.shape[1]) continue;
+    for (int i = threadIdx.x; i < tile.n * n * PANEL; i += blockDim.x) {
+        const int row = i / (n * PANEL), own = i % (n * PANEL), column = at.panel * PANEL + own;
+        if (column >= w.shape[1]) continue;
         const bool is_lanes = !plain && tile.n > 1;
-        const int pair = tile.pairs[row];
-        out.row(pair / n_used, pair % n_used)[column] =
-            memory.total(is_lanes ? sum_at<1>(row, own) : row * PANEL + own);
+        const int pair = tile.pair(row);
+        const float value =
+            memory.total(is_lanes ? sum_at<EXPERT_TILE_ROWS, 1>(row, own) : row * PANEL + own);
+        if (!rehearsal) out.row(pair / n_used, pair % n_used)[column] = value;
     }
 }

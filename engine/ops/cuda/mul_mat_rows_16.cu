@@ -2,7 +2,7 @@
 
 #include "mul_mat_rows.cuh"
 
-EAGER_KERNEL_FOR(mul_mat_rows_16, 1) {
+REHEARSED_KERNEL(mul_mat_rows_16, 1, 1) {
     DYNAMIC_SHARED(shared);
-    gdn::mul_mat_rows<2>(a, shared);
+    gdn::mul_mat_rows<8, 2>(a, shared, rehearsal == 0);
 }

@@ -2,7 +2,7 @@
 
 #include "mul_mat_rows.cuh"
 
-EAGER_KERNEL_FOR(mul_mat_rows_8, 1) {
+REHEARSED_KERNEL(mul_mat_rows_8, 1, 1) {
     DYNAMIC_SHARED(shared);
-    gdn::mul_mat_rows<1>(a, shared);
+    gdn::mul_mat_rows<8, 1>(a, shared, rehearsal == 0);
 }

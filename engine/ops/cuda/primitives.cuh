@@ -27,6 +27,23 @@ using uint64_t = unsigned long long;
 #define KERNEL_FOR(NAME, BLOCKS) KERNEL_THAT_FIRST(gdn::wait_for_inputs(), NAME, BLOCKS)
 // The body itself calls wait_for_inputs in every thread, after it has started to fetch weights.
 #define EAGER_KERNEL_FOR(NAME, BLOCKS) KERNEL_THAT_FIRST((void)0, NAME, BLOCKS)
+// The body runs N times without effect, in a thread block that waits for the kernel before, to bring
+// its instructions to the multiprocessor's cache: it gets the number of the rehearsal, then 0, and
+// calls wait_for_inputs if it is 0. A rehearsal writes nothing, reads past the L1 cache what a kernel
+// before writes, and no index of it.
+#define REHEARSED_KERNEL(NAME, BLOCKS, N)                                         \
+    namespace gdn {                                                               \
+    DEVICE void NAME##_body(const Args& a, int rehearsal);                        \
+    }                                                                             \
+    extern "C" __global__ void __launch_bounds__(gdn::THREADS_##NAME, BLOCKS)     \
+        NAME(const __grid_constant__ gdn::Args a) {                               \
+        gdn::let_next_start();                                                    \
+        _Pragma("unroll 1") for (int i = gdn::rehearses() ? N : 0; i >= 0; i--) { \
+            gdn::NAME##_body(a, i);                                               \
+            __syncthreads();                                                      \
+        }                                                                         \
+    }                                                                             \
+    DEVICE void gdn::NAME##_body(const gdn::Args& a, int rehearsal)
 #define KERNEL_THAT_FIRST(BEGIN, NAME, BLOCKS)                                \
     namespace gdn {                                                           \
     DEVICE void NAME##_body(const Args& a);                                   \
@@ -58,6 +75,17 @@ DEVICE void let_next_start() {
 DEVICE void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Whether a thread block is one of the first, of which each multiprocessor has one, and may rehearse.
+DEVICE bool rehearses() {
+#if __CUDA_ARCH__ >= 900
+    uint32_t n;
+    asm("mov.u32 %0, %nsmid;" : "=r"(n));
+    return (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x < n;
+#else
+    return false;
 #endif
 }
 
@@ -195,25 +223,33 @@ DEVICE void wait_copies() {
 struct alignas(8) Arrivals {
     uint64_t barrier;
 };
-DEVICE void begin_arrivals(Arrivals* to, int n) {
+// Of pairs that lie `stride` bytes apart. Copies come after what lanes have written or read before.
+DEVICE void begin_arrivals(Arrivals* to, int n_pairs, int stride) {
 #if __CUDA_ARCH__ >= 900
-    if (threadIdx.x % 32 == 0)
-        for (int i = 0; i < n; i++)
-            asm volatile(
-                "mbarrier.init.shared.b64 [%0], 1;\n fence.mbarrier_init.release.cluster;" ::"r"(
-                    static_cast<uint32_t>(__cvta_generic_to_shared(to + i)))
-                : "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    if (threadIdx.x % 32 < n_pairs) {
+        const uint32_t at =
+            static_cast<uint32_t>(__cvta_generic_to_shared(to)) + threadIdx.x % 32 * stride;
+        asm volatile(
+            "mbarrier.init.shared.b64 [%0], 1;\n mbarrier.init.shared.b64 [%1], 1;\n"
+            " fence.mbarrier_init.release.cluster;" ::"r"(at),
+            "r"(at + 8)
+            : "memory");
+    }
     __syncwarp();
 #endif
 }
-DEVICE void end_arrivals(Arrivals* at, int n) {
+DEVICE void end_arrivals(Arrivals* to, int n_pairs, int stride) {
 #if __CUDA_ARCH__ >= 900
     __syncwarp();
-    if (threadIdx.x % 32 == 0)
-        for (int i = 0; i < n; i++)
-            asm volatile("mbarrier.inval.shared.b64 [%0];" ::"r"(
-                             static_cast<uint32_t>(__cvta_generic_to_shared(at + i)))
-                         : "memory");
+    if (threadIdx.x % 32 < n_pairs) {
+        const uint32_t at =
+            static_cast<uint32_t>(__cvta_generic_to_shared(to)) + threadIdx.x % 32 * stride;
+        asm volatile("mbarrier.inval.shared.b64 [%0];\n mbarrier.inval.shared.b64 [%1];" ::"r"(at),
+                     "r"(at + 8)
+                     : "memory");
+    }
+    __syncwarp();
 #endif
 }
 // Starts the next copy, of a multiple of 16 bytes; the warp has read what was there before.
@@ -224,6 +260,7 @@ DEVICE void copy_piece(void* shared, const void* global, int bytes, Arrivals* at
     const uint32_t barrier = static_cast<uint32_t>(__cvta_generic_to_shared(at));
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                  : "memory");
+    if (bytes == 0) return;
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
             "r"(to),
@@ -309,10 +346,23 @@ DEVICE uint64_t nanoseconds() {
 DEVICE int32_t add_atomic(int32_t* p, int32_t x) { return atomicAdd(p, x); }
 // Other thread blocks see this thread's earlier writes before its later ones …
 DEVICE void publish() { __threadfence(); }
-// … and read them past the L1 cache.
-template <typename T>
-DEVICE T load_published(const T* p) {
-    return __ldcg(p);
+// … and read them past the L1 cache. So does a kernel that may read them too early, in a rehearsal.
+DEVICE Words4 load_published(const Words4* p) {
+    Words4 v;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+                 : "l"(p));
+    return v;
+}
+DEVICE int32_t load_published(const int32_t* p) {
+    int32_t v;
+    asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+DEVICE float load_published(const float* p) {
+    float v;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p));
+    return v;
 }
 
 }  // namespace gdn

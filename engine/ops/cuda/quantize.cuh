@@ -15,16 +15,25 @@ struct alignas(16) Floats4 {
     float v[4];
 };
 
-// 8 neighbouring floats; `aligned`: to 16 bytes.
+// 4 or 8 neighbouring floats; `aligned`: to 16 bytes. PUBLISHED: past the L1 cache.
+template <bool PUBLISHED = false>
+DEVICE Floats4 load_four(const float* p, bool aligned) {
+    Floats4 x;
+    if (aligned) {
+        const auto* at = reinterpret_cast<const Words4*>(p);
+        const Words4 v = PUBLISHED ? load_published(at) : *at;
+        for (int i = 0; i < 4; i++) x.v[i] = float_of(v.w[i]);
+    } else {
+        for (int i = 0; i < 4; i++) x.v[i] = PUBLISHED ? load_published(p + i) : p[i];
+    }
+    return x;
+}
+template <bool PUBLISHED = false>
 DEVICE Eight load_eight(const float* p, bool aligned) {
     Eight x;
-    if (aligned) {
-        const auto* at = reinterpret_cast<const Floats4*>(p);
-        const Floats4 low = at[0], high = at[1];
-        for (int i = 0; i < 4; i++) x.v[i] = low.v[i], x.v[i + 4] = high.v[i];
-    } else {
-        for (int i = 0; i < 8; i++) x.v[i] = p[i];
-    }
+    const Floats4 low = load_four<PUBLISHED>(p, aligned);
+    const Floats4 high = load_four<PUBLISHED>(p + 4, aligned);
+    for (int i = 0; i < 4; i++) x.v[i] = low.v[i], x.v[i + 4] = high.v[i];
     return x;
 }
 

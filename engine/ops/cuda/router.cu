@@ -51,7 +51,7 @@ DEVICE void probabilities(float (&p)[PER_LANE], const float* logits, int n, bool
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
         const int x = i * 32 + lane;
-        p[i] = x < n ? logits[x] : LOWEST;
+        p[i] = x < n ? load_published(logits + x) : LOWEST;
         highest = fmaxf(highest, p[i]);
     }
     if (softmax) highest = warp_max(highest);
@@ -104,9 +104,10 @@ DEVICE void keep_best_groups(uint32_t (&scores)[PER_LANE], const float (&values)
     sync_warp();
 }
 
-// A warp's row of up to 32 · PER_LANE logits. `shared` is of as many floats.
+// A warp's row of up to 32 · PER_LANE logits; its experts go to `ids`, too. `shared` is of as many
+// floats.
 template <int PER_LANE>
-DEVICE void route(const Args& a, int t, float* shared) {
+DEVICE void route(const Args& a, int t, float* shared, int32_t* ids, bool real) {
     const int lane = threadIdx.x % 32, n = a.v[LOGITS].shape[1], n_used = a.v[IDS].shape[1];
     const int n_groups = static_cast<int>(a.attr[N_GROUPS]);
     const float* bias = a.v[BIAS].as<float>();
@@ -135,6 +136,8 @@ DEVICE void route(const Args& a, int t, float* shared) {
     const float mine = lane < n_used ? shared[id] : 0.0f;
     const float sum = warp_sum(mine), total = a.attr[NORMALIZED] != 0.0f ? sum + a.attr[EPS] : 1.0f;
     if (lane >= n_used) return;
+    ids[lane] = id;
+    if (!real) return;
     a.v[IDS].as<int32_t>()[static_cast<int64_t>(t) * a.v[IDS].stride[0] + lane] = id;
     a.v[WEIGHTS].row(t)[lane] = mine / total * a.attr[SCALE];
 }
@@ -142,16 +145,29 @@ DEVICE void route(const Args& a, int t, float* shared) {
 }  // namespace gdn
 
 // Grid: rows / 8.
-KERNEL(router) {
+REHEARSED_KERNEL(router, 1, 1) {
     using namespace gdn;
+    if (!rehearsal) wait_for_inputs();
     __shared__ float shared[ROWS][ROUTER_MAX_EXPERTS];
-    __shared__ int32_t next[ROUTER_MAX_EXPERTS], n_before;
+    __shared__ int32_t ids[ROWS][ROUTER_MAX_USED], next[ROUTER_MAX_EXPERTS], n_before;
     const int warp = threadIdx.x / 32, t = blockIdx.x * ROWS + warp;
     const int n_rows = a.rows(a.v[LOGITS]), n_experts = a.v[LOGITS].shape[1];
+    const bool real = rehearsal == 0;
     if (t < n_rows)
-        n_experts <= 256 ? route<8>(a, t, shared[warp])
-                         : route<ROUTER_MAX_EXPERTS / 32>(a, t, shared[warp]);
-    if (!a.v[TILES]) return;
+        n_experts <= 256 ? route<8>(a, t, shared[warp], ids[warp], real)
+                         : route<ROUTER_MAX_EXPERTS / 32>(a, t, shared[warp], ids[warp], real);
+    const View &order = a.v[ORDER], &tiles = a.v[TILES], &all = a.v[IDS];
+    if (!tiles || !(real || gridDim.x == 1)) return;
+    const auto sort = [&](auto id_of) {
+        sort_by_expert(id_of, all.shape[1], n_rows, n_experts, EXPERT_TILE_ROWS, order, tiles, next,
+                       real);
+    };
+    if (gridDim.x == 1) {
+        __syncthreads();
+        const auto id_of = [&](int row, int i) { return ids[row][i]; };
+        n_rows == 1 ? list_experts(id_of, all.shape[1], order, tiles, real) : sort(id_of);
+        return;
+    }
     publish();
     __syncthreads();
     int32_t* counter = a.v[COUNTERS].as<int32_t>();
@@ -159,8 +175,7 @@ KERNEL(router) {
     __syncthreads();
     if (n_before != static_cast<int32_t>(gridDim.x) - 1) return;
     if (threadIdx.x == 0) *counter = 0;
-    if (n_rows == 1)
-        list_experts(a.v[IDS], a.v[ORDER], a.v[TILES]);
-    else
-        sort_by_expert(a.v[IDS], n_rows, n_experts, EXPERT_TILE_ROWS, a.v[ORDER], a.v[TILES], next);
+    sort([&](int row, int i) {
+        return load_published(all.as<int32_t>() + row * all.stride[0] + i);
+    });
 }

@@ -33,12 +33,14 @@ struct alignas(16) RowBatch {
 };
 static_assert(sizeof(RowBatch) == ROW_BATCH_BYTES, "as in kernels.py");
 
-// Rounds a batch, of which each lane has 8 columns; every second lane has the sum of 16.
-DEVICE Integers round_batch(const Eight& x, BatchHead& head) {
+// Rounds a batch, of which each lane has 8 columns; every second lane has the sum of 16. Its head is
+// written if it is `real`.
+DEVICE Integers round_batch(const Eight& x, BatchHead& head, bool real) {
     const int lane = threadIdx.x % 32;
     const float scale = batch_scale(warp_highest(largest_of(x)));
     Integers made = to_integers(x, scale);
     made.sum += shuffle_xor(made.sum, 1);
+    if (!real) return made;
     if (lane % 2 == 0) head.sum[lane / 4][lane / 2 % 2] = made.sum;
     if (lane == 0) head.scale = scale;
     return made;
@@ -56,11 +58,13 @@ struct Row {
     }
 
     // Columns k … k + 7 (8 neighbouring lanes have 64 columns, and so on); zeros if not `valid`.
+    // PUBLISHED: as load_eight's.
+    template <bool PUBLISHED = false>
     DEVICE Eight columns(int k, bool valid) {
         Eight v{}, m{}, f{};
         if (valid) {
-            v = load_eight(x + k, aligned);
-            if (more) m = load_eight(more + k, aligned);
+            v = load_eight<PUBLISHED>(x + k, aligned);
+            if (more) m = load_eight<PUBLISHED>(more + k, aligned);
             if (factor) f = load_eight(factor + (source == ROW_NORM ? k : k & (head - 1)), aligned);
         }
         if (source == ROW_AS_IT_IS) return v;
@@ -90,10 +94,11 @@ struct Row {
         return (more ? x[k] + more[k] : x[k]) * factor[k];
     }
     // What stage_all adds to `squares`, and TOTAL.
+    template <bool PUBLISHED = false>
     DEVICE void add_squares(int n, int warp, int n_warps) {
         for (int first = warp * BATCH; first < n; first += n_warps * BATCH) {
             const int i = first + threadIdx.x % 32 / 4;
-            columns(first * K_BLOCK + 8 * (threadIdx.x % 32), i < n);
+            columns<PUBLISHED>(first * K_BLOCK + 8 * (threadIdx.x % 32), i < n);
         }
     }
 
@@ -101,7 +106,7 @@ struct Row {
     DEVICE void stage(RowBatch& to, int first, int n) {
         const int lane = threadIdx.x % 32, i = lane / 4, c = lane % 4;
         const Eight x = columns(first * K_BLOCK + 8 * lane, first + i < n);
-        const Integers made = round_batch(x, to.head);
+        const Integers made = round_batch(x, to.head, true);
         for (int k = 0; k < 2; k++) {
             to.q[i][0][2 * c + k] = made.high[k];
             to.q[i][1][2 * c + k] = made.low[k];
@@ -120,28 +125,40 @@ struct PanelRun {
     int32_t n;
 };
 
-// A warp's batches of one or two runs of panels, which come one at a time through its slot of shared
-// memory, in two halves: its first batch of all panels, then its next one. While a warp waits, others
-// compute. ENGINE: the copy engine brings them, which takes fewer instructions, but longer to begin.
+// A ring of slots in shared memory, each for a batch of weights, with Arrivals of its halves at the end.
+struct Ring {
+    char* slots;
+    int32_t slot_bytes, n_slots;
+
+    DEVICE char* slot(int i) const { return slots + i * slot_bytes; }
+    DEVICE Arrivals* arrivals(int i) const {
+        return reinterpret_cast<Arrivals*>(slot(i + 1) - ARRIVALS_BYTES);
+    }
+};
+static_assert(2 * sizeof(Arrivals) <= ARRIVALS_BYTES, "as in kernels.py");
+
+// A warp's batches of one or two runs of panels, which come to its ring: its first batch of all panels,
+// then its next one. ENGINE: the copy engine brings halves of them, which takes fewer instructions, but
+// longer to begin; else the lanes bring a whole one.
 template <bool ENGINE, int RUNS = 1>
 struct Stream {
     PanelRun run, more;
-    uint8_t* slot;
-    Arrivals* arrivals;  // Of both halves, at the slot's end.
+    Ring ring;
     // Bytes of a super-block's head with 4 k-blocks, and of a batch.
     int32_t panel_bytes, n_panels, half_bytes, batch_bytes;
-    // Of the next fetch: the batch, its panel and the bytes of the panel from there on.
+    // Of the next fetch: the batch, its panel and the bytes of the panel from there on; its half and
+    // its slot.
     const uint8_t* next;
-    int32_t next_panel = 0, left, step;
-    int32_t n_read = 0;
+    int32_t next_panel = 0, left, step, next_half = 0, put = 0;
+    // The slot that is read, and how often the ring has been read before.
+    int32_t at = 0, round = 0;
 
     // w: a weight that has the panels' layout.
-    DEVICE Stream(const View& w, PanelRun run_, PanelRun more_, char* slot_, int slot_bytes,
-                  int warp, int n_warps)
+    DEVICE Stream(const View& w, PanelRun run_, PanelRun more_, const Ring& ring_, int warp,
+                  int n_warps)
         : run(run_),
           more(more_),
-          slot(reinterpret_cast<uint8_t*>(slot_)),
-          arrivals(reinterpret_cast<Arrivals*>(slot_ + slot_bytes - ARRIVALS_BYTES)),
+          ring(ring_),
           panel_bytes(w.stride[w.rank - 2]),
           n_panels(run.n + more.n),
           half_bytes((w.stride[w.rank - 1] + w.head) / 2),
@@ -150,67 +167,77 @@ struct Stream {
         left = panel_bytes - warp * batch_bytes, step = n_warps * batch_bytes;
     }
 
-    // Starts the copy of the first batch.
+    // Starts the copies of the first batches.
     DEVICE void start() {
-        if (ENGINE) begin_arrivals(arrivals, 2), fetch(0);
-        fetch(1);
+        if (ENGINE) begin_arrivals(ring.arrivals(0), ring.n_slots, ring.slot_bytes);
+#pragma unroll 1
+        for (int i = 0; i < ring.n_slots * (ENGINE ? 2 : 1); i++) fetch();
     }
-    // Starts the copy of half the next batch, if there is one left; halves take turns. Without the
-    // engine, half 1 is the whole batch.
-    DEVICE void fetch(int half) {
-        if (left <= 0) return;
-        const int begin = ENGINE && half ? half_bytes : 0, end = half ? batch_bytes : half_bytes;
-        if (left < end)
-            fetch_last(half, begin, end);
-        else
-            copy(half, begin, end);
-        if (half == 0) return;
+    // Starts the next copy, if there is one left.
+    DEVICE void fetch() {
+        if (left > 0) fetch_next();
+        if (!ENGINE) fence_copies();
+    }
+    DEVICE void fetch_next() {
+        const int begin = ENGINE && next_half ? half_bytes : 0;
+        const int end = ENGINE && !next_half ? half_bytes : batch_bytes;
+        const int last = left < begin ? begin : left < end ? left : end;
+        char* slot = ring.slot(put);
+        if (last < end) fill_up(slot, last, end);
+        if (ENGINE) {
+            copy_piece(slot + begin, next + begin, last - begin, ring.arrivals(put) + next_half);
+            next_half ^= 1;
+            if (next_half) return;
+        } else {
+#pragma unroll 1
+            for (int i = threadIdx.x % 32 * 16; i < last; i += 32 * 16)
+                copy_async(slot + i, next + i);
+        }
+        put = put + 1 < ring.n_slots ? put + 1 : 0;
         next += panel_bytes, next_panel++;
         if (RUNS == 2 && next_panel == run.n) next = more.first + (panel_bytes - left);
         if (next_panel < n_panels) return;
         next_panel = 0, left -= step;
         next = run.first + (panel_bytes - left);
     }
-    // Zeros fill up a panel's last batch.
-    DEVICE void fetch_last(int half, int begin, int end) {
-        const int last = left < begin ? begin : left;
+    // Zeros in place of what a panel's last batch lacks.
+    DEVICE static void fill_up(char* slot, int begin, int end) {
 #pragma unroll 1
-        for (int i = last + threadIdx.x % 32 * 16; i < end; i += 32 * 16)
+        for (int i = begin + threadIdx.x % 32 * 16; i < end; i += 32 * 16)
             *reinterpret_cast<Words4*>(slot + i) = Words4{};
-        copy(half, begin, last);
+        sync_warp();
     }
-    DEVICE void copy(int half, int begin, int end) {
-        if constexpr (ENGINE) {
-            copy_piece(slot + begin, next + begin, end - begin, arrivals + half);
-        } else {
-#pragma unroll 1
-            for (int i = threadIdx.x % 32 * 16; i < end; i += 32 * 16)
-                copy_async(slot + i, next + i);
-            fence_copies();
-        }
+    // Waits for a half of the next batch (without the engine, for all of it); returns the batch.
+    DEVICE const uint8_t* wait(int half) const {
+        if (ENGINE)
+            wait_for_piece(ring.arrivals(at) + half, round);
+        else
+            wait_for_lanes();
+        return reinterpret_cast<const uint8_t*>(ring.slot(at));
     }
-    // Waits for the next half; returns the batch.
-    DEVICE const uint8_t* wait(int half) {
-        if (ENGINE) {
-            wait_for_piece(arrivals + half, n_read);
-            n_read += half;
-        } else {
-            wait_copies<0>();
-            sync_warp();
-        }
-        return slot;
+    // Each fetch is a group of copies.
+    DEVICE void wait_for_lanes() const {
+        static_assert(MAX_SLOTS == 4, "as below");
+        if (ring.n_slots == 1) wait_copies<0>();
+        if (ring.n_slots == 2) wait_copies<1>();
+        if (ring.n_slots == 3) wait_copies<2>();
+        if (ring.n_slots == 4) wait_copies<3>();
+        sync_warp();
     }
-    // Called when all lanes have read a half: starts the next copy to it.
+    // Called when all lanes have read a half (without the engine, the batch): starts the next copy to
+    // its place.
     DEVICE void release(int half) {
         sync_warp();
-        fetch(half);
+        fetch();
+        if (ENGINE && half == 0) return;
+        at++;
+        if (at == ring.n_slots) at = 0, round++;
     }
-    // Called after the last batch; another stream may have the slot then.
-    DEVICE void finish() {
-        if (ENGINE) end_arrivals(arrivals, 2);
+    // Called after the last batch; another stream may have the ring then.
+    DEVICE void finish() const {
+        if (ENGINE) end_arrivals(ring.arrivals(0), ring.n_slots, ring.slot_bytes);
     }
 };
-static_assert(2 * sizeof(Arrivals) <= ARRIVALS_BYTES, "as in kernels.py");
 
 // This lane's sums of rows g and g + 8 over a batch of `count` k-blocks.
 template <typename F>

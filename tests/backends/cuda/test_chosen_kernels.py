@@ -30,7 +30,7 @@ N_IN = 768
 # them, so some steps launch one that no product of theirs needs.
 Table = Sequence[tuple[int, str]]
 PLAIN = [(1, "mul_mat_1"), (2, "mul_mat_floats_2"), (4, "mul_mat_floats_4")]
-FEW = [(1, "mul_mat_1"), (8, "stage_rows mul_mat_rows_8"), (16, "stage_rows mul_mat_rows_16")]
+FEW = [(1, "mul_mat_1"), *((n, f"stage_rows mul_mat_rows_{n}") for n in (4, 8, 16))]
 WITHOUT_COPY = [
     (128, "round_rows gemm_64"),
     (255, "round_rows gemm_128"),

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(bool(emulated.missing()), reason=emulated.missin
 
 @pytest.fixture
 def device() -> EmulatedDevice:
-    return EmulatedDevice(directory=KERNELS)
+    rehearsed = frozenset({"rehearsal_that_writes"})
+    return EmulatedDevice(directory=KERNELS, rehearsed=rehearsed)
 
 
 def bf16(x: np.ndarray) -> np.ndarray:
@@ -120,6 +121,7 @@ def test_bytes_and_copies(device: EmulatedDevice, rng: np.random.Generator) -> N
         ("beyond_dynamic", "a write at byte 32 of 32 of shared memory"),
         ("beyond_static", "index 63 is beyond the array"),
         ("beyond_memory", "a write at byte 256 of 256"),
+        ("rehearsal_that_writes", "a rehearsal writes"),
         ("misaligned", "misaligned or null"),
         ("misaligned_stream", "is not aligned to 8"),
         ("absent", "misaligned or null|signal"),

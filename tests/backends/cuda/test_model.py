@@ -21,6 +21,8 @@ from engine.backends.cuda.program import CudaProgram
 from engine.graph import Live, Node
 from engine.runtime.batch import Chunk, Logits
 from tests.support.cuda_devices import DEVICES, GPU, MakeDevice, cuda_and_others, engine_on
+from tests.support.cuda_emulator import device as emulated
+from tests.support.cuda_emulator.device import EmulatedDevice
 from tests.support.helpers import nmse, random_ids
 from tests.support.presets import WITH_LATENTS
 
@@ -146,6 +148,32 @@ def test_captured_steps_are_eager_ones_bit_for_bit(
             assert bool(program.replays.captured) == captured
     for got, expected in zip(*runs, strict=True):
         np.testing.assert_array_equal(got, expected)
+
+
+REHEARSED = {"stage_rows", "router", "experts_hidden", "mul_mat_id_rows"}
+REHEARSED |= {f"mul_mat_rows_{n}" for n in (4, 8, 16)}
+
+
+@pytest.mark.skipif(bool(emulated.missing()), reason=emulated.missing())
+@pytest.mark.parametrize(
+    ("preset", "dtype"), [("tiny-moe", "Q8_0"), ("tiny-moe", "F32"), ("tiny", "Q4_K")]
+)
+def test_rehearsals_write_nothing(models: Models, rng: Rng, preset: str, dtype: str) -> None:
+    """The device runs them by themselves, and compares all memory."""
+    device = EmulatedDevice(rehearsed=frozenset(REHEARSED))
+    options = OPTIONS | {"n_parallel": 12}
+    with engine_on(models(preset, dtype), cuda_and_others(device), **options) as engine:
+        sequences = [engine.memory.create() for _ in range(12)]
+        for n in (12, 6, 3, 1):
+            engine.step([Chunk(s, random_ids(rng, 1)) for s in sequences[:n]])
+        kernels = {
+            program.instructions[i].kernel
+            for _, program in engine.loop.executable._programs
+            if isinstance(program, CudaProgram)
+            for n in (1, 3, 6, 12)
+            for i in program._chosen(Live(n, n, n))
+        }
+        assert kernels & REHEARSED
 
 
 # Activations that differ in their last bit may be rounded to another integer.

@@ -48,6 +48,7 @@ def _runtime() -> ctypes.CDLL:
         ctypes.c_size_t,
         ctypes.c_void_p,
         ctypes.c_uint64,
+        ctypes.c_bool,
     ]
     return lib
 
@@ -77,6 +78,10 @@ class EmulatedMemory:
     def __del__(self) -> None:
         self._device._free(self)
 
+    def bytes(self) -> bytes:
+        """A copy of what it holds."""
+        return self._bytes.tobytes()
+
     def check(self) -> None:
         """Raise CudaError if something wrote outside; once for each mistake."""
         end = self._first + self.nbytes
@@ -100,7 +105,8 @@ class _Function:
 
 class EmulatedDevice:
     """See Device. `n_bytes`: how much memory it has; `directory`: where its kernels' sources are;
-    `seed`: of the order in which blocks and threads run."""
+    `seed`: of the order in which blocks and threads run; `rehearsed`: kernels whose rehearsals are
+    run by themselves before each launch, and may write nothing."""
 
     name = "emulated"
     n_multiprocessors = 4
@@ -112,11 +118,12 @@ class EmulatedDevice:
         capability: tuple[int, int] = (9, 0),
         directory: Path = nvrtc.SOURCES,
         seed: int = 0,
+        rehearsed: frozenset[str] = frozenset(),
     ) -> None:
         self.total_bytes = self._n_free = n_bytes
         self.capability, self._seed = capability, seed
         self.detail = "emulated, sm_{}{}".format(*capability)
-        self._directory = directory
+        self._directory, self._rehearsed = directory, rehearsed
         self._functions: list[_Function] = []
         self._memory: dict[int, weakref.ref[EmulatedMemory]] = {}
         self._damaged: CudaError | None = None
@@ -215,10 +222,20 @@ class EmulatedDevice:
         self.n_launches += 1
         self._seed += 1
         sizes = (ctypes.c_uint * 3)(*grid)
-        seed, launch = self._seed, _runtime().emulator_launch
-        error = launch(kernel.address, ctypes.byref(sizes), threads, shared, args, seed)
-        if error:
-            raise CudaError(f"{kernel.name}: {error.decode()}")
+
+        def run(is_rehearsal: bool) -> None:
+            launch = _runtime().emulator_launch
+            given = kernel.address, ctypes.byref(sizes), threads, shared, args, self._seed
+            if error := launch(*given, is_rehearsal):
+                raise CudaError(f"{kernel.name}: {error.decode()}")
+
+        if kernel.name in self._rehearsed:
+            held = [m for m in (ref() for ref in self._memory.values()) if m]
+            before = [m.bytes() for m in held]
+            run(True)
+            if any(m.bytes() != values for m, values in zip(held, before, strict=True)):
+                raise CudaError(f"{kernel.name}: a rehearsal writes")
+        run(False)
 
     def gemm(self, product: Gemm) -> None:
         """A product of bfloat16 values, summed in float32."""

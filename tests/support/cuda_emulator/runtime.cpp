@@ -65,7 +65,7 @@ struct Launch {
     std::vector<unsigned> queue;  // Threads that can go on, from `head`.
     size_t head;
     unsigned at_barrier, line;
-    bool running, failed;
+    bool running, failed, is_rehearsal;
 };
 
 Launch now;
@@ -203,6 +203,12 @@ struct Signals {
 
 char* dynamic_shared() { return shared_memory + GUARD; }
 
+void end_rehearsal() {
+    if (!now.is_rehearsal) return;
+    now.n_done++;
+    suspend();
+}
+
 void fail(const char* format, ...) {
     int n = std::snprintf(error, sizeof(error), "block (%u, %u, %u), thread %u: ", blockIdx.x,
                           blockIdx.y, blockIdx.z, threadIdx.x);
@@ -289,16 +295,16 @@ void finish_groups(int n_left) {
 // How much of a launch's parameter is copied.
 extern "C" const uint64_t emulator_args_bytes = sizeof(gdn::Args);
 
-// Runs a kernel; the error's text, or null.
+// Runs a kernel, or its rehearsal alone; the error's text, or null.
 extern "C" const char* emulator_launch(void (*kernel)(const void*), const unsigned* grid,
                                        unsigned threads, size_t shared, const void* args,
-                                       uint64_t seed) {
+                                       uint64_t seed, bool is_rehearsal) {
     using namespace emulator;
     if (threads > MAX_THREADS || shared > MAX_SHARED) return "too many threads or shared memory";
     const Signals signals;
     now = {};
     now.kernel = kernel, now.args = args;
-    now.n_threads = threads, now.shared = shared;
+    now.n_threads = threads, now.shared = shared, now.is_rehearsal = is_rehearsal;
     std::memset(shared_memory, GUARD_BYTE, GUARD);
     dl_iterate_phdr(find_statics, nullptr);
     blockDim = {threads, 1, 1}, gridDim = {grid[0], grid[1], grid[2]};

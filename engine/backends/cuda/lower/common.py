@@ -6,21 +6,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from engine.backends.cuda.device import Device
-from engine.backends.cuda.kernels import BATCH, K_BLOCK, MAX_WEIGHTS, PANEL, threads
+from engine.backends.cuda.kernels import BATCH, K_BLOCK, MAX_WEIGHTS, PANEL, PLAIN_COLUMNS, threads
 from engine.backends.cuda.launches import Lowering
 from engine.backends.native.buffers import Ref, Scratch
 from engine.backends.native.signatures import is_quantized
 from engine.formats.quants import F32
 from engine.graph import Live, Tensor
 
-# Columns that a warp takes at a time: BATCH k-blocks, or half as many columns of a plain weight.
-WARP_COLUMNS, PLAIN_WARP_COLUMNS = BATCH * K_BLOCK, 128
+# Columns of a quantized weight that a warp takes at a time.
+WARP_COLUMNS = BATCH * K_BLOCK
 # Warps of a thread block that multiplies rows by plain panels.
 PLAIN_WARPS = threads("mul_mat_floats_2") // 32
 # More rows than any step has, and more thread blocks than a product of weights.
 NO_END = MAX_BLOCKS = 1 << 24
 # Static shared memory of any kernel at most, in bytes.
-_STATIC_SHARED = 2048
+STATIC_SHARED = 2048
 
 
 @dataclass(frozen=True)
@@ -57,22 +57,23 @@ def rows_of(t: Tensor, live: Live) -> int:
     return live.shape(t.shape[:1])[0]
 
 
-def first_blocks(weights: Sequence[Tensor], panels: int = 1) -> list[int]:
+def first_blocks(weights: Sequence[Tensor], panels: int = 1, groups: int = 1) -> list[int]:
     """The first thread blocks of all weights but the first, and of those that are absent."""
-    counts = [blocks_of(weights[:i], panels) for i in range(1, len(weights))]
+    counts = [blocks_of(weights[:i], panels, groups) for i in range(1, len(weights))]
     return counts + [MAX_BLOCKS] * (MAX_WEIGHTS - len(weights))
 
 
-def blocks_of(weights: Sequence[Tensor], panels: int = 1) -> int:
-    """Thread blocks for `panels` panels of a weight each, for half a panel of a plain weight."""
+def blocks_of(weights: Sequence[Tensor], panels: int = 1, groups: int = 1) -> int:
+    """Thread blocks for `panels` panels of a weight each; for half a panel of a plain weight, with
+    one of so many groups of rows."""
     counts = ((cut(w.shape[0], PANEL), is_quantized(w)) for w in weights)
-    return sum(cut(n, panels) if quantized else 2 * n for n, quantized in counts)
+    return sum(cut(n, panels) if quantized else 2 * n * groups for n, quantized in counts)
 
 
 def plain_warps(n_in: int) -> int:
     """Warps that share a plain panel's columns evenly. Sums depend on their number, so it is the
     same for any number of rows."""
-    parts = cut(n_in, PLAIN_WARP_COLUMNS)
+    parts = cut(n_in, PLAIN_COLUMNS)
     return cut(parts, cut(parts, PLAIN_WARPS))
 
 
@@ -90,7 +91,7 @@ def cut(n: int, size: int) -> int:
 
 def fitting(device: Device, n_bytes: int) -> int:
     """Thread blocks of so much dynamic shared memory that a multiprocessor has room for."""
-    return device.shared_bytes // (n_bytes + _STATIC_SHARED)
+    return device.shared_bytes // (n_bytes + STATIC_SHARED)
 
 
 def has_shared(device: Device, n_bytes: int) -> bool:

@@ -74,7 +74,7 @@ def lower_experts(lowering: Lowering, nodes: Sequence[Node]) -> None:
     mul_mat_id.lower_panels(lowering, down, hidden, [results], pairs, rows)
     shared, added = swiglu_row(act, "1"), (results, router.outputs[1])
     lower_gemv(lowering, last, shared, added)
-    lower_staged(lowering, last, shared, added, most)
+    lower_staged(lowering, last, shared, added, most, rehearses=True)
 
 
 def _route(lowering: Lowering, router: Node, matrix: Tensor, rows: RowRange) -> Sequence[Scratch]:
@@ -101,7 +101,7 @@ def _lower_hidden(
     n_ff = act.inputs["gate"].shape[2]
     hidden = pair_rows(ids, n_ff, rows)
     up_panel = n_ff // PANEL if len(matrices) == 1 else 0
-    for work in PanelWork.of(lowering, gate_up, rows, together=2):
+    for work in PanelWork.of(lowering, gate_up, rows, "experts_hidden", together=2):
         blocks = cut(n_ff // PANEL, work.panels)
         lowering.add(Launch(
             kernel="experts_hidden", nodes=list(nodes),

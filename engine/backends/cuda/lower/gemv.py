@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.backends.cuda import kernels
 from engine.backends.cuda.kernels import threads
 from engine.backends.cuda.launches import MAX_COUNTERS, Launch, Lowering
 from engine.backends.cuda.lower import common
-from engine.backends.cuda.lower.common import WARP_COLUMNS, RowRange, blocks_of, cut, first_blocks
+from engine.backends.cuda.lower.common import (
+    STATIC_SHARED,
+    WARP_COLUMNS,
+    RowRange,
+    blocks_of,
+    cut,
+    first_blocks,
+)
 from engine.backends.native.buffers import Ref
 from engine.backends.native.signatures import is_quantized, matrices_of
 from engine.graph import Node, Tensor
@@ -28,9 +35,9 @@ GEMV_SPLIT_BLOCKS = 8
 # A thread block has as many panels as let all thread blocks be resident, but no more than these.
 MAX_PANELS = 8
 _SUM_BYTES = 4 * kernels.PANEL
-# Of several rows, whose columns are split in the same way: a warp's batch and its sums of two
-# panels; shared memory of the whole thread block.
-_SEVERAL_BYTES, _OTHER_SHARED = kernels.BATCH_ROWS_BYTES + 16 * _SUM_BYTES, 4096
+# Of 8 rows, whose columns are split in the same way: a warp's batch and its sums of two panels;
+# shared memory of the whole thread block.
+_SEVERAL_BYTES, _OTHER_SHARED = 8 * kernels.BATCH_ROW_BYTES + 16 * _SUM_BYTES, 4096
 
 
 # What is added to a product: ADD and SHARES of product.cuh.
@@ -75,9 +82,9 @@ def lower_gemv(lowering: Lowering, node: Node, row: MadeRows, added: Added) -> N
         ],
         attrs=[
             row.source, row.eps, row.head, split.panels, split.rounds, split.slot_bytes,
-            *first_blocks(weights, split.panels),
+            split.slots, *first_blocks(weights, split.panels),
         ],
-        threads=32 * split.warps, shared=split.warps * split.warp_bytes(split.panels),
+        threads=32 * split.warps, shared=split.shared_bytes,
         grid=lambda live: (blocks, 1, split.splits), when=RowRange(row.x, 0, 1),
     ))  # fmt: skip
 
@@ -86,13 +93,14 @@ def lower_gemv(lowering: Lowering, node: Node, row: MadeRows, added: Added) -> N
 class WorkSplit:
     """Work split of a GEMV. `panels` per thread block, `splits` thread blocks per panel along K,
     `warps` per thread block. A warp keeps up to `rounds` batches of WARP_COLUMNS columns of the row
-    in shared memory, and a batch of weights in a slot of `slot_bytes`."""
+    in shared memory, and batches of weights in a ring of `slots` slots of `slot_bytes`."""
 
     splits: int
     panels: int
     warps: int
     rounds: int
     slot_bytes: int
+    slots: int = 1
 
     @classmethod
     def of(cls, lowering: Lowering, weights: Sequence[Tensor], may_split: bool) -> WorkSplit:
@@ -107,9 +115,14 @@ class WorkSplit:
             most = min(GEMV_SPLIT_BLOCKS * n, MAX_COUNTERS) // n_panels
             splits = max(1, min(most, cut(n_in, GEMV_WARPS * WARP_COLUMNS)))
         own = cls.of_warps(lowering, quantized, cut(n_in, splits))
-        resident = n * max(RESIDENT_WARPS // own.warps, 1)
-        panels = max(1, min(MAX_PANELS, cut(n_panels * splits, resident)))
-        return cls(splits, panels, own.warps, own.rounds, own.slot_bytes)
+        resident = max(RESIDENT_WARPS // own.warps, 1)
+        panels = max(1, min(MAX_PANELS, cut(n_panels * splits, n * resident)))
+        split = replace(own, splits=splits, panels=panels)
+        # More slots leave room for as many thread blocks.
+        resident = min(resident, cut(cut(n_panels * splits, panels), n))
+        room = device.shared_bytes // resident - STATIC_SHARED - split.shared_bytes
+        slots = 1 + max(room, 0) // (split.warps * split.slot_bytes)
+        return replace(split, slots=min(kernels.MAX_SLOTS, panels * split.rounds, slots))
 
     @classmethod
     def of_warps(cls, lowering: Lowering, weights: Sequence[Tensor], columns: int) -> WorkSplit:
@@ -127,9 +140,12 @@ class WorkSplit:
         rounds = cut(batches, most)
         return cls(1, 1, cut(batches, rounds), rounds, slot)
 
-    def warp_bytes(self, panels: int) -> int:
-        """A warp's shared memory: batches of the row, a slot, sums, the sum of squares."""
-        return self.rounds * kernels.ROW_BATCH_BYTES + self.slot_bytes + _SUM_BYTES * panels + 4
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a thread block: of each warp batches of the row, the ring, sums, the sum
+        of squares."""
+        ring, sums = self.slots * self.slot_bytes, _SUM_BYTES * self.panels + 4
+        return self.warps * (self.rounds * kernels.ROW_BATCH_BYTES + ring + sums)
 
 
 def swiglu_row(act: Node, number: str = "") -> MadeRows:

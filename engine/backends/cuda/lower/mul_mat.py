@@ -120,7 +120,7 @@ def _lower_plain(
                 node.inputs.get("gate"), node.inputs.get("add"),
             ],
             attrs=common.first_blocks(list(outs)),
-            threads=32 * warps, shared=warps * n * kernels.PANEL * 4,
+            threads=32 * warps, shared=warps * n * (kernels.PLAIN_COLUMNS + kernels.PANEL) * 4,
             grid=partial(_pass_grid, x, n, blocks), when=rows,
         ))  # fmt: skip
 

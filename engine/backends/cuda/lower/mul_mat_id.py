@@ -17,7 +17,7 @@ from engine.backends.cuda.launches import Launch, Lowering
 from engine.backends.cuda.lower.common import NO_END, RowRange, cut, rows_of, walk
 from engine.backends.cuda.lower.gemv import WorkSplit
 from engine.backends.cuda.lower.mul_mat import rounded_rows
-from engine.backends.cuda.lower.staged import shape_of
+from engine.backends.cuda.lower.staged import BlockNeeds, BlockShape, shape_of
 from engine.backends.cuda.weights import fits_bf16
 from engine.backends.native.buffers import Ref, Scratch
 from engine.backends.native.signatures import is_quantized, matrices_of
@@ -29,13 +29,10 @@ from engine.graph import Live, Node, Tensor
 MAX_EXPERTS = threads("sort_by_expert")
 # Tokens whose experts are multiplied by panels, at most.
 PANEL_TOKENS = 64
-# Tokens up to which thread blocks have one panel (of an H200's step of one token with 35B-A3B the
-# chosen two or three take 1.04 times as long), and then as many as suit a step of 8; and warps of a
-# multiprocessor.
-SINGLE_PANEL_TOKENS, TOKENS, EXPERT_WARPS = 2, (2, 8), 24
+# Tokens up to which thread blocks have a shape of their own.
+TOKENS = (1, 4, 16)
 # Rows of an expert on average from which on its tiles have 64 rows on tensor cores, before 32.
 LARGE_FROM = 48
-_SUM_BYTES = kernels.EXPERT_TILE_ROWS * PANEL * 4
 _GEMM_ROWS = {"gemm_experts_32": 32, "gemm_experts_64": 64}
 
 
@@ -93,7 +90,7 @@ def lower_panels(
     expert, and tiles of them."""
     matrices = matrices_of(node)
     padding = [None] * (kernels.MAX_MATRICES - len(matrices))
-    for work in PanelWork.of(lowering, node, rows):
+    for work in PanelWork.of(lowering, node, rows, "mul_mat_id_rows"):
         blocks = sum(cut(cut(m.shape[1], PANEL), work.panels) for m in matrices)
         lowering.add(Launch(
             kernel="mul_mat_id_rows", nodes=[node],
@@ -115,29 +112,29 @@ class PanelWork:
 
     @classmethod
     def of(
-        cls, lowering: Lowering, node: Node, rows: RowRange, together: int = 1
+        cls, lowering: Lowering, node: Node, rows: RowRange, kernel: str, together: int = 1
     ) -> Iterator[PanelWork]:
         """For tokens in `rows`. together: panels that a thread block has in two matrices or more,
         of which `panels` counts one."""
         matrices, n_used = matrices_of(node), node.inputs["ids"].shape[1]
         split = WorkSplit.of_warps(lowering, matrices, matrices[0].shape[2])
-        batch_bytes = max(split.rounds * kernels.ROW_BATCH_BYTES, kernels.BATCH_ROWS_BYTES)
-        own = batch_bytes + split.slot_bytes
-
-        def shared(teams: int, panels: int) -> int:
-            return split.warps * (own + panels * together * _SUM_BYTES)
-
+        n_rows = kernels.EXPERT_TILE_ROWS
+        row_bytes = max(split.rounds * kernels.ROW_BATCH_BYTES, n_rows * kernels.BATCH_ROW_BYTES)
+        needs = BlockNeeds(
+            split.warps, max(split.rounds, 1) * together, row_bytes,
+            together * n_rows * PANEL * 4, split.slot_bytes, prefetched=False,
+        )  # fmt: skip
         n_panels = sum(cut(m.shape[1], PANEL) for m in matrices) // together
         more_than = rows.more_than
         for most in (*TOKENS, rows.most):
             n_tiles = min((most or rows.tensor.shape[0]) * n_used, matrices[0].shape[0])
-            panels = 1
-            if all(map(is_quantized, matrices)) and most != SINGLE_PANEL_TOKENS:
-                device, n = lowering.device, n_panels * int(n_tiles)
-                panels = shape_of(device, split, n, EXPERT_WARPS, shared, most_teams=1).panels
-            attrs = [panels, split.slot_bytes, batch_bytes]
+            block = BlockShape(1, 1, 1, needs.shared_bytes(1, 1))
+            if all(map(is_quantized, matrices)):
+                n = n_panels * int(n_tiles)
+                block = shape_of(lowering.device, needs, n, threads(kernel) // 32, most_teams=1)
+            attrs = [block.panels, split.slot_bytes, block.slots, row_bytes]
             when = RowRange(rows.tensor, more_than, most)
-            yield cls(when, panels, split.warps, shared(1, panels), attrs)
+            yield cls(when, block.panels, split.warps, block.shared, attrs)
             more_than = most or 0
 
 

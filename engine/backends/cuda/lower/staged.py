@@ -6,9 +6,10 @@ split columns as a single row's do (gemv.py), and a row has the same bits in bot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 from engine.backends.cuda import kernels
 from engine.backends.cuda.device import Device, Grid
@@ -17,6 +18,7 @@ from engine.backends.cuda.launches import Launch, Lowering
 from engine.backends.cuda.lower import common
 from engine.backends.cuda.lower.common import (
     NO_END,
+    STATIC_SHARED,
     RowRange,
     blocks_of,
     cut,
@@ -33,15 +35,15 @@ from engine.graph import Live, Node, Tensor
 
 # Panels and teams of a thread block, at most.
 STAGED_PANELS, MAX_TEAMS = 24, 8
-# Warps of a multiprocessor from which on more of them save no time; and what a thread block takes
-# to begin and end, in batches of a panel.
-BUSY_WARPS, BEGIN_BATCHES = 16, 24
+# The time that a thread block takes to begin and end, and a warp for a batch by itself. Of weights
+# that are fetched behind the inputs, a batch's to arrive, and a multiprocessor's to get one. Units:
+# what a multiprocessor takes to compute a batch.
+BEGIN_TIME, BATCH_TIME, ARRIVAL_TIME, MEMORY_TIME = 24, 16, 20, 1.45
 # Warps of a thread block that stages a row; of a norm that is stored, at most.
 STAGE_WARPS, NORM_WARPS = 4, 16
-_SUM_BYTES = 8 * PANEL * 4
+# Rows whose kernel before is a long one, so that there is time for a rehearsal.
+_REHEARSING = kernels.ROW_NORM, kernels.ROW_SWIGLU
 _HEAD_FLOATS = kernels.BATCH_HEAD_BYTES // 4
-# Bytes of shared memory of a thread block that has so many teams and panels.
-Shared = Callable[[int, int], int]
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def stage(
             operands=[
                 q, heads, staged.factors, floats, x, made.more, made.factor, made.total,
             ],
-            attrs=[made.source, made.eps, made.head, n_k_blocks], threads=32 * n_warps,
+            attrs=[made.source, made.eps, made.head, n_k_blocks, made.source in _REHEARSING],
+            threads=32 * n_warps,
             grid=lambda live: (rows_of(x, live) * per_token, n_blocks, 1), when=rows,
         ))  # fmt: skip
     return staged
@@ -94,10 +97,11 @@ def stage_norm(lowering: Lowering, norm: Node, reader: Node, most: int | None) -
 
 def lower_staged(
     lowering: Lowering, node: Node, made: MadeRows, added: Added, most: int | None,
-    staged: StagedRows | None = None,
+    staged: StagedRows | None = None, rehearses: bool = False,
 ) -> None:  # fmt: skip
     """Products of 2 to `most` rows (None: any number): one launch for all weights. staged: the
-    rows, if a launch before has made them."""
+    rows, if a launch before has made them. rehearses: whether its thread blocks wait long enough
+    for a rehearsal."""
     weights, x = matrices_of(node), made.x
     split = WorkSplit.of(lowering, weights, may_split=made.source != kernels.ROW_NORM)
     rows = RowRange(x, 1, most)
@@ -109,11 +113,11 @@ def lower_staged(
     padding = [None] * (kernels.MAX_WEIGHTS - len(weights))
     for n_rows, splits, when in _passes(lowering.device, rows, split):
         kernel = f"mul_mat_rows_{n_rows}"
-        block = shape_of(
-            lowering.device, split, blocks_of(weights) * splits, threads(kernel) // 32,
-            partial(_shared_bytes, split, n_rows, splits < split.splits),
-        )  # fmt: skip
-        blocks = blocks_of(weights, block.panels)
+        needs = _needs(split, n_rows, splits < split.splits)
+        n_panels = blocks_of(weights) * splits
+        block = shape_of(lowering.device, needs, n_panels, threads(kernel) // 32)
+        groups = n_rows // kernels.PLAIN_ROWS
+        blocks = blocks_of(weights, block.panels, groups)
         n_sums = block.panels * PANEL * n_rows
         lowering.add(Launch(
             kernel=kernel, nodes=[*made.nodes, node],
@@ -124,8 +128,8 @@ def lower_staged(
             ],
             attrs=[
                 block.panels, cut(block.panels, block.teams), block.teams, split.warps,
-                split.splits, split.slot_bytes,
-                *first_blocks(weights, block.panels),
+                split.splits, split.slot_bytes, rehearses,
+                *first_blocks(weights, block.panels, groups),
             ],
             threads=32 * split.warps * block.teams, shared=block.shared, when=when,
             grid=partial(_grid, x, blocks, n_rows, splits),
@@ -136,8 +140,10 @@ def _passes(
     device: Device, rows: RowRange, split: WorkSplit
 ) -> Iterator[tuple[int, int, RowRange]]:
     """(rows of a pass, thread blocks that share a panel's columns, rows of the step)."""
-    table: list[tuple[int, int | None, int, int]] = [(1, 8, 8, split.splits)]
-    if fitting(device, _shared_bytes(split, 16, True, 1, 1)):
+    table: list[tuple[int, int | None, int, int]] = [
+        (1, 4, 4, split.splits), (4, 8, 8, split.splits)
+    ]  # fmt: skip
+    if fitting(device, _needs(split, 16, True).shared_bytes(1, 1)):
         table += [(8, 16, 16, split.splits), (16, None, 16, 1)]
     else:
         table += [(8, None, 8, 1)]
@@ -148,45 +154,80 @@ def _passes(
 
 
 @dataclass(frozen=True)
+class BlockNeeds:
+    """A thread block's work and shared memory. warps: of a team; batches: of a warp for a panel.
+    Bytes: of a warp's rows in all teams, of its sums of a panel, of a slot, and of a panel's totals
+    in the thread block. prefetched: whether weights are fetched while thread blocks wait for the
+    kernel before; then a ring has one slot, which leaves room for the kernels behind."""
+
+    warps: int
+    batches: int
+    row_bytes: int
+    sum_bytes: int
+    slot_bytes: int
+    total_bytes: int = 0
+    prefetched: bool = True
+
+    def shared_bytes(self, teams: int, panels: int, slots: int = 1) -> int:
+        of_warps = self.row_bytes + panels * self.sum_bytes + teams * slots * self.slot_bytes
+        return self.warps * of_warps + panels * self.total_bytes
+
+
+def _needs(split: WorkSplit, n_rows: int, totals: bool) -> BlockNeeds:
+    """Of a product of so many rows; with `totals` there are sums of all splits."""
+    row_bytes, sum_bytes = n_rows * kernels.BATCH_ROW_BYTES, n_rows * PANEL * 4
+    return BlockNeeds(
+        split.warps, split.rounds, row_bytes, sum_bytes, split.slot_bytes, totals * sum_bytes
+    )
+
+
+@dataclass(frozen=True)
 class BlockShape:
-    """A thread block's teams of warps, and the panels of all of them."""
+    """A thread block's teams of warps, the panels of all of them, slots of a warp's ring."""
 
     teams: int
     panels: int
+    slots: int
     shared: int
 
 
 def shape_of(
-    device: Device, split: WorkSplit, n_panels: int, most_warps: int, shared: Shared,
-    most_teams: int = MAX_TEAMS,
-) -> BlockShape:  # fmt: skip
+    device: Device, needs: BlockNeeds, n_panels: int, most_warps: int, most_teams: int = MAX_TEAMS
+) -> BlockShape:
     """The thread blocks that should take the least time with so many panels. most_warps: of a
-    multiprocessor. shared: bytes of a thread block's shared memory, by its teams and panels."""
-    best: tuple[float, BlockShape] | None = None
-    for teams in range(1, most_teams + 1):
-        for panels in range(teams, STAGED_PANELS + 1):
-            n_bytes, warps = shared(teams, panels), teams * split.warps
-            resident = min(fitting(device, n_bytes), most_warps // warps)
-            if resident == 0 and (best or teams * panels > 1):
-                continue
-            resident = max(resident, 1)
-            waves = cut(cut(n_panels, panels), resident * device.n_multiprocessors)
-            batches = resident * cut(panels, teams) * teams * split.warps * split.rounds
-            busy = min(resident * warps, BUSY_WARPS) / BUSY_WARPS
-            time = waves * (BEGIN_BATCHES + batches) / busy
-            if best is None or time < best[0]:
-                best = time, BlockShape(teams, panels, n_bytes)
-    assert best is not None
-    return best[1]
+    multiprocessor."""
+    n, room = device.n_multiprocessors, device.shared_bytes
+    return _shape_of(n, room, needs, n_panels, most_warps, most_teams)
 
 
-def _shared_bytes(split: WorkSplit, n_rows: int, totals: bool, teams: int, panels: int) -> int:
-    """Shared memory of a thread block: batches of rows, slots, and sums; with `totals` sums of
-    all."""
-    n_groups = n_rows // 8
-    sums = panels * n_groups * _SUM_BYTES
-    rows = split.warps * (n_groups * kernels.BATCH_ROWS_BYTES + sums)
-    return rows + teams * split.warps * split.slot_bytes + totals * sums
+@cache
+def _shape_of(
+    n_multiprocessors: int, room: int, needs: BlockNeeds, n_panels: int, most_warps: int,
+    most_teams: int,
+) -> BlockShape:  # fmt: skip
+    shapes = (
+        BlockShape(teams, panels, slots, needs.shared_bytes(teams, panels, slots))
+        for teams in range(1, most_teams + 1)
+        for panels in range(teams, STAGED_PANELS + 1)
+        for slots in range(1, 1 + (1 if needs.prefetched else kernels.MAX_SLOTS))
+        if slots <= cut(panels, teams) * needs.batches
+    )
+
+    def time(shape: BlockShape) -> float:
+        warps = shape.teams * needs.warps
+        resident = min(room // (shape.shared + STATIC_SHARED), most_warps // warps)
+        if resident == 0:
+            return math.inf
+        blocks = cut(cut(n_panels, shape.panels), n_multiprocessors)
+        resident = min(resident, blocks)
+        batch = float(max(resident * warps, BATCH_TIME))
+        if not needs.prefetched:
+            alone = BATCH_TIME + ARRIVAL_TIME / shape.slots
+            batch = max(resident * warps * MEMORY_TIME, alone)
+        own = cut(shape.panels, shape.teams) * needs.batches
+        return cut(blocks, resident) * (BEGIN_TIME + own * batch)
+
+    return min(shapes, key=time)
 
 
 def _grid(x: Tensor, blocks: int, n_rows: int, splits: int, live: Live) -> Grid:

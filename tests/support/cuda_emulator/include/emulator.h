@@ -46,6 +46,9 @@ void copy_later(void* target, const void* source, bool valid);
 void close_group();
 void finish_groups(int n_left);
 
+// Ends the thread, if the launch is a rehearsal alone.
+void end_rehearsal();
+
 // Ends the launch with an error.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 

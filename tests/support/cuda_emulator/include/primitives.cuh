@@ -17,14 +17,26 @@
     extern "C" __attribute__((visibility("default"))) void NAME(const gdn::Args& a)
 #define KERNEL_FOR(NAME, BLOCKS) KERNEL(NAME)
 #define EAGER_KERNEL_FOR(NAME, BLOCKS) KERNEL(NAME)
+#define REHEARSED_KERNEL(NAME, BLOCKS, N)                     \
+    namespace gdn {                                           \
+    DEVICE void NAME##_body(const Args& a, int rehearsal);    \
+    }                                                         \
+    KERNEL(NAME) {                                            \
+        for (int i = gdn::rehearses() ? N : 0; i >= 0; i--) { \
+            gdn::NAME##_body(a, i);                           \
+            __syncthreads();                                  \
+        }                                                     \
+    }                                                         \
+    DEVICE void gdn::NAME##_body(const gdn::Args& a, int rehearsal)
 #define DYNAMIC_SHARED(NAME) char* const NAME = emulator::dynamic_shared()
 
 namespace gdn {
 
 constexpr uint32_t ALL_LANES = 0xffffffffu;
 
-// A launch is over before the next one starts.
-DEVICE void wait_for_inputs() {}
+// A launch is over before the next one starts. One that is a rehearsal alone ends here.
+DEVICE void wait_for_inputs() { emulator::end_rehearsal(); }
+DEVICE bool rehearses() { return true; }
 
 // A lane's part of a shuffle: what it gives, what it asks for, what it gets.
 template <typename T>
@@ -215,13 +227,15 @@ DEVICE void wait_copies() {
 struct alignas(8) Arrivals {
     int64_t n;
 };
-DEVICE void begin_arrivals(Arrivals* to, int n) {
+DEVICE void begin_arrivals(Arrivals* to, int n_pairs, int stride) {
     sync_warp();
-    if (threadIdx.x % 32 == 0)
-        for (int i = 0; i < n; i++) to[i].n = 0;
+    for (int i = 0; i < n_pairs && threadIdx.x % 32 == 0; i++) {
+        auto* pair = reinterpret_cast<Arrivals*>(reinterpret_cast<char*>(to) + i * stride);
+        pair[0].n = pair[1].n = 0;
+    }
     sync_warp();
 }
-DEVICE void end_arrivals(Arrivals*, int) {}
+DEVICE void end_arrivals(Arrivals*, int, int) {}
 DEVICE void copy_piece(void* shared, const void* global, int bytes, Arrivals* at) {
     for (int i = threadIdx.x % 32 * 16; i < bytes; i += 32 * 16)
         copy_async(static_cast<char*>(shared) + i, static_cast<const char*>(global) + i);
@@ -348,9 +362,8 @@ DEVICE int32_t add_atomic(int32_t* p, int32_t x) {
     return before;
 }
 DEVICE void publish() {}
-template <typename T>
-DEVICE T load_published(const T* p) {
-    return *p;
-}
+DEVICE Words4 load_published(const Words4* p) { return *p; }
+DEVICE int32_t load_published(const int32_t* p) { return *p; }
+DEVICE float load_published(const float* p) { return *p; }
 
 }  // namespace gdn

@@ -44,6 +44,12 @@ KERNEL_OF(beyond_static, 64) {
 
 KERNEL_OF(beyond_memory, 64) { a.v[0].row(0)[64 + threadIdx.x] = 0.0f; }
 
+KERNEL_OF(rehearsal_that_writes, 64) {
+    if (threadIdx.x == 7) a.v[0].row(0)[7] = 1.0f;
+    __syncthreads();
+    gdn::wait_for_inputs();
+}
+
 KERNEL_OF(misaligned, 64) {
     a.v[0].row(0)[threadIdx.x] = reinterpret_cast<const float4*>(a.v[1].row(0) + threadIdx.x)->x;
 }
