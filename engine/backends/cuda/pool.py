@@ -7,9 +7,9 @@ from typing import Any
 
 from engine.backends.cuda.device import CudaError, Memory
 
-# What the driver takes of a capped device for the context and the kernels of a process, at most. It
-# tells no process its own share.
-CONTEXT_BYTES = 512 << 20
+# What the driver takes of a capped device for the context and the kernels of a process, and what it
+# rounds allocations up by. It tells no process its own share; an H200's was 796 MiB with libraries.
+CONTEXT_BYTES = 704 << 20
 _MIB, _ROUND = 1 << 20, 512  # The latter is what CuPy rounds sizes to.
 
 
