@@ -121,7 +121,7 @@ def test_every_limit_gives_one_line(
             assert (status, err.count("\n"), err[:7]) == (1, 1, "error: "), (limit, err)
         else:
             assert "error" not in err, (limit, err)
-    assert results[-1][0] == 0
+    assert results[-1][0] == 0, results[-1]
     assert any(status for status, _ in results)
 
 

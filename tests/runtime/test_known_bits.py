@@ -26,8 +26,9 @@ Logits = NDArray[np.float32]
 Rng = np.random.Generator
 N_NEW = 4
 # Other cuts: numpy's rounding to float32; and rows that are rounded to int8 or bfloat16 in one cut
-# and next to not at all in the other (24 cuts of each model: up to 2e-2).
-REFERENCE_LIMIT, KINDS_LIMIT = 1e-8, 0.1
+# and next to not at all in the other (24 cuts of each model: up to 2e-2; where a choice of experts
+# turned round, 0.13). What has nothing to do with the logits is 2 away from them.
+REFERENCE_LIMIT, KINDS_LIMIT = 1e-8, 0.5
 BACKENDS = [*({"cpu_isa": isa, "backend": "cpu", "activations": bits}
               for isa in cpu_library.usable() for bits in (8, 15)),
             {"backend": "reference"}]  # fmt: skip
