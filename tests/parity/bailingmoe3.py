@@ -15,18 +15,15 @@ from numpy.typing import NDArray
 
 from tests.parity import kimi_linear
 from tests.parity.common import (
-    GLOBAL_NAMES,
     Parameters,
     Shape,
     Weights,
     a_log,
-    layer_weights,
     norm_around_1,
     norm_of_both_signs,
     strong,
 )
-from tests.parity.ffn import swiglu_tensors
-from tests.parity.kimi_linear import KDA, MLA, TWO_OF_EIGHT, moe_tensors, small_latent
+from tests.parity.kimi_linear import KDA, MLA, TWO_OF_EIGHT, small_latent
 from tests.parity.routing import Routing
 
 PREFIX = "self_attn."
@@ -106,20 +103,8 @@ class Case(kimi_linear.Case):
             values |= {f"rope.scaling.{key}": value for key, value in keys_of_yarn.items()}
         return values
 
-    def gguf_tensors(self, weights: Weights) -> Weights:
-        names = {hf: ours for hf, ours in GLOBAL_NAMES.items() if hf in weights}
-        out = {ours: weights[hf] for hf, ours in names.items()}
-        out["output_norm.weight"] = weights["model.norm.weight"]
-        for i, kind in enumerate(self.layers):
-            w = layer_weights(weights, i)
-            mixer = self._kda_tensors(w) if kind == KDA else self._mla_tensors(w)
-            ffn = swiglu_tensors(w, "mlp.") if i < self.n_dense else moe_tensors(w)
-            norms = {
-                "attn_norm.weight": w["input_layernorm.weight"],
-                "ffn_norm.weight": w["post_attention_layernorm.weight"],
-            }
-            out |= {f"blk.{i}.{k}": values for k, values in (mixer | ffn | norms).items()}
-        return out
+    def mixer_tensors(self, kind: str, w: Weights) -> Weights:
+        return self._kda_tensors(w) if kind == KDA else self._mla_tensors(w)
 
     def _kda_tensors(self, w: Weights) -> Weights:
         q, k, v = (w[f"{PREFIX}{name}_proj.weight"] for name in "qkv")

@@ -91,11 +91,11 @@ class Case:
         return mixer_metadata(self) | ffn_metadata(self)
 
     def gguf_tensors(self, weights: Weights) -> Weights:
-        out = {GLOBAL_NAMES[name]: weights[name] for name in GLOBAL_NAMES}
+        out = {GLOBAL_NAMES[name]: weights[name] for name in GLOBAL_NAMES if name in weights}
         out["output_norm.weight"] = weights["model.norm.weight"]
         for i, kind in enumerate(self.layers):
             w = layer_weights(weights, i)
-            mixer = kda_tensors(self, w) if kind == KDA else mla_tensors(self, w)
+            mixer = self.mixer_tensors(kind, w)
             ffn = swiglu_tensors(w, "mlp.") if i < self.n_dense else moe_tensors(w)
             norms = {
                 "attn_norm.weight": w["input_layernorm.weight"],
@@ -103,6 +103,9 @@ class Case:
             }
             out |= {f"blk.{i}.{k}": values for k, values in (mixer | ffn | norms).items()}
         return out
+
+    def mixer_tensors(self, kind: str, w: Weights) -> Weights:
+        return kda_tensors(self, w) if kind == KDA else mla_tensors(self, w)
 
     def transformers_model(self) -> Any:
         from transformers import KimiLinearConfig, KimiLinearForCausalLM
