@@ -145,7 +145,26 @@ int64_t task_panels(const Args& a) { return by_tiles(a) ? GATHERED_PANELS : 1; }
 
 int64_t n_groups(const Args& a) { return (n_panels(a) + task_panels(a) - 1) / task_panels(a); }
 
-int64_t n_tasks(const Args& a) { return a.rows(a.v[IDS]) ? n_experts(a) * n_groups(a) : 0; }
+// As many experts as there are pairs, at most, have tasks: those of experts without pairs would make
+// turns of different length.
+int64_t n_tasks(const Args& a) {
+    return std::min(n_experts(a), a.rows(a.v[IDS]) * a.v[IDS].shape[1]) * n_groups(a);
+}
+
+// Where an expert's pairs that are multiplied here begin; they end where the next expert's begin.
+int64_t first_pair(const Args& a, int64_t expert) {
+    return a.v[STARTS].as<int32_t>()[2 * expert + (a.v[PACKED_X] ? 1 : 0)];
+}
+
+int64_t end_of_pairs(const Args& a, int64_t expert) {
+    return a.v[STARTS].as<int32_t>()[2 * expert + 2];
+}
+
+// The first expert with pairs from this one on; the number of experts if there is none.
+int64_t next_used(const Args& a, int64_t expert) {
+    while (expert < n_experts(a) && first_pair(a, expert) == end_of_pairs(a, expert)) expert++;
+    return expert;
+}
 
 // Row i of [T, in], or of [T, U, in] taken as [T · U, in].
 template <typename T>
@@ -191,16 +210,12 @@ void multiply_panels(const Args& a, int64_t expert, int64_t begin, int64_t end,
 
 void run(const Args& a, int64_t begin, int64_t end) {
     const int64_t groups = n_groups(a), n = task_panels(a);
-    const auto *order = a.v[ORDER].as<int32_t>(), *starts = a.v[STARTS].as<int32_t>();
-    for (int64_t task = begin; task < end; task++) {
-        const int64_t expert = task / groups, p = task % groups * n;
-        const int64_t others = starts[2 * expert + 1], last = starts[2 * expert + 2];
-        const int64_t first = a.v[PACKED_X] ? others : starts[2 * expert];
-        if (first == last) {
-            // The rest of this expert's panels have nothing to do either.
-            task = (expert + 1) * groups - 1;
-            continue;
-        }
+    const auto* order = a.v[ORDER].as<int32_t>();
+    int64_t expert = next_used(a, 0);
+    for (int64_t i = 0; i < begin / groups; i++) expert = next_used(a, expert + 1);
+    for (int64_t task = begin; task < end && expert < n_experts(a); task++) {
+        const int64_t p = task % groups * n, last = end_of_pairs(a, expert);
+        const int64_t others = a.v[STARTS].as<int32_t>()[2 * expert + 1];
         const auto multiply_pairs = [&](int64_t from, int64_t to) {
             for (int64_t i = from; i < to; i += TILE)
                 multiply_panels(a, expert, p, std::min(n_panels(a), p + n), order + i,
@@ -208,8 +223,9 @@ void run(const Args& a, int64_t begin, int64_t end) {
         };
         // Pairs of both kinds may share tiles, unless one is fine.
         const int64_t middle = a.step->has_fine ? others : last;
-        multiply_pairs(first, middle);
+        multiply_pairs(first_pair(a, expert), middle);
         multiply_pairs(middle, last);
+        if ((task + 1) % groups == 0) expert = next_used(a, expert + 1);
     }
 }
 
