@@ -250,12 +250,14 @@ def distinct_experts(
     n sequences use X (1 - (1 - k / X)^n).
     """
     counts: list[int] = []
+    ends = sorted(engine.tokenizer.eog_ids)
     with sequences(engine, len(first)) as seqs:
         for seq, checkpoint in zip(seqs, after, strict=True):
             engine.memory.restore(seq, checkpoint)
         tokens = list(first)
         for _ in range(n):
             logits = engine.step([Chunk(s, [t]) for s, t in zip(seqs, tokens, strict=True)])
+            logits[:, ends] = -np.inf
             tokens = logits.argmax(axis=1).tolist()
             counts += [len(np.unique(ids)) for ids in engine.loop.kept()]
     return statistics.fmean(counts)

@@ -101,6 +101,24 @@ def test_those_that_the_reference_chooses(
     check(path, CASE, counts)
 
 
+def test_no_token_that_ends(models: Models, rng: Rng, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the generation that is timed, where half of the vocabulary would end it."""
+    steps: list[list[int]] = []
+    with Engine.load(models("tiny-moe", "F32"), keep_experts=True, **OPTIONS) as engine:
+        run = engine.step
+
+        def step(chunks: Sequence[Chunk]) -> np.ndarray:
+            steps.append([chunk.tokens[-1] for chunk in chunks])
+            return run(chunks)
+
+        monkeypatch.setattr(engine, "step", step)
+        engine.tokenizer.eog_ids = frozenset(range(0, engine.model.n_vocab, 2))
+        counted(CASE, engine, int(rng.integers(1 << 30)))
+    generated = [token for tokens in steps[-CASE.n_gen + 1 :] for token in tokens]
+    assert len(generated) == CASE.n_seqs * (CASE.n_gen - 1)
+    assert all(token % 2 for token in generated)
+
+
 @ON_DEVICES
 @pytest.mark.parametrize("n_seqs", [1, 3, 6])
 def test_those_of_captured_steps(
