@@ -141,8 +141,8 @@ class StepLoop:
         return logits
 
     def kept(self) -> list[Array]:
-        """What the last step left in the tensors that the graph keeps: each layer's experts [T,
-        n_used] i32, if the engine was loaded with keep_experts."""
+        """Read the tensors that the graph keeps, as the last step left them: each layer's experts
+        [T, n_used] i32, if the engine was loaded with keep_experts."""
         return self.owner.call(self.executable.kept)
 
     def prefill(self, seq: int, tokens: Sequence[int], logits: Logits) -> NDArray[np.float32]:

@@ -7,7 +7,7 @@ import numpy as np
 from engine.backends.native.views import MAX_RANK
 
 # Operands and attributes of a kernel, at most.
-MAX_VIEWS, MAX_ATTRS = 22, 14
+MAX_VIEWS, MAX_ATTRS = 22, 12
 VIEW = np.dtype(
     [("data", "u8"), ("shape", "i4", MAX_RANK), ("stride", "i4", MAX_RANK)]
     + [(name, "i1") for name in ("rank", "dtype", "dim", "layout")]

@@ -13,7 +13,7 @@ from engine.graph import Node, Tensor
 # The part that copies may take of the memory that nothing else of the engine needs. The other half
 # is for what comes later: the second program of --check, other programs on the GPU, another engine.
 SHARE = 0.5
-# What memory moves in the 2 microseconds of a launch.
+# Bytes that memory moves in the 2 microseconds of a launch.
 _LAUNCH_BYTES = 8 << 20
 
 

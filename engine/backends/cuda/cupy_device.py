@@ -26,7 +26,7 @@ from engine.backends.cuda import nvrtc
 from engine.backends.cuda.args import ARGS
 from engine.backends.cuda.device import CudaError, Fetched, Gemm, Grid, Memory, Replay, Timer
 from engine.backends.cuda.driver import Launcher, find_gpu
-from engine.backends.cuda.pool import DevicePool
+from engine.backends.cuda.pool import CupyMemory, DevicePool
 
 MIN_CAPABILITY = (8, 0)
 
@@ -75,7 +75,7 @@ class CupyDevice:
             memory = self._cupy.cuda.alloc_pinned_memory(n_bytes)
         except self._errors as error:
             raise CudaError(f"{n_bytes >> 20} MiB of pinned memory: {error}") from None
-        return _PinnedMemory(memory, int(memory.ptr), n_bytes)
+        return CupyMemory(memory, int(memory.ptr), n_bytes)
 
     def upload(self, address: int, values: Array) -> None:
         """Through pinned memory: waits only until `values` are copied there."""
@@ -226,13 +226,6 @@ class StagingRing:
             self._wait(buffer.event)
         self._buffers.append(buffer)
         return buffer
-
-
-@dataclass
-class _PinnedMemory:
-    _held: Any
-    address: int
-    nbytes: int
 
 
 class _EventTimer:

@@ -94,7 +94,7 @@ def _reads_gated(nodes: Sequence[Node], readers: Readers) -> bool:
 
 
 def _reads_norm(nodes: Sequence[Node], readers: Readers) -> bool:
-    """Whether only the product reads the norm, and its rows are whole k-blocks."""
+    """Tell whether only the product reads the norm, and its rows are whole k-blocks."""
     return nodes[1].inputs["x"].shape[1] % K_BLOCK == 0 and _is_read_alone(nodes, readers)
 
 

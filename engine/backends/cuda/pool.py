@@ -7,10 +7,19 @@ from typing import Any
 
 from engine.backends.cuda.device import CudaError, Memory
 
-# What the driver takes of a capped device for the context and the kernels of a process, and what it
-# rounds allocations up by. It tells no process its own share; an H200's was 796 MiB with libraries.
+# Bytes that the driver takes of a capped device for the context and the kernels of a process, and
+# to round allocations up. It tells no process its own share; an H200's was 796 MiB with libraries.
 CONTEXT_BYTES = 704 << 20
 _MIB, _ROUND = 1 << 20, 512  # The latter is what CuPy rounds sizes to.
+
+
+@dataclass
+class CupyMemory:
+    """Memory of the device or the host that CuPy takes back when nothing refers to it any more."""
+
+    _held: Any
+    address: int
+    nbytes: int
 
 
 class DevicePool:
@@ -58,7 +67,7 @@ class DevicePool:
             memory = self._cupy.cuda.alloc(max(n_bytes, 1))
         except self._cupy.cuda.memory.OutOfMemoryError:
             raise self._refusal(n_bytes) from None
-        return _PoolMemory(memory, int(memory.ptr), n_bytes)
+        return CupyMemory(memory, int(memory.ptr), n_bytes)
 
     def _refusal(self, n_bytes: int) -> CudaError:
         cap = "" if self._most is None else f" of --gpu-memory {self.total_bytes // _MIB}"
@@ -66,10 +75,3 @@ class DevicePool:
             f"{self._name}: expected {n_bytes / _MIB:.0f} MiB of memory, "
             f"{self.free_bytes() / _MIB:.0f} MiB are free{cap}"
         )
-
-
-@dataclass
-class _PoolMemory:
-    _held: Any
-    address: int
-    nbytes: int

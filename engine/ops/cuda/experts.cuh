@@ -7,8 +7,8 @@
 
 namespace gdn {
 
-// What a launch says: PANELS of a thread block; SLOT_BYTES and SLOTS of a warp's ring; BATCH_BYTES of
-// its rows. Then come a kernel's own attributes.
+// Attributes: PANELS of a thread block; SLOT_BYTES and SLOTS of a warp's ring; BATCH_BYTES of its rows.
+// A kernel's own ones follow.
 enum ExpertAttribute { PANELS, SLOT_BYTES, SLOTS, BATCH_BYTES, OWN_ATTRIBUTES };
 
 // Warps of a thread block share the columns. Each has batches of a single row or one of several rows,

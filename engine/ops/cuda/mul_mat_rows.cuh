@@ -102,8 +102,7 @@ DEVICE void multiply_part(const Args& a, const Place& at, const RowsMemory<R, N>
 }
 
 // Grid: (groups of PANELS panels of all weights, and of plain ones half panels with PLAIN_ROWS rows;
-// rows / (N · R), SPLITS or 1; with several there
-// are at most N · R rows).
+// rows / (N · R); SPLITS or 1, with several there are at most N · R rows).
 template <int R, int N>
 DEVICE void mul_mat_rows(const Args& a, char* shared, bool real) {
     if (!real && a.attr[REHEARSES] == 0.0f) return;
@@ -118,7 +117,7 @@ DEVICE void mul_mat_rows(const Args& a, char* shared, bool real) {
     const Place at(a, FIRST_BLOCKS, panels, ROWS / PLAIN_ROWS);
     const RowsMemory<R, N> memory(a, shared);
     const bool plain = is_plain_layout(a.v[WEIGHT + at.weight].layout);
-    // Of the rows those that are the thread block's, and live.
+    // The thread block has rows begin … end - 1, of which those before n are live.
     const int begin = at.group * PLAIN_ROWS, end = plain ? begin + PLAIN_ROWS : ROWS;
     int n = 0;
     // Number i of [panels, ROWS, 16].

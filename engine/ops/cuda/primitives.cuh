@@ -78,7 +78,7 @@ DEVICE void wait_for_inputs() {
 #endif
 }
 
-// Whether a thread block is one of the first, of which each multiprocessor has one, and may rehearse.
+// True in the first thread blocks, one for each multiprocessor: these may rehearse.
 DEVICE bool rehearses() {
 #if __CUDA_ARCH__ >= 900
     uint32_t n;

@@ -35,8 +35,8 @@ GEMV_SPLIT_BLOCKS = 8
 # A thread block has as many panels as let all thread blocks be resident, but no more than these.
 MAX_PANELS = 8
 _SUM_BYTES = 4 * kernels.PANEL
-# Of 8 rows, whose columns are split in the same way: a warp's batch and its sums of two panels;
-# shared memory of the whole thread block.
+# Bytes for 8 rows, whose columns are split in the same way: a warp's batch and its sums of two
+# panels; shared memory of the whole thread block.
 _SEVERAL_BYTES, _OTHER_SHARED = 8 * kernels.BATCH_ROW_BYTES + 16 * _SUM_BYTES, 4096
 
 

@@ -125,17 +125,16 @@ class PanelWork:
             together * n_rows * PANEL * 4, split.slot_bytes, prefetched=False,
         )  # fmt: skip
         n_panels = sum(cut(m.shape[1], PANEL) for m in matrices) // together
-        more_than = rows.more_than
-        for most in (*TOKENS, rows.most):
-            n_tiles = min((most or rows.tensor.shape[0]) * n_used, matrices[0].shape[0])
+        table = [(most, kernel, True) for most in (*TOKENS, rows.most)]
+        for _, when in walk(table, rows.tensor, rows.more_than, rows.most):
+            n_tokens = when.most or int(rows.tensor.shape[0])
+            n_tiles = min(n_tokens * int(n_used), int(matrices[0].shape[0]))
             block = BlockShape(1, 1, 1, needs.shared_bytes(1, 1))
             if all(map(is_quantized, matrices)):
-                n = n_panels * int(n_tiles)
-                block = shape_of(lowering.device, needs, n, threads(kernel) // 32, most_teams=1)
+                n, most_warps = n_panels * n_tiles, threads(kernel) // 32
+                block = shape_of(lowering.device, needs, n, most_warps, most_teams=1)
             attrs = [block.panels, split.slot_bytes, block.slots, row_bytes]
-            when = RowRange(rows.tensor, more_than, most)
             yield cls(when, block.panels, split.warps, block.shared, attrs)
-            more_than = most or 0
 
 
 def _lower_gemm(

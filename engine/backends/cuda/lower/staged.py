@@ -174,7 +174,7 @@ class BlockNeeds:
 
 
 def _needs(split: WorkSplit, n_rows: int, totals: bool) -> BlockNeeds:
-    """Of a product of so many rows; with `totals` there are sums of all splits."""
+    """The needs of a product of so many rows; with `totals` there are sums of all splits."""
     row_bytes, sum_bytes = n_rows * kernels.BATCH_ROW_BYTES, n_rows * PANEL * 4
     return BlockNeeds(
         split.warps, split.rounds, row_bytes, sum_bytes, split.slot_bytes, totals * sum_bytes
@@ -205,11 +205,12 @@ def _shape_of(
     n_multiprocessors: int, room: int, needs: BlockNeeds, n_panels: int, most_warps: int,
     most_teams: int,
 ) -> BlockShape:  # fmt: skip
+    most_slots = 1 if needs.prefetched else kernels.MAX_SLOTS
     shapes = (
         BlockShape(teams, panels, slots, needs.shared_bytes(teams, panels, slots))
         for teams in range(1, most_teams + 1)
         for panels in range(teams, STAGED_PANELS + 1)
-        for slots in range(1, 1 + (1 if needs.prefetched else kernels.MAX_SLOTS))
+        for slots in range(1, most_slots + 1)
         if slots <= cut(panels, teams) * needs.batches
     )
 
@@ -220,10 +221,10 @@ def _shape_of(
             return math.inf
         blocks = cut(cut(n_panels, shape.panels), n_multiprocessors)
         resident = min(resident, blocks)
-        batch = float(max(resident * warps, BATCH_TIME))
-        if not needs.prefetched:
-            alone = BATCH_TIME + ARRIVAL_TIME / shape.slots
-            batch = max(resident * warps * MEMORY_TIME, alone)
+        alone, shared = BATCH_TIME + ARRIVAL_TIME / shape.slots, MEMORY_TIME
+        if needs.prefetched:
+            alone, shared = BATCH_TIME, 1.0
+        batch = max(resident * warps * shared, alone)
         own = cut(shape.panels, shape.teams) * needs.batches
         return cut(blocks, resident) * (BEGIN_TIME + own * batch)
 
