@@ -59,7 +59,7 @@ void gather_rows(Plain<L>, const Row*, int64_t, int64_t, char*) {}
 template <typename F>
 TILE_INLINE void expand_bytes(const uint8_t* k_block, int8_t* to) {
     typedef int8_t bytes __attribute__((vector_size(4 * W)));
-    for (int b = 0; b < F::K_BLOCK_BYTES; b += 64) __builtin_prefetch(k_block + b + AHEAD);
+    prefetch_ahead<F::K_BLOCK_BYTES>(k_block);
     for_constants<0, WORDS>([&](auto i) __attribute__((always_inline)) {
         for (int p = 0; p < PARTS; p++) {
             const auto v = reinterpret_cast<bytes>(word<F, i>(k_block + F::HEAD_BYTES, p));

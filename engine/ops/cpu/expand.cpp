@@ -83,7 +83,7 @@ const bf16* expand_k_blocks(F, const uint8_t* panel, int64_t begin, int64_t end,
     for (int64_t i = begin; i < end; i++) {
         const uint8_t *k_block = F::k_block(panel, i), *block = F::super_block(panel, i);
         bf16* tile = room + (i - begin) * TILE_SIZE;
-        for (int b = 0; b < F::K_BLOCK_BYTES; b += 64) __builtin_prefetch(k_block + b + AHEAD);
+        prefetch_ahead<F::K_BLOCK_BYTES>(k_block);
         for (int p = 0; p < PARTS; p++) {
             if (i == begin || i % (SUPER / K_BLOCK) == 0) {
                 super[p][0] = super_of<F>(block, p);

@@ -148,9 +148,7 @@ inline void panel_product(F, const uint8_t* panel, int64_t n_in, const Row* rows
         for_groups<F>(
             panel, i, n,
             [&](const uint8_t* k_block, int64_t r, auto group) __attribute__((always_inline)) {
-                if (group == 0)
-                    for (int b = 0; b < F::K_BLOCK_BYTES; b += 64)
-                        __builtin_prefetch(k_block + b + AHEAD);
+                if (group == 0) prefetch_ahead<F::K_BLOCK_BYTES>(k_block);
                 add_group<F, group, FINE, NT>(k_block, rows, r, F::IS_SUPER ? scaled : acc);
             });
         if constexpr (F::HAS_MIN)
@@ -190,8 +188,7 @@ inline void panel_product(Plain<L>, const uint8_t* panel, int64_t n_in, const Ro
     vf acc[NT][CHAINS][PARTS] = {};
     int64_t k = 0;
     for (; k + CHAINS <= n_in; k += CHAINS) {
-        for (int b = 0; b < STEP_BYTES; b += 64)
-            __builtin_prefetch(panel + k * COLUMN_BYTES + b + AHEAD);
+        prefetch_ahead<STEP_BYTES>(panel + k * COLUMN_BYTES);
 #pragma GCC unroll 4
         for (int c = 0; c < CHAINS; c++)
 #pragma GCC unroll 4
