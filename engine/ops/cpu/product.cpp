@@ -93,15 +93,38 @@ GDN_INLINE void dot_words(const uint8_t* planes, const int8_t* const* x, vi (*do
 #endif
 }
 
-// acc[t] += scale · (dot - ZERO · sum) for one group of columns of k-block i.
+// K-blocks whose sums are multiplied by a super-block's scales together, if there are such.
+constexpr int64_t RUN = SUPER / K_BLOCK;
+
+// What a row's sums are good for, of all groups of a run at once: where dot products begin, so that
+// they end without the weight's offset, and what mins are multiplied by.
+template <typename F>
+struct RunSums {
+    int32_t start[RUN * F::GROUPS];
+    float scaled[RUN * F::GROUPS];
+
+    GDN_INLINE void read(const Row& row, int64_t first, int64_t n) {
+        for (int64_t r = 0; r < n; r++)
+            for_constants<0, F::GROUPS>([&](auto g) __attribute__((always_inline)) {
+                const int64_t at = r * F::GROUPS + g;
+                if constexpr (offset_of<F>() != 0)
+                    start[at] = -offset_of<F>() * sum_of<F, g>(row, first + r);
+                if constexpr (F::HAS_MIN) scaled[at] = scaled_sum<F, g>(row, first + r);
+            });
+    }
+};
+
+// acc[t] += scale · (dot - ZERO · sum) for group G of k-block r of a run.
 template <typename F, int G, bool FINE, int NT>
-GDN_INLINE void add_group(const uint8_t* k_block, const Row* rows, int64_t i, vf (*acc)[PARTS]) {
+GDN_INLINE void add_group(const uint8_t* k_block, const Row* rows, int64_t first, int64_t r,
+                          const RunSums<F>* sums, vf (*acc)[PARTS]) {
     constexpr int N = WORDS / F::GROUPS;
+    const int64_t i = first + r;
     const int8_t* x[NT];
     vi dot[NT][PARTS];
     for (int t = 0; t < NT; t++) {
         x[t] = rows[t].q + i * (FINE ? 2 * K_BLOCK : K_BLOCK);
-        const vi start = splat(offset_of<F>() ? -offset_of<F>() * sum_of<F, G>(rows[t], i) : 0);
+        const vi start = offset_of<F>() ? splat(sums[t].start[r * F::GROUPS + G]) : vi{};
         for (int p = 0; p < PARTS; p++) dot[t][p] = start;
     }
     dot_words<F, G * N, (G + 1) * N, FINE, NT>(k_block + F::HEAD_BYTES, x, dot);
@@ -115,23 +138,24 @@ GDN_INLINE void add_group(const uint8_t* k_block, const Row* rows, int64_t i, vf
 
 // acc[t] -= min · sum for one group of columns.
 template <typename F, int G, int NT>
-GDN_INLINE void subtract_mins(const uint8_t* k_block, const Row* rows, int64_t i,
+GDN_INLINE void subtract_mins(const uint8_t* k_block, int64_t r, const RunSums<F>* sums,
                               vf (*acc)[PARTS]) {
 #pragma GCC unroll 4
     for (int p = 0; p < PARTS; p++) {
         const vf min = min_of<F, G>(k_block, p);
 #pragma GCC unroll 8
-        for (int t = 0; t < NT; t++) subtract_min(acc[t][p], min, scaled_sum<F, G>(rows[t], i));
+        for (int t = 0; t < NT; t++)
+            subtract_min(acc[t][p], min, sums[t].scaled[r * F::GROUPS + G]);
     }
 }
 
-// Calls f with (k-block, its number, group) for all groups of n k-blocks.
+// Calls f with (k-block, its number, group) for all groups of the n k-blocks of a run.
 template <typename F, typename Body>
-GDN_INLINE void for_groups(const uint8_t* block, int64_t first, int64_t n, Body f) {
+GDN_INLINE void for_groups(const uint8_t* block, int64_t n, Body f) {
     block += F::SUPER_HEAD;
     for (int64_t r = 0; r < n; r++, block += F::K_BLOCK_BYTES)
-        for_constants<0, F::GROUPS>(
-            [&](auto group) __attribute__((always_inline)) { f(block, first + r, group); });
+        for_constants<0, F::GROUPS>([&](auto group)
+                                        __attribute__((always_inline)) { f(block, r, group); });
 }
 
 // out[t] [16] = the panel's rows times row t. Sums in units of a super-block's scales are
@@ -139,24 +163,27 @@ GDN_INLINE void for_groups(const uint8_t* block, int64_t first, int64_t n, Body 
 template <int NT, bool FINE, typename F>
 inline void panel_product(F, const uint8_t* panel, int64_t n_in, const Row* rows,
                           float (*out)[PANEL]) {
-    constexpr int64_t N = F::IS_SUPER ? SUPER / K_BLOCK : 1;
-    constexpr int64_t BYTES = F::IS_SUPER ? F::SUPER_BYTES : F::K_BLOCK_BYTES;
     vf acc[NT][PARTS] = {};
-    for (int64_t i = 0; i < n_in / K_BLOCK; i += N, panel += BYTES) {
-        const int64_t n = F::SCALE == Scale::SMALL_FLOATS ? std::min(N, n_in / K_BLOCK - i) : N;
+    for (int64_t i = 0; i < n_in / K_BLOCK; i += RUN, panel += F::SUPER_BYTES) {
+        const int64_t n = std::min(RUN, n_in / K_BLOCK - i);
+        RunSums<F> sums[NT];
+        for (int t = 0; t < NT; t++) sums[t].read(rows[t], i, n);
         vf scaled[NT][PARTS] = {}, mins[NT][PARTS] = {};
-        for_groups<F>(
-            panel, i, n,
-            [&](const uint8_t* k_block, int64_t r, auto group) __attribute__((always_inline)) {
-                if (group == 0) prefetch_ahead<F::K_BLOCK_BYTES>(k_block);
-                add_group<F, group, FINE, NT>(k_block, rows, r, F::IS_SUPER ? scaled : acc);
-            });
-        if constexpr (F::HAS_MIN)
-            for_groups<F>(
-                panel, i, n,
-                [&](const uint8_t* k_block, int64_t r, auto group) __attribute__((always_inline)) {
-                    subtract_mins<F, group, NT>(k_block, rows, r, F::IS_SUPER ? mins : acc);
-                });
+        for_groups<F>(panel, n,
+                      [&](const uint8_t* k_block, int64_t r, auto group)
+                          __attribute__((always_inline)) {
+                              if (group == 0) prefetch_ahead<F::K_BLOCK_BYTES>(k_block);
+                              add_group<F, group, FINE, NT>(k_block, rows, i, r, sums,
+                                                            F::IS_SUPER ? scaled : acc);
+                              if constexpr (F::HAS_MIN && !F::IS_SUPER)
+                                  subtract_mins<F, group, NT>(k_block, r, sums, acc);
+                          });
+        if constexpr (F::HAS_MIN && F::IS_SUPER)
+            for_groups<F>(panel, n,
+                          [&](const uint8_t* k_block, int64_t r, auto group)
+                              __attribute__((always_inline)) {
+                                  subtract_mins<F, group, NT>(k_block, r, sums, mins);
+                              });
         if constexpr (F::IS_SUPER)
             for (int p = 0; p < PARTS; p++)
                 for (int t = 0; t < NT; t++) {
