@@ -178,7 +178,7 @@ void convert(const T* const* rows, int64_t n_rows, int64_t column, int64_t size,
 
 template <typename T>
 void prefetch(const T* row, int64_t size) {
-    for (int64_t d = 0; d < size; d += CACHE_LINE / sizeof(T)) __builtin_prefetch(row + d);
+    for (int64_t d = 0; d < size; d += CACHE_LINE / sizeof(T)) __builtin_prefetch(row + d, 0, 2);
 }
 
 // Scores of n_x queries with a tile's first n keys. The values are prefetched meanwhile, as they
