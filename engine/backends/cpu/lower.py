@@ -74,7 +74,10 @@ class Lowering:
         activation = self._activation(product, weights)
         (out,) = act.outputs
         tiles = self._output_tiles(out) if activation[-1] else None
-        self._append("MUL_MAT_SWIGLU", nodes, [out, tiles, *activation, *weights], [], 2)
+        operands = [out, tiles, *activation, *weights]
+        alike = len({w.dtype for w in weights}) == 1
+        by_bytes = float(alike and self._by_bytes(weights[0], weights[0].shape[1]))
+        self._append("MUL_MAT_SWIGLU", nodes, operands, [by_bytes], 2)
 
     def _mul_mat(self, node: Node) -> None:
         others = node.inputs.get("gate"), node.inputs.get("add")
@@ -82,7 +85,8 @@ class Lowering:
         *rows, tiles = self._activation(node, weights)
         for out, w in zip(node.outputs, weights, strict=True):
             operands = [out, *rows, tiles if has_tiles(w) else None, w, *others]
-            self._append("MUL_MAT", [node], operands, [], 1)
+            by_bytes = float(self._by_bytes(w, w.shape[1]))
+            self._append("MUL_MAT", [node], operands, [by_bytes], 1)
 
     def _activation(self, node: Node, weights: Sequence[Tensor]) -> list[Ref]:
         """x as mul_mat.h reads it: float32, integers with scales and sums, and bfloat16 tiles."""
@@ -117,12 +121,16 @@ class Lowering:
             shape = (n_tokens, n_used, m.shape[1])
             target: Ref = out if gates is None else Scratch(shape, F32)
             rows = rounded if has_tiles(m) and not is_quantized(m) else None
-            by_bytes = self._matrix and is_quantized(m)
-            by_bytes &= m.shape[2] <= self._constant("max_gathered_columns")
             operands = [target, x, *quantized, rows, m, order, starts, ids]
-            self._append("MUL_MAT_ID", [node], operands, [float(by_bytes)], 1)
+            by_bytes = float(self._by_bytes(m, m.shape[2]))
+            self._append("MUL_MAT_ID", [node], operands, [by_bytes], 1)
             if gates is not None:
                 self._append("SUM_EXPERTS", [node], [out, target, gates], [], 1)
+
+    def _by_bytes(self, weight: Tensor, n_in: int) -> bool:
+        """Tell whether rows may go through tiles of int8."""
+        fits = n_in <= self._constant("max_gathered_columns")
+        return self._matrix and is_quantized(weight) and fits
 
     def _attention(self, node: Node) -> None:
         ((kernel, (out, *operands), attrs),) = parts(node)

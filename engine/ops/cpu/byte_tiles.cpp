@@ -17,43 +17,46 @@ namespace {
 // K-blocks of a super-block, which are summed together; tiles of dot products of a batch.
 constexpr int SUPER_K_BLOCKS = SUPER / K_BLOCK, BATCH = 4;
 
-// Gathered rows: q [k-blocks, 16, 32], scale [k-blocks, 16], sum [k-blocks · groups, 16].
-struct Gathered {
-    int8_t* q;
-    float *scale, *sum;
-
-    Gathered(char* room, int64_t n_in)
-        : q(reinterpret_cast<int8_t*>(room)),
-          scale(reinterpret_cast<float*>(room + n_in * SIDE)),
-          sum(scale + n_in / K_BLOCK * SIDE) {}
-};
-
+// The fewest rows for which tiles are faster than rows one by one (Xeon, measured).
 template <typename F>
-int64_t few_rows(F) {
-    return F::GROUPS == 2 ? 12 : 9;
+int64_t min_rows(F) {
+    return F::GROUPS == 2 ? 7 : 5;
 }
 template <Layout L>
-int64_t few_rows(Plain<L>) {
+int64_t min_rows(Plain<L>) {
     return TILE + 1;
 }
 
+// n ≤ 16 rows; a tile has n_tile rows, of which those behind the n-th repeat it.
 template <typename F>
-void gather_rows(F, const Row* rows, int64_t n, int64_t n_in, char* room) {
-    const Gathered to(room, n_in);
-    for (int64_t i = 0; i < n_in / K_BLOCK; i++)
-        for (int64_t t = 0; t < SIDE; t++) {
-            const Row& row = rows[std::min(t, n - 1)];
+TileRows gather_rows(F, const Row* rows, int64_t n, int64_t n_tile, int64_t n_in, char* room) {
+    const int64_t n_k_blocks = n_in / K_BLOCK;
+    auto* q = reinterpret_cast<int8_t*>(room);
+    auto* scale = reinterpret_cast<float*>(room + n_in * SIDE);
+    float* sum = scale + n_k_blocks * SIDE;
+    // Rows at equal distances are tiles where they lie.
+    const int64_t distance = n > 1 ? rows[1].q - rows[0].q : 0;
+    bool is_even = n == n_tile;
+    for (int64_t t = 1; t < n; t++) is_even &= rows[t].q - rows[t - 1].q == distance;
+    for (int64_t t = 0; t < n_tile; t++) {
+        const Row& row = rows[std::min(t, n - 1)];
+        for (int64_t i = 0; i < n_k_blocks; i++) {
             const int64_t at = i * SIDE + t;
-            std::memcpy(to.q + at * K_BLOCK, row.q + i * K_BLOCK, K_BLOCK);
-            to.scale[at] = row.scale[i];
+            if (!is_even) std::memcpy(q + at * K_BLOCK, row.q + i * K_BLOCK, K_BLOCK);
+            scale[at] = row.scale[i];
             if constexpr (F::HAS_MIN)
                 for_constants<0, F::GROUPS>([&](auto g) {
-                    to.sum[(i * F::GROUPS + g) * SIDE + t] = scaled_sum<F, g>(row, i);
+                    sum[(i * F::GROUPS + g) * SIDE + t] = scaled_sum<F, g>(row, i);
                 });
         }
+    }
+    if (is_even) return {rows[0].q, distance, K_BLOCK, n, scale, sum};
+    return {q, K_BLOCK, SIDE * K_BLOCK, n, scale, sum};
 }
 template <Layout L>
-void gather_rows(Plain<L>, const Row*, int64_t, int64_t, char*) {}
+TileRows gather_rows(Plain<L>, const Row*, int64_t, int64_t, int64_t, char*) {
+    return {};
+}
 
 // Values of a k-block as int8, words one after another, which are the rows of B tiles.
 template <typename F>
@@ -77,12 +80,12 @@ constexpr int UNROLL = 16;
 // Sums are in tile T, which is one of BATCH, from `dot_tile` to `store_dots`.
 struct DotTiles {};
 
-// x [16, GROUP], whose rows lie 32 bytes apart, times w [GROUP, 16].
+// x [n, GROUP] times w [GROUP, 16].
 template <int GROUP, int T>
-TILE_INLINE void dot_tile(const int8_t* x, const int8_t* w, DotTiles&) {
+TILE_INLINE void dot_tile(const int8_t* x, int64_t row_bytes, int64_t, const int8_t* w, DotTiles&) {
     constexpr int A = BATCH + T % 2, B = BATCH + 2 + T % 2;
     clear_tile<T>();
-    load_tile<A>(x, K_BLOCK);
+    load_tile<A>(x, row_bytes);
     load_tile<B>(w, WORD_BYTES);
     asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(T), "i"(A), "i"(B));
 }
@@ -92,8 +95,9 @@ TILE_INLINE void store_dots(int32_t* to, const DotTiles&) {
 }
 
 template <typename F>
-void begin_tiles(F) {
+void begin_tiles(F, int64_t n) {
     TileConfig config;
+    for (int i = 0; i < BATCH + 2; i++) config.rows[i] = static_cast<uint8_t>(n);
     for (int i = 0; i < 2; i++) {
         config.row_bytes[BATCH + i] = F::GROUP;
         config.rows[BATCH + 2 + i] = F::GROUP / 4;
@@ -101,7 +105,7 @@ void begin_tiles(F) {
     asm volatile("ldtilecfg %0" : : "m"(config));
 }
 template <Layout L>
-void begin_tiles(Plain<L>) {}
+void begin_tiles(Plain<L>, int64_t) {}
 
 #else
 
@@ -112,12 +116,13 @@ struct DotTiles {
 };
 
 template <int GROUP, int T>
-TILE_INLINE void dot_tile(const int8_t* x, const int8_t* w, DotTiles& tiles) {
-    for (int t = 0; t < SIDE; t++)
+TILE_INLINE void dot_tile(const int8_t* x, int64_t row_bytes, int64_t n, const int8_t* w,
+                          DotTiles& tiles) {
+    for (int t = 0; t < n; t++)
         for (int r = 0; r < PANEL; r++) {
             int32_t sum = 0;
             for (int c = 0; c < GROUP; c++)
-                sum += x[t * K_BLOCK + c] * w[c / 4 * WORD_BYTES + 4 * r + c % 4];
+                sum += x[t * row_bytes + c] * w[c / 4 * WORD_BYTES + 4 * r + c % 4];
             tiles.sums[T][t * PANEL + r] = sum;
         }
 }
@@ -127,17 +132,17 @@ TILE_INLINE void store_dots(int32_t* to, const DotTiles& tiles) {
 }
 
 template <typename F>
-void begin_tiles(F) {}
+void begin_tiles(F, int64_t) {}
 
 #endif
 
-// A panel's products with 16 gathered rows. A tile's load waits until earlier stores are in the
-// cache, so tiles go in batches: all are multiplied; meanwhile the next batch's values are made and
-// the last one's sums scaled; then all are stored.
-template <typename F>
+// A panel's products with up to N rows; of further rows it computes arbitrary numbers. A tile's load
+// waits until earlier stores are in the cache, so tiles go in batches: all are multiplied; meanwhile
+// the next batch's values are made and the last one's sums scaled; then all are stored.
+template <typename F, int N>
 class PanelProduct {
    public:
-    PanelProduct(const uint8_t* panel, int64_t n_in, const Gathered& x)
+    PanelProduct(const uint8_t* panel, int64_t n_in, const TileRows& x)
         : panel_(panel), x_(x), n_k_blocks_(n_in / K_BLOCK) {}
 
     void run() {
@@ -167,8 +172,9 @@ class PanelProduct {
         for_constants<0, BATCH>([&](auto t) __attribute__((always_inline)) {
             constexpr int R = t / F::GROUPS, G = t % F::GROUPS;
             if (first + R >= n_k_blocks_) return;
-            dot_tile<F::GROUP, t>(x_.q + (first + R) * SIDE * K_BLOCK + G * F::GROUP,
-                                  words_of(first + R) + G * F::GROUP * PANEL, tiles_);
+            dot_tile<F::GROUP, t>(x_.q + (first + R) * x_.k_block_bytes + G * F::GROUP,
+                                  x_.row_bytes, x_.n, words_of(first + R) + G * F::GROUP * PANEL,
+                                  tiles_);
         });
     }
 
@@ -179,9 +185,9 @@ class PanelProduct {
 
     // Adds the sums of 8 k-blocks, whose first batch's dot products are done.
     TILE_INLINE void add_block(int64_t first) {
-        vf acc[SIDE][PARTS];
+        vf acc[N][PARTS];
 #pragma GCC unroll UNROLL
-        for (int t = 0; t < SIDE; t++)
+        for (int t = 0; t < N; t++)
             for (int p = 0; p < PARTS; p++)
                 acc[t][p] = F::IS_SUPER ? vf{} : load(total_[t] + p * W);
         for_constants<0, SUPER_K_BLOCKS / PER_BATCH>([&](auto b) __attribute__((always_inline)) {
@@ -205,7 +211,7 @@ class PanelProduct {
         const uint8_t* block = F::super_block(panel_, first);
         const vf scale = super_of<F>(block, p);
 #pragma GCC unroll UNROLL
-        for (int t = 0; t < SIDE; t++) {
+        for (int t = 0; t < N; t++) {
             vf total = acc[t][p];
             if constexpr (F::IS_SUPER) total = fma(total, scale, load(total_[t] + p * W));
             store(total_[t] + p * W, total);
@@ -220,7 +226,7 @@ class PanelProduct {
         for (int p = 0; p < PARTS; p++) {
             const vf scale = scale_of<F, G>(F::k_block(panel_, i), p);
 #pragma GCC unroll UNROLL
-            for (int t = 0; t < SIDE; t++)
+            for (int t = 0; t < N; t++)
                 add_scaled(acc[t][p], load_as<vi>(dots_[T] + t * PANEL + p * W), scale,
                            x_.scale[i * SIDE + t]);
         }
@@ -233,7 +239,7 @@ class PanelProduct {
             for (int p = 0; p < PARTS; p++) {
                 const vf min = min_of<F, g>(F::k_block(panel_, i), p);
 #pragma GCC unroll UNROLL
-                for (int t = 0; t < SIDE; t++)
+                for (int t = 0; t < N; t++)
                     subtract_min(acc[t][p], min, x_.sum[(i * F::GROUPS + g) * SIDE + t]);
             }
         });
@@ -248,7 +254,7 @@ class PanelProduct {
                 mins[r * F::GROUPS + g] = min_of<F, g>(F::k_block(panel_, first + r), p);
             });
         const float* sums = x_.sum + first * F::GROUPS * SIDE;
-        for (int t = 0; t < SIDE; t++) {
+        for (int t = 0; t < N; t++) {
             vf acc{};
 #pragma GCC unroll UNROLL
             for (int i = 0; i < SUPER_K_BLOCKS * F::GROUPS; i++)
@@ -258,42 +264,54 @@ class PanelProduct {
     }
 
     const uint8_t* panel_;
-    const Gathered x_;
+    const TileRows x_;
     const int64_t n_k_blocks_;
     DotTiles tiles_{};
     alignas(64) int32_t dots_[BATCH][SIDE * PANEL];
     alignas(64) int8_t words_[2 * PER_BATCH][WORDS * WORD_BYTES];
-    alignas(64) float total_[SIDE][PANEL];
+    alignas(64) float total_[N][PANEL];
 };
 
-template <typename F>
-void panel_product(F, const uint8_t* panel, int64_t n_in, const Gathered& x, int64_t n,
-                   float (*out)[PANEL]) {
-    PanelProduct<F> product(panel, n_in, x);
+template <int N, typename F>
+void panel_product(F, const uint8_t* panel, int64_t n_in, const TileRows& x, float (*out)[PANEL]) {
+    PanelProduct<F, N> product(panel, n_in, x);
     product.run();
-    for (int64_t t = 0; t < n; t++) std::memcpy(out[t], product.total(t), sizeof(*out));
+    for (int64_t t = 0; t < x.n; t++) std::memcpy(out[t], product.total(t), sizeof(*out));
 }
-template <Layout L>
-void panel_product(Plain<L>, const uint8_t*, int64_t, const Gathered&, int64_t, float (*)[PANEL]) {}
+template <int, Layout L>
+void panel_product(Plain<L>, const uint8_t*, int64_t, const TileRows&, float (*)[PANEL]) {}
 
 }  // namespace
 
-void gather_bytes(int32_t layout, const Row* rows, int64_t n, int64_t n_in, char* room) {
-    with_format(layout, [&](auto f) { gather_rows(f, rows, n, n_in, room); });
+PreparedRows::PreparedRows(int32_t layout, int64_t n_in, const Row* rows, int64_t n, bool by_tiles,
+                           char* room)
+    : n_in_(n_in), n_(n), rows_(rows) {
+    by_tiles &= std::none_of(rows, rows + n, [](const Row& row) { return row.is_fine; });
+    if (!by_tiles) return;
+    const int64_t rest = n % SIDE, n_tile = std::min<int64_t>(n, SIDE);
+    with_format(layout, [&](auto f) {
+        n_tiled_ = rest < min_rows(f) ? n - rest : n;
+        if (!n_tiled_) return;
+        for (int64_t i = 0; i < n_tiled_; i += SIDE)
+            tiles_[i / SIDE] = gather_rows(f, rows + i, std::min<int64_t>(SIDE, n_tiled_ - i),
+                                           n_tile, n_in, room + i / SIDE * gathered_bytes(n_in));
+        begin_tiles(f, n_tile);
+    });
 }
 
-int64_t min_gathered(int32_t layout) {
-    return with_format(layout, [](auto f) { return few_rows(f); });
+PreparedRows::~PreparedRows() {
+    if (n_tiled_) begin_matrix_products();
 }
 
-void begin_byte_products(int32_t layout) {
-    with_format(layout, [](auto f) { begin_tiles(f); });
-}
-
-void multiply_bytes(int32_t layout, const uint8_t* panel, int64_t n_in, const char* gathered,
-                    int64_t n, float (*out)[PANEL]) {
-    const Gathered x(const_cast<char*>(gathered), n_in);
-    with_format(layout, [&](auto f) { panel_product(f, panel, n_in, x, n, out); });
+void PreparedRows::multiply(int32_t layout, const uint8_t* panel, float (*out)[PANEL]) const {
+    for (int64_t i = 0; i < n_tiled_; i += SIDE)
+        with_format(layout, [&](auto f) {
+            const TileRows& x = tiles_[i / SIDE];
+            n_tiled_ <= SIDE / 2 ? panel_product<SIDE / 2>(f, panel, n_in_, x, out + i)
+                                 : panel_product<SIDE>(f, panel, n_in_, x, out + i);
+        });
+    if (n_tiled_ < n_)
+        gdn::multiply(layout, panel, n_in_, rows_ + n_tiled_, n_ - n_tiled_, out + n_tiled_);
 }
 
 }  // namespace gdn

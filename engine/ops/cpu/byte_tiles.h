@@ -7,23 +7,40 @@
 
 namespace gdn {
 
-// Bytes of up to 16 rows as `gather_bytes` lays them out, a multiple of 64.
+// The most columns of rows that tiles multiply.
+constexpr int64_t MAX_GATHERED_COLUMNS = 1 << 14;
+
+// Bytes that 16 rows of so many columns may need to be gathered, a multiple of 64.
 constexpr int64_t gathered_bytes(int64_t n_in) {
     return n_in / K_BLOCK * SIDE * (K_BLOCK + 4 + 2 * 4);
 }
 
-// Puts n ≤ 16 rows side by side, filled up to 16 with the last one, for products with weights of
-// this layout: for each k-block their int8, their scales, and their factors of mins.
-void gather_bytes(int32_t layout, const Row* rows, int64_t n, int64_t n_in, char* room);
+// Rows of a tile: int8 of k-block i in `row_bytes` steps from q + i · k_block_bytes on; side by side
+// scales [k-blocks, 16] and factors of mins [k-blocks · groups, 16].
+struct TileRows {
+    const int8_t* q;
+    int64_t row_bytes, k_block_bytes, n;
+    float *scale, *sum;
+};
 
-// The fewest rows for which tiles are faster than rows one by one (Xeon, measured).
-int64_t min_gathered(int32_t layout);
+// Up to TILE rows for products with panels of weights of one layout: by tiles, where there are such
+// and enough rows, and others one by one. As long as they are there, tiles are configured for them.
+class PreparedRows {
+   public:
+    // room: TILE / SIDE · gathered_bytes(n_in), if `by_tiles`.
+    PreparedRows(int32_t layout, int64_t n_in, const Row* rows, int64_t n, bool by_tiles,
+                 char* room);
+    ~PreparedRows();
+    PreparedRows(const PreparedRows&) = delete;
 
-// Configures tiles for products with weights of this layout, until begin_matrix_products().
-void begin_byte_products(int32_t layout);
+    // As gdn::multiply. By tiles the layout is the one that the rows are prepared for.
+    void multiply(int32_t layout, const uint8_t* panel, float (*out)[PANEL]) const;
 
-// As `multiply`, of gathered rows; the layout is one of quantized weights.
-void multiply_bytes(int32_t layout, const uint8_t* panel, int64_t n_in, const char* gathered,
-                    int64_t n, float (*out)[PANEL]);
+   private:
+    const int64_t n_in_, n_;
+    const Row* const rows_;
+    int64_t n_tiled_ = 0;
+    TileRows tiles_[TILE / SIDE];
+};
 
 }  // namespace gdn

@@ -11,6 +11,7 @@
 namespace gdn {
 namespace {
 
+// Attribute: whether there are tiles of int8.
 enum { OUT, X, WEIGHT = X + 5, GATE, ADD };
 
 // Stores a panel's products with row t.
@@ -62,11 +63,11 @@ void run(const Args& a, int64_t begin, int64_t end) {
     const TileTasks tasks(x, w, MAX_PAIRS);
     for (; begin < std::min(tasks.count(), end); begin++) multiply_tiles(a, x, tasks, begin);
     float out[TILE][PANEL];
-    for_single_rows(x, x.n_single(a.rows(x.x)), n_panels(w), begin - tasks.count(),
-                    end - tasks.count(), [&](int64_t p, auto rows, auto numbers, int64_t n) {
-                        multiply(w.layout, panel_at(w, p), w.shape[1], rows, n, out);
-                        for (int64_t i = 0; i < n; i++) put(a, numbers[i], p, out[i]);
-                    });
+    const auto multiply = [&](int64_t p, const PreparedRows& rows, auto numbers, int64_t n) {
+        rows.multiply(w.layout, panel_at(w, p), out);
+        for (int64_t i = 0; i < n; i++) put(a, numbers[i], p, out[i]);
+    };
+    for_single_rows(a, x, w, a.attr[0] != 0, begin - tasks.count(), end - tasks.count(), multiply);
 }
 
 }  // namespace

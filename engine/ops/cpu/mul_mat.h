@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "byte_tiles.h"
 #include "expand.h"
 #include "kernel.h"
 #include "product.h"
@@ -52,9 +53,6 @@ inline const uint8_t* panel_at(const View& weight, int64_t p) {
 // fetched ahead: from L3, tiles come at a fifth of the speed (Xeon, measured).
 constexpr int64_t MAX_ROWS = 512, MAX_COLUMNS = 1024, MAX_PAIRS = 8, MIN_TASKS = 8;
 constexpr int64_t PAIR = 2 * PANEL, SUMS = MAX_PAIRS * PAIR;
-
-// The most columns of rows that MUL_MAT_ID gathers for products of tiles.
-constexpr int64_t MAX_GATHERED_COLUMNS = 1 << 14;
 
 struct TileScratch {
     float sums[MAX_ROWS][SUMS];
@@ -140,23 +138,23 @@ struct TileTasks {
     int64_t end(int64_t task) const { return std::min(n_pairs, begin(task) + pairs); }
 };
 
-// Calls f(panel, rows, their numbers, n ≤ TILE) for tasks begin … end - 1 of single rows: one panel
-// times up to TILE of n_rows rows each.
+// Calls f(panel, rows, their numbers, n ≤ TILE) for tasks begin … end - 1 of single rows: a panel
+// times up to TILE rows each. Rows are prepared for the weight; others may share its tasks.
 template <typename F>
-void for_single_rows(const Activation& x, int64_t n_rows, int64_t panels, int64_t begin,
-                     int64_t end, F f) {
+void for_single_rows(const Args& a, const Activation& x, const View& weight, bool by_tiles,
+                     int64_t begin, int64_t end, F f) {
+    const int64_t n_rows = x.n_single(a.rows(x.x)), panels = n_panels(weight);
     Row rows[TILE];
-    int64_t numbers[TILE], tile = -1, n = 0;
-    for (int64_t task = begin; task < end; task++) {
-        if (task / panels != tile) {
-            tile = task / panels;
-            n = std::min(TILE, n_rows - tile * TILE);
-            for (int64_t i = 0; i < n; i++) {
-                numbers[i] = x.single(tile * TILE + i);
-                rows[i] = x.row(numbers[i]);
-            }
+    int64_t numbers[TILE];
+    for (int64_t task = begin; task < end;) {
+        const int64_t tile = task / panels, n = std::min(TILE, n_rows - tile * TILE);
+        for (int64_t i = 0; i < n; i++) {
+            numbers[i] = x.single(tile * TILE + i);
+            rows[i] = x.row(numbers[i]);
         }
-        f(task % panels, rows, numbers, n);
+        const PreparedRows prepared(weight.layout, weight.shape[1], rows, n, by_tiles, a.scratch);
+        for (; task < std::min(end, (tile + 1) * panels); task++)
+            f(task - tile * panels, prepared, numbers, n);
     }
 }
 

@@ -9,7 +9,6 @@
 
 #include <algorithm>
 
-#include "byte_tiles.h"
 #include "kernels.h"
 #include "mul_mat.h"
 
@@ -132,14 +131,13 @@ void run_task(const Args& a, int64_t task) {
 
 namespace rows {
 
-// Panels of a task where rows are gathered for int8 tiles.
-constexpr int64_t GATHERED_PANELS = 32;
+// Panels of a task where rows are gathered for int8 tiles, and the fewest tokens for that: of fewer,
+// an expert seldom has enough.
+constexpr int64_t GATHERED_PANELS = 32, MIN_TOKENS = 9;
 static_assert(TILE / SIDE * gathered_bytes(MAX_GATHERED_COLUMNS) <= SCRATCH_BYTES);
 
 // Attribute: whether there are such tiles. An expert has at most a pair of each token.
-bool by_tiles(const Args& a) {
-    return a.attr[0] != 0 && a.rows(a.v[IDS]) >= min_gathered(a.v[MATRIX].layout);
-}
+bool by_tiles(const Args& a) { return a.attr[0] != 0 && a.rows(a.v[IDS]) >= MIN_TOKENS; }
 
 int64_t task_panels(const Args& a) { return by_tiles(a) ? GATHERED_PANELS : 1; }
 
@@ -183,29 +181,15 @@ Row row_of(const Args& a, int64_t pair) {
 // Panels begin … end - 1 of an expert's matrix times n ≤ TILE of the expert's pairs, of one kind.
 void multiply_panels(const Args& a, int64_t expert, int64_t begin, int64_t end,
                      const int32_t* pairs, int64_t n) {
-    const int64_t n_in = a.v[MATRIX].shape[2], room = gathered_bytes(n_in);
-    const int32_t layout = a.v[MATRIX].layout;
+    const View& m = a.v[MATRIX];
     Row rows[TILE];
     float out[TILE][PANEL];
     for (int64_t i = 0; i < n; i++) rows[i] = row_of(a, pairs[i]);
-    // Rows that go through tiles, 16 by 16. Too few left are multiplied one by one, with the same
-    // bits.
-    const int64_t rest = n % SIDE, n_tiled = rest < min_gathered(layout) ? n - rest : n;
-    const int64_t n_gathered = by_tiles(a) && !rows[0].is_fine ? n_tiled : 0;
-    for (int64_t i = 0; i < n_gathered; i += SIDE)
-        gather_bytes(layout, rows + i, std::min<int64_t>(SIDE, n - i), n_in,
-                     a.scratch + i / SIDE * room);
-    if (n_gathered) begin_byte_products(layout);
+    const PreparedRows prepared(m.layout, m.shape[2], rows, n, by_tiles(a), a.scratch);
     for (int64_t p = begin; p < end; p++) {
-        const uint8_t* panel = panel_at(a, expert, p);
-        for (int64_t i = 0; i < n_gathered; i += SIDE)
-            multiply_bytes(layout, panel, n_in, a.scratch + i / SIDE * room,
-                           std::min<int64_t>(SIDE, n - i), out + i);
-        if (n_gathered < n)
-            multiply(layout, panel, n_in, rows + n_gathered, n - n_gathered, out + n_gathered);
+        prepared.multiply(m.layout, panel_at(a, expert, p), out);
         for (int64_t i = 0; i < n; i++) put(a, pairs[i], p, out[i]);
     }
-    if (n_gathered) begin_matrix_products();
 }
 
 void run(const Args& a, int64_t begin, int64_t end) {

@@ -28,6 +28,7 @@ from tests.support.opcase import RawWeights, assert_close, nmse
 from tools.randblocks import TYPES, random_blocks
 
 Array = np.ndarray[Any, Any]
+Chunks = tuple[tuple[int, int], ...]
 ISAS = cpu_library.usable()
 # They have no layout of their own and are rounded to Q8_0 when they are loaded.
 ROUNDED = {"IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ3_S", "IQ2_S", "IQ1_M"}
@@ -242,15 +243,19 @@ def test_rows_that_share_a_pass_have_the_bits_of_one(
     raw, graph = random_weight(dtype, N_OUT, rng=rng), Graph(Capacity(CAPACITY))
     x = activation("x", n_in)
     outputs = mul_mat(graph, "product", x, graph.weight("w", (N_OUT, n_in), dtype))
-    executable, values = run(backend, graph, outputs, raw), random_rows(rng, 7, n_in)
+    executable, values = run(backend, graph, outputs, raw), random_rows(rng, 65, n_in)
 
-    def products(rows: Array) -> Array:
+    def products(rows: Array, chunks: Chunks) -> Array:
         backend.write(x, rows)
-        return executable.run({}, Live(len(rows), 1, 1))["out0"].copy()
+        return executable.run({}, Live(len(rows), 1, 1, chunks=chunks))["out0"].copy()
 
-    alone = np.concatenate([products(row[np.newaxis]) for row in values])
-    for n in range(2, 8):
-        assert products(values[:n]).tobytes() == alone[:n].tobytes(), n
+    one = ((5, 1),)
+    alone = np.concatenate([products(row[np.newaxis], one) for row in values])
+    for n in (*range(2, 10), 13, 16, 19, 37, 65):
+        assert products(values[:n], one * n).tobytes() == alone[:n].tobytes(), n
+    # Those between row tiles.
+    others = ~rows_in_tiles(65)
+    assert products(values, CHUNKS[65])[others].tobytes() == alone[others].tobytes()
 
 
 @every_type

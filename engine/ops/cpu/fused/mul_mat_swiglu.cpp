@@ -7,6 +7,7 @@
 namespace gdn {
 namespace {
 
+// Attribute: whether there are tiles of int8.
 enum { OUT, OUT_TILES, X, GATE = X + 5, UP };
 
 // Columns [column, column + n ≤ PANEL) of row t.
@@ -72,13 +73,13 @@ void run(const Args& a, int64_t begin, int64_t end) {
     const TileTasks tasks(x, g, MAX_PAIRS / 2);
     for (; begin < std::min(tasks.count(), end); begin++) multiply_tiles(a, x, tasks, begin);
     float gate[TILE][PANEL], up[TILE][PANEL];
-    for_single_rows(x, x.n_single(a.rows(x.x)), n_panels(g), begin - tasks.count(),
-                    end - tasks.count(), [&](int64_t p, auto rows, auto numbers, int64_t n) {
-                        multiply(g.layout, panel_at(g, p), g.shape[1], rows, n, gate);
-                        multiply(u.layout, panel_at(u, p), u.shape[1], rows, n, up);
-                        for (int64_t i = 0; i < n; i++)
-                            put(a, numbers[i], p * PANEL, columns_of(a, p), gate[i], up[i]);
-                    });
+    const auto multiply = [&](int64_t p, const PreparedRows& rows, auto numbers, int64_t n) {
+        rows.multiply(g.layout, panel_at(g, p), gate);
+        rows.multiply(u.layout, panel_at(u, p), up);
+        for (int64_t i = 0; i < n; i++)
+            put(a, numbers[i], p * PANEL, columns_of(a, p), gate[i], up[i]);
+    };
+    for_single_rows(a, x, g, a.attr[0] != 0, begin - tasks.count(), end - tasks.count(), multiply);
 }
 
 }  // namespace
