@@ -23,8 +23,8 @@ struct TileRows {
     float *scale, *sum;
 };
 
-// Up to TILE rows for products with panels of weights of one layout: by tiles, where there are such
-// and enough rows, and others one by one. As long as they are there, tiles are configured for them.
+// Up to TILE rows for products with panels of one layout: by tiles, where there are such and enough
+// rows; rows that are left are multiplied one by one. While it lives, tiles are configured for it.
 class PreparedRows {
    public:
     // room: TILE / SIDE · gathered_bytes(n_in), if `by_tiles`.

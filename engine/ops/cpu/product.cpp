@@ -96,8 +96,8 @@ GDN_INLINE void dot_words(const uint8_t* planes, const int8_t* const* x, vi (*do
 // K-blocks whose sums are multiplied by a super-block's scales together, if there are such.
 constexpr int64_t RUN = SUPER / K_BLOCK;
 
-// What a row's sums are good for, of all groups of a run at once: where dot products begin, so that
-// they end without the weight's offset, and what mins are multiplied by.
+// Of all groups of a run at once, what a row's sums give: `start`, from which dot products begin, so
+// that they end without the weight's offset; `scaled`, by which mins are multiplied.
 template <typename F>
 struct RunSums {
     int32_t start[RUN * F::GROUPS];
