@@ -257,7 +257,7 @@ def distinct_experts(
         tokens = list(first)
         for _ in range(n):
             logits = engine.step([Chunk(s, [t]) for s, t in zip(seqs, tokens, strict=True)])
-            logits[:, ends] = -np.inf
+            logits[:, ends] = -np.inf  # As ignore_eos.
             tokens = logits.argmax(axis=1).tolist()
             counts += [len(np.unique(ids)) for ids in engine.loop.kept()]
     return statistics.fmean(counts)

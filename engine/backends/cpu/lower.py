@@ -75,9 +75,7 @@ class Lowering:
         (out,) = act.outputs
         tiles = self._output_tiles(out) if activation[-1] else None
         operands = [out, tiles, *activation, *weights]
-        alike = len({w.dtype for w in weights}) == 1
-        by_bytes = float(alike and self._by_bytes(weights[0], weights[0].shape[1]))
-        self._append("MUL_MAT_SWIGLU", nodes, operands, [by_bytes], 2)
+        self._append("MUL_MAT_SWIGLU", nodes, operands, self._by_bytes(*weights), 2)
 
     def _mul_mat(self, node: Node) -> None:
         others = node.inputs.get("gate"), node.inputs.get("add")
@@ -85,8 +83,7 @@ class Lowering:
         *rows, tiles = self._activation(node, weights)
         for out, w in zip(node.outputs, weights, strict=True):
             operands = [out, *rows, tiles if has_tiles(w) else None, w, *others]
-            by_bytes = float(self._by_bytes(w, w.shape[1]))
-            self._append("MUL_MAT", [node], operands, [by_bytes], 1)
+            self._append("MUL_MAT", [node], operands, self._by_bytes(w), 1)
 
     def _activation(self, node: Node, weights: Sequence[Tensor]) -> list[Ref]:
         """x as mul_mat.h reads it: float32, integers with scales and sums, and bfloat16 tiles."""
@@ -122,15 +119,15 @@ class Lowering:
             target: Ref = out if gates is None else Scratch(shape, F32)
             rows = rounded if has_tiles(m) and not is_quantized(m) else None
             operands = [target, x, *quantized, rows, m, order, starts, ids]
-            by_bytes = float(self._by_bytes(m, m.shape[2]))
-            self._append("MUL_MAT_ID", [node], operands, [by_bytes], 1)
+            self._append("MUL_MAT_ID", [node], operands, self._by_bytes(m), 1)
             if gates is not None:
                 self._append("SUM_EXPERTS", [node], [out, target, gates], [], 1)
 
-    def _by_bytes(self, weight: Tensor, n_in: int) -> bool:
-        """Tell whether rows may go through tiles of int8."""
-        fits = n_in <= self._constant("max_gathered_columns")
-        return self._matrix and is_quantized(weight) and fits
+    def _by_bytes(self, weight: Tensor, *others: Tensor) -> list[float]:
+        """Attribute: whether rows may go through tiles of int8, which weights of one type share."""
+        fits = weight.shape[-1] <= self._constant("max_gathered_columns")
+        alike = all(other.dtype == weight.dtype for other in others)
+        return [float(self._matrix and is_quantized(weight) and fits and alike)]
 
     def _attention(self, node: Node) -> None:
         ((kernel, (out, *operands), attrs),) = parts(node)

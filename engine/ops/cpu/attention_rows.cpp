@@ -176,6 +176,7 @@ void convert(const T* const* rows, int64_t n_rows, int64_t column, int64_t size,
         });
 }
 
+// Into L2: L1 has room for few lines that are under way.
 template <typename T>
 void prefetch(const T* row, int64_t size) {
     for (int64_t d = 0; d < size; d += CACHE_LINE / sizeof(T)) __builtin_prefetch(row + d, 0, 2);

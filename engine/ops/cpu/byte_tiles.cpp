@@ -14,8 +14,8 @@
 namespace gdn {
 namespace {
 
-// K-blocks of a super-block, which are summed together; tiles of dot products of a batch.
-constexpr int SUPER_K_BLOCKS = SUPER / K_BLOCK, BATCH = 4;
+// Tiles of dot products of a batch.
+constexpr int BATCH = 4;
 
 // The fewest rows for which tiles are faster than rows one by one (Xeon, measured).
 template <typename F>
@@ -80,12 +80,12 @@ constexpr int UNROLL = 16;
 // Sums are in tile T, which is one of BATCH, from `dot_tile` to `store_dots`.
 struct DotTiles {};
 
-// x [n, GROUP] times w [GROUP, 16].
+// Columns [n, GROUP] of x, which lie `at` bytes behind its first one, times w [GROUP, 16].
 template <int GROUP, int T>
-TILE_INLINE void dot_tile(const int8_t* x, int64_t row_bytes, int64_t, const int8_t* w, DotTiles&) {
+TILE_INLINE void dot_tile(const TileRows& x, int64_t at, const int8_t* w, DotTiles&) {
     constexpr int A = BATCH + T % 2, B = BATCH + 2 + T % 2;
     clear_tile<T>();
-    load_tile<A>(x, row_bytes);
+    load_tile<A>(x.q + at, x.row_bytes);
     load_tile<B>(w, WORD_BYTES);
     asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(T), "i"(A), "i"(B));
 }
@@ -116,13 +116,12 @@ struct DotTiles {
 };
 
 template <int GROUP, int T>
-TILE_INLINE void dot_tile(const int8_t* x, int64_t row_bytes, int64_t n, const int8_t* w,
-                          DotTiles& tiles) {
-    for (int t = 0; t < n; t++)
+TILE_INLINE void dot_tile(const TileRows& x, int64_t at, const int8_t* w, DotTiles& tiles) {
+    for (int t = 0; t < x.n; t++)
         for (int r = 0; r < PANEL; r++) {
             int32_t sum = 0;
             for (int c = 0; c < GROUP; c++)
-                sum += x[t * row_bytes + c] * w[c / 4 * WORD_BYTES + 4 * r + c % 4];
+                sum += x.q[at + t * x.row_bytes + c] * w[c / 4 * WORD_BYTES + 4 * r + c % 4];
             tiles.sums[T][t * PANEL + r] = sum;
         }
 }
@@ -172,9 +171,8 @@ class PanelProduct {
         for_constants<0, BATCH>([&](auto t) __attribute__((always_inline)) {
             constexpr int R = t / F::GROUPS, G = t % F::GROUPS;
             if (first + R >= n_k_blocks_) return;
-            dot_tile<F::GROUP, t>(x_.q + (first + R) * x_.k_block_bytes + G * F::GROUP,
-                                  x_.row_bytes, x_.n, words_of(first + R) + G * F::GROUP * PANEL,
-                                  tiles_);
+            dot_tile<F::GROUP, t>(x_, (first + R) * x_.k_block_bytes + G * F::GROUP,
+                                  words_of(first + R) + G * F::GROUP * PANEL, tiles_);
         });
     }
 

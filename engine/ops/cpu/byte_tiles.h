@@ -7,7 +7,7 @@
 
 namespace gdn {
 
-// The most columns of rows that tiles multiply.
+// The most columns of rows that are gathered for tiles.
 constexpr int64_t MAX_GATHERED_COLUMNS = 1 << 14;
 
 // Bytes that 16 rows of so many columns may need to be gathered, a multiple of 64.

@@ -10,6 +10,8 @@ namespace gdn {
 
 // Vectors that cover the 16 rows of a panel.
 constexpr int PARTS = PANEL / W;
+// K-blocks of a super-block, which are summed together.
+constexpr int SUPER_K_BLOCKS = SUPER / K_BLOCK;
 
 constexpr int8_t IQ4_VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                    1,    13,   25,  38,  53,  69,  89,  113};

@@ -11,7 +11,6 @@
 namespace gdn {
 namespace {
 
-// Attribute: whether there are tiles of int8.
 enum { OUT, X, WEIGHT = X + 5, GATE, ADD };
 
 // Stores a panel's products with row t.
@@ -67,7 +66,7 @@ void run(const Args& a, int64_t begin, int64_t end) {
         rows.multiply(w.layout, panel_at(w, p), out);
         for (int64_t i = 0; i < n; i++) put(a, numbers[i], p, out[i]);
     };
-    for_single_rows(a, x, w, a.attr[0] != 0, begin - tasks.count(), end - tasks.count(), multiply);
+    for_single_rows(a, x, w, begin - tasks.count(), end - tasks.count(), multiply);
 }
 
 }  // namespace

@@ -140,9 +140,10 @@ struct TileTasks {
 
 // Calls f(panel, rows, their numbers, n ≤ TILE) for tasks begin … end - 1 of single rows: a panel
 // times up to TILE rows each. Rows are prepared for the weight; others may share its tasks.
+// Attribute: whether there are tiles of int8.
 template <typename F>
-void for_single_rows(const Args& a, const Activation& x, const View& weight, bool by_tiles,
-                     int64_t begin, int64_t end, F f) {
+void for_single_rows(const Args& a, const Activation& x, const View& weight, int64_t begin,
+                     int64_t end, F f) {
     const int64_t n_rows = x.n_single(a.rows(x.x)), panels = n_panels(weight);
     Row rows[TILE];
     int64_t numbers[TILE];
@@ -152,7 +153,8 @@ void for_single_rows(const Args& a, const Activation& x, const View& weight, boo
             numbers[i] = x.single(tile * TILE + i);
             rows[i] = x.row(numbers[i]);
         }
-        const PreparedRows prepared(weight.layout, weight.shape[1], rows, n, by_tiles, a.scratch);
+        const PreparedRows prepared(weight.layout, weight.shape[1], rows, n, a.attr[0] != 0,
+                                    a.scratch);
         for (; task < std::min(end, (tile + 1) * panels); task++)
             f(task - tile * panels, prepared, numbers, n);
     }

@@ -93,11 +93,11 @@ GDN_INLINE void dot_words(const uint8_t* planes, const int8_t* const* x, vi (*do
 #endif
 }
 
-// K-blocks whose sums are multiplied by a super-block's scales together, if there are such.
-constexpr int64_t RUN = SUPER / K_BLOCK;
+// K-blocks of a run: those of a super-block, or as many where there are none.
+constexpr int64_t RUN = SUPER_K_BLOCKS;
 
-// Of all groups of a run at once, what a row's sums give: `start`, from which dot products begin, so
-// that they end without the weight's offset; `scaled`, by which mins are multiplied.
+// What products take from a row's sums, for all groups of a run. `start` is where a group's dot
+// product begins: it takes the weight's offset away. `scaled` multiplies the group's min.
 template <typename F>
 struct RunSums {
     int32_t start[RUN * F::GROUPS];

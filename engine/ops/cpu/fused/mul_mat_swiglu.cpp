@@ -7,7 +7,6 @@
 namespace gdn {
 namespace {
 
-// Attribute: whether there are tiles of int8.
 enum { OUT, OUT_TILES, X, GATE = X + 5, UP };
 
 // Columns [column, column + n ≤ PANEL) of row t.
@@ -79,7 +78,7 @@ void run(const Args& a, int64_t begin, int64_t end) {
         for (int64_t i = 0; i < n; i++)
             put(a, numbers[i], p * PANEL, columns_of(a, p), gate[i], up[i]);
     };
-    for_single_rows(a, x, g, a.attr[0] != 0, begin - tasks.count(), end - tasks.count(), multiply);
+    for_single_rows(a, x, g, begin - tasks.count(), end - tasks.count(), multiply);
 }
 
 }  // namespace
